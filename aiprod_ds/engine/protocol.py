@@ -1,0 +1,117 @@
+"""What the training loop asks of an engine: the thing that owns parameters, gradients and optimizer state.
+
+Two implementations: `deepspeed_engine.DeepSpeedEngine` and `local_engine.LocalEngine` (plain PyTorch, one process, the
+control for numerics). The loop knows only this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that share optimizer settings; the names are those of `module.named_parameters()`."""
+
+    names: tuple[str, ...]
+    weight_decay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What one update did.
+
+    Attributes:
+        applied: False when the update was skipped for a non-finite gradient (fp16 overflow). Equal on all ranks.
+        gradient_norm: Global L2 norm before clipping, unscaled; a float or a 0-dim device tensor (read it late); NaN or inf
+            when the update was skipped.
+        loss_scale: The scale that this update's backward used; 1.0 outside fp16.
+    """
+
+    applied: bool
+    gradient_norm: float | Tensor
+    loss_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterState:
+    """One trained parameter, gathered and in fp32 on the CPU, whatever the sharding.
+
+    Attributes:
+        name: Its name in `module.named_parameters()`.
+        value: The fp32 master weight, in the parameter's shape.
+        optimizer: `exp_avg` and `exp_avg_sq` in the same shape; empty before the first update.
+        step: Optimizer updates counted for this parameter.
+    """
+
+    name: str
+    value: Tensor
+    optimizer: dict[str, Tensor]
+    step: int
+
+
+class Engine(Protocol):
+    """Owns the module between construction and `close`. One per process at a time."""
+
+    module: nn.Module
+    device: torch.device
+    rank: int
+    world_size: int
+    compute_dtype: torch.dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs `module` forward with whatever gathering the sharding needs. Floating-point inputs are cast by the caller."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the accumulation."""
+
+    def step(self) -> UpdateResult | None:
+        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its end."""
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets the rate that the next update uses, in every parameter group."""
+
+    def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
+        """Changes the batch for the updates that follow.
+
+        Raises:
+            EngineError: If called inside an accumulation window.
+        """
+
+    def train(self) -> None:
+        """Puts the module in training mode."""
+
+    def eval(self) -> None:
+        """Puts the module in evaluation mode."""
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """Yields every trained parameter in name order. Collective: all ranks iterate to the end; rank 0 gets the tensors,
+        other ranks may get empty ones."""
+
+    def module_state(self) -> dict[str, Tensor]:
+        """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict on the others.
+        Collective."""
+
+    def save(self, folder: Path) -> None:
+        """Writes everything that `load` needs into the existing empty `folder`. Collective; nothing is committed here."""
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote for the same world size and ZeRO stage, bit for bit. Collective.
+
+        Raises:
+            CheckpointError: If the folder does not fit this engine.
+        """
+
+    def close(self) -> None:
+        """Releases everything, so that the module may be given to a new engine. Idempotent."""
+
+
+def group_names(groups: Sequence[ParameterGroup]) -> list[str]:
+    """Returns every name of `groups`, in order."""
+    return [name for group in groups for name in group.names]
