@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from aiprod_ds.config.model import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 

@@ -6,9 +6,10 @@ computed in `aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in `aiprod_ds.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from aiprod_ds.config.model import Constructor, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.model import Fraction, NonNegativeFloat, NonNegativeInt, StrictModel
