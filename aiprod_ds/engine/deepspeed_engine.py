@@ -1,0 +1,274 @@
+"""The DeepSpeed engine: ZeRO 0 to 3 in fp32, bf16 and fp16 behind the protocol that the loop knows.
+
+Owns how DeepSpeed is configured, stepped, saved and loaded. What DeepSpeed does not document stands in `deepspeed_internals`. There
+is no scheduler: the loop writes the learning rate. DeepSpeed's own counters are kept only for its files; the clock is the truth.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as torch_dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, deepspeed_dictionary
+from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.engine import deepspeed_internals as internals
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
+from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult
+from aiprod_ds.errors import CheckpointError, EngineError
+
+_TAG = "deepspeed"
+
+
+class DeepSpeedEngine:
+    """`aiprod_ds.engine.protocol.Engine` on DeepSpeed; every rank constructs it with the same module and arguments.
+
+    Args:
+        module: Moved to the device, cast to the precision and, under ZeRO-3, partitioned: all in place. Rank 0's parameters and
+            buffers are the ones that count. After `close` it stays partitioned, so only another ZeRO-3 engine can take it.
+        groups: Every trainable parameter once.
+        optimizer: AdamW settings; the learning rate is 0 until `set_learning_rate`.
+        settings: ZeRO stage, precision, offload.
+        micro_batch_size: Samples per micro-batch and rank.
+        accumulation: Micro-batches per update.
+        device: Must be what `dist.initialize` returned; that is also the default.
+
+    Raises:
+        EngineError: If the groups do not fit the module, or the device cannot run the settings.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        *,
+        optimizer: OptimizerConfig,
+        settings: DeepSpeedSettings,
+        micro_batch_size: int,
+        accumulation: int,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = _device_for(settings, device)
+        self.module = module
+        self.rank = dist.rank()
+        self.world_size = dist.world_size()
+        self.compute_dtype = TORCH_DTYPES[settings.precision]
+        self._settings = settings
+        self._optimizer_config = optimizer
+        self._groups = tuple(groups)
+        self._learning_rate = 0.0
+        parameters = group_parameters(module, groups)
+        self._trained = {
+            name: parameter
+            for group, members in zip(groups, parameters, strict=True)
+            for name, parameter in zip(group.names, members, strict=True)
+        }
+        shapes = {name: internals.parameter_shape(parameter) for name, parameter in self._trained.items()}
+        self._layout = engine_layout("deepspeed", settings, self.world_size, groups, shapes)
+        self._needs_own_norm = settings.zero_stage == 0 and settings.precision == "fp32"
+        self._engine: Any = _initialize(
+            module,
+            _adamw(parameters, groups, optimizer, settings, self.device),
+            deepspeed_dictionary(
+                settings,
+                micro_batch_size=micro_batch_size,
+                accumulation=accumulation,
+                world_size=self.world_size,
+                gradient_clip_norm=optimizer.gradient_clip_norm,
+            ),
+        )
+        internals.prepare(self._engine)
+        internals.configure_loss_scaler(self._engine, settings.loss_scale)
+        _broadcast_buffers(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module forward through DeepSpeed's hooks."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the accumulation."""
+        self._engine.backward(loss)
+
+    def step(self) -> UpdateResult | None:
+        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its end."""
+        engine = self._engine
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+            return None
+        scale = internals.loss_scale(engine)
+        norm = self._replicated_norm() if self._needs_own_norm else None
+        if norm is not None and not bool(torch.isfinite(norm)):
+            return self._skip(norm)
+        with internals.scale_growth_after_update(engine):
+            engine.step()
+        if norm is None:
+            norm = engine.get_global_grad_norm()
+        return UpdateResult(applied=engine.was_step_applied(), gradient_norm=norm, loss_scale=scale)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets the rate that the next update uses, in every parameter group."""
+        self._learning_rate = learning_rate
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = learning_rate
+
+    def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
+        """Changes the batch for the updates that follow.
+
+        Raises:
+            EngineError: If called inside an accumulation window.
+        """
+        engine = self._engine
+        done = engine.micro_steps % engine.gradient_accumulation_steps()
+        if done:
+            raise EngineError(
+                f"set_batch: must be called between updates, got {done} of {engine.gradient_accumulation_steps()} micro-batches done."
+                " Finish the window first."
+            )
+        engine.set_train_micro_batch_size(micro_batch_size)
+        engine.set_train_batch_size(micro_batch_size * accumulation * self.world_size)
+        engine.micro_steps = 0  # the boundary is (micro_steps + 1) % accumulation: an old count would shorten the next window
+
+    def train(self) -> None:
+        """Puts the module in training mode."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Puts the module in evaluation mode."""
+        self._engine.eval()
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """Yields every trained parameter in name order. Collective; rank 0 gets the tensors, others get empty ones."""
+        internals.prepare_to_gather(self._engine)
+        for name in sorted(self._trained):
+            gathered = internals.gather_state(self._engine, self._trained[name])
+            yield ParameterState(
+                name=name,
+                value=self._on_rank_0(gathered.value),
+                optimizer={key: self._on_rank_0(value) for key, value in gathered.moments.items()},
+                step=gathered.step,
+            )
+
+    def module_state(self) -> dict[str, Tensor]:
+        """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict on the others.
+        Collective."""
+        values = {state.name: state.value for state in self.parameter_states()}
+        for name, parameter in self.module.named_parameters():
+            if name not in values:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=internals.is_partitioned(self._engine)):
+                    values[name] = self._on_rank_0(parameter)
+        if self.rank != 0:
+            return {}
+        own_names, buffers = persistent_tensors(self.module)
+        state = {key: values[name] for key, name in own_names.items()}
+        return state | {key: self._on_rank_0(buffer) for key, buffer in buffers.items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes DeepSpeed's own files into the existing empty `folder`. Collective; nothing is committed here."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"aiprod_ds": {}}, save_latest=False)
+        if self.rank == 0:
+            self._layout.write(folder)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote for the same world size and ZeRO stage, bit for bit. Collective.
+
+        Optimizer settings, clipping and loss-scale rules stay those of this engine; the loss scale itself is restored.
+
+        Raises:
+            CheckpointError: If the folder does not fit this engine.
+        """
+        self._layout.require_same(folder)
+        try:
+            loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+        except (OSError, RuntimeError, KeyError, AssertionError) as error:
+            raise CheckpointError(f"{folder}: must hold this engine's state, got an error: {error}. The checkpoint is damaged.") from error
+        if loaded is None or "aiprod_ds" not in client_state:
+            raise CheckpointError(f"{folder}: must hold DeepSpeed files, got none that load. The checkpoint is incomplete.")
+        self._engine.micro_steps = 0
+        self._apply_optimizer_config()
+        self.set_learning_rate(self._learning_rate)
+        internals.configure_loss_scaler(self._engine, self._settings.loss_scale)
+        internals.set_clip_norm(self._engine, self._optimizer_config.gradient_clip_norm)
+
+    def close(self) -> None:
+        """Releases everything, so that the module may be given to a new engine. Idempotent."""
+        if self._engine is not None:
+            internals.full_teardown(self._engine)
+            self._engine = None
+            self._trained = {}
+
+    def _apply_optimizer_config(self) -> None:
+        for values, group in zip(self._engine.basic_optimizer.param_groups, self._groups, strict=True):
+            values["weight_decay"] = group.weight_decay
+            values["betas"] = self._optimizer_config.betas
+            values["eps"] = self._optimizer_config.epsilon
+
+    def _replicated_norm(self) -> Tensor:
+        """ZeRO-0 in fp32 reports no norm and applies non-finite gradients; here gradients are already averaged over ranks."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
+
+    def _skip(self, norm: Tensor) -> UpdateResult:
+        self._engine.zero_grad()
+        self._engine.micro_steps += 1
+        self._engine.skipped_steps += 1
+        self._engine.global_steps += 1
+        return UpdateResult(applied=False, gradient_norm=norm, loss_scale=1.0)
+
+    def _on_rank_0(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True) if self.rank == 0 else torch.empty(0)
+
+
+def _device_for(settings: DeepSpeedSettings, device: torch.device | None) -> torch.device:
+    chosen = dist.initialize()
+    if device is not None and device != chosen:
+        raise EngineError(f"device: must be this rank's device {chosen}, got {device}. Leave it out.")
+    accelerator = get_accelerator().device_name()
+    if accelerator != chosen.type:
+        raise EngineError(f"device: DeepSpeed must run on {chosen.type}, got {accelerator}. Set DS_ACCELERATOR={chosen.type}.")
+    if settings.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise EngineError("precision: fp16 needs a device that computes in it, got one that does not. Use bf16 or fp32 here.")
+    # torch reports bf16 as supported on a V100 through emulation, so the compute capability decides.
+    if settings.precision == "bf16" and chosen.type == "cuda" and torch.cuda.get_device_capability(chosen)[0] < 8:
+        raise EngineError("precision: bf16 needs compute capability 8.0 or higher, got a lower one. Use an fp16 file.")
+    return chosen
+
+
+def _adamw(
+    parameters: Sequence[Sequence[nn.Parameter]],
+    groups: Sequence[ParameterGroup],
+    optimizer: OptimizerConfig,
+    settings: DeepSpeedSettings,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    described = [
+        {"params": list(members), "weight_decay": group.weight_decay} for members, group in zip(parameters, groups, strict=True)
+    ]
+    if settings.optimizer_offload:
+        offloaded: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
+            described, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, adamw_mode=True
+        )
+        return offloaded
+    return torch.optim.AdamW(described, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, fused=device.type == "cuda")
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, dictionary: dict[str, Any]) -> Any:
+    internals.quiet_logs()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a single process without a launcher
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=dictionary, dist_init_required=False)
+    return engine
+
+
+def _broadcast_buffers(module: nn.Module) -> None:
+    """DeepSpeed gives every rank the parameters of rank 0 but not its buffers."""
+    if dist.world_size() > 1:
+        for buffer in module.buffers():
+            torch_dist.broadcast(buffer.data, src=0)

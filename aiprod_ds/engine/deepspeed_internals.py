@@ -1,0 +1,221 @@
+"""Every touch of what DeepSpeed does not document, each with the version and the place that make it necessary.
+
+Owns workarounds for DeepSpeed 0.19.8 and nothing else: no policy, no state. Called by `deepspeed_engine` alone. The behaviours are
+pinned by tests/upstream, so that an upgrade says which of them can go. Places are relative to the installed `deepspeed/`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime import torch_autocast
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor, nn
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FORWARD_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatheredState:
+    """One parameter's fp32 master and Adam state, whole, on the engine's device."""
+
+    value: Tensor
+    moments: dict[str, Tensor]
+    step: int
+
+
+def quiet_logs() -> None:
+    """Keeps DeepSpeed's own logger to warnings, and its use of renamed torch collectives (comm/torch.py) to itself."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
+
+
+def prepare(engine: Any) -> None:
+    """Corrects a new engine before its first update."""
+    # runtime/engine.py:5530: every save would copy two scripts beside the checkpoint.
+    engine._copy_recovery_script = lambda save_path: None
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        # runtime/fp16/unfused_optimizer.py, initialize_optimizer_states: construction takes a real optimizer step on zero
+        # gradients, which leaves Adam's step count one ahead, so the first update is smaller than AdamW's.
+        engine.optimizer.optimizer.state.clear()
+
+
+def loss_scale(engine: Any) -> float:
+    """Returns the scale of the next backward pass; 1.0 outside fp16."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return 1.0 if scaler is None else float(scaler.cur_scale)
+
+
+def configure_loss_scaler(engine: Any, settings: Any) -> None:
+    """Applies the configured loss-scale rules; a loaded checkpoint brings its own pickled scaler.
+
+    runtime/zero/stage_1_and_2.py:3667 and stage3.py:3542 replace the scaler object at load; runtime/fp16/loss_scaler.py:
+    update_scale raises a bare Exception on overflow at the minimum scale, which the caller must be able to count instead.
+    """
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if settings is None or scaler is None or not scaler.dynamic:
+        return
+    scaler.scale_window = settings.loss_scale_window
+    scaler.min_scale = settings.min_loss_scale
+    scaler.delayed_shift = settings.hysteresis
+    scaler.cur_hysteresis = min(scaler.cur_hysteresis, settings.hysteresis)
+    scaler.consecutive_hysteresis = settings.consecutive_hysteresis
+    scaler.raise_error_at_min_scale = False
+
+
+def set_clip_norm(engine: Any, clip_norm: float | None) -> None:
+    """Applies the configured clipping; runtime/zero/stage_1_and_2.py:3667 restores the checkpoint's instead."""
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = clip_norm or 0.0
+
+
+@contextmanager
+def scale_growth_after_update(engine: Any) -> Iterator[None]:
+    """Lets the loss scale double after the update instead of inside it.
+
+    runtime/zero/stage_1_and_2.py:3047 and stage3.py:2826 double the scale before gradients are divided by it, so that one update
+    in every window would be half as large as it should be.
+    """
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic:
+        yield
+        return
+    grown: list[bool] = []
+
+    def update_scale(overflow: bool) -> None:
+        if overflow:
+            type(scaler).update_scale(scaler, overflow)
+        else:
+            grown.append(True)
+
+    scaler.update_scale = update_scale
+    try:
+        yield
+    finally:
+        del scaler.update_scale  # an instance attribute: the pickled scaler must not carry it
+    if grown:
+        scaler.update_scale(False)
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    """Returns the whole shape, also of a parameter that ZeRO-3 has partitioned."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def prepare_to_gather(engine: Any) -> None:
+    """Links parameters to their optimizer state as it is now.
+
+    runtime/zero/stage_1_and_2.py:2986 links once, after the first group's first step, so that later groups and everything that
+    a loaded checkpoint replaced stay unlinked and `safe_get_full_optimizer_state` raises or returns old values.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_hp_optimizer_states_linked") and optimizer.optimizer.state:
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
+    """Returns one trained parameter's master and Adam state, whole. Collective; call `prepare_to_gather` first."""
+    optimizer = engine.optimizer
+    if hasattr(parameter, "ds_id"):
+        group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
+    elif hasattr(parameter, "_hp_mapping"):
+        state = optimizer.optimizer.state.get(_flat_partition(optimizer, parameter), {})
+    else:
+        return _replicated_state(optimizer, parameter)
+    return GatheredState(
+        value=safe_get_full_fp32_param(parameter),
+        moments={key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if key in state},
+        step=int(state.get("step", 0)),
+    )
+
+
+def full_teardown(engine: Any) -> None:
+    """Takes an engine apart so that nothing in the process refers to it, its optimizer or its module any more.
+
+    `DeepSpeedEngine.destroy` (runtime/engine.py:1243) leaves: the root forward hooks (runtime/engine.py:624); backward functions on
+    every module that call the old coordinator after a new engine took the module (runtime/zero/parameter_offload.py:444, 483);
+    the module in a global list (parameter_offload.py:315); an unbounded class-level cache (partitioned_param_coordinator.py:633);
+    a process-wide autocast flag (runtime/torch_autocast.py:28); and the replaced `torch.nn.functional.linear`
+    (runtime/zero/partition_parameters.py:419), which would change speed and memory of every later engine.
+    """
+    module = engine.module
+    engine.destroy()
+    for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+        hook = getattr(engine, name, None)
+        if hook is not None:
+            hook.remove()
+            setattr(engine, name, None)
+    for part in module.modules():
+        for attribute in _FORWARD_STATE:
+            part.__dict__.pop(attribute, None)
+    parameter_offload.FWD_MODULE_STACK[:] = [entry for entry in parameter_offload.FWD_MODULE_STACK if entry is not module]
+    _clear_caches(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    torch_autocast.TORCH_AUTOCAST_DTYPE = None
+    if torch.nn.functional.linear is zero3_linear_wrap:
+        torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
+    engine.optimizer = engine.basic_optimizer = engine.lr_scheduler = None
+    gc.collect()
+
+
+def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:
+    flat = optimizer.fp32_groups_flat_partition if isinstance(optimizer, BF16_Optimizer) else optimizer.single_partition_of_fp32_groups
+    groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
+    for partition, group in zip(flat, groups, strict=True):
+        if any(parameter is member for member in group):
+            result: Tensor = partition
+            return result
+    raise AssertionError("a parameter with _hp_mapping stands in one of the optimizer's groups")
+
+
+def _replicated_state(optimizer: Any, parameter: nn.Parameter) -> GatheredState:
+    """ZeRO-0: masters are the parameters themselves in fp32, and a parallel list of groups in 16 bit."""
+    master: Tensor = parameter
+    base = optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        base = optimizer.optimizer
+        pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+        master = next(fp32 for bit16, fp32 in pairs if bit16 is parameter)
+    state = base.state.get(master, {})
+    return GatheredState(
+        value=master.detach(),
+        moments={key: state[key] for key in _MOMENTS if key in state},
+        step=int(state.get("step", 0)),
+    )
+
+
+def _clear_caches(function: Callable[..., Any]) -> None:
+    """Clears every lru_cache under a stack of decorators; DeepSpeed's nvtx wrapper hides it in a closure."""
+    pending: list[Any] = [function]
+    while pending:
+        current = pending.pop()
+        if hasattr(current, "cache_clear"):
+            current.cache_clear()
+        if hasattr(current, "__wrapped__"):
+            pending.append(current.__wrapped__)
+        for cell in getattr(current, "__closure__", None) or ():
+            if callable(cell.cell_contents) and cell.cell_contents is not current:
+                pending.append(cell.cell_contents)
+
+
+def is_partitioned(engine: Any) -> bool:
+    """Returns whether parameters are partitioned (ZeRO-3) and must be gathered before they are read."""
+    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)

@@ -1,0 +1,140 @@
+"""The process group: set up from the launcher's environment, a few collectives on it, and its end.
+
+Owns rank, world size, device and backend. One process needs no launcher and no environment. Nothing here knows DeepSpeed, which
+adopts the group that it finds. Called by the command line, the loop, the engines and the checkpoint store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from aiprod_ds.errors import EngineError
+
+T = TypeVar("T")
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def choose_device() -> torch.device:
+    """Returns this rank's GPU, or the CPU without one or with `DS_ACCELERATOR=cpu` (DeepSpeed's own switch)."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def initialize(*, timeout_seconds: float = 1800.0) -> torch.device:
+    """Joins the process group of the launcher, or makes one of a single process, and returns this rank's device.
+
+    Calling it again changes nothing. NCCL is used for GPUs, gloo for CPUs.
+
+    Raises:
+        EngineError: If the launcher's environment is incomplete or names a GPU that does not exist.
+    """
+    device = choose_device()
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise EngineError(
+                f"LOCAL_RANK: must be below the number of GPUs ({torch.cuda.device_count()}), got {device.index}. Start fewer ranks."
+            )
+        torch.cuda.set_device(device)
+    if torch_dist.is_initialized():
+        return device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(present):
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return device
+    missing = sorted(set(_LAUNCHER_VARIABLES) - set(present))
+    if missing:
+        raise EngineError(f"environment: the launcher must set {', '.join(_LAUNCHER_VARIABLES)}, got none of {', '.join(missing)}.")
+    torch_dist.init_process_group(backend, timeout=timeout)
+    return device
+
+
+def shutdown() -> None:
+    """Waits for the other ranks and leaves the process group; without one it does nothing.
+
+    Call it only after success: after an error the other ranks may never arrive.
+    """
+    if torch_dist.is_initialized():
+        barrier()
+        torch_dist.destroy_process_group()
+
+
+@contextmanager
+def process_group(*, timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
+    """Joins the group, yields the device, and leaves the group unless the body raised."""
+    device = initialize(timeout_seconds=timeout_seconds)
+    yield device
+    shutdown()
+
+
+def rank() -> int:
+    """Returns this process's rank; 0 without a group."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes; 1 without a group."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Returns whether this process is rank 0, the one that writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if world_size() > 1:
+        torch_dist.barrier(device_ids=[torch.cuda.current_device()] if torch_dist.get_backend() == "nccl" else None)
+
+
+def reduce_mean(tensor: Tensor) -> Tensor:
+    """Returns the mean of `tensor` (any shape, floating point) over all ranks, as a new tensor of the same type."""
+    result = tensor.detach().clone()
+    if world_size() > 1:
+        torch_dist.all_reduce(result)
+        result /= world_size()
+    return result
+
+
+def broadcast_object(value: T) -> T:
+    """Returns rank 0's `value` on every rank; it must be picklable."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    torch_dist.broadcast_object_list(box, src=0, device=_collective_device())
+    received: T = box[0]
+    return received
+
+
+def gather_objects(value: T) -> list[T]:
+    """Returns the `value` of every rank, in rank order, on every rank; they must be picklable."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def all_agree(flag: bool) -> bool:
+    """Returns True on every rank if `flag` is True on every rank, else False on every rank."""
+    if world_size() == 1:
+        return flag
+    agreed = torch.tensor(int(flag), device=_collective_device())
+    torch_dist.all_reduce(agreed, op=torch_dist.ReduceOp.MIN)
+    return bool(agreed.item())
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,114 @@
+"""What an engine trains and what a saved engine state belongs to; the same rules for every engine.
+
+Owns the lookup of parameter groups in a module and the small `engine.json` beside a saved state, which is checked before anything
+else in the folder is opened. Called by the engines only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, Precision
+from aiprod_ds.engine.protocol import ParameterGroup, group_names
+from aiprod_ds.errors import CheckpointError, EngineError
+
+_FILE = "engine.json"
+
+TORCH_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLayout:
+    """What must be equal between the engine that saved a state and the one that loads it."""
+
+    engine: str
+    zero_stage: int
+    precision: str
+    optimizer_offload: bool
+    world_size: int
+    parameters_sha256: str
+
+    def write(self, folder: Path) -> None:
+        """Writes the layout into `folder`."""
+        (folder / _FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def require_same(self, folder: Path) -> None:
+        """Checks that the state in `folder` was saved with this layout.
+
+        Raises:
+            CheckpointError: If the file is missing or damaged, or a field differs; every difference is named.
+        """
+        path = folder / _FILE
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: must be readable JSON, got an error: {error}. The checkpoint is incomplete.") from error
+        expected = asdict(self)
+        if not isinstance(saved, dict) or set(saved) != set(expected):
+            raise CheckpointError(f"{path}: must have the fields {sorted(expected)}, got {saved!r}. The checkpoint is of another format.")
+        different = [f"{name} {saved[name]!r} there, {value!r} here" for name, value in expected.items() if saved[name] != value]
+        if different:
+            raise CheckpointError(
+                f"{path}: must belong to the same engine layout, got {'; '.join(different)}. Resume with the settings of the saved run."
+            )
+
+
+def engine_layout(
+    engine: str, settings: DeepSpeedSettings, world_size: int, groups: Sequence[ParameterGroup], shapes: Mapping[str, torch.Size]
+) -> EngineLayout:
+    """Returns the layout of an engine that trains `groups` with full parameter `shapes` by name."""
+    described = [[(name, list(shapes[name])) for name in group.names] for group in groups]
+    return EngineLayout(
+        engine=engine,
+        zero_stage=settings.zero_stage,
+        precision=settings.precision,
+        optimizer_offload=settings.optimizer_offload,
+        world_size=world_size,
+        parameters_sha256=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
+    )
+
+
+def group_parameters(module: nn.Module, groups: Sequence[ParameterGroup]) -> list[list[nn.Parameter]]:
+    """Returns the parameters of each group, in the order of its names.
+
+    Raises:
+        EngineError: If the groups do not name every trainable parameter of `module` exactly once, or name a frozen one.
+    """
+    by_name = dict(module.named_parameters())
+    names = group_names(groups)
+    trainable = {name for name, parameter in by_name.items() if parameter.requires_grad}
+    unknown = sorted(set(names) - trainable)
+    if unknown:
+        raise EngineError(f"parameter groups: must name trainable parameters of the module, got {unknown[:5]}. Correct the groups.")
+    if len(names) != len(trainable):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise EngineError(
+            "parameter groups: must name every trainable parameter once, got"
+            f" missing {sorted(trainable - set(names))[:5]}, repeated {twice[:5]}. Correct the groups or freeze the parameters."
+        )
+    if not names:
+        raise EngineError("parameter groups: must name at least one parameter, got none. The module has nothing to train.")
+    return [[by_name[name] for name in group.names] for group in groups]
+
+
+def persistent_tensors(module: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Returns, for what `module.state_dict()` holds, the parameter's own name by key, and the buffers by key.
+
+    A tied parameter has several keys and one name: the first that `named_parameters` yields.
+    """
+    own_names = {id(parameter): name for name, parameter in module.named_parameters()}
+    parameters: dict[str, str] = {}
+    buffers: dict[str, Tensor] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter):
+            parameters[key] = own_names[id(value)]
+        elif isinstance(value, Tensor):
+            buffers[key] = value
+    return parameters, buffers

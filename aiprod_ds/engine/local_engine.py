@@ -1,0 +1,234 @@
+"""The control engine: the numerics of mixed-precision training in plain PyTorch, on one process.
+
+Owns fp32 master weights, loss scale, clipping and AdamW, written so that each line can be read against the DeepSpeed engine. No
+sharding: the ZeRO stage of the settings has no effect on one process, the precision does.
+
+One update over K micro-batches, with L the loss scale (1 outside fp16) and m the master weights:
+    g = sum_k float(dL_k/dw * L / K) / L;  norm = ||g||_2;  g *= min(1, clip / (norm + 1e-6));  m = AdamW(m, g);  w = cast(m)
+A non-finite norm skips the update in every precision.
+
+Deviation from DeepSpeed: gradients of a window are added up in fp32, as DeepSpeed does with `data_types.grad_accum_dtype: fp32`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
+from aiprod_ds.engine.loss_scale import LossScaler
+from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult
+from aiprod_ds.errors import CheckpointError, EngineError
+
+_STATE_FILE = "local_engine.pt"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class LocalEngine:
+    """`aiprod_ds.engine.protocol.Engine` on one process, without DeepSpeed.
+
+    Args:
+        module: Moved to `device` and cast in place: parameters to the precision, buffers only if `buffer_dtype` says so.
+        groups: Every trainable parameter once.
+        optimizer: AdamW settings; the learning rate is 0 until `set_learning_rate`.
+        settings: Precision and loss scale; ZeRO stage and offload have no meaning here.
+        micro_batch_size: Samples per micro-batch.
+        accumulation: Micro-batches per update.
+        device: Defaults to where the module's parameters are.
+
+    Raises:
+        EngineError: If the groups do not fit the module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        *,
+        optimizer: OptimizerConfig,
+        settings: DeepSpeedSettings,
+        micro_batch_size: int,
+        accumulation: int,
+        device: torch.device | None = None,
+    ) -> None:
+        parameters = group_parameters(module, groups)
+        self.module = module
+        self.device = device if device is not None else parameters[0][0].device
+        self.rank = 0
+        self.world_size = 1
+        self.compute_dtype = TORCH_DTYPES[settings.precision]
+        self._clip_norm = optimizer.gradient_clip_norm
+        self._accumulation = accumulation
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches = 0
+        self._scaler = LossScaler(settings.loss_scale)
+        _cast(module, self.device, self.compute_dtype, None if settings.buffer_dtype is None else TORCH_DTYPES[settings.buffer_dtype])
+        names = [name for group in groups for name in group.names]
+        flat = [parameter for group in parameters for parameter in group]
+        self._weights = dict(zip(names, flat, strict=True))
+        self._masters = {name: self._master(weight) for name, weight in self._weights.items()}
+        self._optimizer = torch.optim.AdamW(
+            [{"params": [self._masters[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups],
+            lr=0.0,
+            betas=optimizer.betas,
+            eps=optimizer.epsilon,
+            fused=self.device.type == "cuda",
+        )
+        self._layout = engine_layout("local", settings, 1, groups, {name: weight.shape for name, weight in self._weights.items()})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module forward."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates gradients of `loss` (0-dim fp32, the mean over the micro-batch), divided by the accumulation."""
+        (loss * (self._scaler.scale / self._accumulation)).backward()  # type: ignore[no-untyped-call]
+        for name, weight in self._weights.items():
+            master = self._masters[name]
+            if master is weight or weight.grad is None:
+                continue
+            gradient = weight.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            weight.grad = None
+
+    def step(self) -> UpdateResult | None:
+        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its end."""
+        self._micro_batches += 1
+        if self._micro_batches < self._accumulation:
+            return None
+        self._micro_batches = 0
+        scale = self._scaler.scale
+        gradients = self._unscaled_gradients(scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            self._apply(gradients, norm)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.update(overflow=not applied)
+        return UpdateResult(applied=applied, gradient_norm=norm, loss_scale=scale)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets the rate that the next update uses, in every parameter group."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
+        """Changes the batch for the updates that follow.
+
+        Raises:
+            EngineError: If called inside an accumulation window.
+        """
+        if self._micro_batches:
+            raise EngineError(
+                f"set_batch: must be called between updates, got {self._micro_batches} of {self._accumulation} micro-batches done."
+                " Finish the window first."
+            )
+        self._micro_batch_size = micro_batch_size
+        self._accumulation = accumulation
+
+    def train(self) -> None:
+        """Puts the module in training mode."""
+        self.module.train()
+
+    def eval(self) -> None:
+        """Puts the module in evaluation mode."""
+        self.module.eval()
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """Yields every trained parameter in name order."""
+        for name in sorted(self._masters):
+            master = self._masters[name]
+            state = self._optimizer.state.get(master, {})
+            yield ParameterState(
+                name=name,
+                value=_host_copy(master),
+                optimizer={key: _host_copy(state[key]) for key in _MOMENTS if key in state},
+                step=int(state["step"]) if "step" in state else 0,
+            )
+
+    def module_state(self) -> dict[str, Tensor]:
+        """Returns the whole model: trained parameters in fp32, frozen ones and buffers as they are."""
+        own_names, buffers = persistent_tensors(self.module)
+        parameters = dict(self.module.named_parameters())
+        state = {key: _host_copy(self._masters.get(name, parameters[name])) for key, name in own_names.items()}
+        return state | {key: _host_copy(buffer) for key, buffer in buffers.items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes everything that `load` needs into the existing empty `folder`."""
+        torch.save(
+            {
+                "module": self.module.state_dict(),
+                "masters": self._masters,
+                "optimizer": self._optimizer.state_dict()["state"],
+                "scaler": self._scaler.state_dict(),
+            },
+            folder / _STATE_FILE,
+        )
+        self._layout.write(folder)
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, bit for bit; optimizer settings and learning rate stay those of this engine.
+
+        Raises:
+            CheckpointError: If the folder does not fit this engine.
+        """
+        self._layout.require_same(folder)
+        path = folder / _STATE_FILE
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.module.load_state_dict(state["module"], strict=True)
+        except (OSError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: must hold this module's state, got an error: {error}. The checkpoint does not fit.") from error
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                master.copy_(state["masters"][name])
+        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": self._optimizer.state_dict()["param_groups"]})
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.load_state_dict(state["scaler"])
+        self._micro_batches = 0
+
+    def close(self) -> None:
+        """Drops gradients and optimizer state; the module stays usable, with its weights in the precision of this engine."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.state.clear()
+
+    def _master(self, weight: nn.Parameter) -> nn.Parameter:
+        if self.compute_dtype == torch.float32:
+            return weight
+        # Like DeepSpeed's, masters start from the 16-bit weights, so both engines start equal.
+        return nn.Parameter(weight.detach().float())
+
+    def _unscaled_gradients(self, scale: float) -> list[Tensor]:
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / scale)
+        return gradients
+
+    def _apply(self, gradients: list[Tensor], norm: Tensor) -> None:
+        if self._clip_norm is not None:
+            torch._foreach_mul_(gradients, torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0))
+        self._optimizer.step()
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                if self._masters[name] is not weight:
+                    weight.copy_(self._masters[name])
+
+
+def _cast(module: nn.Module, device: torch.device, dtype: torch.dtype, buffer_dtype: torch.dtype | None) -> None:
+    module.to(device)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for buffer in module.buffers():
+        if buffer_dtype is not None and buffer.is_floating_point():
+            buffer.data = buffer.data.to(buffer_dtype)
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
