@@ -122,7 +122,7 @@ def _read_json(path: Path, where: str, problems: list[str]) -> Mapping[str, Any]
     except ValueError as error:
         raise ConfigError(f"{where}: must be JSON, got an error: {error}. Correct the file.") from error
     if not isinstance(values, dict):
-        raise ConfigError([*problems, f"{where}: must be a JSON object, got {type(values).__name__}. Put the settings in braces."])
+        raise ConfigError([*problems, f"{where}: must be a JSON object, got {type(values).__name__}. Use braces."])
     return values
 
 
@@ -185,8 +185,8 @@ def _check_combinations(values: Mapping[str, Any], where: str, problems: list[st
         )
     if stage == 1 and precision == "bf16" and accumulation_dtype == "fp32":
         problems.append(
-            f"{where}: data_types.grad_accum_dtype: must not be fp32 with bf16 at ZeRO stage 1, got 'fp32': DeepSpeed 0.19.8 takes"
-            " another optimizer with another checkpoint format there. Use stage 2 or remove the key."
+            f"{where}: data_types.grad_accum_dtype: must not be fp32 with bf16 at ZeRO stage 1, got 'fp32': DeepSpeed 0.19.8"
+            " takes another optimizer with another checkpoint format there. Use stage 2 or remove the key."
         )
 
 
@@ -195,7 +195,8 @@ def _check_stage_keys(zero: Mapping[str, Any], stage: int, where: str, problems:
         needed = 3 if key.startswith("stage3_") or key in _STAGE_3_KEYS else 1
         if key != "stage" and stage < needed:
             problems.append(
-                f"{where}: zero_optimization.{key}: has no effect below stage {needed}, got stage {stage}. Remove it or raise the stage."
+                f"{where}: zero_optimization.{key}: has no effect below stage {needed}, got stage {stage}."
+                " Remove it or raise the stage."
             )
 
 
@@ -217,9 +218,9 @@ def _settings(values: Mapping[str, Any]) -> DeepSpeedSettings:
 
 
 def _is_bool(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
+    if value is True or value is False:
+        return value
+    raise ValueError("true or false")
 
 
 def _one_of(*choices: object) -> Check:

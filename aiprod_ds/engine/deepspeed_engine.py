@@ -1,7 +1,7 @@
 """The DeepSpeed engine: ZeRO 0 to 3 in fp32, bf16 and fp16 behind the protocol that the loop knows.
 
-Owns how DeepSpeed is configured, stepped, saved and loaded. What DeepSpeed does not document stands in `deepspeed_internals`. There
-is no scheduler: the loop writes the learning rate. DeepSpeed's own counters are kept only for its files; the clock is the truth.
+Owns how DeepSpeed is configured, stepped, saved and loaded. What DeepSpeed does not document stands in `deepspeed_internals`.
+There is no scheduler: the loop writes the learning rate. DeepSpeed's own counters serve its files only; the clock is the truth.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class DeepSpeedEngine:
         done = engine.micro_steps % engine.gradient_accumulation_steps()
         if done:
             raise EngineError(
-                f"set_batch: must be called between updates, got {done} of {engine.gradient_accumulation_steps()} micro-batches done."
-                " Finish the window first."
+                f"set_batch: must be called between updates, got {done} of {engine.gradient_accumulation_steps()} micro-batches"
+                " done. Finish the window first."
             )
         engine.set_train_micro_batch_size(micro_batch_size)
         engine.set_train_batch_size(micro_batch_size * accumulation * self.world_size)
@@ -189,7 +189,9 @@ class DeepSpeedEngine:
         try:
             loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
-            raise CheckpointError(f"{folder}: must hold this engine's state, got an error: {error}. The checkpoint is damaged.") from error
+            raise CheckpointError(
+                f"{folder}: must hold this engine's state, got an error: {error}. The checkpoint is damaged."
+            ) from error
         if loaded is None or "aiprod_ds" not in client_state:
             raise CheckpointError(f"{folder}: must hold DeepSpeed files, got none that load. The checkpoint is incomplete.")
         self._engine.micro_steps = 0

@@ -1,7 +1,7 @@
 """Every touch of what DeepSpeed does not document, each with the version and the place that make it necessary.
 
-Owns workarounds for DeepSpeed 0.19.8 and nothing else: no policy, no state. Called by `deepspeed_engine` alone. The behaviours are
-pinned by tests/upstream, so that an upgrade says which of them can go. Places are relative to the installed `deepspeed/`.
+Owns workarounds for DeepSpeed 0.19.8 and nothing else: no policy, no state. Called by `deepspeed_engine` alone. The behaviours
+are pinned by tests/upstream, so that an upgrade says which of them can go. Places are relative to the installed `deepspeed/`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from deepspeed.runtime import torch_autocast
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -48,7 +48,7 @@ def quiet_logs() -> None:
 def prepare(engine: Any) -> None:
     """Corrects a new engine before its first update."""
     # runtime/engine.py:5530: every save would copy two scripts beside the checkpoint.
-    engine._copy_recovery_script = lambda save_path: None
+    engine._copy_recovery_script = _copy_nothing
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # runtime/fp16/unfused_optimizer.py, initialize_optimizer_states: construction takes a real optimizer step on zero
         # gradients, which leaves Adam's step count one ahead, so the first update is smaller than AdamW's.
@@ -147,11 +147,16 @@ def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
     )
 
 
+def is_partitioned(engine: Any) -> bool:
+    """Returns whether parameters are partitioned (ZeRO-3) and must be gathered before they are read."""
+    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+
+
 def full_teardown(engine: Any) -> None:
     """Takes an engine apart so that nothing in the process refers to it, its optimizer or its module any more.
 
-    `DeepSpeedEngine.destroy` (runtime/engine.py:1243) leaves: the root forward hooks (runtime/engine.py:624); backward functions on
-    every module that call the old coordinator after a new engine took the module (runtime/zero/parameter_offload.py:444, 483);
+    `DeepSpeedEngine.destroy` (runtime/engine.py:1243) leaves: the root forward hooks (runtime/engine.py:624); backward functions
+    on every module that call the old coordinator after a new engine took the module (runtime/zero/parameter_offload.py:444, 483);
     the module in a global list (parameter_offload.py:315); an unbounded class-level cache (partitioned_param_coordinator.py:633);
     a process-wide autocast flag (runtime/torch_autocast.py:28); and the replaced `torch.nn.functional.linear`
     (runtime/zero/partition_parameters.py:419), which would change speed and memory of every later engine.
@@ -176,10 +181,12 @@ def full_teardown(engine: Any) -> None:
     gc.collect()
 
 
+def _copy_nothing(save_path: str) -> None:
+    del save_path
+
+
 def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    flat = optimizer.fp32_groups_flat_partition if isinstance(optimizer, BF16_Optimizer) else optimizer.single_partition_of_fp32_groups
-    groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
-    for partition, group in zip(flat, groups, strict=True):
+    for partition, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
         if any(parameter is member for member in group):
             result: Tensor = partition
             return result
@@ -192,7 +199,7 @@ def _replicated_state(optimizer: Any, parameter: nn.Parameter) -> GatheredState:
     base = optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         base = optimizer.optimizer
-        pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
         master = next(fp32 for bit16, fp32 in pairs if bit16 is parameter)
     state = base.state.get(master, {})
     return GatheredState(
@@ -214,8 +221,3 @@ def _clear_caches(function: Callable[..., Any]) -> None:
         for cell in getattr(current, "__closure__", None) or ():
             if callable(cell.cell_contents) and cell.cell_contents is not current:
                 pending.append(cell.cell_contents)
-
-
-def is_partitioned(engine: Any) -> bool:
-    """Returns whether parameters are partitioned (ZeRO-3) and must be gathered before they are read."""
-    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)

@@ -42,7 +42,7 @@ def initialize(*, timeout_seconds: float = 1800.0) -> torch.device:
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise EngineError(
-                f"LOCAL_RANK: must be below the number of GPUs ({torch.cuda.device_count()}), got {device.index}. Start fewer ranks."
+                f"LOCAL_RANK: must be below the number of GPUs ({torch.cuda.device_count()}), got {device.index}. Start fewer."
             )
         torch.cuda.set_device(device)
     if torch_dist.is_initialized():
@@ -51,11 +51,12 @@ def initialize(*, timeout_seconds: float = 1800.0) -> torch.device:
     timeout = timedelta(seconds=timeout_seconds)
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(present):
-        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = torch_dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's export list
+        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return device
     missing = sorted(set(_LAUNCHER_VARIABLES) - set(present))
     if missing:
-        raise EngineError(f"environment: the launcher must set {', '.join(_LAUNCHER_VARIABLES)}, got none of {', '.join(missing)}.")
+        raise EngineError(f"environment: the launcher must set {', '.join(_LAUNCHER_VARIABLES)}, got no {', '.join(missing)}.")
     torch_dist.init_process_group(backend, timeout=timeout)
     return device
 

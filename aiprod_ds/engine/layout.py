@@ -49,14 +49,15 @@ class EngineLayout:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: must be readable JSON, got an error: {error}. The checkpoint is incomplete.") from error
+            raise CheckpointError(f"{path}: must be readable JSON, got an error: {error}. It is incomplete.") from error
         expected = asdict(self)
         if not isinstance(saved, dict) or set(saved) != set(expected):
-            raise CheckpointError(f"{path}: must have the fields {sorted(expected)}, got {saved!r}. The checkpoint is of another format.")
+            raise CheckpointError(f"{path}: must have the fields {sorted(expected)}, got {saved!r}. It is of another format.")
         different = [f"{name} {saved[name]!r} there, {value!r} here" for name, value in expected.items() if saved[name] != value]
         if different:
             raise CheckpointError(
-                f"{path}: must belong to the same engine layout, got {'; '.join(different)}. Resume with the settings of the saved run."
+                f"{path}: must belong to the same engine layout, got {'; '.join(different)}."
+                " Resume with the settings of the saved run."
             )
 
 
@@ -86,7 +87,7 @@ def group_parameters(module: nn.Module, groups: Sequence[ParameterGroup]) -> lis
     trainable = {name for name, parameter in by_name.items() if parameter.requires_grad}
     unknown = sorted(set(names) - trainable)
     if unknown:
-        raise EngineError(f"parameter groups: must name trainable parameters of the module, got {unknown[:5]}. Correct the groups.")
+        raise EngineError(f"parameter groups: must name trainable parameters of the module, got {unknown[:5]}. Correct them.")
     if len(names) != len(trainable):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise EngineError(

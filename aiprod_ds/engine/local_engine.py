@@ -68,7 +68,7 @@ class LocalEngine:
         self._micro_batch_size = micro_batch_size
         self._micro_batches = 0
         self._scaler = LossScaler(settings.loss_scale)
-        _cast(module, self.device, self.compute_dtype, None if settings.buffer_dtype is None else TORCH_DTYPES[settings.buffer_dtype])
+        _cast(module, self.device, self.compute_dtype, settings.buffer_dtype and TORCH_DTYPES[settings.buffer_dtype])
         names = [name for group in groups for name in group.names]
         flat = [parameter for group in parameters for parameter in group]
         self._weights = dict(zip(names, flat, strict=True))
@@ -126,8 +126,8 @@ class LocalEngine:
         """
         if self._micro_batches:
             raise EngineError(
-                f"set_batch: must be called between updates, got {self._micro_batches} of {self._accumulation} micro-batches done."
-                " Finish the window first."
+                f"set_batch: must be called between updates, got {self._micro_batches} of {self._accumulation} micro-batches"
+                " done. Finish the window first."
             )
         self._micro_batch_size = micro_batch_size
         self._accumulation = accumulation
@@ -184,11 +184,12 @@ class LocalEngine:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.module.load_state_dict(state["module"], strict=True)
         except (OSError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: must hold this module's state, got an error: {error}. The checkpoint does not fit.") from error
+            raise CheckpointError(f"{path}: must hold this module's state, got an error: {error}. It does not fit.") from error
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(state["masters"][name])
-        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": self._optimizer.state_dict()["param_groups"]})
+        current = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": current})
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.load_state_dict(state["scaler"])
         self._micro_batches = 0

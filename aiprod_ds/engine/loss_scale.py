@@ -76,4 +76,4 @@ class LossScaler:
             self._last_overflow = int(state["last_overflow"])
             self._tolerance = int(state["tolerance"])
         except KeyError as error:
-            raise CheckpointError(f"loss scale: field {error} must be present, got {sorted(state)}. The checkpoint is damaged.") from error
+            raise CheckpointError(f"loss scale: field {error} must be present, got {sorted(state)}. It is damaged.") from error
