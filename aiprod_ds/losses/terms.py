@@ -1,0 +1,57 @@
+"""What every loss returns: the number to train on and the raw terms to log.
+
+Owns the record and how terms become a total, nothing about any one loss. The trainers read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """One evaluation of a loss.
+
+    Attributes:
+        total: 0-dim fp32 (fp64 for fp64 inputs), with gradient: the weighted sum that is trained.
+        terms: Metric name -> 0-dim detached value, unweighted. Terms of weight 0 are here too: measured, not trained.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class LossSum:
+    """Adds weighted terms up to a `LossTerms`.
+
+    Worked number: terms 2.0 of weight 0.5 and 7.0 of weight 0 give a total of 1.0 and both raw values in `terms`.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._terms: dict[str, Tensor] = {}
+
+    def add(self, name: str, weight: float, term: Callable[[], Tensor]) -> None:
+        """Evaluates `term` (0-dim) and adds `weight` times it; without a graph, and not added at all, when the weight is 0.
+
+        The product is skipped rather than taken with 0, because 0 * NaN would poison the total.
+        """
+        with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+            value = term()
+        self._terms[name] = value.detach()
+        if weight > 0:
+            weighted = weight * value
+            self._total = weighted if self._total is None else self._total + weighted
+
+    def measure(self, name: str, value: Tensor) -> None:
+        """Records a 0-dim number that is never trained."""
+        self._terms[name] = value.detach()
+
+    def finish(self, *, total_name: str = "loss/total") -> LossTerms:
+        """Returns the record, with the total among its terms."""
+        assert self._total is not None, "a loss needs at least one term of positive weight"
+        return LossTerms(total=self._total, terms={total_name: self._total.detach(), **self._terms})

@@ -1,0 +1,103 @@
+"""The loss of the video VAE: reconstruction, perceptual distance, KL and Haar bands, each under its own name.
+
+Owns which terms there are and their weights; the formulas are in `kl.py`, `perceptual.py` and `haar.py`. Called by the video
+VAE trainer. Shapes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from aiprod_ds.config.vae import VideoVAELossConfig
+from aiprod_ds.errors import ConfigError, DataError
+from aiprod_ds.losses.haar import haar_l1
+from aiprod_ds.losses.kl import gaussian_kl, latent_statistics
+from aiprod_ds.losses.perceptual import PerceptualLoss
+from aiprod_ds.losses.precision import no_autocast, widened
+from aiprod_ds.losses.terms import LossSum, LossTerms
+
+
+class VideoVAELoss(nn.Module):
+    """Sums the weighted terms of a video VAE in fp32.
+
+        L = R(x, y) + lambda_p * P(x, y) + lambda_kl * KL + lambda_dwt * Haar(x, y),   R = mean|x - y| or mean (x - y)^2
+
+    Worked number: one clip of 3x2x4x4 (96 elements), y = x + 0.5 everywhere, a latent of 8 elements with mean 2 and logvar 0,
+    kl_weight 0.1, no perceptual network, haar_weight 1: L1 0.5; KL 8 * 2 / 96 = 0.166667; Haar 0.353553 * 0.5 = 0.176777;
+    total 0.5 + 0.016667 + 0.176777 = 0.693443.
+
+    Holds no parameters. Logged: `loss/total`, `loss/reconstruction_l1` (or `_mse`), `loss/perceptual`, `loss/kl`,
+    `loss/haar`, `latent/mean`, `latent/std`, `latent/collapsed_share`.
+
+    Args:
+        config: Weights and reductions.
+        perceptual: The network distance. None leaves the term out altogether; then its weight must be 0.
+
+    Raises:
+        ConfigError: If the perceptual weight is positive and there is no network.
+    """
+
+    def __init__(self, config: VideoVAELossConfig, perceptual: PerceptualLoss | None) -> None:
+        super().__init__()
+        if perceptual is None and config.perceptual_weight > 0:
+            raise ConfigError(
+                f"loss.perceptual_weight: must be 0 without a perceptual network, got {config.perceptual_weight}. "
+                "Pass a PerceptualLoss, or set the weight to 0."
+            )
+        self.config = config
+        self.perceptual = perceptual
+
+    def forward(
+        self,
+        reconstruction_BCTHW: Tensor,
+        target_BCTHW: Tensor,
+        mean: Tensor,
+        logvar: Tensor,
+        *,
+        frame_seeds: Sequence[int] | None = None,
+    ) -> LossTerms:
+        """Returns the terms of one micro-batch.
+
+        Args:
+            reconstruction_BCTHW: [B,C,T,H,W] in [-1,1], any float type: what the decoder gave.
+            target_BCTHW: Same shape: the clip.
+            mean: [B,L,...] posterior mean.
+            logvar: Posterior log-variance, the mean's shape or broadcastable to it.
+            frame_seeds: One seed per clip, when the perceptual distance looks at some frames only.
+
+        Raises:
+            DataError: If the shapes do not fit.
+        """
+        _check_shapes(reconstruction_BCTHW, target_BCTHW)
+        config, perceptual, total = self.config, self.perceptual, LossSum()
+        with no_autocast(reconstruction_BCTHW):
+            y_BCTHW, x_BCTHW = widened(reconstruction_BCTHW), widened(target_BCTHW)
+            total.add(f"loss/reconstruction_{config.reconstruction}", 1.0, lambda: _reconstruction(y_BCTHW, x_BCTHW, config))
+            if perceptual is not None:
+                distance = partial(perceptual, y_BCTHW, x_BCTHW, frame_seeds=frame_seeds)
+                total.add("loss/perceptual", config.perceptual_weight, distance)
+            total.add("loss/kl", config.kl_weight, lambda: self._kl(mean, logvar, x_BCTHW))
+            total.add("loss/haar", config.haar_weight, lambda: haar_l1(y_BCTHW, x_BCTHW))
+        for name, value in latent_statistics(mean, logvar).items():
+            total.measure(name, value)
+        return total.finish()
+
+    def _kl(self, mean: Tensor, logvar: Tensor, target_BCTHW: Tensor) -> Tensor:
+        elements = target_BCTHW[0].numel()
+        return gaussian_kl(mean, logvar, reduction=self.config.kl_reduction, input_elements=elements)
+
+
+def _reconstruction(y_BCTHW: Tensor, x_BCTHW: Tensor, config: VideoVAELossConfig) -> Tensor:
+    difference = y_BCTHW - x_BCTHW
+    return difference.abs().mean() if config.reconstruction == "l1" else difference.square().mean()
+
+
+def _check_shapes(reconstruction: Tensor, target: Tensor) -> None:
+    if target.dim() != 5 or reconstruction.shape != target.shape:
+        raise DataError(
+            f"VideoVAELoss: reconstruction and target must be [B,C,T,H,W] of one shape, got {list(reconstruction.shape)} and "
+            f"{list(target.shape)}. Check the frame count and frame size against the model's strides."
+        )
