@@ -56,20 +56,18 @@ def gaussian_kl(mean: Tensor, logvar: Tensor, *, reduction: KLReduction, input_e
 def latent_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
     """Returns `latent/mean`, `latent/std` and `latent/collapsed_share`, 0-dim fp32.
 
-    Mean and standard deviation are those of a latent drawn from the posterior: var = E[mean^2 + exp(logvar)] - E[mean]^2, over
-    all elements. A channel is collapsed when its KL, averaged over batch and positions, is below 0.01 nats: it carries nothing.
+    Mean and (biased) standard deviation are those of the posterior mean over all elements; noise that the posterior adds would
+    hide a collapse from them. A channel is collapsed when its KL, averaged over batch and positions, is below 0.01 nats.
 
-    Worked number: mean +1 in one half and -1 in the other, logvar log 3: `latent/mean` 0, `latent/std` 2.
+    Worked number: two channels, of means +3 and 0, logvar 0: `latent/mean` 1.5, `latent/std` 1.5, `latent/collapsed_share` 0.5.
     """
     with no_autocast(mean):
         channel_kl = _elementwise_kl(mean, logvar).transpose(0, 1).flatten(1).mean(dim=1)
-        wide_mean, wide_logvar = _widened_pair(mean, logvar)
-        average = wide_mean.mean()
-        variance = (wide_mean - average).square().mean() + wide_logvar.exp().mean()
+        wide_mean = widened(mean)
         return {
-            "latent/mean": average,
-            "latent/std": variance.sqrt(),
-            "latent/collapsed_share": (channel_kl < COLLAPSED_NATS).to(average.dtype).mean(),
+            "latent/mean": wide_mean.mean(),
+            "latent/std": wide_mean.std(correction=0),
+            "latent/collapsed_share": (channel_kl < COLLAPSED_NATS).to(wide_mean.dtype).mean(),
         }
 
 

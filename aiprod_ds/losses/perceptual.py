@@ -118,8 +118,8 @@ def choose_frames(num_clips: int, num_frames: int, frames_per_clip: int, seeds: 
         return None
     if seeds is None or len(seeds) != num_clips:
         raise DataError(
-            f"perceptual.frames_per_clip: choosing {frames_per_clip} of {num_frames} frames needs {num_clips} seeds (one a clip), "
-            f"got {None if seeds is None else len(seeds)}. Pass frame_seeds, or set frames_per_clip to 0."
+            f"perceptual.frames_per_clip: choosing {frames_per_clip} of {num_frames} frames needs {num_clips} seeds, "
+            f"got {None if seeds is None else len(seeds)}. Pass one of frame_seeds per clip, or set frames_per_clip to 0."
         )
     draws = [torch.randperm(num_frames, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack([draw[:frames_per_clip].sort().values for draw in draws])

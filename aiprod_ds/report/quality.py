@@ -84,6 +84,7 @@ class VideoQuality:
         if self._lpips is not None:
             lpips = float(self._lpips(reconstruction_CTHW.clamp(-1, 1).unsqueeze(0), original_CTHW.unsqueeze(0)))
         ssim = structural_similarity_index_measure(y_TCHW, x_TCHW, data_range=1.0)
+        assert isinstance(ssim, Tensor), "torchmetrics returns a pair only with return_full_image or return_contrast_sensitivity"
         values = [1.0, _psnr_db(x_TCHW, y_TCHW), float(ssim), _change(x_TCHW), _change(y_TCHW), lpips]
         return torch.tensor(values, dtype=torch.float64)
 
@@ -101,4 +102,6 @@ def _check_shapes(original: Tensor, reconstruction: Tensor) -> None:
     if shape != list(reconstruction.shape):
         raise DataError(f"video quality: both videos must have one shape, got {shape} and {list(reconstruction.shape)}.")
     if len(shape) != 5 or min(shape[3:]) < _SSIM_WINDOW:
-        raise DataError(f"video quality: videos must be [B,3,T,H,W] with H and W at least {_SSIM_WINDOW} (SSIM's window), got {shape}.")
+        raise DataError(
+            f"video quality: videos must be [B,3,T,H,W] with H and W at least {_SSIM_WINDOW} (SSIM's window), got {shape}."
+        )
