@@ -1,0 +1,187 @@
+"""What a person watches: a live progress block in a terminal, plain lines in a log file, a summary at the end.
+
+Main rank only, and only through the rich console that the command line passes in (on stderr). No refresh thread: the display
+changes when metrics arrive, so worker processes can be forked at any time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from aiprod_ds.report.metric_names import find_metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSpan:
+    """A phase as the display needs it.
+
+    Attributes:
+        name: Its name in the configuration.
+        updates: Planned updates.
+        description: What it trains on, e.g. `9 frames 64x64, batch 8`.
+        relative_cost: Cost of one update in any unit shared by all phases (clips x frames x pixels); weighs the time left.
+    """
+
+    name: str
+    updates: int
+    description: str = ""
+    relative_cost: float = 1.0
+
+
+class ConsoleSink:
+    """Shows the run's progress from the metrics that pass by.
+
+    Args:
+        console: Where to draw; a live block if it is a terminal, plain lines if not.
+        phases: All phases in order.
+        first_update: Updates already done when this process began (a resumed run).
+        interval_seconds: Least time between two plain lines.
+        now: Monotonic time in seconds; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        phases: Sequence[PhaseSpan],
+        first_update: int = 0,
+        interval_seconds: float = 10.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._phases = tuple(phases)
+        self._starts = list(accumulate((phase.updates for phase in phases), initial=0))
+        self._interval_seconds = interval_seconds
+        self._now = now
+        self._update = first_update
+        self._phase = -1
+        self._metrics: dict[str, float] = {}
+        self._seconds_per_cost: float | None = None
+        self._last_line = -float("inf")
+        self._is_closed = False
+        # Prints of libraries go above the block where they would otherwise tear it.
+        self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=Console().is_terminal)
+        if console.is_terminal:
+            self._live.start()
+            self._live.update(Text("waiting for the first update", style="dim"), refresh=True)
+
+    def log(self, update: int, metrics: Mapping[str, float]) -> None:
+        """Takes one update; redraws the block, or prints a line if the last one is old enough."""
+        self._update = update
+        self._metrics.update(metrics)
+        phase = int(metrics.get("clock/phase", max(self._phase, 0)))
+        if phase != self._phase:
+            self._enter_phase(phase)
+        self._learn_speed(metrics)
+        if self._console.is_terminal:
+            self._live.update(self._block(), refresh=True)
+        elif self._now() - self._last_line >= self._interval_seconds or update == self._starts[-1]:
+            self._last_line = self._now()
+            self._console.print(self._line(), soft_wrap=True, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Takes the block away and leaves one last line. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._live.stop()
+        if self._console.is_terminal and self._metrics:
+            self._console.print(self._block(), highlight=False)
+
+    def _enter_phase(self, phase: int) -> None:
+        self._phase = phase
+        self._metrics = {name: value for name, value in self._metrics.items() if not name.startswith("evaluation/")}
+        self._seconds_per_cost = None
+        span = self._phases[phase]
+        title = Text.assemble((f"phase {phase + 1}/{len(self._phases)} ", "dim"), (span.name, "bold cyan"))
+        title.append(f"  {span.updates:,} updates" + (f", {span.description}" if span.description else ""))
+        self._console.print(title, highlight=False, soft_wrap=True)
+
+    def _learn_speed(self, metrics: Mapping[str, float]) -> None:
+        if "time/update_seconds" not in metrics:
+            return
+        latest = metrics["time/update_seconds"] / self._phases[self._phase].relative_cost
+        smoothed = self._seconds_per_cost
+        self._seconds_per_cost = latest if smoothed is None else 0.9 * smoothed + 0.1 * latest
+
+    def _seconds_left(self) -> float | None:
+        if self._seconds_per_cost is None:
+            return None
+        left = 0.0
+        for start, span in zip(self._starts, self._phases, strict=False):
+            left += max(0, start + span.updates - max(start, self._update)) * span.relative_cost
+        return left * self._seconds_per_cost
+
+    def _block(self) -> Group:
+        span = self._phases[self._phase]
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(no_wrap=True, max_width=24)
+        grid.add_column(ratio=1, min_width=8)
+        grid.add_column(no_wrap=True, justify="right")
+        grid.add_row(
+            Text.assemble((span.name, "bold cyan"), (f" {self._phase + 1}/{len(self._phases)}", "dim")),
+            ProgressBar(total=self._starts[-1], completed=self._update),
+            Text.assemble(
+                (f"{self._update:,}/{self._starts[-1]:,}", "bold"), ("  " + _clock(self._seconds_left()) + " left", "green")
+            ),
+        )
+        return Group(grid, _packed(self._terms(), self._console.width))
+
+    def _line(self) -> str:
+        span = self._phases[self._phase]
+        head = f"{span.name} {self._phase + 1}/{len(self._phases)} update {self._update:,}/{self._starts[-1]:,}"
+        terms = "  ".join(f"{label} {value}" for label, value in self._terms())
+        return f"{head}  {terms}  {_clock(self._seconds_left())} left"
+
+    def _terms(self) -> list[tuple[str, str]]:
+        """Returns (label, value) of what is shown, in the order shown: losses, held-out measures, rate, speed, skips."""
+        shown = [name for name in self._metrics if name.startswith("loss/")] + ["evaluation/psnr_db", "learning_rate"]
+        terms = [(find_metric(name).label, _number(self._metrics[name])) for name in shown if name in self._metrics]
+        if "throughput/clips_per_second" in self._metrics:
+            terms.append(("clips/s", f"{self._metrics['throughput/clips_per_second']:.1f}"))
+        if self._metrics.get("clock/skipped_updates", 0.0) > 0:
+            terms.append(("skipped", f"{self._metrics['clock/skipped_updates']:.0f}"))
+        return terms
+
+
+def _packed(terms: Sequence[tuple[str, str]], width: int) -> Text:
+    """Returns the terms on as many lines of `width` as they need; a label never parts from its value."""
+    text, column = Text(), 0
+    for label, value in terms:
+        length = len(label) + 1 + len(value)
+        if column and column + 2 + length > width:
+            text.append("\n")
+            column = 0
+        elif column:
+            text.append("  ")
+            column += 2
+        text.append(f"{label} ", style="dim").append(value, style="bold" if label == "loss" else "")
+        column += length
+    return text
+
+
+def _number(value: float) -> str:
+    """Returns four significant digits of constant width, so that a live display does not jump.
+
+    Example: 0.12 -> `0.1200`; 0.0000321 -> `3.21e-05`; 12345.6 -> `12346`.
+    """
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
+        return f"{value:#.4g}"
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.2e}"
+
+
+def _clock(seconds: float | None) -> str:
+    """Returns `h:mm:ss`, or dashes where nothing is known yet."""
+    if seconds is None:
+        return "-:--:--"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,90 @@
+"""metrics.jsonl: one JSON object per update, the truth that all other sinks mirror.
+
+A line is written and flushed at once, so a killed run loses at most the line it was writing. A resumed run first drops what
+the lost run wrote beyond the checkpoint, so that every update stands in the file exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from aiprod_ds.errors import DataError
+
+MetricRow = tuple[int, dict[str, float]]
+
+
+class JsonlSink:
+    """Appends `{"update": 12, "loss/total": 0.31, ...}` per update; NaN and infinity stand as "nan", "inf" and "-inf".
+
+    Args:
+        path: The file; its folder must exist.
+        resume_from_update: Update count of the checkpoint that the run continues from; later lines are dropped. None starts a
+            new file.
+
+    Raises:
+        DataError: If the file to continue is damaged anywhere but in its last line.
+    """
+
+    def __init__(self, path: Path, *, resume_from_update: int | None = None) -> None:
+        kept = [] if resume_from_update is None or not path.exists() else _complete_lines(path)
+        rows = [(_parse(line, f"{path}:{number}"), line) for number, line in enumerate(kept, start=1)]
+        _replace(path, "".join(line for (update, _), line in rows if update <= (resume_from_update or 0)))
+        self._file: TextIO | None = path.open("a", encoding="utf-8")
+
+    def log(self, update: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line and hands it to the operating system."""
+        if self._file is None:
+            raise ValueError(f"metrics.jsonl: update {update} was logged after close().")
+        record = {"update": update, **{name: _encode(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file. Idempotent."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: Path) -> list[MetricRow]:
+    """Returns (update, metrics) of every complete line, in order; a torn last line is left out.
+
+    Raises:
+        DataError: If a complete line is not what `JsonlSink` writes; names the line.
+    """
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(_complete_lines(path), start=1)]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return lines
+
+
+def _parse(line: str, where: str) -> MetricRow:
+    try:
+        record = json.loads(line)
+        return int(record.pop("update")), {str(name): float(value) for name, value in record.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{where}: must be a JSON object with an update and numbers, got {line[:80]!r}. Remove the line or restore the file."
+        ) from error
+
+
+def _encode(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,233 @@
+"""report.md: the page that a person reads after a run. Pure text from a `RunSummary`; no files are touched here.
+
+Order: what came out, what it looks like, how it went, what to know (replacements, data problems), how to do it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from aiprod_ds.report.summary import DataSummary, Picture, RunStatus, RunSummary
+
+_BEFORE, _AFTER = "_before", "_after"
+_MEASURES = {
+    "psnr_db": ("PSNR", "dB", 2),
+    "ssim": ("SSIM", "", 4),
+    "lpips": ("LPIPS", "", 4),
+    "l1": ("L1", "", 4),
+    "flicker_ratio": ("flicker ratio", "", 3),
+    "mel_distance": ("mel distance", "", 3),
+    "stft_distance": ("STFT distance", "", 3),
+    "si_sdr_db": ("SI-SDR", "dB", 2),
+}
+_PICTURE_SUFFIXES = (".png", ".jpg", ".gif")
+_MAX_FILES_LISTED = 50
+
+
+def render_page(summary: RunSummary) -> str:
+    """Returns the Markdown of report.md; links are relative to the run folder."""
+    sections = [
+        _headline(summary),
+        _measures_table(summary.metrics),
+        _pictures("What it looks like", summary.pictures),
+        _phases(summary),
+        _pictures("Curves", summary.plots),
+        _time(summary.time_seconds),
+        _replacements(summary.replacements),
+        _data(summary.data),
+        _reproduce(summary),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(summary: RunSummary) -> str:
+    lines = [f"# {summary.name}"]
+    sentence = _STATUS_SENTENCE[summary.status].format(updates=summary.updates, planned=summary.planned_updates)
+    measure = next(iter(_measures(summary.metrics)), None)
+    if measure is not None:
+        name, before, after = measure
+        lines.append(f"**{_label(name)} on {summary.data.held_out_clips} held-out clips: {_change(name, before, after)}**")
+    lines.append(
+        f"{sentence} `{summary.model}` ({_count(summary.parameters)} parameters) through {len(summary.phases)} "
+        f"{_plural('phase', len(summary.phases))} in {_duration(sum(summary.time_seconds.values()))}, on {summary.world_size} "
+        f"{_plural('rank', summary.world_size)} with {summary.engine}, ZeRO stage {summary.zero_stage}, {summary.precision}."
+    )
+    if summary.error is not None:
+        lines.append(f"> **Error:** {summary.error}")
+    return "\n\n".join(lines)
+
+
+_STATUS_SENTENCE = {
+    RunStatus.COMPLETED: "Completed: all {updates:,} updates.",
+    RunStatus.INTERRUPTED: "Interrupted after {updates:,} of {planned:,} updates; `--resume auto` goes on from here.",
+    RunStatus.FAILED: "Failed after {updates:,} of {planned:,} updates.",
+}
+
+
+def _measures_table(metrics: Mapping[str, float]) -> str:
+    rows = [
+        (_label(name), _value(name, before), _value(name, after), _difference(name, before, after))
+        for name, before, after in _measures(metrics)
+    ]
+    return _table(("held-out clips", "before", "after", "change"), rows) if rows else ""
+
+
+def _phases(summary: RunSummary) -> str:
+    extra = sorted({name for phase in summary.phases for name in phase.metrics}, key=_measure_order)
+    header = ("phase", "updates", "resolution", "frames", "batch", "highest lr", "time", *(_label(name) for name in extra))
+    rows = [
+        (
+            phase.name,
+            f"{phase.updates:,}",
+            phase.resolution or "-",
+            f"{phase.frames:,}",
+            f"{phase.batch:,}",
+            f"{phase.lr_max:.2e}",
+            _duration(phase.seconds),
+            *(_value(name, phase.metrics[name]) if name in phase.metrics else "-" for name in extra),
+        )
+        for phase in summary.phases
+    ]
+    skipped = f"\n\n{summary.skipped_updates:,} updates were skipped for overflow." if summary.skipped_updates else ""
+    return "## Phases\n\n" + _table(header, rows) + skipped
+
+
+def _pictures(title: str, pictures: Sequence[Picture]) -> str:
+    blocks = [
+        f"![{picture.caption}]({picture.path})\n\n*{picture.caption}*"
+        for picture in pictures
+        if picture.path.endswith(_PICTURE_SUFFIXES)
+    ]
+    links = [f"- [{picture.caption}]({picture.path})" for picture in pictures if not picture.path.endswith(_PICTURE_SUFFIXES)]
+    if links:
+        blocks.append("\n".join(links))
+    return f"## {title}\n\n" + "\n\n".join(blocks) if blocks else ""
+
+
+def _time(seconds: Mapping[str, float]) -> str:
+    total = sum(seconds.values())
+    if total <= 0:
+        return ""
+    rows = [
+        (name.replace("_", " "), _duration(value), f"{value / total:.1%}")
+        for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+        if value > 0
+    ]
+    return "## Where the time went\n\n" + _table(("activity", "time", "share"), [*rows, ("total", _duration(total), "100.0%")])
+
+
+def _replacements(replacements: Sequence[str]) -> str:
+    lines = [f"- {entry}" for entry in replacements] or ["Nothing: every setting took effect as it was written."]
+    return "## What was replaced\n\n" + "\n".join(lines)
+
+
+def _data(data: DataSummary) -> str:
+    lines = [f"{data.clips:,} clips for training, {data.held_out_clips:,} held out."]
+    for title, files in (("Unreadable", data.unreadable), ("Too short", data.too_short)):
+        if files:
+            lines.append(f"{title}: {len(files):,} {_plural('file', len(files))}, left out.")
+            lines.append(_table(("file", "reason"), [(f"`{path}`", _cell(reason)) for path, reason in files[:_MAX_FILES_LISTED]]))
+        if len(files) > _MAX_FILES_LISTED:
+            lines.append(f"{len(files) - _MAX_FILES_LISTED:,} more are in `report.json`.")
+    if not data.unreadable and not data.too_short:
+        lines.append("Every file could be used.")
+    return "## Data\n\n" + "\n\n".join(lines)
+
+
+def _reproduce(summary: RunSummary) -> str:
+    lines = ["## How to do it again"]
+    command = summary.environment.get("command")
+    if command:
+        lines.append(f"```\n{command}\n```")
+    facts = [("configuration", "`config.yaml` (resolved), `plan.json`"), ("metrics", "`metrics.jsonl`")]
+    if summary.final_state_sha256:
+        facts.append(("final state, sha256", f"`{summary.final_state_sha256}`"))
+    facts += [("continued from", f"`{name}`") for name in summary.resumed_from]
+    facts += list(_environment_facts(summary.environment))
+    facts.append(("peak host memory", _bytes(summary.peak_rss_bytes)))
+    lines.append(_table(("what", "value"), facts))
+    return "\n\n".join(lines)
+
+
+def _environment_facts(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    git = environment.get("git")
+    if git:
+        yield "commit", f"`{git['commit']}`" + (" with local changes" if git["has_changes"] else "")
+    hardware = environment.get("hardware", {})
+    if hardware:
+        yield "processor", f"{hardware['cpu']}, {hardware['cores']} cores"
+        yield "accelerators", ", ".join(hardware["gpus"]) or "none"
+    versions = environment.get("versions", {})
+    if versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _measures(metrics: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Returns (measure, before, after) of every pair in `metrics`, the known ones first."""
+    names = [name.removesuffix(_AFTER) for name in metrics if name.endswith(_AFTER)]
+    return [
+        (name, metrics[name + _BEFORE], metrics[name + _AFTER])
+        for name in sorted(names, key=_measure_order)
+        if name + _BEFORE in metrics
+    ]
+
+
+def _measure_order(name: str) -> tuple[int, str]:
+    known = list(_MEASURES)
+    return (known.index(name) if name in known else len(known), name)
+
+
+def _label(name: str) -> str:
+    return _MEASURES[name][0] if name in _MEASURES else name.replace("_", " ")
+
+
+def _value(name: str, value: float) -> str:
+    _, unit, digits = _MEASURES.get(name, ("", "", 4))
+    return f"{value:.{digits}f} {unit}".rstrip()
+
+
+def _difference(name: str, before: float, after: float) -> str:
+    _, unit, digits = _MEASURES.get(name, ("", "", 4))
+    return f"{after - before:+.{digits}f} {unit}".rstrip()
+
+
+def _change(name: str, before: float, after: float) -> str:
+    _, unit, digits = _MEASURES.get(name, ("", "", 4))
+    values = f"{before:.{digits}f} → {after:.{digits}f} {unit}".rstrip()
+    return f"{values} ({_difference(name, before, after)})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else noun + "s"
+
+
+def _count(number: int) -> str:
+    """Returns a count in three digits: 1234567 -> `1.23 M`."""
+    for factor, suffix in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{suffix}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    """Returns `12.3 s`, `4 min 05 s` or `3 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,97 @@
+"""The record of a finished run: what report.json holds and report.md tells. The trainer fills it, on the main rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class RunStatus(str, Enum):
+    """How the run ended."""
+
+    COMPLETED = "completed"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSummary:
+    """One phase as it ran.
+
+    Attributes:
+        resolution: `height x width` in pixels, `64x64`; empty for audio.
+        frames: Frames per clip after snapping (samples per clip for audio).
+        batch: Clips of all ranks in one update.
+        lr_max: Highest learning rate reached.
+        seconds: Training time, pauses excluded.
+        metrics: Held-out measures at the end of the phase, by name.
+    """
+
+    name: str
+    updates: int
+    resolution: str
+    frames: int
+    batch: int
+    lr_max: float
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSummary:
+    """What the run trained on and what it could not use, file by file."""
+
+    clips: int
+    held_out_clips: int
+    unreadable: tuple[tuple[str, str], ...] = ()
+    too_short: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A file that the page shows, relative to the run folder; sounds and videos are linked."""
+
+    path: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """Everything the report says.
+
+    Attributes:
+        metrics: Held-out measures as `<measure>_before` and `<measure>_after`, e.g. psnr_db_before, ssim_after.
+        final_state_sha256: Over parameters and optimizer state; None if the run did not get to its end.
+        time_seconds: Wall time per activity (`Stopwatch.breakdown`).
+        environment: What `environment.describe_environment` returns: versions, hardware, commit, command.
+        replacements: Everything done in place of what was asked, in words, one entry each.
+        resumed_from: Checkpoints that this run continued from, oldest first.
+        error: What ended the run, if it failed.
+    """
+
+    name: str
+    trainer: str
+    model: str
+    parameters: int
+    status: RunStatus
+    updates: int
+    planned_updates: int
+    skipped_updates: int
+    phases: tuple[PhaseSummary, ...]
+    metrics: Mapping[str, float]
+    final_state_sha256: str | None
+    world_size: int
+    engine: str
+    zero_stage: int
+    precision: str
+    time_seconds: Mapping[str, float]
+    peak_rss_bytes: int
+    environment: Mapping[str, Any]
+    data: DataSummary
+    replacements: tuple[str, ...] = ()
+    resumed_from: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    plots: tuple[Picture, ...] = ()
+    error: str | None = None
