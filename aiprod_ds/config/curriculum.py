@@ -1,21 +1,45 @@
-"""What a curriculum may say: phases with their own resolution, duration, batch and learning rate.
+"""What a curriculum may say: its phases, and how they are laid over a trainer's own configuration.
 
-Owns the schema and the rules inside one phase; rules that need the data, the model or the world size are in
-`aiprod_ds.curriculum.plan`. Field names are the YAML keys.
+Owns the schema and the rules between phases; `phase` has those inside one, `aiprod_ds.curriculum.plan` those that need the
+data, the model or the world size. Field names are the YAML keys.
 """
 
 from __future__ import annotations
 
-import re
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.model import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.model import Fraction, PositiveInt, StrictModel
+from aiprod_ds.config.phase import (
+    BucketConfig,
+    MomentsPolicy,
+    PhaseAugment,
+    PhaseConfig,
+    PhaseDuration,
+    PhaseResolution,
+    PlateauConfig,
+)
 
-_RESOLUTION = re.compile(r"^(\d+)x(\d+)$")
+__all__ = [
+    "BucketConfig",
+    "CurriculumAdapterConfig",
+    "CurriculumConfig",
+    "CurriculumPhase",
+    "MomentsPolicy",
+    "PhaseAugment",
+    "PhaseConfig",
+    "PhaseDuration",
+    "PhaseResolution",
+    "PlateauConfig",
+    "default_phases",
+    "expand_preset",
+]
+
+PhaseOverride = Literal["weight_decay", "loss", "augment", "activation_checkpointing"]
+_OVERRIDABLE: tuple[PhaseOverride, ...] = get_args(PhaseOverride)
 
 
 class CurriculumPhase(str, Enum):
@@ -26,62 +50,111 @@ class CurriculumPhase(str, Enum):
     HIGH = "high"
 
 
-class PhaseResolution(StrictModel):
-    """Frame size in pixels; YAML may write it as `256x256` (height x width)."""
+class CurriculumAdapterConfig(StrictModel):
+    """How the phases are laid over a trainer's own configuration.
 
-    height: PositiveInt
-    width: PositiveInt
+    `overrides` names the sections that phases may override. `batch_scaling: world_size` multiplies every global batch by
+    world size / `reference_world_size`; `lr_scaling` multiplies every learning rate by (global batch /
+    `reference_global_batch_size`), or by its square root. `moments` and `moment_decay` say what happens to the optimizer's
+    moments at the start of a phase that does not say it itself.
+    """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        match = _RESOLUTION.match(value) if isinstance(value, str) else None
-        return {"height": int(match[1]), "width": int(match[2])} if match else value
-
-
-class PhaseDuration(StrictModel):
-    """Length of a clip: `frames` at `frame_rate_hz` (null: the clip's own rate)."""
-
-    frames: PositiveInt
-    frame_rate_hz: PositiveFloat | None = None
-
-
-class PhaseConfig(StrictModel):
-    """One phase. The batch is given by any two of its three numbers; the third follows from the world size."""
-
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
-    resolution: PhaseResolution
-    duration: PhaseDuration
-    global_batch_size: PositiveInt | None = None
-    micro_batch_size: PositiveInt | None = None
-    accumulation: PositiveInt | None = None
-    updates: PositiveInt
-    learning_rate: PositiveFloat
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_updates: NonNegativeInt = 0
-    final_learning_rate_ratio: Fraction = 0.1
+    overrides: tuple[PhaseOverride, ...] = Field(default=_OVERRIDABLE, strict=False)
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    reference_global_batch_size: PositiveInt | None = None
+    batch_scaling: Literal["none", "world_size"] = "none"
+    reference_world_size: PositiveInt | None = None
+    moments: MomentsPolicy = "keep"
+    moment_decay: Fraction | None = None
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        if self.warmup_updates >= self.updates:
-            raise ValueError(
-                f"updates: must exceed warmup_updates ({self.warmup_updates}), got {self.updates}. Raise updates or lower warmup_updates."
+        problems = []
+        if (self.reference_global_batch_size is not None) != (self.lr_scaling != "none"):
+            problems.append(
+                f"reference_global_batch_size: goes with lr_scaling, got {self.reference_global_batch_size} and "
+                f"lr_scaling: {self.lr_scaling}. Set both or neither."
             )
-        if self.global_batch_size is None and self.micro_batch_size is None:
-            raise ValueError("global_batch_size: this or micro_batch_size must be given. Set one of them.")
+        if (self.reference_world_size is not None) != (self.batch_scaling != "none"):
+            problems.append(
+                f"reference_world_size: goes with batch_scaling, got {self.reference_world_size} and "
+                f"batch_scaling: {self.batch_scaling}. Set both or neither."
+            )
+        if (self.moment_decay is not None) != (self.moments == "decay"):
+            problems.append(f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither.")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+
+def default_phases() -> tuple[PhaseConfig, ...]:
+    """Returns the three phases of `preset: default`: 256x256 to 1024x1024 pixels over 300,000 updates.
+
+    `micro_batch_size` is per rank, so one update sees 16 clips a rank in every phase.
+    """
+    rows: tuple[tuple[CurriculumPhase, int, int, int, float, int, int, int], ...] = (
+        (CurriculumPhase.LOW, 256, 8, 16, 1e-4, 50_000, 1_000, 1),
+        (CurriculumPhase.MEDIUM, 512, 16, 8, 5e-5, 100_000, 500, 2),
+        (CurriculumPhase.HIGH, 1024, 49, 4, 2e-5, 150_000, 500, 4),
+    )
+    return tuple(
+        PhaseConfig(
+            name=name.value,
+            resolution=PhaseResolution(height=side, width=side),
+            duration=PhaseDuration(frames=frames),
+            micro_batch_size=batch,
+            accumulation=accumulation,
+            updates=updates,
+            learning_rate=rate,
+            warmup_updates=warmup,
+        )
+        for name, side, frames, batch, rate, updates, warmup, accumulation in rows
+    )
+
+
+def expand_preset(curriculum: Any) -> Any:
+    """Returns the mapping `curriculum` with `preset: default` replaced by its phases; anything else as it is.
+
+    The loader calls it before `--set` is applied, so that `curriculum.phases[2].updates` exists.
+
+    Raises:
+        ValueError: If the preset is unknown or stands beside phases.
+    """
+    if not isinstance(curriculum, dict) or "preset" not in curriculum:
+        return curriculum
+    if curriculum["preset"] != "default":
+        raise ValueError(f"preset: must be 'default', got {curriculum['preset']!r}. Write default or list phases.")
+    if "phases" in curriculum:
+        raise ValueError("preset: cannot stand beside phases, got both. Remove one of the two.")
+    rest = {key: value for key, value in curriculum.items() if key != "preset"}
+    return {"phases": [phase.model_dump(mode="json", exclude_unset=True) for phase in default_phases()], **rest}
 
 
 class CurriculumConfig(StrictModel):
     """The phases in the order they run, and how frame counts that the VAE cannot take are treated."""
 
-    phases: tuple[PhaseConfig, ...] = Field(min_length=1, strict=False)
+    phases: tuple[PhaseConfig, ...] = Field(default_factory=default_phases, strict=False)
     frames_policy: Literal["snap", "strict"] = "snap"
+    adapter: CurriculumAdapterConfig = CurriculumAdapterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        return expand_preset(value)
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
+    def _rules(self) -> Self:
+        problems: list[str] = []
         names = [phase.name for phase in self.phases]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                raise ValueError(f"phases[{index}].name: must be unique, got {name!r} twice. Rename one of them.")
+        for index, phase in enumerate(self.phases):
+            if phase.name in names[:index]:
+                problems.append(f"phases[{index}].name: must be unique, got {phase.name!r} twice. Rename one of them.")
+            for key in sorted(phase.model_fields_set & (set(_OVERRIDABLE) - set(self.adapter.overrides))):
+                problems.append(f"phases[{index}].{key}: has no effect, got a value while adapter.overrides lacks it. Remove it.")
+        if not self.phases:
+            problems.append("phases: must have at least one entry, got an empty list. Add a phase.")
+        elif self.phases[0].moments is not None:
+            problems.append("phases[0].moments: has no effect in the first phase, got a value. Remove it.")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self

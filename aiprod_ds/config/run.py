@@ -11,7 +11,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.model import Constructor, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.model import (
+    Constructor,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+)
 
 
 class ModelConfig(StrictModel):
@@ -30,7 +38,7 @@ class ModelConfig(StrictModel):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.pretrained is not None and self.config:
-            raise ValueError("config: has no effect when pretrained is set. Remove one of the two.")
+            raise ValueError("config: has no effect when pretrained is set, got both. Remove one of the two.")
         return self
 
 

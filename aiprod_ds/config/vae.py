@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.model import Fraction, NonNegativeFloat, NonNegativeInt, StrictModel
+from aiprod_ds.config.nearest import suggestion
 from aiprod_ds.config.run import CheckpointConfig, EngineConfig, EvaluationConfig, ModelConfig, OptimizerConfig, ReportConfig
 
 
@@ -27,8 +28,11 @@ class VideoDataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _holdout_has_effect(self) -> Self:
-        if self.validation is not None and "holdout_fraction" in self.model_fields_set:
-            raise ValueError("holdout_fraction: has no effect when validation is set. Remove one of the two.")
+        # The default value is no choice, so that a resolved configuration, which states every default, loads again.
+        if self.validation is not None and self.holdout_fraction != type(self).model_fields["holdout_fraction"].default:
+            raise ValueError(
+                f"holdout_fraction: has no effect when validation is set, got {self.holdout_fraction}. Remove one of the two."
+            )
         return self
 
 
@@ -51,6 +55,10 @@ class VideoVAELossConfig(StrictModel):
     haar_weight: NonNegativeFloat = 0.0
     perceptual: PerceptualConfig = PerceptualConfig()
 
+    def weights(self) -> dict[str, float]:
+        """Returns the fields that a phase may override, by name: every `*_weight`."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name.endswith("_weight")}
+
 
 class VAETrainerConfig(StrictModel):
     """Everything a VAE training run needs; see docs/configuration.md for each key."""
@@ -67,3 +75,16 @@ class VAETrainerConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _phases_weigh_known_terms(self) -> Self:
+        known = self.loss.weights()
+        problems = [
+            f"curriculum.phases[{index}].loss.{name}: is not a weight of the loss section, got {value}. {suggestion(name, known)}"
+            for index, phase in enumerate(self.curriculum.phases)
+            for name, value in phase.loss.items()
+            if name not in known
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -6,8 +6,10 @@ the sampler, the planner's table and the report read them. Nobody else solves a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aiprod_ds.config.phase import MomentsPolicy, PlateauConfig
 from aiprod_ds.curriculum.lr import LearningRateSchedule
 
 
@@ -19,6 +21,7 @@ class BucketPlan:
         frames: Frames per clip after snapping to what the model takes.
         requested_frames: Frames that the configuration asked for.
         frame_rate_hz: Rate to which clips are resampled; None keeps each clip's own.
+        share: Fraction of the phase's updates; None when every clip goes to the bucket that fits it best.
     """
 
     frames: int
@@ -29,18 +32,94 @@ class BucketPlan:
     global_batch_size: int
     micro_batch_size: int
     accumulation: int
+    share: float | None = None
+
+    @property
+    def pixels_per_update(self) -> int:
+        """Pixels of all frames of all clips of one update over all ranks."""
+        return self.global_batch_size * self.frames * self.height * self.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateRange:
+    """A number of updates that is known only within bounds.
+
+    Attributes:
+        minimum: The smallest it can be.
+        maximum: The largest it can be; None when nothing bounds it before the data is known.
+    """
+
+    minimum: int
+    maximum: int | None
+
+    @property
+    def exact(self) -> int | None:
+        """The number when both bounds agree, otherwise None."""
+        return self.minimum if self.minimum == self.maximum else None
+
+    def __add__(self, other: UpdateRange) -> UpdateRange:
+        """Returns the range of the sum of both numbers."""
+        bounded = self.maximum is not None and other.maximum is not None
+        maximum = (self.maximum or 0) + (other.maximum or 0) if bounded else None
+        return UpdateRange(minimum=self.minimum + other.minimum, maximum=maximum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseEnd:
+    """What ends a phase; the first that fires.
+
+    Attributes:
+        limit_updates: Length that is never exceeded; None when only epochs end the phase.
+        minimum_updates: Neither epochs nor plateau end the phase before this length.
+        epochs: Completed passes over the phase's data that end it.
+        plateau: The loss plateau that ends it.
+    """
+
+    limit_updates: int | None
+    minimum_updates: int = 1
+    epochs: int | None = None
+    plateau: PlateauConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhasePlan:
-    """One phase. `first_update` is the run's update count when it begins, if every phase before it ran its full length."""
+    """One phase with everything it sets; nothing is left to look up in the configuration.
+
+    Attributes:
+        first: Range of the run's update count when the phase begins.
+        length: Range of the number of its updates.
+        end: What ends it.
+        weight_decay: Of the parameter groups that are decayed.
+        loss_weights: Every weight of the trainer's loss, by its configuration name (`perceptual_weight`).
+        random_flip: Whether clips are mirrored at random.
+        activation_checkpointing: On or off; None as the engine's settings say.
+        moments: What happens to the optimizer's moments when the phase begins; `keep` in the first.
+        moment_scale: Factor for both moments at the beginning: 1 keep, 0 reset, otherwise the configured decay.
+    """
 
     index: int
     name: str
     buckets: tuple[BucketPlan, ...]
-    first_update: int
-    updates: int
+    first: UpdateRange
+    length: UpdateRange
+    end: PhaseEnd
     learning_rate: LearningRateSchedule
+    weight_decay: float
+    loss_weights: Mapping[str, float]
+    random_flip: bool
+    activation_checkpointing: bool | None
+    moments: MomentsPolicy
+    moment_scale: float
+
+    @property
+    def first_update(self) -> int | None:
+        """The run's update count when the phase begins; None when a phase before it has an open length."""
+        return self.first.exact
+
+    @property
+    def updates(self) -> int | None:
+        """The phase's length; None when the data or the loss decides it."""
+        return self.length.exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +130,11 @@ class RunPlan:
     world_size: int
 
     @property
-    def total_updates(self) -> int:
-        """Updates of all phases together."""
-        return sum(phase.updates for phase in self.phases)
+    def total(self) -> UpdateRange:
+        """Range of the number of updates of all phases together."""
+        return self.phases[-1].first + self.phases[-1].length
+
+    @property
+    def total_updates(self) -> int | None:
+        """Updates of all phases together; None when the data or the loss decides it."""
+        return self.total.exact

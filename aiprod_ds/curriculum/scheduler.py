@@ -1,0 +1,150 @@
+"""When a phase is over: by updates, by epochs or by a loss plateau, whichever comes first.
+
+The loop asks `decision(clock)` before each update and reports each update with `observe`. The scheduler never moves the
+clock. All of its state is in `state_dict`; decisions are functions of (plan, state, clock), so equal on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from aiprod_ds.clock import Clock
+from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.curriculum.plateau import PlateauState
+from aiprod_ds.errors import CheckpointError
+
+_FORMAT = 1
+
+
+class Action(str, Enum):
+    """What the loop does next."""
+
+    STAY = "stay"
+    NEXT_PHASE = "next_phase"
+    FINISHED = "finished"
+
+
+class Reason(str, Enum):
+    """Why a phase is over, or that it is not."""
+
+    RUNNING = "running"
+    UPDATES = "updates"
+    EPOCHS = "epochs"
+    PLATEAU = "plateau"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the loop does next and why."""
+
+    action: Action
+    reason: Reason
+
+
+class CurriculumScheduler:
+    """Decides phase transitions of one run.
+
+    Life: `decision(clock)` -> STAY: run an update, advance the clock, `observe(clock, loss)`; NEXT_PHASE: do the transition and
+    go on with `clock.at_phase(clock.phase + 1)`; FINISHED: stop. Observing the same clock again changes nothing.
+
+    Args:
+        plan: The run's phases.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._phases = plan.phases
+        self._phase = 0
+        self._seen = (0, 0)  # applied and skipped updates of the phase that were observed
+        self._plateau = PlateauState()
+
+    def needs_loss(self, clock: Clock) -> bool:
+        """Returns whether the next applied update must be observed with its loss, reduced over ranks.
+
+        False saves the loop a reduction and a device synchronisation: only plateau phases after warm-up need it.
+        """
+        phase = self._phase_of(clock)
+        return phase.end.plateau is not None and clock.phase_updates >= phase.learning_rate.warmup_updates
+
+    def observe(self, clock: Clock, loss: float | None) -> Decision:
+        """Takes in the update that led to `clock` and returns what to do next.
+
+        Args:
+            clock: After the update.
+            loss: Reduced over ranks; None for a skipped update or where `needs_loss` was False.
+
+        Raises:
+            NonFiniteError: If a whole patience window of losses was NaN or infinite.
+        """
+        self._enter(clock)
+        moment = (clock.phase_updates, clock.phase_skipped)
+        if moment != self._seen:
+            applied = clock.phase_updates != self._seen[0]
+            phase = self._phases[self._phase]
+            if applied and phase.end.plateau is not None and clock.phase_updates > phase.learning_rate.warmup_updates:
+                assert loss is not None, "needs_loss(clock) was True before this update"
+                self._plateau = self._plateau.observe(loss, phase.end.plateau)
+            self._seen = moment
+        return self.decision(clock)
+
+    def decision(self, clock: Clock) -> Decision:
+        """Returns what to do at `clock` without observing anything; also the answer after a resume."""
+        phase = self._phase_of(clock)
+        reason = self._reason(phase, clock)
+        if reason is Reason.RUNNING:
+            return Decision(action=Action.STAY, reason=reason)
+        is_last = phase.index + 1 == len(self._phases)
+        return Decision(action=Action.FINISHED if is_last else Action.NEXT_PHASE, reason=reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything a resumed run needs, JSON-ready and bitwise."""
+        return {
+            "format": _FORMAT,
+            "phase": self._phase,
+            "phase_name": self._phases[self._phase].name,
+            "seen_updates": self._seen[0],
+            "seen_skipped": self._seen[1],
+            "plateau": self._plateau.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned; nothing changes if it fails.
+
+        Raises:
+            CheckpointError: If the state is of another format, damaged or of another curriculum.
+        """
+        if set(state) != set(self.state_dict()) or state["format"] != _FORMAT:
+            raise CheckpointError(f"curriculum: must be a scheduler state of format {_FORMAT}, got {dict(state)}. It is damaged.")
+        counts = [state[name] for name in ("phase", "seen_updates", "seen_skipped")]
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise CheckpointError(f"curriculum: phase and counts must be non-negative integers, got {counts}. It is damaged.")
+        phase, updates, skipped = counts
+        if phase >= len(self._phases) or self._phases[phase].name != state["phase_name"]:
+            raise CheckpointError(
+                f"curriculum.phase: must be phase {phase} {state['phase_name']!r} of this configuration, got phases "
+                f"{[known.name for known in self._phases]}. Resume with the configuration of the checkpoint."
+            )
+        plateau = PlateauState.from_dict(state["plateau"])
+        self._phase, self._seen, self._plateau = phase, (updates, skipped), plateau
+
+    def _phase_of(self, clock: Clock) -> PhasePlan:
+        assert self._phase <= clock.phase < len(self._phases), f"clock in phase {clock.phase}, scheduler in {self._phase}"
+        return self._phases[clock.phase]
+
+    def _enter(self, clock: Clock) -> None:
+        if self._phase_of(clock).index != self._phase:
+            self._phase, self._seen, self._plateau = clock.phase, (0, 0), PlateauState()
+
+    def _reason(self, phase: PhasePlan, clock: Clock) -> Reason:
+        end, updates = phase.end, clock.phase_updates
+        if end.limit_updates is not None and updates >= end.limit_updates:
+            return Reason.UPDATES
+        if updates < end.minimum_updates:
+            return Reason.RUNNING
+        if end.epochs is not None and clock.epoch >= end.epochs:
+            return Reason.EPOCHS
+        if end.plateau is not None and phase.index == self._phase and self._plateau.reached(end.plateau):
+            return Reason.PLATEAU
+        return Reason.RUNNING
