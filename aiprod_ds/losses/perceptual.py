@@ -85,7 +85,8 @@ class PerceptualLoss(nn.Module):
         """Returns the distance, 0-dim fp32 (fp64 for fp64 inputs under `l2`).
 
         Args:
-            reconstruction_BCTHW: [B,3,T,H,W] in [-1,1], any float type, H and W at least 16. Gradient flows to this one only.
+            reconstruction_BCTHW: [B,3,T,H,W] in [-1,1], any float type, H and W at least 16 (any
+                size under `l2`). Gradient flows to this one only.
             target_BCTHW: Same shape.
             frame_seeds: One seed per clip, to choose `frames_per_clip` frames; needed when that is above 0 and below T. A seed
                 made of the sample's global index keeps the choice independent of the world size.
@@ -93,7 +94,7 @@ class PerceptualLoss(nn.Module):
         Raises:
             DataError: If the shapes differ or do not suit the network.
         """
-        _check_videos(reconstruction_BCTHW, target_BCTHW)
+        _check_videos(reconstruction_BCTHW, target_BCTHW, for_network=self._active_mode != "l2")
         with no_autocast(reconstruction_BCTHW):
             reconstruction, target = widened(reconstruction_BCTHW), widened(target_BCTHW)
             if self._active_mode == "l2":
@@ -161,11 +162,11 @@ def _chosen_layers(config: PerceptualConfig, layers: Sequence[str] | None) -> tu
     return tuple(layers)
 
 
-def _check_videos(reconstruction: Tensor, target: Tensor) -> None:
+def _check_videos(reconstruction: Tensor, target: Tensor, *, for_network: bool) -> None:
     shape = tuple(reconstruction.shape)
     if shape != tuple(target.shape):
         raise DataError(f"PerceptualLoss: both videos must have one shape, got {list(shape)} and {list(target.shape)}.")
-    if len(shape) != 5 or shape[1] != 3 or min(shape[3:]) < MIN_SIZE:
+    if for_network and (len(shape) != 5 or shape[1] != 3 or min(shape[3:]) < MIN_SIZE):
         raise DataError(
             f"PerceptualLoss: videos must be [B,3,T,H,W] with H and W at least {MIN_SIZE}, got {list(shape)}. "
             "Raise the resolution, or set perceptual_weight to 0."

@@ -25,7 +25,7 @@ class VideoQuality:
     Values are mapped from [-1,1] to [0,1] and the reconstruction is clipped to it, as saving a picture would. Per clip:
 
         psnr_db = min(10 * log10(1 / mean (x - y)^2), 100)         peak 1.0; the mean over clips of per-clip PSNR
-        ssim    = mean over frames of SSIM (11x11 Gaussian window, sigma 1.5, data range 1.0)
+        ssim    = mean over frames of SSIM (11x11 Gaussian window, sigma 1.5, mirrored borders, data range 1.0)
         flicker_ratio = sum over clips of mean|y_t+1 - y_t| / sum over clips of mean|x_t+1 - x_t|   (1.0: motion as filmed)
 
     Worked number: a reconstruction 0.2 too bright everywhere in [-1,1] is 0.1 off in [0,1]: 20 dB, flicker ratio 1.
