@@ -79,6 +79,7 @@ class FailingSink:
         self.asked: list[int] = []
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
+        assert metrics is not None
         self.asked.append(update)
         if update == self.fail_at:
             raise ConnectionError("no route")
