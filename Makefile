@@ -1,0 +1,66 @@
+# Two commands for users (quickstart, test) and the parts they are made of. GNU make 4.3 or newer.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+
+# The first Python that is new enough; `make PYTHON=/path/to/python3.12 ...` chooses another.
+PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python3.10; do \
+	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$candidate" && break; done)
+
+# DeepSpeed builds its CPU collective once; inside the environment it belongs to this torch and goes away with `make clean`.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+
+# Tests run on the CPU wherever they are started, with one thread a process, so that their figures do not depend on the machine.
+TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+
+.PHONY: help venv quickstart test unit check clean
+
+help: ## Shows this list.
+	@grep -E '^[a-z]+: .*## ' Makefile | sed -E 's/^([a-z]+): .*## (.*)/  make \1 \t\2/' | expand -t 20
+
+venv: $(STAMP) ## Makes the virtual environment in .venv and installs everything.
+
+quickstart: $(STAMP) ## Trains a tiny video VAE on the shipped samples through three phases and says where the report is.
+	@VENV="$(VENV)" launch/quickstart.sh
+
+test: $(STAMP) ## Runs every test that this machine can run.
+	@$(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest
+
+unit: $(STAMP) ## Runs the fast tests only.
+	@$(TEST_ENV) "$(BIN)/python" -m pytest tests/unit tests/contracts
+
+check: $(STAMP) ## Runs the linter, the formatter, the type checker and the import contracts.
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/ruff" format --check .
+	@"$(BIN)/mypy"
+	@"$(BIN)/lint-imports" --no-cache --no-logo
+
+clean: ## Removes the virtual environment and the caches; runs/ stays.
+	rm -rf "$(VENV)" build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [[ -z "$(PYTHON)" ]]; then \
+		echo "make: Python 3.10 or newer is needed and none was found. Install one, or name it: make PYTHON=/path/to/python3 venv" >&2; \
+		exit 1; \
+	fi
+	@echo "Installing into $(VENV) with $$("$(PYTHON)" --version); PyTorch with CUDA takes about 5 GB of disk and some minutes the first time."
+	@"$(PYTHON)" -m venv "$(VENV)" || { \
+		echo "make: cannot create $(VENV). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@"$(BIN)/python" -m pip install --quiet --upgrade pip
+	@"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,tensorboard]' || { \
+		echo "make: the installation failed; pip's message is above. Check network and disk space, then run the same command again." >&2; \
+		exit 1; }
+	@echo "Building DeepSpeed's collective for CPU runs (about a minute, once)."
+	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
+	@cd /; DS_ACCELERATOR=cpu PATH="$(BIN):$$PATH" python -c 'import deepspeed, tempfile; \
+		deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)' \
+		>"$(abspath $(VENV))/build.log" 2>&1 || \
+		echo "make: it could not be built (see $(VENV)/build.log; it needs g++), so training on the CPU will fail. GPUs do not need it." >&2
+	@touch "$@"
+	@echo "Installed."
