@@ -144,8 +144,10 @@ class ConsoleSink:
 
     def _terms(self) -> list[tuple[str, str]]:
         """Returns (label, value) of what is shown, in the order shown: losses, held-out measures, rate, speed, skips."""
-        shown = [name for name in self._metrics if name.startswith("loss/")] + ["evaluation/psnr_db", "learning_rate"]
+        shown = [name for name in self._metrics if name.startswith("loss/")] + ["evaluation/psnr_db"]
         terms = [(find_metric(name).label, _number(self._metrics[name])) for name in shown if name in self._metrics]
+        if "learning_rate" in self._metrics:
+            terms.append(("lr", f"{self._metrics['learning_rate']:.2e}"))
         if "throughput/clips_per_second" in self._metrics:
             terms.append(("clips/s", f"{self._metrics['throughput/clips_per_second']:.1f}"))
         if self._metrics.get("clock/skipped_updates", 0.0) > 0:
