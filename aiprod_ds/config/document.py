@@ -47,12 +47,12 @@ class Document:
         """
         target: Any = self.values
         for depth, step in enumerate(path[:-1]):
-            _check_step(target, path[: depth + 1], origin)
+            _check_step(target, path, depth, origin)
             if isinstance(target, dict) and target.get(str(step)) is None:
                 target[str(step)] = {}
                 self.origins[path[: depth + 1]] = origin
             target = target[step]
-        _check_step(target, path, origin)
+        _check_step(target, path, len(path) - 1, origin)
         target[path[-1]] = value
         self.origins = {known: name for known, name in self.origins.items() if known[: len(path)] != path}
         self.origins[path] = origin
@@ -87,20 +87,19 @@ def apply_override(document: Document, override: str) -> None:
     if match is None:
         raise ConfigError(f"{origin}: must be of the form path.to.key[index]=value, got {override!r}. Write for example seed=1.")
     path = tuple(int(step) if step.isdigit() else step for step in _STEP.findall(match[1]))
-    document.replace(path, read_yaml(match[2].encode(), origin), f"--set {match[1]}")
+    document.replace(path, read_yaml(match[2].encode(), origin), "--set")
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> Document:
-    resolved = path.resolve()
-    if resolved in seen:
-        raise ConfigError(f"{seen[-1]}: base: must not lead back to a file that is being read, got {path}. Break the circle.")
     values = _read_mapping(path)
+    if path.resolve() in [reader.resolve() for reader in seen]:
+        raise ConfigError(f"{seen[-1]}: base: must not lead back to a file that is being read, got {path}. Break the circle.")
     if "base" not in values:
         return Document(values=values, origins={(): str(path)})
     base = values.pop("base")
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{path}: base: must be the path of a YAML file relative to this one, got {base!r}. Name one file.")
-    document = _read_chain(path.parent / base, (*seen, resolved))
+    document = _read_chain(path.parent / base, (*seen, path))
     _merge(document, document.values, values, (), str(path))
     return document
 
@@ -133,16 +132,17 @@ def _merge(document: Document, into: dict[str, Any], values: dict[str, Any], pat
             document.origins[here] = origin
 
 
-def _check_step(target: Any, path: Sequence[str | int], origin: str) -> None:
-    step = path[-1]
-    where = dotted(tuple(path[:-1])) or "the configuration"
-    if isinstance(step, int):
-        if not isinstance(target, list):
-            raise ConfigError(f"{origin}: {where} must be a list to take [{step}], got {_kind(target)}. Correct the path.")
-        if step >= len(target):
-            raise ConfigError(f"{origin}: {where} must have entry [{step}], got {len(target)} counted from 0. Lower the index.")
-    elif not isinstance(target, dict):
-        raise ConfigError(f"{origin}: {where} must be a mapping to take {step!r}, got {_kind(target)}. Correct the path.")
+def _check_step(target: Any, path: KeyPath, depth: int, origin: str) -> None:
+    step, holder = path[depth], dotted(path[:depth])
+    if isinstance(step, int) and not isinstance(target, list):
+        rule = f"{holder} must be a list to take [{step}], got {_kind(target)}. Correct the path."
+    elif isinstance(step, int) and step >= len(target):
+        rule = f"{holder} must have entry [{step}], got {len(target)} counted from 0. Lower the index."
+    elif isinstance(step, str) and not isinstance(target, dict):
+        rule = f"{holder} must be a mapping to take {step!r}, got {_kind(target)}. Correct the path."
+    else:
+        return
+    raise ConfigError(f"{origin}: {dotted(path)}: {rule}")
 
 
 def _kind(value: Any) -> str:

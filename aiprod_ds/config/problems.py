@@ -108,7 +108,7 @@ def _own_messages(path: KeyPath, text: str) -> list[tuple[KeyPath, str]]:
 def _rule(path: KeyPath, details: ErrorDetails, model: type[BaseModel]) -> str:
     kind, context, got = details["type"], details.get("ctx", {}), _shown(details["input"])
     if kind == "missing":
-        return f"must be given, got nothing. Add `{path[-1]}:`."
+        return f"must be given, got nothing. {'Add it to the list.' if isinstance(path[-1], int) else f'Add `{path[-1]}:`.'}"
     if kind == "extra_forbidden":
         return f"is not a known key, got {got}. {suggestion(str(path[-1]), names_at(model, path[:-1]))}"
     if kind in _TYPES:

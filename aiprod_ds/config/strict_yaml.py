@@ -48,7 +48,9 @@ def read_yaml(data: bytes, source: str) -> Any:
         node = _Reader(_decode(data, source)).get_single_node()
     except yaml.reader.ReaderError as error:
         line = data.decode("utf-8-sig").count("\n", 0, error.position) + 1
-        raise ConfigError(f"{source}: line {line}: must be text, got the character {error.character!r}. Remove it.") from None
+        raise ConfigError(
+            f"{source}: line {line}: must be text, got the character {chr(error.character)!r}. Remove it."
+        ) from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax_problem(error, source)) from None
     except RecursionError:

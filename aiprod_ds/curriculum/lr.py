@@ -24,7 +24,8 @@ class LearningRateSchedule:
                    linear    peak * (1 - (1 - r) * p)
                    cosine    peak * (r + (1 - r) * (1 + cos(pi * p)) / 2)
 
-    The last warm-up update and the first after it both have `peak`; update n - 1 and all later ones have the final rate.
+    The last warm-up update and the first after it both have `peak`; update n - 1 and all later ones have the final rate
+    (if n - 1 > w; otherwise there is no room to decay).
     Worked number: peak 1e-4, cosine, w = 1000, n = 50001, r = 0.1: at(499) = 5e-5, at(25500) = 5.5e-5, at(50000) = 1e-5.
 
     Attributes:

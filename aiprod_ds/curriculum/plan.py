@@ -15,6 +15,7 @@ from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.batch import BatchTriple, solve_batch
 from aiprod_ds.curriculum.lr import LearningRateSchedule
 from aiprod_ds.curriculum.phase import BucketPlan, PhaseEnd, PhasePlan, RunPlan, UpdateRange
+from aiprod_ds.curriculum.plateau import earliest_plateau
 from aiprod_ds.errors import PlanError
 
 
@@ -212,6 +213,6 @@ def _length(phase: PhaseConfig) -> UpdateRange:
     if phase.epochs is not None:
         return UpdateRange(minimum=phase.min_updates or 1, maximum=limit)
     if phase.plateau is not None and limit is not None:
-        earliest = max(phase.min_updates or 1, phase.warmup_updates + phase.plateau.patience_updates + 1)
+        earliest = max(phase.min_updates or 1, phase.warmup_updates + earliest_plateau(phase.plateau))
         return UpdateRange(minimum=min(earliest, limit), maximum=limit)
     return UpdateRange(minimum=limit or 1, maximum=limit)

@@ -108,6 +108,11 @@ class PlateauState:
         return replace(self, non_finite_run=run, non_finite=self.non_finite + 1)
 
 
+def earliest_plateau(rule: PlateauConfig) -> int:
+    """Returns after how many finite losses a plateau can be reached at the earliest."""
+    return filling_updates(rule) + rule.patience_updates
+
+
 def filling_updates(rule: PlateauConfig) -> int:
     """Returns how many losses only fill the mean: ceil(1 / (1 - smoothing)), for example 50 at 0.98."""
     return math.ceil(round(1.0 / (1.0 - rule.smoothing), 9))

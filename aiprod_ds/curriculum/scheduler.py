@@ -81,6 +81,9 @@ class CurriculumScheduler:
         self._enter(clock)
         moment = (clock.phase_updates, clock.phase_skipped)
         if moment != self._seen:
+            assert min(now - seen for now, seen in zip(moment, self._seen, strict=True)) >= 0, (
+                "load_state_dict comes before a rollback"
+            )
             applied = clock.phase_updates != self._seen[0]
             phase = self._phases[self._phase]
             if applied and phase.end.plateau is not None and clock.phase_updates > phase.learning_rate.warmup_updates:
