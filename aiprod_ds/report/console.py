@@ -7,9 +7,11 @@ changes when metrics arrive, so worker processes can be forked at any time.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from aiprod_ds.report.metric_names import find_metric
+from aiprod_ds.report.report_page import measure_rows
+from aiprod_ds.report.summary import RunStatus, RunSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +81,10 @@ class ConsoleSink:
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         """Takes one update; redraws the block, or prints a line if the last one is old enough."""
         self._update = update
-        self._metrics.update(metrics)
-        phase = int(metrics.get("clock/phase", max(self._phase, 0)))
+        phase = int(metrics.get("clock/phase", self._phase if self._phase >= 0 else self._planned_phase()))
         if phase != self._phase:
             self._enter_phase(phase)
+        self._metrics.update(metrics)
         self._learn_speed(metrics)
         if self._console.is_terminal:
             self._live.update(self._block(), refresh=True)
@@ -105,6 +109,10 @@ class ConsoleSink:
         title = Text.assemble((f"phase {phase + 1}/{len(self._phases)} ", "dim"), (span.name, "bold cyan"))
         title.append(f"  {span.updates:,} updates" + (f", {span.description}" if span.description else ""))
         self._console.print(title, highlight=False, soft_wrap=True)
+
+    def _planned_phase(self) -> int:
+        """Returns the phase that this update should be in; an evaluation may come before any row that says."""
+        return min(bisect_right(self._starts, self._update), len(self._phases)) - 1
 
     def _learn_speed(self, metrics: Mapping[str, float]) -> None:
         if "time/update_seconds" not in metrics:
@@ -153,6 +161,35 @@ class ConsoleSink:
         if self._metrics.get("clock/skipped_updates", 0.0) > 0:
             terms.append(("skipped", f"{self._metrics['clock/skipped_updates']:.0f}"))
         return terms
+
+
+def print_summary(console: Console, summary: RunSummary, *, report: Path) -> None:
+    """Prints how the run ended: measures before and after, phases, time, and where the report is.
+
+    Args:
+        console: Where to print.
+        summary: The finished run.
+        report: The page to open.
+    """
+    colour = {RunStatus.COMPLETED: "green", RunStatus.INTERRUPTED: "yellow", RunStatus.FAILED: "red"}[summary.status]
+    console.print()
+    console.print(
+        Text.assemble(
+            (summary.status.value, f"bold {colour}"),
+            f"  {summary.updates:,} of {summary.planned_updates:,} updates in {_clock(sum(summary.time_seconds.values()))}",
+        )
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table.add_column("held-out clips")
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right")
+    for row in measure_rows(summary.metrics):
+        table.add_row(*row)
+    if table.row_count:
+        console.print(table)
+    if summary.error is not None:
+        console.print(Text(summary.error, style="red"))
+    console.print(Text.assemble(("report  ", "dim"), str(report)), soft_wrap=True)
 
 
 def _packed(terms: Sequence[tuple[str, str]], width: int) -> Text:

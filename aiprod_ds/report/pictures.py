@@ -20,7 +20,7 @@ from torch import Tensor
 Pixels = npt.NDArray[np.uint8]
 
 _MIN_SIDE = 160
-_MAX_WIDTH, _MIN_SHEET_WIDTH = 1600, 560
+_MAX_WIDTH, _MIN_SHEET_WIDTH = 1760, 560
 _GAP, _MARGIN, _LEFT = 6, 18, 118
 _TITLE_HEIGHT, _LABEL_HEIGHT = 40, 24
 _INK, _GREY, _PAPER = (24, 28, 36), (110, 116, 128), (255, 255, 255)

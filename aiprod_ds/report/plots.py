@@ -135,7 +135,7 @@ def _draw(axes: Axes, curve: _Curve, spans: Sequence[_Span]) -> None:
     if curve.name.startswith(("loss/", "gradient/")) and _is_wide(values):
         _use_log_scale(axes)
     elif curve.name.startswith(("throughput/", "time/", "memory/", "learning_rate")):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(values[np.isfinite(values)], default=0.0) or 1.0)
     title = metric.label if unit == "1" or unit in metric.label.split() else f"{metric.label} [{unit}]"
     _dress(axes, title, has_phase_names=len(spans) > 1)
     _shade(axes, spans)
@@ -182,9 +182,9 @@ def _dress(axes: Axes, title: str, *, has_phase_names: bool) -> None:
 
 
 def _shade(axes: Axes, spans: Sequence[_Span]) -> None:
-    style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "fontsize": 7.5, "color": _TEXT, "ha": "center", "va": "bottom"}
+    style: dict[str, Any] = {"fontsize": 7.5, "color": _TEXT, "ha": "center", "va": "bottom"}
     for index, span in enumerate(spans):
         if index % 2 == 0:
             axes.axvspan(span.first - 0.5, span.last + 0.5, color=_BAND, linewidth=0, zorder=0)
         if len(spans) > 1:
-            axes.text((span.first + span.last) / 2, 1.02, span.name, **style)
+            axes.text((span.first + span.last) / 2, 1.02, span.name, transform=axes.get_xaxis_transform(), **style)

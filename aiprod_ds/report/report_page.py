@@ -41,6 +41,14 @@ def render_page(summary: RunSummary) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def measure_rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
+    """Returns (measure, before, after, change) as text for every `<measure>_before` and `<measure>_after` in `metrics`."""
+    return [
+        (_label(name), _value(name, before), _value(name, after), _difference(name, before, after))
+        for name, before, after in _measures(metrics)
+    ]
+
+
 def _headline(summary: RunSummary) -> str:
     lines = [f"# {summary.name}"]
     sentence = _STATUS_SENTENCE[summary.status].format(updates=summary.updates, planned=summary.planned_updates)
@@ -66,10 +74,7 @@ _STATUS_SENTENCE = {
 
 
 def _measures_table(metrics: Mapping[str, float]) -> str:
-    rows = [
-        (_label(name), _value(name, before), _value(name, after), _difference(name, before, after))
-        for name, before, after in _measures(metrics)
-    ]
+    rows = measure_rows(metrics)
     return _table(("held-out clips", "before", "after", "change"), rows) if rows else ""
 
 

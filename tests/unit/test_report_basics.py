@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
+from aiprod_ds.report import environment
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes, rss_bytes
 from aiprod_ds.report.metric_names import METRICS, Reduction, find_metric, table_markdown
 from aiprod_ds.report.sinks import MirrorSink
@@ -109,10 +112,10 @@ def test_a_mirror_that_fails_to_close_warns(caplog: pytest.LogCaptureFixture) ->
 
 def test_environment_is_json_ready_and_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/aiprod-ds", "train", "my config.yaml"])
-    environment = json.loads(json.dumps(describe_environment()))
-    assert environment["command"] == "aiprod-ds train 'my config.yaml'"
-    assert environment["versions"]["torch"] == torch.__version__
-    assert environment["hardware"]["cores"] >= 1
+    described = json.loads(json.dumps(describe_environment()))
+    assert described["command"] == "aiprod-ds train 'my config.yaml'"
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["hardware"]["cores"] >= 1
 
 
 def test_a_module_run_is_shown_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +127,20 @@ def test_a_module_run_is_shown_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_figures_are_bytes() -> None:
     """A Python process with torch takes between 50 MB and this machine's memory."""
     assert 50e6 < rss_bytes() <= peak_rss_bytes() * 1.05 < 1e12
+
+
+def test_git_state_is_that_of_the_folder_and_none_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in a repository of its own: one commit, then a change, then a folder that git does not track."""
+    for name in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(name, "tester")
+    monkeypatch.setattr(environment, "_PACKAGE_FOLDER", tmp_path)
+    assert describe_environment()["git"] is None
+    file = tmp_path / "__init__.py"
+    file.write_text("")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    state = describe_environment()["git"]
+    assert len(state["commit"]) == 40
+    assert state["has_changes"] is False
+    file.write_text("changed")
+    assert describe_environment()["git"] == {"commit": state["commit"], "has_changes": True}
