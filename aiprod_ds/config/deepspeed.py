@@ -223,6 +223,12 @@ def _is_bool(value: object) -> bool:
     raise ValueError("true or false")
 
 
+def _only_false(value: object) -> bool:
+    if value is False:
+        return value
+    raise ValueError("false, because DeepSpeed 0.19.8 then maps parameters to the master weights of others")
+
+
 def _one_of(*choices: object) -> Check:
     def check(value: object) -> object:
         if isinstance(value, bool) or value not in choices:
@@ -263,7 +269,7 @@ _TOP_LEVEL: Mapping[str, Any] = {
         "reduce_bucket_size": _count(1),
         "allgather_partitions": _is_bool,
         "allgather_bucket_size": _count(1),
-        "round_robin_gradients": _is_bool,
+        "round_robin_gradients": _only_false,
         "offload_optimizer": {"device": _one_of("cpu", "none"), "pin_memory": _is_bool},
         "sub_group_size": _count(1),
         "memory_efficient_linear": _is_bool,

@@ -109,6 +109,7 @@ class DeepSpeedEngine:
             return self._skip(norm)
         with internals.scale_growth_after_update(engine):
             engine.step()
+        internals.clean_up_after_update(engine)
         if norm is None:
             norm = engine.get_global_grad_norm()
         return UpdateResult(applied=engine.was_step_applied(), gradient_norm=norm, loss_scale=scale)
@@ -190,7 +191,7 @@ class DeepSpeedEngine:
             loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
             raise CheckpointError(
-                f"{folder}: must hold this engine's state, got an error: {error}. The checkpoint is damaged."
+                f"{folder}: must hold this engine's state, got {error!r}. The checkpoint is damaged."
             ) from error
         if loaded is None or "aiprod_ds" not in client_state:
             raise CheckpointError(f"{folder}: must hold DeepSpeed files, got none that load. The checkpoint is incomplete.")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FORWARD_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+_PARAMETER_STATE = ("_z3_optimizer", "_zero_optimizer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,22 @@ def scale_growth_after_update(engine: Any) -> Iterator[None]:
         scaler.update_scale(False)
 
 
+def clean_up_after_update(engine: Any) -> None:
+    """Drops what DeepSpeed keeps of an update that is over.
+
+    runtime/zero/stage_1_and_2.py:3056 leaves the gradients of an overflowed update in place when the optimizer is offloaded and
+    gradients are accumulated in fp32, so that no later update would ever be finite again. runtime/zero/parameter_offload.py:536
+    pushes every module onto a global list in its forward and pops it in its forward hook, which torch's checkpointing never
+    reaches when it stops a recomputation early: the list would grow with every update.
+    """
+    optimizer = engine.optimizer
+    if not engine.was_step_applied() and getattr(optimizer, "cpu_offload", False):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+    if is_partitioned(engine) and len(parameter_offload.FWD_MODULE_STACK) > 1:
+        _remove_from_forward_stack(set(engine.module.modules()) - {engine.module})
+
+
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:
     """Returns the whole shape, also of a parameter that ZeRO-3 has partitioned."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
@@ -157,6 +174,7 @@ def full_teardown(engine: Any) -> None:
 
     `DeepSpeedEngine.destroy` (runtime/engine.py:1243) leaves: the root forward hooks (runtime/engine.py:624); backward functions
     on every module that call the old coordinator after a new engine took the module (runtime/zero/parameter_offload.py:444, 483);
+    the optimizer on every parameter (runtime/zero/stage3.py:807, stage_1_and_2.py:822);
     the module in a global list (parameter_offload.py:315); an unbounded class-level cache (partitioned_param_coordinator.py:633);
     a process-wide autocast flag (runtime/torch_autocast.py:28); and the replaced `torch.nn.functional.linear`
     (runtime/zero/partition_parameters.py:419), which would change speed and memory of every later engine.
@@ -171,7 +189,10 @@ def full_teardown(engine: Any) -> None:
     for part in module.modules():
         for attribute in _FORWARD_STATE:
             part.__dict__.pop(attribute, None)
-    parameter_offload.FWD_MODULE_STACK[:] = [entry for entry in parameter_offload.FWD_MODULE_STACK if entry is not module]
+    for parameter in module.parameters():
+        for attribute in _PARAMETER_STATE:
+            parameter.__dict__.pop(attribute, None)
+    _remove_from_forward_stack(set(module.modules()))
     _clear_caches(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     torch_autocast.TORCH_AUTOCAST_DTYPE = None
@@ -183,6 +204,11 @@ def full_teardown(engine: Any) -> None:
 
 def _copy_nothing(save_path: str) -> None:
     del save_path
+
+
+def _remove_from_forward_stack(modules: set[nn.Module]) -> None:
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entry for entry in stack if entry not in modules]
 
 
 def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:

@@ -1,6 +1,6 @@
 """Runs a function on several ranks through the real `deepspeed` launcher, for tests of this project and of its users.
 
-Owns the launch: a free port, a time limit, an end for every process, and results that come back whole or as an error. The function
+Owns the launch: a free port, a time limit, an end for every process, results that come back whole or as an error. The function
 runs in fresh processes, joined in one group; it returns something that JSON can hold. Executing this module is the rank's side.
 """
 

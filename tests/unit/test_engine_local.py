@@ -1,0 +1,212 @@
+"""The local engine against AdamW written out by hand, and its contract: accumulation, skipping, saving, groups."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
+from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.engine.local_engine import LocalEngine
+from aiprod_ds.engine.protocol import ParameterGroup, UpdateResult
+from aiprod_ds.errors import CheckpointError, EngineError
+
+OPTIMIZER = OptimizerConfig(betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, gradient_clip_norm=0.5)
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def _settings(precision: str) -> DeepSpeedSettings:
+    values: dict[str, object] = {"zero_optimization": {"stage": 1}}
+    if precision != "fp32":
+        values[precision] = {"enabled": True}
+    if precision == "fp16":
+        values["fp16"] = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1, "loss_scale_window": 2}
+    return parse_deepspeed_settings(values, "test")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.first = nn.Linear(4, 6)
+        self.second = nn.Linear(6, 4)
+        self.tied = self.second
+        self.offset: Tensor
+        self.register_buffer("offset", torch.randn(4))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(torch.tanh(self.first(self.frozen(x)))) + self.offset.to(x.dtype)
+
+
+def _engine(precision: str = "fp32", seed: int = 0, accumulation: int = 1, module: nn.Module | None = None) -> LocalEngine:
+    torch.manual_seed(seed)
+    net = Net() if module is None else module
+    return LocalEngine(
+        net, _groups(), optimizer=OPTIMIZER, settings=_settings(precision), micro_batch_size=8, accumulation=accumulation
+    )  # fmt: skip
+
+
+def _groups() -> list[ParameterGroup]:
+    return [
+        ParameterGroup(names=("first.weight", "second.weight"), weight_decay=0.1),
+        ParameterGroup(names=("first.bias", "second.bias"), weight_decay=0.0),
+    ]
+
+
+def _data(update: int) -> Tensor:
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(update))
+
+
+def _update(engine: LocalEngine, update: int, micro_batches: int = 1, factor: float = 1.0) -> UpdateResult:
+    engine.set_learning_rate(0.1 / (1 + update))
+    for x in _data(update).chunk(micro_batches):
+        engine.backward((engine(x.to(engine.compute_dtype)).float() - x).pow(2).mean() * factor)
+        result = engine.step()
+    assert result is not None
+    return result
+
+
+def _values(engine: LocalEngine) -> dict[str, Tensor]:
+    return {state.name: state.value for state in engine.parameter_states()}
+
+
+def test_fp32_is_adamw_with_global_clipping_written_out() -> None:
+    engine = _engine()
+    torch.manual_seed(0)
+    net = Net().double()
+    weights = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    first = {name: torch.zeros_like(p) for name, p in weights.items()}
+    second = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for update in range(5):
+        result = _update(engine, update)
+        x = _data(update).double()
+        (net(x) - x).pow(2).mean().backward()
+        norm = torch.stack([p.grad.norm() for p in weights.values() if p.grad is not None]).norm()
+        assert float(result.gradient_norm) == pytest.approx(float(norm), rel=1e-5)
+        with torch.no_grad():
+            for name, p in weights.items():
+                assert p.grad is not None
+                g = p.grad * min(1.0, 0.5 / (float(norm) + 1e-6))
+                first[name] = 0.9 * first[name] + 0.1 * g
+                second[name] = 0.95 * second[name] + 0.05 * g**2
+                lr, decay = 0.1 / (1 + update), 0.1 if "weight" in name else 0.0
+                corrected = (second[name] / (1 - 0.95 ** (update + 1))).sqrt() + 1e-8
+                p -= lr * decay * p + lr * first[name] / (1 - 0.9 ** (update + 1)) / corrected
+                p.grad = None
+    for name, value in _values(engine).items():
+        # fp32 against fp64: 5 updates, each with a relative rounding of 1e-7 that a small second moment enlarges.
+        torch.testing.assert_close(value.double(), weights[name].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 2e-2), ("fp16", 2e-3)])
+def test_accumulation_equals_one_large_micro_batch(precision: str, tolerance: float) -> None:
+    # The same mean of gradients, summed in another order; in 16 bit each partial gradient is rounded to 8 resp. 11 bits.
+    whole, parts = _engine(precision), _engine(precision)
+    for update in range(3):
+        parts.set_batch(micro_batch_size=2, accumulation=4)
+        a, b = _update(whole, update), _update(parts, update, micro_batches=4)
+        assert float(a.gradient_norm) == pytest.approx(float(b.gradient_norm), rel=10 * tolerance)
+    difference = torch.cat([(_values(whole)[name] - value).flatten() for name, value in _values(parts).items()])
+    assert difference.norm() < tolerance * 5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_masters_are_fp32_and_the_module_is_16_bit(precision: str) -> None:
+    engine = _engine(precision)
+    _update(engine, 0)
+    masters, module = _values(engine), dict(engine.module.named_parameters())
+    assert all(value.dtype == torch.float32 for value in masters.values())
+    assert all(parameter.dtype == engine.compute_dtype for parameter in module.values())
+    assert all(torch.equal(masters[name].to(engine.compute_dtype), module[name]) for name in masters)
+    assert any(not torch.equal(masters[name], module[name].float()) for name in masters), "otherwise the masters add nothing"
+    assert engine.module.get_buffer("offset").dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_non_finite_gradient_changes_nothing(precision: str) -> None:
+    engine = _engine(precision)
+    _update(engine, 0)
+    before = copy.deepcopy(list(engine.parameter_states()))
+    result = _update(engine, 1, factor=float("nan"))
+    assert not result.applied
+    for a, b in zip(before, engine.parameter_states(), strict=True):
+        assert torch.equal(a.value, b.value)
+        assert (a.step, b.step) == (1, 1)
+        assert all(torch.equal(a.optimizer[key], b.optimizer[key]) for key in a.optimizer)
+    assert _update(engine, 2).applied
+
+
+def test_fp16_reports_the_scale_that_the_update_used() -> None:
+    engine = _engine("fp16")
+    scales = [_update(engine, 0, factor=float("inf") if update == 0 else 1.0).loss_scale for update in range(5)]
+    assert scales == [16.0, 8.0, 8.0, 8.0, 16.0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_resume_is_bitwise_and_restores_frozen_weights_and_buffers(precision: str, tmp_path: Path) -> None:
+    engine = _engine(precision)
+    for update in range(3):
+        _update(engine, update)
+    engine.save(tmp_path)
+    resumed = _engine(precision, seed=1)
+    resumed.load(tmp_path)
+    for update in range(3, 6):
+        a, b = _update(engine, update), _update(resumed, update)
+        assert float(a.gradient_norm) == float(b.gradient_norm)
+        assert a.loss_scale == b.loss_scale
+    first, second = engine.module_state(), resumed.module_state()
+    assert first.keys() == second.keys() == engine.module.state_dict().keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_state_of_another_precision_is_refused(tmp_path: Path) -> None:
+    _engine("fp32").save(tmp_path)
+    with pytest.raises(CheckpointError, match="precision 'fp32' there, 'bf16' here"):
+        _engine("bf16").load(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"engine\.json: must be readable JSON"):
+        _engine().load(tmp_path)
+
+
+def test_before_the_first_update_there_is_no_optimizer_state() -> None:
+    states = list(_engine().parameter_states())
+    assert [state.name for state in states] == ["first.bias", "first.weight", "second.bias", "second.weight"]
+    assert all(state.optimizer == {} and state.step == 0 for state in states)
+
+
+def test_step_returns_none_inside_a_window_and_the_batch_cannot_change_there() -> None:
+    engine = _engine(accumulation=2)
+    engine.backward(engine(_data(0)).pow(2).mean())
+    assert engine.step() is None
+    with pytest.raises(EngineError, match="between updates, got 1 of 2 micro-batches done"):
+        engine.set_batch(micro_batch_size=4, accumulation=1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "missing \\['first.bias'"),
+        ([ParameterGroup(names=("first.weight", "frozen.weight"), weight_decay=0.0)], "must name trainable parameters"),
+        ([ParameterGroup(names=("nothing",), weight_decay=0.0)], "got \\['nothing'\\]"),
+        ([*_groups(), ParameterGroup(names=("first.bias",), weight_decay=0.0)], "repeated \\['first.bias'\\]"),
+    ],
+)
+def test_groups_must_name_every_trainable_parameter_once(groups: list[ParameterGroup], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        LocalEngine(Net(), groups, optimizer=OPTIMIZER, settings=_settings("fp32"), micro_batch_size=1, accumulation=1)
+
+
+def test_after_close_the_module_can_have_a_new_engine() -> None:
+    engine = _engine()
+    _update(engine, 0)
+    engine.close()
+    engine.close()
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+    assert _update(_engine(module=engine.module), 1).applied
