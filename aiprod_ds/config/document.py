@@ -6,8 +6,7 @@ Owns `base:` files, merging and `--set`. Called by `loader`; knows nothing of th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,18 @@ class Document:
 
     Attributes:
         values: The merged mapping.
-        origins: Path of a value -> file or option that set it; a value without an entry has that of its nearest ancestor.
+        origins: Path of a value -> file or option that set it; a value without an entry has that of its nearest ancestor. The
+            root `()` always has one.
     """
 
     values: dict[str, Any]
-    origins: dict[KeyPath, str] = field(default_factory=dict)
+    origins: dict[KeyPath, str]
 
     def origin(self, path: KeyPath) -> str:
         """Returns the file or option that set the value at `path`, or that of its nearest known ancestor."""
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.origins:
-                return self.origins[path[:end]]
-        return "configuration"
+        while path not in self.origins:
+            path = path[:-1]
+        return self.origins[path]
 
     def replace(self, path: KeyPath, value: Any, origin: str) -> None:
         """Puts `value` at `path`, making the mappings on the way.

@@ -13,8 +13,9 @@ def suggestion(name: str, valid: Collection[str]) -> str:
     """
     folded = {candidate.lower(): candidate for candidate in valid}
     close = get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean {folded[close[0]]!r}?"
+    started = [candidate for candidate in folded if name and candidate.startswith(name.lower())]
+    if close or len(started) == 1:
+        return f"Did you mean {folded[(close or started)[0]]!r}?"
     if not valid:
         return "Remove it."
     if len(valid) > _LISTED:

@@ -124,26 +124,29 @@ class PhaseConfig(StrictModel):
 
 
 def _shape_problems(phase: PhaseConfig) -> Iterator[str]:
-    if phase.buckets:
-        for key in ("resolution", "duration"):
-            if getattr(phase, key) is not None:
-                yield f"{key}: has no effect beside buckets, got both. Remove one of the two."
-        shares = [bucket.share for bucket in phase.buckets]
-        given = [share for share in shares if share is not None]
-        if given and len(given) < len(shares):
-            yield f"buckets: must all have a share or none, got {len(given)} of {len(shares)}. Add or remove shares."
-        elif given and abs(sum(given) - 1.0) > 1e-6:
-            yield f"buckets: must have shares that sum to 1, got {sum(given):g}. Correct the shares."
-    else:
-        for key in ("resolution", "duration"):
-            if getattr(phase, key) is None:
-                yield f"{key}: must be given unless buckets are, got nothing. Add `{key}:`."
+    for key in ("resolution", "duration"):
+        if phase.buckets and getattr(phase, key) is not None:
+            yield f"{key}: has no effect beside buckets, got both. Remove one of the two."
+        if not phase.buckets and getattr(phase, key) is None:
+            yield f"{key}: must be given unless buckets are, got nothing. Add `{key}:`."
+    yield from _share_problems(phase.buckets)
     batches: tuple[BucketConfig | PhaseConfig, ...] = phase.buckets or (phase,)
     for index, bucket in enumerate(batches):
         sizes = (bucket.global_batch_size, bucket.micro_batch_size, phase.global_batch_size, phase.micro_batch_size)
         if all(size is None for size in sizes):
             where = f"buckets[{index}].global_batch_size" if phase.buckets else "global_batch_size"
             yield f"{where}: this or micro_batch_size must be given, got neither. Set one of them."
+
+
+def _share_problems(buckets: tuple[BucketConfig, ...]) -> Iterator[str]:
+    given = [bucket.share for bucket in buckets if bucket.share is not None]
+    if given and len(given) < len(buckets):
+        yield f"buckets: must all have a share or none, got {len(given)} of {len(buckets)}. Add or remove shares."
+    elif given and abs(sum(given) - 1.0) > 1e-6:
+        yield f"buckets: must have shares that sum to 1, got {sum(given):g}. Correct the shares."
+    for index, bucket in enumerate(buckets):
+        if bucket.share == 0:
+            yield f"buckets[{index}].share: must be above 0, got 0. Remove the bucket."
 
 
 def _end_problems(phase: PhaseConfig) -> Iterator[str]:
@@ -162,6 +165,9 @@ def _end_problems(phase: PhaseConfig) -> Iterator[str]:
 
 def _length_problems(phase: PhaseConfig) -> Iterator[str]:
     limit = phase.limit_updates
+    ratio = phase.final_learning_rate_ratio
+    if phase.schedule == "constant" and ratio != PhaseConfig.model_fields["final_learning_rate_ratio"].default:
+        yield f"final_learning_rate_ratio: has no effect with schedule: constant, got {ratio}. Remove it."
     if phase.schedule != "constant" and limit is None:
         yield (
             f"schedule: {phase.schedule} needs a known length, got a phase ended by epochs alone. "

@@ -81,21 +81,25 @@ class PlateauState:
         return {name: getattr(self, name).hex() for name in _FLOATS} | {name: getattr(self, name) for name in _COUNTS}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PlateauState:
+    def from_dict(cls, values: object) -> PlateauState:
         """Returns the state saved by `to_dict`.
 
         Raises:
-            CheckpointError: If a field is missing, unknown or of another type.
+            CheckpointError: If a field is missing, unknown or out of range.
         """
         damaged = CheckpointError(
-            f"curriculum.plateau: must be a saved plateau state, got {values!r}. The checkpoint is damaged."
+            f"curriculum.plateau: must be a saved plateau state, got {values!r}. The checkpoint is damaged; use an earlier one."
         )
-        if set(values) != {*_COUNTS, *_FLOATS} or any(type(values[name]) is not int for name in _COUNTS):
+        if not isinstance(values, Mapping) or set(values) != {*_COUNTS, *_FLOATS}:
+            raise damaged
+        if any(type(values[name]) is not int or values[name] < 0 for name in _COUNTS):
             raise damaged
         try:
             numbers: dict[str, Any] = {name: float.fromhex(values[name]) for name in _FLOATS}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise damaged from None
+        if not math.isfinite(numbers["average"] + numbers["weight"]) or math.isnan(numbers["best"]):
+            raise damaged
         return cls(**numbers, **{name: values[name] for name in _COUNTS})
 
     def _after_non_finite(self, rule: PlateauConfig) -> PlateauState:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  messages stand on one line, as users see them
 """Loading a configuration: bases, overrides, and every broken rule as one message with file, path, rule, value and fix."""
 
 from pathlib import Path
@@ -159,6 +160,9 @@ curriculum:
         ("base: base.yaml\ncurriculum: {preset: default}", None, "c.yaml: curriculum.preset: cannot stand beside phases, got both. Remove one of the two."),
         ("base: base.yaml", "seed=017", "--set seed=017: line 1: an integer must not start with 0, got 017. Drop the zero, or quote it as text."),
         ("base: base.yaml", "model.pretrained=x", "base.yaml: model.config: has no effect when pretrained is set, got both. Remove one of the two."),
+        ("base: base.yaml", "optimizer.betas=[0.9, 0.9, 0.9]", "--set: optimizer.betas: must have at most 2 entries, got [0.9, 0.9, 0.9]. Remove what is too much."),
+        ("base: base.yaml\ndata: {validation: v, holdout_fraction: 0.2}", None, "c.yaml: data.holdout_fraction: has no effect when validation is set, got 0.2. Remove one of the two."),
+        ("base: base.yaml", "curriculum.phases[1].loss.kl=1", "--set: curriculum.phases[1].loss.kl: is not a weight of the loss section, got 1.0. Did you mean 'kl_weight'?"),
         ("base: base.yaml", "optimizer.betas=[0.9]", "--set: optimizer.betas[1]: must be given, got nothing. Add it to the list."),
     ],
 )  # fmt: skip
@@ -202,6 +206,7 @@ def test_no_message_shows_the_validation_library(folder: Path) -> None:
     [
         ("learnig_rate", ["learning_rate", "updates"], "Did you mean 'learning_rate'?"),
         ("Seed", ["seed"], "Did you mean 'seed'?"),
+        ("kl", ["kl_weight", "haar_weight"], "Did you mean 'kl_weight'?"),
         ("zzz", ["b", "a"], "Use one of: a, b."),
         ("zzz", [], "Remove it."),
         ("zzz", [f"key{i}" for i in range(20)], "Remove it or look the name up in docs/configuration.md."),

@@ -1,0 +1,293 @@
+# ruff: noqa: E501  messages stand on one line, as users see them
+"""Planning: batch triples, frames, bounds, overrides, data rules and the rows that are shown, with every refusal."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.curriculum.batch import solve_batch
+from aiprod_ds.curriculum.data_rules import ClipFacts, check_data, frames_at_rate
+from aiprod_ds.curriculum.describe import describe, learning_rate_curve
+from aiprod_ds.curriculum.epochs import with_epoch_lengths
+from aiprod_ds.curriculum.phase import RunPlan, UpdateRange
+from aiprod_ds.curriculum.plan import ModelStrides, plan_run, snap_frames
+from aiprod_ds.errors import PlanError
+
+STRIDES = ModelStrides(spatial=32, temporal=8)
+SHAPE = {"resolution": "64x64", "duration": {"frames": 9}}
+PHASE = {**SHAPE, "global_batch_size": 8, "updates": 10, "learning_rate": 1e-3}
+PLATEAU = {"patience_updates": 3, "smoothing": 0.5}
+
+
+def config(*phases: dict[str, Any], curriculum: dict[str, Any] | None = None, **sections: Any) -> VAETrainerConfig:
+    """A run with `phases`, each the standard phase with changes; the value ... removes a key."""
+    full = [
+        {"name": f"p{index}", **{key: value for key, value in {**PHASE, **changes}.items() if value is not ...}}
+        for index, changes in enumerate(phases)
+    ]
+    values = {"output_dir": "out", "model": {"source": "M"}, "data": {"train": "s"}, **sections}
+    return VAETrainerConfig.model_validate({**values, "curriculum": {"phases": full, **(curriculum or {})}})
+
+
+def plan(*phases: dict[str, Any], world_size: int = 2, strides: ModelStrides = STRIDES, **rest: Any) -> RunPlan:
+    return plan_run(config(*phases, **rest), world_size=world_size, strides=strides)
+
+
+def problems(*phases: dict[str, Any], **rest: Any) -> list[str]:
+    with pytest.raises(PlanError) as caught:
+        plan(*phases, **rest)
+    return [problem.removeprefix("configuration: curriculum.phases") for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("given_numbers", "world", "triple"),
+    [
+        ({"global_batch_size": 8}, 2, (8, 4, 1)),
+        ({"micro_batch_size": 3}, 2, (6, 3, 1)),
+        ({"global_batch_size": 8, "micro_batch_size": 2}, 2, (8, 2, 2)),
+        ({"global_batch_size": 8, "accumulation": 2}, 2, (8, 2, 2)),
+        ({"micro_batch_size": 2, "accumulation": 4}, 3, (24, 2, 4)),
+        ({"global_batch_size": 24, "micro_batch_size": 2, "accumulation": 4}, 3, (24, 2, 4)),
+    ],
+)
+def test_any_two_numbers_give_the_third(given_numbers: dict[str, int], world: int, triple: tuple[int, int, int]) -> None:
+    bucket = plan({"global_batch_size": ..., **given_numbers}, world_size=world).phases[0].buckets[0]
+    assert (bucket.global_batch_size, bucket.micro_batch_size, bucket.accumulation) == triple
+
+
+@given(
+    sizes=st.tuples(st.none() | st.integers(1, 64), st.none() | st.integers(1, 16), st.none() | st.integers(1, 8)),
+    world=st.integers(1, 16),
+)
+def test_no_triple_is_ever_inconsistent(sizes: tuple[int | None, int | None, int | None], world: int) -> None:
+    total, micro, accumulation = sizes
+    if total is None and micro is None:
+        return
+    try:
+        triple = solve_batch(global_batch_size=total, micro_batch_size=micro, accumulation=accumulation, world_size=world)
+    except ValueError:
+        assert total is not None
+        assert total % ((micro or 1) * (accumulation or 1) * world) or (micro and accumulation)
+        return
+    assert triple.global_batch_size == triple.micro_batch_size * triple.accumulation * world
+    assert min(triple.micro_batch_size, triple.accumulation) >= 1
+    assert total in (None, triple.global_batch_size)
+    assert micro in (None, triple.micro_batch_size)
+    assert accumulation in (None, triple.accumulation)
+
+
+@pytest.mark.parametrize(
+    ("requested", "stride", "used"),
+    [(8, 8, 9), (8, 4, 9), (16, 8, 17), (16, 4, 17), (49, 8, 49), (1, 8, 1), (2, 8, 9), (9, 8, 9), (10, 8, 17), (7, 1, 7)],
+)
+def test_frames_snap_up_to_the_next_that_fits(requested: int, stride: int, used: int) -> None:
+    assert snap_frames(requested, stride) == used
+    bucket = plan({"duration": {"frames": requested}}, strides=ModelStrides(spatial=32, temporal=stride)).phases[0].buckets[0]
+    assert (bucket.requested_frames, bucket.frames) == (requested, used)
+
+
+@pytest.mark.parametrize(
+    ("phase", "rest", "message"),
+    [
+        ({"global_batch_size": 7}, {}, "[0].global_batch_size: must be a multiple of accumulation (1) * world size (2) = 2, got 7. Use 6 or 8."),
+        ({"global_batch_size": 1}, {}, "[0].global_batch_size: must be a multiple of accumulation (1) * world size (2) = 2, got 1. Use 2."),
+        ({"micro_batch_size": 3}, {}, "[0].global_batch_size: must be a multiple of micro_batch_size (3) * world size (2) = 6, got 8. Use 6 or 12."),
+        ({"micro_batch_size": 3, "accumulation": 2}, {}, "[0].global_batch_size: must be micro_batch_size (3) * accumulation (2) * world size (2) = 12, got 8. Leave one of the three out."),
+        ({"resolution": "60x64"}, {}, "[0].resolution.height: must be a multiple of the model's stride 32, got 60. Use 32 or 64."),
+        ({"resolution": "64x16"}, {}, "[0].resolution.width: must be a multiple of the model's stride 32, got 16. Use 32."),
+        ({"duration": {"frames": 8}}, {"curriculum": {"frames_policy": "strict"}}, "[0].duration.frames: must be 1 + 8 * k for this model (frames_policy: strict), got 8. Use 1 or 9, or frames_policy: snap."),
+        ({"resolution": ..., "duration": ..., "buckets": [SHAPE, {**SHAPE, "global_batch_size": 3}]}, {}, "[0].buckets[1].global_batch_size: must be a multiple of accumulation (1) * world size (2) = 2, got 3. Use 2 or 4."),
+        ({"global_batch_size": 5}, {"curriculum": {"adapter": {"batch_scaling": "world_size", "reference_world_size": 3}}}, "[0].global_batch_size: must stay whole after batch_scaling * 2 / 3, got 5. Use a multiple of 3."),
+        ({"resolution": ..., "duration": ..., "buckets": [SHAPE, {**SHAPE, "global_batch_size": 4}]}, {"curriculum": {"adapter": {"lr_scaling": "sqrt", "reference_global_batch_size": 4}}}, "[0].buckets: must have one global batch size with lr_scaling: sqrt, got [4, 8]. Make them equal or use lr_scaling: none."),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_says_why_and_what_would(phase: dict[str, Any], rest: dict[str, Any], message: str) -> None:
+    assert problems(phase, **rest) == [message]
+
+
+def test_problems_of_all_phases_come_at_once() -> None:
+    found = problems({"global_batch_size": 7, "resolution": "33x64"}, {}, {"global_batch_size": 9})
+    assert [problem[:3] for problem in found] == ["[0]", "[0]", "[2]"]
+
+
+def test_bounds_add_up_over_open_phases() -> None:
+    phases = plan(
+        {},
+        {"updates": ..., "plateau": PLATEAU, "max_updates": 30, "warmup_updates": 4, "min_updates": 7},
+        {"updates": ..., "epochs": 2, "schedule": "constant"},
+        {"epochs": 2, "min_updates": 3},
+    )
+    assert [(p.length.minimum, p.length.maximum) for p in phases.phases] == [(10, 10), (9, 30), (1, None), (3, 10)]
+    assert [(p.first.minimum, p.first.maximum) for p in phases.phases] == [(0, 0), (10, 10), (19, 40), (20, None)]
+    assert [p.first_update for p in phases.phases] == [0, 10, None, None]
+    assert (phases.phases[0].updates, phases.phases[1].updates, phases.total_updates) == (10, None, None)
+    assert phases.total == UpdateRange(minimum=23, maximum=None)
+    assert plan({}, {"updates": 5}).total_updates == 15
+
+
+def test_epoch_lengths_close_the_bounds() -> None:
+    phases = plan(
+        {"updates": ..., "epochs": 3, "schedule": "constant"},
+        {"epochs": 9},
+        {"updates": ..., "epochs": 2, "plateau": PLATEAU, "max_updates": 99},
+        {},
+    )
+    known = with_epoch_lengths(phases, [4, 4, 20, 1])
+    assert [(p.length.minimum, p.length.maximum) for p in known.phases] == [(12, 12), (10, 10), (5, 40), (10, 10)]
+    assert [p.first for p in known.phases] == [
+        UpdateRange(minimum=a, maximum=b) for a, b in [(0, 0), (12, 12), (22, 22), (27, 62)]
+    ]
+
+
+def test_epochs_shorter_than_the_warm_up_are_refused() -> None:
+    phases = plan({"epochs": 1, "warmup_updates": 4})
+    with pytest.raises(PlanError) as caught:
+        with_epoch_lengths(phases, [4], "c.yaml")
+    assert str(caught.value) == (
+        "c.yaml: curriculum.phases[0].epochs: must last longer than warmup_updates (4), got 1 epochs of 4 updates. "
+        "Raise epochs or min_updates, or lower warmup_updates."
+    )
+    assert with_epoch_lengths(phases, [5]).phases[0].updates == 5
+
+
+def test_phases_override_the_other_sections_and_the_rest_stays() -> None:
+    first, second = plan(
+        {},
+        {
+            "loss": {"perceptual_weight": 0.1},
+            "weight_decay": 0.5,
+            "augment": {"random_flip": False},
+            "activation_checkpointing": True,
+            "moments": "decay",
+            "moment_decay": 0.25,
+        },
+        optimizer={"weight_decay": 0.2},
+        curriculum={"adapter": {"moments": "reset"}},
+    ).phases
+    assert (first.weight_decay, first.random_flip, first.activation_checkpointing) == (0.2, True, None)
+    assert (first.moments, first.moment_scale) == ("keep", 1.0)
+    assert (second.weight_decay, second.random_flip, second.activation_checkpointing) == (0.5, False, True)
+    assert (second.moments, second.moment_scale) == ("decay", 0.25)
+    assert first.loss_weights["perceptual_weight"] == 1.0
+    assert dict(second.loss_weights) == {**first.loss_weights, "perceptual_weight": 0.1}
+
+
+def test_adapter_decides_the_moments_of_later_phases() -> None:
+    phases = plan({}, {}, {"moments": "keep"}, curriculum={"adapter": {"moments": "reset"}}).phases
+    assert [(p.moments, p.moment_scale) for p in phases] == [("keep", 1.0), ("reset", 0.0), ("keep", 1.0)]
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
+def test_learning_rate_scales_with_the_batch(kind: str, factor: float) -> None:
+    adapter = {"lr_scaling": kind, "reference_global_batch_size": 16}
+    phases = plan({"global_batch_size": 64}, curriculum={"adapter": adapter}).phases
+    assert phases[0].learning_rate.peak == pytest.approx(1e-3 * factor, rel=1e-15)
+
+
+def test_batch_scales_with_the_world() -> None:
+    adapter = {"batch_scaling": "world_size", "reference_world_size": 2}
+    bucket = plan({"global_batch_size": 8}, world_size=6, curriculum={"adapter": adapter}).phases[0].buckets[0]
+    assert (bucket.global_batch_size, bucket.micro_batch_size) == (24, 4)
+
+
+def test_buckets_have_their_own_batch_and_share() -> None:
+    buckets = [
+        {**SHAPE, "share": 0.75, "micro_batch_size": 1, "accumulation": 2},
+        {"resolution": "128x64", "duration": {"frames": 1}, "share": 0.25},
+    ]
+    video, image = plan({"resolution": ..., "duration": ..., "buckets": buckets}).phases[0].buckets
+    assert (video.global_batch_size, video.micro_batch_size, video.accumulation, video.share) == (4, 1, 2, 0.75)
+    assert (image.frames, image.global_batch_size, image.micro_batch_size, image.pixels_per_update) == (1, 8, 4, 8 * 128 * 64)
+
+
+def clip(name: str, frames: int, seconds: float = 1.0) -> ClipFacts:
+    return ClipFacts(name=name, frames=frames, seconds=seconds, height=64, width=64)
+
+
+def test_short_clips_are_listed_and_too_long_phases_refused() -> None:
+    phases = plan({}, {"duration": {"frames": 16}}, {"duration": {"frames": 33}})
+    clips = [clip("a.mp4", 8), clip("b.mp4", 20), clip("c.mp4", 33)]
+    assert [(short.phase, short.frames, short.names) for short in check_data(phases, clips)] == [
+        ("p0", 9, ("a.mp4",)),
+        ("p1", 17, ("a.mp4",)),
+        ("p2", 33, ("a.mp4", "b.mp4")),
+    ]
+    with pytest.raises(PlanError) as caught:
+        check_data(phases, clips[:1], "c.yaml")
+    assert caught.value.problems == (
+        "c.yaml: curriculum.phases[0].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 9. Lower frames or add longer clips.",
+        "c.yaml: curriculum.phases[1].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 17 (16 snapped). Lower frames or add longer clips.",
+        "c.yaml: curriculum.phases[2].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 33. Lower frames or add longer clips.",
+    )
+
+
+def test_resampling_changes_how_long_a_clip_is() -> None:
+    assert frames_at_rate(clip("a", 60, seconds=2.0), 24.0) == 48
+    assert frames_at_rate(clip("a", 60, seconds=2.0), None) == 60
+    assert frames_at_rate(clip("a", 1, seconds=0.001), 24.0) == 1
+    buckets = [{"resolution": "64x64", "duration": {"frames": 49, "frame_rate_hz": 24.0}}, SHAPE]
+    with pytest.raises(PlanError, match=r"buckets\[0\].duration.frames: .* at 24 Hz \(48, a\), got 49"):
+        check_data(plan({"resolution": ..., "duration": ..., "buckets": buckets}), [clip("a", 60, seconds=2.0)])
+
+
+def test_no_clip_at_all_is_refused() -> None:
+    with pytest.raises(PlanError, match="must hold at least one readable clip, got none"):
+        check_data(plan({}), [])
+
+
+def test_rows_hold_every_number_of_the_plan() -> None:
+    phases = plan(
+        {"duration": {"frames": 8}, "accumulation": 2, "warmup_updates": 3},
+        {"updates": ..., "epochs": 2, "plateau": PLATEAU, "max_updates": 30},
+        {"resolution": ..., "duration": ..., "buckets": [{**SHAPE, "share": 0.4}, {**SHAPE, "share": 0.6}]},
+        {"resolution": ..., "duration": ..., "buckets": [SHAPE, {**SHAPE, "global_batch_size": 4}]},
+    )
+    rows = describe(phases)
+    assert json.loads(json.dumps(rows)) == rows
+    assert rows[0] == {
+        "phase": 0, "name": "p0", "bucket": 0, "height": 64, "width": 64, "requested_frames": 8, "frames": 9,
+        "frame_rate_hz": None, "share": None, "global_batch_size": 8, "micro_batch_size": 2, "accumulation": 2,
+        "ends_by": "updates", "updates": 10, "min_updates": 10, "max_updates": 10, "first_update": 0, "last_update": 9,
+        "samples": 80, "pixels_per_update": 8 * 9 * 64 * 64, "learning_rate_max": 1e-3, "schedule": "cosine", "warmup_updates": 3,
+    }  # fmt: skip
+    assert (rows[1]["ends_by"], rows[1]["samples"], rows[1]["last_update"]) == ("epochs or plateau or updates", None, None)
+    assert [row["samples"] for row in rows[2:]] == [32, 48, None, None]
+
+
+def test_curve_shows_edges_and_warm_up_ends() -> None:
+    phases = plan(
+        {"warmup_updates": 4}, {"updates": ..., "epochs": 2, "schedule": "constant", "warmup_updates": 3}, {"updates": 1000}
+    )
+    curve = learning_rate_curve(phases, 50)
+    assert [update for update, _ in curve] == sorted({update for update, _ in curve})
+    assert {0, 3, 9, 10, 12, 15, 16, 1015} <= {update for update, _ in curve}
+    assert len(curve) < 70
+    assert dict(curve)[3] == phases.phases[0].learning_rate.at(3)
+    assert dict(curve)[16] == phases.phases[2].learning_rate.at(0)
+
+
+_ends = st.one_of(
+    st.builds(lambda n: {"updates": n}, st.integers(1, 40)),
+    st.builds(lambda e, m: {"updates": ..., "epochs": e, "max_updates": m}, st.integers(1, 3), st.integers(1, 40)),
+    st.builds(
+        lambda m, p: {"updates": ..., "max_updates": m, "plateau": {"patience_updates": p}}, st.integers(1, 40), st.integers(1, 9)
+    ),
+)
+
+
+@settings(deadline=None)
+@given(ends=st.lists(_ends, min_size=1, max_size=5), world=st.sampled_from([1, 2, 4, 8]), points=st.integers(0, 30))
+def test_bounds_add_up_in_random_curricula(ends: list[dict[str, Any]], world: int, points: int) -> None:
+    phases = plan(*ends, world_size=world)
+    assert phases.phases[0].first == UpdateRange(minimum=0, maximum=0)
+    for before, after in zip(phases.phases, phases.phases[1:], strict=False):
+        assert after.first == before.first + before.length
+    for phase in phases.phases:
+        assert 1 <= phase.length.minimum <= (phase.length.maximum or 0)
+        assert all(b.global_batch_size == b.micro_batch_size * b.accumulation * world for b in phase.buckets)
+    assert phases.total.maximum == sum(phase.length.maximum or 0 for phase in phases.phases)
+    assert learning_rate_curve(phases, points)[-1][0] == (phases.total.maximum or 0) - 1
