@@ -131,7 +131,9 @@ def _value(node: yaml.Node, source: str, problems: list[str], *, depth: int) -> 
         try:
             return _SCALARS[node.tag](node.value)
         except ValueError:
-            pass
+            kind = node.tag.rpartition(":")[2]
+            problems.append(f"{where}: must be a readable {kind}, got {node.value[:40]!r}. Correct the value.")
+            return None
     problems.append(f"{where}: must be a plain value, got the tag {node.tag!r}. Remove the tag.")
     return None
 

@@ -2,12 +2,16 @@
 """Loading a configuration: bases, overrides, and every broken rule as one message with file, path, rule, value and fix."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aiprod_ds.config.fingerprint import to_yaml
 from aiprod_ds.config.loader import load_config
 from aiprod_ds.config.nearest import suggestion
+from aiprod_ds.config.strict_yaml import read_yaml, write_yaml
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.errors import ConfigError
 
@@ -199,6 +203,39 @@ def test_no_message_shows_the_validation_library(folder: Path) -> None:
         assert "http" not in problem
         assert "Input should" not in problem
         assert problem.endswith((".", "?"))
+
+
+def _paths(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for step, child in steps for found in _paths(child, (*path, step)))]
+
+
+_junk = st.one_of(
+    st.none(), st.booleans(), st.integers(-(10**400), 10**400), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.sampled_from(["frames", "height", "preset", "base", "updates", "{x}", "a b", ""]), st.integers() | st.text(max_size=3), max_size=2),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_junk_anywhere_is_refused_in_the_house_form_or_taken(folder: Path, data: st.DataObject) -> None:
+    values = read_yaml(BASE.encode(), "base")
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(_paths(values)[1:]))
+        target = values
+        for step in path[:-1]:
+            target = target[step]
+        target[path[-1] if data.draw(st.booleans()) or isinstance(target, list) else "junk"] = data.draw(_junk)
+    try:
+        config = load(write_yaml(values))
+    except ConfigError as error:
+        found = error.problems
+    else:
+        assert load(to_yaml(config)) == config
+        return
+    assert found
+    assert all(problem.startswith(("c.yaml: ", "file: ")) for problem in found)
+    assert not any("Input should" in problem or "pydantic" in problem for problem in found)
 
 
 @pytest.mark.parametrize(
