@@ -125,17 +125,21 @@ def _value(node: yaml.Node, source: str, problems: list[str], *, depth: int) -> 
     if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
         return [_value(child, source, problems, depth=depth + 1) for child in node.value]
     if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
-        if node.tag == _INT and _OCTAL.match(node.value):
-            problems.append(f"{where}: an integer must not start with 0, got {node.value}. Drop the zero, or quote it as text.")
-            return None
-        try:
-            return _SCALARS[node.tag](node.value)
-        except ValueError:
-            kind = node.tag.rpartition(":")[2]
-            problems.append(f"{where}: must be a readable {kind}, got {node.value[:40]!r}. Correct the value.")
-            return None
+        return _scalar(node, where, problems)
     problems.append(f"{where}: must be a plain value, got the tag {node.tag!r}. Remove the tag.")
     return None
+
+
+def _scalar(node: yaml.ScalarNode, where: str, problems: list[str]) -> Any:
+    if node.tag == _INT and _OCTAL.match(node.value):
+        problems.append(f"{where}: an integer must not start with 0, got {node.value}. Drop the zero, or quote it as text.")
+        return None
+    try:
+        return _SCALARS[node.tag](node.value)
+    except ValueError:
+        kind = node.tag.rpartition(":")[2]
+        problems.append(f"{where}: must be a readable {kind}, got {node.value[:40]!r}. Correct the value.")
+        return None
 
 
 def _mapping(node: yaml.MappingNode, source: str, problems: list[str], *, depth: int) -> dict[str, Any]:
