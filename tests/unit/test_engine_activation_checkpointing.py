@@ -107,11 +107,19 @@ def test_a_diffusers_model_inside_another_module_uses_its_own_switch() -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLLTXVideo(
-        block_out_channels=(8, 16), decoder_block_out_channels=(8, 16), layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(True, False), decoder_spatio_temporal_scaling=(True, False), decoder_inject_noise=(False,) * 3,
-        upsample_residual=(False, False), upsample_factor=(1, 1), latent_channels=4, patch_size=2,
+        latent_channels=4,
+        patch_size=2,
+        block_out_channels=(8, 16),
         down_block_types=("LTXVideoDownBlock3D",) * 2,
-    )  # fmt: skip
+        layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, False),
+        decoder_block_out_channels=(8, 16),
+        decoder_layers_per_block=(1, 1, 1),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False,) * 3,
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+    )
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:

@@ -96,7 +96,7 @@ def test_fp32_is_adamw_with_global_clipping_written_out() -> None:
                 second[name] = 0.95 * second[name] + 0.05 * g**2
                 lr, decay = 0.1 / (1 + update), 0.1 if "weight" in name else 0.0
                 corrected = (second[name] / (1 - 0.95 ** (update + 1))).sqrt() + 1e-8
-                p -= lr * decay * p + lr * first[name] / (1 - 0.9 ** (update + 1)) / corrected
+                p.sub_(lr * decay * p + lr * first[name] / (1 - 0.9 ** (update + 1)) / corrected)
                 p.grad = None
     for name, value in _values(engine).items():
         # fp32 against fp64: 5 updates, each with a relative rounding of 1e-7 that a small second moment enlarges.
