@@ -135,7 +135,7 @@ def _download(destination: Path) -> None:
             tempfile.NamedTemporaryFile(dir=destination.parent, suffix=".partial", delete=False) as file,
         ):
             _commit(response, file, destination)
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, DataError) as error:  # DataError: another hash, such as the log-in page of a proxy
         raise WeightsUnavailableError(
             f"PerceptualLoss: needs VGG16 weights; not configured, not in {destination.parent}, "
             f"download failed ({error}).{_WAYS_OUT}"

@@ -6,7 +6,11 @@ network really unreachable (a proxy on a closed port) instead of replacing funct
 
 import hashlib
 import logging
+import threading
+import urllib.request
 from copy import deepcopy
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from torchmetrics.functional.image.lpips import _LPIPS
 
 from aiprod_ds.config.vae import PerceptualConfig
 from aiprod_ds.errors import ConfigError, DataError
+from aiprod_ds.losses import vgg
 from aiprod_ds.losses.perceptual import PerceptualLoss, choose_frames
 from aiprod_ds.losses.vgg import LAYERS, SHA256_PREFIX, WEIGHTS_NAME
 
@@ -47,6 +52,7 @@ def offline(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen reads the proxies once per process
     return tmp_path / "home" / "hub" / "checkpoints"
 
 
@@ -252,6 +258,39 @@ def test_a_file_of_something_else_is_named(tmp_path, content):
         PerceptualLoss(PerceptualConfig(weights=str(path)), allow_unverified_weights=True)
 
 
+@pytest.fixture
+def mirror(weights_file, monkeypatch, tmp_path):
+    """A server on this machine that has the weights, in place of torchvision's; returns the cache it is downloaded into."""
+    handler = partial(SilentHandler, directory=str(weights_file.parent))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    monkeypatch.setattr(vgg, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/{weights_file.name}")
+    yield tmp_path / "hub" / "checkpoints"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_is_checked_and_kept_in_the_cache(mirror, weights_file, monkeypatch):
+    monkeypatch.setattr(vgg, "SHA256_PREFIX", hashlib.sha256(weights_file.read_bytes()).hexdigest()[:8])
+
+    assert PerceptualLoss(PerceptualConfig()).active_mode == "lpips"
+    assert [path.name for path in mirror.iterdir()] == [WEIGHTS_NAME]
+    monkeypatch.setattr(vgg, "WEIGHTS_URL", "http://127.0.0.1:9/")
+    assert PerceptualLoss(PerceptualConfig()).active_mode == "lpips"
+
+
+def test_a_download_of_something_else_leaves_nothing_behind(mirror):
+    with pytest.raises(DataError, match=r"download failed \(.*SHA-256 must begin with 397923af"):
+        PerceptualLoss(PerceptualConfig())
+
+    assert list(mirror.iterdir()) == []
+    assert PerceptualLoss(PerceptualConfig(fallback="l2")).active_mode == "l2"
+
+
 def test_layers_are_checked(weights_file):
     config = PerceptualConfig(mode="vgg", weights=str(weights_file))
     with pytest.raises(ConfigError, match="layers must be some of relu1_2"):
@@ -259,6 +298,11 @@ def test_layers_are_checked(weights_file):
     with pytest.raises(ConfigError, match="layers has no effect in lpips mode"):
         PerceptualLoss(PerceptualConfig(weights=str(weights_file)), layers=["relu1_2"], allow_unverified_weights=True)
     assert list(LAYERS) == ["relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"]
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
 def _load_features(features, weights_file):

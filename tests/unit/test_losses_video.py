@@ -1,5 +1,7 @@
 """VideoVAELoss: worked numbers, weights, names, formats."""
 
+import urllib.request
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ def fallback(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen reads the proxies once per process
     return PerceptualLoss(PerceptualConfig(fallback="l2"))
 
 

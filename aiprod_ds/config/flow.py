@@ -1,0 +1,55 @@
+"""What flow matching may be told: how noise levels are drawn, how modalities are weighed, what stays clean.
+
+Owns the schema; the formulas are in `aiprod_ds.losses.flow`. Field names are the YAML keys.
+"""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from aiprod_ds.config.model import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel
+
+
+class NoiseLevelConfig(StrictModel):
+    """Logit-normal noise levels whose mean shifts with the number of tokens.
+
+    The shift is the line through (`low_tokens`, `low_shift`) and (`high_tokens`, `high_shift`), kept within [`min_shift`,
+    `max_shift`]; null for either end takes that bound away. A `uniform_fraction` of the levels is uniform instead.
+    """
+
+    low_tokens: PositiveInt = 1024
+    low_shift: float = 0.95
+    high_tokens: PositiveInt = 4096
+    high_shift: float = 2.05
+    min_shift: float | None = 0.5
+    max_shift: float | None = 3.0
+    standard_deviation: PositiveFloat = 1.0
+    uniform_fraction: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _the_line_and_the_bounds_are_ordered(self) -> Self:
+        problems = []
+        if self.high_tokens <= self.low_tokens:
+            problems.append(f"high_tokens: must exceed low_tokens ({self.low_tokens}), got {self.high_tokens}. Swap them.")
+        if self.min_shift is not None and self.max_shift is not None and self.max_shift < self.min_shift:
+            problems.append(f"max_shift: must not be below min_shift ({self.min_shift}), got {self.max_shift}. Swap them.")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class FlowConfig(StrictModel):
+    """The objective of the diffusion trainer. Modalities have their own noise level unless `shared_noise_level` is set."""
+
+    noise_level: NoiseLevelConfig = NoiseLevelConfig()
+    video_weight: NonNegativeFloat = 1.0
+    audio_weight: NonNegativeFloat = 0.25
+    shared_noise_level: bool = False
+    first_frame_probability: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if self.video_weight == self.audio_weight == 0:
+            raise ValueError("video_weight: this or audio_weight must exceed 0, got 0 for both. Raise one of them.")
+        return self
