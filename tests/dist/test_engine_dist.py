@@ -58,6 +58,9 @@ def test_a_hanging_rank_is_killed_after_the_time_limit(tmp_path: Path) -> None:
         run_on_ranks(hang, ranks=2, arguments={"folder": str(tmp_path)}, timeout_seconds=20)
     pids = [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()]
     assert len(pids) == 2, "both ranks were running when the limit came"
+    deadline = time.monotonic() + 10  # a signal is delivered, not waited for
+    while any(_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not any(_is_alive(pid) for pid in pids)
 
 
