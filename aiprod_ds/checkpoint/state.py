@@ -1,0 +1,62 @@
+"""What a checkpoint says about the run beside the engine's own files.
+
+Owns the record, its JSON form and the hash that lets anyone compare two runs. Writing and reading folders is `store.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from aiprod_ds.clock import Clock
+from aiprod_ds.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Everything that a resumed run needs and cannot compute.
+
+    Attributes:
+        clock: Where the run stood.
+        scheduler: State of the curriculum scheduler.
+        fingerprint: Hash of the configuration without its phases.
+        phase_fingerprints: One hash per phase, so that phases not yet reached may still be edited.
+        layout: World size, ZeRO stage and precision that the engine's files belong to.
+        history: What the report needs from before the save (evaluations, seconds per phase, resumes).
+    """
+
+    clock: Clock
+    scheduler: Mapping[str, Any]
+    fingerprint: str
+    phase_fingerprints: tuple[str, ...]
+    layout: Mapping[str, Any]
+    history: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready mapping."""
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "clock": asdict(self.clock)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunState:
+        """Returns the state saved by `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing or unknown.
+        """
+        if set(values) != set(cls.__dataclass_fields__):
+            raise CheckpointError(f"state.json: fields must be {sorted(cls.__dataclass_fields__)}, got {sorted(values)}.")
+        clock, fingerprints = Clock.from_dict(values["clock"]), tuple(values["phase_fingerprints"])
+        return cls(**{**values, "clock": clock, "phase_fingerprints": fingerprints})
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns one hash over names, dtypes, shapes and bytes, in the order given; equal hashes mean bitwise equal states."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().numpy().tobytes())
+    return digest.hexdigest()

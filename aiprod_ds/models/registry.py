@@ -1,0 +1,78 @@
+"""Turns `model.source` into a module: a diffusers class by name, or any import path.
+
+Owns name resolution and construction; knows nothing about what the model is for. Called by the trainers and by `plan`, which
+builds on the meta device so that no memory is taken.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.errors import ConfigError
+from aiprod_ds.rng import stream_seed
+
+
+def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> nn.Module:
+    """Returns the module that `config` names, in fp32 and training mode.
+
+    Random weights depend on `seed` alone, so that all ranks build the same model.
+
+    Args:
+        config: The `model` section.
+        seed: The run's seed.
+        device: `"meta"` builds shapes only, for planning.
+
+    Raises:
+        ConfigError: If the source does not resolve, its constructor refuses the arguments or the weights cannot be loaded.
+    """
+    factory = resolve(config.source)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(stream_seed(seed, "weights"))
+        module = _construct(factory, config, is_plan=device == "meta")
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"model.source: must make a torch module, got {type(module).__name__} from {config.source!r}.")
+    return module.train()
+
+
+def resolve(source: str) -> Callable[..., Any]:
+    """Returns the class or function that `source` names: `AutoencoderKLWan` in diffusers, or `package.module:Name`."""
+    if ":" in source:
+        return _import_path(source)
+    import diffusers  # takes seconds to import; needed only here
+
+    found = getattr(diffusers, source, None)
+    if found is None:
+        near = difflib.get_close_matches(source, dir(diffusers), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"model.source: must name a diffusers class or an import path 'package.module:Name', got {source!r}.{hint}"
+        )
+    return found  # type: ignore[no-any-return]  # diffusers resolves names lazily and is untyped
+
+
+def _import_path(source: str) -> Callable[..., Any]:
+    module_name, _, attribute = source.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model.source: must be importable, got {source!r} ({error}). Check the spelling and PYTHONPATH.") from error
+
+
+def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: bool) -> Any:
+    try:
+        if config.pretrained is None:
+            return factory(**config.config)
+        if is_plan:
+            return factory.from_config(factory.load_config(config.pretrained))  # type: ignore[attr-defined]
+        return factory.from_pretrained(config.pretrained, torch_dtype=torch.float32)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+        where = "model.config" if config.pretrained is None else "model.pretrained"
+        got = config.config if config.pretrained is None else config.pretrained
+        raise ConfigError(f"{where}: {config.source} must accept it, got {got!r} ({error}).") from error

@@ -1,0 +1,148 @@
+"""What a video VAE must offer, and the one module that the engine trains.
+
+Shape suffixes: B batch, C channels, T frames, H height, W width, L latent channels (time and space follow), as in
+`video_BCTHW`. `VideoVAE` holds the model and runs encode, sample and decode in one forward, so that everything the engine
+trains is reached through `engine(...)`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.errors import ConfigError, EngineError
+
+LOGVAR_RANGE = (-30.0, 10.0)  # exp(11.09) is the largest fp16 number
+_PROBE_FRAMES, _PROBE_SIZE = 49, 128  # 48 and 128 are multiples of every published stride
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoStrides:
+    """How many pixels and frames one latent position covers."""
+
+    spatial: int
+    temporal: int
+
+
+class VideoVAE(nn.Module):
+    """Wraps any video VAE for training.
+
+    The model must offer `encode(video_BCTHW)`, which returns an object with `latent_dist` (diffusers), a `(mean, logvar)` pair
+    or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object with `sample`.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        for method in ("encode", "decode"):
+            if not callable(getattr(vae, method, None)):
+                raise ConfigError(f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}.")
+        self.vae = vae
+
+    def forward(self, video_BCTHW: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Encodes, draws a latent and decodes.
+
+        Args:
+            video_BCTHW: [B, 3, T, H, W] in [-1, 1], in the module's dtype.
+            seeds: One seed per sample for the posterior's noise, so that a draw does not depend on the rank or the batch it
+                falls in; None takes the posterior's mode, as evaluation does.
+
+        Returns:
+            (reconstruction_BCTHW, mean, logvar), the last two fp32; logvar is None for a deterministic autoencoder.
+
+        Raises:
+            EngineError: If the model returns another shape than it was given.
+        """
+        mean, logvar = split_posterior(self.vae.encode(video_BCTHW))
+        mean, logvar = mean.float(), None if logvar is None else logvar.float().clamp(*LOGVAR_RANGE)
+        latent = mean if seeds is None or logvar is None else mean + (0.5 * logvar).exp() * _noise_like(mean, seeds)
+        decoded = self.vae.decode(latent.to(video_BCTHW.dtype))
+        reconstruction = decoded if isinstance(decoded, Tensor) else decoded.sample
+        if reconstruction.shape != video_BCTHW.shape:
+            raise EngineError(
+                f"model: the reconstruction must have the input's shape {tuple(video_BCTHW.shape)}, got {tuple(reconstruction.shape)}. "
+                "Set model.spatial_stride and model.temporal_stride to the model's own."
+            )
+        return reconstruction, mean, logvar
+
+
+def split_posterior(encoded: Any) -> tuple[Tensor, Tensor | None]:
+    """Returns (mean, logvar) of whatever `encode` returned; logvar is None when there is no posterior."""
+    if isinstance(encoded, Tensor):
+        return encoded, None
+    if isinstance(encoded, tuple) and len(encoded) == 2:
+        return encoded
+    posterior = getattr(encoded, "latent_dist", encoded)
+    if not hasattr(posterior, "logvar") and hasattr(posterior, "mode"):
+        return posterior.mode(), None  # diffusers' IdentityDistribution: a deterministic autoencoder
+    if not (hasattr(posterior, "mean") and hasattr(posterior, "logvar")):
+        raise ConfigError(f"model: encode must return latent_dist, (mean, logvar) or a tensor, got {type(encoded).__name__}.")
+    return posterior.mean, posterior.logvar
+
+
+def video_strides(vae: nn.Module, config: ModelConfig) -> VideoStrides:
+    """Returns the strides: those of the configuration, else measured by encoding shapes, else as the model declares them.
+
+    Measuring comes before the model's word because diffusers 0.42.1 declares 64 and 16 for AutoencoderKLLTX2Video, whose
+    encoder has 32 and 8. It runs on the meta device and costs no memory.
+
+    Raises:
+        ConfigError: If a stride is neither given nor to be found.
+    """
+    if config.spatial_stride and config.temporal_stride:
+        return VideoStrides(spatial=config.spatial_stride, temporal=config.temporal_stride)
+    found = _measure(vae) or _declared(vae)
+    if found is None:
+        raise ConfigError(
+            f"model: the strides of {type(vae).__name__} are neither declared nor measurable. "
+            "Set model.spatial_stride and model.temporal_stride."
+        )
+    return VideoStrides(spatial=config.spatial_stride or found.spatial, temporal=config.temporal_stride or found.temporal)
+
+
+def _measure(vae: nn.Module) -> VideoStrides | None:
+    shapes_only = _on_meta(vae).eval()
+    dtype = next((parameter.dtype for parameter in vae.parameters()), torch.float32)
+    probe_BCTHW = torch.zeros(1, 3, _PROBE_FRAMES, _PROBE_SIZE, _PROBE_SIZE, device="meta", dtype=dtype)
+    try:
+        with torch.no_grad():
+            latent, _ = split_posterior(shapes_only.encode(probe_BCTHW))  # type: ignore[operator]
+    except (RuntimeError, ValueError, NotImplementedError):
+        return None  # some models make tensors on the CPU inside forward, or encode tiles only
+    frames, height = latent.shape[-3], latent.shape[-2]
+    return VideoStrides(spatial=_PROBE_SIZE // height, temporal=(_PROBE_FRAMES - 1) // max(frames - 1, 1))
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    tensors = [*module.parameters(), *module.buffers()]
+    placed: dict[int, object] = {id(tensor): tensor.to("meta") for tensor in tensors}
+    return copy.deepcopy(module, memo=placed)  # the memo stands in for every tensor, so no weight is copied
+
+
+def _declared(vae: nn.Module) -> VideoStrides | None:
+    spatial = _declared_number(vae, "spatial_compression_ratio", "scale_factor_spatial")
+    temporal = _declared_number(vae, "temporal_compression_ratio", "scale_factor_temporal")
+    return VideoStrides(spatial=spatial, temporal=temporal) if spatial and temporal else None
+
+
+def _declared_number(vae: nn.Module, *names: str) -> int | None:
+    config = getattr(vae, "config", {})
+    for name in names:
+        value = vars(vae).get(name)  # not getattr: diffusers warns when an attribute comes from its config
+        if value is None and hasattr(config, "get"):
+            value = config.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _noise_like(mean: Tensor, seeds: Sequence[int]) -> Tensor:
+    if len(seeds) != len(mean):
+        raise EngineError(f"posterior noise: needs one seed per sample ({len(mean)}), got {len(seeds)}.")
+    draws = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).to(mean.device)
