@@ -1,0 +1,207 @@
+"""Micro-batches of one rank, decoded ahead by worker processes, from any position on.
+
+Owns the worker processes and how their failures surface. The sampler decides what comes when and the dataset how a clip is
+read, so the number of workers changes neither the order nor a single value. The training loop calls it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
+
+from aiprod_ds.curriculum.phase import BucketPlan
+from aiprod_ds.data.dataset import ClipRequest
+from aiprod_ds.data.sampler import PhaseSampler, SampleRef, rank_slice
+from aiprod_ds.errors import DataError
+
+PREFETCHED_PER_WORKER = 2
+
+
+class ClipSource(Protocol):
+    """What a dataset must offer: `{"video": [3,T,H,W] float32, "sample_index": int}` for a request."""
+
+    def __getitem__(self, request: ClipRequest, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """What one rank trains on in one micro-step.
+
+    Attributes:
+        video: [B,3,T,H,W] float32 in [-1,1].
+        samples: Where each of the B clips comes from.
+        bucket: Which of the phase's buckets all of them belong to.
+        position: The update of the phase to which the micro-step belongs.
+    """
+
+    video: Tensor
+    samples: tuple[SampleRef, ...]
+    bucket: int
+    position: int
+
+    def pin_memory(self) -> MicroBatch:
+        """Returns the batch in page-locked memory; `DataLoader` looks for a method of this name."""
+        return replace(self, video=self.video.pin_memory())
+
+
+class ClipLoader:
+    """Infinite iterator over the micro-batches of one rank.
+
+    Args:
+        dataset: Reads clips; must be picklable where worker processes are not forked.
+        sampler: Of the phase.
+        buckets: Of the phase's plan, in the sampler's order.
+        rank: 0 <= rank < world_size.
+        world_size: Ranks that share every global batch.
+        start_position: The first update to deliver; its first micro-batch comes first.
+        num_workers: Processes that decode ahead; 0 decodes in this one.
+        augment: Whether clips are drawn at a random place instead of the centre.
+        flip: Whether clips are mirrored at random.
+
+    Raises:
+        DataError: When iterating, if a clip cannot be read, has another shape than its bucket, or a worker dies.
+    """
+
+    def __init__(  # noqa: PLR0913  each argument is one independent fact of the run
+        self,
+        dataset: ClipSource,
+        sampler: PhaseSampler,
+        buckets: Sequence[BucketPlan],
+        *,
+        rank: int,
+        world_size: int,
+        start_position: int,
+        num_workers: int,
+        augment: bool,
+        flip: bool,
+    ) -> None:
+        buckets = tuple(buckets)
+        loader: DataLoader[MicroBatch | _Failure] = DataLoader(
+            _Clips(dataset, buckets, augment=augment, flip=flip),
+            batch_size=None,
+            sampler=_MicroBatches(sampler, buckets, rank=rank, world_size=world_size, start_position=start_position),
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            prefetch_factor=PREFETCHED_PER_WORKER if num_workers else None,
+        )
+        self._batches: Iterator[MicroBatch | _Failure] | None = iter(loader)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        assert self._batches is not None, "the loader is closed"
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            batch = _Failure(
+                message=f"data loader: worker processes must stay alive, got {error} "
+                "Raise the machine's memory or shared memory, or lower the number of workers."
+            )
+        if isinstance(batch, _Failure):
+            # Raised outside of the handler: an exception that holds the iterator's frames would keep the other workers alive.
+            self.close()
+            raise DataError(batch.message)
+        return batch
+
+    def close(self) -> None:
+        """Ends the worker processes; may be called at any time and more than once."""
+        # DataLoader's iterator ends its workers when it is collected and offers no public method for it.
+        self._batches = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Description:
+    """A micro-batch to be read."""
+
+    samples: tuple[SampleRef, ...]
+    bucket: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """Travels instead of an exception, to which `DataLoader` would add the worker's traceback as message."""
+
+    message: str
+
+
+class _MicroBatches:
+    """Describes the micro-batches of one rank in order; runs in the process that trains."""
+
+    def __init__(
+        self, sampler: PhaseSampler, buckets: Sequence[BucketPlan], *, rank: int, world_size: int, start_position: int
+    ) -> None:
+        self._sampler = sampler
+        self._buckets = buckets
+        self._rank = rank
+        self._world_size = world_size
+        self._start_position = start_position
+
+    def __iter__(self) -> Iterator[_Description]:
+        position = self._start_position
+        while True:
+            batch = self._sampler.batch(position)
+            size = self._buckets[batch.bucket].micro_batch_size
+            for samples in rank_slice(batch, rank=self._rank, world_size=self._world_size, micro_batch_size=size):
+                yield _Description(samples=samples, bucket=batch.bucket, position=position)
+            position += 1
+
+
+class _Clips(Dataset["MicroBatch | _Failure"]):
+    """Reads described micro-batches; runs in the workers."""
+
+    def __init__(self, dataset: ClipSource, buckets: Sequence[BucketPlan], *, augment: bool, flip: bool) -> None:
+        self._dataset = dataset
+        self._buckets = buckets
+        self._augment = augment
+        self._flip = flip
+
+    def __getitem__(self, description: _Description) -> MicroBatch | _Failure:
+        bucket = self._buckets[description.bucket]
+        try:
+            video = torch.stack([self._read(sample, bucket) for sample in description.samples])
+        except DataError as error:
+            return _Failure(message=str(error))
+        except Exception as error:  # noqa: BLE001  the training process raises it again
+            return _Failure(message=f"data loader: {type(error).__name__}: {error}")
+        return MicroBatch(video=video, samples=description.samples, bucket=description.bucket, position=description.position)
+
+    def _read(self, sample: SampleRef, bucket: BucketPlan) -> Tensor:
+        request = ClipRequest(
+            sample_index=sample.sample_index,
+            epoch=sample.epoch,
+            frames=bucket.frames,
+            height=bucket.height,
+            width=bucket.width,
+            frame_rate_hz=bucket.frame_rate_hz,
+            augment=self._augment,
+            flip=self._flip,
+        )
+        video: Tensor = self._dataset[request]["video"]
+        expected = (3, bucket.frames, bucket.height, bucket.width)
+        if video.shape != expected or video.dtype != torch.float32:
+            raise DataError(
+                f"sample {sample.sample_index}: must be float32 of shape {expected}, got {video.dtype} of "
+                f"{tuple(video.shape)}. Make the dataset return what the request asks for."
+            )
+        return video
+
+
+def _unchanged(batch: MicroBatch | _Failure) -> MicroBatch | _Failure:
+    return batch
+
+
+def _start_worker(_worker: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the training process decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

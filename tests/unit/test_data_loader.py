@@ -1,0 +1,243 @@
+"""The loader delivers the same micro-batches from any position with any number of workers, and fails in one clear line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from torch import Tensor
+
+from aiprod_ds.curriculum.phase import BucketPlan
+from aiprod_ds.data.dataset import ClipRequest
+from aiprod_ds.data.loader import ClipLoader, MicroBatch
+from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
+from aiprod_ds.data.synthetic import SyntheticVideoDataset, write_synthetic_clips
+from aiprod_ds.errors import DataError
+
+
+class Clips:
+    """Clips whose values depend on every field of the request."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        clips = SyntheticVideoDataset(100, request.frames, request.height, request.width, seed=request.epoch)
+        video = clips[request.sample_index]
+        return {"video": video.flip(-1) if request.flip else video, "sample_index": request.sample_index}
+
+
+class BrokenClips:
+    """Every clip is unreadable."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        raise self._error
+
+
+class DeadlyClips:
+    """Reading a clip kills the worker, as a lack of memory does."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+class WideClips:
+    """Clips are wider than asked for."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return {"video": torch.zeros(3, request.frames, request.height, request.width + 1), "sample_index": 0}
+
+
+class ThreadCountClips:
+    """Clips are filled with the number of threads of the process that reads them."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        shape = (3, request.frames, request.height, request.width)
+        return {"video": torch.full(shape, float(torch.get_num_threads())), "sample_index": request.sample_index}
+
+
+def _plan(frames: int, size: int, *, world_size: int, micro: int) -> BucketPlan:
+    return BucketPlan(
+        frames=frames,
+        requested_frames=frames,
+        height=size,
+        width=size,
+        frame_rate_hz=None,
+        global_batch_size=8,
+        micro_batch_size=micro,
+        accumulation=8 // (world_size * micro),
+    )
+
+
+def _loader(
+    dataset: Any = None, *, start: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1, flip: bool = False
+) -> ClipLoader:
+    return ClipLoader(
+        dataset or Clips(),
+        PhaseSampler(
+            seed=3,
+            phase=0,
+            buckets=[
+                BucketSamples(indices=tuple(range(13)), global_batch_size=8),
+                BucketSamples(indices=tuple(range(13, 30)), global_batch_size=8),
+            ],
+        ),
+        [_plan(5, 8, world_size=world_size, micro=4), _plan(1, 16, world_size=world_size, micro=2)],
+        rank=rank,
+        world_size=world_size,
+        start_position=start,
+        num_workers=workers,
+        augment=True,
+        flip=flip,
+    )
+
+
+def _updates(loader: ClipLoader, first: int, count: int) -> Iterator[MicroBatch]:
+    with closing(loader):
+        for batch in loader:
+            if batch.position >= first + count:
+                return
+            yield batch
+
+
+def _assert_equal(left: list[MicroBatch], right: list[MicroBatch]) -> None:
+    facts = [[(batch.samples, batch.bucket, batch.position) for batch in batches] for batches in (left, right)]
+    assert facts[0] == facts[1]
+    for one, other in zip(left, right, strict=True):
+        assert torch.equal(one.video, other.video)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_delivers_what_the_uninterrupted_run_would(workers: int) -> None:
+    whole = list(_updates(_loader(), 0, 9))
+    resumed = list(_updates(_loader(start=4, workers=workers), 4, 5))
+
+    assert resumed[0].position == 4
+    _assert_equal(resumed, [batch for batch in whole if batch.position >= 4])
+
+
+def test_shapes_follow_the_bucket() -> None:
+    batches = list(_updates(_loader(), 0, 8))
+
+    assert {(batch.bucket, tuple(batch.video.shape)) for batch in batches} == {(0, (4, 3, 5, 8, 8)), (1, (2, 3, 1, 16, 16))}
+    assert {batch.video.dtype for batch in batches} == {torch.float32}
+
+
+def test_two_ranks_share_what_one_reads_alone() -> None:
+    alone = _clips(list(_updates(_loader(), 0, 5)))
+    ranks = [_clips(list(_updates(_loader(rank=rank, world_size=2), 0, 5))) for rank in range(2)]
+
+    assert not ranks[0].keys() & ranks[1].keys()
+    together = ranks[0] | ranks[1]
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[key], clip) for key, clip in alone.items())
+
+
+def _clips(batches: list[MicroBatch]) -> dict[tuple[int, int, int], Tensor]:
+    pairs = chain.from_iterable(zip(batch.samples, batch.video, strict=True) for batch in batches)
+    return {(sample.sample_index, sample.epoch, sample.ordinal): clip for sample, clip in pairs}
+
+
+def test_flip_reaches_the_dataset() -> None:
+    plain, flipped = (next(iter(_updates(_loader(flip=flip), 0, 1))) for flip in (False, True))
+
+    assert torch.equal(plain.video.flip(-1), flipped.video)
+    assert not torch.equal(plain.video, flipped.video)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DataError("clip 7.mp4: must have 5 frames, got 3. Remove it."), "clip 7.mp4: must have 5 frames, got 3. Remove it."),
+        (OSError("disc is gone"), "data loader: OSError: disc is gone"),
+    ],
+)
+def test_an_unreadable_clip_is_one_clear_message(error: Exception, message: str, workers: int) -> None:
+    loader = _loader(BrokenClips(error), workers=workers)
+
+    with pytest.raises(DataError) as caught:
+        next(loader)
+
+    assert str(caught.value) == message
+    assert not multiprocessing.active_children()
+
+
+def test_a_clip_of_another_shape_is_refused() -> None:
+    with pytest.raises(DataError, match=r"sample \d+: must be float32 of shape \(3, "):
+        next(_loader(WideClips()))
+
+
+def test_a_killed_worker_is_a_data_error() -> None:
+    with pytest.raises(DataError, match=r"^data loader: worker processes must stay alive, got DataLoader worker"):
+        next(_loader(DeadlyClips(), workers=2))
+    assert not multiprocessing.active_children()
+
+
+def test_workers_use_one_thread() -> None:
+    with closing(_loader(ThreadCountClips(), workers=1)) as loader:
+        assert next(loader).video.unique().tolist() == [1.0]
+
+
+def test_close_ends_the_workers_at_once_and_may_be_repeated(capfd: pytest.CaptureFixture[str]) -> None:
+    loader = _loader(workers=2)
+    next(loader)
+    assert len(multiprocessing.active_children()) == 2
+
+    started = time.monotonic()
+    loader.close()
+    loader.close()
+
+    # Idle workers leave within milliseconds; DataLoader kills those that hang after five seconds.
+    assert time.monotonic() - started < 4
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_synthetic_clips_are_deterministic_and_differ() -> None:
+    clips = SyntheticVideoDataset(3, 9, 16, 24, seed=5)
+
+    assert clips[1].shape == (3, 9, 16, 24)
+    assert clips[1].dtype == torch.float32
+    assert clips[1].abs().max() <= 1
+    assert torch.equal(clips[1], SyntheticVideoDataset(3, 9, 16, 24, seed=5)[1])
+    assert not torch.equal(clips[1], clips[2])
+    assert not torch.equal(clips[1], SyntheticVideoDataset(3, 9, 16, 24, seed=6)[1])
+    assert not torch.equal(clips[1][:, 0], clips[1][:, 8])
+    assert len(list(clips)) == 3
+
+
+@pytest.mark.parametrize("with_sound", [True, False])
+def test_written_clips_can_be_read_back(tmp_path: Path, with_sound: bool) -> None:
+    paths = write_synthetic_clips(tmp_path / "clips", num_clips=2, frames=10, height=32, width=48, seed=1, with_sound=with_sound)
+
+    assert [path.name for path in paths] == ["clip_00000.mp4", "clip_00001.mp4"]
+    with av.open(str(paths[1])) as container:
+        assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"][: 1 + with_sound]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    written_TCHW = torch.stack([torch.from_numpy(frame) for frame in frames]).permute(0, 3, 1, 2) / 127.5 - 1
+    expected_TCHW = SyntheticVideoDataset(2, 10, 32, 48, seed=1)[1].transpose(0, 1)
+    assert written_TCHW.shape == expected_TCHW.shape
+    # Lossy coding with halved chroma blurs the shapes' edges; another clip is further away than 0.3.
+    assert (written_TCHW - expected_TCHW).abs().mean() < 0.15
+
+
+def test_odd_sizes_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"height and width must be even for H.264 in 4:2:0, got 33x48. Round them up"):
+        write_synthetic_clips(tmp_path, num_clips=1, frames=1, height=33, width=48)
+
+
+def test_the_loader_goes_on_without_end() -> None:
+    with closing(_loader()) as loader:
+        assert [batch.position for batch in islice(loader, 60)][-1] > 15
