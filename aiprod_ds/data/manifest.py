@@ -1,0 +1,297 @@
+"""What media there is: a folder or a table becomes a `Manifest` of probed, hashed, readable clips.
+
+Owns reading tables, probing files and splitting; `video.py` decodes. Called by `check`, `plan` and the trainers.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import av
+
+from aiprod_ds.errors import DataError
+from aiprod_ds.rng import stream_seed
+
+VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
+TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
+
+_HASH_BLOCK_BYTES = 1 << 20
+_RATE_TOLERANCE = 0.01
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaRecord:
+    """One readable clip: `path` relative to the manifest's root, frames >= 1, seconds = frames / fps, pixels as displayed."""
+
+    path: str
+    sha256: str
+    frames: int
+    fps: float
+    height: int
+    width: int
+    seconds: float
+    audio_rate_hz: int | None = None
+    audio_channels: int | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A file that cannot be used, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The clips under `root`, in a stable order, and the files that were left out."""
+
+    root: Path
+    records: tuple[MediaRecord, ...]
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    path: str
+    audio: str | None = None
+    caption: str | None = None
+
+
+def scan(source: Path, *, cache: Path | None = None) -> Manifest:
+    """Probes every clip of `source`; a clip that cannot be read is listed in `unreadable`, not raised.
+
+    Args:
+        source: A folder, searched recursively and sorted by path, or a CSV, JSON or JSONL table with the column `video` or
+            `media_path` and optionally `audio` and `caption`; its paths are relative to the table's folder.
+        cache: A JSON file that keeps the probes of files whose size and modification time have not changed.
+
+    Raises:
+        DataError: If `source` does not exist or the table is malformed.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: must be a folder or a CSV, JSON or JSONL manifest, got nothing there. Correct the path.")
+    root = source if source.is_dir() else source.parent
+    entries = _entries_of_folder(source) if source.is_dir() else _entries_of_table(source)
+    probes = _ProbeCache(cache)
+    records: list[MediaRecord] = []
+    unreadable: list[Unreadable] = []
+    for entry in entries:
+        try:
+            records.append(_record(root, entry, probes))
+        except DataError as error:
+            unreadable.append(Unreadable(path=entry.path, reason=str(error)))
+    probes.save()
+    return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable))
+
+
+def require_readable(manifest: Manifest, max_unreadable_fraction: float) -> None:
+    """Checks that the manifest holds clips and that few enough files are unreadable.
+
+    Raises:
+        DataError: If no clip is readable, or the unreadable share is over `max_unreadable_fraction`; names the files.
+    """
+    broken, total = len(manifest.unreadable), len(manifest.unreadable) + len(manifest.records)
+    if total == 0:
+        raise DataError(
+            f"{manifest.root}: must hold at least one video clip, got none. "
+            f"Add files ending in {', '.join(sorted(VIDEO_EXTENSIONS))} or name another folder or manifest."
+        )
+    if manifest.records and broken <= max_unreadable_fraction * total:
+        return
+    named = "; ".join(f"{item.path} ({item.reason})" for item in manifest.unreadable[:5])
+    more = f"; and {broken - 5} more" if broken > 5 else ""
+    rule = f"at most {max_unreadable_fraction:.0%} of the clips may be unreadable" if manifest.records else "no clip is readable"
+    raise DataError(
+        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. "
+        "Repair or remove these files, or raise data.max_unreadable_fraction."
+    )
+
+
+def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
+    """Splits into (train, validation) by content: byte-identical files never stand on both sides.
+
+    `round(fraction * clips)` clips are held out, at least one and never all; copies of one file may make it more. The choice
+    depends on `seed` and the content, not on names or order. Unreadable files stay with train.
+
+    Raises:
+        DataError: If there are fewer than two different clips.
+    """
+    contents = sorted({record.sha256 for record in manifest.records}, key=lambda sha: (stream_seed(seed, "holdout", sha), sha))
+    if len(contents) < 2:
+        raise DataError(
+            f"{manifest.root}: holding out validation clips needs at least 2 different clips, got {len(contents)}. "
+            "Add clips or set data.validation."
+        )
+    wanted = max(1, round(fraction * len(manifest.records)))
+    held: set[str] = set()
+    count = 0
+    for sha in contents[:-1]:
+        if count >= wanted:
+            break
+        held.add(sha)
+        count += sum(record.sha256 == sha for record in manifest.records)
+    train = tuple(record for record in manifest.records if record.sha256 not in held)
+    validation = tuple(record for record in manifest.records if record.sha256 in held)
+    return replace(manifest, records=train), replace(manifest, records=validation, unreadable=())
+
+
+def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_EXTENSIONS and file.is_file())
+    for path in sorted(file.relative_to(folder).as_posix() for file in files):
+        yield _Entry(path=path)
+
+
+def _entries_of_table(table: Path) -> list[_Entry]:
+    if table.suffix.lower() not in TABLE_EXTENSIONS:
+        raise DataError(f"{table}: a manifest must end in .csv, .json or .jsonl, got {table.suffix!r}. Rename or convert it.")
+    try:
+        rows = list(_rows(table))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file.") from error
+    return [_entry(table, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def _rows(table: Path) -> Iterable[Any]:
+    text = table.read_text(encoding="utf-8-sig")
+    if table.suffix.lower() == ".csv":
+        return csv.DictReader(text.splitlines(keepends=True))
+    if table.suffix.lower() == ".jsonl":
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError(f"a {type(rows).__name__} instead of a list of rows")  # noqa: TRY004  # malformed text, not a wrong call
+    return rows
+
+
+def _entry(table: Path, number: int, row: Any) -> _Entry:
+    columns = row if isinstance(row, dict) else {}
+    path = columns.get("video") or columns.get("media_path")
+    if not isinstance(path, str):
+        raise DataError(
+            f"{table}: row {number}: must name a file in column 'video' or 'media_path', got {row!r}. Add it or drop the row."
+        )
+    return _Entry(path=path, audio=columns.get("audio") or None, caption=columns.get("caption") or None)
+
+
+def _record(root: Path, entry: _Entry, probes: _ProbeCache) -> MediaRecord:
+    record = replace(probes.video(root / entry.path), path=entry.path, caption=entry.caption)
+    if entry.audio is None:
+        return record
+    rate_hz, channels = _guarded(root / entry.audio, _probe_audio)
+    return replace(record, audio_rate_hz=rate_hz, audio_channels=channels)
+
+
+class _ProbeCache:
+    """Probes by file, kept while a file's size and modification time stay as they were."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._known: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
+        if file is not None and file.exists():
+            try:
+                self._known = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                _log.warning("probe cache is unreadable and is made anew: file=%s error=%s", file, error)
+
+    def video(self, file: Path) -> MediaRecord:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise DataError(f"cannot be opened: {error.strerror}") from error
+        key, stamp = str(file.absolute()), [status.st_size, status.st_mtime_ns]
+        known = self._known.get(key)
+        record = MediaRecord(**known["record"]) if known and known["stamp"] == stamp else _guarded(file, _probe_video)
+        self._seen[key] = {"stamp": stamp, "record": asdict(record)}
+        return record
+
+    def save(self) -> None:
+        if self._file is None or self._seen == self._known:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        # Ranks may scan at the same time: each writes its own file and the rename is atomic.
+        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(self._seen), encoding="utf-8")
+        partial.replace(self._file)
+
+
+def _guarded(file: Path, probe: Any) -> Any:
+    try:
+        return probe(file)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise DataError(f"cannot be decoded: {error}") from error
+
+
+def _probe_video(file: Path) -> MediaRecord:
+    with av.open(str(file)) as container:
+        if not container.streams.video:
+            raise DataError("holds no video stream")
+        stream = container.streams.video[0]
+        audio = container.streams.audio[0] if container.streams.audio else None
+        # Headers lie about the number of frames; packets do not. The flushing packet at the end has no size.
+        times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        if not times:
+            raise DataError("holds no frame")
+        fps = _frames_per_second(stream, times)
+        audio_rate_hz, audio_channels = (audio.rate, audio.channels) if audio is not None else (None, None)
+    height, width = _first_frame_size(file)
+    return MediaRecord(
+        path=str(file),
+        sha256=_sha256(file),
+        frames=len(times),
+        fps=fps,
+        height=height,
+        width=width,
+        seconds=len(times) / fps,
+        audio_rate_hz=audio_rate_hz,
+        audio_channels=audio_channels,
+    )
+
+
+def _frames_per_second(stream: av.VideoStream, times: list[int | None]) -> float:
+    """Returns the stated average rate, or the rate of the timestamps where that is missing or more than 1 % off."""
+    stated = float(stream.average_rate) if stream.average_rate else None
+    known = [time for time in times if time is not None]
+    measured = None
+    if stream.time_base is not None and len(known) == len(times) and max(known) > min(known):
+        measured = (len(known) - 1) / float((max(known) - min(known)) * stream.time_base)
+    if stated is not None and (measured is None or abs(measured - stated) <= _RATE_TOLERANCE * stated):
+        return stated
+    if measured is None:
+        raise DataError("states neither a frame rate nor timestamps")
+    return measured
+
+
+def _first_frame_size(file: Path) -> tuple[int, int]:
+    with av.open(str(file)) as container:
+        for frame in container.decode(video=0):
+            is_sideways = frame.rotation % 180 != 0
+            return (frame.width, frame.height) if is_sideways else (frame.height, frame.width)
+    raise DataError("has packets but no frame that decodes")
+
+
+def _probe_audio(file: Path) -> tuple[int, int]:
+    with av.open(str(file)) as container:
+        if not container.streams.audio:
+            raise DataError(f"its audio file {file.name} holds no audio stream")
+        stream = container.streams.audio[0]
+        return stream.rate, stream.channels
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

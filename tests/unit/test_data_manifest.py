@@ -1,0 +1,142 @@
+"""Scanning, the unreadable share and the split, on small real files made with PyAV."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from aiprod_ds.data.manifest import Manifest, MediaRecord, Unreadable, holdout, require_readable, scan
+from aiprod_ds.errors import DataError
+
+
+def _write_video(path: Path, *, frames: int, shade: int = 0, fps: int = 24) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for index in range(frames):
+            pixels = np.full((16, 32, 3), (shade + 5 * index) % 256, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _manifest(shas: str, root: Path = Path("clips")) -> Manifest:
+    records = tuple(
+        MediaRecord(path=f"{i}.mp4", sha256=sha, frames=9, fps=24.0, height=16, width=32, seconds=9 / 24)
+        for i, sha in enumerate(shas)
+    )
+    return Manifest(root=root, records=records)
+
+
+def test_a_folder_is_scanned_in_order_with_true_facts(tmp_path: Path) -> None:
+    _write_video(tmp_path / "b.mp4", frames=7)
+    _write_video(tmp_path / "a" / "c.MP4", frames=48, fps=12)
+    (tmp_path / "notes.txt").write_text("no clip")
+    manifest = scan(tmp_path)
+    assert [(r.path, r.frames, r.fps, r.height, r.width, r.seconds) for r in manifest.records] == [
+        ("a/c.MP4", 48, 12.0, 16, 32, 4.0),
+        ("b.mp4", 7, 24.0, 16, 32, 7 / 24),
+    ]
+    assert manifest.unreadable == ()
+    assert manifest.records[0].audio_rate_hz is None
+
+
+def test_broken_files_are_listed_with_a_reason(tmp_path: Path) -> None:
+    _write_video(tmp_path / "good.mp4", frames=3)
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "noise.mp4").write_bytes(b"this is not a video" * 50)
+    manifest = scan(tmp_path)
+    assert [r.path for r in manifest.records] == ["good.mp4"]
+    assert [u.path for u in manifest.unreadable] == ["empty.mp4", "noise.mp4"]
+    assert all("cannot be decoded" in u.reason for u in manifest.unreadable)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_tables_name_clips_relative_to_their_folder(tmp_path: Path, suffix: str) -> None:
+    _write_video(tmp_path / "clips" / "x.mp4", frames=3)
+    rows = [{"media_path": "clips/x.mp4", "caption": "a, b"}, {"media_path": "clips/gone.mp4", "caption": ""}]
+    text = {
+        "csv": 'media_path,caption\nclips/x.mp4,"a, b"\nclips/gone.mp4,\n',
+        "json": json.dumps(rows),
+        "jsonl": "\n".join(json.dumps(row) for row in rows),
+    }[suffix]
+    table = tmp_path / f"clips.{suffix}"
+    table.write_text(text)
+    manifest = scan(table)
+    assert manifest.root == tmp_path
+    assert [(r.path, r.caption) for r in manifest.records] == [("clips/x.mp4", "a, b")]
+    assert [u.path for u in manifest.unreadable] == ["clips/gone.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "{", "must be a readable json table"),
+        ("a.json", "{}", "list of rows"),
+        ("a.jsonl", '{"film": "x"}', "row 1: must name a file in column 'video'"),
+        ("a.yaml", "", "must end in .csv, .json or .jsonl"),
+    ],
+)
+def test_malformed_tables_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        scan(tmp_path / name)
+
+
+def test_a_missing_source_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gone: must be a folder"):
+        scan(tmp_path / "gone")
+
+
+def test_the_cache_serves_unchanged_files_and_notices_changed_ones(tmp_path: Path) -> None:
+    clip, cache = tmp_path / "clips" / "a.mp4", tmp_path / "cache.json"
+    _write_video(clip, frames=3)
+    first = scan(clip.parent, cache=cache)
+    stored = json.loads(cache.read_text())
+    next(iter(stored.values()))["record"]["frames"] = 99
+    cache.write_text(json.dumps(stored))
+    assert scan(clip.parent, cache=cache).records[0].frames == 99
+    _write_video(clip, frames=5, shade=90)
+    second = scan(clip.parent, cache=cache)
+    assert second.records[0].frames == 5
+    assert second.records[0].sha256 != first.records[0].sha256
+
+
+def test_the_unreadable_share_is_a_limit(tmp_path: Path) -> None:
+    broken = (Unreadable(path="bad.mp4", reason="holds no frame"),)
+    manifest = Manifest(root=tmp_path, records=_manifest("abcd").records, unreadable=broken)
+    require_readable(manifest, 0.2)
+    with pytest.raises(DataError, match=r"at most 19% .* got 1 of 5: bad.mp4 \(holds no frame\)"):
+        require_readable(manifest, 0.19)
+    with pytest.raises(DataError, match="no clip is readable"):
+        require_readable(Manifest(root=tmp_path, records=(), unreadable=broken), 1.0)
+    with pytest.raises(DataError, match="at least one video clip, got none"):
+        require_readable(Manifest(root=tmp_path, records=()), 1.0)
+
+
+def test_the_split_is_disjoint_complete_and_repeatable() -> None:
+    manifest = _manifest("abcdefghij")
+    train, validation = holdout(manifest, fraction=0.3, seed=1)
+    assert len(validation.records) == 3
+    assert {*train.records, *validation.records} == {*manifest.records}
+    assert len(train.records) == 7
+    assert holdout(manifest, fraction=0.3, seed=1) == (train, validation)
+    assert any(holdout(manifest, fraction=0.3, seed=seed)[1] != validation for seed in range(2, 6))
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.0, 1), (1.0, 3)])
+def test_each_side_keeps_a_clip(fraction: float, held: int) -> None:
+    train, validation = holdout(_manifest("abcd"), fraction=fraction, seed=0)
+    assert (len(train.records), len(validation.records)) == (4 - held, held)
+
+
+def test_copies_stay_on_one_side_and_are_not_two_clips() -> None:
+    for seed in range(5):
+        train, validation = holdout(_manifest("aabbcc"), fraction=0.3, seed=seed)
+        assert not {r.sha256 for r in train.records} & {r.sha256 for r in validation.records}
+    with pytest.raises(DataError, match="at least 2 different clips, got 1"):
+        holdout(_manifest("aa"), fraction=0.1, seed=0)
