@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
 from aiprod_ds.curriculum.phase import BucketPlan
-from aiprod_ds.data.dataset import ClipRequest
+from aiprod_ds.data.dataset import ClipRequest, ClipSample
 from aiprod_ds.data.sampler import PhaseSampler, SampleRef, rank_slice
 from aiprod_ds.errors import DataError
 
@@ -25,9 +25,10 @@ PREFETCHED_PER_WORKER = 2
 
 
 class ClipSource(Protocol):
-    """What a dataset must offer: `{"video": [3,T,H,W] float32, "sample_index": int}` for a request."""
+    """What a dataset must offer: a clip for a request, always the same for the same request."""
 
-    def __getitem__(self, request: ClipRequest, /) -> dict[str, Any]: ...
+    def __getitem__(self, request: ClipRequest, /) -> ClipSample:
+        """Returns the clip that was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -187,7 +188,7 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
             augment=self._augment,
             flip=self._flip,
         )
-        video: Tensor = self._dataset[request]["video"]
+        video = self._dataset[request]["video"]
         expected = (3, bucket.frames, bucket.height, bucket.width)
         if video.shape != expected or video.dtype != torch.float32:
             raise DataError(
@@ -197,8 +198,8 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
         return video
 
 
-def _unchanged(batch: MicroBatch | _Failure) -> MicroBatch | _Failure:
-    return batch
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def _start_worker(_worker: int) -> None:

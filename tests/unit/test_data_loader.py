@@ -26,12 +26,20 @@ from aiprod_ds.errors import DataError
 
 
 class Clips:
-    """Clips whose values depend on every field of the request."""
+    """Clips whose values depend on the sample and the epoch."""
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         clips = SyntheticVideoDataset(100, request.frames, request.height, request.width, seed=request.epoch)
-        video = clips[request.sample_index]
-        return {"video": video.flip(-1) if request.flip else video, "sample_index": request.sample_index}
+        return {"video": clips[request.sample_index], "sample_index": request.sample_index}
+
+
+class EchoClips:
+    """Channels are filled with the request's sample, epoch and settings."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        facts = torch.tensor([request.sample_index, request.epoch, 100 * request.augment + request.flip], dtype=torch.float32)
+        video = facts.view(3, 1, 1, 1).expand(3, request.frames, request.height, request.width)
+        return {"video": video, "sample_index": request.sample_index}
 
 
 class BrokenClips:
@@ -81,7 +89,14 @@ def _plan(frames: int, size: int, *, world_size: int, micro: int) -> BucketPlan:
 
 
 def _loader(
-    dataset: Any = None, *, start: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1, flip: bool = False
+    dataset: Any = None,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    augment: bool = True,
+    flip: bool = False,
 ) -> ClipLoader:
     return ClipLoader(
         dataset or Clips(),
@@ -98,7 +113,7 @@ def _loader(
         world_size=world_size,
         start_position=start,
         num_workers=workers,
-        augment=True,
+        augment=augment,
         flip=flip,
     )
 
@@ -149,11 +164,14 @@ def _clips(batches: list[MicroBatch]) -> dict[tuple[int, int, int], Tensor]:
     return {(sample.sample_index, sample.epoch, sample.ordinal): clip for sample, clip in pairs}
 
 
-def test_flip_reaches_the_dataset() -> None:
-    plain, flipped = (next(iter(_updates(_loader(flip=flip), 0, 1))) for flip in (False, True))
+@pytest.mark.parametrize(("augment", "flip"), [(True, False), (False, True)])
+def test_requests_carry_sample_epoch_and_settings(augment: bool, flip: bool) -> None:
+    batches = list(_updates(_loader(EchoClips(), augment=augment, flip=flip), 0, 9))
 
-    assert torch.equal(plain.video.flip(-1), flipped.video)
-    assert not torch.equal(plain.video, flipped.video)
+    assert {sample.epoch for batch in batches for sample in batch.samples} > {0, 1}
+    for batch in batches:
+        expected = [[sample.sample_index, sample.epoch, 100 * augment + flip] for sample in batch.samples]
+        assert batch.video[:, :, 0, 0, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
