@@ -86,7 +86,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: If checkpoints exist and none of them is good: starting over would lose them silently.
         """
-        names = self._names_newest_first()
+        names = self.names()
         problems: list[str] = []
         for name in names:
             try:
@@ -114,7 +114,8 @@ class CheckpointStore:
             _check_file(folder, name, expected)
         return Checkpoint(folder=folder, state=RunState.from_dict(_read_json(folder / "state.json")))
 
-    def _names_newest_first(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Returns the names of all committed checkpoints, newest first, whole or not."""
         if not self.folder.is_dir():
             return []
         found = [match for entry in self.folder.iterdir() if entry.is_dir() and (match := _NAME.match(entry.name))]

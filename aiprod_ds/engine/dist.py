@@ -7,16 +7,16 @@ adopts the group that it finds. Called by the command line, the loop, the engine
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from aiprod_ds.errors import EngineError
+from aiprod_ds.errors import AiprodError, EngineError
 
 T = TypeVar("T")
 
@@ -117,6 +117,20 @@ def broadcast_object(value: T) -> T:
     torch_dist.broadcast_object_list(box, src=0, device=_collective_device())
     received: T = box[0]
     return received
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Returns rank 0's `make()` on every rank; an error of it is raised on every rank."""
+    made: T | AiprodError | None = None
+    if is_main():
+        try:
+            made = make()
+        except AiprodError as error:
+            made = error
+    made = broadcast_object(made)
+    if isinstance(made, AiprodError):
+        raise made
+    return cast("T", made)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
 
 LOGVAR_RANGE = (-30.0, 10.0)  # exp(11.09) is the largest fp16 number
 _PROBE_FRAMES, _PROBE_SIZE = 49, 128  # 48 and 128 are multiples of every published stride
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoStrides:
-    """How many pixels and frames one latent position covers."""
-
-    spatial: int
-    temporal: int
 
 
 class VideoVAE(nn.Module):
@@ -85,7 +77,7 @@ def split_posterior(encoded: Any) -> tuple[Tensor, Tensor | None]:
     return posterior.mean, posterior.logvar
 
 
-def video_strides(vae: nn.Module, config: ModelConfig) -> VideoStrides:
+def video_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
     """Returns the strides: those of the configuration, else measured by encoding shapes, else as the model declares them.
 
     Measuring comes before the model's word because diffusers 0.42.1 declares 64 and 16 for AutoencoderKLLTX2Video, whose
@@ -95,17 +87,17 @@ def video_strides(vae: nn.Module, config: ModelConfig) -> VideoStrides:
         ConfigError: If a stride is neither given nor to be found.
     """
     if config.spatial_stride and config.temporal_stride:
-        return VideoStrides(spatial=config.spatial_stride, temporal=config.temporal_stride)
+        return ModelStrides(spatial=config.spatial_stride, temporal=config.temporal_stride)
     found = _measure(vae) or _declared(vae)
     if found is None:
         raise ConfigError(
             f"model: the strides of {type(vae).__name__} are neither declared nor measurable. "
             "Set model.spatial_stride and model.temporal_stride."
         )
-    return VideoStrides(spatial=config.spatial_stride or found.spatial, temporal=config.temporal_stride or found.temporal)
+    return ModelStrides(spatial=config.spatial_stride or found.spatial, temporal=config.temporal_stride or found.temporal)
 
 
-def _measure(vae: nn.Module) -> VideoStrides | None:
+def _measure(vae: nn.Module) -> ModelStrides | None:
     shapes_only = _on_meta(vae).eval()
     dtype = next((parameter.dtype for parameter in vae.parameters()), torch.float32)
     probe_BCTHW = torch.zeros(1, 3, _PROBE_FRAMES, _PROBE_SIZE, _PROBE_SIZE, device="meta", dtype=dtype)
@@ -115,7 +107,7 @@ def _measure(vae: nn.Module) -> VideoStrides | None:
     except (RuntimeError, ValueError, NotImplementedError):
         return None  # some models make tensors on the CPU inside forward, or encode tiles only
     frames, height = latent.shape[-3], latent.shape[-2]
-    return VideoStrides(spatial=_PROBE_SIZE // height, temporal=(_PROBE_FRAMES - 1) // max(frames - 1, 1))
+    return ModelStrides(spatial=_PROBE_SIZE // height, temporal=(_PROBE_FRAMES - 1) // max(frames - 1, 1))
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
@@ -124,10 +116,10 @@ def _on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo=placed)  # the memo stands in for every tensor, so no weight is copied
 
 
-def _declared(vae: nn.Module) -> VideoStrides | None:
+def _declared(vae: nn.Module) -> ModelStrides | None:
     spatial = _declared_number(vae, "spatial_compression_ratio", "scale_factor_spatial")
     temporal = _declared_number(vae, "temporal_compression_ratio", "scale_factor_temporal")
-    return VideoStrides(spatial=spatial, temporal=temporal) if spatial and temporal else None
+    return ModelStrides(spatial=spatial, temporal=temporal) if spatial and temporal else None
 
 
 def _declared_number(vae: nn.Module, *names: str) -> int | None:

@@ -1,0 +1,186 @@
+"""The command line: check, plan, train, eval, inspect. The only module that prints.
+
+Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError
+
+DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+    """
+    arguments = _parser().parse_args(argv)
+    console = Console(stderr=True)
+    _set_up_logging(console)
+    try:
+        code: int = arguments.command(arguments, console)
+        return code
+    except (ConfigError, DataError) as error:
+        return _explain(error, BAD_CONFIGURATION)
+    except AiprodError as error:
+        return _explain(error, FAILED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aiprod-ds", description="Trains video VAEs through a curriculum on DeepSpeed.")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check = _configured(commands, "check", _check, "check a configuration and print every problem")
+    plan = _configured(commands, "plan", _plan, "print the phases with every derived number; needs no GPU")
+    for command in (check, plan):
+        command.add_argument("--world-size", type=int, default=1, help="ranks to plan for (default 1)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    train = _configured(commands, "train", _train, "train, or go on with what is left")
+    train.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    evaluate = _configured(commands, "eval", _eval, "measure held-out clips with the newest checkpoint")
+    evaluate.add_argument("--resume", default="auto", help="auto (default: the newest) or a checkpoint folder")
+    inspect = commands.add_parser("inspect", help="show and verify the checkpoints of a run folder")
+    inspect.add_argument("folder", type=Path)
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _configured(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. curriculum.phases[0].updates=5")
+    parser.add_argument("--output-dir", help="run folder, in place of the configuration's")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> VAETrainerConfig:
+    return load_config(arguments.config, arguments.overrides, arguments.output_dir)
+
+
+def _trainer(arguments: argparse.Namespace) -> Any:
+    from aiprod_ds.train.video_vae import VideoVAETrainer  # loads torch and diffusers, which takes seconds
+
+    return VideoVAETrainer(_load(arguments), source=str(arguments.config))
+
+
+def _check(arguments: argparse.Namespace, console: Console) -> int:
+    from aiprod_ds.train.engines import read_settings
+
+    trainer = _trainer(arguments)
+    read_settings(trainer.config, source=trainer.source)
+    plan = trainer.plan(world_size=arguments.world_size)
+    too_short = trainer.open_data().check(plan, trainer.source)
+    for entry in too_short:
+        console.print(f"phase {entry.phase}: {len(entry.names)} clips have fewer than {entry.frames} frames and are not used: {', '.join(entry.names)}")
+    print(f"{arguments.config}: good")
+    return DONE
+
+
+def _plan(arguments: argparse.Namespace, console: Console) -> int:
+    from aiprod_ds.curriculum.describe import describe
+
+    del console
+    trainer = _trainer(arguments)
+    plan = trainer.plan(world_size=arguments.world_size)
+    rows, parameters = describe(plan), trainer.num_parameters()
+    if arguments.json:
+        print(json.dumps({"parameters": parameters, "world_size": plan.world_size, "phases": rows}, indent=1))
+        return DONE
+    table = Table(title=f"{trainer.config.model.source}, {parameters:,} parameters, {plan.world_size} rank(s)")
+    for heading in ("phase", "resolution", "frames", "batch = micro x accum x ranks", "updates", "rate", "warm-up", "clips"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    for phase, row in zip([phase for phase in plan.phases for _ in phase.buckets], rows, strict=True):
+        asked, used = row["requested_frames"], row["frames"]
+        table.add_row(
+            phase.name,
+            f"{row['height']}x{row['width']}",
+            f"{used}" if asked == used else f"{asked} -> {used}",
+            f"{row['global_batch_size']} = {row['micro_batch_size']} x {row['accumulation']} x {plan.world_size}",
+            _number(row["updates"]),
+            f"{row['learning_rate_max']:g}",
+            str(phase.learning_rate.warmup_updates),
+            _number(row["samples"]),
+        )
+    Console().print(table)
+    print(f"updates in all: {_number(plan.total_updates)}")
+    return DONE
+
+
+def _train(arguments: argparse.Namespace, console: Console) -> int:
+    del console
+    from aiprod_ds.engine import dist
+
+    trainer = _trainer(arguments)
+    with dist.process_group():
+        trainer.train(resume=arguments.resume)
+    return DONE
+
+
+def _eval(arguments: argparse.Namespace, console: Console) -> int:
+    del console
+    from aiprod_ds.engine import dist
+
+    trainer = _trainer(arguments)
+    with dist.process_group():
+        metrics = trainer.evaluate(resume=arguments.resume)
+        if dist.is_main():
+            print(json.dumps(metrics, indent=1))
+    return DONE
+
+
+def _inspect(arguments: argparse.Namespace, console: Console) -> int:
+    from aiprod_ds.checkpoint.store import CheckpointStore
+
+    del console
+    store = CheckpointStore(arguments.folder / "checkpoints")
+    names = store.names()
+    if not names:
+        raise DataError(f"{arguments.folder}: must be a run folder with checkpoints, got none. Name the folder given as --output-dir.")
+    code = DONE
+    for name in names:
+        try:
+            state = store.read(store.folder / name).state
+            print(json.dumps({"checkpoint": name, "whole": True, "clock": asdict(state.clock), "layout": dict(state.layout)}))
+        except CheckpointError as error:
+            print(json.dumps({"checkpoint": name, "whole": False, "problem": str(error)}))
+            code = FAILED
+    return code
+
+
+def _set_up_logging(console: Console) -> None:
+    import os
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    handler = RichHandler(console=console, show_path=False, markup=False)
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[handler], format="%(message)s", force=True)
+    for noisy in ("torch", "DeepSpeed", "deepspeed", "httpx", "matplotlib", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _explain(error: AiprodError, code: int) -> int:
+    problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return code
+
+
+def _number(value: int | None) -> str:
+    return "by data or loss" if value is None else f"{value:,}"

@@ -1,0 +1,40 @@
+"""What the report needs from the whole run, also from before a resume: evaluations, seconds per phase, resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """Grows while the run goes on and travels in every checkpoint.
+
+    Attributes:
+        before: Held-out measures before the first update.
+        phase_metrics: Phase name -> held-out measures at its end.
+        phase_updates: Phase name -> applied updates.
+        phase_seconds: Phase name -> training seconds, pauses excluded.
+        resumed_from: Checkpoint names that the run continued from.
+    """
+
+    before: dict[str, float] = field(default_factory=dict)
+    phase_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    phase_updates: dict[str, int] = field(default_factory=dict)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    resumed_from: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> History:
+        """Returns the history saved by `to_dict`."""
+        return cls(**values)
+
+    @property
+    def after(self) -> dict[str, float]:
+        """The newest held-out measures; empty when no phase has ended."""
+        return list(self.phase_metrics.values())[-1] if self.phase_metrics else {}

@@ -1,0 +1,197 @@
+"""THE training loop: phases, updates, evaluation, metrics and saving, the same for every trainer.
+
+Owns the order of things and the clock. What is trained comes from a `Unit`, how from an `Engine`, when phases end from the
+`CurriculumScheduler`. Everything that depends on time is a function of the clock, so a resumed run repeats an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aiprod_ds.clock import Clock
+from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler
+from aiprod_ds.data.loader import MicroBatch
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.protocol import Engine, UpdateResult
+from aiprod_ds.errors import NonFiniteError
+from aiprod_ds.report.environment import rss_bytes
+from aiprod_ds.report.pictures import save_comparison
+from aiprod_ds.report.recorder import MetricsRecorder
+from aiprod_ds.report.stopwatch import Activity, Stopwatch
+from aiprod_ds.rng import stream_seed
+from aiprod_ds.train.history import History
+from aiprod_ds.train.unit import Evaluation, Stream, Unit
+
+_LOG = logging.getLogger(__name__)
+MAX_SKIPPED_IN_A_ROW = 50  # a dynamic loss scale of 2^16 needs at most 16 halvings to reach 1
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingLoop:
+    """Runs updates until the curriculum is finished.
+
+    Attributes:
+        save: Saves a checkpoint of the given clock. Collective.
+        clock: Where the run stands; replaced, never changed.
+    """
+
+    config: VAETrainerConfig
+    plan: RunPlan
+    unit: Unit
+    engine: Engine
+    scheduler: CurriculumScheduler
+    recorder: MetricsRecorder
+    stopwatch: Stopwatch
+    folder: Path
+    save: Callable[[Clock], None]
+    clock: Clock
+    history: History
+    _saved_updates: int = -1
+    _skipped_in_a_row: int = 0
+
+    def run(self) -> None:
+        """Trains from the clock to the end of the curriculum.
+
+        Raises:
+            NonFiniteError: If `MAX_SKIPPED_IN_A_ROW` updates in a row had a non-finite gradient.
+        """
+        self._saved_updates = self.clock.updates if self.clock.updates else -1
+        if not self.history.before:
+            self.history.before = dict(self._evaluate("before training", "before").metrics)
+        while True:
+            phase = self.plan.phases[self.clock.phase]
+            action = self._run_phase(phase)
+            self._finish_phase(phase)
+            if action is Action.FINISHED:
+                return
+            self.clock = self.clock.at_phase(phase.index + 1)
+            _LOG.info("phase_begins name=%s update=%d", self.plan.phases[self.clock.phase].name, self.clock.updates)
+
+    def _run_phase(self, phase: PhasePlan) -> Action:
+        decision = self.scheduler.decision(self.clock)
+        if decision.action is not Action.STAY:  # resumed exactly at the edge
+            return decision.action
+        with self.stopwatch.during(Activity.TRANSITION):
+            stream = self.unit.open_stream(phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size)
+        began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
+        try:
+            batches = iter(stream)
+            while decision.action is Action.STAY:
+                with self.stopwatch.during(Activity.TRAIN):
+                    loss = self._update(phase, stream, batches)
+                decision = self.scheduler.observe(self.clock, loss)
+                self.history.phase_updates[phase.name] = self.clock.phase_updates
+                self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began
+                if self.clock.updates % self.config.report.flush_updates == 0:
+                    self.recorder.flush(dist.reduce_mean)
+                if self.clock.updates % self.config.checkpoint.every_updates == 0 and decision.action is Action.STAY:
+                    self._save()
+        finally:
+            stream.close()
+        _LOG.info("phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value)
+        return decision.action
+
+    def _update(self, phase: PhasePlan, stream: Stream, batches: Iterator[MicroBatch]) -> float | None:
+        """Runs one update, advances the clock and returns the reduced loss if the curriculum asked for it."""
+        began, waited = time.perf_counter(), 0.0
+        position = self.clock.phase_position
+        bucket = phase.buckets[stream.bucket_at(position)]
+        needs_loss = self.scheduler.needs_loss(self.clock)
+        rate = phase.learning_rate.at(self.clock.phase_updates)
+        self.engine.set_batch(micro_batch_size=bucket.micro_batch_size, accumulation=bucket.accumulation)
+        self.engine.set_learning_rate(rate)
+        sums: dict[str, Tensor] = {}
+        result: UpdateResult | None = None
+        for index in range(bucket.accumulation):
+            waiting = time.perf_counter()
+            with self.stopwatch.during(Activity.DATA_WAIT):
+                batch = next(batches)
+            waited += time.perf_counter() - waiting
+            assert batch.position == position, f"loader at {batch.position}, clock at {position}"
+            torch.manual_seed(stream_seed(self.config.seed, "module", self.clock.micro_batches + index, self.engine.rank))
+            terms = self.unit.loss(self.engine, batch, phase, self.clock)
+            self.engine.backward(terms.total)
+            result = self.engine.step()
+            for name, value in {**terms.terms, "loss/total": terms.total.detach()}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        assert result is not None, "the engine's accumulation window differs from the bucket's"
+        self._advance(result, bucket, stream.epoch_at(position + 1))
+        if not result.applied:
+            return None
+        means = {name: value / bucket.accumulation for name, value in sums.items()}
+        self._record(means, result, bucket, rate=rate, seconds=time.perf_counter() - began, waited=waited)
+        return float(dist.reduce_mean(means["loss/total"])) if needs_loss else None
+
+    def _advance(self, result: UpdateResult, bucket: BucketPlan, epoch: int) -> None:
+        if result.applied:
+            self._skipped_in_a_row = 0
+            samples = bucket.global_batch_size
+            self.clock = self.clock.after_update(micro_batches=bucket.accumulation, samples=samples, epoch=epoch)
+            return
+        self._skipped_in_a_row += 1
+        self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
+        _LOG.warning("update_skipped after=%d loss_scale=%g reason=non_finite_gradient", self.clock.updates, result.loss_scale)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"update {self.clock.updates}: gradients must be finite, got {self._skipped_in_a_row} non-finite updates in a row. "
+                "The parameters are as after the last applied update. Lower learning_rate or use bf16, then resume."
+            )
+
+    def _record(
+        self, means: dict[str, Tensor], result: UpdateResult, bucket: BucketPlan, *, rate: float, seconds: float, waited: float
+    ) -> None:
+        clock = self.clock
+        values: dict[str, float | Tensor] = {
+            **means,
+            "gradient/norm": result.gradient_norm,
+            "gradient/loss_scale": result.loss_scale,
+            "learning_rate": rate,
+            "time/update_seconds": seconds,
+            "time/data_wait_seconds": waited,
+            "throughput/clips_per_second": bucket.global_batch_size / seconds / self.engine.world_size,
+            "memory/rss_bytes": rss_bytes(),
+            "clock/phase": clock.phase,
+            "clock/epoch": clock.epoch,
+            "clock/samples": clock.samples,
+            "clock/skipped_updates": clock.skipped_updates,
+        }
+        self.recorder.record(clock.updates, values)
+
+    def _finish_phase(self, phase: PhasePlan) -> None:
+        self.recorder.flush(dist.reduce_mean)
+        if phase.name not in self.history.phase_metrics:
+            found = self._evaluate(f"after phase {phase.name}", f"phase_{phase.index + 1}_{phase.name}")
+            self.history.phase_metrics[phase.name] = dict(found.metrics)
+        self._save()
+
+    def _evaluate(self, title: str, picture: str) -> Evaluation:
+        with self.stopwatch.during(Activity.EVALUATION):
+            self.engine.eval()
+            found = self.unit.evaluate(self.engine)
+            self.engine.train()
+            if dist.is_main():
+                measures = {f"evaluation/{name}": value for name, value in found.metrics.items()}
+                self.recorder.log_now(self.clock.updates, measures)
+                if found.original_NCTHW is not None and found.reconstruction_NCTHW is not None:
+                    path = self.folder / "samples" / f"{picture}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    psnr = found.metrics.get("psnr_db")
+                    save_comparison(found.original_NCTHW, found.reconstruction_NCTHW, path, title=title, psnr_db=psnr)
+        return found
+
+    def _save(self) -> None:
+        if self.clock.updates == self._saved_updates:
+            return
+        self.recorder.flush(dist.reduce_mean)
+        with self.stopwatch.during(Activity.CHECKPOINT):
+            self.save(self.clock)
+        self._saved_updates = self.clock.updates

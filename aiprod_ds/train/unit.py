@@ -1,0 +1,71 @@
+"""What a trainer supplies to the loop: the module, its data and its loss. The loop, the engine and the checkpoints are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from aiprod_ds.clock import Clock
+from aiprod_ds.curriculum.phase import PhasePlan
+from aiprod_ds.data.loader import MicroBatch
+from aiprod_ds.engine.protocol import Engine, ParameterGroup
+from aiprod_ds.losses.terms import LossTerms
+from aiprod_ds.report.summary import DataSummary
+
+
+class Stream(Protocol):
+    """The micro-batches of one phase, from an exact position."""
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yields this rank's micro-batches, without end."""
+
+    def bucket_at(self, position: int) -> int:
+        """Returns which bucket of the phase the global batch at `position` is in."""
+
+    def epoch_at(self, position: int) -> int:
+        """Returns the completed passes over the phase's data before `position`."""
+
+    def close(self) -> None:
+        """Ends the workers. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Held-out measures, equal on all ranks, and a few clips to look at (main rank only).
+
+    Attributes:
+        metrics: Measure -> value, without the `evaluation/` prefix.
+        original_NCTHW: Some frames of the first clips, [N, 3, T, H, W] in [-1, 1]; None where there is nothing to show.
+        reconstruction_NCTHW: The same clips through the model.
+    """
+
+    metrics: Mapping[str, float]
+    original_NCTHW: Tensor | None
+    reconstruction_NCTHW: Tensor | None
+
+
+class Unit(Protocol):
+    """One kind of training. Everything it trains is reached through `engine(...)`."""
+
+    module: nn.Module
+
+    def parameter_groups(self) -> Sequence[ParameterGroup]:
+        """Returns the trained parameters by optimizer settings."""
+
+    def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> Stream:
+        """Returns the data of `phase` from where `clock` stands."""
+
+    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan, clock: Clock) -> LossTerms:
+        """Runs the module forward on one micro-batch and returns its loss."""
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        """Measures held-out clips. Collective; draws nothing from the training's random streams."""
+
+    def data_summary(self) -> DataSummary:
+        """Returns what the run trains on and what it could not use."""
+
+    def replacements(self) -> tuple[str, ...]:
+        """Returns everything done in place of what was asked, in words."""

@@ -1,0 +1,171 @@
+"""The clips of a video run: training and held-out sets, the stream of one phase, and what could not be used.
+
+Owns how configuration, manifests and a user's own dataset become requests; decoding is `aiprod_ds.data`. Called by the video
+VAE trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aiprod_ds.clock import Clock
+from aiprod_ds.config.vae import VideoDataConfig
+from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data, frames_at_rate
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.data.dataset import ClipRequest, TensorVideoDataset, VideoClipDataset
+from aiprod_ds.data.loader import ClipLoader, MicroBatch
+from aiprod_ds.data.manifest import holdout, require_readable, scan
+from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
+from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.report.summary import DataSummary
+
+ClipDataset = VideoClipDataset | TensorVideoDataset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipStream:
+    """One phase's micro-batches; a `Stream`."""
+
+    sampler: PhaseSampler
+    loader: ClipLoader
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yields this rank's micro-batches, without end."""
+        return iter(self.loader)
+
+    def bucket_at(self, position: int) -> int:
+        """Returns which bucket of the phase the global batch at `position` is in."""
+        return self.sampler.batch(position).bucket
+
+    def epoch_at(self, position: int) -> int:
+        """Returns the completed passes over the phase's data before `position`."""
+        return self.sampler.epoch_at(position)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.loader.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoData:
+    """Training and held-out clips with what is known of each."""
+
+    train: ClipDataset
+    validation: ClipDataset
+    train_clips: tuple[ClipFacts, ...]
+    validation_clips: tuple[ClipFacts, ...]
+    unreadable: tuple[tuple[str, str], ...]
+
+    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
+        """Returns the training clips that some phase cannot use.
+
+        Raises:
+            PlanError: If a phase asks for more frames than any clip has, or held-out clips are too short for the last phase.
+        """
+        too_short = check_data(plan, self.train_clips, source)
+        bucket = plan.phases[-1].buckets[0]
+        if not self.held_out(bucket):
+            raise PlanError(
+                f"{source}: data.validation: must hold a clip of at least {bucket.frames} frames (the last phase's), got none. "
+                "Add longer clips or lower the last phase's frames."
+            )
+        return too_short
+
+    def stream(
+        self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int
+    ) -> ClipStream:
+        """Returns the micro-batches of `phase` from the clock's position on, for one rank."""
+        buckets = [
+            BucketSamples(indices=long_enough(self.train_clips, bucket), global_batch_size=bucket.global_batch_size)
+            for bucket in phase.buckets
+        ]
+        sampler = PhaseSampler(seed=seed, phase=phase.index, buckets=buckets)
+        loader = ClipLoader(
+            self.train,
+            sampler,
+            phase.buckets,
+            rank=rank,
+            world_size=world_size,
+            start_position=clock.phase_position,
+            num_workers=num_workers,
+            augment=True,
+            flip=phase.random_flip,
+        )
+        return ClipStream(sampler=sampler, loader=loader)
+
+    def held_out(self, bucket: BucketPlan) -> tuple[int, ...]:
+        """Returns the indices of the held-out clips that are long enough for `bucket`."""
+        return long_enough(self.validation_clips, bucket)
+
+    def held_out_clip(self, index: int, bucket: BucketPlan) -> Tensor:
+        """Returns the middle of one held-out clip in the bucket's shape, [3, T, H, W] in [-1, 1]."""
+        request = ClipRequest(
+            sample_index=index,
+            epoch=0,
+            frames=bucket.frames,
+            height=bucket.height,
+            width=bucket.width,
+            frame_rate_hz=bucket.frame_rate_hz,
+            augment=False,
+            flip=False,
+        )
+        video: Tensor = self.validation[request]["video"]
+        return video
+
+    def summary(self, too_short: Sequence[TooShort]) -> DataSummary:
+        """Returns what the report says about the data."""
+        short = tuple((name, f"under {entry.frames} frames, unused in phase {entry.phase}") for entry in too_short for name in entry.names)
+        return DataSummary(
+            clips=len(self.train_clips), held_out_clips=len(self.validation_clips), unreadable=self.unreadable, too_short=short
+        )
+
+
+def open_files(config: VideoDataConfig, *, seed: int, source: str) -> VideoData:
+    """Reads the folders or manifests that `config` names.
+
+    Raises:
+        DataError: If a folder is missing or empty, or too many files cannot be read.
+    """
+    del source
+    found = scan(Path(config.train))
+    require_readable(found, config.max_unreadable_fraction)
+    if config.validation is None:
+        train, validation = holdout(found, fraction=config.holdout_fraction, seed=seed)
+        problems = found.unreadable
+    else:
+        validation = scan(Path(config.validation))
+        require_readable(validation, config.max_unreadable_fraction)
+        train, problems = found, found.unreadable + validation.unreadable
+    unreadable = tuple((entry.path, entry.reason) for entry in problems)
+    return _data(VideoClipDataset(train, seed=seed), VideoClipDataset(validation, seed=seed), unreadable)
+
+
+def open_datasets(dataset: Any, validation: Any, *, seed: int) -> VideoData:
+    """Takes a user's own map-style datasets; see `TensorVideoDataset` for what their items may be.
+
+    Raises:
+        DataError: If a dataset is empty or an item is not a clip.
+    """
+    if len(dataset) == 0 or len(validation) == 0:
+        raise DataError(f"dataset: must hold at least one clip each, got {len(dataset)} for training, {len(validation)} held out.")
+    return _data(TensorVideoDataset(dataset, seed=seed), TensorVideoDataset(validation, seed=seed), ())
+
+
+def long_enough(clips: Sequence[ClipFacts], bucket: BucketPlan) -> tuple[int, ...]:
+    """Returns the indices of the clips that have the bucket's frames at its frame rate."""
+    return tuple(i for i, clip in enumerate(clips) if frames_at_rate(clip, bucket.frame_rate_hz) >= bucket.frames)
+
+
+def _data(train: ClipDataset, validation: ClipDataset, unreadable: tuple[tuple[str, str], ...]) -> VideoData:
+    return VideoData(
+        train=train,
+        validation=validation,
+        train_clips=tuple(train.lengths()),
+        validation_clips=tuple(validation.lengths()),
+        unreadable=unreadable,
+    )
