@@ -21,7 +21,7 @@ from aiprod_ds.errors import DataError
 _DEFAULT_RATE_HZ = 25.0
 _EPSILON = 1e-6
 # Demuxers that seek by an index or exact timestamps. After a seek in MPEG program or transport streams the timestamps are
-# FFmpeg's guesses and were one frame off in our tests, so those are decoded from the beginning.
+# FFmpeg's guesses, one frame off in `test_every_container_gives_the_same_frames`, so those are decoded from the beginning.
 _EXACT_SEEK = frozenset({"mov", "mp4", "matroska", "webm", "avi"})
 
 

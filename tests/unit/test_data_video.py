@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -185,6 +186,25 @@ def test_every_start_that_is_drawn_can_be_decoded(clip: Path) -> None:
     dataset = VideoClipDataset(scan(clip.parent), seed=0)
     for frames, rate in ((48, None), (47, 24.0), (24, 12.0), (60, 30.0), (90, 48.0), (14, 7.3)):
         for epoch in range(4):
+            assert dataset[_request(frames=frames, frame_rate_hz=rate, epoch=epoch)]["video"].shape[1] == frames
+
+
+def test_files_of_variable_rate_never_run_out(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "variable.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = _WIDTH, _HEIGHT, "yuv420p", 6
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index in range(24):
+            frame = av.VideoFrame.from_ndarray(np.full((_HEIGHT, _WIDTH, 3), 90, dtype=np.uint8), format="rgb24")
+            # The first half runs at 50 Hz, the second at 10: counted in frames, a late start would leave too few.
+            frame.pts, frame.time_base = 20 * index if index < 12 else 240 + 100 * (index - 12), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    manifest = scan(tmp_path)
+    assert manifest.records[0].fps == pytest.approx(23 / 1.34, rel=0.02)
+    dataset = VideoClipDataset(manifest, seed=0)
+    for epoch in range(12):
+        for frames, rate in ((9, None), (24, None), (17, 24.0)):
             assert dataset[_request(frames=frames, frame_rate_hz=rate, epoch=epoch)]["video"].shape[1] == frames
 
 
