@@ -184,8 +184,8 @@ class TrainingLoop:
                 if found.original_NCTHW is not None and found.reconstruction_NCTHW is not None:
                     path = self.folder / "samples" / f"{picture}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    psnr = found.metrics.get("psnr_db")
-                    save_comparison(found.original_NCTHW, found.reconstruction_NCTHW, path, title=title, psnr_db=psnr)
+                    heading = f"{title}: PSNR {found.metrics['psnr_db']:.1f} dB" if "psnr_db" in found.metrics else title
+                    save_comparison(found.original_NCTHW, found.reconstruction_NCTHW, path, title=heading)
         return found
 
     def _save(self) -> None:

@@ -162,7 +162,7 @@ class VideoVAEUnit:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
         assert self._losses is not None
         video_BCTHW = batch.video.to(engine.device, engine.compute_dtype, non_blocking=True)
-        place = [(phase.index, sample.ordinal) for sample in batch.samples]
+        place = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
         noise = [stream_seed(self.config.seed, "posterior", *numbers) for numbers in place]
         frames = [stream_seed(self.config.seed, "perceptual_frames", *numbers) for numbers in place]
         reconstruction_BCTHW, mean, logvar = engine(video_BCTHW, noise)
