@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(console)
     try:
         code: int = arguments.command(arguments, console)
-        return code
-    except (ConfigError, DataError) as error:
+    except ConfigError as error:
         return _explain(error, BAD_CONFIGURATION)
     except AiprodError as error:
         return _explain(error, FAILED)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 def _configured(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. curriculum.phases[0].updates=5")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. curriculum.phases[0].updates=5"
+    )
     parser.add_argument("--output-dir", help="run folder, in place of the configuration's")
     parser.set_defaults(command=command)
     return parser
@@ -89,7 +91,8 @@ def _check(arguments: argparse.Namespace, console: Console) -> int:
     plan = trainer.plan(world_size=arguments.world_size)
     too_short = trainer.open_data().check(plan, trainer.source)
     for entry in too_short:
-        console.print(f"phase {entry.phase}: {len(entry.names)} clips have fewer than {entry.frames} frames and are not used: {', '.join(entry.names)}")
+        names = ", ".join(entry.names)
+        console.print(f"phase {entry.phase}: not used, because they have fewer than {entry.frames} frames: {names}")
     print(f"{arguments.config}: good")
     return DONE
 
@@ -105,15 +108,17 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
         print(json.dumps({"parameters": parameters, "world_size": plan.world_size, "phases": rows}, indent=1))
         return DONE
     table = Table(title=f"{trainer.config.model.source}, {parameters:,} parameters, {plan.world_size} rank(s)")
-    for heading in ("phase", "resolution", "frames", "batch = micro x accum x ranks", "updates", "rate", "warm-up", "clips"):
+    for heading in ("phase", "size", "frames", "batch", "micro x accum", "updates", "rate", "warm-up", "clips"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
-    for phase, row in zip([phase for phase in plan.phases for _ in phase.buckets], rows, strict=True):
+    for row in rows:
+        phase = plan.phases[row["phase"]]
         asked, used = row["requested_frames"], row["frames"]
         table.add_row(
             phase.name,
             f"{row['height']}x{row['width']}",
             f"{used}" if asked == used else f"{asked} -> {used}",
-            f"{row['global_batch_size']} = {row['micro_batch_size']} x {row['accumulation']} x {plan.world_size}",
+            str(row["global_batch_size"]),
+            f"{row['micro_batch_size']} x {row['accumulation']}",
             _number(row["updates"]),
             f"{row['learning_rate_max']:g}",
             str(phase.learning_rate.warmup_updates),
@@ -153,7 +158,9 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> int:
     store = CheckpointStore(arguments.folder / "checkpoints")
     names = store.names()
     if not names:
-        raise DataError(f"{arguments.folder}: must be a run folder with checkpoints, got none. Name the folder given as --output-dir.")
+        raise DataError(
+            f"{arguments.folder}: must be a run folder with checkpoints, got none. Name the folder given as --output-dir."
+        )
     code = DONE
     for name in names:
         try:

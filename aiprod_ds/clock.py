@@ -79,7 +79,9 @@ class Clock:
         """
         names = {field.name for field in fields(cls)}
         if set(values) != names:
-            raise CheckpointError(f"clock: fields must be {sorted(names)}, got {sorted(values)}. The checkpoint is of another format.")
+            raise CheckpointError(
+                f"clock: fields must be {sorted(names)}, got {sorted(values)}. The checkpoint is of another format."
+            )
         checked: dict[str, int] = {}
         for name, value in values.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -108,9 +108,10 @@ class CheckpointStore:
             CheckpointError: If the folder, the manifest or a file is missing, of another size or of other content.
         """
         manifest = _read_json(folder / "manifest.json")
-        if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        files = manifest.get("files")
+        if manifest.get("format") != FORMAT or not isinstance(files, dict):
             raise CheckpointError(f"{folder}/manifest.json: must be of format {FORMAT}, got {manifest.get('format')!r}.")
-        for name, expected in manifest["files"].items():
+        for name, expected in files.items():
             _check_file(folder, name, expected)
         return Checkpoint(folder=folder, state=RunState.from_dict(_read_json(folder / "state.json")))
 

@@ -62,7 +62,9 @@ def _import_path(source: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module_name), attribute)  # type: ignore[no-any-return]
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"model.source: must be importable, got {source!r} ({error}). Check the spelling and PYTHONPATH.") from error
+        raise ConfigError(
+            f"model.source: must be importable, got {source!r} ({error}). Check the spelling and PYTHONPATH."
+        ) from error
 
 
 def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: bool) -> Any:

@@ -34,7 +34,7 @@ class VideoVAE(nn.Module):
         for method in ("encode", "decode"):
             if not callable(getattr(vae, method, None)):
                 raise ConfigError(f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}.")
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, video_BCTHW: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encodes, draws a latent and decodes.
@@ -57,7 +57,8 @@ class VideoVAE(nn.Module):
         reconstruction = decoded if isinstance(decoded, Tensor) else decoded.sample
         if reconstruction.shape != video_BCTHW.shape:
             raise EngineError(
-                f"model: the reconstruction must have the input's shape {tuple(video_BCTHW.shape)}, got {tuple(reconstruction.shape)}. "
+                f"model: the reconstruction must have the input's shape {tuple(video_BCTHW.shape)}, "
+                f"got {tuple(reconstruction.shape)}. "
                 "Set model.spatial_stride and model.temporal_stride to the model's own."
             )
         return reconstruction, mean, logvar

@@ -27,7 +27,9 @@ def read_settings(config: VAETrainerConfig, *, source: str) -> DeepSpeedSettings
     folders = [Path(), *Path(source).resolve().parents]
     found = next((folder / given for folder in folders if (folder / given).is_file()), None)
     if found is None:
-        raise ConfigError(f"{source}: engine.deepspeed_config: must name a file, got {given!r}, which is not there. Check the path.")
+        raise ConfigError(
+            f"{source}: engine.deepspeed_config: must name a file, got {given!r}, which is not there. Check the path."
+        )
     return parse_deepspeed_settings(found, where=given)
 
 
@@ -43,7 +45,9 @@ def build_engine(config: VAETrainerConfig, settings: DeepSpeedSettings, unit: Un
     groups, device = unit.parameter_groups(), dist.initialize()
     if config.engine.kind == "local":
         if dist.world_size() > 1:
-            raise ConfigError(f"engine.kind: local runs on one process, got {dist.world_size()}. Use deepspeed, or start one process.")
+            raise ConfigError(
+                f"engine.kind: local runs on one process, got {dist.world_size()}. Use deepspeed, or start one process."
+            )
         from aiprod_ds.engine.local_engine import LocalEngine
 
         return LocalEngine(unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch)

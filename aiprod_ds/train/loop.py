@@ -78,7 +78,8 @@ class TrainingLoop:
 
     def _run_phase(self, phase: PhasePlan) -> Action:
         decision = self.scheduler.decision(self.clock)
-        if decision.action is not Action.STAY:  # resumed exactly at the edge
+        is_over = decision.action is not Action.STAY
+        if is_over:  # resumed exactly at the edge
             return decision.action
         with self.stopwatch.during(Activity.TRANSITION):
             stream = self.unit.open_stream(phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size)
@@ -118,7 +119,7 @@ class TrainingLoop:
             waited += time.perf_counter() - waiting
             assert batch.position == position, f"loader at {batch.position}, clock at {position}"
             torch.manual_seed(stream_seed(self.config.seed, "module", self.clock.micro_batches + index, self.engine.rank))
-            terms = self.unit.loss(self.engine, batch, phase, self.clock)
+            terms = self.unit.loss(self.engine, batch, phase)
             self.engine.backward(terms.total)
             result = self.engine.step()
             for name, value in {**terms.terms, "loss/total": terms.total.detach()}.items():
@@ -142,7 +143,7 @@ class TrainingLoop:
         _LOG.warning("update_skipped after=%d loss_scale=%g reason=non_finite_gradient", self.clock.updates, result.loss_scale)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"update {self.clock.updates}: gradients must be finite, got {self._skipped_in_a_row} non-finite updates in a row. "
+                f"update {self.clock.updates}: gradients must be finite, got {self._skipped_in_a_row} updates that were not. "
                 "The parameters are as after the last applied update. Lower learning_rate or use bf16, then resume."
             )
 
@@ -181,11 +182,11 @@ class TrainingLoop:
             if dist.is_main():
                 measures = {f"evaluation/{name}": value for name, value in found.metrics.items()}
                 self.recorder.log_now(self.clock.updates, measures)
-                if found.original_NCTHW is not None and found.reconstruction_NCTHW is not None:
+                if found.original is not None and found.reconstruction is not None:
                     path = self.folder / "samples" / f"{picture}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     heading = f"{title}: PSNR {found.metrics['psnr_db']:.1f} dB" if "psnr_db" in found.metrics else title
-                    save_comparison(found.original_NCTHW, found.reconstruction_NCTHW, path, title=heading)
+                    save_comparison(found.original, found.reconstruction, path, title=heading)
         return found
 
     def _save(self) -> None:

@@ -106,7 +106,9 @@ def run_training(
         engine.close()
 
 
-def evaluate_checkpoint(config: VAETrainerConfig, unit: ExportingUnit, plan: RunPlan, *, resume: str, source: str) -> dict[str, float]:
+def evaluate_checkpoint(
+    config: VAETrainerConfig, unit: ExportingUnit, plan: RunPlan, *, resume: str, source: str
+) -> dict[str, float]:
     """Returns the held-out measures of a checkpoint; writes nothing.
 
     Raises:
@@ -118,7 +120,9 @@ def evaluate_checkpoint(config: VAETrainerConfig, unit: ExportingUnit, plan: Run
     )
     checkpoint = dist.from_main(lambda: _find(CheckpointStore(run.folder / "checkpoints"), resume))
     if checkpoint is None:
-        raise CheckpointError(f"{run.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another --output-dir.")
+        raise CheckpointError(
+            f"{run.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another --output-dir."
+        )
     _check_belongs(run, checkpoint, source)
     engine = build_engine(config, settings, unit, plan)
     try:
@@ -187,7 +191,7 @@ def _check_belongs(run: _Run, checkpoint: Checkpoint, source: str) -> None:
     if state.fingerprint != config_fingerprint(run.config):
         raise ConfigError(
             f"{where}: must be of the same configuration, got a checkpoint of another one. "
-            "Restore the configuration (config.yaml in the run folder is what ran), choose another --output-dir, or use --resume never."
+            "Restore the configuration (config.yaml in the run folder is what ran), choose another --output-dir or start anew."
         )
     if dict(state.layout) != run.layout:
         raise ConfigError(
@@ -205,7 +209,9 @@ def _refuse_unsupported(run: _Run, source: str) -> None:
         if phase.moment_scale != 1.0:
             problems.append(f"{where}.moments: must be keep in this version, got {phase.moments}. Remove it.")
         if phase.weight_decay != run.config.optimizer.weight_decay:
-            problems.append(f"{where}.weight_decay: must be that of the optimizer in this version, got {phase.weight_decay}. Remove it.")
+            problems.append(
+                f"{where}.weight_decay: must be that of the optimizer in this version, got {phase.weight_decay}. Remove it."
+            )
         if phase.activation_checkpointing not in (None, run.settings.activation_checkpointing):
             problems.append(f"{where}.activation_checkpointing: cannot change between phases in this version. Remove it.")
         if any(bucket.share is not None for bucket in phase.buckets):
@@ -306,7 +312,10 @@ def _report(run: _Run, engine: Engine, loop: TrainingLoop, stopwatch: Stopwatch)
 
 def _final_sha256(engine: Engine) -> str:
     parts = (
-        [(f"{state.name}/value", state.value), *((f"{state.name}/{key}", tensor) for key, tensor in sorted(state.optimizer.items()))]
+        [
+            (f"{state.name}/value", state.value),
+            *((f"{state.name}/{key}", tensor) for key, tensor in sorted(state.optimizer.items())),
+        ]
         for state in engine.parameter_states()
     )
     return dist.broadcast_object(tensors_sha256(chain.from_iterable(parts)))
@@ -337,5 +346,3 @@ def _pictures(run: _Run) -> tuple[Picture, ...]:
 def _plots(run: _Run) -> tuple[Picture, ...]:
     rows = read_metrics(run.folder / "metrics.jsonl")
     return save_plots(rows, run.folder / "plots", phase_names=[phase.name for phase in run.plan.phases])
-
-

@@ -38,13 +38,13 @@ class Evaluation:
 
     Attributes:
         metrics: Measure -> value, without the `evaluation/` prefix.
-        original_NCTHW: Some frames of the first clips, [N, 3, T, H, W] in [-1, 1]; None where there is nothing to show.
-        reconstruction_NCTHW: The same clips through the model.
+        original: Some frames of the first clips, [N, 3, T, H, W] in [-1, 1]; None where there is nothing to show.
+        reconstruction: The same clips through the model.
     """
 
     metrics: Mapping[str, float]
-    original_NCTHW: Tensor | None
-    reconstruction_NCTHW: Tensor | None
+    original: Tensor | None
+    reconstruction: Tensor | None
 
 
 class Unit(Protocol):
@@ -58,7 +58,7 @@ class Unit(Protocol):
     def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> Stream:
         """Returns the data of `phase` from where `clock` stands."""
 
-    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan, clock: Clock) -> LossTerms:
+    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Runs the module forward on one micro-batch and returns its loss."""
 
     def evaluate(self, engine: Engine) -> Evaluation:

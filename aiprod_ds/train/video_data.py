@@ -76,9 +76,7 @@ class VideoData:
             )
         return too_short
 
-    def stream(
-        self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int
-    ) -> ClipStream:
+    def stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int) -> ClipStream:
         """Returns the micro-batches of `phase` from the clock's position on, for one rank."""
         buckets = [
             BucketSamples(indices=long_enough(self.train_clips, bucket), global_batch_size=bucket.global_batch_size)
@@ -119,19 +117,20 @@ class VideoData:
 
     def summary(self, too_short: Sequence[TooShort]) -> DataSummary:
         """Returns what the report says about the data."""
-        short = tuple((name, f"under {entry.frames} frames, unused in phase {entry.phase}") for entry in too_short for name in entry.names)
+        short = tuple(
+            (name, f"under {entry.frames} frames, unused in phase {entry.phase}") for entry in too_short for name in entry.names
+        )
         return DataSummary(
             clips=len(self.train_clips), held_out_clips=len(self.validation_clips), unreadable=self.unreadable, too_short=short
         )
 
 
-def open_files(config: VideoDataConfig, *, seed: int, source: str) -> VideoData:
+def open_files(config: VideoDataConfig, *, seed: int) -> VideoData:
     """Reads the folders or manifests that `config` names.
 
     Raises:
         DataError: If a folder is missing or empty, or too many files cannot be read.
     """
-    del source
     found = scan(Path(config.train))
     require_readable(found, config.max_unreadable_fraction)
     if config.validation is None:
@@ -152,7 +151,9 @@ def open_datasets(dataset: Any, validation: Any, *, seed: int) -> VideoData:
         DataError: If a dataset is empty or an item is not a clip.
     """
     if len(dataset) == 0 or len(validation) == 0:
-        raise DataError(f"dataset: must hold at least one clip each, got {len(dataset)} for training, {len(validation)} held out.")
+        raise DataError(
+            f"dataset: must hold at least one clip each, got {len(dataset)} for training, {len(validation)} held out."
+        )
     return _data(TensorVideoDataset(dataset, seed=seed), TensorVideoDataset(validation, seed=seed), ())
 
 

@@ -22,7 +22,7 @@ from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, ParameterGroup
-from aiprod_ds.errors import ConfigError
+from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
@@ -87,9 +87,12 @@ class VideoVAETrainer:
 
     def open_data(self) -> VideoData:
         """Reads the manifests on the main rank and gives every rank the same clips."""
-        if self._datasets[0] is not None:
-            return open_datasets(*self._datasets, seed=self.config.seed)
-        return dist.from_main(lambda: open_files(self.config.data, seed=self.config.seed, source=self.source))
+        try:
+            if self._datasets[0] is not None:
+                return open_datasets(*self._datasets, seed=self.config.seed)
+            return dist.from_main(lambda: open_files(self.config.data, seed=self.config.seed))
+        except DataError as error:  # before training it is the configuration's data section that must change
+            raise PlanError(f"{self.source}: data: {error}") from error
 
     def train(self, *, resume: str = "auto") -> RunSummary:
         """Runs the whole training, or what is left of it.
@@ -118,7 +121,8 @@ class VideoVAETrainer:
         data = self.open_data()
         too_short = data.check(plan, self.source)
         model = self._model if self._model is not None else build_model(self.config.model, seed=self.config.seed)
-        return plan, VideoVAEUnit(config=self.config, plan=plan, data=data, too_short=too_short, module=VideoVAE(model))
+        unit = VideoVAEUnit(config=self.config, plan=plan, data=data, too_short=too_short, module=VideoVAE(model))
+        return plan, unit
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,7 +140,10 @@ class VideoVAEUnit:
     def __post_init__(self) -> None:
         """Builds the losses of all phases, so that a missing weight file is found before training."""
         if any(phase.loss_weights["perceptual_weight"] > 0 for phase in self.plan.phases):
-            self._perceptual = PerceptualLoss(self.config.loss.perceptual)
+            try:
+                self._perceptual = PerceptualLoss(self.config.loss.perceptual)
+            except DataError as error:
+                raise PlanError(f"loss.perceptual: {error}") from error
         self._losses = {
             phase.index: VideoVAELoss(self.config.loss.model_copy(update=dict(phase.loss_weights)), self._perceptual)
             for phase in self.plan.phases
@@ -158,7 +165,7 @@ class VideoVAEUnit:
         workers = self.config.data.num_workers
         return self.data.stream(phase, clock, rank=rank, world_size=world_size, seed=self.config.seed, num_workers=workers)
 
-    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan, clock: Clock) -> LossTerms:
+    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
         assert self._losses is not None
         video_BCTHW = batch.video.to(engine.device, engine.compute_dtype, non_blocking=True)
@@ -191,8 +198,8 @@ class VideoVAEUnit:
         is_shown = bool(pairs) and engine.rank == 0
         return Evaluation(
             metrics=together.compute(),
-            original_NCTHW=torch.cat([pair[0] for pair in pairs.values()]) if is_shown else None,
-            reconstruction_NCTHW=torch.cat([pair[1] for pair in pairs.values()]) if is_shown else None,
+            original=torch.cat([pair[0] for pair in pairs.values()]) if is_shown else None,
+            reconstruction=torch.cat([pair[1] for pair in pairs.values()]) if is_shown else None,
         )
 
     def export(self, state: dict[str, Tensor], folder: Path) -> None:
@@ -200,7 +207,7 @@ class VideoVAEUnit:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        vae = self.module.vae
+        vae: Any = self.module.vae
         if hasattr(vae, "save_config"):
             vae.save_config(folder)
         tensors = {name.removeprefix("vae."): tensor.contiguous() for name, tensor in state.items()}

@@ -1,0 +1,77 @@
+"""A model by diffusers name or import path: names that do not resolve, arguments that do not fit, weights from the seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.errors import ConfigError
+from aiprod_ds.models.registry import build_model, resolve
+
+LINEAR = ModelConfig(source="torch.nn:Linear", config={"in_features": 3, "out_features": 2})
+
+
+def _weights(seed: int) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in build_model(LINEAR, seed=seed).state_dict().values()])
+
+
+def test_an_import_path_is_built_in_training_mode() -> None:
+    module = build_model(LINEAR, seed=0)
+    assert isinstance(module, nn.Linear)
+    assert module.training
+    assert module.weight.shape == (2, 3)
+    assert module.weight.dtype == torch.float32
+
+
+def test_a_diffusers_name_is_found() -> None:
+    assert resolve("AutoencoderKLLTXVideo").__name__ == "AutoencoderKLLTXVideo"
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    first = _weights(seed=3)
+    torch.manual_seed(99)
+    assert torch.equal(first, _weights(seed=3))
+    assert not torch.equal(first, _weights(seed=4))
+
+
+def test_building_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    build_model(LINEAR, seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_planning_takes_no_memory() -> None:
+    assert all(parameter.is_meta for parameter in build_model(LINEAR, seed=0, device="meta").parameters())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("AutoencoderKLLTXVide", r"must name a diffusers class .* got 'AutoencoderKLLTXVide'\. Did you mean 'AutoencoderKLLTXVideo'\?"),
+        ("torch.nn:Linnear", r"must be importable, got 'torch.nn:Linnear' \(.*Linnear"),
+        ("no_such_package.models:VAE", r"must be importable, got .*No module named 'no_such_package'.*PYTHONPATH"),
+        (":VAE", r"must be importable, got ':VAE'"),
+    ],
+)
+def test_a_source_that_does_not_resolve_is_explained(source: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model.source: {message}"):
+        resolve(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments"),
+    [("torch.nn:Linear", {"in_feature": 3}), ("torch.nn:Conv3d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2})],
+)
+def test_arguments_that_the_constructor_refuses_are_named(source: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.config: {source} must accept it, got .*{next(iter(arguments))}"):
+        build_model(ModelConfig(source=source, config=arguments), seed=0)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"must make a torch module, got Counter from 'collections:Counter'"):
+        build_model(ModelConfig(source="collections:Counter"), seed=0)
