@@ -52,7 +52,10 @@ def test_planning_takes_no_memory() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("AutoencoderKLLTXVide", r"must name a diffusers class .* got 'AutoencoderKLLTXVide'\. Did you mean 'AutoencoderKLLTXVideo'\?"),
+        (
+            "AutoencoderKLLTXVide",
+            r"must name a diffusers class .* got 'AutoencoderKLLTXVide'\. Did you mean 'AutoencoderKLLTXVideo'\?",
+        ),
         ("torch.nn:Linnear", r"must be importable, got 'torch.nn:Linnear' \(.*Linnear"),
         ("no_such_package.models:VAE", r"must be importable, got .*No module named 'no_such_package'.*PYTHONPATH"),
         (":VAE", r"must be importable, got ':VAE'"),
@@ -65,7 +68,10 @@ def test_a_source_that_does_not_resolve_is_explained(source: str, message: str) 
 
 @pytest.mark.parametrize(
     ("source", "arguments"),
-    [("torch.nn:Linear", {"in_feature": 3}), ("torch.nn:Conv3d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2})],
+    [
+        ("torch.nn:Linear", {"in_feature": 3}),
+        ("torch.nn:Conv3d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2}),
+    ],
 )
 def test_arguments_that_the_constructor_refuses_are_named(source: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.config: {source} must accept it, got .*{next(iter(arguments))}"):

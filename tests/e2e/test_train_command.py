@@ -1,0 +1,107 @@
+"""The quickstart, shortened, through the real launcher on two ranks; then the same command again on the finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.testing.dist import free_port, run_in_own_session
+
+UPDATES = (3, 2, 2)
+PICTURES = ["samples/before.png", "samples/phase_1_low.png", "samples/phase_2_medium.png", "samples/phase_3_high.png"]
+
+pytestmark = [pytest.mark.dist, pytest.mark.e2e, pytest.mark.slow]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    folder: Path
+    code: int | None
+    output: str
+    report: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trained(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return _train(repository_root, tmp_path_factory.mktemp("e2e") / "run", resume="never")
+
+
+@pytest.fixture(scope="module")
+def trained_again(repository_root: Path, trained: Finished) -> Finished:
+    return _train(repository_root, trained.folder, resume="auto")
+
+
+def test_the_command_succeeds(trained: Finished) -> None:
+    assert trained.code == 0, trained.output
+    assert "Traceback" not in trained.output
+
+
+def test_the_report_tells_what_ran(trained: Finished) -> None:
+    report = trained.report
+    assert (report["status"], report["world_size"], report["engine"]) == ("completed", 2, "deepspeed")
+    assert (report["zero_stage"], report["precision"], report["skipped_updates"]) == (1, "fp32", 0)
+    phases = [
+        (phase["name"], phase["updates"], phase["resolution"], phase["frames"], phase["batch"]) for phase in report["phases"]
+    ]
+    # Strides of 2 (patch) x 4: frames are 1 + 4k, so 8 and 16 snap.
+    assert [phase[:3] for phase in phases] == [("low", 3, "32x32"), ("medium", 2, "64x64"), ("high", 2, "96x96")]
+    assert [phase[4] for phase in phases] == [8, 4, 2]
+    assert phases[2][3] == 17
+    assert {"psnr_db_before", "psnr_db_after"} <= report["metrics"].keys()
+    assert len(report["final_state_sha256"]) == 64
+
+
+def test_every_update_has_a_row(trained: Finished) -> None:
+    rows = read_metrics(trained.folder / "metrics.jsonl")
+    assert [update for update, metrics in rows if "loss/total" in metrics] == list(range(1, sum(UPDATES) + 1))
+    assert [update for update, metrics in rows if "evaluation/psnr_db" in metrics] == [0, 3, 5, 7]
+
+
+def test_pictures_and_plots_can_be_read(trained: Finished) -> None:
+    assert [picture["path"] for picture in trained.report["pictures"]] == PICTURES
+    assert trained.report["plots"]
+    for picture in (*trained.report["pictures"], *trained.report["plots"]):
+        pixels = matplotlib.image.imread(trained.folder / picture["path"])
+        assert min(pixels.shape[:2]) >= 64
+        assert pixels[..., :3].std() > 0, "a picture of one colour shows nothing"
+
+
+def test_the_run_folder_is_whole(trained: Finished) -> None:
+    wanted = ("config.yaml", "plan.json", "environment.json", "report.md", "export/config.json")
+    assert [name for name in wanted if not (trained.folder / name).is_file()] == []
+    assert (trained.folder / "checkpoints" / "latest").read_text(encoding="utf-8") == "update_000007\n"
+
+
+def test_a_finished_run_is_left_as_it_is(trained: Finished, trained_again: Finished) -> None:
+    assert trained_again.code == 0, trained_again.output
+    assert "Traceback" not in trained_again.output
+    assert trained_again.report["status"] == "completed"
+    assert trained_again.report["final_state_sha256"] == trained.report["final_state_sha256"]
+    assert trained_again.report["metrics"] == trained.report["metrics"]
+    assert trained_again.report["resumed_from"] == ["update_000007"]
+
+
+def _train(root: Path, folder: Path, *, resume: str) -> Finished:
+    binaries = Path(sys.executable).parent
+    command = [str(binaries / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(free_port()), "--module", "aiprod_ds", "train", str(root / "configs/video_vae/tiny.yaml")]
+    command += ["--output-dir", str(folder), "--resume", resume]
+    settings = {"data.train": root / "samples/train.csv", "data.validation": root / "samples/validation.csv"}
+    for index, updates in enumerate(UPDATES):
+        settings |= {f"curriculum.phases[{index}].updates": updates, f"curriculum.phases[{index}].warmup_updates": 1}
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    path = os.pathsep.join([str(binaries), os.environ["PATH"]])  # the launcher starts `python` and `ninja` by name
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    code, output = run_in_own_session(command, timeout_seconds=300, environment=environment)
+    report = folder / "report.json"
+    assert report.is_file(), output
+    return Finished(folder=folder, code=code, output=output, report=json.loads(report.read_text(encoding="utf-8")))

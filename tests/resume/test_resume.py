@@ -1,0 +1,186 @@
+"""Whole training runs on one and two ranks: resuming repeats an uninterrupted run bit for bit, and every ZeRO stage computes what
+the plain PyTorch engine computes.
+
+One launch per world size trains a tiny video VAE through two phases (other resolution, frames, batch and accumulation in the
+second) for every settings file, then trains copies of the run folder whose later checkpoints were taken away.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.data.synthetic import SyntheticVideoDataset
+from aiprod_ds.engine import dist
+from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.train.video_vae import VideoVAETrainer
+
+WORLDS = (1, 2)
+CASES = tuple(f"zero{stage}_{precision}" for precision in ("fp32", "bf16") for stage in range(4))
+FP32_CASES = tuple(case for case in CASES if case.endswith("fp32"))
+EDGE, LAST = 4, 8  # with a checkpoint every 3 updates they stand at 3, 4 (edge), 6 and 8 (end)
+RESUMES = {"middle_of_the_first_phase": 3, "edge": EDGE, "middle_of_the_last_phase": 6}
+
+# The oracle is the local engine with the whole batch on one process. Sums of micro-batches and ranks are rounded in another
+# order; Adam turns the rounding of tiny gradients into steps of the learning rate's size, hence more than a few ulp (1.2e-7).
+RELATIVE_TOLERANCE = 1e-4
+
+_DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+_MEASURED_TIME = ("time/", "throughput/", "memory/")
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    found = {}
+    for world in WORLDS:
+        arguments = {"folder": str(tmp_path_factory.mktemp(f"world_{world}"))}
+        results = run_on_ranks(run_every_case, ranks=world, arguments=arguments, timeout_seconds=300)
+        assert all(result == results[0] for result in results), "every rank reports the run's own numbers"
+        found[world] = results[0]
+    return found
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("resumed", RESUMES)
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    runs: dict[int, dict[str, Any]], world: int, case: str, resumed: str
+) -> None:
+    whole, again = runs[world][case]["whole"], runs[world][case][resumed]
+    assert again["resumed_from"] == [f"update_{RESUMES[resumed]:06d}"]
+    assert again["sha256"] == whole["sha256"], "parameters and optimizer state"
+    assert again["rows"] == whole["rows"], "metrics.jsonl without measured times: losses, norms, rates, clock, held-out measures"
+    assert again["metrics"] == whole["metrics"]
+    assert again["checkpoints"] == whole["checkpoints"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_uninterrupted_run_is_what_it_should_be(runs: dict[int, dict[str, Any]], world: int, case: str) -> None:
+    whole, (stage, precision) = runs[world][case]["whole"], case.removeprefix("zero").split("_")
+    assert whole["layout"] == ["deepspeed", world, int(stage), precision]
+    assert whole["resumed_from"] == []
+    assert whole["updates"] == [EDGE, LAST - EDGE]
+    assert whole["checkpoints"] == [f"update_{update:06d}" for update in (3, 4, 6, 8)]
+    assert len(set(_series(whole, "loss/total"))) == LAST, "otherwise the comparisons show nothing"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", FP32_CASES)
+@pytest.mark.parametrize("metric", ["loss/total", "loss/kl", "gradient/norm"])
+def test_every_stage_computes_what_the_local_engine_computes(
+    runs: dict[int, dict[str, Any]], world: int, case: str, metric: str
+) -> None:
+    oracle = _series(runs[1]["local"]["whole"], metric)
+    assert len(oracle) == LAST
+    assert _series(runs[world][case]["whole"], metric) == pytest.approx(oracle, rel=RELATIVE_TOLERANCE, abs=0)
+
+
+def _series(run: dict[str, Any], metric: str) -> list[float]:
+    return [metrics[metric] for _, metrics in run["rows"] if metric in metrics]
+
+
+# Below runs on the ranks.
+
+
+def run_every_case(folder: str) -> dict[str, Any]:
+    """Returns by case the uninterrupted run and its resumed copies; on one rank also the local engine's run."""
+    results: dict[str, Any] = {case: _run_and_resume(case, Path(folder)) for case in CASES}
+    if dist.world_size() == 1:
+        results["local"] = {"whole": _train("zero0_fp32", Path(folder) / "local", kind="local")}
+    return results
+
+
+def _run_and_resume(case: str, folder: Path) -> dict[str, Any]:
+    whole = folder / f"{case}_{dist.world_size()}"
+    results = {"whole": _train(case, whole)}
+    for name, update in RESUMES.items():
+        copy = whole.with_name(f"{whole.name}_{name}")
+        if dist.is_main():
+            _copy_as_if_stopped_at(update, whole, copy)
+        dist.barrier()
+        results[name] = _train(case, copy)
+    return results
+
+
+def _copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
+    """Keeps metrics.jsonl whole: a killed run has written rows beyond its last checkpoint."""
+    shutil.copytree(whole, copy)
+    (copy / "report.json").unlink()
+    for checkpoint in (copy / "checkpoints").glob("update_*"):
+        if int(checkpoint.name.removeprefix("update_")) > update:
+            shutil.rmtree(checkpoint)
+
+
+def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any]:
+    config = _config(case, folder, kind)
+    torch.manual_seed(0)
+    model = TinyVAE()
+    torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
+    clips = {"dataset": SyntheticVideoDataset(10, 9, 24, 24), "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1)}
+    summary = VideoVAETrainer(config, model=model, **clips).train(resume="auto")
+    dist.barrier()  # the main rank writes after the others have their summary
+    rows = [[update, _repeatable(metrics)] for update, metrics in read_metrics(folder / "metrics.jsonl")]
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("update_*"))
+    return {
+        "sha256": summary.final_state_sha256,
+        "rows": rows,
+        "checkpoints": checkpoints,
+        "resumed_from": list(summary.resumed_from),
+        "metrics": dict(summary.metrics),
+        "updates": [phase.updates for phase in summary.phases],
+        "layout": [summary.engine, summary.world_size, summary.zero_stage, summary.precision],
+    }
+
+
+def _repeatable(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(_MEASURED_TIME)}
+
+
+def _config(case: str, folder: Path, kind: str) -> VAETrainerConfig:
+    phase = {"updates": 4, "learning_rate": 3e-3, "warmup_updates": 1}
+    low = {"name": "low", "resolution": "16x16", "duration": {"frames": 5}, "global_batch_size": 4, **phase}
+    high = {"name": "high", "resolution": "24x24", "duration": {"frames": 9}, "global_batch_size": 8, "accumulation": 2, **phase}
+    return VAETrainerConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"source": "tests.TinyVAE", "spatial_stride": 4, "temporal_stride": 2},
+            "data": {"train": "unused", "num_workers": 0},
+            "loss": {"perceptual_weight": 0.0, "kl_weight": 1e-3, "haar_weight": 0.1},
+            "curriculum": {"phases": [low, high]},
+            "engine": {"kind": kind, "deepspeed_config": str(_DS_CONFIGS / f"{case}.json")},
+            "checkpoint": {"every_updates": 3},
+            "evaluation": {"max_clips": 3, "num_pictures": 0},
+            "report": {"flush_updates": 2},
+        }
+    )
+
+
+class TinyVAE(nn.Module):
+    """Strides 4 in space and 2 in time; a posterior, so that noise is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv3d(3, 8, 3, stride=(1, 2, 2), padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.moments = nn.Conv3d(8, 8, 3, stride=2, padding=1)
+        self.grow = nn.ConvTranspose3d(4, 8, 3, stride=2, padding=1, output_padding=(0, 1, 1))
+        self.leave = nn.ConvTranspose3d(8, 3, (3, 4, 4), stride=(1, 2, 2), padding=1)
+
+    def encode(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = nn.functional.silu(self.norm(self.enter(video_BCTHW)))
+        mean, logvar = self.moments(hidden).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latent: Tensor) -> Tensor:
+        decoded: Tensor = self.leave(nn.functional.silu(self.grow(latent)))
+        return decoded

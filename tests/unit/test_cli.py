@@ -1,0 +1,204 @@
+"""The command line in one process: exit codes, what bad input is told, and that a refused command writes nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, main
+from aiprod_ds.data.synthetic import write_synthetic_clips
+
+CONFIG = """\
+trainer: video_vae
+output_dir: never_used
+model:
+  source: AutoencoderKLLTXVideo
+  config:
+    latent_channels: 4
+    block_out_channels: [8, 8, 8]
+    decoder_block_out_channels: [8, 8, 8]
+    layers_per_block: [1, 1, 1, 1]
+    decoder_layers_per_block: [1, 1, 1, 1]
+    spatio_temporal_scaling: [true, true, false]
+    decoder_spatio_temporal_scaling: [true, true, false]
+    patch_size: 2
+data: {train: CLIPS, validation: CLIPS, num_workers: 0}
+loss: {perceptual_weight: 0.0}
+curriculum:
+  phases:
+    - {name: only, resolution: 16x16, duration: {frames: 5}, global_batch_size: 2, updates: 2, learning_rate: 1.0e-3}
+engine:
+  kind: local
+  deepspeed_config: {zero_optimization: {stage: 1}}
+evaluation: {max_clips: 1, num_pictures: 1}
+"""
+PHASE = "curriculum.phases[0]"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    write_synthetic_clips(folder, num_clips=3, frames=6, height=16, width=16, with_sound=False)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, clips: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.replace("CLIPS", str(clips)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root, names = logging.getLogger(), ("torch", "DeepSpeed", "deepspeed", "httpx", "matplotlib", "PIL")
+    handlers, level, levels = root.handlers[:], root.level, {name: logging.getLogger(name).level for name in names}
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, value in levels.items():
+        logging.getLogger(name).setLevel(value)
+
+
+def _arguments(command: str, config: Path, run_folder: Path, *settings: str) -> list[str]:
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    return [command, str(config), "--output-dir", str(run_folder), *overrides]
+
+
+BAD_SETTINGS = {
+    "misspelt key": ([f"{PHASE}.updats=3"], f"{PHASE}.updats: is not a known key, got 3. Did you mean 'updates'?"),
+    "misspelt section": (["optimiser.weight_decay=0"], "Did you mean 'optimizer'?"),
+    "wrong type": (["seed=abc"], "seed: must be an integer, got 'abc'."),
+    "quoted number": ([f"{PHASE}.learning_rate='0.1'"], f"{PHASE}.learning_rate: must be a number, got '0.1'."),
+    "frames strict": (
+        ["curriculum.frames_policy=strict", f"{PHASE}.duration.frames=6"],
+        f"{PHASE}.duration.frames: must be 1 + 4 * k for this model (frames_policy: strict), got 6. Use 5 or 9",
+    ),
+    "height off stride": (
+        [f"{PHASE}.resolution=20x16"],
+        f"{PHASE}.resolution.height: must be a multiple of the model's stride 8, got 20. Use 16 or 24.",
+    ),
+    "more frames than clips have": ([f"{PHASE}.duration.frames=17"], "17"),
+    "batch triple": (
+        [f"{PHASE}.global_batch_size=3", f"{PHASE}.micro_batch_size=2"],
+        f"{PHASE}.global_batch_size: must be a multiple of micro_batch_size (2) * world size (1) = 2, got 3. Use 2 or 4.",
+    ),
+    "misspelt model": (["model.source=AutoencoderKLLTXVide"], "Did you mean 'AutoencoderKLLTXVideo'?"),
+    "engine file missing": (["engine.deepspeed_config=nowhere.json"], "engine.deepspeed_config: must name a file, got 'nowhere.json'"),
+    "data missing": (["data.train=/nowhere"], "/nowhere: must be a folder or a CSV, JSON or JSONL manifest"),
+    "steered moments": ([f"{PHASE}.moments=reset"], f"{PHASE}.moments: must be keep"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_settings_are_explained_and_write_nothing(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    settings, message = BAD_SETTINGS[name]
+    assert main(_arguments("train", config, run_folder, *settings)) == BAD_CONFIGURATION
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert not run_folder.exists()
+
+
+def test_every_problem_is_told_at_once(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_arguments("check", config, run_folder, "seed=abc", f"{PHASE}.updats=3", "report.flush_updates=0")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+
+
+def test_an_empty_folder_is_no_data(config: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main(_arguments("train", config, run_folder, f"data.train={empty}")) == BAD_CONFIGURATION
+    assert f"{empty}: must hold at least one video clip, got none. Add files ending in" in capsys.readouterr().err
+    assert not run_folder.exists()
+
+
+def test_an_unreadable_file_is_named(config: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "broken"
+    write_synthetic_clips(folder, num_clips=1, frames=6, height=16, width=16, with_sound=False)
+    (folder / "not_a_video.mp4").write_bytes(b"text")
+    assert main(_arguments("train", config, run_folder, f"data.train={folder}")) == BAD_CONFIGURATION
+    errors = capsys.readouterr().err
+    assert "not_a_video.mp4" in errors
+    assert "raise data.max_unreadable_fraction" in errors
+    assert not run_folder.exists()
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main([*_arguments(command, config, run_folder), "--world-size", "3"]) == BAD_CONFIGURATION
+    assert f"{PHASE}.global_batch_size: must be a multiple of" in capsys.readouterr().err
+
+
+def test_a_missing_configuration_file_is_named(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing.yaml"
+    assert main(_arguments("check", missing, run_folder)) == BAD_CONFIGURATION
+    assert str(missing) in capsys.readouterr().err
+
+
+def test_check_and_plan_write_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_arguments("check", config, run_folder)) == DONE
+    assert capsys.readouterr().out == f"{config}: good\n"
+    assert main([*_arguments("plan", config, run_folder, f"{PHASE}.duration.frames=4"), "--json", "--world-size", "2"]) == DONE
+    plan = json.loads(capsys.readouterr().out)
+    (row,) = plan["phases"]
+    assert plan["world_size"] == 2
+    assert (row["requested_frames"], row["frames"], row["height"], row["width"]) == (4, 5, 16, 16)
+    assert (row["global_batch_size"], row["micro_batch_size"], row["accumulation"], row["updates"]) == (2, 1, 1, 2)
+    assert not run_folder.exists()
+
+
+def test_plan_prints_a_table(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_arguments("plan", config, run_folder)) == DONE
+    assert "updates in all: 2" in capsys.readouterr().out
+
+
+def test_eval_and_inspect_of_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_arguments("eval", config, run_folder)) == FAILED
+    assert main(["inspect", str(run_folder)]) == BAD_CONFIGURATION
+    assert "must be a run folder with checkpoints, got none" in capsys.readouterr().err
+    assert not run_folder.exists()
+
+
+def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One run serves all steps, because training is what takes time."""
+    assert main(_arguments("train", config, run_folder)) == DONE
+    report = json.loads((run_folder / "report.json").read_text())
+    assert (report["status"], report["updates"]) == ("completed", 2)
+    capsys.readouterr()
+
+    assert main(_arguments("eval", config, run_folder)) == DONE
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["psnr_db"] == pytest.approx(report["metrics"]["psnr_db_after"], abs=1e-9)  # the same code on the same weights
+
+    assert main(["inspect", str(run_folder)]) == DONE
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["checkpoint"], shown["whole"], shown["clock"]["updates"]) == ("update_000002", True, 2)
+
+    before = _contents(run_folder)
+    assert main(_arguments("train", config, run_folder, "optimizer.weight_decay=0.5")) == BAD_CONFIGURATION
+    assert "must be of the same configuration, got a checkpoint of another one" in capsys.readouterr().err
+    assert main(_arguments("train", config, run_folder, f"{PHASE}.learning_rate=0.5")) == BAD_CONFIGURATION
+    assert f"{PHASE}: must stay as it was" in capsys.readouterr().err
+    assert main([*_arguments("train", config, run_folder), "--resume", str(run_folder / "nowhere")]) == BAD_CONFIGURATION
+    assert "--resume: must be auto, never or a checkpoint folder" in capsys.readouterr().err
+    assert _contents(run_folder) == before
+
+    (run_folder / "checkpoints" / "update_000002" / "state.json").write_text("{}")
+    assert main(["inspect", str(run_folder)]) == FAILED
+    assert json.loads(capsys.readouterr().out)["whole"] is False
+    assert main(_arguments("train", config, run_folder)) == FAILED
+    assert "none of 1 checkpoints is whole" in capsys.readouterr().err
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
