@@ -18,7 +18,7 @@ from torch import Tensor
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
-from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler
+from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, UpdateResult
@@ -85,21 +85,25 @@ class TrainingLoop:
             stream = self.unit.open_stream(phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size)
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
-            batches = iter(stream)
-            while decision.action is Action.STAY:
-                with self.stopwatch.during(Activity.TRAIN):
-                    loss = self._update(phase, stream, batches)
-                decision = self.scheduler.observe(self.clock, loss)
-                self.history.phase_updates[phase.name] = self.clock.phase_updates
-                self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began
-                if self.clock.updates % self.config.report.flush_updates == 0:
-                    self.recorder.flush(dist.reduce_mean)
-                if self.clock.updates % self.config.checkpoint.every_updates == 0 and decision.action is Action.STAY:
-                    self._save()
+            with self.stopwatch.during(Activity.TRAIN):
+                decision = self._updates(phase, stream, began)
         finally:
             stream.close()
         _LOG.info("phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value)
         return decision.action
+
+    def _updates(self, phase: PhasePlan, stream: Stream, began: float) -> Decision:
+        batches, decision = iter(stream), self.scheduler.decision(self.clock)
+        while decision.action is Action.STAY:
+            loss = self._update(phase, stream, batches)
+            decision = self.scheduler.observe(self.clock, loss)
+            self.history.phase_updates[phase.name] = self.clock.phase_updates
+            self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began
+            if self.clock.updates % self.config.report.flush_updates == 0:
+                self.recorder.flush(dist.reduce_mean)
+            if self.clock.updates % self.config.checkpoint.every_updates == 0 and decision.action is Action.STAY:
+                self._save()
+        return decision
 
     def _update(self, phase: PhasePlan, stream: Stream, batches: Iterator[MicroBatch]) -> float | None:
         """Runs one update, advances the clock and returns the reduced loss if the curriculum asked for it."""
