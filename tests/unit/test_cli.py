@@ -88,9 +88,16 @@ BAD_SETTINGS = {
         f"{PHASE}.global_batch_size: must be a multiple of micro_batch_size (2) * world size (1) = 2, got 3. Use 2 or 4.",
     ),
     "misspelt model": (["model.source=AutoencoderKLLTXVide"], "Did you mean 'AutoencoderKLLTXVideo'?"),
-    "engine file missing": (["engine.deepspeed_config=nowhere.json"], "engine.deepspeed_config: must name a file, got 'nowhere.json'"),
+    "engine file missing": (
+        ["engine.deepspeed_config=nowhere.json"],
+        "engine.deepspeed_config: must name a file, got 'nowhere.json'",
+    ),
     "data missing": (["data.train=/nowhere"], "/nowhere: must be a folder or a CSV, JSON or JSONL manifest"),
-    "steered moments": ([f"{PHASE}.moments=reset"], f"{PHASE}.moments: must be keep"),
+    "moments in the first phase": ([f"{PHASE}.moments=reset"], f"{PHASE}.moments: has no effect in the first phase"),
+    "weight decay of a phase": (
+        [f"{PHASE}.weight_decay=0.5"],
+        f"{PHASE}.weight_decay: must be that of the optimizer in this version",
+    ),
 }
 
 
@@ -164,7 +171,7 @@ def test_plan_prints_a_table(config: Path, run_folder: Path, capsys: pytest.Capt
 
 def test_eval_and_inspect_of_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_arguments("eval", config, run_folder)) == FAILED
-    assert main(["inspect", str(run_folder)]) == BAD_CONFIGURATION
+    assert main(["inspect", str(run_folder)]) == FAILED
     assert "must be a run folder with checkpoints, got none" in capsys.readouterr().err
     assert not run_folder.exists()
 

@@ -74,7 +74,7 @@ def wrapped() -> VideoVAE:
 
 
 @pytest.fixture
-def video_BCTHW() -> Tensor:  # noqa: N802
+def video_BCTHW() -> Tensor:  # noqa: N802  # the suffix states the shape
     return torch.rand(4, 3, 5, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
