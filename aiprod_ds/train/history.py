@@ -33,8 +33,3 @@ class History:
     def from_dict(cls, values: Mapping[str, Any]) -> History:
         """Returns the history saved by `to_dict`."""
         return cls(**values)
-
-    @property
-    def after(self) -> dict[str, float]:
-        """The newest held-out measures; empty when no phase has ended."""
-        return list(self.phase_metrics.values())[-1] if self.phase_metrics else {}

@@ -287,7 +287,7 @@ def _report(run: _Run, engine: Engine, loop: TrainingLoop, stopwatch: Stopwatch)
         phases=tuple(_phase_summary(run.plan, loop.history, index) for index in range(len(run.plan.phases))),
         metrics={
             **{f"{name}_before": value for name, value in loop.history.before.items()},
-            **{f"{name}_after": value for name, value in loop.history.after.items()},
+            **{f"{name}_after": value for name, value in loop.history.phase_metrics.get(run.plan.phases[-1].name, {}).items()},
         },
         final_state_sha256=digest,
         world_size=engine.world_size,
