@@ -15,7 +15,11 @@ import pytest
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.testing.dist import free_port, run_in_own_session
 
+PHASES = ("low", "medium", "high")
 UPDATES = (3, 2, 2)
+RESOLUTIONS = ("32x32", "32x64", "64x64")
+FRAMES, SNAPPED_FRAMES = (8, 9, 16), (9, 9, 17)  # the model takes 1 + 4k
+BATCHES = (8, 4, 2)
 PICTURES = ["samples/before.png", "samples/phase_1_low.png", "samples/phase_2_medium.png", "samples/phase_3_high.png"]
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e, pytest.mark.slow]
@@ -48,13 +52,8 @@ def test_the_report_tells_what_ran(trained: Finished) -> None:
     report = trained.report
     assert (report["status"], report["world_size"], report["engine"]) == ("completed", 2, "deepspeed")
     assert (report["zero_stage"], report["precision"], report["skipped_updates"]) == (1, "fp32", 0)
-    phases = [
-        (phase["name"], phase["updates"], phase["resolution"], phase["frames"], phase["batch"]) for phase in report["phases"]
-    ]
-    # Strides of 2 (patch) x 4: frames are 1 + 4k, so 8 and 16 snap.
-    assert [phase[:3] for phase in phases] == [("low", 3, "32x32"), ("medium", 2, "64x64"), ("high", 2, "96x96")]
-    assert [phase[4] for phase in phases] == [8, 4, 2]
-    assert phases[2][3] == 17
+    phases = [tuple(phase[key] for key in ("name", "updates", "resolution", "frames", "batch")) for phase in report["phases"]]
+    assert phases == list(zip(PHASES, UPDATES, RESOLUTIONS, SNAPPED_FRAMES, BATCHES, strict=True))
     assert {"psnr_db_before", "psnr_db_after"} <= report["metrics"].keys()
     assert len(report["final_state_sha256"]) == 64
 
@@ -94,9 +93,11 @@ def _train(root: Path, folder: Path, *, resume: str) -> Finished:
     command = [str(binaries / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(free_port()), "--module", "aiprod_ds", "train", str(root / "configs/video_vae/tiny.yaml")]
     command += ["--output-dir", str(folder), "--resume", resume]
-    settings = {"data.train": root / "samples/train.csv", "data.validation": root / "samples/validation.csv"}
-    for index, updates in enumerate(UPDATES):
-        settings |= {f"curriculum.phases[{index}].updates": updates, f"curriculum.phases[{index}].warmup_updates": 1}
+    settings: dict[str, Any] = {"data.train": root / "samples/train.csv", "data.validation": root / "samples/validation.csv"}
+    keys = ("updates", "resolution", "duration.frames", "global_batch_size")
+    for index, values in enumerate(zip(UPDATES, RESOLUTIONS, FRAMES, BATCHES, strict=True)):
+        phase = {**dict(zip(keys, values, strict=True)), "warmup_updates": 1}
+        settings |= {f"curriculum.phases[{index}].{key}": value for key, value in phase.items()}
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     path = os.pathsep.join([str(binaries), os.environ["PATH"]])  # the launcher starts `python` and `ninja` by name

@@ -28,9 +28,9 @@ FP32_CASES = tuple(case for case in CASES if case.endswith("fp32"))
 EDGE, LAST = 4, 8  # with a checkpoint every 3 updates they stand at 3, 4 (edge), 6 and 8 (end)
 RESUMES = {"middle_of_the_first_phase": 3, "edge": EDGE, "middle_of_the_last_phase": 6}
 
-# The oracle is the local engine with the whole batch on one process. Sums of micro-batches and ranks are rounded in another
-# order; Adam turns the rounding of tiny gradients into steps of the learning rate's size, hence more than a few ulp (1.2e-7).
-RELATIVE_TOLERANCE = 1e-4
+# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in another order, and
+# Adam turns rounding of tiny gradients into steps of the learning rate's size. Measured: 1e-7 on one rank, 3e-7 on two.
+RELATIVE_TOLERANCE = 1e-5
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 _MEASURED_TIME = ("time/", "throughput/", "memory/")
