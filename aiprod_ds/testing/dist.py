@@ -50,7 +50,9 @@ def run_on_ranks(
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", str(ranks)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
         command += ["--module", "aiprod_ds.testing.dist", json.dumps(call)]
-        base = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op in turns.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        base = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         code, output = run_in_own_session(command, timeout_seconds=timeout_seconds, environment={**base, **(environment or {})})
         results = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         # The launcher exits with 0 when it is killed itself, so only a file from every rank means success.
