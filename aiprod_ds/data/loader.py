@@ -67,7 +67,8 @@ class ClipLoader:
         flip: Whether clips are mirrored at random.
 
     Raises:
-        DataError: When iterating, if a clip cannot be read, has another shape than its bucket, or a worker dies.
+        DataError: When iterating, if a clip cannot be read or has another shape than its bucket; when starting or iterating,
+            if a worker dies.
     """
 
     def __init__(  # noqa: PLR0913  each argument is one independent fact of the run
@@ -94,7 +95,15 @@ class ClipLoader:
             worker_init_fn=_start_worker,
             prefetch_factor=PREFETCHED_PER_WORKER if num_workers else None,
         )
-        self._batches: Iterator[MicroBatch | _Failure] | None = iter(loader)
+        self._batches: Iterator[MicroBatch | _Failure] | None = None
+        failure: _Failure | None = None
+        try:
+            self._batches = iter(loader)
+        except RuntimeError as error:
+            # The workers start here, and the signal of one that dies at once interrupts whatever runs then.
+            failure = _lost_worker(error)
+        if failure is not None:
+            raise DataError(failure.message)
 
     def __iter__(self) -> Self:
         return self
@@ -104,10 +113,7 @@ class ClipLoader:
         try:
             batch = next(self._batches)
         except RuntimeError as error:
-            batch = _Failure(
-                message=f"data loader: worker processes must stay alive, got {error} "
-                "Raise the machine's memory or shared memory, or lower the number of workers."
-            )
+            batch = _lost_worker(error)
         if isinstance(batch, _Failure):
             # Raised outside of the handler: an exception that holds the iterator's frames would keep the other workers alive.
             self.close()
@@ -196,6 +202,13 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
                 f"{tuple(video.shape)}. Make the dataset return what the request asks for."
             )
         return video
+
+
+def _lost_worker(error: RuntimeError) -> _Failure:
+    return _Failure(
+        message=f"data loader: worker processes must stay alive, got {error} "
+        "Raise the machine's memory or shared memory, or lower the number of workers."
+    )
 
 
 def _unchanged(item: Any) -> Any:
