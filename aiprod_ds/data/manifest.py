@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,22 +136,36 @@ def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest
             "Add clips or set data.validation."
         )
     wanted = max(1, round(fraction * len(manifest.records)))
+    copies = Counter(record.sha256 for record in manifest.records)
     held: set[str] = set()
     count = 0
     for sha in contents[:-1]:
         if count >= wanted:
             break
         held.add(sha)
-        count += sum(record.sha256 == sha for record in manifest.records)
+        count += copies[sha]
     train = tuple(record for record in manifest.records if record.sha256 not in held)
     validation = tuple(record for record in manifest.records if record.sha256 in held)
     return replace(manifest, records=train), replace(manifest, records=validation, unreadable=())
 
 
 def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_EXTENSIONS and file.is_file())
+    files = (file for file in _walk(folder) if file.suffix.lower() in VIDEO_EXTENSIONS and file.is_file())
     for path in sorted(file.relative_to(folder).as_posix() for file in files):
         yield _Entry(path=path)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields every file, in linked folders too (`Path.rglob` leaves those out), each real folder once."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(parent, file) for file in files)
 
 
 def _entries_of_table(table: Path) -> list[_Entry]:
@@ -165,7 +181,8 @@ def _entries_of_table(table: Path) -> list[_Entry]:
 def _rows(table: Path) -> Iterable[Any]:
     text = table.read_text(encoding="utf-8-sig")
     if table.suffix.lower() == ".csv":
-        return csv.DictReader(text.splitlines(keepends=True))
+        # Not splitlines: it also cuts at characters that a caption may hold, such as U+2028.
+        return csv.DictReader(io.StringIO(text, newline=""))
     if table.suffix.lower() == ".jsonl":
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     rows = json.loads(text)

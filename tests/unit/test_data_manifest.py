@@ -45,6 +45,23 @@ def test_a_folder_is_scanned_in_order_with_true_facts(tmp_path: Path) -> None:
     assert manifest.records[0].audio_rate_hz is None
 
 
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    _write_video(tmp_path / "elsewhere" / "x.mp4", frames=3)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "set")
+    assert [record.path for record in scan(tmp_path / "set").records] == ["link/x.mp4"]
+
+
+def test_a_caption_may_hold_any_character(tmp_path: Path) -> None:
+    _write_video(tmp_path / "x.mp4", frames=3)
+    caption = "one\u2028two\x0bthree\x85four"
+    (tmp_path / "clips.csv").write_text(f"video,caption\nx.mp4,{caption}\n", encoding="utf-8")
+    manifest = scan(tmp_path / "clips.csv")
+    assert [record.caption for record in manifest.records] == [caption]
+    assert manifest.unreadable == ()
+
+
 def test_broken_files_are_listed_with_a_reason(tmp_path: Path) -> None:
     _write_video(tmp_path / "good.mp4", frames=3)
     (tmp_path / "empty.mp4").touch()
