@@ -75,6 +75,59 @@ def test_every_container_gives_the_same_frames(tmp_path: Path, suffix: str) -> N
         assert _indices(frames) == [start, start + 1, start + 2]
 
 
+def _write_moving(path: Path, *, codec: str, options: dict[str, str]) -> list[np.ndarray]:
+    """Writes 48 frames of drifting noise, which make the encoder use B-frames, and returns them as decoded in one go."""
+    noise = np.random.default_rng(0).integers(0, 256, (_HEIGHT + 48, _WIDTH + 48, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=_FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
+        for index in range(_FRAMES):
+            pixels = np.ascontiguousarray(noise[index : index + _HEIGHT, index : index + _WIDTH])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("closed.mp4", "libx264", {"bf": "3", "g": "12"}),
+        ("open.mp4", "libx264", {"x264-params": "open-gop=1:bframes=3:keyint=12"}),
+        ("open.mkv", "libx264", {"x264-params": "open-gop=1:bframes=8:b-pyramid=normal:keyint=12"}),
+        ("refresh.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}),
+        ("hidden.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16"}),
+        ("reordered.avi", "libx264", {"bf": "2", "g": "10"}),
+        ("reordered4.avi", "mpeg4", {"bf": "2", "g": "10"}),
+        ("jumping.mpg", "mpeg2video", {"bf": "2", "g": "10"}),
+    ],
+)
+@pytest.mark.parametrize("rate", [None, float(_FPS)])
+def test_frames_are_exact_where_they_are_stored_out_of_order(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str], rate: float | None
+) -> None:
+    # Oracle: the frames that FFmpeg gives in one go from the beginning, bit for bit.
+    expected = _write_moving(tmp_path / name, codec=codec, options=options)
+    assert len(expected) == _FRAMES
+    for start in range(_FRAMES - 2):
+        frames = decode_clip(tmp_path / name, start_seconds=start / _FPS, num_frames=3, frame_rate_hz=rate)
+        np.testing.assert_array_equal(frames, expected[start : start + 3], err_msg=f"start {start}")
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_a_damaged_frame_is_an_error_not_a_guess(tmp_path: Path, codec: str) -> None:
+    file = tmp_path / "clip.mp4"
+    _write_moving(file, codec=codec, options={})
+    with av.open(str(file)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(file.read_bytes())
+    position, size = packets[_FRAMES // 2]
+    data[position + 8 : position + size] = bytes(255 - byte for byte in data[position + 8 : position + size])
+    file.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=r"clip\.mp4: must be a decodable video, got: .*frame"):
+        decode_clip(file, start_seconds=0.0, num_frames=_FRAMES, frame_rate_hz=float(_FPS))
+
+
 def test_a_rotated_clip_is_turned_upright(clip: Path, tmp_path: Path) -> None:
     data = bytearray(clip.read_bytes())
     identity = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
