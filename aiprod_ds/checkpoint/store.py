@@ -7,7 +7,6 @@ lets every rank write into `open_pending(...)`, waits for all, and then commits 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,11 +18,11 @@ from pathlib import Path
 
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.files import file_sha256, write_atomically
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"^update_(\d{6,})$")
 _PENDING = ".pending"
-_BLOCK = 1 << 20
 FORMAT = 1
 
 
@@ -127,16 +126,13 @@ class CheckpointStore:
             shutil.rmtree(entry)
 
     def _point_latest_at(self, name: str) -> None:
-        pointer, temporary = self.folder / "latest", self.folder / f"latest{_PENDING}.txt"
-        temporary.write_text(name + "\n")
-        _sync(temporary)
-        temporary.replace(pointer)
+        write_atomically(self.folder / "latest", name + "\n")
         _sync(self.folder)
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, object]]:
     return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in _files(folder)
         if path.name != "manifest.json"
     }
@@ -150,16 +146,8 @@ def _check_file(folder: Path, name: str, expected: dict[str, object]) -> None:
         raise CheckpointError(f"{path}: listed in the manifest but missing.")
     if path.stat().st_size != expected["bytes"]:
         raise CheckpointError(f"{path}: must have {expected['bytes']} bytes, got {path.stat().st_size}.")
-    if _sha256(path) != expected["sha256"]:
+    if file_sha256(path) != expected["sha256"]:
         raise CheckpointError(f"{path}: content differs from the manifest's sha256.")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -6,7 +6,6 @@ Owns reading tables, probing files and splitting; `video.py` decodes. Called by 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -20,12 +19,12 @@ from typing import Any
 import av
 
 from aiprod_ds.errors import DataError
+from aiprod_ds.files import file_sha256, write_atomically
 from aiprod_ds.rng import stream_seed
 
 VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
 TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
 
-_HASH_BLOCK_BYTES = 1 << 20
 _RATE_TOLERANCE = 0.01
 _log = logging.getLogger(__name__)
 
@@ -237,10 +236,7 @@ class _ProbeCache:
         if self._file is None or self._seen == self._known:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks may scan at the same time: each writes its own file and the rename is atomic.
-        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self._seen), encoding="utf-8")
-        partial.replace(self._file)
+        write_atomically(self._file, json.dumps(self._seen))
 
 
 def _guarded(file: Path, probe: Any) -> Any:
@@ -265,7 +261,7 @@ def _probe_video(file: Path) -> MediaRecord:
     height, width = _first_frame_size(file)
     return MediaRecord(
         path=str(file),
-        sha256=_sha256(file),
+        sha256=file_sha256(file),
         frames=len(times),
         fps=fps,
         height=height,
@@ -304,11 +300,3 @@ def _probe_audio(file: Path) -> tuple[int, int]:
             raise DataError(f"its audio file {file.name} holds no audio stream")
         stream = container.streams.audio[0]
         return stream.rate, stream.channels
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -23,7 +23,7 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
 from aiprod_ds.engine.loss_scale import LossScaler
-from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult
+from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names
 from aiprod_ds.errors import CheckpointError, EngineError
 
 _STATE_FILE = "local_engine.pt"
@@ -69,7 +69,7 @@ class LocalEngine:
         self._micro_batches = 0
         self._scaler = LossScaler(settings.loss_scale)
         _cast(module, self.device, self.compute_dtype, settings.buffer_dtype and TORCH_DTYPES[settings.buffer_dtype])
-        names = [name for group in groups for name in group.names]
+        names = group_names(groups)
         flat = [parameter for group in parameters for parameter in group]
         self._weights = dict(zip(names, flat, strict=True))
         self._masters = {name: self._master(weight) for name, weight in self._weights.items()}

@@ -6,7 +6,6 @@ network. Does not know any loss.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from http.client import HTTPException
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from aiprod_ds.errors import DataError
+from aiprod_ds.files import file_sha256
 
 LAYERS = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22, "relu5_3": 29}  # index in torchvision's `features`
 MIN_SIZE = 16  # four poolings before relu5_3
@@ -115,11 +115,7 @@ def _read_features(weights_file: Path, names: list[str]) -> dict[str, Tensor]:
 
 
 def _check_hash(path: Path, fix: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    found = digest.hexdigest()
+    found = file_sha256(path)
     if not found.startswith(SHA256_PREFIX):
         raise DataError(
             f"{path}: SHA-256 must begin with {SHA256_PREFIX} (torchvision's {WEIGHTS_NAME}), "

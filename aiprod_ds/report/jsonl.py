@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 from aiprod_ds.errors import DataError
+from aiprod_ds.files import write_atomically
 
 MetricRow = tuple[int, dict[str, float]]
 
@@ -33,7 +33,7 @@ class JsonlSink:
     def __init__(self, path: Path, *, resume_from_update: int | None = None) -> None:
         kept = [] if resume_from_update is None or not path.exists() else _complete_lines(path)
         rows = [(_parse(line, f"{path}:{number}"), line) for number, line in enumerate(kept, start=1)]
-        _replace(path, "".join(line for (update, _), line in rows if update <= (resume_from_update or 0)))
+        write_atomically(path, "".join(line for (update, _), line in rows if update <= (resume_from_update or 0)))
         self._file: TextIO | None = path.open("a", encoding="utf-8")
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
@@ -79,12 +79,3 @@ def _parse(line: str, where: str) -> MetricRow:
 
 def _encode(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,7 +1,7 @@
 """The result of a run as files: report.json for programs, report.md for people.
 
-Owns how a `RunSummary` becomes JSON and how both files are put in place; the page is laid out in `report_page`. A reader never
-sees half a report: each file is written under a temporary name and renamed.
+Owns how a `RunSummary` becomes JSON; the page is laid out in `report_page`. Both files are replaced as a whole, so a reader never
+sees half a report.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from aiprod_ds.files import write_atomically
 from aiprod_ds.report.report_page import render_page
 from aiprod_ds.report.summary import RunSummary
 
@@ -42,13 +43,6 @@ def report_dict(summary: RunSummary) -> dict[str, Any]:
     encoded = _json_ready(values)
     assert isinstance(encoded, dict)
     return encoded
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that `path` is either the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _json_ready(value: Any) -> Any:

@@ -29,12 +29,13 @@ from aiprod_ds.curriculum.steering import check_steering
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError, ConfigError
+from aiprod_ds.files import write_atomically
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan, print_summary
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
 from aiprod_ds.report.jsonl import JsonlSink, read_metrics
 from aiprod_ds.report.plots import save_plots
 from aiprod_ds.report.recorder import MetricsRecorder
-from aiprod_ds.report.run_report import write_atomically, write_report
+from aiprod_ds.report.run_report import write_report
 from aiprod_ds.report.sinks import MirrorSink, Sink
 from aiprod_ds.report.stopwatch import Stopwatch
 from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummary
