@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +20,6 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from aiprod_ds.config.loader import load_config
-from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
@@ -31,11 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; those of the process by default.
     """
-    arguments = _parser().parse_args(argv)
-    console = Console(stderr=True)
-    _set_up_logging(console)
+    arguments = _parser().parse_args(argv, argparse.Namespace(console=Console(stderr=True)))
+    _set_up_logging(arguments.console)
     try:
-        code: int = arguments.command(arguments, console)
+        code: int = arguments.command(arguments)
     except ConfigError as error:
         return _explain(error, BAD_CONFIGURATION)
     except AiprodError as error:
@@ -73,17 +72,14 @@ def _configured(commands: Any, name: str, command: Any, text: str) -> argparse.A
     return parser
 
 
-def _load(arguments: argparse.Namespace) -> VAETrainerConfig:
-    return load_config(arguments.config, arguments.overrides, arguments.output_dir)
-
-
 def _trainer(arguments: argparse.Namespace) -> Any:
     from aiprod_ds.train.video_vae import VideoVAETrainer  # loads torch and diffusers, which takes seconds
 
-    return VideoVAETrainer(_load(arguments), source=str(arguments.config))
+    config = load_config(arguments.config, arguments.overrides, arguments.output_dir)
+    return VideoVAETrainer(config, source=str(arguments.config))
 
 
-def _check(arguments: argparse.Namespace, console: Console) -> int:
+def _check(arguments: argparse.Namespace) -> int:
     from aiprod_ds.train.engines import read_settings
 
     trainer = _trainer(arguments)
@@ -92,15 +88,14 @@ def _check(arguments: argparse.Namespace, console: Console) -> int:
     too_short = trainer.open_data().check(plan, trainer.source)
     for entry in too_short:
         names = ", ".join(entry.names)
-        console.print(f"phase {entry.phase}: not used, because they have fewer than {entry.frames} frames: {names}")
+        arguments.console.print(f"phase {entry.phase}: not used, because they have fewer than {entry.frames} frames: {names}")
     print(f"{arguments.config}: good")
     return DONE
 
 
-def _plan(arguments: argparse.Namespace, console: Console) -> int:
+def _plan(arguments: argparse.Namespace) -> int:
     from aiprod_ds.curriculum.describe import describe
 
-    del console
     trainer = _trainer(arguments)
     plan = trainer.plan(world_size=arguments.world_size)
     rows, parameters = describe(plan), trainer.num_parameters()
@@ -129,18 +124,16 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
     return DONE
 
 
-def _train(arguments: argparse.Namespace, console: Console) -> int:
-    del console
+def _train(arguments: argparse.Namespace) -> int:
     from aiprod_ds.engine import dist
 
     trainer = _trainer(arguments)
     with dist.process_group():
-        trainer.train(resume=arguments.resume)
+        trainer.train(resume=arguments.resume, console=arguments.console)
     return DONE
 
 
-def _eval(arguments: argparse.Namespace, console: Console) -> int:
-    del console
+def _eval(arguments: argparse.Namespace) -> int:
     from aiprod_ds.engine import dist
 
     trainer = _trainer(arguments)
@@ -151,10 +144,9 @@ def _eval(arguments: argparse.Namespace, console: Console) -> int:
     return DONE
 
 
-def _inspect(arguments: argparse.Namespace, console: Console) -> int:
+def _inspect(arguments: argparse.Namespace) -> int:
     from aiprod_ds.checkpoint.store import CheckpointStore
 
-    del console
     store = CheckpointStore(arguments.folder / "checkpoints")
     names = store.names()
     if not names:
@@ -173,8 +165,6 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _set_up_logging(console: Console) -> None:
-    import os
-
     is_main = os.environ.get("RANK", "0") == "0"
     handler = RichHandler(console=console, show_path=False, markup=False)
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[handler], format="%(message)s", force=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from aiprod_ds.config.loader import load_config
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
@@ -30,19 +31,7 @@ from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
-_MODEL = {
-    "source": "AutoencoderKLLTXVideo",
-    "config": {
-        "latent_channels": 16,
-        "block_out_channels": [16, 32, 64],
-        "decoder_block_out_channels": [16, 32, 64],
-        "layers_per_block": [1, 1, 1, 1],
-        "decoder_layers_per_block": [1, 1, 1, 1],
-        "spatio_temporal_scaling": [True, True, False],
-        "decoder_spatio_temporal_scaling": [True, True, False],
-        "patch_size": 2,
-    },
-}
+_TINY = Path(__file__).parents[1] / "configs" / "video_vae" / "tiny.yaml"
 _SETTINGS = {"zero_optimization": {"stage": 1}}
 _BATCH, _FRAMES, _SIZE = 2, 9, 64
 _WARM_UP = 5
@@ -111,7 +100,7 @@ def _config(folder: Path, updates: int) -> VAETrainerConfig:
     }
     values: dict[str, Any] = {
         "output_dir": str(folder),
-        "model": _MODEL,
+        "model": load_config(_TINY).model,
         "data": {"train": "unused", "num_workers": 0},
         "curriculum": {"phases": [phase]},
         "loss": {"perceptual_weight": 0.0},

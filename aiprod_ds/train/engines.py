@@ -9,6 +9,7 @@ from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
+from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.train.unit import Unit
@@ -48,8 +49,6 @@ def build_engine(config: VAETrainerConfig, settings: DeepSpeedSettings, unit: Un
             raise ConfigError(
                 f"engine.kind: local runs on one process, got {dist.world_size()}. Use deepspeed, or start one process."
             )
-        from aiprod_ds.engine.local_engine import LocalEngine
-
         return LocalEngine(unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch)
     from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 

@@ -78,22 +78,21 @@ class TrainingLoop:
 
     def _run_phase(self, phase: PhasePlan) -> Action:
         decision = self.scheduler.decision(self.clock)
-        is_over = decision.action is not Action.STAY
-        if is_over:  # resumed exactly at the edge
+        if decision.action is not Action.STAY:  # resumed exactly at the edge
             return decision.action
         with self.stopwatch.during(Activity.TRANSITION):
             stream = self.unit.open_stream(phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size)
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
             with self.stopwatch.during(Activity.TRAIN):
-                decision = self._updates(phase, stream, began)
+                decision = self._updates(phase, stream, began, decision)
         finally:
             stream.close()
         _LOG.info("phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value)
         return decision.action
 
-    def _updates(self, phase: PhasePlan, stream: Stream, began: float) -> Decision:
-        batches, decision = iter(stream), self.scheduler.decision(self.clock)
+    def _updates(self, phase: PhasePlan, stream: Stream, began: float, decision: Decision) -> Decision:
+        batches = iter(stream)
         while decision.action is Action.STAY:
             loss = self._update(phase, stream, batches)
             decision = self.scheduler.observe(self.clock, loss)
@@ -107,7 +106,7 @@ class TrainingLoop:
 
     def _update(self, phase: PhasePlan, stream: Stream, batches: Iterator[MicroBatch]) -> float | None:
         """Runs one update, advances the clock and returns the reduced loss if the curriculum asked for it."""
-        began, waited = time.perf_counter(), 0.0
+        began, waited_before = time.perf_counter(), self.stopwatch.seconds(Activity.DATA_WAIT)
         position = self.clock.phase_position
         bucket = phase.buckets[stream.bucket_at(position)]
         needs_loss = self.scheduler.needs_loss(self.clock)
@@ -117,10 +116,8 @@ class TrainingLoop:
         sums: dict[str, Tensor] = {}
         result: UpdateResult | None = None
         for index in range(bucket.accumulation):
-            waiting = time.perf_counter()
             with self.stopwatch.during(Activity.DATA_WAIT):
                 batch = next(batches)
-            waited += time.perf_counter() - waiting
             assert batch.position == position, f"loader at {batch.position}, clock at {position}"
             torch.manual_seed(stream_seed(self.config.seed, "module", self.clock.micro_batches + index, self.engine.rank))
             terms = self.unit.loss(self.engine, batch, phase)
@@ -133,6 +130,7 @@ class TrainingLoop:
         if not result.applied:
             return None
         means = {name: value / bucket.accumulation for name, value in sums.items()}
+        waited = self.stopwatch.seconds(Activity.DATA_WAIT) - waited_before
         self._record(means, result, bucket, rate=rate, seconds=time.perf_counter() - began, waited=waited)
         return float(dist.reduce_mean(means["loss/total"])) if needs_loss else None
 

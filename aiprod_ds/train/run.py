@@ -11,10 +11,9 @@ import logging
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from aiprod_ds.checkpoint.state import RunState, tensors_sha256
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
@@ -48,21 +47,22 @@ from aiprod_ds.train.unit import Unit
 _LOG = logging.getLogger(__name__)
 
 
-class ExportingUnit(Unit, Protocol):
-    """A unit that can also write its model for others."""
-
-    def export(self, state: dict[str, Tensor], folder: Path) -> None:
-        """Writes the trained model; `state` is `engine.module_state()`. Main rank only."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     config: VAETrainerConfig
     plan: RunPlan
-    unit: ExportingUnit
+    unit: Unit
+    source: str
     settings: DeepSpeedSettings
-    folder: Path
     console: Console
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.folder / "checkpoints")
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class _Run:
 
 
 def run_training(
-    config: VAETrainerConfig, unit: ExportingUnit, plan: RunPlan, *, resume: str, source: str, console: Console | None = None
+    config: VAETrainerConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, console: Console | None = None
 ) -> RunSummary:
     """Trains `unit` through `plan` and writes the run folder.
 
@@ -89,43 +89,32 @@ def run_training(
         CheckpointError: If checkpoints exist and none is whole.
         NonFiniteError: If training diverged for good.
     """
-    settings = read_settings(config, source=source)
-    folder = Path(config.output_dir)
-    run = _Run(config=config, plan=plan, unit=unit, settings=settings, folder=folder, console=console or Console(stderr=True))
-    _refuse_unsupported(run, source)
-    store = CheckpointStore(folder / "checkpoints")
-    checkpoint = dist.from_main(lambda: _find(store, resume))
-    if checkpoint is not None:
-        _check_belongs(run, checkpoint, source)
+    run = _new_run(config, unit, plan, source, console or Console(stderr=True))
+    _refuse_unsupported(run)
+    checkpoint = _find_own(run, resume)
     if dist.is_main():
         _prepare_folder(run, checkpoint, move_aside=resume == "never")
     dist.barrier()
-    engine = build_engine(config, settings, unit, plan)
+    engine = build_engine(config, run.settings, unit, plan)
     try:
-        return _train(run, engine, store, checkpoint)
+        return _train(run, engine, checkpoint)
     finally:
         engine.close()
 
 
-def evaluate_checkpoint(
-    config: VAETrainerConfig, unit: ExportingUnit, plan: RunPlan, *, resume: str, source: str
-) -> dict[str, float]:
+def evaluate_checkpoint(config: VAETrainerConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str) -> dict[str, float]:
     """Returns the held-out measures of a checkpoint; writes nothing.
 
     Raises:
         CheckpointError: If there is none, or it belongs to another run.
     """
-    settings = read_settings(config, source=source)
-    run = _Run(
-        config=config, plan=plan, unit=unit, settings=settings, folder=Path(config.output_dir), console=Console(stderr=True)
-    )
-    checkpoint = dist.from_main(lambda: _find(CheckpointStore(run.folder / "checkpoints"), resume))
+    run = _new_run(config, unit, plan, source, Console(stderr=True))
+    checkpoint = _find_own(run, resume)
     if checkpoint is None:
         raise CheckpointError(
             f"{run.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another --output-dir."
         )
-    _check_belongs(run, checkpoint, source)
-    engine = build_engine(config, settings, unit, plan)
+    engine = build_engine(config, run.settings, unit, plan)
     try:
         engine.load(checkpoint.engine_folder)
         engine.eval()
@@ -134,7 +123,12 @@ def evaluate_checkpoint(
         engine.close()
 
 
-def _train(run: _Run, engine: Engine, store: CheckpointStore, checkpoint: Checkpoint | None) -> RunSummary:
+def _new_run(config: VAETrainerConfig, unit: Unit, plan: RunPlan, source: str, console: Console) -> _Run:
+    settings = read_settings(config, source=source)
+    return _Run(config=config, plan=plan, unit=unit, source=source, settings=settings, console=console)
+
+
+def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSummary:
     scheduler, clock, history = CurriculumScheduler(run.plan), Clock(), History()
     if checkpoint is not None:
         engine.load(checkpoint.engine_folder)
@@ -155,7 +149,7 @@ def _train(run: _Run, engine: Engine, store: CheckpointStore, checkpoint: Checkp
             layout=run.layout,
             history=history.to_dict(),
         )
-        _save(engine, store, state)
+        _save(engine, run.store, state)
 
     loop = TrainingLoop(
         config=run.config,
@@ -177,6 +171,14 @@ def _train(run: _Run, engine: Engine, store: CheckpointStore, checkpoint: Checkp
     return _report(run, engine, loop, stopwatch)
 
 
+def _find_own(run: _Run, resume: str) -> Checkpoint | None:
+    """Returns the verified checkpoint to go on from, the same on all ranks; it belongs to this run."""
+    checkpoint = dist.from_main(lambda: _find(run.store, resume))
+    if checkpoint is not None:
+        _check_belongs(run, checkpoint)
+    return checkpoint
+
+
 def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:
     if resume == "never":
         return None
@@ -187,8 +189,8 @@ def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:
     return store.read(Path(resume))
 
 
-def _check_belongs(run: _Run, checkpoint: Checkpoint, source: str) -> None:
-    state, where = checkpoint.state, f"{source}: --resume {checkpoint.folder}"
+def _check_belongs(run: _Run, checkpoint: Checkpoint) -> None:
+    state, where = checkpoint.state, f"{run.source}: --resume {checkpoint.folder}"
     if state.fingerprint != config_fingerprint(run.config):
         raise ConfigError(
             f"{where}: must be of the same configuration, got a checkpoint of another one. "
@@ -203,10 +205,10 @@ def _check_belongs(run: _Run, checkpoint: Checkpoint, source: str) -> None:
         _LOG.warning("curriculum_steered %s", change)
 
 
-def _refuse_unsupported(run: _Run, source: str) -> None:
+def _refuse_unsupported(run: _Run) -> None:
     problems = []
     for phase in run.plan.phases:
-        where = f"{source}: curriculum.phases[{phase.index}]"
+        where = f"{run.source}: curriculum.phases[{phase.index}]"
         if phase.moment_scale != 1.0:
             problems.append(f"{where}.moments: must be keep in this version, got {phase.moments}. Remove it.")
         if phase.weight_decay != run.config.optimizer.weight_decay:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -63,6 +64,9 @@ class Unit(Protocol):
 
     def evaluate(self, engine: Engine) -> Evaluation:
         """Measures held-out clips. Collective; draws nothing from the training's random streams."""
+
+    def export(self, state: dict[str, Tensor], folder: Path) -> None:
+        """Writes the trained model for others; `state` is `engine.module_state()`. Main rank only."""
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""

@@ -6,12 +6,13 @@ Shape suffixes: B batch, C channels, T frames, H height, W width; N clips.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from aiprod_ds.clock import Clock
@@ -69,8 +70,7 @@ class VideoVAETrainer:
     @cached_property
     def strides(self) -> ModelStrides:
         """How the model divides height, width and frames; found on the meta device."""
-        shapes_only = self._model or build_model(self.config.model, seed=self.config.seed, device="meta")
-        return video_strides(shapes_only, self.config.model)
+        return video_strides(self._shapes, self.config.model)
 
     def plan(self, *, world_size: int = 1) -> RunPlan:
         """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights.
@@ -82,8 +82,7 @@ class VideoVAETrainer:
 
     def num_parameters(self) -> int:
         """Returns the number of parameters of the model."""
-        model = self._model or build_model(self.config.model, seed=self.config.seed, device="meta")
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in self._shapes.parameters())
 
     def open_data(self) -> VideoData:
         """Reads the manifests on the main rank and gives every rank the same clips."""
@@ -94,18 +93,19 @@ class VideoVAETrainer:
         except DataError as error:  # before training it is the configuration's data section that must change
             raise PlanError(f"{self.source}: data: {error}") from error
 
-    def train(self, *, resume: str = "auto") -> RunSummary:
+    def train(self, *, resume: str = "auto", console: Console | None = None) -> RunSummary:
         """Runs the whole training, or what is left of it.
 
         Args:
             resume: `auto` goes on from the newest checkpoint in `output_dir`; `never` starts anew and moves an old run aside; a
                 path names a checkpoint folder.
+            console: Where progress is drawn; standard error by default. Log through the same one, or lines tear the display.
 
         Returns:
             What the report says; files are in `config.output_dir`.
         """
         plan, unit = self._prepare()
-        return run_training(self.config, unit, plan, resume=resume, source=self.source)
+        return run_training(self.config, unit, plan, resume=resume, source=self.source, console=console)
 
     def evaluate(self, *, resume: str = "auto") -> dict[str, float]:
         """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that `resume` names.
@@ -115,6 +115,12 @@ class VideoVAETrainer:
         """
         plan, unit = self._prepare()
         return evaluate_checkpoint(self.config, unit, plan, resume=resume, source=self.source)
+
+    @cached_property
+    def _shapes(self) -> nn.Module:
+        if self._model is not None:
+            return self._model
+        return build_model(self.config.model, seed=self.config.seed, device="meta")
 
     def _prepare(self) -> tuple[RunPlan, VideoVAEUnit]:
         plan = self.plan(world_size=dist.world_size())
@@ -134,8 +140,8 @@ class VideoVAEUnit:
     data: VideoData
     too_short: tuple[TooShort, ...]
     module: nn.Module
-    _perceptual: PerceptualLoss | None = None
-    _losses: dict[int, VideoVAELoss] | None = None
+    _perceptual: PerceptualLoss | None = field(init=False, default=None)
+    _losses: dict[int, VideoVAELoss] = field(init=False)
 
     def __post_init__(self) -> None:
         """Builds the losses of all phases, so that a missing weight file is found before training."""
@@ -167,7 +173,6 @@ class VideoVAEUnit:
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
-        assert self._losses is not None
         video_BCTHW = batch.video.to(engine.device, engine.compute_dtype, non_blocking=True)
         place = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
         noise = [stream_seed(self.config.seed, "posterior", *numbers) for numbers in place]
