@@ -6,14 +6,14 @@ computed in `aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in `aiprod_ds.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.model import (
-    Constructor,
     Fraction,
+    FreeMapping,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -30,7 +30,7 @@ class ModelConfig(StrictModel):
     """
 
     source: str = Field(min_length=1)
-    config: Constructor = Field(default_factory=dict)
+    config: FreeMapping = Field(default_factory=dict)
     pretrained: str | None = None
     spatial_stride: PositiveInt | None = None
     temporal_stride: PositiveInt | None = None
@@ -60,7 +60,7 @@ class EngineConfig(StrictModel):
     """
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
-    deepspeed_config: str | dict[str, Any] = "ds_configs/zero1_bf16.json"
+    deepspeed_config: str | FreeMapping = "ds_configs/zero1_bf16.json"
 
 
 class CheckpointConfig(StrictModel):

@@ -238,6 +238,16 @@ def test_junk_anywhere_is_refused_in_the_house_form_or_taken(folder: Path, data:
     assert not any("Input should" in problem or "pydantic" in problem for problem in found)
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "[1, {deep: .inf}]"])
+@pytest.mark.parametrize("key", ["model.config.latent_channels", "engine.deepspeed_config.bf16"])
+def test_free_mappings_hold_finite_numbers_because_json_has_no_others(folder: Path, key: str, value: str) -> None:
+    text = BASE if key.startswith("model") else BASE + "engine: {deepspeed_config: {}}\n"
+    with pytest.raises(ConfigError) as caught:
+        load(text, f"{key}={value}")
+    where = key.rpartition(".")[0]
+    assert any(f"{where}: must hold finite numbers only, got " in problem for problem in caught.value.problems)
+
+
 @pytest.mark.parametrize(
     ("name", "valid", "words"),
     [
