@@ -5,13 +5,15 @@ turn. The bare side is the shortest honest loop: L1 + KL, no metrics, no files. 
 
     python benchmarks/trainer_overhead.py --updates 60 --runs 3 --memory-updates 500 --output benchmarks/results/NAME.json
 
-It does not show: several ranks, real decoding, GPUs.
+It does not show: several ranks, real decoding, GPUs, or memory that grows early and then stops (the long run comes last, in a
+process that has trained before).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     clips = SyntheticVideoDataset(8, _FRAMES, _SIZE, _SIZE, 0)
+    os.environ.setdefault("LOCAL_RANK", "0")  # the bare deepspeed.initialize asks for it; one process has no launcher to set it
     with dist.process_group():
         bare: list[float] = []
         trainer: list[float] = []
@@ -126,7 +129,8 @@ def _write(arguments: argparse.Namespace, bare: list[float], trainer: list[float
     result = {
         "name": "trainer_overhead",
         "date": date.today().isoformat(),
-        **{key: environment.get(key) for key in ("hardware", "versions", "commit", "command")},
+        **{key: environment[key] for key in ("hardware", "versions", "command")},
+        "commit": (environment["git"] or {}).get("commit"),
         "rows": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
