@@ -51,21 +51,22 @@ class CurriculumPhase(str, Enum):
 
 
 class CurriculumAdapterConfig(StrictModel):
-    """How the phases are laid over a trainer's own configuration.
-
-    `overrides` names the sections that phases may override. `batch_scaling: world_size` multiplies every global batch by
-    world size / `reference_world_size`; `lr_scaling` multiplies every learning rate by (global batch /
-    `reference_global_batch_size`), or by its square root. `moments` and `moment_decay` say what happens to the optimizer's
-    moments at the start of a phase that does not say it itself.
-    """
+    """How the phases are laid over a trainer's own configuration."""
 
     overrides: tuple[PhaseOverride, ...] = Field(default=_OVERRIDABLE, strict=False)
+    """Which of these four keys phases may set; a phase that sets another of the four is refused."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiplies every learning rate by global batch / `reference_global_batch_size`, or by the square root of that."""
     reference_global_batch_size: PositiveInt | None = None
+    """The batch that the learning rates were chosen for, in clips. Goes with `lr_scaling`."""
     batch_scaling: Literal["none", "world_size"] = "none"
+    """`world_size` multiplies every global batch by world size / `reference_world_size`."""
     reference_world_size: PositiveInt | None = None
+    """The number of ranks that the global batches were chosen for. Goes with `batch_scaling`."""
     moments: MomentsPolicy = "keep"
+    """What happens to the optimizer's moments at the start of every phase that does not say it itself; not of the first."""
     moment_decay: Fraction | None = None
+    """Factor for both moments under `moments: decay`, and only there."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -134,8 +135,11 @@ class CurriculumConfig(StrictModel):
     """The phases in the order they run, and how frame counts that the VAE cannot take are treated."""
 
     phases: tuple[PhaseConfig, ...] = Field(default_factory=default_phases, strict=False)
+    """In the order they run; names are unique. Without it: the phases of `preset: default`."""
     frames_policy: Literal["snap", "strict"] = "snap"
+    """A frame count that the model cannot take: `snap` rounds it up and the report says so, `strict` is an error."""
     adapter: CurriculumAdapterConfig = CurriculumAdapterConfig()
+    """Rules that hold for all phases."""
 
     @model_validator(mode="before")
     @classmethod

@@ -30,6 +30,16 @@ FreeMapping = Annotated[dict[str, Any], AfterValidator(_finite)]  # keys of a cl
 
 
 class StrictModel(BaseModel):
-    """A frozen record that refuses unknown keys and wrong types."""
+    """A frozen record that refuses unknown keys and wrong types.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    The text under a field is its description: `tools/config_reference.py` prints it in docs/configuration.md.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )

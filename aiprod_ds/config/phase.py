@@ -24,7 +24,9 @@ class PhaseResolution(StrictModel):
     """Frame size in pixels; YAML may write it as `256x256` (height x width)."""
 
     height: PositiveInt
+    """Pixels; a multiple of the model's spatial stride."""
     width: PositiveInt
+    """Pixels; a multiple of the model's spatial stride."""
 
     @model_validator(mode="before")
     @classmethod
@@ -38,42 +40,48 @@ class PhaseResolution(StrictModel):
 
 
 class PhaseDuration(StrictModel):
-    """Length of a clip: `frames` at `frame_rate_hz` (null: the clip's own rate). One frame is an image."""
+    """Length of a clip."""
 
     frames: PositiveInt
+    """Frames of each clip; 1 is an image. The model takes 1 + temporal stride * k; see `curriculum.frames_policy`."""
     frame_rate_hz: PositiveFloat | None = None
+    """Rate to which clips are resampled, in frames per second. null: each clip's own."""
 
 
 class BucketConfig(StrictModel):
-    """Clips of one shape inside a phase; batch numbers left out are those of the phase.
-
-    `share` is the fraction of the phase's updates that this bucket gets: all buckets of a phase have one (together 1) or none
-    has, and then every clip goes to the bucket that fits it best.
-    """
+    """Clips of one shape inside a phase; batch numbers left out are those of the phase."""
 
     resolution: PhaseResolution
+    """Frame size; text such as `256x256` is height x width."""
     duration: PhaseDuration
+    """Length of the clips."""
     share: Fraction | None = None
+    """Fraction of the phase's updates that this bucket gets, above 0: all buckets of a phase have one (together 1) or none has,
+    and then every clip goes to the bucket that fits it best."""
     global_batch_size: PositiveInt | None = None
+    """Clips per update over all ranks."""
     micro_batch_size: PositiveInt | None = None
+    """Clips per forward and backward pass on one rank."""
     accumulation: PositiveInt | None = None
+    """Micro-batches per update."""
 
 
 class PlateauConfig(StrictModel):
-    """Ends a phase when the smoothed loss stops falling; see `aiprod_ds.curriculum.plateau` for the exact rule.
-
-    `smoothing` is the weight of the past in the exponential mean; `threshold` the relative improvement that counts.
-    """
+    """Ends a phase when the smoothed loss stops falling; see `aiprod_ds.curriculum.plateau` for the exact rule."""
 
     patience_updates: PositiveInt
+    """Updates without improvement that end the phase."""
     threshold: NonNegativeFloat = 1e-3
+    """Relative improvement of the smoothed loss that counts."""
     smoothing: float = Field(default=0.98, ge=0, lt=1)
+    """Weight of the past in the exponential mean."""
 
 
 class PhaseAugment(StrictModel):
     """Augmentations that a phase sets apart from the data section."""
 
     random_flip: bool | None = None
+    """As `data.random_flip`. null: that one."""
 
 
 class PhaseConfig(StrictModel):
@@ -86,27 +94,50 @@ class PhaseConfig(StrictModel):
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
+    """Stands in the report and in file names; letters, digits, `_` and `-`."""
     resolution: PhaseResolution | None = None
+    """Frame size; text such as `256x256` is height x width. Goes with `duration`, not beside `buckets`."""
     duration: PhaseDuration | None = None
+    """Length of the clips. Goes with `resolution`, not beside `buckets`."""
     buckets: tuple[BucketConfig, ...] = Field(default=(), strict=False)
+    """Several shapes in one phase; every update has one of them."""
     global_batch_size: PositiveInt | None = None
+    """Clips per update over all ranks; this or `micro_batch_size` must be given."""
     micro_batch_size: PositiveInt | None = None
+    """Clips per forward and backward pass on one rank."""
     accumulation: PositiveInt | None = None
+    """Micro-batches per update. null: it follows from the other two, or is 1 when only one of them is given."""
     updates: PositiveInt | None = None
+    """The phase's length; alone it is fixed, beside `epochs` or `plateau` it is the longest. Above `warmup_updates`."""
     epochs: PositiveInt | None = None
+    """Ends the phase after so many passes over its own data."""
     plateau: PlateauConfig | None = None
+    """Ends the phase when the loss stops falling; needs `max_updates` or `updates`."""
     min_updates: PositiveInt | None = None
+    """Neither `epochs` nor `plateau` ends the phase before this. At most the longest length."""
     max_updates: PositiveInt | None = None
+    """The longest length beside `epochs` or `plateau`; not beside `updates`. Above `warmup_updates`."""
     learning_rate: PositiveFloat
+    """The highest rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """The rate after the warm-up. `linear` and `cosine` need `updates` or `max_updates`."""
     warmup_updates: NonNegativeInt = 0
+    """Updates over which the rate rises linearly to the highest, counted from the phase's start."""
     final_learning_rate_ratio: Fraction = 0.1
+    """The rate of the last update over the highest; no effect with `schedule: constant`, so refused there."""
     weight_decay: NonNegativeFloat | None = None
+    """As `optimizer.weight_decay`. null: that one."""
     loss: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Weights of the loss section by name, e.g. `{perceptual_weight: 0.1}`; the others stay."""
     augment: PhaseAugment = PhaseAugment()
+    """Augmentations; what is left out stays as the data section says."""
     activation_checkpointing: bool | None = None
+    """On or off in this phase. null: as the DeepSpeed settings say."""
     moments: MomentsPolicy | None = None
+    """The optimizer's moments when the phase begins: kept, set to 0 or multiplied by `moment_decay`. null: as the adapter says.
+    Not in the first phase."""
     moment_decay: Fraction | None = None
+    """Factor for both moments under `moments: decay`, and only there."""
 
     @property
     def limit_updates(self) -> int | None:

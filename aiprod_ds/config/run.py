@@ -23,17 +23,18 @@ from aiprod_ds.config.model import (
 
 
 class ModelConfig(StrictModel):
-    """Where the network comes from.
-
-    `source` is a diffusers class name (`AutoencoderKLLTXVideo`) or an import path (`my_package.models:MyVAE`). `config` holds
-    the constructor's keyword arguments (random weights); `pretrained` a local folder or hub name for `from_pretrained`.
-    """
+    """Where the network comes from: random weights from `config`, or trained ones from `pretrained`."""
 
     source: str = Field(min_length=1)
+    """A diffusers class name (`AutoencoderKLLTXVideo`) or an import path (`my_package.models:MyVAE`)."""
     config: FreeMapping = Field(default_factory=dict)
+    """Keyword arguments of the constructor; the weights are random. No effect beside `pretrained`, so refused there."""
     pretrained: str | None = None
+    """A local folder or a hub name for the class's `from_pretrained`."""
     spatial_stride: PositiveInt | None = None
+    """Pixels that become one latent; height and width must be multiples of it. null: measured on the model."""
     temporal_stride: PositiveInt | None = None
+    """Frames that become one latent; the model takes 1 + stride * k frames. null: measured on the model."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -46,48 +47,60 @@ class OptimizerConfig(StrictModel):
     """AdamW; the learning rate belongs to the phases. Vectors and biases are not decayed."""
 
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), strict=False)
+    """Decay of the first and of the second moment, per update."""
     epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay of matrices and kernels; times the learning rate in each update."""
     gradient_clip_norm: PositiveFloat | None = 1.0
+    """Global L2 norm to which a longer gradient is scaled down. null: no clipping."""
 
 
 class EngineConfig(StrictModel):
-    """Which engine owns parameters, gradients and optimizer state.
-
-    `deepspeed_config` is a file (relative to the configuration file or to the working folder) or the mapping itself. It holds
-    only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing, offload, buckets. `kind: local` runs the same
-    precision and checkpointing settings in plain PyTorch on one process, as the control for numerics.
-    """
+    """Which engine owns parameters, gradients and optimizer state."""
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
+    """`local` runs the same precision and checkpointing in plain PyTorch on one process, as the control for numerics."""
     deepspeed_config: str | FreeMapping = "ds_configs/zero1_bf16.json"
+    """A file (looked for in the working folder, the configuration's folder and the folders above it) or the mapping itself. It
+    holds only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing, offload, buckets."""
 
 
 class CheckpointConfig(StrictModel):
     """When to save: every so many updates, at every phase edge and at the end."""
 
     every_updates: PositiveInt = 500
+    """Updates between two saves, counted over the whole run."""
 
 
 class EvaluationConfig(StrictModel):
-    """How held-out clips are measured; the geometry defaults to that of the last phase, so that figures compare across phases."""
+    """How held-out clips are measured: always in the shape of the last phase, so that figures compare across phases."""
 
     max_clips: PositiveInt = 16
+    """Held-out clips that are measured: the first that are long enough."""
     num_pictures: NonNegativeInt = 4
+    """Clips shown as pictures, of those that are measured."""
 
 
 class WandbConfig(StrictModel):
     """Weights & Biases mirror; a failure of it never stops training."""
 
     mode: Literal["online", "offline", "off"] = "off"
+    """`offline` writes into the run folder only; `online` needs an API key."""
     project: str = "aiprod_ds"
+    """The project's name at the service."""
     name: str | None = None
+    """The run's name at the service. null: the name of the run folder."""
     tags: tuple[str, ...] = Field(default=(), strict=False)
+    """Tags of the run at the service."""
 
 
 class ReportConfig(StrictModel):
-    """Metrics and the run report. `flush_updates` is how often device metrics are read, reduced over ranks and written."""
+    """Metrics and the run report."""
 
     flush_updates: PositiveInt = 10
+    """Updates between two readings of the metrics from the device; then they are reduced over ranks and written."""
     tensorboard: bool = False
+    """Mirrors the metrics into `tensorboard/` of the run folder; needs the extra `tensorboard`."""
     wandb: WandbConfig = WandbConfig()
+    """Mirrors the metrics to Weights & Biases."""
