@@ -22,6 +22,7 @@ from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
+from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult
 from aiprod_ds.errors import CheckpointError, EngineError
 
@@ -65,6 +66,7 @@ class DeepSpeedEngine:
         self._optimizer_config = optimizer
         self._groups = tuple(groups)
         self._learning_rate = 0.0
+        self._weight_decay = optimizer.weight_decay
         parameters = group_parameters(module, groups)
         self._trained = {
             name: parameter
@@ -76,7 +78,7 @@ class DeepSpeedEngine:
         self._needs_own_norm = settings.zero_stage == 0 and settings.precision == "fp32"
         self._engine: Any = _initialize(
             module,
-            _adamw(parameters, groups, optimizer, settings, self.device),
+            _adamw(parameters, optimizer, settings, self.device),
             deepspeed_dictionary(
                 settings,
                 micro_batch_size=micro_batch_size,
@@ -86,6 +88,7 @@ class DeepSpeedEngine:
             ),
         )
         internals.prepare(self._engine)
+        self.set_weight_decay(optimizer.weight_decay)
         internals.configure_loss_scaler(self._engine, settings.loss_scale)
         _broadcast_buffers(module)
 
@@ -107,6 +110,7 @@ class DeepSpeedEngine:
         norm = self._replicated_norm() if self._needs_own_norm else None
         if norm is not None and not bool(torch.isfinite(norm)):
             return self._skip(norm)
+        internals.restart_bias_correction(engine)
         with internals.scale_growth_after_update(engine):
             engine.step()
         internals.clean_up_after_update(engine)
@@ -119,6 +123,20 @@ class DeepSpeedEngine:
         self._learning_rate = learning_rate
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = group["initial_lr"] = learning_rate
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """Sets the decay that the next update uses, in the groups that are decayed. `load` leaves it as it is."""
+        self._weight_decay = weight_decay
+        for values, group in zip(self._engine.basic_optimizer.param_groups, self._groups, strict=True):
+            values["weight_decay"] = weight_decay if group.is_decayed else 0.0
+
+    def scale_moments(self, factor: float) -> None:
+        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer. Collective.
+
+        Raises:
+            EngineError: If `factor` is out of range.
+        """
+        scale_moments(self._engine.basic_optimizer.state.values(), factor)
 
     def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
         """Changes the batch for the updates that follow.
@@ -181,7 +199,8 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote for the same world size and ZeRO stage, bit for bit. Collective.
 
-        Optimizer settings, clipping and loss-scale rules stay those of this engine; the loss scale itself is restored.
+        Optimizer settings, learning rate, weight decay, clipping and loss-scale rules stay those of this engine; the loss scale
+        itself is restored.
 
         Raises:
             CheckpointError: If the folder does not fit this engine.
@@ -209,8 +228,8 @@ class DeepSpeedEngine:
             self._trained = {}
 
     def _apply_optimizer_config(self) -> None:
-        for values, group in zip(self._engine.basic_optimizer.param_groups, self._groups, strict=True):
-            values["weight_decay"] = group.weight_decay
+        self.set_weight_decay(self._weight_decay)
+        for values in self._engine.basic_optimizer.param_groups:
             values["betas"] = self._optimizer_config.betas
             values["eps"] = self._optimizer_config.epsilon
 
@@ -246,20 +265,17 @@ def _device_for(settings: DeepSpeedSettings, device: torch.device | None) -> tor
 
 def _adamw(
     parameters: Sequence[Sequence[nn.Parameter]],
-    groups: Sequence[ParameterGroup],
     optimizer: OptimizerConfig,
     settings: DeepSpeedSettings,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    described = [
-        {"params": list(members), "weight_decay": group.weight_decay} for members, group in zip(parameters, groups, strict=True)
-    ]
+    groups = [{"params": list(members)} for members in parameters]
     if settings.optimizer_offload:
         offloaded: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-            described, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, adamw_mode=True
+            groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, adamw_mode=True
         )
         return offloaded
-    return torch.optim.AdamW(described, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, fused=device.type == "cuda")
 
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, dictionary: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload
@@ -26,7 +27,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from aiprod_ds.engine.moments import MOMENTS
+
 _FORWARD_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 _PARAMETER_STATE = ("_z3_optimizer", "_zero_optimizer")
 
@@ -113,6 +115,21 @@ def scale_growth_after_update(engine: Any) -> Iterator[None]:
         scaler.update_scale(False)
 
 
+def restart_bias_correction(engine: Any) -> None:
+    """Lets the coming update compute Adam's bias correction from the step count alone.
+
+    ops/csrc/includes/cpu_adam.h:71 multiplies the powers of beta that it keeps by beta once more, but calls pow for a step that
+    does not follow the one before. A resumed optimizer would call pow where the saved one multiplied, and differ from it in the
+    last bits. After an update of nothing, numbered 0, every step calls pow (or is the first, where both give beta).
+    """
+    optimizer = engine.basic_optimizer
+    if not isinstance(optimizer, DeepSpeedCPUAdam):
+        return
+    nothing = torch.empty(0)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, 0.0, beta1, beta2, 1.0, 0.0, False, nothing, nothing, nothing, nothing)
+
+
 def clean_up_after_update(engine: Any) -> None:
     """Drops what DeepSpeed keeps of an update that is over.
 
@@ -159,7 +176,7 @@ def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
         return _replicated_state(optimizer, parameter)
     return GatheredState(
         value=safe_get_full_fp32_param(parameter),
-        moments={key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if key in state},
+        moments={key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if key in state},
         step=int(state.get("step", 0)),
     )
 
@@ -230,7 +247,7 @@ def _replicated_state(optimizer: Any, parameter: nn.Parameter) -> GatheredState:
     state = base.state.get(master, {})
     return GatheredState(
         value=master.detach(),
-        moments={key: state[key] for key in _MOMENTS if key in state},
+        moments={key: state[key] for key in MOMENTS if key in state},
         step=int(state.get("step", 0)),
     )
 

@@ -23,11 +23,11 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
 from aiprod_ds.engine.loss_scale import LossScaler
+from aiprod_ds.engine.moments import MOMENTS, scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names
 from aiprod_ds.errors import CheckpointError, EngineError
 
 _STATE_FILE = "local_engine.pt"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LocalEngine:
@@ -74,12 +74,14 @@ class LocalEngine:
         self._weights = dict(zip(names, flat, strict=True))
         self._masters = {name: self._master(weight) for name, weight in self._weights.items()}
         self._optimizer = torch.optim.AdamW(
-            [{"params": [self._masters[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups],
+            [{"params": [self._masters[name] for name in group.names]} for group in groups],
             lr=0.0,
             betas=optimizer.betas,
             eps=optimizer.epsilon,
             fused=self.device.type == "cuda",
         )
+        self._groups = tuple(groups)
+        self.set_weight_decay(optimizer.weight_decay)
         self._layout = engine_layout("local", settings, 1, groups, {name: weight.shape for name, weight in self._weights.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +120,19 @@ class LocalEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """Sets the decay that the next update uses, in the groups that are decayed. `load` leaves it as it is."""
+        for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
+            values["weight_decay"] = weight_decay if group.is_decayed else 0.0
+
+    def scale_moments(self, factor: float) -> None:
+        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer.
+
+        Raises:
+            EngineError: If `factor` is out of range.
+        """
+        scale_moments(self._optimizer.state.values(), factor)
+
     def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
         """Changes the batch for the updates that follow.
 
@@ -148,7 +163,7 @@ class LocalEngine:
             yield ParameterState(
                 name=name,
                 value=_host_copy(master),
-                optimizer={key: _host_copy(state[key]) for key in _MOMENTS if key in state},
+                optimizer={key: _host_copy(state[key]) for key in MOMENTS if key in state},
                 step=int(state["step"]) if "step" in state else 0,
             )
 
@@ -173,7 +188,7 @@ class LocalEngine:
         self._layout.write(folder)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit; optimizer settings and learning rate stay those of this engine.
+        """Restores what `save` wrote, bit for bit; optimizer settings, learning rate and decay stay those of this engine.
 
         Raises:
             CheckpointError: If the folder does not fit this engine.

@@ -17,10 +17,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterGroup:
-    """Parameters that share optimizer settings; the names are those of `module.named_parameters()`."""
+    """Parameters that share optimizer settings.
+
+    Attributes:
+        names: As in `module.named_parameters()`.
+        is_decayed: Whether the weight decay of the configuration, and later of the phase, applies; otherwise it is always 0.
+    """
 
     names: tuple[str, ...]
-    weight_decay: float
+    is_decayed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +81,16 @@ class Engine(Protocol):
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the rate that the next update uses, in every parameter group."""
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """Sets the decay that the next update uses, in the groups that are decayed. `load` leaves it as it is."""
+
+    def scale_moments(self, factor: float) -> None:
+        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer. Collective.
+
+        Raises:
+            EngineError: If `factor` is out of range.
+        """
 
     def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
         """Changes the batch for the updates that follow.

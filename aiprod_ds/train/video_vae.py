@@ -161,8 +161,8 @@ class VideoVAEUnit:
         decayed = tuple(name for name, parameter in trained if parameter.dim() > 1)
         plain = tuple(name for name, parameter in trained if parameter.dim() <= 1)
         groups = (
-            ParameterGroup(names=decayed, weight_decay=self.config.optimizer.weight_decay),
-            ParameterGroup(names=plain, weight_decay=0.0),
+            ParameterGroup(names=decayed, is_decayed=True),
+            ParameterGroup(names=plain, is_decayed=False),
         )
         return [group for group in groups if group.names]
 

@@ -331,8 +331,8 @@ def _module(seed: int) -> nn.Module:
 def _groups(module: nn.Module) -> list[ParameterGroup]:
     trained = [(name, parameter.dim() > 1) for name, parameter in module.named_parameters() if parameter.requires_grad]
     return [
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if is_matrix), weight_decay=OPTIMIZER.weight_decay),
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if not is_matrix), weight_decay=0.0),
+        ParameterGroup(names=tuple(name for name, is_matrix in trained if is_matrix), is_decayed=True),
+        ParameterGroup(names=tuple(name for name, is_matrix in trained if not is_matrix), is_decayed=False),
     ]
 
 

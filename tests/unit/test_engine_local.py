@@ -53,8 +53,8 @@ def _engine(precision: str = "fp32", seed: int = 0, accumulation: int = 1, modul
 
 def _groups() -> list[ParameterGroup]:
     return [
-        ParameterGroup(names=("first.weight", "second.weight"), weight_decay=0.1),
-        ParameterGroup(names=("first.bias", "second.bias"), weight_decay=0.0),
+        ParameterGroup(names=("first.weight", "second.weight"), is_decayed=True),
+        ParameterGroup(names=("first.bias", "second.bias"), is_decayed=False),
     ]
 
 
@@ -193,9 +193,9 @@ def test_step_returns_none_inside_a_window_and_the_batch_cannot_change_there() -
     ("groups", "message"),
     [
         ([], "missing \\['first.bias'"),
-        ([ParameterGroup(names=("first.weight", "frozen.weight"), weight_decay=0.0)], "must name trainable parameters"),
-        ([ParameterGroup(names=("nothing",), weight_decay=0.0)], "got \\['nothing'\\]"),
-        ([*_groups(), ParameterGroup(names=("first.bias",), weight_decay=0.0)], "repeated \\['first.bias'\\]"),
+        ([ParameterGroup(names=("first.weight", "frozen.weight"), is_decayed=False)], "must name trainable parameters"),
+        ([ParameterGroup(names=("nothing",), is_decayed=False)], "got \\['nothing'\\]"),
+        ([*_groups(), ParameterGroup(names=("first.bias",), is_decayed=False)], "repeated \\['first.bias'\\]"),
     ],
 )
 def test_groups_must_name_every_trainable_parameter_once(groups: list[ParameterGroup], message: str) -> None:
