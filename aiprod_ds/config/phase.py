@@ -49,7 +49,11 @@ class PhaseDuration(StrictModel):
 
 
 class BucketConfig(StrictModel):
-    """Clips of one shape inside a phase; batch numbers left out are those of the phase."""
+    """Clips of one shape inside a phase.
+
+    A bucket that gives neither `global_batch_size` nor `micro_batch_size` takes both from the phase, and `accumulation` unless it
+    has its own; one that gives either takes no batch number from the phase.
+    """
 
     resolution: PhaseResolution
     """Frame size; text such as `256x256` is height x width."""

@@ -74,7 +74,7 @@ class VideoVAELossConfig(StrictModel):
 
 
 class VAETrainerConfig(StrictModel):
-    """Everything a VAE training run needs; see docs/configuration.md for each key."""
+    """Everything that the training of a VAE needs."""
 
     trainer: Literal["video_vae"] = "video_vae"
     """What is trained."""

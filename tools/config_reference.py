@@ -1,0 +1,126 @@
+"""Writes the key tables of docs/configuration.md from the configuration models; `--check` only compares.
+
+    python tools/config_reference.py [--check]
+
+The text of a key is the docstring under its field in `aiprod_ds/config/`. Everything outside the two marker lines of the page is
+written by hand and stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from aiprod_ds.config.vae import VAETrainerConfig
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+BEGIN, END = "<!-- tools/config_reference.py: begin -->\n", "<!-- tools/config_reference.py: end -->\n"
+_TYPES = {"string": "text", "boolean": "true or false", "object": "mapping", "null": "null"}
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def main() -> int:
+    """Writes or checks the page; returns 1 if `--check` finds a difference."""
+    parser = argparse.ArgumentParser(description="Key tables of docs/configuration.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
+    arguments = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = before + BEGIN + reference(VAETrainerConfig) + END + after
+    if not arguments.check:
+        PAGE.write_text(wanted, encoding="utf-8")
+    elif page != wanted:
+        print(
+            f"{PAGE}: must hold what the models say, got something else. Run: python tools/config_reference.py", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+def reference(model: type[BaseModel]) -> str:
+    """Returns one heading with one table for `model` and for every section inside it, depth first.
+
+    Raises:
+        ValueError: If a key has no description.
+    """
+    schema = model.model_json_schema()
+    sections = _sections(schema, "", schema["$defs"])
+    return "\n".join(f"{heading}\n\n{introduction}\n\n{table}" for heading, introduction, table in sections)
+
+
+def _sections(record: dict[str, Any], path: str, records: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yields (heading, introduction, table) of `record`, which stands at `path`, and of the records below it."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    below: list[tuple[dict[str, Any], str]] = []
+    for name, key in record["properties"].items():
+        here = f"{path}.{name}".removeprefix(".")
+        if "description" not in key:
+            raise ValueError(f"{here}: needs a docstring under its field in aiprod_ds/config/, got none. Add one.")
+        cells = (f"`{here}`", _words(key, here), _default(name, key, record), key["description"])
+        rows.append(f"| {' | '.join(map(_cell, cells))} |")
+        below += [(records[reference], f"{here}{'[]' * is_list}") for reference, is_list in _references(key)]
+    heading = f"### {f'`{path}`' if path else 'Top level'}"
+    yield heading, record["description"], "\n".join(rows) + "\n"
+    for child, child_path in below:
+        yield from _sections(child, child_path, records)
+
+
+def _words(key: dict[str, Any], path: str) -> str:
+    """Returns the type of a key in words, with its bounds: `integer >= 1 or null`."""
+    for _, is_list in _references(key):
+        section = f"{'list of ' * is_list}[section](#{_anchor(path + '[]' * is_list)})"
+        return section + " or null" * ({"type": "null"} in key.get("anyOf", ()))
+    if "anyOf" in key:
+        return " or ".join(_words(choice, path) for choice in key["anyOf"])
+    if "prefixItems" in key:
+        return f"list of {len(key['prefixItems'])}, each {_words(key['prefixItems'][0], path)}"
+    if key["type"] == "array":
+        return f"list of {_words(key['items'], path)}"
+    return _plain(key)
+
+
+def _plain(key: dict[str, Any]) -> str:
+    if "enum" in key or "const" in key:
+        return ", ".join(f"`{value}`" for value in key.get("enum", [key.get("const")]))
+    if isinstance(key.get("additionalProperties"), dict):
+        return f"mapping of names to {_plain(key['additionalProperties'])}"
+    bounds = ", ".join(f"{sign} {key[name]:g}" for name, sign in _BOUNDS.items() if name in key)
+    return f"{_TYPES.get(key['type'], key['type'])} {bounds}".rstrip()
+
+
+def _references(key: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Returns the name of the record that a key holds, if it holds one, and whether it holds a list of them."""
+    is_list = key.get("type") == "array"
+    choices = [key.get("items", {})] if is_list else [key, *key.get("anyOf", ())]
+    return [(choice["$ref"].rpartition("/")[2], is_list) for choice in choices if "$ref" in choice]
+
+
+def _default(name: str, key: dict[str, Any], record: dict[str, Any]) -> str:
+    if name in record.get("required", ()):
+        return "required"
+    if "default" not in key:  # made anew for every record, so the schema does not state it
+        return "see there" if key["type"] == "array" else "`{}`"
+    default = key["default"]
+    if isinstance(default, dict):
+        return "its defaults"
+    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
+
+
+def _anchor(path: str) -> str:
+    """Returns the anchor that a heading with `path` in it gets on the page."""
+    return "".join(letter for letter in path.lower() if letter.isalnum() or letter in "_-")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
