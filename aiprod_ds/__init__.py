@@ -1,0 +1,66 @@
+"""Curriculum training of video and audio VAEs on DeepSpeed.
+
+The public names can be imported from here; each is loaded from its own module when it is first used, so that
+`import aiprod_ds` stays quick and loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aiprod_ds.config.curriculum import (
+        CurriculumAdapterConfig,
+        CurriculumConfig,
+        CurriculumPhase,
+        PhaseConfig,
+        PhaseDuration,
+        PhaseResolution,
+    )
+    from aiprod_ds.config.vae import VAETrainerConfig
+    from aiprod_ds.curriculum.scheduler import CurriculumScheduler
+    from aiprod_ds.losses import AudioVAELoss, PerceptualLoss, SpectralLoss, VideoVAELoss
+    from aiprod_ds.train.video_vae import VideoVAETrainer
+
+__all__ = [
+    "AudioVAELoss",
+    "CurriculumAdapterConfig",
+    "CurriculumConfig",
+    "CurriculumPhase",
+    "CurriculumScheduler",
+    "PerceptualLoss",
+    "PhaseConfig",
+    "PhaseDuration",
+    "PhaseResolution",
+    "SpectralLoss",
+    "VAETrainerConfig",
+    "VideoVAELoss",
+    "VideoVAETrainer",
+]
+
+_MODULES = {
+    "aiprod_ds.config.curriculum": (
+        "CurriculumAdapterConfig",
+        "CurriculumConfig",
+        "CurriculumPhase",
+        "PhaseConfig",
+        "PhaseDuration",
+        "PhaseResolution",
+    ),
+    "aiprod_ds.config.vae": ("VAETrainerConfig",),
+    "aiprod_ds.curriculum.scheduler": ("CurriculumScheduler",),
+    "aiprod_ds.losses": ("AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"),
+    "aiprod_ds.train.video_vae": ("VideoVAETrainer",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names too, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -17,12 +17,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from aiprod_ds.config.loader import load_config
-from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError, PlanError
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
+_CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,34 +95,43 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from aiprod_ds.curriculum.describe import describe
+    from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
+    from aiprod_ds.report.plan_page import PlanPage
 
     trainer = _trainer(arguments)
     plan = trainer.plan(world_size=arguments.world_size)
-    rows, parameters = describe(plan), trainer.num_parameters()
+    clips, data_problem = _usable_clips(trainer, plan)
+    page = PlanPage(
+        source=trainer.source,
+        model=trainer.config.model.source,
+        parameters=trainer.num_parameters(),
+        world_size=plan.world_size,
+        data_problem=data_problem,
+        rows=describe(plan, config=trainer.config, strides=trainer.strides, clips=clips),
+        totals=totals(plan, clips=clips),
+        curve=learning_rate_curve(plan, _CURVE_POINTS),
+    )
     if arguments.json:
-        print(json.dumps({"parameters": parameters, "world_size": plan.world_size, "phases": rows}, indent=1))
-        return DONE
-    table = Table(title=f"{trainer.config.model.source}, {parameters:,} parameters, {plan.world_size} rank(s)")
-    for heading in ("phase", "size", "frames", "batch", "micro x accum", "updates", "rate", "warm-up", "clips"):
-        table.add_column(heading, justify="left" if heading == "phase" else "right")
-    for row in rows:
-        phase = plan.phases[row["phase"]]
-        asked, used = row["requested_frames"], row["frames"]
-        table.add_row(
-            phase.name,
-            f"{row['height']}x{row['width']}",
-            f"{used}" if asked == used else f"{asked} -> {used}",
-            str(row["global_batch_size"]),
-            f"{row['micro_batch_size']} x {row['accumulation']}",
-            _number(row["updates"]),
-            f"{row['learning_rate_max']:g}",
-            str(phase.learning_rate.warmup_updates),
-            _number(row["samples"]),
-        )
-    Console().print(table)
-    print(f"updates in all: {_number(plan.total_updates)}")
+        print(json.dumps(page.document(), indent=1))
+    else:
+        Console(highlight=False).print(page)
     return DONE
+
+
+def _usable_clips(trainer: Any, plan: RunPlan) -> tuple[list[list[int]] | None, str | None]:
+    """Returns how many clips each bucket of each phase can use, or why the data cannot be read: a plan needs none.
+
+    Raises:
+        PlanError: If the data can be read and does not do.
+    """
+    from aiprod_ds.train.video_data import long_enough
+
+    try:
+        data = trainer.open_data()
+    except PlanError as error:
+        return None, str(error)
+    data.check(plan, trainer.source)
+    return [[len(long_enough(data.train_clips, bucket)) for bucket in phase.buckets] for phase in plan.phases], None
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -177,7 +187,3 @@ def _explain(error: AiprodError, code: int) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return code
-
-
-def _number(value: int | None) -> str:
-    return "by data or loss" if value is None else f"{value:,}"

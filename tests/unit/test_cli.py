@@ -37,6 +37,7 @@ engine:
 evaluation: {max_clips: 1, num_pictures: 1}
 """
 PHASE = "curriculum.phases[0]"
+SECOND = "{name: second, resolution: 16x16, duration: {frames: 5}, global_batch_size: 2, updates: 2, learning_rate: 1.0e-3}"
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +79,6 @@ BAD_SETTINGS = {
         ["curriculum.frames_policy=strict", f"{PHASE}.duration.frames=6"],
         f"{PHASE}.duration.frames: must be 1 + 4 * k for this model (frames_policy: strict), got 6. Use 5 or 9",
     ),
-    "height off stride": (
-        [f"{PHASE}.resolution=20x16"],
-        f"{PHASE}.resolution.height: must be a multiple of the model's stride 8, got 20. Use 16 or 24.",
-    ),
-    "more frames than clips have": ([f"{PHASE}.duration.frames=17"], "17"),
-    "batch triple": (
-        [f"{PHASE}.global_batch_size=3", f"{PHASE}.micro_batch_size=2"],
-        f"{PHASE}.global_batch_size: must be a multiple of micro_batch_size (2) * world size (1) = 2, got 3. Use 2 or 4.",
-    ),
     "misspelt model": (["model.source=AutoencoderKLLTXVide"], "Did you mean 'AutoencoderKLLTXVideo'?"),
     "engine file missing": (
         ["engine.deepspeed_config=nowhere.json"],
@@ -111,6 +103,80 @@ def test_bad_settings_are_explained_and_write_nothing(
     assert errors.startswith("error: ")
     assert message in errors
     assert not run_folder.exists()
+
+
+# What the curriculum may not say, one line for each kind: the settings and the whole message behind the file's name.
+BAD_CURRICULA = {
+    "batch does not divide": (
+        [f"{PHASE}.global_batch_size=3", f"{PHASE}.micro_batch_size=2"],
+        f"{PHASE}.global_batch_size: must be a multiple of micro_batch_size (2) * world size (1) = 2, got 3. Use 2 or 4.",
+    ),
+    "phases overlap: one name twice": (
+        [f"curriculum.phases=[{SECOND}, {SECOND}]"],
+        "curriculum.phases[1].name: must be unique, got 'second' twice. Rename one of them.",
+    ),
+    "no phase": (["curriculum.phases=[]"], "curriculum.phases: must have at least one entry, got an empty list. Add a phase."),
+    "empty phase": ([f"{PHASE}.updates=0"], f"{PHASE}.updates: must be >= 1, got 0. Use a larger value."),
+    "phase without an end": (
+        [f"{PHASE}.updates=null"],
+        f"{PHASE}.updates: one of updates, epochs and plateau must be given, got none. Say how the phase ends.",
+    ),
+    "minimum above maximum": (
+        [f"{PHASE}.updates=null", f"{PHASE}.epochs=1", f"{PHASE}.max_updates=5", f"{PHASE}.min_updates=6"],
+        f"{PHASE}.min_updates: must be at most max_updates (5), got 6. Lower it.",
+    ),
+    "warm-up as long as the phase": (
+        [f"{PHASE}.warmup_updates=2"],
+        f"{PHASE}.updates: must exceed warmup_updates (2), got 2. Raise updates or lower warmup_updates.",
+    ),
+    "phase that is not there": (
+        ["curriculum.phases[2].updates=5"],
+        "curriculum.phases[2].updates: curriculum.phases must have entry [2], got 1 counted from 0. Lower the index.",
+    ),
+    "phase by a name": (
+        ["curriculum.phases[low].updates=5"],
+        "must be of the form path.to.key[index]=value, got 'curriculum.phases[low].updates=5'. Write for example seed=1.",
+    ),
+    "unknown preset": (
+        ["curriculum={preset: big}"],
+        "curriculum.preset: must be 'default', got 'big'. Write default or list phases.",
+    ),
+    "unknown weight of the loss": (
+        [f"{PHASE}.loss={{perceptul_weight: 0.1}}"],
+        f"{PHASE}.loss.perceptul_weight: is not a weight of the loss section, got 0.1. Did you mean 'perceptual_weight'?",
+    ),
+    "unknown section to override": (
+        ["curriculum.adapter.overrides=[augmnt]"],
+        "'augment' or 'activation_checkpointing', got 'augmnt'. Did you mean 'augment'?",
+    ),
+    "plateau without a maximum": (
+        [f"{PHASE}.updates=null", f"{PHASE}.plateau={{patience_updates: 3}}"],
+        f"{PHASE}.max_updates: must be given with plateau, got nothing. A plateau may never come: set the longest length.",
+    ),
+    "height off the stride": (
+        [f"{PHASE}.resolution=20x16"],
+        f"{PHASE}.resolution.height: must be a multiple of the model's stride 8, got 20. Use 16 or 24.",
+    ),
+    "more frames than the longest clip": (
+        [f"{PHASE}.duration.frames=16"],
+        f"{PHASE}.duration.frames: must be at most the frames of the longest clip (6, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CURRICULA)
+def test_check_explains_a_bad_curriculum_and_writes_nothing(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    settings, message = BAD_CURRICULA[name]
+    before = _contents(config.parent)
+    assert main(_arguments("check", config, run_folder, *settings)) == BAD_CONFIGURATION
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith((f"error: {config}: ", "error: --set"))
+    assert captured.out == ""
+    assert not run_folder.exists()
+    assert _contents(config.parent) == before
 
 
 def test_every_problem_is_told_at_once(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,9 +230,57 @@ def test_check_and_plan_write_nothing(config: Path, run_folder: Path, capsys: py
     assert not run_folder.exists()
 
 
-def test_plan_prints_a_table(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_the_curriculum_and_reads_the_data(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_arguments("plan", config, run_folder)) == DONE
-    assert "updates in all: 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "in all  2 updates; 4 clips; 5.12 k pixels" in out  # 2 updates of 2 clips of 5 frames of 16 x 16
+    assert "1.3 of 3 clips" in out
+    assert "data not read" not in out
+    assert not run_folder.exists()
+
+
+def test_plan_needs_no_data(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = _arguments("plan", config, run_folder, "data.train=/nowhere")
+    reason = f"{config}: data: /nowhere: must be a folder or a CSV, JSON or JSONL manifest"
+    assert main([*missing, "--json"]) == DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["data_problem"].startswith(reason)
+    assert [(row["clips"], row["epochs"], row["samples"]) for row in plan["phases"]] == [(None, None, 4)]
+    assert main(missing) == DONE
+    assert capsys.readouterr().out.count("data not read") == 1
+
+
+def test_plan_refuses_data_that_can_be_read_and_does_not_do(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_arguments("plan", config, run_folder, f"{PHASE}.duration.frames=9")) == BAD_CONFIGURATION
+    captured = capsys.readouterr()
+    assert f"{PHASE}.duration.frames: must be at most the frames of the longest clip (6, " in captured.err
+    assert captured.out == ""
+
+
+def test_plan_in_json_has_everything(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*_arguments("plan", config, run_folder), "--json"]) == DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert set(plan) == {
+        "source", "model", "parameters", "world_size", "data_problem", "phases", "totals", "learning_rate_curve",
+    }  # fmt: skip
+    assert (plan["source"], plan["model"], plan["data_problem"]) == (str(config), "AutoencoderKLLTXVideo", None)
+    assert (plan["totals"]["updates"], plan["totals"]["samples"], plan["totals"]["pixels"]) == (2, 4, 5120)
+    assert [point["update"] for point in plan["learning_rate_curve"]] == [0, 1]
+    (row,) = plan["phases"]
+    assert (row["latent_tokens_per_update"], row["clips"], row["overrides"]) == (2 * 2 * 2 * 2, 3, {})
+
+
+def test_a_phase_of_the_preset_can_be_set(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["data.train=/nowhere", "curriculum.phases[2].updates=70_000", "curriculum.phases[0].learning_rate=3.0e-4"]
+    config.write_text(config.read_text().partition("curriculum:")[0] + "curriculum: {preset: default}\n")
+    assert main([*_arguments("plan", config, run_folder, *settings), "--json", "--world-size", "8"]) == DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert [row["updates"] for row in plan["phases"]] == [50_000, 100_000, 70_000]
+    assert [row["learning_rate_max"] for row in plan["phases"]] == [3e-4, 5e-5, 2e-5]
+    assert [row["frames"] for row in plan["phases"]] == [9, 17, 49]
+    assert plan["phases"][2]["first_update"] == 150_000
 
 
 def test_eval_and_inspect_of_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
