@@ -39,6 +39,11 @@ class BucketPlan:
         """Pixels of all frames of all clips of one update over all ranks."""
         return self.global_batch_size * self.frames * self.height * self.width
 
+    @property
+    def shape_text(self) -> str:
+        """The shape and batch in words, for people: `17 frames 64x96, batch 4`."""
+        return f"{self.frames} frames {self.height}x{self.width}, batch {self.global_batch_size}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateRange:

@@ -66,6 +66,17 @@ def rss_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def device_peak_bytes() -> int:
+    """Returns the highest GPU memory that this process's tensors took since `reset_device_peak`; 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+
+
+def reset_device_peak() -> None:
+    """Begins a new measurement of `device_peak_bytes`."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
+
+
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:

@@ -61,6 +61,7 @@ METRICS: tuple[Metric, ...] = (
     _metric("learning_rate", "1", _SAME, "learning rate", "Learning rate of this update."),
     _metric("time/update_seconds", "s", _MEAN, "update time", "Wall time of one update, without pauses between updates."),
     _metric("time/data_wait_seconds", "s", _MEAN, "data wait", "Part of the update spent waiting for the loader."),
+    _metric("time/phase_change_seconds", "s", _MEAN, "phase change", "From a phase's last update to the next one's first."),
     _metric("throughput/clips_per_second", "clips/s", _SUM, "clips/s", "Training clips per second over all ranks."),
     _metric("memory/rss_bytes", "B", _MEAN, "host memory", "Resident memory of a rank's process."),
     _metric("memory/device_peak_bytes", "B", _MEAN, "device memory", "Highest device memory of a rank in this phase."),

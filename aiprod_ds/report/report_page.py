@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from aiprod_ds.report.summary import DataSummary, Picture, RunStatus, RunSummary
+from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStatus, RunSummary
 
 _BEFORE, _AFTER = "_before", "_after"
 _MEASURES = {
@@ -66,10 +66,11 @@ def _headline(summary: RunSummary) -> str:
     return "\n\n".join(lines)
 
 
+_GOES_ON = "after {updates:,} of {planned:,} updates; `--resume auto` goes on from the newest checkpoint."
 _STATUS_SENTENCE = {
     RunStatus.COMPLETED: "Completed: all {updates:,} updates.",
-    RunStatus.INTERRUPTED: "Interrupted after {updates:,} of {planned:,} updates; `--resume auto` goes on from here.",
-    RunStatus.FAILED: "Failed after {updates:,} of {planned:,} updates.",
+    RunStatus.INTERRUPTED: "Interrupted " + _GOES_ON,
+    RunStatus.FAILED: "Failed " + _GOES_ON,
 }
 
 
@@ -80,14 +81,13 @@ def _measures_table(metrics: Mapping[str, float]) -> str:
 
 def _phases(summary: RunSummary) -> str:
     extra = sorted({name for phase in summary.phases for name in phase.metrics}, key=_measure_order)
-    header = ("phase", "updates", "resolution", "frames", "batch", "highest lr", "time", *(_label(name) for name in extra))
+    header = ("phase", "updates", "ended by", "resolution", "frames", "batch", "highest lr", "time", *map(_label, extra))
     rows = [
         (
             phase.name,
             f"{phase.updates:,}",
-            phase.resolution or "-",
-            f"{phase.frames:,}",
-            f"{phase.batch:,}",
+            phase.ended_by or "-",
+            *_shape_cells(phase),
             f"{phase.lr_max:.2e}",
             _duration(phase.seconds),
             *(_value(name, phase.metrics[name]) if name in phase.metrics else "-" for name in extra),
@@ -96,6 +96,12 @@ def _phases(summary: RunSummary) -> str:
     ]
     skipped = f"\n\n{summary.skipped_updates:,} updates were skipped for overflow." if summary.skipped_updates else ""
     return "## Phases\n\n" + _table(header, rows) + skipped
+
+
+def _shape_cells(phase: PhaseSummary) -> tuple[str, str, str]:
+    if len(phase.shapes) > 1:
+        return "<br>".join(phase.shapes), "", ""
+    return phase.resolution or "-", f"{phase.frames:,}", f"{phase.batch:,}"
 
 
 def _pictures(title: str, pictures: Sequence[Picture]) -> str:

@@ -24,6 +24,8 @@ class PhaseSummary:
         resolution: `height x width` in pixels, `64x64`; empty for audio.
         frames: Frames per clip after snapping (samples per clip for audio).
         batch: Clips of all ranks in one update.
+        shapes: The shape and batch of every bucket in words; `resolution`, `frames` and `batch` are those of the first.
+        ended_by: updates, epochs or plateau; None while the phase goes on.
         lr_max: Highest learning rate reached.
         seconds: Training time, pauses excluded.
         metrics: Held-out measures at the end of the phase, by name.
@@ -36,6 +38,8 @@ class PhaseSummary:
     batch: int
     lr_max: float
     seconds: float
+    shapes: tuple[str, ...] = ()
+    ended_by: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""From configuration to engine: the settings file, activation checkpointing, and which of the two engines runs."""
+"""From configuration to engine: the settings file, and which of the two engines runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settin
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
-from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import ConfigError
@@ -40,7 +39,6 @@ def build_engine(config: VAETrainerConfig, settings: DeepSpeedSettings, unit: Un
     Raises:
         ConfigError: If the local engine is asked for on several ranks.
     """
-    apply_activation_checkpointing(unit.module, enabled=settings.activation_checkpointing)
     bucket = plan.phases[0].buckets[0]
     batch = {"micro_batch_size": bucket.micro_batch_size, "accumulation": bucket.accumulation}
     groups, device = unit.parameter_groups(), dist.initialize()

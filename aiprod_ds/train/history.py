@@ -16,6 +16,7 @@ class History:
         phase_metrics: Phase name -> held-out measures at its end.
         phase_updates: Phase name -> applied updates.
         phase_seconds: Phase name -> training seconds, pauses excluded.
+        phase_ends: Phase name -> what ended it: updates, epochs or plateau.
         resumed_from: Checkpoint names that the run continued from.
     """
 
@@ -23,6 +24,7 @@ class History:
     phase_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     phase_updates: dict[str, int] = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    phase_ends: dict[str, str] = field(default_factory=dict)
     resumed_from: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

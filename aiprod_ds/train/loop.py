@@ -23,12 +23,13 @@ from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import NonFiniteError
-from aiprod_ds.report.environment import rss_bytes
+from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, rss_bytes
 from aiprod_ds.report.pictures import save_comparison
 from aiprod_ds.report.recorder import MetricsRecorder
 from aiprod_ds.report.stopwatch import Activity, Stopwatch
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.history import History
+from aiprod_ds.train.transition import begin_phase
 from aiprod_ds.train.unit import Evaluation, Stream, Unit
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class TrainingLoop:
 
     Attributes:
         save: Saves a checkpoint of the given clock. Collective.
+        checkpointing_default: Whether phases that do not say recompute activations.
         clock: Where the run stands; replaced, never changed.
     """
 
@@ -53,10 +55,12 @@ class TrainingLoop:
     stopwatch: Stopwatch
     folder: Path
     save: Callable[[Clock], None]
+    checkpointing_default: bool
     clock: Clock
     history: History
     _saved_updates: int = -1
     _skipped_in_a_row: int = 0
+    _phase_left_at: float | None = None
 
     def run(self) -> None:
         """Trains from the clock to the end of the curriculum.
@@ -74,13 +78,16 @@ class TrainingLoop:
             if action is Action.FINISHED:
                 return
             self.clock = self.clock.at_phase(phase.index + 1)
-            _LOG.info("phase_begins name=%s update=%d", self.plan.phases[self.clock.phase].name, self.clock.updates)
 
     def _run_phase(self, phase: PhasePlan) -> Action:
         decision = self.scheduler.decision(self.clock)
         if decision.action is not Action.STAY:  # resumed exactly at the edge
             return decision.action
+        _LOG.info("phase_begins name=%s update=%d", phase.name, self.clock.updates)
         with self.stopwatch.during(Activity.TRANSITION):
+            reset_device_peak()
+            module, default = self.unit.module, self.checkpointing_default
+            begin_phase(self.engine, module, phase, self.clock, checkpointing_default=default)
             stream = self.unit.open_stream(phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size)
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
@@ -88,6 +95,7 @@ class TrainingLoop:
                 decision = self._updates(phase, stream, began, decision)
         finally:
             stream.close()
+        self.history.phase_ends[phase.name] = decision.reason.value
         _LOG.info("phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value)
         return decision.action
 
@@ -102,6 +110,7 @@ class TrainingLoop:
                 self.recorder.flush(dist.reduce_mean)
             if self.clock.updates % self.config.checkpoint.every_updates == 0 and decision.action is Action.STAY:
                 self._save()
+        self._phase_left_at = time.perf_counter()
         return decision
 
     def _update(self, phase: PhasePlan, stream: Stream, batches: Iterator[MicroBatch]) -> float | None:
@@ -131,7 +140,11 @@ class TrainingLoop:
             return None
         means = {name: value / bucket.accumulation for name, value in sums.items()}
         waited = self.stopwatch.seconds(Activity.DATA_WAIT) - waited_before
-        self._record(means, result, bucket, rate=rate, seconds=time.perf_counter() - began, waited=waited)
+        times = {"time/update_seconds": time.perf_counter() - began, "time/data_wait_seconds": waited}
+        if self._phase_left_at is not None:
+            times["time/phase_change_seconds"] = began - self._phase_left_at
+            self._phase_left_at = None
+        self._record(means, result, bucket, rate=rate, times=times)
         return float(dist.reduce_mean(means["loss/total"])) if needs_loss else None
 
     def _advance(self, result: UpdateResult, bucket: BucketPlan, epoch: int) -> None:
@@ -150,7 +163,7 @@ class TrainingLoop:
             )
 
     def _record(
-        self, means: dict[str, Tensor], result: UpdateResult, bucket: BucketPlan, *, rate: float, seconds: float, waited: float
+        self, means: dict[str, Tensor], result: UpdateResult, bucket: BucketPlan, *, rate: float, times: dict[str, float]
     ) -> None:
         clock = self.clock
         values: dict[str, float | Tensor] = {
@@ -158,10 +171,10 @@ class TrainingLoop:
             "gradient/norm": result.gradient_norm,
             "gradient/loss_scale": result.loss_scale,
             "learning_rate": rate,
-            "time/update_seconds": seconds,
-            "time/data_wait_seconds": waited,
-            "throughput/clips_per_second": bucket.global_batch_size / seconds / self.engine.world_size,
+            **times,
+            "throughput/clips_per_second": bucket.global_batch_size / times["time/update_seconds"] / self.engine.world_size,
             "memory/rss_bytes": rss_bytes(),
+            **({"memory/device_peak_bytes": device_peak_bytes()} if self.engine.device.type == "cuda" else {}),
             "clock/phase": clock.phase,
             "clock/epoch": clock.epoch,
             "clock/samples": clock.samples,

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from aiprod_ds.checkpoint.state import RunState, tensors_sha256
+from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
@@ -30,18 +28,18 @@ from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.files import write_atomically
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan, print_summary
-from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
-from aiprod_ds.report.jsonl import JsonlSink, read_metrics
-from aiprod_ds.report.plots import save_plots
+from aiprod_ds.report.environment import describe_environment
+from aiprod_ds.report.jsonl import JsonlSink
 from aiprod_ds.report.recorder import MetricsRecorder
-from aiprod_ds.report.run_report import write_report
 from aiprod_ds.report.sinks import MirrorSink, Sink
 from aiprod_ds.report.stopwatch import Stopwatch
-from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummary
+from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.report.wandb import open_wandb
 from aiprod_ds.train.engines import build_engine, read_settings
 from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
+from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended
+from aiprod_ds.train.transition import check_checkpointing
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
@@ -49,26 +47,26 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    config: VAETrainerConfig
-    plan: RunPlan
-    unit: Unit
+    facts: RunFacts
     source: str
     settings: DeepSpeedSettings
     console: Console
 
     @property
+    def config(self) -> VAETrainerConfig:
+        return self.facts.config
+
+    @property
+    def plan(self) -> RunPlan:
+        return self.facts.plan
+
+    @property
     def folder(self) -> Path:
-        return Path(self.config.output_dir)
+        return self.facts.folder
 
     @property
     def store(self) -> CheckpointStore:
         return CheckpointStore(self.folder / "checkpoints")
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        kind = self.config.engine.kind
-        stage = self.settings.zero_stage if kind == "deepspeed" else 0
-        return {"engine": kind, "world_size": dist.world_size(), "zero_stage": stage, "precision": self.settings.precision}
 
 
 def run_training(
@@ -90,7 +88,8 @@ def run_training(
         NonFiniteError: If training diverged for good.
     """
     run = _new_run(config, unit, plan, source, console or Console(stderr=True))
-    _refuse_unsupported(run)
+    default = run.settings.activation_checkpointing
+    check_checkpointing(unit.module, plan, default=default, source=source)
     checkpoint = _find_own(run, resume)
     if dist.is_main():
         _prepare_folder(run, checkpoint, move_aside=resume == "never")
@@ -125,7 +124,16 @@ def evaluate_checkpoint(config: VAETrainerConfig, unit: Unit, plan: RunPlan, *, 
 
 def _new_run(config: VAETrainerConfig, unit: Unit, plan: RunPlan, source: str, console: Console) -> _Run:
     settings = read_settings(config, source=source)
-    return _Run(config=config, plan=plan, unit=unit, source=source, settings=settings, console=console)
+    kind = config.engine.kind
+    layout = {
+        "engine": kind,
+        "world_size": dist.world_size(),
+        "zero_stage": settings.zero_stage if kind == "deepspeed" else 0,
+        "precision": settings.precision,
+    }
+    parameters = sum(parameter.numel() for parameter in unit.module.parameters())  # before an engine shards them
+    facts = RunFacts(config=config, plan=plan, unit=unit, parameters=parameters, layout=layout)
+    return _Run(facts=facts, source=source, settings=settings, console=console)
 
 
 def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSummary:
@@ -146,7 +154,7 @@ def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSumma
             scheduler=scheduler.state_dict(),
             fingerprint=config_fingerprint(run.config),
             phase_fingerprints=phase_fingerprints(run.config),
-            layout=run.layout,
+            layout=run.facts.layout,
             history=history.to_dict(),
         )
         _save(engine, run.store, state)
@@ -154,21 +162,35 @@ def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSumma
     loop = TrainingLoop(
         config=run.config,
         plan=run.plan,
-        unit=run.unit,
+        unit=run.facts.unit,
         engine=engine,
         scheduler=scheduler,
         recorder=recorder,
         stopwatch=stopwatch,
         folder=run.folder,
         save=save,
+        checkpointing_default=run.settings.activation_checkpointing,
         clock=clock,
         history=history,
     )
     try:
         loop.run()
-    finally:
+    except BaseException as error:
         recorder.close()
-    return _report(run, engine, loop, stopwatch)
+        _report_ended(run, loop, error)
+        raise
+    recorder.close()
+    summary = report_completed(run.facts, engine, loop)
+    if dist.is_main():
+        print_summary(run.console, summary, report=run.folder / "report.md")
+    return summary
+
+
+def _report_ended(run: _Run, loop: TrainingLoop, error: BaseException) -> None:
+    try:
+        report_ended(run.facts, loop, error)
+    except Exception:  # noqa: BLE001  the report must not hide what ended the run
+        _LOG.exception("report_failed folder=%s", run.folder)
 
 
 def _find_own(run: _Run, resume: str) -> Checkpoint | None:
@@ -196,31 +218,13 @@ def _check_belongs(run: _Run, checkpoint: Checkpoint) -> None:
             f"{where}: must be of the same configuration, got a checkpoint of another one. "
             "Restore the configuration (config.yaml in the run folder is what ran), choose another --output-dir or start anew."
         )
-    if dict(state.layout) != run.layout:
+    if dict(state.layout) != run.facts.layout:
         raise ConfigError(
-            f"{where}: must have this run's layout {run.layout}, got {dict(state.layout)}. "
+            f"{where}: must have this run's layout {run.facts.layout}, got {dict(state.layout)}. "
             "Start as many ranks with the same engine settings as the saved run."
         )
     for change in check_steering(state.phase_fingerprints, run.config, state.clock):
         _LOG.warning("curriculum_steered %s", change)
-
-
-def _refuse_unsupported(run: _Run) -> None:
-    problems = []
-    for phase in run.plan.phases:
-        where = f"{run.source}: curriculum.phases[{phase.index}]"
-        if phase.moment_scale != 1.0:
-            problems.append(f"{where}.moments: must be keep in this version, got {phase.moments}. Remove it.")
-        if phase.weight_decay != run.config.optimizer.weight_decay:
-            problems.append(
-                f"{where}.weight_decay: must be that of the optimizer in this version, got {phase.weight_decay}. Remove it."
-            )
-        if phase.activation_checkpointing not in (None, run.settings.activation_checkpointing):
-            problems.append(f"{where}.activation_checkpointing: cannot change between phases in this version. Remove it.")
-        if any(bucket.share is not None for bucket in phase.buckets):
-            problems.append(f"{where}.buckets: shares are not drawn in this version. Remove share.")
-    if problems:
-        raise ConfigError(problems)
 
 
 def _prepare_folder(run: _Run, checkpoint: Checkpoint | None, *, move_aside: bool) -> None:
@@ -229,6 +233,8 @@ def _prepare_folder(run: _Run, checkpoint: Checkpoint | None, *, move_aside: boo
         run.folder.rename(old)
         _LOG.warning("previous_run_moved from=%s to=%s", run.folder, old)
     run.folder.mkdir(parents=True, exist_ok=True)
+    for report in ("report.json", "report.md"):  # of an earlier start: its status would be taken for this one's
+        (run.folder / report).unlink(missing_ok=True)
     write_atomically(run.folder / "config.yaml", to_yaml(run.config))
     write_atomically(run.folder / "plan.json", json.dumps(describe(run.plan), indent=1) + "\n")
     name = "environment.json" if checkpoint is None else f"environment_from_{checkpoint.state.clock.updates:06d}.json"
@@ -241,7 +247,7 @@ def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool) -> tuple[Sink, ...
         PhaseSpan(
             name=phase.name,
             updates=phase.length.maximum or phase.length.minimum,
-            description=_shape_text(run.plan, phase.index),
+            description=", ".join(bucket.shape_text for bucket in phase.buckets),
             relative_cost=phase.buckets[0].pixels_per_update,
         )
         for phase in run.plan.phases
@@ -258,11 +264,6 @@ def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool) -> tuple[Sink, ...
     return (*sinks, wandb) if wandb is not None else tuple(sinks)
 
 
-def _shape_text(plan: RunPlan, index: int) -> str:
-    bucket = plan.phases[index].buckets[0]
-    return f"{bucket.frames} frames {bucket.height}x{bucket.width}, batch {bucket.global_batch_size}"
-
-
 def _save(engine: Engine, store: CheckpointStore, state: RunState) -> None:
     updates = state.clock.updates
     if dist.is_main():
@@ -273,79 +274,3 @@ def _save(engine: Engine, store: CheckpointStore, state: RunState) -> None:
     if dist.is_main():
         store.commit(updates, state)
     dist.barrier()
-
-
-def _report(run: _Run, engine: Engine, loop: TrainingLoop, stopwatch: Stopwatch) -> RunSummary:
-    digest = _final_sha256(engine)
-    state = engine.module_state()
-    summary = RunSummary(
-        name=run.folder.name,
-        trainer=run.config.trainer,
-        model=run.config.model.source,
-        parameters=sum(parameter.numel() for parameter in state.values()),
-        status=RunStatus.COMPLETED,
-        updates=loop.clock.updates,
-        planned_updates=run.plan.total_updates or loop.clock.updates,
-        skipped_updates=loop.clock.skipped_updates,
-        phases=tuple(_phase_summary(run.plan, loop.history, index) for index in range(len(run.plan.phases))),
-        metrics={
-            **{f"{name}_before": value for name, value in loop.history.before.items()},
-            **{f"{name}_after": value for name, value in loop.history.phase_metrics.get(run.plan.phases[-1].name, {}).items()},
-        },
-        final_state_sha256=digest,
-        world_size=engine.world_size,
-        engine=run.layout["engine"],
-        zero_stage=run.layout["zero_stage"],
-        precision=run.layout["precision"],
-        time_seconds=stopwatch.breakdown(),
-        peak_rss_bytes=peak_rss_bytes(),
-        environment=describe_environment(),
-        data=run.unit.data_summary(),
-        replacements=run.unit.replacements(),
-        resumed_from=tuple(loop.history.resumed_from),
-        pictures=_pictures(run),
-        plots=_plots(run) if dist.is_main() else (),
-    )
-    if dist.is_main():
-        run.unit.export(state, run.folder / "export")
-        _, page = write_report(run.folder, summary)
-        print_summary(run.console, summary, report=page)
-    return summary
-
-
-def _final_sha256(engine: Engine) -> str:
-    parts = (
-        [
-            (f"{state.name}/value", state.value),
-            *((f"{state.name}/{key}", tensor) for key, tensor in sorted(state.optimizer.items())),
-        ]
-        for state in engine.parameter_states()
-    )
-    return dist.broadcast_object(tensors_sha256(chain.from_iterable(parts)))
-
-
-def _phase_summary(plan: RunPlan, history: History, index: int) -> PhaseSummary:
-    phase = plan.phases[index]
-    bucket = phase.buckets[0]
-    return PhaseSummary(
-        name=phase.name,
-        updates=history.phase_updates.get(phase.name, 0),
-        resolution=f"{bucket.height}x{bucket.width}",
-        frames=bucket.frames,
-        batch=bucket.global_batch_size,
-        lr_max=phase.learning_rate.peak,
-        seconds=history.phase_seconds.get(phase.name, 0.0),
-        metrics=history.phase_metrics.get(phase.name, {}),
-    )
-
-
-def _pictures(run: _Run) -> tuple[Picture, ...]:
-    names = [("before", "before training")]
-    names += [(f"phase_{phase.index + 1}_{phase.name}", f"after phase {phase.name}") for phase in run.plan.phases]
-    found = [(Path("samples") / f"{name}.png", caption) for name, caption in names]
-    return tuple(Picture(path=str(path), caption=caption) for path, caption in found if (run.folder / path).is_file())
-
-
-def _plots(run: _Run) -> tuple[Picture, ...]:
-    rows = read_metrics(run.folder / "metrics.jsonl")
-    return save_plots(rows, run.folder / "plots", phase_names=[phase.name for phase in run.plan.phases])

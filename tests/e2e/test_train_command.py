@@ -18,7 +18,7 @@ from aiprod_ds.testing.dist import free_port, run_in_own_session
 PHASES = ("low", "medium", "high")
 UPDATES = (3, 2, 2)
 RESOLUTIONS = ("32x32", "32x64", "64x64")
-FRAMES, SNAPPED_FRAMES = (8, 9, 16), (9, 9, 17)  # the model takes 1 + 4k
+FRAMES, SNAPPED_FRAMES = (8, 9, 16), (9, 9, 17)  # the model takes 1 + 2k
 BATCHES = (8, 4, 2)
 PICTURES = ["samples/before.png", "samples/phase_1_low.png", "samples/phase_2_medium.png", "samples/phase_3_high.png"]
 

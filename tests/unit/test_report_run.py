@@ -30,7 +30,16 @@ from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStat
 
 def example_summary(**changes: object) -> RunSummary:
     phases = tuple(
-        PhaseSummary(name=name, updates=300, resolution=f"{side}x{side}", frames=9, batch=8, lr_max=1e-3, seconds=seconds)
+        PhaseSummary(
+            name=name,
+            updates=300,
+            resolution=f"{side}x{side}",
+            frames=9,
+            batch=8,
+            lr_max=1e-3,
+            seconds=seconds,
+            ended_by="updates",
+        )
         for name, side, seconds in (("low", 64, 40.2), ("medium", 96, 80.0), ("high", 128, 3700.0))
     )
     summary = RunSummary(
@@ -94,7 +103,7 @@ def test_a_whole_report_is_written_and_every_link_leads_somewhere(tmp_path: Path
     assert all((tmp_path / link).stat().st_size > 1000 for link in links)
     assert "**PSNR on 4 held-out clips: 11.31 → 23.71 dB (+12.40 dB)**" in page
     assert page.index("PSNR |") < page.index("SSIM |")
-    assert "| high | 300 | 128x128 | 9 | 8 | 1.00e-03 | 1 h 01 min |" in page
+    assert "| high | 300 | updates | 128x128 | 9 | 8 | 1.00e-03 | 1 h 01 min |" in page
     assert "Nothing: every setting took effect" in page
     assert "Every file could be used." in page
     assert list(tmp_path.glob("*.tmp")) == []
@@ -127,7 +136,7 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
     )
     json_path, page_path = write_report(tmp_path, summary)
     page, report = page_path.read_text(), json.loads(json_path.read_text())
-    assert "Failed after 400 of 900 updates." in page
+    assert "Failed after 400 of 900 updates; `--resume auto` goes on from the newest checkpoint." in page
     assert "> **Error:** loss became NaN at update 401" in page
     assert "- frames 8 -> 9 in phase low" in page
     assert r"Invalid \| data found |" in page

@@ -201,7 +201,10 @@ def test_a_run_that_died_goes_on_where_it_was_saved(tmp_path: Path, precision: s
     # The lengths of all 6 clips are read first, then 4 for each of the first updates: this dies in the third, after the save.
     with pytest.raises(DataError, match="PowerCutError"):
         _trainer(tmp_path / "died", precision=precision, dataset=FailingDataset(items=6 + 2 * 4 + 2)).train()
-    assert not (tmp_path / "died" / "report.json").exists()
+    died = _report(tmp_path / "died")
+    assert (died["status"], died["updates"], died["final_state_sha256"]) == ("failed", 2, None)
+    assert "PowerCutError" in died["error"]
+    assert {"psnr_db_before"} == {name for name in died["metrics"] if name.startswith("psnr")}, "no phase has ended"
     resumed = _trainer(tmp_path / "died", precision=precision).train()
     assert resumed.resumed_from == ("update_000002",)
     assert resumed.final_state_sha256 == uninterrupted.final_state_sha256

@@ -1,0 +1,149 @@
+"""What a run leaves for its reader: the summary in report.json and report.md, from the loop and what it remembers.
+
+Owns the way from `TrainingLoop` to `RunSummary`. A run that ends by an error is reported too, without any collective, because the
+other ranks may never answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from aiprod_ds.checkpoint.state import tensors_sha256
+from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
+from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.report.plots import save_plots
+from aiprod_ds.report.run_report import write_report
+from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummary
+from aiprod_ds.train.history import History
+from aiprod_ds.train.loop import TrainingLoop
+from aiprod_ds.train.unit import Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What is known of a run before its first update.
+
+    Attributes:
+        parameters: Of the model, trained or not.
+        layout: Engine, world size, ZeRO stage and precision.
+    """
+
+    config: VAETrainerConfig
+    plan: RunPlan
+    unit: Unit
+    parameters: int
+    layout: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output_dir)
+
+
+def report_completed(facts: RunFacts, engine: Engine, loop: TrainingLoop) -> RunSummary:
+    """Exports the model, writes the report of a finished run and returns its summary. Collective; the main rank writes."""
+    digest = final_state_sha256(engine)
+    state = engine.module_state()
+    if dist.is_main():
+        facts.unit.export(state, facts.folder / "export")
+    summary = _summarize(facts, loop, RunStatus.COMPLETED, digest=digest)
+    if dist.is_main():
+        write_report(facts.folder, summary)
+    return summary
+
+
+def report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> None:
+    """Writes the report of a run that `error` ended, on the main rank."""
+    if not dist.is_main():
+        return
+    status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.INTERRUPTED
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    write_report(facts.folder, _summarize(facts, loop, status, error=reason))
+
+
+def final_state_sha256(engine: Engine) -> str:
+    """Returns one hash over all trained parameters and their optimizer state, the same on every rank. Collective."""
+    parts = (
+        [
+            (f"{state.name}/value", state.value),
+            *((f"{state.name}/{key}", tensor) for key, tensor in sorted(state.optimizer.items())),
+        ]
+        for state in engine.parameter_states()
+    )
+    return dist.broadcast_object(tensors_sha256(chain.from_iterable(parts)))
+
+
+def _summarize(
+    facts: RunFacts, loop: TrainingLoop, status: RunStatus, *, digest: str | None = None, error: str | None = None
+) -> RunSummary:
+    history, plan = loop.history, facts.plan
+    return RunSummary(
+        name=facts.folder.name,
+        trainer=facts.config.trainer,
+        model=facts.config.model.source,
+        parameters=facts.parameters,
+        status=status,
+        updates=loop.clock.updates,
+        planned_updates=plan.total_updates or max(loop.clock.updates, plan.total.minimum),
+        skipped_updates=loop.clock.skipped_updates,
+        phases=tuple(_phase_summary(phase, history) for phase in plan.phases),
+        metrics=_measures(plan, history),
+        final_state_sha256=digest,
+        world_size=facts.layout["world_size"],
+        engine=facts.layout["engine"],
+        zero_stage=facts.layout["zero_stage"],
+        precision=facts.layout["precision"],
+        time_seconds=loop.stopwatch.breakdown(),
+        peak_rss_bytes=peak_rss_bytes(),
+        environment=describe_environment() if dist.is_main() else {},
+        data=facts.unit.data_summary(),
+        replacements=facts.unit.replacements(),
+        resumed_from=tuple(history.resumed_from),
+        pictures=_pictures(facts) if dist.is_main() else (),
+        plots=_plots(facts) if dist.is_main() else (),
+        error=error,
+    )
+
+
+def _measures(plan: RunPlan, history: History) -> dict[str, float]:
+    """Held-out measures before training and after the last phase that was measured."""
+    measured = [phase.name for phase in plan.phases if phase.name in history.phase_metrics]
+    after = history.phase_metrics[measured[-1]] if measured else {}
+    return {f"{name}_before": value for name, value in history.before.items()} | {
+        f"{name}_after": value for name, value in after.items()
+    }
+
+
+def _phase_summary(phase: PhasePlan, history: History) -> PhaseSummary:
+    first = phase.buckets[0]
+    return PhaseSummary(
+        name=phase.name,
+        updates=history.phase_updates.get(phase.name, 0),
+        ended_by=history.phase_ends.get(phase.name),
+        resolution=f"{first.height}x{first.width}",
+        frames=first.frames,
+        batch=first.global_batch_size,
+        shapes=tuple(bucket.shape_text for bucket in phase.buckets),
+        lr_max=phase.learning_rate.peak,
+        seconds=history.phase_seconds.get(phase.name, 0.0),
+        metrics=history.phase_metrics.get(phase.name, {}),
+    )
+
+
+def _pictures(facts: RunFacts) -> tuple[Picture, ...]:
+    names = [("before", "before training")]
+    names += [(f"phase_{phase.index + 1}_{phase.name}", f"after phase {phase.name}") for phase in facts.plan.phases]
+    found = [(Path("samples") / f"{name}.png", caption) for name, caption in names]
+    return tuple(Picture(path=str(path), caption=caption) for path, caption in found if (facts.folder / path).is_file())
+
+
+def _plots(facts: RunFacts) -> tuple[Picture, ...]:
+    rows = read_metrics(facts.folder / "metrics.jsonl")
+    return save_plots(rows, facts.folder / "plots", phase_names=[phase.name for phase in facts.plan.phases])
