@@ -18,7 +18,7 @@ class LearningRateSchedule:
 
     With w = warmup_updates, n = updates, r = final_ratio and u counted from 0:
 
-        u < w:     peak * (u + 1) / w
+        u < w:     peak * ((u + 1) / w)
         otherwise: p = (u - w) / max(n - 1 - w, 1), at most 1
                    constant  peak
                    linear    peak * (1 - (1 - r) * p)
@@ -45,7 +45,7 @@ class LearningRateSchedule:
     def at(self, phase_update: int) -> float:
         """Returns the rate of the phase's update with index `phase_update`, counted from 0; the final rate after the end."""
         if phase_update < self.warmup_updates:
-            return self.peak * (phase_update + 1) / self.warmup_updates
+            return self.peak * ((phase_update + 1) / self.warmup_updates)  # in this order the last one is the peak to the bit
         if self.kind == "constant" or self.updates is None:
             return self.peak
         after_warmup = phase_update - self.warmup_updates

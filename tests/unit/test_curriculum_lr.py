@@ -41,6 +41,15 @@ def test_open_phase_is_constant_after_the_warm_up() -> None:
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_warm_up_ends_at_the_peak_to_the_bit(kind: ScheduleKind) -> None:
+    """`peak * 21 / 21` is one bit above this peak: the rate must not be."""
+    peak = 0.0019262607527418978
+    assert peak * 21 / 21 > peak
+    rule = schedule(kind, warmup=21, updates=40, peak=peak)
+    assert (rule.at(20), rule.at(21)) == (peak, peak)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_phase_of_one_update_uses_the_peak(kind: ScheduleKind) -> None:
     assert schedule(kind, warmup=0, updates=1).at(0) == 1e-4
 
@@ -60,6 +69,6 @@ def test_rate_is_continuous_bounded_and_falls_after_warm_up(
     # The steepest slope is 1/w in the warm-up and pi/2 * (1 - r) / (n - 1 - w) in the cosine; 1e-9 for rounding.
     largest_step = peak * max(1 / warmup if warmup else 0.0, (1 - ratio) * math.pi / 2 / (rest - 1)) * (1 + 1e-9) + 1e-15
     assert all(abs(after - before) <= largest_step for before, after in pairwise(rates))
-    assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
+    assert all(0 <= rate <= peak for rate in rates)
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(rates[warmup:]))
     assert rates[-1] == pytest.approx(peak if kind == "constant" else peak * ratio, rel=1e-9, abs=1e-15)
