@@ -1,0 +1,199 @@
+"""The documentation says what the code does: tables made from it are current, keys are complete, links and examples work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aiprod_ds.checkpoint.state import RunState
+from aiprod_ds.cli import main
+from aiprod_ds.clock import Clock
+from aiprod_ds.config.curriculum import default_phases
+from aiprod_ds.config.deepspeed import parse_deepspeed_settings
+from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.curriculum.describe import describe
+from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.errors import ConfigError
+from aiprod_ds.report.metric_names import table_markdown
+from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunSummary
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PAGES = [_ROOT / "README.md", _ROOT / "ds_configs" / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+_CONFIGURATIONS = sorted((_ROOT / "configs").rglob("*.yaml"))
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(_ROOT))
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in _FENCED.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def _yaml_examples() -> list[Any]:
+    return [
+        pytest.param(text, id=f"{_name(page)}-{number}") for page in _PAGES for number, text in enumerate(_blocks(page, "yaml"))
+    ]
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", _FENCED.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _code_words(page: str) -> set[str]:
+    text = (_ROOT / "docs" / page).read_text(encoding="utf-8")
+    return set(re.findall(r"`([\w.]+)`", text))
+
+
+@pytest.mark.parametrize("tool", ["config_reference", "performance_tables"])
+def test_tables_made_from_the_code_are_current(tool: str) -> None:
+    command = [sys.executable, str(_ROOT / "tools" / f"{tool}.py"), "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("tool", ["config_reference", "performance_tables"])
+def test_a_stale_table_is_found_and_put_right(tool: str, tmp_path: Path) -> None:
+    for name in ("tools", "docs", "benchmarks"):
+        (tmp_path / name).mkdir()
+    script, page = tmp_path / "tools" / f"{tool}.py", {"config_reference": "configuration", "performance_tables": "performance"}
+    script.write_text((_ROOT / "tools" / f"{tool}.py").read_text())
+    copy = tmp_path / "docs" / f"{page[tool]}.md"
+    whole = (_ROOT / "docs" / copy.name).read_text()
+    (tmp_path / "benchmarks").rmdir()
+    (tmp_path / "benchmarks").symlink_to(_ROOT / "benchmarks")
+    copy.write_text(whole.replace("| value |", "| other |").replace("| meaning |", "| other |"))
+
+    def run(*options: str) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+        return subprocess.run([sys.executable, str(script), *options], env=environment, timeout=60, check=False).returncode
+
+    assert run("--check") == 1
+    assert run() == 0
+    assert run("--check") == 0
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=_name)
+def test_relative_links_resolve(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", _FENCED.sub("", page.read_text(encoding="utf-8")))
+    broken = []
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("text", _yaml_examples())
+def test_yaml_examples_load(text: str, tmp_path: Path) -> None:
+    """A whole configuration on its own; a part of one over the quickstart's, so that its keys and values are checked too."""
+    values = yaml.safe_load(text)
+    base = "" if "base" in values or {"output_dir", "model", "data"} <= set(values) else "base: ../configs/video_vae/tiny.yaml\n"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "configs").symlink_to(_ROOT / "configs")
+    example = tmp_path / "docs" / "example.yaml"
+    example.write_text(base + text)
+    assert load_config(example).curriculum.phases
+
+
+def test_there_are_examples_to_load() -> None:
+    found = [text for page in _PAGES for text in _blocks(page, "yaml") if "output_dir:" in text]
+    assert len(found) >= 2
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    (program,) = _blocks(_ROOT / "docs" / "guide.md", "python")
+    (tmp_path / "example.py").write_text(program)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    command = [sys.executable, "-W", "error", "example.py"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    measures = re.fullmatch(r"PSNR ([\d.]+) -> ([\d.]+) dB", finished.stdout.strip())
+    assert measures is not None, finished.stdout
+    assert float(measures[2]) > float(measures[1]) + 1  # it learns; measured: 8.8 -> 22.7
+    assert (tmp_path / "runs" / "patch_vae" / "report.json").is_file()
+
+
+def _plan_commands() -> list[str]:
+    texts = [path.read_text(encoding="utf-8") for path in (*_PAGES, *_CONFIGURATIONS)]
+    found = {match for text in texts for match in re.findall(r"^(?:#\s+)?aiprod-ds (plan configs/.*?)(?:\s+#.*)?$", text, re.M)}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", _plan_commands())
+def test_plan_commands_work(command: str, in_repository_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(command)) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [path for path in _CONFIGURATIONS if path.name != "tiny.yaml"], ids=_name)
+def test_large_configurations_say_how_to_plan_them_and_that_they_were_not_run(path: Path) -> None:
+    text = path.read_text()
+    assert f"plan {_name(path)} --world-size" in text
+    assert "NOT RUN YET" in text
+
+
+def test_every_metric_is_documented() -> None:
+    assert table_markdown() in (_ROOT / "docs" / "file_formats.md").read_text(), (
+        "Replace the table in docs/file_formats.md by what aiprod_ds.report.metric_names.table_markdown() returns."
+    )
+
+
+@pytest.mark.parametrize("record", [RunSummary, PhaseSummary, DataSummary, Picture, RunState])
+def test_every_key_of_the_report_and_the_state_is_documented(record: type) -> None:
+    assert {field.name for field in fields(record)} - _code_words("file_formats.md") - {"clock"} == set()
+
+
+def test_every_key_of_the_clock_is_documented() -> None:
+    assert {f"clock.{name}" for name in Clock().to_dict()} - _code_words("file_formats.md") == set()
+
+
+def test_every_key_of_the_plan_is_documented() -> None:
+    config = load_config(_ROOT / "configs" / "video_vae" / "tiny.yaml")
+    rows = describe(plan_run(config, world_size=1, strides=ModelStrides(spatial=32, temporal=8)))
+    keys = {re.sub(r"^(min|max)_", "", key) for row in rows for key in row}
+    assert keys - _code_words("file_formats.md") == set()
+
+
+@pytest.mark.parametrize("section", ["", "zero_optimization", "fp16", "bf16", "activation_checkpointing", "data_types"])
+def test_every_key_of_a_settings_file_is_documented(section: str) -> None:
+    wrong: dict[str, Any] = {"qqqqqqqqqqqq": 1}
+    with pytest.raises(ConfigError, match="Valid keys: ") as error:
+        parse_deepspeed_settings({section: wrong} if section else wrong, where="test")
+    keys = str(error.value).partition("Valid keys: ")[2].rstrip(".").split(", ")
+    words = {part for word in _code_words("configuration.md") for part in word.split(".")}
+    assert set(keys) - words == set()
+
+
+def test_the_default_curriculum_is_as_documented() -> None:
+    text = (_ROOT / "docs" / "configuration.md").read_text()
+    for phase in default_phases():
+        assert phase.resolution is not None
+        assert phase.duration is not None
+        rate = f"{phase.learning_rate:.0e}".replace("e-0", "e-")
+        row = f"| {phase.name} | {phase.resolution.height}x{phase.resolution.width} | {phase.duration.frames} | "
+        row += f"{phase.micro_batch_size} | {phase.accumulation} | {rate} | {phase.updates:,} | {phase.warmup_updates:,} |"
+        assert row in text
+
+
+def test_defaults_in_the_guide_are_those_of_the_code() -> None:
+    text = (_ROOT / "docs" / "guide.md").read_text()
+    loss = VAETrainerConfig.model_fields["loss"].default
+    assert f"`kl_weight` is {loss.kl_weight:.0e}".replace("e-0", "e-") in text
+    assert f"`perceptual_weight` is {loss.perceptual_weight}" in text
+    assert f"haar_weight {loss.haar_weight}" in text
