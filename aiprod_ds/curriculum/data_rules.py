@@ -1,20 +1,24 @@
-"""What a plan asks of the data: clips that are long enough. Fed with plain facts, so it needs no decoder.
+"""What a plan asks of the data: clips that are long enough, and some for every bucket. Fed with plain facts; decodes nothing.
 
-Called by `check`, `plan` and the trainer after the manifest is read.
+Called by `check`, `plan` and the trainers after the manifest is read; `data_notes` has what is allowed but worth saying.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.errors import PlanError
 
+Members = Sequence[tuple[int, ...]]
+"""Of every bucket of one phase, the indices of its clips (`aiprod_ds.data.buckets.bucket_clips`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipFacts:
-    """What the manifest knows of one clip: frames >= 1, seconds > 0, height and width in pixels."""
+    """What the manifest knows of one clip: frames >= 1 (an image has 1), seconds > 0, height and width in pixels."""
 
     name: str
     frames: int
@@ -25,7 +29,7 @@ class ClipFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TooShort:
-    """Clips that one bucket of one phase cannot use, by name."""
+    """Clips that no bucket of one phase can use, by name; `bucket` is the one that asks for the fewest `frames`."""
 
     phase: str
     bucket: int
@@ -33,11 +37,20 @@ class TooShort:
     names: tuple[str, ...]
 
 
-def check_data(plan: RunPlan, clips: Sequence[ClipFacts], source: str = "configuration") -> tuple[TooShort, ...]:
-    """Returns the clips that are too short for a bucket, by name, so that nothing is dropped in silence.
+def check_data(
+    plan: RunPlan, clips: Sequence[ClipFacts], members: Sequence[Members], source: str = "configuration"
+) -> tuple[TooShort, ...]:
+    """Returns the clips that a phase cannot use because they are too short, by name, so that nothing is dropped in silence.
+
+    Args:
+        plan: Of `plan_run`.
+        clips: Those to train on.
+        members: One entry a phase.
+        source: How messages name the configuration.
 
     Raises:
-        PlanError: If there is no clip, or a bucket asks for more frames than every clip has; all such buckets at once.
+        PlanError: If there is no clip, a bucket asks for more frames than every clip has, or every clip fits another bucket of
+            the phase better; all such buckets at once.
     """
     if not clips:
         raise PlanError(
@@ -45,15 +58,13 @@ def check_data(plan: RunPlan, clips: Sequence[ClipFacts], source: str = "configu
         )
     problems: list[str] = []
     short: list[TooShort] = []
-    for phase in plan.phases:
-        for index, bucket in enumerate(phase.buckets):
-            available = [(frames_at_rate(clip, bucket.frame_rate_hz), clip.name) for clip in clips]
-            longest, name = max(available)
-            names = tuple(clip_name for frames, clip_name in available if frames < bucket.frames)
-            if longest < bucket.frames:
-                problems.append(_too_long(phase, index, bucket, longest=longest, name=name, source=source))
-            elif names:
-                short.append(TooShort(phase=phase.name, bucket=index, frames=bucket.frames, names=names))
+    for phase, buckets in zip(plan.phases, members, strict=True):
+        problems += [_no_clip(phase, index, clips, source) for index, indices in enumerate(buckets) if not indices]
+        used = set(chain.from_iterable(buckets))
+        names = tuple(clip.name for index, clip in enumerate(clips) if index not in used)
+        if names:
+            bucket = min(range(len(buckets)), key=lambda index: phase.buckets[index].frames)
+            short.append(TooShort(phase=phase.name, bucket=bucket, frames=phase.buckets[bucket].frames, names=names))
     if problems:
         raise PlanError(problems)
     return tuple(short)
@@ -62,18 +73,33 @@ def check_data(plan: RunPlan, clips: Sequence[ClipFacts], source: str = "configu
 def frames_at_rate(clip: ClipFacts, frame_rate_hz: float | None) -> int:
     """Returns how many frames `clip` has after resampling: its own, or floor(seconds * rate) and at least 1.
 
-    Worked number: 2.0 seconds at 24 Hz have 48 frames.
+    An image stays one frame at every rate. Worked number: 2.0 seconds at 24 Hz have 48 frames.
     """
-    return clip.frames if frame_rate_hz is None else max(1, int(clip.seconds * frame_rate_hz + 1e-6))
+    if frame_rate_hz is None or clip.frames == 1:
+        return clip.frames
+    return max(1, int(clip.seconds * frame_rate_hz + 1e-6))
 
 
-def _too_long(phase: PhasePlan, index: int, bucket: BucketPlan, *, longest: int, name: str, source: str) -> str:
+def _no_clip(phase: PhasePlan, index: int, clips: Sequence[ClipFacts], source: str) -> str:
+    bucket = phase.buckets[index]
     part = f".buckets[{index}]" if len(phase.buckets) > 1 else ""
+    where = f"{source}: curriculum.phases[{phase.index}]{part}"
+    longest, name = max((frames_at_rate(clip, bucket.frame_rate_hz), clip.name) for clip in clips)
+    if longest < bucket.frames:
+        return _too_long(bucket, where, longest=longest, name=name)
+    shape = f"{bucket.height}x{bucket.width} with {bucket.frames} frames"
+    return (
+        f"{where}: must be the best fit of at least one clip, got none for {shape}: all {len(clips)} fit another bucket of the "
+        "phase better or are too short. Remove the bucket, add clips of its shape, or give all buckets a share."
+    )
+
+
+def _too_long(bucket: BucketPlan, where: str, *, longest: int, name: str) -> str:
     asked = (
         f"{bucket.frames}" if bucket.frames == bucket.requested_frames else f"{bucket.frames} ({bucket.requested_frames} snapped)"
     )
     rate = "" if bucket.frame_rate_hz is None else f" at {bucket.frame_rate_hz:g} Hz"
     return (
-        f"{source}: curriculum.phases[{phase.index}]{part}.duration.frames: must be at most the frames of the longest clip"
+        f"{where}.duration.frames: must be at most the frames of the longest clip"
         f"{rate} ({longest}, {name}), got {asked}. Lower frames or add longer clips."
     )

@@ -1,8 +1,8 @@
-"""Lengths of the phases that end by epochs, once the sampler knows how many updates one pass over their data takes."""
+"""Lengths of the phases that end by epochs, once the sampler knows how many updates their passes over the data take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan, UpdateRange
@@ -10,12 +10,13 @@ from aiprod_ds.curriculum.plateau import earliest_plateau
 from aiprod_ds.errors import PlanError
 
 
-def with_epoch_lengths(plan: RunPlan, updates_per_epoch: Sequence[int], source: str = "configuration") -> RunPlan:
+def with_epoch_lengths(plan: RunPlan, epoch_updates: Mapping[int, int], source: str = "configuration") -> RunPlan:
     """Returns `plan` with the bounds that follow from the data; skipped updates consume data and shorten an epoch.
 
     Args:
         plan: Of `plan_run`.
-        updates_per_epoch: One entry a phase, >= 1: global batches in one pass over that phase's data.
+        epoch_updates: Of every phase with `epochs`, by its index: the updates, >= 1, that these epochs take together. They are
+            counted at once because passes over the same data differ by an update where batches do not divide them.
         source: How messages name the configuration.
 
     Raises:
@@ -24,13 +25,14 @@ def with_epoch_lengths(plan: RunPlan, updates_per_epoch: Sequence[int], source: 
     problems: list[str] = []
     phases: list[PhasePlan] = []
     first = UpdateRange(minimum=0, maximum=0)
-    for phase, per_epoch in zip(plan.phases, updates_per_epoch, strict=True):
-        length = phase.length if phase.end.epochs is None else _length(phase, phase.end.epochs * per_epoch)
+    for phase in plan.phases:
+        length = phase.length if phase.end.epochs is None else _length(phase, epoch_updates[phase.index])
         warmup = phase.learning_rate.warmup_updates
         if length.maximum is not None and length.maximum <= warmup:
             problems.append(
                 f"{source}: curriculum.phases[{phase.index}].epochs: must last longer than warmup_updates ({warmup}), got "
-                f"{phase.end.epochs} epochs of {per_epoch} updates. Raise epochs or min_updates, or lower warmup_updates."
+                f"{phase.end.epochs} epochs of {epoch_updates[phase.index]} updates together. "
+                "Raise epochs or min_updates, or lower warmup_updates."
             )
         phases.append(replace(phase, first=first, length=length))
         first = first + length

@@ -1,6 +1,6 @@
-"""What media there is: a folder or a table becomes a `Manifest` of probed, hashed, readable clips.
+"""What media there is: a folder or table becomes a `Manifest` of probed, hashed, readable clips. An image is a clip of one frame.
 
-Owns reading tables, probing files and splitting; `video.py` decodes. Called by `check`, `plan` and the trainers.
+Owns finding files, reading tables and splitting; `probe.py` looks into files. Called by `check`, `plan` and the trainers.
 """
 
 from __future__ import annotations
@@ -8,41 +8,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import av
-
+from aiprod_ds.data.probe import MediaRecord, ProbeCache, probe_audio
 from aiprod_ds.errors import DataError
-from aiprod_ds.files import file_sha256, write_atomically
 from aiprod_ds.rng import stream_seed
 
+IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
 TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
 
-_RATE_TOLERANCE = 0.01
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaRecord:
-    """One readable clip: `path` relative to the manifest's root, frames >= 1, seconds = frames / fps, pixels as displayed."""
-
-    path: str
-    sha256: str
-    frames: int
-    fps: float
-    height: int
-    width: int
-    seconds: float
-    audio_rate_hz: int | None = None
-    audio_channels: int | None = None
-    caption: str | None = None
+_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +56,7 @@ def scan(source: Path, *, cache: Path | None = None) -> Manifest:
     Args:
         source: A folder, searched recursively and sorted by path, or a CSV, JSON or JSONL table with the column `video` or
             `media_path` and optionally `audio` and `caption`; its paths are relative to the table's folder.
-        cache: A JSON file that keeps the probes of files whose size and modification time have not changed.
+        cache: File in which probes are kept between runs (`ProbeCache`); None probes every clip.
 
     Raises:
         DataError: If `source` does not exist or the table is malformed.
@@ -84,7 +65,7 @@ def scan(source: Path, *, cache: Path | None = None) -> Manifest:
         raise DataError(f"{source}: must be a folder or a CSV, JSON or JSONL manifest, got nothing there. Correct the path.")
     root = source if source.is_dir() else source.parent
     entries = _entries_of_folder(source) if source.is_dir() else _entries_of_table(source)
-    probes = _ProbeCache(cache)
+    probes = ProbeCache(cache)
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
     for entry in entries:
@@ -106,7 +87,7 @@ def require_readable(manifest: Manifest, max_unreadable_fraction: float) -> None
     if total == 0:
         raise DataError(
             f"{manifest.root}: must hold at least one video clip, got none. "
-            f"Add files ending in {', '.join(sorted(VIDEO_EXTENSIONS))} or name another folder or manifest."
+            f"Add files ending in {', '.join(sorted(_EXTENSIONS))} or name another folder or manifest."
         )
     if manifest.records and broken <= max_unreadable_fraction * total:
         return
@@ -123,19 +104,21 @@ def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest
     """Splits into (train, validation) by content: byte-identical files never stand on both sides.
 
     `round(fraction * clips)` clips are held out, at least one and never all; copies of one file may make it more. The choice
-    depends on `seed` and the content, not on names or order. Unreadable files stay with train.
+    depends on `seed` and the content, not on names or order. Among images and videos only videos count and are held out, because
+    an image cannot be measured in a video's shape; images alone are split like videos. Unreadable files stay with train.
 
     Raises:
         DataError: If there are fewer than two different clips.
     """
-    contents = sorted({record.sha256 for record in manifest.records}, key=lambda sha: (stream_seed(seed, "holdout", sha), sha))
+    candidates = _videos_or_all(manifest.records)
+    contents = sorted({record.sha256 for record in candidates}, key=lambda sha: (stream_seed(seed, "holdout", sha), sha))
     if len(contents) < 2:
         raise DataError(
             f"{manifest.root}: holding out validation clips needs at least 2 different clips, got {len(contents)}. "
             "Add clips or set data.validation."
         )
-    wanted = max(1, round(fraction * len(manifest.records)))
-    copies = Counter(record.sha256 for record in manifest.records)
+    wanted = max(1, round(fraction * len(candidates)))
+    copies = Counter(record.sha256 for record in candidates)
     held: set[str] = set()
     count = 0
     for sha in contents[:-1]:
@@ -148,8 +131,13 @@ def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest
     return replace(manifest, records=train), replace(manifest, records=validation, unreadable=())
 
 
+def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:
+    videos = tuple(record for record in records if record.frames > 1)
+    return videos if len({record.sha256 for record in videos}) > 1 else records
+
+
 def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
-    files = (file for file in _walk(folder) if file.suffix.lower() in VIDEO_EXTENSIONS and file.is_file())
+    files = (file for file in _walk(folder) if file.suffix.lower() in _EXTENSIONS and file.is_file())
     for path in sorted(file.relative_to(folder).as_posix() for file in files):
         yield _Entry(path=path)
 
@@ -200,103 +188,9 @@ def _entry(table: Path, number: int, row: Any) -> _Entry:
     return _Entry(path=path, audio=columns.get("audio") or None, caption=columns.get("caption") or None)
 
 
-def _record(root: Path, entry: _Entry, probes: _ProbeCache) -> MediaRecord:
+def _record(root: Path, entry: _Entry, probes: ProbeCache) -> MediaRecord:
     record = replace(probes.video(root / entry.path), path=entry.path, caption=entry.caption)
     if entry.audio is None:
         return record
-    rate_hz, channels = _guarded(root / entry.audio, _probe_audio)
+    rate_hz, channels = probe_audio(root / entry.audio)
     return replace(record, audio_rate_hz=rate_hz, audio_channels=channels)
-
-
-class _ProbeCache:
-    """Probes by file, kept while a file's size and modification time stay as they were."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._known: dict[str, Any] = {}
-        self._seen: dict[str, Any] = {}
-        if file is not None and file.exists():
-            try:
-                self._known = dict(json.loads(file.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                _log.warning("probe cache is unreadable and is made anew: file=%s error=%s", file, error)
-
-    def video(self, file: Path) -> MediaRecord:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise DataError(f"cannot be opened: {error.strerror}") from error
-        key, stamp = str(file.absolute()), [status.st_size, status.st_mtime_ns]
-        known = self._known.get(key)
-        record = MediaRecord(**known["record"]) if known and known["stamp"] == stamp else _guarded(file, _probe_video)
-        self._seen[key] = {"stamp": stamp, "record": asdict(record)}
-        return record
-
-    def save(self) -> None:
-        if self._file is None or self._seen == self._known:
-            return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file, json.dumps(self._seen))
-
-
-def _guarded(file: Path, probe: Any) -> Any:
-    try:
-        return probe(file)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"cannot be decoded: {error}") from error
-
-
-def _probe_video(file: Path) -> MediaRecord:
-    with av.open(str(file)) as container:
-        if not container.streams.video:
-            raise DataError("holds no video stream")
-        stream = container.streams.video[0]
-        audio = container.streams.audio[0] if container.streams.audio else None
-        # Headers lie about the number of frames; packets do not. The flushing packet at the end has no size.
-        times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        if not times:
-            raise DataError("holds no frame")
-        fps = _frames_per_second(stream, times)
-        audio_rate_hz, audio_channels = (audio.rate, audio.channels) if audio is not None else (None, None)
-    height, width = _first_frame_size(file)
-    return MediaRecord(
-        path=str(file),
-        sha256=file_sha256(file),
-        frames=len(times),
-        fps=fps,
-        height=height,
-        width=width,
-        seconds=len(times) / fps,
-        audio_rate_hz=audio_rate_hz,
-        audio_channels=audio_channels,
-    )
-
-
-def _frames_per_second(stream: av.VideoStream, times: list[int | None]) -> float:
-    """Returns the stated average rate, or the rate of the timestamps where that is missing or more than 1 % off."""
-    stated = float(stream.average_rate) if stream.average_rate else None
-    known = [time for time in times if time is not None]
-    measured = None
-    if stream.time_base is not None and len(known) == len(times) and max(known) > min(known):
-        measured = (len(known) - 1) / float((max(known) - min(known)) * stream.time_base)
-    if stated is not None and (measured is None or abs(measured - stated) <= _RATE_TOLERANCE * stated):
-        return stated
-    if measured is None:
-        raise DataError("states neither a frame rate nor timestamps")
-    return measured
-
-
-def _first_frame_size(file: Path) -> tuple[int, int]:
-    with av.open(str(file)) as container:
-        for frame in container.decode(video=0):
-            is_sideways = frame.rotation % 180 != 0
-            return (frame.width, frame.height) if is_sideways else (frame.height, frame.width)
-    raise DataError("has packets but no frame that decodes")
-
-
-def _probe_audio(file: Path) -> tuple[int, int]:
-    with av.open(str(file)) as container:
-        if not container.streams.audio:
-            raise DataError(f"its audio file {file.name} holds no audio stream")
-        stream = container.streams.audio[0]
-        return stream.rate, stream.channels

@@ -1,23 +1,24 @@
 """Which samples make which update: a pure function of (seed, phase, position), the same for every world size.
 
 Every bucket is an infinite stream, one seeded permutation of its samples after the other. Update k of a bucket takes the
-samples [k*B, (k+1)*B) of its stream, so nothing is dropped: what does not fill a batch at the end of an epoch opens the next
-one. After e epochs a bucket of n samples has given floor(e*n/B) updates. Inside an epoch the buckets' updates are shuffled.
+samples [k*B, (k+1)*B) of its stream, so nothing is dropped: what does not fill a batch at the end of a permutation opens a
+batch that the next one completes. `bucket_order` says which bucket has its turn and when a pass over the data is complete.
 
 There is no state to save. The caches below only make neighbouring positions cheap. The loader turns samples into clips.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from aiprod_ds.data.bucket_order import BucketOrder, PassOrder, ShareOrder
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
@@ -38,12 +39,20 @@ class SampleRef(NamedTuple):
     ordinal: int
 
 
+# Half the time of calling SampleRef: what NamedTuple generates unpacks and packs every sample in Python.
+_sample_ref = partial(tuple.__new__, SampleRef)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketSamples:
-    """The samples of one bucket: `indices` into the dataset, each once, and how many of them one update takes."""
+    """The samples of one bucket: `indices` into the dataset, each once, and how many of them one update takes.
+
+    `share` is the fraction of the phase's updates; None in all buckets of a phase whose samples are in one bucket each.
+    """
 
     indices: tuple[int, ...]
     global_batch_size: int
+    share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +62,7 @@ class GlobalBatch:
     Attributes:
         position: Updates of the phase that came before, skipped ones included.
         bucket: Which of the phase's buckets it comes from.
-        epoch: Pass over the phase's data to which the update belongs; its first samples may be left from earlier ones.
+        epoch: Pass over the phase's data to which the update belongs; its last samples may be the first of the next one.
     """
 
     position: int
@@ -65,78 +74,45 @@ class GlobalBatch:
 class PhaseSampler:
     """Random access to the updates of a phase.
 
-    Example: 10 samples in batches of 4 give 2 updates in epoch 0 and 3 in epoch 1, whose first takes the 2 samples left over.
+    Example: 10 samples in batches of 4 give 3 updates in pass 0, whose last takes 2 samples of the next permutation, and 2
+    updates in pass 1.
 
     Args:
         seed: The run's.
         phase: Index of the phase; every phase has its own order.
-        buckets: In the order of the phase's plan; one without samples is never drawn.
+        buckets: In the order of the phase's plan; without shares, one that has no samples is never drawn.
 
     Raises:
-        DataError: If no bucket has samples, or one lists a sample twice.
+        DataError: If no bucket has samples, one with a share has none, or one lists a sample twice.
     """
 
     def __init__(self, *, seed: int, phase: int, buckets: Sequence[BucketSamples]) -> None:
         _check(phase, buckets)
-        self._seed = seed
-        self._phase = phase
-        self._sizes = tuple((len(bucket.indices), bucket.global_batch_size) for bucket in buckets)
+        self._batch_sizes = tuple(bucket.global_batch_size for bucket in buckets)
         self._streams = tuple(
             _Stream(bucket.indices, names=("order", phase, number), seed=seed) for number, bucket in enumerate(buckets)
         )
-        self._schedule = self._make_schedule(0)
+        self._order = _order(buckets, seed=seed, phase=phase)
 
     def batch(self, position: int) -> GlobalBatch:
         """Returns the update at `position` >= 0."""
         assert position >= 0, f"positions count from 0, got {position}"
-        schedule = self._schedule_of(position)
-        offset = position - schedule.first
-        bucket = schedule.buckets[offset]
-        size = self._sizes[bucket][1]
-        start = (schedule.firsts[bucket] + schedule.places[offset]) * size
-        samples = self._streams[bucket].take(start, size)
-        return GlobalBatch(position=position, bucket=bucket, epoch=schedule.epoch, samples=samples)
+        bucket, number = self._order.turn(position)
+        size = self._batch_sizes[bucket]
+        samples = self._streams[bucket].take(number * size, size)
+        return GlobalBatch(position=position, bucket=bucket, epoch=self.epoch_at(position), samples=samples)
+
+    def bucket_at(self, position: int) -> int:
+        """Returns the bucket of the update at `position`, without making its samples."""
+        return self._order.turn(position).bucket
 
     def epoch_at(self, position: int) -> int:
-        """Returns the number of passes over the data that are complete before the update at `position`.
+        """Returns the number of passes over the data that are complete before the update at `position`."""
+        return self._order.passes_before(position)
 
-        A pass is complete when the last update of its epoch is done; samples that did not fill a batch count with it.
-        """
-        if self._schedule.first < position < self._schedule.first + len(self._schedule.buckets):
-            return self._schedule.epoch
-        epochs = range(self._epoch_bound(position) + 1)
-        epoch = bisect_left(epochs, position, key=self._updates_before)
-        return epoch if self._updates_before(epoch) == position else epoch - 1
-
-    def updates_in_epoch(self, epoch: int) -> int:
-        """Returns the number of updates of pass `epoch`; 0 when its samples do not fill a batch yet."""
-        return self._updates_before(epoch + 1) - self._updates_before(epoch)
-
-    def _updates_before(self, epoch: int) -> int:
-        return sum(epoch * count // size for count, size in self._sizes)
-
-    def _epoch_bound(self, updates: int) -> int:
-        """Returns an epoch before which there are at least `updates` updates."""
-        bound = 1
-        while self._updates_before(bound) < updates:
-            bound *= 2
-        return bound
-
-    def _schedule_of(self, position: int) -> _Schedule:
-        schedule = self._schedule
-        if not 0 <= position - schedule.first < len(schedule.buckets):
-            # Epochs without an update share their successor's first position: the last one that begins there holds it.
-            epochs = range(self._epoch_bound(position + 1) + 1)
-            schedule = self._schedule = self._make_schedule(bisect_right(epochs, position, key=self._updates_before) - 1)
-        return schedule
-
-    def _make_schedule(self, epoch: int) -> _Schedule:
-        firsts = [epoch * count // size for count, size in self._sizes]
-        updates = [(epoch + 1) * count // size - first for (count, size), first in zip(self._sizes, firsts, strict=True)]
-        buckets = np.repeat(np.arange(len(updates)), updates)
-        if len(updates) > 1:
-            np.random.default_rng(stream_seed(self._seed, "buckets", self._phase, epoch)).shuffle(buckets)
-        return _Schedule(epoch=epoch, first=sum(firsts), buckets=buckets.tolist(), places=_places(buckets), firsts=firsts)
+    def updates_in(self, epochs: int) -> int:
+        """Returns the number of updates after which the first `epochs` passes over the data are complete."""
+        return self._order.updates_in(epochs)
 
 
 def rank_slice(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[tuple[SampleRef, ...], ...]:
@@ -152,15 +128,13 @@ def rank_slice(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_si
     return tuple(batch.samples[start : start + micro_batch_size] for start in range(offset, count, run))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Schedule:
-    """The order of one epoch: update i is number `firsts[buckets[i]] + places[i]` of bucket `buckets[i]`."""
-
-    epoch: int
-    first: int
-    buckets: list[int]
-    places: list[int]
-    firsts: list[int]
+def _order(buckets: Sequence[BucketSamples], *, seed: int, phase: int) -> BucketOrder:
+    sizes = [(len(bucket.indices), bucket.global_batch_size) for bucket in buckets]
+    shares = [bucket.share for bucket in buckets if bucket.share is not None]
+    if not shares:
+        return PassOrder(sizes, seed=seed, phase=phase)
+    num_samples = len(set(chain.from_iterable(bucket.indices for bucket in buckets)))
+    return ShareOrder(sizes, shares, num_samples=num_samples, seed=seed, phase=phase)
 
 
 class _Stream:
@@ -179,23 +153,13 @@ class _Stream:
         self._permutations = {epoch: self._permutation(epoch) for epoch in epochs}
         pieces = [self._permutations[e][max(start - e * count, 0) : stop - e * count].tolist() for e in epochs]
         origins = chain.from_iterable([epoch] * len(piece) for epoch, piece in zip(epochs, pieces, strict=True))
-        return tuple(map(SampleRef, chain.from_iterable(pieces), origins, range(size)))
+        return tuple(map(_sample_ref, zip(chain.from_iterable(pieces), origins, range(size), strict=True)))
 
     def _permutation(self, epoch: int) -> Integers:
         known = self._permutations.get(epoch)
         if known is not None:
             return known
         return np.random.default_rng(stream_seed(self._seed, *self._names, epoch)).permutation(self._indices)
-
-
-def _places(buckets: Integers) -> list[int]:
-    """Returns, for every entry, how many equal ones stand before it."""
-    places = np.empty_like(buckets)
-    for bucket in np.unique(buckets):
-        chosen = buckets == bucket
-        places[chosen] = np.arange(np.count_nonzero(chosen))
-    listed: list[int] = places.tolist()
-    return listed
 
 
 def _check(phase: int, buckets: Sequence[BucketSamples]) -> None:
@@ -207,6 +171,11 @@ def _check(phase: int, buckets: Sequence[BucketSamples]) -> None:
         )
     for number, bucket in enumerate(buckets):
         assert bucket.global_batch_size >= 1, f"global_batch_size must be >= 1, got {bucket.global_batch_size}"
+        if bucket.share is not None and not bucket.indices:
+            raise DataError(
+                f"{where}, bucket {number}: must have at least one sample for its share of {bucket.share:g}, got none. "
+                "Add clips that are long enough, or remove the bucket."
+            )
         repeated = len(bucket.indices) - len(set(bucket.indices))
         if repeated:
             raise DataError(

@@ -1,6 +1,6 @@
 """From a file to a training clip: decodes exact frames, then resizes, crops and flips them.
 
-Owns pixels and time; what exists is `manifest.py`'s, what is asked is `dataset.py`'s. PyAV's errors end here.
+Owns pixels and time; what a file holds is `probe.py`'s, what is asked is `dataset.py`'s. PyAV's errors end here.
 Shapes: B batch, C channels, T frames, H height, W width.
 """
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from aiprod_ds.data.manifest import MediaRecord
+from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.errors import DataError
 
 _DEFAULT_RATE_HZ = 25.0
@@ -74,12 +74,13 @@ def decode_clip(path: Path, *, start_seconds: float, num_frames: int, frame_rate
 def max_start_seconds(record: MediaRecord, num_frames: int, frame_rate_hz: float | None) -> float:
     """Returns the latest start that leaves `num_frames` frames.
 
-    `seconds - num_frames / rate`, with the clip's own rate for None. Worked number: 2 s at 24 Hz and 24 frames leave 1.0 s.
+    `seconds - num_frames / rate`, with the clip's own rate for None and for a single frame, which has no rate. Worked number: 2 s
+    at 24 Hz and 24 frames leave 1.0 s.
 
     Raises:
         DataError: If the clip is too short.
     """
-    rate_hz = record.fps if frame_rate_hz is None else frame_rate_hz
+    rate_hz = record.fps if frame_rate_hz is None or num_frames == 1 else frame_rate_hz
     latest = record.seconds - num_frames / rate_hz
     if latest < -_EPSILON:
         raise DataError(

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.vae import VideoDataConfig
-from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data, frames_at_rate
+from aiprod_ds.curriculum.data_notes import data_notes
+from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data
+from aiprod_ds.curriculum.epochs import with_epoch_lengths
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.data.buckets import bucket_clips, long_enough
 from aiprod_ds.data.dataset import ClipRequest, TensorVideoDataset, VideoClipDataset
 from aiprod_ds.data.loader import ClipLoader, MicroBatch
-from aiprod_ds.data.manifest import holdout, require_readable, scan
+from aiprod_ds.data.manifest import Manifest, holdout, require_readable, scan
+from aiprod_ds.data.probe import default_probe_cache
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.report.summary import DataSummary
@@ -40,7 +44,7 @@ class ClipStream:
 
     def bucket_at(self, position: int) -> int:
         """Returns which bucket of the phase the global batch at `position` is in."""
-        return self.sampler.batch(position).bucket
+        return self.sampler.bucket_at(position)
 
     def epoch_at(self, position: int) -> int:
         """Returns the completed passes over the phase's data before `position`."""
@@ -65,9 +69,10 @@ class VideoData:
         """Returns the training clips that some phase cannot use.
 
         Raises:
-            PlanError: If a phase asks for more frames than any clip has, or held-out clips are too short for the last phase.
+            PlanError: If a bucket has no clip, because all are too short or fit another one better, or held-out clips are too
+                short for the last phase.
         """
-        too_short = check_data(plan, self.train_clips, source)
+        too_short = check_data(plan, self.train_clips, self._members(plan), source)
         bucket = plan.phases[-1].buckets[0]
         if not self.held_out(bucket):
             raise PlanError(
@@ -76,13 +81,30 @@ class VideoData:
             )
         return too_short
 
+    def with_lengths(self, plan: RunPlan, source: str) -> RunPlan:
+        """Returns `plan` with the lengths that its epochs have on these clips; call `check` first.
+
+        Raises:
+            PlanError: If the epochs of a phase are over before its warm-up is.
+        """
+        epoch_updates = {
+            phase.index: self._sampler(phase, seed=0).updates_in(phase.end.epochs)  # no length depends on the seed
+            for phase in plan.phases
+            if phase.end.epochs is not None
+        }
+        return with_epoch_lengths(plan, epoch_updates, source)
+
+    def clip_counts(self, plan: RunPlan) -> list[list[int]]:
+        """Returns how many clips each bucket of each phase draws from."""
+        return [[len(indices) for indices in members] for members in self._members(plan)]
+
+    def replacements(self, plan: RunPlan) -> tuple[str, ...]:
+        """Returns in words what is done with clips that are smaller, slower, shorter or fewer than a bucket asks for."""
+        return data_notes(plan, self.train_clips, self._members(plan))
+
     def stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int) -> ClipStream:
         """Returns the micro-batches of `phase` from the clock's position on, for one rank."""
-        buckets = [
-            BucketSamples(indices=long_enough(self.train_clips, bucket), global_batch_size=bucket.global_batch_size)
-            for bucket in phase.buckets
-        ]
-        sampler = PhaseSampler(seed=seed, phase=phase.index, buckets=buckets)
+        sampler = self._sampler(phase, seed)
         loader = ClipLoader(
             self.train,
             sampler,
@@ -124,20 +146,30 @@ class VideoData:
             clips=len(self.train_clips), held_out_clips=len(self.validation_clips), unreadable=self.unreadable, too_short=short
         )
 
+    def _members(self, plan: RunPlan) -> list[tuple[tuple[int, ...], ...]]:
+        return [bucket_clips(self.train_clips, phase.buckets) for phase in plan.phases]
+
+    def _sampler(self, phase: PhasePlan, seed: int) -> PhaseSampler:
+        buckets = [
+            BucketSamples(indices=indices, global_batch_size=bucket.global_batch_size, share=bucket.share)
+            for bucket, indices in zip(phase.buckets, bucket_clips(self.train_clips, phase.buckets), strict=True)
+        ]
+        return PhaseSampler(seed=seed, phase=phase.index, buckets=buckets)
+
 
 def open_files(config: VideoDataConfig, *, seed: int) -> VideoData:
-    """Reads the folders or manifests that `config` names.
+    """Reads the folders or manifests that `config` names; files that an earlier run has probed are not probed again.
 
     Raises:
         DataError: If a folder is missing or empty, or too many files cannot be read.
     """
-    found = scan(Path(config.train))
+    found = _scan(config.train)
     require_readable(found, config.max_unreadable_fraction)
     if config.validation is None:
         train, validation = holdout(found, fraction=config.holdout_fraction, seed=seed)
         problems = found.unreadable
     else:
-        validation = scan(Path(config.validation))
+        validation = _scan(config.validation)
         require_readable(validation, config.max_unreadable_fraction)
         train, problems = found, found.unreadable + validation.unreadable
     unreadable = tuple((entry.path, entry.reason) for entry in problems)
@@ -157,9 +189,9 @@ def open_datasets(dataset: Any, validation: Any, *, seed: int) -> VideoData:
     return _data(TensorVideoDataset(dataset, seed=seed), TensorVideoDataset(validation, seed=seed), ())
 
 
-def long_enough(clips: Sequence[ClipFacts], bucket: BucketPlan) -> tuple[int, ...]:
-    """Returns the indices of the clips that have the bucket's frames at its frame rate."""
-    return tuple(i for i, clip in enumerate(clips) if frames_at_rate(clip, bucket.frame_rate_hz) >= bucket.frames)
+def _scan(source: str) -> Manifest:
+    path = Path(source)
+    return scan(path, cache=default_probe_cache(path))
 
 
 def _data(train: ClipDataset, validation: ClipDataset, unreadable: tuple[tuple[str, str], ...]) -> VideoData:

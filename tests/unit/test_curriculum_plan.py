@@ -1,5 +1,5 @@
 # ruff: noqa: E501  messages stand on one line, as users see them
-"""Planning: batch triples, frames, bounds, overrides and data rules, with every refusal."""
+"""Planning: batch triples, frames, bounds and overrides, with every refusal."""
 
 from typing import Any
 
@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.batch import solve_batch
-from aiprod_ds.curriculum.data_rules import ClipFacts, check_data, frames_at_rate
-from aiprod_ds.curriculum.epochs import with_epoch_lengths
 from aiprod_ds.curriculum.phase import RunPlan, UpdateRange
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run, snap_frames
 from aiprod_ds.errors import PlanError
@@ -127,31 +125,6 @@ def test_bounds_add_up_over_open_phases() -> None:
     assert plan({}, {"updates": 5}).total_updates == 15
 
 
-def test_epoch_lengths_close_the_bounds() -> None:
-    phases = plan(
-        {"updates": ..., "epochs": 3, "schedule": "constant"},
-        {"epochs": 9},
-        {"updates": ..., "epochs": 2, "plateau": PLATEAU, "max_updates": 99},
-        {},
-    )
-    known = with_epoch_lengths(phases, [4, 4, 20, 1])
-    assert [(p.length.minimum, p.length.maximum) for p in known.phases] == [(12, 12), (10, 10), (5, 40), (10, 10)]
-    assert [p.first for p in known.phases] == [
-        UpdateRange(minimum=a, maximum=b) for a, b in [(0, 0), (12, 12), (22, 22), (27, 62)]
-    ]
-
-
-def test_epochs_shorter_than_the_warm_up_are_refused() -> None:
-    phases = plan({"epochs": 1, "warmup_updates": 4})
-    with pytest.raises(PlanError) as caught:
-        with_epoch_lengths(phases, [4], "c.yaml")
-    assert str(caught.value) == (
-        "c.yaml: curriculum.phases[0].epochs: must last longer than warmup_updates (4), got 1 epochs of 4 updates. "
-        "Raise epochs or min_updates, or lower warmup_updates."
-    )
-    assert with_epoch_lengths(phases, [5]).phases[0].updates == 5
-
-
 def test_phases_override_the_other_sections_and_the_rest_stays() -> None:
     first, second = plan(
         {},
@@ -200,38 +173,3 @@ def test_buckets_have_their_own_batch_and_share() -> None:
     video, image = plan({"resolution": ..., "duration": ..., "buckets": buckets}).phases[0].buckets
     assert (video.global_batch_size, video.micro_batch_size, video.accumulation, video.share) == (4, 1, 2, 0.75)
     assert (image.frames, image.global_batch_size, image.micro_batch_size, image.pixels_per_update) == (1, 8, 4, 8 * 128 * 64)
-
-
-def clip(name: str, frames: int, seconds: float = 1.0) -> ClipFacts:
-    return ClipFacts(name=name, frames=frames, seconds=seconds, height=64, width=64)
-
-
-def test_short_clips_are_listed_and_too_long_phases_refused() -> None:
-    phases = plan({}, {"duration": {"frames": 16}}, {"duration": {"frames": 33}})
-    clips = [clip("a.mp4", 8), clip("b.mp4", 20), clip("c.mp4", 33)]
-    assert [(short.phase, short.frames, short.names) for short in check_data(phases, clips)] == [
-        ("p0", 9, ("a.mp4",)),
-        ("p1", 17, ("a.mp4",)),
-        ("p2", 33, ("a.mp4", "b.mp4")),
-    ]
-    with pytest.raises(PlanError) as caught:
-        check_data(phases, clips[:1], "c.yaml")
-    assert caught.value.problems == (
-        "c.yaml: curriculum.phases[0].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 9. Lower frames or add longer clips.",
-        "c.yaml: curriculum.phases[1].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 17 (16 snapped). Lower frames or add longer clips.",
-        "c.yaml: curriculum.phases[2].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 33. Lower frames or add longer clips.",
-    )
-
-
-def test_resampling_changes_how_long_a_clip_is() -> None:
-    assert frames_at_rate(clip("a", 60, seconds=2.0), 24.0) == 48
-    assert frames_at_rate(clip("a", 60, seconds=2.0), None) == 60
-    assert frames_at_rate(clip("a", 1, seconds=0.001), 24.0) == 1
-    buckets = [{"resolution": "64x64", "duration": {"frames": 49, "frame_rate_hz": 24.0}}, SHAPE]
-    with pytest.raises(PlanError, match=r"buckets\[0\].duration.frames: .* at 24 Hz \(48, a\), got 49"):
-        check_data(plan({"resolution": ..., "duration": ..., "buckets": buckets}), [clip("a", 60, seconds=2.0)])
-
-
-def test_no_clip_at_all_is_refused() -> None:
-    with pytest.raises(PlanError, match="must hold at least one readable clip, got none"):
-        check_data(plan({}), [])

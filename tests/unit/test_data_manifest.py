@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from aiprod_ds.data.manifest import Manifest, MediaRecord, Unreadable, holdout, require_readable, scan
+from aiprod_ds.data.manifest import Manifest, Unreadable, holdout, require_readable, scan
+from aiprod_ds.data.probe import MediaRecord, default_probe_cache
 from aiprod_ds.errors import DataError
 
 
@@ -43,6 +46,25 @@ def test_a_folder_is_scanned_in_order_with_true_facts(tmp_path: Path) -> None:
     ]
     assert manifest.unreadable == ()
     assert manifest.records[0].audio_rate_hz is None
+
+
+def _write_image(path: Path) -> None:
+    pixels = np.arange(16 * 32 * 3, dtype=np.uint8).reshape(16, 32, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if path.name.startswith("turned") else 1  # orientation: a quarter turn, or upright
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def test_images_are_clips_of_one_frame(tmp_path: Path) -> None:
+    names = ["a.jpeg", "b.JPG", "c.png", "d.webp", "frame_%03d.png", "turned.jpg"]
+    for name in names:
+        _write_image(tmp_path / name)
+    manifest = scan(tmp_path)
+    assert manifest.unreadable == ()
+    assert [(r.path, r.frames, r.height, r.width) for r in manifest.records] == [
+        *((name, 1, 16, 32) for name in names[:-1]),
+        ("turned.jpg", 1, 32, 16),
+    ]
 
 
 def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
@@ -114,13 +136,66 @@ def test_the_cache_serves_unchanged_files_and_notices_changed_ones(tmp_path: Pat
     _write_video(clip, frames=3)
     first = scan(clip.parent, cache=cache)
     stored = json.loads(cache.read_text())
-    next(iter(stored.values()))["record"]["frames"] = 99
+    next(iter(stored["probes"].values()))["record"]["frames"] = 99
     cache.write_text(json.dumps(stored))
     assert scan(clip.parent, cache=cache).records[0].frames == 99
     _write_video(clip, frames=5, shade=90)
     second = scan(clip.parent, cache=cache)
     assert second.records[0].frames == 5
     assert second.records[0].sha256 != first.records[0].sha256
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"probed_by": "0", "probes": {}}', "{}", '{"probed_by": 1, "probes": []}'])
+def test_a_cache_that_cannot_be_believed_is_made_anew(tmp_path: Path, content: str) -> None:
+    _write_video(tmp_path / "clips" / "a.mp4", frames=3)
+    cache = tmp_path / "cache.json"
+    cache.write_text(content)
+    assert scan(tmp_path / "clips", cache=cache) == scan(tmp_path / "clips")
+    assert len(json.loads(cache.read_text())["probes"]) == 1
+
+
+def test_probes_of_another_format_are_taken_again(tmp_path: Path) -> None:
+    _write_video(tmp_path / "clips" / "a.mp4", frames=3)
+    cache = tmp_path / "cache.json"
+    whole = scan(tmp_path / "clips", cache=cache)
+    stored = json.loads(cache.read_text())
+    next(iter(stored["probes"].values()))["record"]["length"] = 99
+    cache.write_text(json.dumps(stored))
+    assert scan(tmp_path / "clips", cache=cache) == whole
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write_video(tmp_path / "clips" / "a.mp4", frames=3)
+    (tmp_path / "file").touch()
+    assert len(scan(tmp_path / "clips", cache=tmp_path / "file" / "cache.json").records) == 1
+    assert "probe cache is not written" in caplog.text
+
+
+def test_every_source_has_a_cache_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AIPROD_DS_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    one, other = default_probe_cache(tmp_path / "one"), default_probe_cache(tmp_path / "other")
+    assert one is not None
+    assert other is not None
+    assert one.parent == other.parent == tmp_path / "xdg" / "aiprod_ds"
+    assert one != other
+    monkeypatch.chdir(tmp_path)
+    assert default_probe_cache(Path("one")) == one
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert default_probe_cache(tmp_path / "one") == tmp_path / ".cache" / "aiprod_ds" / one.name
+    monkeypatch.setenv("AIPROD_DS_CACHE_DIR", str(tmp_path / "own"))
+    assert default_probe_cache(tmp_path / "one") == tmp_path / "own" / one.name
+
+
+def test_no_home_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError
+
+    for name in ("AIPROD_DS_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert default_probe_cache(Path("clips")) is None
 
 
 def test_the_unreadable_share_is_a_limit(tmp_path: Path) -> None:
@@ -157,3 +232,15 @@ def test_copies_stay_on_one_side_and_are_not_two_clips() -> None:
         assert not {r.sha256 for r in train.records} & {r.sha256 for r in validation.records}
     with pytest.raises(DataError, match="at least 2 different clips, got 1"):
         holdout(_manifest("aa"), fraction=0.1, seed=0)
+
+
+def test_images_beside_videos_are_never_held_out() -> None:
+    images = tuple(replace(record, frames=1) for record in _manifest("uvwxyz").records)
+    videos = _manifest("abcde").records
+    for seed in range(5):
+        train, validation = holdout(replace(_manifest(""), records=images + videos), fraction=0.4, seed=seed)
+        assert len(validation.records) == 2
+        assert {*validation.records} <= {*videos}
+        assert {*train.records, *validation.records} == {*images, *videos}
+    _, validation = holdout(replace(_manifest(""), records=images), fraction=0.5, seed=0)
+    assert len(validation.records) == 3

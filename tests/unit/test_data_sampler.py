@@ -1,4 +1,4 @@
-"""The order of samples: every sample once a pass, at any position, for any number of ranks."""
+"""The order of samples: every sample once a permutation, at any position, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from aiprod_ds.data.sampler import BucketSamples, GlobalBatch, PhaseSampler, ran
 from aiprod_ds.errors import DataError
 
 _SHAPES = st.lists(st.tuples(st.integers(1, 13), st.integers(1, 9)), min_size=1, max_size=3)
+_PARTS = st.lists(st.integers(1, 20), min_size=3, max_size=3)
 
 
-def _sampler(shapes: list[tuple[int, int]], seed: int = 0, phase: int = 0) -> PhaseSampler:
+def _sampler(
+    shapes: list[tuple[int, int]], seed: int = 0, phase: int = 0, parts: list[int] | None = None, *, is_shared: bool = False
+) -> PhaseSampler:
+    """A sampler of buckets (samples, batch), with samples of their own, or from 0 on in each if shared; `parts` are shares."""
     buckets = []
     first = 0
-    for count, size in shapes:
-        buckets.append(BucketSamples(indices=tuple(range(first, first + count)), global_batch_size=size))
+    known = parts and parts[: len(shapes)]
+    for number, (count, size) in enumerate(shapes):
+        share = known[number] / sum(known) if known else None
+        indices = tuple(range(count)) if is_shared else tuple(range(first, first + count))
+        buckets.append(BucketSamples(indices=indices, global_batch_size=size, share=share))
         first += count
     return PhaseSampler(seed=seed, phase=phase, buckets=buckets)
 
@@ -30,58 +37,68 @@ def _drawn(batches: list[GlobalBatch], bucket: int) -> list[tuple[int, int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes=_SHAPES, seed=st.integers(0, 1000))
-def test_every_sample_comes_exactly_once_in_each_permutation(shapes: list[tuple[int, int]], seed: int) -> None:
-    sampler = _sampler(shapes, seed)
-    epochs = 9
-    batches = [sampler.batch(position) for position in range(sum(map(sampler.updates_in_epoch, range(epochs))))]
+@given(shapes=_SHAPES, seed=st.integers(0, 1000), parts=st.none() | _PARTS)
+def test_no_sample_comes_twice_in_a_permutation_of_its_bucket(
+    shapes: list[tuple[int, int]], seed: int, parts: list[int] | None
+) -> None:
+    sampler = _sampler(shapes, seed, parts=parts)
+    batches = [sampler.batch(position) for position in range(60)]
 
     first = 0
-    for bucket, (count, size) in enumerate(shapes):
+    for bucket, (count, _) in enumerate(shapes):
         drawn = _drawn(batches, bucket)
         complete = len(drawn) // count
         expected = {(epoch, first + index): 1 for epoch in range(complete) for index in range(count)}
         assert Counter(entry for entry in drawn if entry[0] < complete) == expected
         assert len(set(drawn)) == len(drawn)
-        assert 0 <= epochs * count - len(drawn) < size
         first += count
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes=_SHAPES, order=st.permutations(range(25)))
-def test_random_access_equals_sequential(shapes: list[tuple[int, int]], order: list[int]) -> None:
-    sequential = _sampler(shapes)
-    expected = [sequential.batch(position) for position in range(25)]
+@given(shapes=_SHAPES, epochs=st.integers(1, 9))
+def test_every_sample_comes_in_each_of_the_first_passes(shapes: list[tuple[int, int]], epochs: int) -> None:
+    sampler = _sampler(shapes)
+    batches = [sampler.batch(position) for position in range(sampler.updates_in(epochs))]
 
-    jumping = _sampler(shapes)
-
-    assert {position: jumping.batch(position) for position in order} == dict(enumerate(expected))
+    first = 0
+    for bucket, (count, size) in enumerate(shapes):
+        drawn = _drawn(batches, bucket)
+        assert {(epoch, first + index) for epoch in range(epochs) for index in range(count)} <= set(drawn)
+        assert 0 <= len(drawn) - epochs * count < size
+        first += count
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes=_SHAPES)
-def test_epochs_of_positions_equal_a_count_of_updates(shapes: list[tuple[int, int]]) -> None:
-    sampler = _sampler(shapes)
-    ends = []
-    total = 0
-    for epoch in range(12):
-        assert sampler.updates_in_epoch(epoch) == sum((epoch + 1) * n // b - epoch * n // b for n, b in shapes)
-        total += sampler.updates_in_epoch(epoch)
-        ends.append(total)
+@given(shapes=_SHAPES, parts=st.none() | _PARTS, order=st.permutations(range(40)))
+def test_random_access_equals_sequential(shapes: list[tuple[int, int]], parts: list[int] | None, order: list[int]) -> None:
+    sequential = _sampler(shapes, parts=parts, is_shared=True)
+    expected = [sequential.batch(position) for position in range(40)]
 
-    for position in range(total):
-        assert sampler.batch(position).epoch == next(epoch for epoch, end in enumerate(ends) if end > position)
-        # The pass that update position-1 completes, or the one before the pass that it belongs to.
-        begun = next((epoch for epoch, end in enumerate([0, *ends]) if end >= position), 0)
-        complete = begun if [0, *ends][begun] == position else begun - 1
-        assert sampler.epoch_at(position) == complete
+    jumping = _sampler(shapes, parts=parts, is_shared=True)
+    answers = {position: (jumping.epoch_at(position), jumping.bucket_at(position), jumping.batch(position)) for position in order}
+
+    assert answers == {batch.position: (batch.epoch, batch.bucket, batch) for batch in expected}
 
 
-def test_leftover_samples_open_the_next_epoch() -> None:
+@settings(max_examples=60, deadline=None)
+@given(shapes=_SHAPES, parts=st.none() | _PARTS)
+def test_passes_of_positions_agree_with_their_lengths(shapes: list[tuple[int, int]], parts: list[int] | None) -> None:
+    sampler = _sampler(shapes, parts=parts)
+    ends = [sampler.updates_in(epochs) for epochs in range(100)]
+
+    assert ends[0] == 0
+    assert ends[1] >= 1
+    assert ends == sorted(ends)
+    for position in range(min(60, ends[-1])):
+        complete = sum(end <= position for end in ends) - 1
+        assert sampler.epoch_at(position) == complete == sampler.batch(position).epoch
+
+
+def test_samples_that_fill_no_batch_are_not_left_out() -> None:
     sampler = _sampler([(10, 4)])
 
-    assert [sampler.updates_in_epoch(epoch) for epoch in range(4)] == [2, 3, 2, 3]
-    assert [sampler.epoch_at(position) for position in range(6)] == [0, 0, 1, 1, 1, 2]
+    assert [sampler.updates_in(epochs) for epochs in range(5)] == [0, 3, 5, 8, 10]
+    assert [sampler.epoch_at(position) for position in range(6)] == [0, 0, 0, 1, 1, 2]
     assert [sample.epoch for sample in sampler.batch(2).samples] == [0, 0, 1, 1]
 
 
@@ -89,15 +106,24 @@ def test_a_batch_larger_than_the_data_spans_passes() -> None:
     sampler = _sampler([(3, 8)])
 
     assert [sample.epoch for sample in sampler.batch(0).samples] == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert [sampler.epoch_at(position) for position in range(4)] == [0, 3, 6, 8]
+    assert [sampler.epoch_at(position) for position in range(4)] == [0, 2, 5, 8]
+    assert [sampler.updates_in(epochs) for epochs in (1, 2, 3, 8)] == [1, 1, 2, 3]
 
 
 @settings(max_examples=60, deadline=None)
-@given(micro=st.integers(1, 3), accumulation=st.integers(1, 3), position=st.integers(0, 40))
-def test_ranks_together_read_the_same_batch_at_every_world_size(micro: int, accumulation: int, position: int) -> None:
-    size = micro * accumulation * 4
-    batch = _sampler([(37, size)]).batch(position)
-    for world_size in (1, 2, 4):
+@given(
+    micro=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    position=st.integers(0, 40),
+    parts=st.none() | _PARTS,
+    worlds=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+)
+def test_ranks_together_read_the_same_batch_at_every_world_size(
+    micro: int, accumulation: int, position: int, parts: list[int] | None, worlds: list[int]
+) -> None:
+    size = micro * accumulation * 12
+    batch = _sampler([(37, size), (5, size)], parts=parts).batch(position)
+    for world_size in (world for world in worlds if 12 % world == 0):
         ranks = [rank_slice(batch, rank=r, world_size=world_size, micro_batch_size=micro) for r in range(world_size)]
 
         assert {len(micro_batches) for micro_batches in ranks} == {size // (world_size * micro)}
@@ -115,23 +141,14 @@ def test_seed_phase_and_epoch_change_the_order() -> None:
     assert order(0, 0, 0) == order(0, 0, 0)
 
 
-def test_buckets_are_mixed_within_an_epoch() -> None:
-    sampler = _sampler([(40, 1), (20, 1)])
-    buckets = [sampler.batch(position).bucket for position in range(60)]
-
-    assert Counter(buckets) == {0: 40, 1: 20}
-    assert buckets != sorted(buckets)
-
-
-def test_a_bucket_without_samples_is_never_drawn() -> None:
-    sampler = _sampler([(0, 2), (5, 2)])
-
-    assert {sampler.batch(position).bucket for position in range(20)} == {1}
-
-
 def test_a_phase_without_samples_is_refused() -> None:
     with pytest.raises(DataError, match="phase 3: must have at least one sample in one bucket, got 1 empty ones"):
         _sampler([(0, 2)], phase=3)
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match=r"phase 0, bucket 1: must have at least one sample for its share of 0\.25, got none"):
+        _sampler([(4, 2), (0, 2)], parts=[3, 1])
 
 
 def test_a_repeated_sample_is_refused() -> None:

@@ -10,9 +10,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from aiprod_ds.data.dataset import ClipRequest, TensorVideoDataset, VideoClipDataset
-from aiprod_ds.data.manifest import MediaRecord, scan
+from aiprod_ds.data.manifest import scan
+from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.data.video import decode_clip, fit_clip, max_start_seconds
 from aiprod_ds.errors import DataError
 
@@ -259,6 +261,20 @@ def test_files_of_variable_rate_never_run_out(tmp_path: Path) -> None:
     for epoch in range(12):
         for frames, rate in ((9, None), (24, None), (17, 24.0)):
             assert dataset[_request(frames=frames, frame_rate_hz=rate, epoch=epoch)]["video"].shape[1] == frames
+
+
+@pytest.mark.parametrize("rate", [None, 10.0, 60.0])
+def test_an_image_is_a_clip_of_one_frame_at_every_rate(tmp_path: Path, rate: float | None) -> None:
+    Image.fromarray(np.full((_HEIGHT, _WIDTH, 3), 100, dtype=np.uint8)).save(tmp_path / "image.png")
+    video_CTHW = VideoClipDataset(scan(tmp_path), seed=0)[_request(frames=1, frame_rate_hz=rate)]["video"]
+    # PNG keeps every value, so only float32 rounds.
+    torch.testing.assert_close(video_CTHW, torch.full((3, 1, 16, 16), 100 / 127.5 - 1), atol=1e-6, rtol=0.0)
+
+
+def test_a_video_shorter_than_a_period_gives_a_frame(tmp_path: Path) -> None:
+    # 2 frames at 24 Hz last 83 ms; a frame at 10 Hz would last 100.
+    record = MediaRecord(path="a.mp4", sha256="0", frames=2, fps=24.0, height=16, width=16, seconds=2 / 24)
+    assert max_start_seconds(record, 1, 10.0) == pytest.approx(1 / 24)
 
 
 def test_facts_of_files(clip: Path) -> None:
