@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
+from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, UpdateResult
 from aiprod_ds.errors import CheckpointError, EngineError
 
@@ -187,6 +188,97 @@ def test_step_returns_none_inside_a_window_and_the_batch_cannot_change_there() -
     assert engine.step() is None
     with pytest.raises(EngineError, match="between updates, got 1 of 2 micro-batches done"):
         engine.set_batch(micro_batch_size=4, accumulation=1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_new_weight_decay_holds_for_the_decayed_groups_alone(precision: str) -> None:
+    """Without gradients AdamW only decays: w *= 1 - lr * decay."""
+    engine = _engine(precision)
+    engine.set_weight_decay(0.5)
+    before = _values(engine)
+    engine.set_learning_rate(0.1)
+    engine.backward(engine(_data(0).to(engine.compute_dtype)).float().sum() * 0.0)
+    engine.step()
+    for name, value in _values(engine).items():
+        # One multiplication in fp32.
+        torch.testing.assert_close(value, before[name] * (0.95 if "weight" in name else 1.0), rtol=1e-6, atol=0.0)
+
+
+def test_load_leaves_weight_decay_as_it_is(tmp_path: Path) -> None:
+    saved = _engine()
+    saved.set_weight_decay(0.7)
+    _update(saved, 0)
+    saved.save(tmp_path)
+    loaded = _engine(seed=1)
+    loaded.set_weight_decay(0.3)
+    loaded.load(tmp_path)
+    saved.set_weight_decay(0.3)
+    _update(saved, 1)
+    _update(loaded, 1)
+    assert all(torch.equal(value, _values(saved)[name]) for name, value in _values(loaded).items())
+
+
+def test_a_layout_does_not_depend_on_the_decay(tmp_path: Path) -> None:
+    engine = _engine()
+    texts = []
+    for name, decay in (("first", 0.0), ("second", 0.9)):
+        engine.set_weight_decay(decay)
+        (tmp_path / name).mkdir()
+        engine.save(tmp_path / name)
+        texts.append((tmp_path / name / "engine.json").read_text(encoding="utf-8"))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("factor", "step"), [(1.0, 3), (0.25, 3), (0.0, 0)])
+def test_moments_are_scaled_and_a_reset_begins_the_count_anew(precision: str, factor: float, step: int) -> None:
+    engine = _engine(precision)
+    for update in range(3):
+        _update(engine, update)
+    before = {state.name: state for state in engine.parameter_states()}
+    engine.scale_moments(factor)
+    for state in engine.parameter_states():
+        assert state.step == step
+        assert torch.equal(state.value, before[state.name].value)
+        for name, moment in state.optimizer.items():
+            assert torch.equal(moment, before[state.name].optimizer[name] * factor)  # a power of two: exact
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_reset_engine_goes_on_like_a_new_one(precision: str) -> None:
+    reset, new = _engine(precision), _engine(precision)
+    reset.backward(reset(_data(9).to(reset.compute_dtype)).float().pow(2).mean())
+    assert reset.step() is not None  # at a learning rate of 0
+    reset.scale_moments(0.0)
+    for update in range(3):
+        assert float(_update(reset, update).gradient_norm) == float(_update(new, update).gradient_norm)
+    assert all(torch.equal(value, _values(new)[name]) for name, value in _values(reset).items())
+
+
+def test_before_the_first_update_there_is_nothing_to_scale() -> None:
+    engine = _engine()
+    engine.scale_moments(0.0)
+    assert all(state.optimizer == {} for state in engine.parameter_states())
+
+
+def test_the_worked_example_of_scaling() -> None:
+    state = {"exp_avg": torch.tensor(4.0), "exp_avg_sq": torch.tensor(16.0), "step": 7}
+    scale_moments([state], 0.25)
+    assert (float(state["exp_avg"]), float(state["exp_avg_sq"]), state["step"]) == (1.0, 4.0, 7)
+    scale_moments([state], 0.0)
+    assert (float(state["exp_avg"]), float(state["exp_avg_sq"]), state["step"]) == (0.0, 0.0, 0)
+
+
+def test_a_reset_also_ends_what_is_not_finite() -> None:
+    state = {"exp_avg": torch.tensor(float("nan")), "exp_avg_sq": torch.tensor(float("inf")), "step": torch.tensor(7.0)}
+    scale_moments([state], 0.0)
+    assert [float(value) for value in state.values()] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.1, float("nan")])
+def test_a_factor_out_of_range_is_refused(factor: float) -> None:
+    with pytest.raises(EngineError, match=r"factor must lie in \[0, 1\], got"):
+        _engine().scale_moments(factor)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,11 @@ def test_an_overflow_with_an_offloaded_optimizer_is_never_over(report: dict[str,
     assert report["applied_around_overflow"] == [True, False, False, False]
 
 
+def test_an_offloaded_adam_does_not_resume_bitwise(report: dict[str, Any]) -> None:
+    """Remedy: `restart_bias_correction`."""
+    assert 6 in report["updates_after_which_a_resumed_adam_differs"]
+
+
 def test_checkpointing_grows_a_global_list_under_zero_3(report: dict[str, Any]) -> None:
     """Remedy: `clean_up_after_update`."""
     assert report["forward_stack"][1] > report["forward_stack"][0]
@@ -219,7 +224,8 @@ def observe_everything() -> dict[str, Any]:
     observed: dict[str, Any] = {}
     for observe in (
         _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_universal,
-        _observe_access, _observe_scaler, _observe_new_ones, _observe_autocast,
+        _observe_access, _observe_scaler, _observe_new_ones,
+        _observe_offloaded_adam, _observe_autocast,
     ):  # fmt: skip
         observed |= observe()
         gc.collect()
@@ -513,3 +519,27 @@ def _observe_new_ones() -> dict[str, Any]:
         "applied_around_overflow": applied,
         "forward_stack": [start, end],
     }
+
+
+def _observe_offloaded_adam() -> dict[str, Any]:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    def build() -> tuple[nn.Parameter, Any]:
+        weight = nn.Parameter(torch.ones(1000))
+        return weight, DeepSpeedCPUAdam([weight], lr=1e-2, betas=(0.9, 0.95))
+
+    def update(weight: nn.Parameter, optimizer: Any, number: int) -> None:
+        weight.grad = torch.randn(1000, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+
+    different = []
+    weight, optimizer = build()
+    for number in range(10):
+        again, resumed = build()
+        again.data.copy_(weight.data)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        update(again, resumed, number)
+        update(weight, optimizer, number)
+        if not torch.equal(weight, again):
+            different.append(number)
+    return {"updates_after_which_a_resumed_adam_differs": different}
