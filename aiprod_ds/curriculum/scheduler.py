@@ -80,16 +80,14 @@ class CurriculumScheduler:
         """
         self._enter(clock)
         moment = (clock.phase_updates, clock.phase_skipped)
-        if moment != self._seen:
-            assert min(now - seen for now, seen in zip(moment, self._seen, strict=True)) >= 0, (
-                "load_state_dict comes before a rollback"
-            )
-            applied = clock.phase_updates != self._seen[0]
-            phase = self._phases[self._phase]
-            if applied and phase.end.plateau is not None and clock.phase_updates > phase.learning_rate.warmup_updates:
-                assert loss is not None, "needs_loss(clock) was True before this update"
-                self._plateau = self._plateau.observe(loss, phase.end.plateau)
-            self._seen = moment
+        assert min(now - seen for now, seen in zip(moment, self._seen, strict=True)) >= 0, (
+            "load_state_dict comes before a rollback"
+        )
+        phase, is_new = self._phases[self._phase], clock.phase_updates > self._seen[0]
+        if is_new and phase.end.plateau is not None and clock.phase_updates > phase.learning_rate.warmup_updates:
+            assert loss is not None, "needs_loss(clock) was True before this update"
+            self._plateau = self._plateau.observe(loss, phase.end.plateau)
+        self._seen = moment
         return self.decision(clock)
 
     def decision(self, clock: Clock) -> Decision:
