@@ -86,10 +86,13 @@ def _check(arguments: argparse.Namespace) -> int:
     trainer = _trainer(arguments)
     read_settings(trainer.config, source=trainer.source)
     plan = trainer.plan(world_size=arguments.world_size)
-    too_short = trainer.open_data().check(plan, trainer.source)
+    data = trainer.open_data()
+    too_short = data.check(plan, trainer.source)
     for entry in too_short:
         names = ", ".join(entry.names)
         arguments.console.print(f"phase {entry.phase}: not used, because they have fewer than {entry.frames} frames: {names}")
+    for note in data.replacements(data.with_lengths(plan, trainer.source)):
+        arguments.console.print(note, markup=False, highlight=False)
     print(f"{arguments.config}: good")
     return DONE
 
@@ -100,7 +103,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     trainer = _trainer(arguments)
     plan = trainer.plan(world_size=arguments.world_size)
-    clips, data_problem = _usable_clips(trainer, plan)
+    plan, clips, data_problem = _with_data(trainer, plan)
     page = PlanPage(
         source=trainer.source,
         model=trainer.config.model.source,
@@ -118,20 +121,18 @@ def _plan(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _usable_clips(trainer: Any, plan: RunPlan) -> tuple[list[list[int]] | None, str | None]:
-    """Returns how many clips each bucket of each phase can use, or why the data cannot be read: a plan needs none.
+def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | None, str | None]:
+    """Returns the plan with its lengths on the data and the clips of every bucket, or why the data cannot be read.
 
     Raises:
         PlanError: If the data can be read and does not do.
     """
-    from aiprod_ds.train.video_data import long_enough
-
     try:
         data = trainer.open_data()
     except PlanError as error:
-        return None, str(error)
+        return plan, None, str(error)
     data.check(plan, trainer.source)
-    return [[len(long_enough(data.train_clips, bucket)) for bucket in phase.buckets] for phase in plan.phases], None
+    return data.with_lengths(plan, trainer.source), data.clip_counts(plan), None
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -86,10 +86,6 @@ BAD_SETTINGS = {
     ),
     "data missing": (["data.train=/nowhere"], "/nowhere: must be a folder or a CSV, JSON or JSONL manifest"),
     "moments in the first phase": ([f"{PHASE}.moments=reset"], f"{PHASE}.moments: has no effect in the first phase"),
-    "weight decay of a phase": (
-        [f"{PHASE}.weight_decay=0.5"],
-        f"{PHASE}.weight_decay: must be that of the optimizer in this version",
-    ),
 }
 
 
@@ -156,6 +152,10 @@ BAD_CURRICULA = {
     "height off the stride": (
         [f"{PHASE}.resolution=20x16"],
         f"{PHASE}.resolution.height: must be a multiple of the model's stride 8, got 20. Use 16 or 24.",
+    ),
+    "epochs shorter than the warm-up": (
+        [f"{PHASE}.updates=null", f"{PHASE}.epochs=2", f"{PHASE}.warmup_updates=3", f"{PHASE}.schedule=constant"],
+        f"{PHASE}.epochs: must last longer than warmup_updates (3), got 2 epochs of 3 updates together.",
     ),
     "more frames than the longest clip": (
         [f"{PHASE}.duration.frames=16"],
@@ -248,6 +248,17 @@ def test_plan_needs_no_data(config: Path, run_folder: Path, capsys: pytest.Captu
     assert [(row["clips"], row["epochs"], row["samples"]) for row in plan["phases"]] == [(None, None, 4)]
     assert main(missing) == DONE
     assert capsys.readouterr().out.count("data not read") == 1
+
+
+def test_plan_counts_the_updates_of_epochs(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    by_epochs = [f"{PHASE}.updates=null", f"{PHASE}.epochs=5", f"{PHASE}.schedule=constant"]
+    assert main([*_arguments("plan", config, run_folder, *by_epochs), "--json"]) == DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["totals"]["updates"] == 8  # 5 passes over 3 clips, 2 at a time: the last update takes one clip of the sixth
+    assert [(row["updates"], row["clips"]) for row in plan["phases"]] == [(8, 3)]
+    assert main([*_arguments("plan", config, run_folder, *by_epochs, "data.train=/nowhere"), "--json"]) == DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["totals"]["updates"], plan["totals"]["min_updates"], plan["totals"]["max_updates"]) == (None, 1, None)
 
 
 def test_plan_refuses_data_that_can_be_read_and_does_not_do(
