@@ -30,7 +30,8 @@ def describe(
     """Returns one JSON-ready row for every bucket of every phase, in order.
 
     `first_update`, `last_update`, `updates`, `samples` and `epochs` stand three times: exact (None when the data or the loss
-    decides), with `min_` and with `max_` (None when nothing bounds it).
+    decides), with `min_` and with `max_` (None when nothing bounds it). `samples` and `epochs` of several buckets follow their
+    shares, so a run may differ from them by an update.
 
     | key | meaning |
     |---|---|

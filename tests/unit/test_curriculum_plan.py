@@ -147,24 +147,6 @@ def test_phases_override_the_other_sections_and_the_rest_stays() -> None:
     assert dict(second.loss_weights) == {**first.loss_weights, "perceptual_weight": 0.1}
 
 
-def test_adapter_decides_the_moments_of_later_phases() -> None:
-    phases = plan({}, {}, {"moments": "keep"}, curriculum={"adapter": {"moments": "reset"}}).phases
-    assert [(p.moments, p.moment_scale) for p in phases] == [("keep", 1.0), ("reset", 0.0), ("keep", 1.0)]
-
-
-@pytest.mark.parametrize(("kind", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
-def test_learning_rate_scales_with_the_batch(kind: str, factor: float) -> None:
-    adapter = {"lr_scaling": kind, "reference_global_batch_size": 16}
-    phases = plan({"global_batch_size": 64}, curriculum={"adapter": adapter}).phases
-    assert phases[0].learning_rate.peak == pytest.approx(1e-3 * factor, rel=1e-15)
-
-
-def test_batch_scales_with_the_world() -> None:
-    adapter = {"batch_scaling": "world_size", "reference_world_size": 2}
-    bucket = plan({"global_batch_size": 8}, world_size=6, curriculum={"adapter": adapter}).phases[0].buckets[0]
-    assert (bucket.global_batch_size, bucket.micro_batch_size) == (24, 4)
-
-
 def test_buckets_have_their_own_batch_and_share() -> None:
     buckets = [
         {**SHAPE, "share": 0.75, "micro_batch_size": 1, "accumulation": 2},
