@@ -126,6 +126,7 @@ class VideoVAETrainer:
         plan = self.plan(world_size=dist.world_size())
         data = self.open_data()
         too_short = data.check(plan, self.source)
+        plan = data.with_lengths(plan, self.source)
         model = self._model if self._model is not None else build_model(self.config.model, seed=self.config.seed)
         unit = VideoVAEUnit(config=self.config, plan=plan, data=data, too_short=too_short, module=VideoVAE(model))
         return plan, unit
@@ -223,7 +224,7 @@ class VideoVAEUnit:
         return self.data.summary(self.too_short)
 
     def replacements(self) -> tuple[str, ...]:
-        """Returns snapped frame counts and a replaced perceptual network."""
+        """Returns snapped frame counts, a replaced perceptual network and clips that do not fit their bucket."""
         snapped = [
             f"phase {phase.name}: frames {bucket.requested_frames} -> {bucket.frames} (the model takes 1 + stride * k frames)"
             for phase in self.plan.phases
@@ -231,7 +232,8 @@ class VideoVAEUnit:
             if bucket.frames != bucket.requested_frames
         ]
         is_l2 = self._perceptual is not None and self._perceptual.active_mode == "l2"
-        return tuple(snapped + ["perceptual/mode=l2: no VGG16 weights, mean squared error in place of the network"] * is_l2)
+        network = ["perceptual/mode=l2: no VGG16 weights, mean squared error in place of the network"] if is_l2 else []
+        return (*snapped, *network, *self.data.replacements(self.plan))
 
 
 def _require_posterior(logvar: Tensor | None, phase: PhasePlan) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
 WORLDS = (1, 2)
@@ -124,7 +124,7 @@ def _copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
 def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any]:
     config = _config(case, folder, kind)
     torch.manual_seed(0)
-    model = TinyVAE()
+    model = TinyVideoVAE()
     torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
     clips = {"dataset": SyntheticVideoDataset(10, 9, 24, 24), "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1)}
     summary = VideoVAETrainer(config, model=model, **clips).train(resume="auto")
@@ -153,7 +153,7 @@ def _config(case: str, folder: Path, kind: str) -> VAETrainerConfig:
     return VAETrainerConfig.model_validate(
         {
             "output_dir": str(folder),
-            "model": {"source": "tests.TinyVAE", "spatial_stride": 4, "temporal_stride": 2},
+            "model": {"source": "given_in_code", "spatial_stride": 4, "temporal_stride": 2},
             "data": {"train": "unused", "num_workers": 0},
             "loss": {"perceptual_weight": 0.0, "kl_weight": 1e-3, "haar_weight": 0.1},
             "curriculum": {"phases": [low, high]},
@@ -163,24 +163,3 @@ def _config(case: str, folder: Path, kind: str) -> VAETrainerConfig:
             "report": {"flush_updates": 2},
         }
     )
-
-
-class TinyVAE(nn.Module):
-    """Strides 4 in space and 2 in time; a posterior, so that noise is drawn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Conv3d(3, 8, 3, stride=(1, 2, 2), padding=1)
-        self.norm = nn.GroupNorm(2, 8)
-        self.moments = nn.Conv3d(8, 8, 3, stride=2, padding=1)
-        self.grow = nn.ConvTranspose3d(4, 8, 3, stride=2, padding=1, output_padding=(0, 1, 1))
-        self.leave = nn.ConvTranspose3d(8, 3, (3, 4, 4), stride=(1, 2, 2), padding=1)
-
-    def encode(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = nn.functional.silu(self.norm(self.enter(video_BCTHW)))
-        mean, logvar = self.moments(hidden).chunk(2, dim=1)
-        return mean, logvar
-
-    def decode(self, latent: Tensor) -> Tensor:
-        decoded: Tensor = self.leave(nn.functional.silu(self.grow(latent)))
-        return decoded
