@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from itertools import chain
 
@@ -130,6 +131,18 @@ def test_ranks_together_read_the_same_batch_at_every_world_size(
         assert {len(samples) for samples in chain.from_iterable(ranks)} == {micro}
         together = chain.from_iterable(chain.from_iterable(ranks))
         assert sorted(together, key=lambda sample: sample.ordinal) == list(batch.samples)
+
+
+def test_samples_are_a_sequence_that_can_be_sent() -> None:
+    samples = _sampler([(3, 8)]).batch(0).samples
+    refs = list(samples)
+
+    assert [samples[place] for place in range(8)] == refs
+    assert list(samples[5:2:-1]) == refs[5:2:-1]
+    assert [ref.ordinal for ref in refs] == list(range(8))
+    received = pickle.loads(pickle.dumps(samples[2:6]))
+    assert received == samples[2:6] != samples[1:5]
+    assert len({received, samples[2:6], samples[1:5]}) == 2
 
 
 def test_seed_phase_and_epoch_change_the_order() -> None:
