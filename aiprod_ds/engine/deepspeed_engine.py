@@ -64,7 +64,7 @@ class DeepSpeedEngine:
         self.compute_dtype = TORCH_DTYPES[settings.precision]
         self._settings = settings
         self._optimizer_config = optimizer
-        self._groups = tuple(groups)
+        self._groups = tuple(group for group in groups if group.names)  # as DeepSpeed 0.19.8, runtime/engine.py:2348
         self._learning_rate = 0.0
         self._weight_decay = optimizer.weight_decay
         parameters = group_parameters(module, groups)
