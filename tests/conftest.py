@@ -29,6 +29,12 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(autouse=True)
+def _own_probe_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the probes of tests out of the user's cache folder."""
+    monkeypatch.setenv("AIPROD_DS_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "probes"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips `gpu` tests where no CUDA device may be used."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -124,7 +124,7 @@ class PhaseConfig(StrictModel):
     learning_rate: PositiveFloat
     """The highest rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The rate after the warm-up. `linear` and `cosine` need `updates` or `max_updates`."""
+    """The rate after the warm-up. `linear` and `cosine` end with the first of `updates`, `max_updates` and the epochs."""
     warmup_updates: NonNegativeInt = 0
     """Updates over which the rate rises linearly to the highest, counted from the phase's start."""
     final_learning_rate_ratio: Fraction = 0.1
@@ -203,11 +203,6 @@ def _length_problems(phase: PhaseConfig) -> Iterator[str]:
     ratio = phase.final_learning_rate_ratio
     if phase.schedule == "constant" and ratio != PhaseConfig.model_fields["final_learning_rate_ratio"].default:
         yield f"final_learning_rate_ratio: has no effect with schedule: constant, got {ratio}. Remove it."
-    if phase.schedule != "constant" and limit is None:
-        yield (
-            f"schedule: {phase.schedule} needs a known length, got a phase ended by epochs alone. "
-            "Set max_updates or use schedule: constant."
-        )
     if limit is None:
         return
     key = "updates" if phase.updates is not None else "max_updates"

@@ -1,4 +1,4 @@
-"""Lengths of the phases that end by epochs, once the sampler knows how many updates their passes over the data take."""
+"""Lengths and decays of the phases that end by epochs, once the sampler knows how many updates their passes take."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def with_epoch_lengths(plan: RunPlan, epoch_updates: Mapping[int, int], source: 
     phases: list[PhasePlan] = []
     first = UpdateRange(minimum=0, maximum=0)
     for phase in plan.phases:
-        length = phase.length if phase.end.epochs is None else _length(phase, epoch_updates[phase.index])
+        length, rate = phase.length, phase.learning_rate
+        if phase.end.epochs is not None:
+            length = _length(phase, epoch_updates[phase.index])
+            rate = replace(rate, updates=length.maximum)  # the decay ends with the epochs, not with a later max_updates
         warmup = phase.learning_rate.warmup_updates
         if length.maximum is not None and length.maximum <= warmup:
             problems.append(
@@ -34,7 +37,7 @@ def with_epoch_lengths(plan: RunPlan, epoch_updates: Mapping[int, int], source: 
                 f"{phase.end.epochs} epochs of {epoch_updates[phase.index]} updates together. "
                 "Raise epochs or min_updates, or lower warmup_updates."
             )
-        phases.append(replace(phase, first=first, length=length))
+        phases.append(replace(phase, first=first, length=length, learning_rate=rate))
         first = first + length
     if problems:
         raise PlanError(problems)

@@ -32,7 +32,7 @@ class LearningRateSchedule:
         peak: Highest rate, > 0.
         kind: Shape after the warm-up.
         warmup_updates: Length of the warm-up, >= 0 and below `updates`.
-        updates: Length of the phase; None when it is open, which only `constant` allows.
+        updates: Length of the phase; None while only the data can tell it, and then the rate does not decay.
         final_ratio: Final rate over peak, in [0, 1]; without effect for `constant`.
     """
 

@@ -160,7 +160,7 @@ class TensorVideoDataset:
 
     def _step(self, request: ClipRequest, fps: float | None) -> float:
         """Returns how many frames of the item lie between two frames of the clip."""
-        if request.frame_rate_hz is None:
+        if request.frame_rate_hz is None or request.frames == 1:
             return 1.0
         if fps is None:
             raise DataError(

@@ -43,7 +43,7 @@ class MicroBatch:
     """
 
     video: Tensor
-    samples: tuple[SampleRef, ...]
+    samples: Sequence[SampleRef]
     bucket: int
     position: int
 
@@ -130,7 +130,7 @@ class ClipLoader:
 class _Description:
     """A micro-batch to be read."""
 
-    samples: tuple[SampleRef, ...]
+    samples: Sequence[SampleRef]
     bucket: int
     position: int
 

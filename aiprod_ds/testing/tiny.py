@@ -1,4 +1,4 @@
-"""Small things to train in tests, of this project and of its users: they take milliseconds and keep every rule of the real ones."""
+"""Small things to train in tests, of this project and of its users."""
 
 from __future__ import annotations
 

@@ -50,6 +50,7 @@ def test_epoch_lengths_close_the_bounds() -> None:
     assert [(p.length.minimum, p.length.maximum) for p in known.phases] == [(13, 13), (10, 10), (5, 40), (6, 6), (10, 10)]
     assert [(p.first.minimum, p.first.maximum) for p in known.phases] == [(0, 0), (13, 13), (23, 23), (28, 63), (34, 69)]
     assert known.total == UpdateRange(minimum=44, maximum=79)
+    assert [p.learning_rate.updates for p in known.phases] == [13, 10, 40, 6, None], "a decay ends with the epochs"
 
 
 def test_epochs_shorter_than_the_warm_up_are_refused_all_at_once() -> None:

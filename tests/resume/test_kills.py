@@ -1,0 +1,224 @@
+"""SIGKILL inside phase changes: whatever is killed when, the run goes on from before or after the change, never from a mixture.
+
+A server process imports everything once and forks the ranks of each attempt, so that an attempt takes about two seconds. The
+ranks are real processes with a gloo group of their own; they write real checkpoints and die by a real SIGKILL at a random moment
+between the last update of a phase and the first of the next.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KILLS = {1: 10, 3: 10}  # by ZeRO stage
+PHASES, UPDATES_PER_PHASE = 16, 2
+RANKS = 2
+ATTEMPT_SECONDS = 120
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=KILLS, ids=lambda stage: f"zero{stage}")
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, stage = tmp_path_factory.mktemp("kills"), request.param
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder), str(stage), str(KILLS[stage])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    results: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
+    return results
+
+
+def test_every_kill_hit_a_phase_change(outcome: dict[str, Any]) -> None:
+    assert len(outcome["kills"]) == KILLS[outcome["stage"]]
+    assert {kill["target"] for kill in outcome["kills"]} == {"rank 0", "rank 1", "all"}
+
+
+def test_every_kill_left_a_whole_checkpoint_of_before_or_after(outcome: dict[str, Any]) -> None:
+    for kill in outcome["kills"]:
+        edge = kill["edge"]
+        clock = kill["newest"]
+        assert clock["updates"] in (edge - 1, edge), f"{kill}: a checkpoint stands at every update"
+        assert clock["phase"] == (clock["updates"] - 1) // UPDATES_PER_PHASE, f"{kill}: saved before the phase moved on"
+
+
+def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, Any]) -> None:
+    assert outcome["killed"]["sha256"] == outcome["whole"]["sha256"]
+    assert outcome["killed"]["rows"] == outcome["whole"]["rows"]
+    assert len(outcome["whole"]["rows"]) >= PHASES * UPDATES_PER_PHASE
+
+
+# Below runs in the server and in the ranks that it forks.
+
+
+def serve(folder: Path, stage: int, kills: int) -> None:
+    """Trains a whole run, then one that dies `kills` times, and writes what was seen to `outcome.json`."""
+    import deepspeed  # noqa: F401  the ranks are forked with everything imported
+    from matplotlib.figure import Figure
+
+    from aiprod_ds.checkpoint.store import CheckpointStore
+
+    Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]  # plots take longer than training here
+    chance = random.Random(stage)
+    whole = folder / "whole"
+    assert _wait(_start(whole, stage)) == [0] * RANKS, "the run that nobody kills"
+    change_seconds = _longest_phase_change(whole)
+    killed, seen = folder / "killed", []
+    while len(seen) < kills:
+        events = _events(killed)
+        ranks = _start(killed, stage)
+        edge = _await_phase_end(killed, events)
+        time.sleep(chance.uniform(0.0, 1.2 * change_seconds))
+        target = ("rank 0", "rank 1", "all")[len(seen) % 3]
+        for rank in ranks if target == "all" else [ranks[int(target[-1])]]:
+            os.kill(rank, signal.SIGKILL)
+        codes = _wait(ranks)
+        assert any(code != 0 for code in codes), f"{target}: must have died, got exit codes {codes}"
+        newest = CheckpointStore(killed / "checkpoints").newest()
+        assert newest is not None
+        clock = newest.state.clock
+        if clock.updates <= edge:  # otherwise the next phase had begun when the signal came
+            seen.append({"target": target, "edge": edge, "newest": clock.to_dict()})
+    assert _wait(_start(killed, stage)) == [0] * RANKS, "the last attempt"
+    outcome = {"stage": stage, "kills": seen, "whole": _result(whole), "killed": _result(killed)}
+    (folder / "outcome.json").write_text(json.dumps(outcome))
+
+
+def _start(folder: Path, stage: int) -> list[int]:
+    from aiprod_ds.testing.dist import free_port
+
+    port = free_port()
+    ranks = []
+    for rank in range(RANKS):
+        process = os.fork()
+        if process == 0:
+            _be_rank(rank, port, folder, stage)
+        ranks.append(process)
+    return ranks
+
+
+def _be_rank(rank: int, port: int, folder: Path, stage: int) -> None:
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        _train(folder, stage)
+        code = 0
+    except BaseException:
+        logging.getLogger(__name__).exception("rank %d", rank)
+    finally:
+        os._exit(code)
+
+
+def _train(folder: Path, stage: int) -> None:
+    import torch
+
+    from aiprod_ds.config.vae import VAETrainerConfig
+    from aiprod_ds.data.synthetic import SyntheticVideoDataset
+    from aiprod_ds.engine import dist
+    from aiprod_ds.testing.tiny import TinyVideoVAE
+    from aiprod_ds.train.video_vae import VideoVAETrainer
+
+    with dist.process_group(timeout_seconds=60):
+        if dist.is_main():
+            handler = logging.FileHandler(f"{folder}.log")
+            logging.getLogger("aiprod_ds").addHandler(handler)
+            logging.getLogger("aiprod_ds").setLevel(logging.INFO)
+        torch.manual_seed(0)
+        clips = {"dataset": SyntheticVideoDataset(6, 5, 24, 24), "validation": SyntheticVideoDataset(2, 5, 24, 24, seed=1)}
+        config = VAETrainerConfig.model_validate(_config(folder, stage))
+        VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
+
+
+def _config(folder: Path, stage: int) -> dict[str, Any]:
+    policies: tuple[dict[str, Any], ...] = ({}, {"moments": "reset"}, {"moments": "decay", "moment_decay": 0.5})
+    phases = [
+        {
+            "name": f"phase_{index}",
+            "resolution": ("16x16", "24x24", "16x24")[index % 3],
+            "duration": {"frames": (5, 3)[index % 2]},
+            "global_batch_size": (4, 8)[index % 2],
+            "accumulation": (1, 2)[index % 2],
+            "updates": UPDATES_PER_PHASE,
+            "learning_rate": 1e-3 * (1 + index % 4),
+            "weight_decay": 0.01 * (index % 3),
+            "activation_checkpointing": index % 4 == 1,
+            **(policies[index % 3] if index else {}),
+        }
+        for index in range(PHASES)
+    ]
+    return {
+        "output_dir": str(folder),
+        "model": {"source": "given_in_code", "spatial_stride": 4, "temporal_stride": 2},
+        "data": {"train": "unused", "num_workers": 0},
+        "loss": {"perceptual_weight": 0.0, "kl_weight": 1e-3},
+        "curriculum": {"phases": phases},
+        "engine": {"deepspeed_config": str(Path(__file__).parents[2] / "ds_configs" / f"zero{stage}_fp32.json")},
+        "checkpoint": {"every_updates": 1},
+        "evaluation": {"max_clips": 1, "num_pictures": 0},
+        "report": {"flush_updates": 1},
+    }
+
+
+def _events(folder: Path) -> int:
+    log = Path(f"{folder}.log")
+    return log.read_text().count("phase_ends") if log.is_file() else 0
+
+
+def _await_phase_end(folder: Path, before: int) -> int:
+    """Returns the update at which a phase ended, as soon as one more has ended than `before`."""
+    deadline = time.monotonic() + ATTEMPT_SECONDS
+    while _events(folder) <= before:
+        assert time.monotonic() < deadline, "no phase ended"
+        time.sleep(0.002)
+    line = next(line for line in reversed(Path(f"{folder}.log").read_text().splitlines()) if "phase_ends" in line)
+    return int(line.split("update=")[1].split()[0])
+
+
+def _wait(ranks: list[int]) -> list[int]:
+    """Returns the exit codes; a rank that outlives a dead one by 30 s is killed too."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + ATTEMPT_SECONDS
+    while len(codes) < len(ranks):
+        for rank in (rank for rank in ranks if rank not in codes):
+            done, status = os.waitpid(rank, os.WNOHANG)
+            if done:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                if codes[rank] != 0:
+                    deadline = min(deadline, time.monotonic() + 30)
+            elif time.monotonic() > deadline:
+                os.kill(rank, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[rank] for rank in ranks]
+
+
+def _longest_phase_change(folder: Path) -> float:
+    from aiprod_ds.report.jsonl import read_metrics
+
+    name = "time/phase_change_seconds"
+    return max(metrics[name] for _, metrics in read_metrics(folder / "metrics.jsonl") if name in metrics)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    from aiprod_ds.report.jsonl import read_metrics
+
+    measured = ("time/", "throughput/", "memory/")
+    rows = [
+        [update, {name: value for name, value in metrics.items() if not name.startswith(measured)}]
+        for update, metrics in read_metrics(folder / "metrics.jsonl")
+    ]
+    return {"sha256": json.loads((folder / "report.json").read_text())["final_state_sha256"], "rows": rows}
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
