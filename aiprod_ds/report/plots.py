@@ -60,7 +60,7 @@ def save_plots(rows: Sequence[MetricRow], folder: Path, *, phase_names: Sequence
         ("loss.png", ("loss/",), "Loss terms, raw and smoothed"),
         ("quality.png", ("evaluation/",), "Held-out clips"),
         ("training.png", ("learning_rate", "gradient/", "latent/"), "Learning rate, gradient, latents"),
-        ("speed.png", ("throughput/", "time/", "memory/"), "Speed and memory"),
+        ("speed.png", ("throughput/", "time/update_seconds", "time/data_wait_seconds", "memory/"), "Speed and memory"),
     )
     pictures = []
     for file_name, prefixes, caption in figures:

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from aiprod_ds.testing.dist import kill_session
+
 KILLS = {1: 10, 3: 10}  # by ZeRO stage
 PHASES, UPDATES_PER_PHASE = 16, 2
 RANKS = 2
@@ -28,15 +30,29 @@ ATTEMPT_SECONDS = 120
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=KILLS, ids=lambda stage: f"zero{stage}")
-def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder, stage = tmp_path_factory.mktemp("kills"), request.param
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What each stage's server saw; they run side by side."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(stage), str(KILLS[stage])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    results: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
-    return results
+    folder = tmp_path_factory.mktemp("kills")
+    servers = {}
+    for stage, kills in KILLS.items():
+        (folder / str(stage)).mkdir()
+        command = [sys.executable, __file__, str(folder / str(stage)), str(stage), str(kills)]
+        output = (folder / f"{stage}.txt").open("w")
+        servers[stage] = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        for stage, server in servers.items():
+            assert server.wait(timeout=500) == 0, (folder / f"{stage}.txt").read_text()[-8000:]
+    finally:
+        for server in servers.values():
+            kill_session(server.pid)
+    return {stage: json.loads((folder / str(stage) / "outcome.json").read_text()) for stage in KILLS}
+
+
+@pytest.fixture(params=KILLS, ids=lambda stage: f"zero{stage}")
+def outcome(outcomes: dict[int, dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    return outcomes[request.param]
 
 
 def test_every_kill_hit_a_phase_change(outcome: dict[str, Any]) -> None:
