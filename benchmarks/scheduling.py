@@ -12,13 +12,11 @@ It does not show the first update of a pass, which makes the permutation of its 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
-from typing import Any
+
+from result_file import figure, write_result
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.phase import PlateauConfig
@@ -26,7 +24,6 @@ from aiprod_ds.curriculum.lr import LearningRateSchedule
 from aiprod_ds.curriculum.phase import BucketPlan, PhaseEnd, PhasePlan, RunPlan, UpdateRange
 from aiprod_ds.curriculum.scheduler import CurriculumScheduler
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler, rank_slice
-from aiprod_ds.report.environment import describe_environment
 
 _BATCHES = (8, 64, 256)
 _MICRO_BATCH = 8
@@ -52,11 +49,11 @@ def main() -> None:
             case = f"global batch {batch}, {mix}"
             for metric, goal, make in _parts(batch, shares, arguments.updates):
                 runs = [_microseconds(make(), arguments.updates) for _ in range(arguments.runs)]
-                rows.append(_row(case, metric, runs, goal))
+                rows.append(figure(case, metric, "us", runs, goal=goal))
             rows.append(
-                _row(case, f"first batch of a pass over {_CLIPS} clips", _first_batches(batch, shares, arguments.runs), None)
+                figure(case, f"first batch of a pass over {_CLIPS} clips", "us", _first_batches(batch, shares, arguments.runs))
             )
-    _write(arguments.output, rows)
+    write_result(arguments.output, "scheduling", rows)
 
 
 def _parts(batch: int, shares: tuple[float | None, ...], updates: int) -> list[tuple[str, float | None, Callable[[], Update]]]:
@@ -158,26 +155,6 @@ def _first_batches(batch: int, shares: tuple[float | None, ...], runs: int) -> l
         sampler.batch(position)
         found.append((time.process_time() - began) * 1e6)
     return found
-
-
-def _row(case: str, metric: str, runs: list[float], goal: float | None) -> dict[str, Any]:
-    row = {"case": case, "metric": metric, "value": statistics.median(runs), "unit": "us", "spread": max(runs) - min(runs)}
-    return row | {"runs": runs, "goal": goal}
-
-
-def _write(output: Path, rows: list[dict[str, Any]]) -> None:
-    environment = describe_environment()
-    result = {
-        "name": "scheduling",
-        "date": date.today().isoformat(),
-        **{key: environment[key] for key in ("hardware", "versions", "command")},
-        "commit": (environment["git"] or {}).get("commit"),
-        "rows": rows,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    for row in rows:
-        print(f"{row['case']}: {row['metric']} {row['value']:.4g} {row['unit']}")
 
 
 if __name__ == "__main__":

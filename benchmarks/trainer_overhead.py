@@ -12,16 +12,15 @@ process that has trained before).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import figure, write_result
 
 from aiprod_ds.config.loader import load_config
 from aiprod_ds.config.vae import VAETrainerConfig
@@ -29,7 +28,6 @@ from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.video_vae import VideoVAE
-from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
@@ -56,7 +54,7 @@ def main() -> None:
             bare.append(_bare_seconds(clips, arguments.updates))
             trainer.append(_trainer_rows(clips, arguments.updates)[0])
         _, memory = _trainer_rows(clips, arguments.memory_updates)
-    _write(arguments, bare, trainer, memory)
+    write_result(arguments.output, "trainer_overhead", _rows(bare, trainer, memory))
 
 
 def _bare_seconds(clips: SyntheticVideoDataset, updates: int) -> float:
@@ -114,34 +112,15 @@ def _config(folder: Path, updates: int) -> VAETrainerConfig:
     return VAETrainerConfig.model_validate(values)
 
 
-def _write(arguments: argparse.Namespace, bare: list[float], trainer: list[float], memory: list[float]) -> None:
+def _rows(bare: list[float], trainer: list[float], memory: list[float]) -> list[dict[str, Any]]:
     overhead = 100 * (statistics.median(trainer) / statistics.median(bare) - 1)
-    early, late = statistics.median(memory[50:100]), statistics.median(memory[-50:])
-    rows = [
-        _row("bare DeepSpeed loop", "seconds per update", statistics.median(bare), "s", bare, None),
-        _row("trainer", "seconds per update", statistics.median(trainer), "s", trainer, None),
-        _row("trainer over bare loop", "overhead", overhead, "%", [], 5.0),
-        _row(
-            f"trainer, {arguments.memory_updates} updates", "growth of resident memory", (late - early) / 2**20, "MiB", [], None
-        ),
+    growth = (statistics.median(memory[-50:]) - statistics.median(memory[50:100])) / 2**20
+    return [
+        figure("bare DeepSpeed loop", "seconds per update", "s", bare),
+        figure("trainer", "seconds per update", "s", trainer),
+        figure("trainer over bare loop", "overhead", "%", [overhead], goal=5.0),
+        figure(f"trainer, {len(memory) - _WARM_UP} updates", "growth of resident memory", "MiB", [growth]),
     ]
-    environment = describe_environment()
-    result = {
-        "name": "trainer_overhead",
-        "date": date.today().isoformat(),
-        **{key: environment[key] for key in ("hardware", "versions", "command")},
-        "commit": (environment["git"] or {}).get("commit"),
-        "rows": rows,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    for row in rows:
-        print(f"{row['case']}: {row['metric']} {row['value']:.4g} {row['unit']}")
-
-
-def _row(case: str, metric: str, value: float, unit: str, runs: list[float], goal: float | None) -> dict[str, Any]:
-    spread = max(runs) - min(runs) if runs else None
-    return {"case": case, "metric": metric, "value": value, "unit": unit, "spread": spread, "runs": runs, "goal": goal}
 
 
 if __name__ == "__main__":
