@@ -1,8 +1,8 @@
 """How long is a run between two phases, against stopping it and starting a new process for the next phase?
 
 Both sides train the quickstart's tiny LTX-Video VAE on the shipped clips, one process, ZeRO-1 fp32, 64x64 and 9 frames, then
-96x96 and 17 frames. The first changes the phase inside the run. The second trains the first phase, ends, and a new process goes on
-from its checkpoint with the second phase added. Both times are read from outside: from the moment when the row of the first
+96x96 and 17 frames. The first changes the phase inside the run. The second trains the first phase, ends, and a new process goes
+on from its checkpoint with the second phase added. Both times are read from outside: from the moment when the row of the first
 phase's last update appears in metrics.jsonl to the row of the next update, less that update's own computing and the wait for
 its first batch. Evaluation and checkpoint at the edge are part of both.
 
