@@ -1,4 +1,5 @@
-"""What media there is: a folder or table becomes a `Manifest` of probed, hashed, readable clips. An image is a clip of one frame.
+"""What media there is: a folder or table becomes a `Manifest` of probed, hashed, readable clips. An image is a clip of one frame;
+where sound is asked for, a clip is the sound of an audio file or a video.
 
 Owns finding files, reading tables and splitting; `probe.py` looks into files. Called by `check`, `plan` and the trainers.
 """
@@ -10,20 +11,28 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aiprod_ds.data.probe import MediaRecord, ProbeCache, probe_audio
+from aiprod_ds.data.probe import MediaRecord, Medium, ProbeCache, probe_audio
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
 IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
+AUDIO_EXTENSIONS = frozenset(
+    {".aac", ".ac3", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"}
+)
 TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
 
-_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+_EXTENSIONS: Mapping[Medium, frozenset[str]] = {
+    "video": IMAGE_EXTENSIONS | VIDEO_EXTENSIONS,
+    "sound": AUDIO_EXTENSIONS | VIDEO_EXTENSIONS,
+}
+# The first of these columns that a row fills names its clip.
+_COLUMNS: Mapping[Medium, tuple[str, ...]] = {"video": ("video", "media_path"), "sound": ("audio", "video", "media_path")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +50,7 @@ class Manifest:
     root: Path
     records: tuple[MediaRecord, ...]
     unreadable: tuple[Unreadable, ...] = ()
+    medium: Medium = "video"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +60,15 @@ class _Entry:
     caption: str | None = None
 
 
-def scan(source: Path, *, cache: Path | None = None) -> Manifest:
+def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -> Manifest:
     """Probes every clip of `source`; a clip that cannot be read is listed in `unreadable`, not raised.
 
     Args:
         source: A folder, searched recursively and sorted by path, or a CSV, JSON or JSONL table with the column `video` or
-            `media_path` and optionally `audio` and `caption`; its paths are relative to the table's folder.
+            `media_path` and optionally `audio` and `caption`; its paths are relative to the table's folder. For sounds, `audio`
+            comes first: a file named there is taken in place of the video's own sound.
         cache: File in which probes are kept between runs (`ProbeCache`); None probes every clip.
+        medium: `sound` takes audio files and the sound of videos, and decodes each once to the end.
 
     Raises:
         DataError: If `source` does not exist or the table is malformed.
@@ -64,8 +76,8 @@ def scan(source: Path, *, cache: Path | None = None) -> Manifest:
     if not source.exists():
         raise DataError(f"{source}: must be a folder or a CSV, JSON or JSONL manifest, got nothing there. Correct the path.")
     root = source if source.is_dir() else source.parent
-    entries = _entries_of_folder(source) if source.is_dir() else _entries_of_table(source)
-    probes = ProbeCache(cache)
+    entries = _entries_of_folder(source, medium) if source.is_dir() else _entries_of_table(source, medium)
+    probes = ProbeCache(cache, medium=medium)
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
     for entry in entries:
@@ -74,7 +86,7 @@ def scan(source: Path, *, cache: Path | None = None) -> Manifest:
         except DataError as error:
             unreadable.append(Unreadable(path=entry.path, reason=str(error)))
     probes.save()
-    return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable))
+    return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable), medium=medium)
 
 
 def require_readable(manifest: Manifest, max_unreadable_fraction: float) -> None:
@@ -86,8 +98,8 @@ def require_readable(manifest: Manifest, max_unreadable_fraction: float) -> None
     broken, total = len(manifest.unreadable), len(manifest.unreadable) + len(manifest.records)
     if total == 0:
         raise DataError(
-            f"{manifest.root}: must hold at least one video clip, got none. "
-            f"Add files ending in {', '.join(sorted(_EXTENSIONS))} or name another folder or manifest."
+            f"{manifest.root}: must hold at least one {manifest.medium} clip, got none. "
+            f"Add files ending in {', '.join(sorted(_EXTENSIONS[manifest.medium]))} or name another folder or manifest."
         )
     if manifest.records and broken <= max_unreadable_fraction * total:
         return
@@ -136,8 +148,8 @@ def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:
     return videos if len({record.sha256 for record in videos}) > 1 else records
 
 
-def _entries_of_folder(folder: Path) -> Iterator[_Entry]:
-    files = (file for file in _walk(folder) if file.suffix.lower() in _EXTENSIONS and file.is_file())
+def _entries_of_folder(folder: Path, medium: Medium) -> Iterator[_Entry]:
+    files = (file for file in _walk(folder) if file.suffix.lower() in _EXTENSIONS[medium] and file.is_file())
     for path in sorted(file.relative_to(folder).as_posix() for file in files):
         yield _Entry(path=path)
 
@@ -155,14 +167,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, file) for file in files)
 
 
-def _entries_of_table(table: Path) -> list[_Entry]:
+def _entries_of_table(table: Path, medium: Medium) -> list[_Entry]:
     if table.suffix.lower() not in TABLE_EXTENSIONS:
         raise DataError(f"{table}: a manifest must end in .csv, .json or .jsonl, got {table.suffix!r}. Rename or convert it.")
     try:
         rows = list(_rows(table))
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file.") from error
-    return [_entry(table, number, row) for number, row in enumerate(rows, start=1)]
+    return [_entry(table, number, row, medium) for number, row in enumerate(rows, start=1)]
 
 
 def _rows(table: Path) -> Iterable[Any]:
@@ -178,18 +190,18 @@ def _rows(table: Path) -> Iterable[Any]:
     return rows
 
 
-def _entry(table: Path, number: int, row: Any) -> _Entry:
+def _entry(table: Path, number: int, row: Any, medium: Medium) -> _Entry:
     columns = row if isinstance(row, dict) else {}
-    path = columns.get("video") or columns.get("media_path")
+    path = next((columns[name] for name in _COLUMNS[medium] if columns.get(name)), None)
     if not isinstance(path, str):
-        raise DataError(
-            f"{table}: row {number}: must name a file in column 'video' or 'media_path', got {row!r}. Add it or drop the row."
-        )
-    return _Entry(path=path, audio=columns.get("audio") or None, caption=columns.get("caption") or None)
+        names = " or ".join(repr(name) for name in _COLUMNS[medium])
+        raise DataError(f"{table}: row {number}: must name a file in column {names}, got {row!r}. Add it or drop the row.")
+    audio = columns.get("audio") or None if medium == "video" else None
+    return _Entry(path=path, audio=audio, caption=columns.get("caption") or None)
 
 
 def _record(root: Path, entry: _Entry, probes: ProbeCache) -> MediaRecord:
-    record = replace(probes.video(root / entry.path), path=entry.path, caption=entry.caption)
+    record = replace(probes.record(root / entry.path), path=entry.path, caption=entry.caption)
     if entry.audio is None:
         return record
     rate_hz, channels = probe_audio(root / entry.audio)

@@ -1,6 +1,6 @@
 """What one media file holds: probed once, remembered while the file's size and modification time stay as they were.
 
-Owns facts about files; `manifest.py` decides which files there are, `video.py` decodes them.
+Owns facts about files; `manifest.py` decides which files there are, `video.py` and `audio.py` decode them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import av
+import numpy as np
 
+from aiprod_ds.data.audio import check_channels
+from aiprod_ds.data.sound_file import SoundFile
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import file_sha256, write_atomically
 
 _CACHE_VARIABLE = "AIPROD_DS_CACHE_DIR"
 # What probed the files: a cache of another format, or of another FFmpeg, is not believed.
-_PROBED_BY = f"1, PyAV {av.__version__}"
+_PROBED_BY = f"2, PyAV {av.__version__}"
 _RATE_TOLERANCE = 0.01
+# Codecs overshoot full scale by a few dB; beyond 12 dB the samples are integers that somebody stored as floats.
+_MAX_PEAK = 4.0
+Medium = Literal["video", "sound"]
+"""What of a file counts: its pictures, or its sound alone."""
 _Facts = TypeVar("_Facts")
 _log = logging.getLogger(__name__)
 
@@ -31,7 +38,8 @@ _log = logging.getLogger(__name__)
 class MediaRecord:
     """One readable clip: `path` relative to the manifest's root, frames >= 1, seconds = frames / fps, pixels as displayed.
 
-    An image has one frame; its `fps` is what FFmpeg assumes and means nothing.
+    An image has one frame; its `fps` is what FFmpeg assumes and means nothing. A sound is a clip of 1x1 whose frames are its
+    samples and whose `fps` is its sample rate; `audio_peak` is its largest absolute sample, known of sounds only.
     """
 
     path: str
@@ -43,6 +51,7 @@ class MediaRecord:
     seconds: float
     audio_rate_hz: int | None = None
     audio_channels: int | None = None
+    audio_peak: float | None = None
     caption: str | None = None
 
 
@@ -51,15 +60,18 @@ class ProbeCache:
 
     Args:
         file: JSON in which probes are kept between runs; None keeps none. If it cannot be read or written, the log says so and
-            the files are probed.
+            the files are probed. One file is for one medium: probes of the other are not believed.
+        medium: What of the files counts.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, *, medium: Medium = "video") -> None:
         self._file = file
-        self._known = {} if file is None else _read_probes(file)
+        self._probe = _probe_video if medium == "video" else _probe_sound
+        self._probed_by = f"{_PROBED_BY}, {medium}"
+        self._known = {} if file is None else _read_probes(file, self._probed_by)
         self._seen: dict[str, _Probe] = {}
 
-    def video(self, file: Path) -> MediaRecord:
+    def record(self, file: Path) -> MediaRecord:
         """Returns what `file` holds, with its whole name as `path`.
 
         Raises:
@@ -71,7 +83,7 @@ class ProbeCache:
             raise DataError(f"cannot be opened: {error.strerror}") from error
         key, stamp = str(file.absolute()), (status.st_size, status.st_mtime_ns)
         known = self._known.get(key)
-        record = known.record if known is not None and known.stamp == stamp else _guarded(file, _probe_video)
+        record = known.record if known is not None and known.stamp == stamp else _guarded(file, self._probe)
         self._seen[key] = _Probe(stamp=stamp, record=record)
         return record
 
@@ -79,7 +91,7 @@ class ProbeCache:
         """Keeps the probes of this scan; those of files that it did not ask for are forgotten."""
         if self._file is None or self._seen == self._known:
             return
-        content = {"probed_by": _PROBED_BY, "probes": {key: asdict(probe) for key, probe in self._seen.items()}}
+        content = {"probed_by": self._probed_by, "probes": {key: asdict(probe) for key, probe in self._seen.items()}}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, json.dumps(content))
@@ -87,8 +99,8 @@ class ProbeCache:
             _log.warning("probe cache is not written, the next run probes again: file=%s error=%s", self._file, error)
 
 
-def default_probe_cache(source: Path) -> Path | None:
-    """Returns where the probes of `source` are kept between runs: one file a source in the user's cache folder.
+def default_probe_cache(source: Path, *, medium: Medium = "video") -> Path | None:
+    """Returns where the probes of `source` are kept between runs: one file a source and medium in the user's cache folder.
 
     That is `$AIPROD_DS_CACHE_DIR`, else `$XDG_CACHE_HOME/aiprod_ds`, else `~/.cache/aiprod_ds`, never beside the data, which may
     be shared or read-only. None when there is no home either.
@@ -99,7 +111,7 @@ def default_probe_cache(source: Path) -> Path | None:
     except RuntimeError:
         return None
     name = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
-    return folder / f"probes-{name}.json"
+    return folder / (f"probes-{name}.json" if medium == "video" else f"sounds-{name}.json")
 
 
 def probe_audio(file: Path) -> tuple[int, int]:
@@ -119,11 +131,11 @@ class _Probe:
     record: MediaRecord
 
 
-def _read_probes(file: Path) -> dict[str, _Probe]:
+def _read_probes(file: Path, probed_by: str) -> dict[str, _Probe]:
     """Returns the cached probes; none if there is no file, or another version wrote it, or it is damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["probed_by"] != _PROBED_BY:
+        if content["probed_by"] != probed_by:
             return {}
         return {
             key: _Probe(stamp=tuple(probe["stamp"]), record=MediaRecord(**probe["record"]))
@@ -197,3 +209,30 @@ def _probe_audio(file: Path) -> tuple[int, int]:
             raise DataError(f"its audio file {file.name} holds no audio stream")
         stream = container.streams.audio[0]
         return stream.rate, stream.channels
+
+
+def _probe_sound(file: Path) -> MediaRecord:
+    """Decodes the whole sound: headers lie about lengths, and a NaN or damage in the middle must be found before training."""
+    samples, peak = 0, 0.0
+    with SoundFile(file) as sound:
+        for piece in sound.pieces():
+            if not np.isfinite(piece.wave).all():
+                raise DataError(f"holds NaN or infinity after sample {piece.start}")
+            samples += piece.wave.shape[1]
+            peak = max(peak, float(np.abs(piece.wave).max()))
+        rate_hz, channels = sound.sample_rate_hz, sound.channels
+    if peak > _MAX_PEAK:
+        raise DataError(f"its samples must be in [-1, 1], got a peak of {peak:g}")
+    check_channels(channels)
+    return MediaRecord(
+        path=str(file),
+        sha256=file_sha256(file),
+        frames=samples,
+        fps=float(rate_hz),
+        height=1,
+        width=1,
+        seconds=samples / rate_hz,
+        audio_rate_hz=rate_hz,
+        audio_channels=channels,
+        audio_peak=peak,
+    )

@@ -1,0 +1,102 @@
+"""From a file to the samples of a training clip: decodes an exact part, then converts channels and rate.
+
+Owns samples and time; what a file holds is `probe.py`'s, what is asked is `audio_dataset.py`'s. PyAV's errors end here.
+Shapes: C channels, N samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import torch
+from torch import Tensor
+
+from aiprod_ds.data.resampling import check_rates, input_window, resample_window, resampled_length
+from aiprod_ds.data.sound_file import SoundFile
+from aiprod_ds.errors import DataError
+
+MAX_CHANNELS = 2
+
+
+def decode_audio(path: Path, *, start_sample: int, num_samples: int, sample_rate_hz: int, channels: int) -> Tensor:
+    """Decodes a part of a sound file or of a video's sound.
+
+    The part is the same part of the whole file decoded and resampled, wherever it starts: bit for bit at the file's own rate,
+    within 2e-6 at another.
+
+    Args:
+        path: The file.
+        start_sample: The first sample, counted at `sample_rate_hz` from the file's first.
+        num_samples: How many samples, at least 1.
+        sample_rate_hz: Rate of the result.
+        channels: 1 averages a stereo file, 2 repeats a mono file.
+
+    Returns:
+        [channels,num_samples] float32 in [-1,1]; what a codec or the resampler puts beyond 1 is clipped.
+
+    Raises:
+        DataError: If the file holds no sound or more than two channels, the part is damaged or not finite, the file ends too
+            early, or its rate has no simple ratio to `sample_rate_hz`. A codec without redundancy decodes some damage to wrong
+            samples, which nobody can see.
+    """
+    try:
+        with SoundFile(path) as sound:
+            own_hz = sound.sample_rate_hz
+            window = input_window(start_sample, num_samples, from_hz=own_hz, to_hz=sample_rate_hz)
+            wave_CN = torch.from_numpy(sound.read(window.start, window.stop))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise DataError(f"{path}: must be decodable sound, got: {error}. Repair or remove the file.") from error
+    if wave_CN.shape[1] < len(window):
+        total = resampled_length(window.start + wave_CN.shape[1], from_hz=own_hz, to_hz=sample_rate_hz)
+        if total < start_sample + num_samples:
+            raise DataError(
+                f"{path}: must have {num_samples} samples at {sample_rate_hz} Hz from sample {start_sample} on, "
+                f"got {max(0, total - start_sample)}. Ask for fewer samples, start earlier or remove the file."
+            )
+    return fit_sound(wave_CN, start_sample, num_samples, from_hz=own_hz, to_hz=sample_rate_hz, channels=channels, where=str(path))
+
+
+def fit_sound(window_CN: Tensor, start: int, num_samples: int, *, from_hz: int, to_hz: int, channels: int, where: str) -> Tensor:
+    """Brings a part of a sound to the rate and channels that a model takes.
+
+    Args:
+        window_CN: [C,N] floating: the samples of `resampling.input_window`.
+        start: First sample of the result, counted at `to_hz`.
+        num_samples: Length of the result.
+        from_hz: Rate of `window_CN`.
+        to_hz: Rate of the result.
+        channels: 1 or 2.
+        where: How messages name the sound.
+
+    Returns:
+        [channels,num_samples] float32 in [-1,1], contiguous.
+
+    Raises:
+        DataError: If a sample is not finite, there are more than two channels, or the rates have no simple ratio.
+    """
+    if not bool(window_CN.isfinite().all()):
+        raise DataError(f"{where}: samples must be finite, got NaN or infinity. Repair or remove it.")
+    try:
+        check_channels(window_CN.shape[0])
+        check_rates(from_hz=from_hz, to_hz=to_hz)
+    except DataError as error:
+        raise DataError(f"{where}: {error}.") from error
+    wave_CN = resample_window(_with_channels(window_CN.float(), channels), start, num_samples, from_hz=from_hz, to_hz=to_hz)
+    return wave_CN.clamp(-1.0, 1.0).contiguous()
+
+
+def check_channels(channels: int) -> None:
+    """Checks that a sound is mono or stereo.
+
+    Raises:
+        DataError: If it has more channels; names no file.
+    """
+    if channels > MAX_CHANNELS:
+        raise DataError(f"it must be mono or stereo, got {channels} channels. Mix it down to stereo")
+
+
+def _with_channels(wave_CN: Tensor, channels: int) -> Tensor:
+    if wave_CN.shape[0] == channels:
+        return wave_CN
+    return wave_CN.mean(dim=0, keepdim=True) if channels == 1 else wave_CN.expand(channels, -1)

@@ -1,0 +1,218 @@
+"""Sounds that answer a `ClipRequest`: which clip, how many samples, at a random place or in the middle.
+
+Owns the choice of the place as a pure function of (seed, sample, epoch), so that a resumed run hears the clips of an
+uninterrupted one, and what is done about silence and loudness; decoding is `audio.py`'s. A sound's `frames` are its samples at
+the configured rate, its height and width are 1. Shapes: C channels, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from aiprod_ds.config.audio_data import AudioDataConfig
+from aiprod_ds.curriculum.data_rules import ClipFacts
+from aiprod_ds.data.audio import check_channels, decode_audio, fit_sound
+from aiprod_ds.data.dataset import ClipRequest, MapDataset
+from aiprod_ds.data.loudness import level_db, normalized
+from aiprod_ds.data.manifest import Manifest, Unreadable
+from aiprod_ds.data.probe import MediaRecord
+from aiprod_ds.data.resampling import check_rates, input_window, resampled_length
+from aiprod_ds.errors import DataError
+from aiprod_ds.rng import stream_seed
+
+_MAX_DRAWS = 8
+
+
+def usable_sounds(manifest: Manifest, config: AudioDataConfig) -> Manifest:
+    """Returns the manifest without the sounds that cannot become clips; they are listed in `unreadable`, each with its reason.
+
+    These are sounds whose rate has no simple ratio to the configured one and sounds that nowhere reach the silence threshold.
+    """
+    problems = {record.path: _problem(record, config) for record in manifest.records}
+    records = tuple(record for record in manifest.records if problems[record.path] is None)
+    unusable = tuple(Unreadable(path=path, reason=reason) for path, reason in problems.items() if reason is not None)
+    return replace(manifest, records=records, unreadable=manifest.unreadable + unusable)
+
+
+class AudioClipDataset:
+    """Clips of a manifest's sounds, decoded when asked for.
+
+    Args:
+        manifest: What to draw from: `scan(..., medium="sound")`, then `usable_sounds`.
+        seed: The run's seed.
+        config: Rate, channels, loudness and silence.
+    """
+
+    def __init__(self, manifest: Manifest, *, seed: int, config: AudioDataConfig) -> None:
+        self._manifest = manifest
+        self._seed = seed
+        self._config = config
+
+    def __len__(self) -> int:
+        """Returns the number of sounds."""
+        return len(self._manifest.records)
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
+        """Returns the requested clip as `audio`, [C,N] float32 in [-1,1].
+
+        Raises:
+            DataError: If the sound is too short for the request or cannot be decoded.
+        """
+        record = self._manifest.records[request.sample_index]
+
+        def read(start: int) -> Tensor:
+            return decode_audio(
+                self._manifest.root / record.path,
+                start_sample=start,
+                num_samples=request.frames,
+                sample_rate_hz=self._config.sample_rate_hz,
+                channels=self._config.channels,
+            )
+
+        return {"audio": _clip(request, _length(record, self._config), read, record.path, seed=self._seed, config=self._config)}
+
+    def lengths(self) -> list[ClipFacts]:
+        """Returns what the plan's rules need to know of every sound, in order."""
+        return [
+            _facts(record.path, _length(record, self._config), self._config.sample_rate_hz) for record in self._manifest.records
+        ]
+
+
+class TensorAudioDataset:
+    """A user's dataset of whole sounds, answering the same requests.
+
+    Args:
+        dataset: Items are floating tensors [N] or [C,N] in [-1,1], or mappings with one under `audio` and optionally its rate
+            under `sample_rate_hz`; without it the configured rate is taken for theirs.
+        seed: The run's seed.
+        config: Rate, channels, loudness and silence.
+    """
+
+    def __init__(self, dataset: MapDataset, *, seed: int, config: AudioDataConfig) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._config = config
+        self._lengths: list[ClipFacts] | None = None
+
+    def __len__(self) -> int:
+        """Returns the number of items."""
+        return len(self._dataset)
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
+        """Returns the requested clip as `audio`, [C,N] float32 in [-1,1].
+
+        Raises:
+            DataError: If the item is no sound, is too short for the request or holds NaN or infinity.
+        """
+        wave_CN, own_hz = self._item(request.sample_index)
+        name, rate_hz = f"dataset[{request.sample_index}]", self._config.sample_rate_hz
+
+        def read(start: int) -> Tensor:
+            window = input_window(start, request.frames, from_hz=own_hz, to_hz=rate_hz)
+            return fit_sound(
+                wave_CN[:, window.start : window.stop],
+                start,
+                request.frames,
+                from_hz=own_hz,
+                to_hz=rate_hz,
+                channels=self._config.channels,
+                where=name,
+            )
+
+        length = resampled_length(wave_CN.shape[1], from_hz=own_hz, to_hz=rate_hz)
+        return {"audio": _clip(request, length, read, name, seed=self._seed, config=self._config)}
+
+    def lengths(self) -> list[ClipFacts]:
+        """Returns what the plan's rules need to know of every item, in order; the first call reads each item once.
+
+        Raises:
+            DataError: If an item is no sound, has more than two channels, or its rate has no simple ratio to the configured one.
+        """
+        if self._lengths is None:
+            self._lengths = [self._checked_facts(index) for index in range(len(self._dataset))]
+        return self._lengths
+
+    def _checked_facts(self, index: int) -> ClipFacts:
+        wave_CN, own_hz = self._item(index)
+        name, rate_hz = f"dataset[{index}]", self._config.sample_rate_hz
+        try:
+            check_channels(wave_CN.shape[0])
+            check_rates(from_hz=own_hz, to_hz=rate_hz)
+        except DataError as error:
+            raise DataError(f"{name}: {error}.") from error
+        return _facts(name, resampled_length(wave_CN.shape[1], from_hz=own_hz, to_hz=rate_hz), rate_hz)
+
+    def _item(self, index: int) -> tuple[Tensor, int]:
+        item = self._dataset[index]
+        is_mapping = isinstance(item, Mapping)
+        wave = item.get("audio") if is_mapping else item
+        rate_hz = item.get("sample_rate_hz") if is_mapping else None
+        is_sound = isinstance(wave, Tensor) and wave.is_floating_point() and wave.ndim in (1, 2) and wave.numel() > 0
+        if not is_sound:
+            got = f"{list(wave.shape)} {wave.dtype}" if isinstance(wave, Tensor) else type(wave).__name__
+            raise DataError(
+                f"dataset[{index}]: must be a floating tensor [N] or [C,N] in [-1,1], or a mapping with one under 'audio', "
+                f"got {got}. Convert the item."
+            )
+        return wave.reshape(-1, wave.shape[-1]), self._config.sample_rate_hz if rate_hz is None else int(rate_hz)
+
+
+def _problem(record: MediaRecord, config: AudioDataConfig) -> str | None:
+    assert record.audio_rate_hz is not None, "a record of a sound"
+    assert record.audio_peak is not None, "a record of a sound"
+    try:
+        check_rates(from_hz=record.audio_rate_hz, to_hz=config.sample_rate_hz)
+    except DataError as error:
+        return str(error)
+    threshold_db = config.silence_threshold_db
+    if threshold_db is not None and record.audio_peak < 10 ** (threshold_db / 20):
+        return f"is nowhere as loud as data.silence_threshold_db ({threshold_db:g} dB), its peak is {record.audio_peak:.3g}"
+    return None
+
+
+def _length(record: MediaRecord, config: AudioDataConfig) -> int:
+    assert record.audio_rate_hz is not None, "a record of a sound"
+    return resampled_length(record.frames, from_hz=record.audio_rate_hz, to_hz=config.sample_rate_hz)
+
+
+def _facts(name: str, length: int, rate_hz: int) -> ClipFacts:
+    return ClipFacts(name=name, frames=length, seconds=length / rate_hz, height=1, width=1)
+
+
+def _clip(
+    request: ClipRequest, length: int, read: Callable[[int], Tensor], name: str, *, seed: int, config: AudioDataConfig
+) -> Tensor:
+    rate_hz = config.sample_rate_hz
+    assert request.frame_rate_hz in (None, rate_hz), f"sounds have {rate_hz} Hz, a plan must ask for no other rate"
+    latest = length - request.frames
+    if latest < 0:
+        raise DataError(
+            f"{name}: must have {request.frames} samples at {rate_hz} Hz, got {length}. Ask for shorter clips or remove it."
+        )
+    wave_CN = (
+        _sounding(_starts(request, latest, seed), read, config.silence_threshold_db) if request.augment else read(latest // 2)
+    )
+    if config.loudness_lufs is None:
+        return wave_CN
+    return normalized(wave_CN, sample_rate_hz=rate_hz, target_lufs=config.loudness_lufs)
+
+
+def _starts(request: ClipRequest, latest: int, seed: int) -> list[int]:
+    draws = np.random.default_rng(stream_seed(seed, "sound", request.sample_index, request.epoch))
+    starts: list[int] = draws.integers(latest + 1, size=_MAX_DRAWS).tolist()
+    return starts
+
+
+def _sounding(starts: list[int], read: Callable[[int], Tensor], threshold_db: float | None) -> Tensor:
+    """Returns the clip at the first start that is loud enough, the loudest if none is."""
+    wave_CN = read(starts[0])
+    if threshold_db is None:
+        return wave_CN
+    drawn = [wave_CN]
+    while level_db(drawn[-1]) < threshold_db and len(drawn) < len(starts):
+        drawn.append(read(starts[len(drawn)]))
+    return drawn[-1] if level_db(drawn[-1]) >= threshold_db else max(drawn, key=level_db)
