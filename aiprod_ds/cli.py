@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError, PlanError
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
+_TRAINERS = {"video_vae": ("aiprod_ds.train.video_vae", "VideoVAETrainer")}
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
 
@@ -74,10 +76,10 @@ def _configured(commands: Any, name: str, command: Any, text: str) -> argparse.A
 
 
 def _trainer(arguments: argparse.Namespace) -> Any:
-    from aiprod_ds.train.video_vae import VideoVAETrainer  # loads torch and diffusers, which takes seconds
-
     config = load_config(arguments.config, arguments.overrides, arguments.output_dir)
-    return VideoVAETrainer(config, source=str(arguments.config))
+    module, name = _TRAINERS[config.trainer]
+    trainer = getattr(import_module(module), name)  # loads torch and diffusers, which takes seconds
+    return trainer(config, source=str(arguments.config))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -90,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
     too_short = data.check(plan, trainer.source)
     for entry in too_short:
         names = ", ".join(entry.names)
-        arguments.console.print(f"phase {entry.phase}: not used, because they have fewer than {entry.frames} frames: {names}")
+        arguments.console.print(f"phase {entry.phase}: not used, because they have under {entry.length}: {names}")
     for note in data.replacements(data.with_lengths(plan, trainer.source)):
         arguments.console.print(note, markup=False, highlight=False)
     print(f"{arguments.config}: good")

@@ -9,8 +9,8 @@ import hashlib
 import json
 from typing import Any, cast
 
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.strict_yaml import write_yaml
-from aiprod_ds.config.vae import VAETrainerConfig
 
 # Where results go, how often they are saved, measured or shown, and how fast data comes: none of it changes the weights.
 _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
@@ -23,7 +23,7 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
 }
 
 
-def config_fingerprint(config: VAETrainerConfig) -> str:
+def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
     Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `data.num_workers` and `curriculum.phases`.
@@ -32,12 +32,12 @@ def config_fingerprint(config: VAETrainerConfig) -> str:
     return _sha256(config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT)))
 
 
-def phase_fingerprints(config: VAETrainerConfig) -> tuple[str, ...]:
+def phase_fingerprints(config: RunConfig) -> tuple[str, ...]:
     """Returns the sha256 of every phase's own settings, in order."""
     return tuple(_sha256(phase.model_dump(mode="json")) for phase in config.curriculum.phases)
 
 
-def to_yaml(config: VAETrainerConfig) -> str:
+def to_yaml(config: RunConfig) -> str:
     """Returns the resolved configuration, defaults included, as YAML that loads back equal."""
     return write_yaml(config.model_dump(mode="json"))
 

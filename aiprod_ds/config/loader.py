@@ -15,14 +15,15 @@ from aiprod_ds.config.curriculum import expand_preset
 from aiprod_ds.config.document import Document, apply_override, read_document
 from aiprod_ds.config.nearest import suggestion
 from aiprod_ds.config.problems import problems_of
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.errors import ConfigError
 
-_TRAINERS = {"video_vae": VAETrainerConfig}
+_TRAINERS: dict[str, type[RunConfig]] = {"video_vae": VAETrainerConfig}
 _DEFAULT_TRAINER = "video_vae"
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> VAETrainerConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> RunConfig:
     """Returns the validated configuration of `path` with `overrides` applied in order.
 
     Args:
@@ -69,7 +70,7 @@ def _apply(document: Document, overrides: Sequence[str]) -> list[str]:
     return problems
 
 
-def _trainer(document: Document, problems: list[str]) -> type[VAETrainerConfig]:
+def _trainer(document: Document, problems: list[str]) -> type[RunConfig]:
     name: Any = document.values.get("trainer", _DEFAULT_TRAINER)
     if isinstance(name, str) and name in _TRAINERS:
         return _TRAINERS[name]

@@ -40,12 +40,22 @@ class PhaseResolution(StrictModel):
 
 
 class PhaseDuration(StrictModel):
-    """Length of a clip."""
+    """Length of a clip, by `frames` or by `seconds`."""
 
-    frames: PositiveInt
-    """Frames of each clip; 1 is an image. The model takes 1 + temporal stride * k; see `curriculum.frames_policy`."""
+    frames: PositiveInt | None = None
+    """Frames of each clip; 1 is an image. A video model takes 1 + temporal stride * k, an audio model a multiple of its hop in
+    samples; see `curriculum.frames_policy`."""
+    seconds: PositiveFloat | None = None
+    """In place of `frames`: this times the rate, rounded. The rate is `frame_rate_hz`, or for sound `data.sample_rate_hz`."""
     frame_rate_hz: PositiveFloat | None = None
-    """Rate to which clips are resampled, in frames per second. null: each clip's own."""
+    """Rate to which clips are resampled, in frames per second. null: each clip's own. Not for sound."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.frames is None) == (self.seconds is None):
+            got = "neither" if self.frames is None else "both"
+            raise ValueError(f"frames: either this or seconds must be given, got {got}. Write for example {{frames: 17}}.")
+        return self
 
 
 class BucketConfig(StrictModel):
@@ -55,8 +65,8 @@ class BucketConfig(StrictModel):
     has its own; one that gives either takes no batch number from the phase.
     """
 
-    resolution: PhaseResolution
-    """Frame size; text such as `256x256` is height x width."""
+    resolution: PhaseResolution | None = None
+    """Frame size; text such as `256x256` is height x width. Required for video, not for sound."""
     duration: PhaseDuration
     """Length of the clips."""
     share: Fraction | None = None
@@ -91,7 +101,7 @@ class PhaseAugment(StrictModel):
 class PhaseConfig(StrictModel):
     """One phase. The batch is given by any two of its three numbers; the third follows from the world size.
 
-    Shape: `resolution` and `duration`, or `buckets`. End: `updates` (a fixed length), `epochs` of the phase's own data,
+    Shape: `duration` and for video `resolution`, or `buckets`. End: `updates` (a fixed length), `epochs` of the phase's own data,
     `plateau` of the loss, or several of them, of which the first that fires ends the phase; `min_updates` and `max_updates`
     bound the last two. What is left out of `weight_decay`, `loss`, `augment` and `activation_checkpointing` stays as the
     other sections say.
@@ -100,9 +110,9 @@ class PhaseConfig(StrictModel):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     """Stands in the report and in file names; letters, digits, `_` and `-`."""
     resolution: PhaseResolution | None = None
-    """Frame size; text such as `256x256` is height x width. Goes with `duration`, not beside `buckets`."""
+    """Frame size; text such as `256x256` is height x width. Required for video unless there are `buckets`, not for sound."""
     duration: PhaseDuration | None = None
-    """Length of the clips. Goes with `resolution`, not beside `buckets`."""
+    """Length of the clips. Not beside `buckets`."""
     buckets: tuple[BucketConfig, ...] = Field(default=(), strict=False)
     """Several shapes in one phase; every update has one of them."""
     global_batch_size: PositiveInt | None = None
@@ -162,8 +172,8 @@ def _shape_problems(phase: PhaseConfig) -> Iterator[str]:
     for key in ("resolution", "duration"):
         if phase.buckets and getattr(phase, key) is not None:
             yield f"{key}: has no effect beside buckets, got both. Remove one of the two."
-        if not phase.buckets and getattr(phase, key) is None:
-            yield f"{key}: must be given unless buckets are, got nothing. Add `{key}:`."
+    if not phase.buckets and phase.duration is None:
+        yield "duration: must be given unless buckets are, got nothing. Add `duration:`."
     yield from _share_problems(phase.buckets)
     batches: tuple[BucketConfig | PhaseConfig, ...] = phase.buckets or (phase,)
     for index, bucket in enumerate(batches):

@@ -1,16 +1,21 @@
 """The sections that every trainer shares: model source, optimizer, engine, checkpoints, evaluation, report.
 
-Owns their schema; `vae.py` and `diffusion.py` put them together. Nothing here is derived: batch triples and phase bounds are
-computed in `aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in `aiprod_ds.config.deepspeed`.
+Owns their schema and `RunConfig`, of which every trainer's configuration is one; `vae.py` and `audio_vae.py` add data and losses.
+Nothing here is derived: batch triples and phase bounds are computed in `aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in
+`aiprod_ds.config.deepspeed`.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from aiprod_ds.config.clip_data import ClipDataConfig
+from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.model import (
     Fraction,
     FreeMapping,
@@ -20,6 +25,8 @@ from aiprod_ds.config.model import (
     PositiveInt,
     StrictModel,
 )
+from aiprod_ds.config.nearest import suggestion
+from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 
 
 class ModelConfig(StrictModel):
@@ -104,3 +111,64 @@ class ReportConfig(StrictModel):
     """Mirrors the metrics into `tensorboard/` of the run folder; needs the extra `tensorboard`."""
     wandb: WandbConfig = WandbConfig()
     """Mirrors the metrics to Weights & Biases."""
+
+
+class RunConfig(StrictModel):
+    """What the curriculum, the engines, the loop and the reports need to know of any training run."""
+
+    trainer: str
+    """What is trained."""
+    output_dir: str = Field(min_length=1)
+    """The run folder, relative to the working folder; `--output-dir` replaces it."""
+    seed: NonNegativeInt = 0
+    """Of every random stream: weights, data order, clips, noise."""
+    model: ModelConfig
+    """The network."""
+    data: ClipDataConfig
+    """The clips."""
+    curriculum: CurriculumConfig
+    """The phases."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How the loss is minimised."""
+    engine: EngineConfig = EngineConfig()
+    """What it runs on: ZeRO stage, precision, offload."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured on held-out clips."""
+    report: ReportConfig = ReportConfig()
+    """Where metrics go."""
+
+    @model_validator(mode="after")
+    def _phases_weigh_known_terms(self) -> Self:
+        known = self.loss_weights()
+        problems = [
+            f"curriculum.phases[{index}].loss.{name}: is not a weight of the loss section, got {value}. {suggestion(name, known)}"
+            for index, phase in enumerate(self.curriculum.phases)
+            for name, value in phase.loss.items()
+            if name not in known
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @abstractmethod
+    def loss_weights(self) -> dict[str, float]:
+        """Returns the weights of the trainer's loss that a phase may override, by name."""
+
+    @abstractmethod
+    def random_flip(self) -> bool:
+        """Returns whether training clips are mirrored at random unless a phase says otherwise."""
+
+    @abstractmethod
+    def clip_rate_hz(self) -> float | None:
+        """Returns the rate that all clips have, in frames (of sound: samples) per second; None if each has its own."""
+
+    def phase_shapes(self) -> Iterator[tuple[str, PhaseConfig | BucketConfig]]:
+        """Yields every shape of every phase with the dotted path of what holds it."""
+        for index, phase in enumerate(self.curriculum.phases):
+            where = f"curriculum.phases[{index}]"
+            if not phase.buckets:
+                yield where, phase
+            for number, bucket in enumerate(phase.buckets):
+                yield f"{where}.buckets[{number}]", bucket

@@ -1,42 +1,22 @@
-"""The configuration of the VAE trainers: data, losses and the shared sections."""
+"""The configuration of the video VAE trainer: its data and its losses beside the shared sections of `run`."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.curriculum import CurriculumConfig
-from aiprod_ds.config.model import Fraction, NonNegativeFloat, NonNegativeInt, StrictModel
-from aiprod_ds.config.nearest import suggestion
-from aiprod_ds.config.run import CheckpointConfig, EngineConfig, EvaluationConfig, ModelConfig, OptimizerConfig, ReportConfig
+from aiprod_ds.config.clip_data import ClipDataConfig
+from aiprod_ds.config.model import NonNegativeFloat, NonNegativeInt, StrictModel
+from aiprod_ds.config.run import RunConfig
 
 
-class VideoDataConfig(StrictModel):
+class VideoDataConfig(ClipDataConfig):
     """Where clips come from."""
 
-    train: str = Field(min_length=1)
-    """A folder, searched recursively, or a CSV, JSON or JSONL manifest; relative to the working folder."""
-    validation: str | None = None
-    """Held-out clips, in the same forms. null: `holdout_fraction` of the training clips."""
-    holdout_fraction: Fraction = 0.1
-    """Share of the clips that is held out, at least one; chosen by the seed and the files' content. Not beside `validation`."""
-    num_workers: NonNegativeInt = 2
-    """Processes per rank that decode ahead; 0 decodes in the training process. No effect on the result."""
     random_flip: bool = True
     """Mirrors half of the training clips from left to right. Held-out clips are never mirrored."""
-    max_unreadable_fraction: Fraction = 0.05
-    """Share of files that may be unreadable; above it the run stops before training."""
-
-    @model_validator(mode="after")
-    def _holdout_has_effect(self) -> Self:
-        # The default value is no choice, so that a resolved configuration, which states every default, loads again.
-        if self.validation is not None and self.holdout_fraction != type(self).model_fields["holdout_fraction"].default:
-            raise ValueError(
-                f"holdout_fraction: has no effect when validation is set, got {self.holdout_fraction}. Remove one of the two."
-            )
-        return self
 
 
 class PerceptualConfig(StrictModel):
@@ -73,43 +53,35 @@ class VideoVAELossConfig(StrictModel):
         return {name: getattr(self, name) for name in type(self).model_fields if name.endswith("_weight")}
 
 
-class VAETrainerConfig(StrictModel):
-    """Everything that the training of a VAE needs."""
+class VAETrainerConfig(RunConfig):
+    """Everything that the training of a video VAE needs."""
 
     trainer: Literal["video_vae"] = "video_vae"
     """What is trained."""
-    output_dir: str = Field(min_length=1)
-    """The run folder, relative to the working folder; `--output-dir` replaces it."""
-    seed: NonNegativeInt = 0
-    """Of every random stream: weights, data order, clips, noise."""
-    model: ModelConfig
-    """The network."""
     data: VideoDataConfig
     """The clips."""
-    curriculum: CurriculumConfig
-    """The phases."""
     loss: VideoVAELossConfig = VideoVAELossConfig()
     """What is minimised."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How it is minimised."""
-    engine: EngineConfig = EngineConfig()
-    """What it runs on: ZeRO stage, precision, offload."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """When the run is saved."""
-    evaluation: EvaluationConfig = EvaluationConfig()
-    """What is measured on held-out clips."""
-    report: ReportConfig = ReportConfig()
-    """Where metrics go."""
 
     @model_validator(mode="after")
-    def _phases_weigh_known_terms(self) -> Self:
-        known = self.loss.weights()
+    def _phases_have_a_resolution(self) -> Self:
         problems = [
-            f"curriculum.phases[{index}].loss.{name}: is not a weight of the loss section, got {value}. {suggestion(name, known)}"
-            for index, phase in enumerate(self.curriculum.phases)
-            for name, value in phase.loss.items()
-            if name not in known
+            f"{where}.resolution: must be given for video, got nothing. Add `resolution:`."
+            for where, shape in self.phase_shapes()
+            if shape.resolution is None
         ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def loss_weights(self) -> dict[str, float]:
+        """Returns every `*_weight` of the loss section."""
+        return self.loss.weights()
+
+    def random_flip(self) -> bool:
+        """Returns `data.random_flip`."""
+        return self.data.random_flip
+
+    def clip_rate_hz(self) -> float | None:
+        """Returns None: every clip has a frame rate of its own."""
+        return None

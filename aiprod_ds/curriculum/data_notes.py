@@ -42,7 +42,7 @@ def _notes(bucket: BucketPlan, clips: Sequence[ClipFacts], indices: Sequence[int
         yield f"{_number(slow, 'slower')} than {bucket.frame_rate_hz:g} Hz, so some frames come twice: {_names(slow)}"
     short = [clip for clip in clips if 1 < frames_at_rate(clip, bucket.frame_rate_hz) < bucket.frames]
     if bucket.share is not None and short:
-        yield f"{_number(short, 'shorter')} than {bucket.frames} frames and not drawn: {_names(short)}"
+        yield f"{_number(short, 'shorter')} than {bucket.length_text} and not drawn: {_names(short)}"
     if len(used) < bucket.global_batch_size:
         yield f"{_number(used, 'fewer')} than one global batch of {bucket.global_batch_size}, so clips repeat inside a batch"
 

@@ -18,7 +18,10 @@ Members = Sequence[tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipFacts:
-    """What the manifest knows of one clip: frames >= 1 (an image has 1), seconds > 0, height and width in pixels."""
+    """What the manifest knows of one clip: frames >= 1 (an image has 1), seconds > 0, height and width in pixels.
+
+    Of sound: samples at the rate of the run, the seconds that these last, and 1 by 1 pixels.
+    """
 
     name: str
     frames: int
@@ -29,11 +32,11 @@ class ClipFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TooShort:
-    """Clips that no bucket of one phase can use, by name; `bucket` is the one that asks for the fewest `frames`."""
+    """Clips that no bucket of one phase can use, by name; `bucket` is the one that asks for the shortest: `length`, in words."""
 
     phase: str
     bucket: int
-    frames: int
+    length: str
     names: tuple[str, ...]
 
 
@@ -64,7 +67,7 @@ def check_data(
         names = tuple(clip.name for index, clip in enumerate(clips) if index not in used)
         if names:
             bucket = min(range(len(buckets)), key=lambda index: phase.buckets[index].frames)
-            short.append(TooShort(phase=phase.name, bucket=bucket, frames=phase.buckets[bucket].frames, names=names))
+            short.append(TooShort(phase=phase.name, bucket=bucket, length=phase.buckets[bucket].length_text, names=names))
     if problems:
         raise PlanError(problems)
     return tuple(short)
@@ -87,7 +90,7 @@ def _no_clip(phase: PhasePlan, index: int, clips: Sequence[ClipFacts], source: s
     longest, name = max((frames_at_rate(clip, bucket.frame_rate_hz), clip.name) for clip in clips)
     if longest < bucket.frames:
         return _too_long(bucket, where, longest=longest, name=name)
-    shape = f"{bucket.height}x{bucket.width} with {bucket.frames} frames"
+    shape = bucket.length_text if bucket.is_sound else f"{bucket.height}x{bucket.width} with {bucket.length_text}"
     return (
         f"{where}: must be the best fit of at least one clip, got none for {shape}: all {len(clips)} fit another bucket of the "
         "phase better or are too short. Remove the bucket, add clips of its shape, or give all buckets a share."
@@ -100,6 +103,6 @@ def _too_long(bucket: BucketPlan, where: str, *, longest: int, name: str) -> str
     )
     rate = "" if bucket.frame_rate_hz is None else f" at {bucket.frame_rate_hz:g} Hz"
     return (
-        f"{where}.duration.frames: must be at most the frames of the longest clip"
-        f"{rate} ({longest}, {name}), got {asked}. Lower frames or add longer clips."
+        f"{where}.duration: must be at most the {bucket.unit} of the longest clip"
+        f"{rate} ({longest}, {name}), got {asked}. Shorten the phase's clips or add longer ones."
     )

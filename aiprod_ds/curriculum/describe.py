@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan, UpdateRange
 from aiprod_ds.curriculum.plan import ModelStrides
 
@@ -23,7 +23,7 @@ class CurvePoint(NamedTuple):
 def describe(
     plan: RunPlan,
     *,
-    config: VAETrainerConfig | None = None,
+    config: RunConfig | None = None,
     strides: ModelStrides | None = None,
     clips: ClipCounts | None = None,
 ) -> list[dict[str, Any]]:
@@ -148,9 +148,9 @@ def _setting_columns(phase: PhasePlan) -> dict[str, Any]:
     }
 
 
-def _overrides(phase: PhasePlan, config: VAETrainerConfig) -> dict[str, Any]:
-    own = {"weight_decay": config.optimizer.weight_decay, "augment.random_flip": config.data.random_flip, "moments": "keep"}
-    own |= {f"loss.{name}": weight for name, weight in config.loss.weights().items()}
+def _overrides(phase: PhasePlan, config: RunConfig) -> dict[str, Any]:
+    own = {"weight_decay": config.optimizer.weight_decay, "augment.random_flip": config.random_flip(), "moments": "keep"}
+    own |= {f"loss.{name}": weight for name, weight in config.loss_weights().items()}
     in_force = {"weight_decay": phase.weight_decay, "augment.random_flip": phase.random_flip, "moments": phase.moments}
     in_force |= {f"loss.{name}": weight for name, weight in phase.loss_weights.items()}
     found = {name: value for name, value in in_force.items() if value != own[name]}
@@ -167,7 +167,7 @@ def _ends_by(phase: PhasePlan) -> str:
 
 
 def _latent_tokens(bucket: BucketPlan, strides: ModelStrides) -> int:
-    frames = 1 + (bucket.frames - 1) // strides.temporal
+    frames = strides.latents(bucket.frames)
     return bucket.global_batch_size * frames * (bucket.height // strides.spatial) * (bucket.width // strides.spatial)
 
 

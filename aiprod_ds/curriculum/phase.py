@@ -17,10 +17,12 @@ from aiprod_ds.curriculum.lr import LearningRateSchedule
 class BucketPlan:
     """Clips of one shape and their batch: `global_batch_size = micro_batch_size * accumulation * world_size`.
 
+    A clip of sound has samples in place of frames and a picture of 1x1.
+
     Attributes:
-        frames: Frames per clip after snapping to what the model takes.
+        frames: Frames per clip after snapping to what the model takes; of sound, samples of each channel.
         requested_frames: Frames that the configuration asked for.
-        frame_rate_hz: Rate to which clips are resampled; None keeps each clip's own.
+        frame_rate_hz: Rate to which clips are resampled; None keeps each clip's own. Of sound, the sample rate.
         share: Fraction of the phase's updates; None when every clip goes to the bucket that fits it best.
     """
 
@@ -35,14 +37,31 @@ class BucketPlan:
     share: float | None = None
 
     @property
+    def is_sound(self) -> bool:
+        """Whether clips have no picture."""
+        return self.height == self.width == 1
+
+    @property
+    def unit(self) -> str:
+        """What is counted along time: `frames` or `samples`."""
+        return "samples" if self.is_sound else "frames"
+
+    @property
     def pixels_per_update(self) -> int:
-        """Pixels of all frames of all clips of one update over all ranks."""
+        """Pixels of all frames of all clips of one update over all ranks; of sound, samples of each channel."""
         return self.global_batch_size * self.frames * self.height * self.width
+
+    @property
+    def length_text(self) -> str:
+        """The length in words: `17 frames`, or `65,536 samples (1.49 s)`."""
+        seconds = f" ({self.frames / self.frame_rate_hz:.2f} s)" if self.is_sound and self.frame_rate_hz is not None else ""
+        return f"{self.frames:,} {self.unit}{seconds}"
 
     @property
     def shape_text(self) -> str:
         """The shape and batch in words, for people: `17 frames 64x96, batch 4`."""
-        return f"{self.frames} frames {self.height}x{self.width}, batch {self.global_batch_size}"
+        size = "" if self.is_sound else f" {self.height}x{self.width}"
+        return f"{self.length_text}{size}, batch {self.global_batch_size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

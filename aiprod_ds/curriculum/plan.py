@@ -10,29 +10,51 @@ import math
 from dataclasses import dataclass
 
 from aiprod_ds.config.curriculum import CurriculumAdapterConfig
-from aiprod_ds.config.phase import BucketConfig, PhaseConfig
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.phase import BucketConfig, PhaseConfig, PhaseDuration, PhaseResolution
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.batch import BatchTriple, solve_batch
 from aiprod_ds.curriculum.lr import LearningRateSchedule
 from aiprod_ds.curriculum.phase import BucketPlan, PhaseEnd, PhasePlan, RunPlan, UpdateRange
 from aiprod_ds.curriculum.plateau import earliest_plateau
 from aiprod_ds.errors import PlanError
 
+_WITHOUT_PICTURE = PhaseResolution(height=1, width=1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStrides:
-    """How many pixels and frames become one latent; from the model's own configuration.
+    """How many pixels and frames become one latent; from the model's own configuration. Frames of sound are its samples.
 
     Attributes:
-        spatial: Height and width must be multiples of it.
-        temporal: The model takes 1 + temporal * k frames.
+        spatial: Height and width must be multiples of it; 1 for sound.
+        temporal: Of the frames; see `is_causal`.
+        is_causal: The model takes 1 + temporal * k frames, as video models do; otherwise temporal * k, k >= 1.
     """
 
     spatial: int
     temporal: int
+    is_causal: bool = True
+
+    def latents(self, frames: int) -> int:
+        """Returns the latent positions along time of a clip of `frames`, which the model takes."""
+        return 1 + (frames - 1) // self.temporal if self.is_causal else frames // self.temporal
+
+    def snap(self, requested: int) -> int:
+        """Returns the smallest number of frames that the model takes and that is at least `requested`.
+
+        Example: 8 -> 9 and 16 -> 17 for causal strides 4 and 8; 49 stays 49 and 1 (an image) stays 1. Sound of 66,150 samples
+        with a hop of 2048 becomes 67,584.
+        """
+        first = 1 if self.is_causal else 0
+        return first + -(-(requested - first) // self.temporal) * self.temporal
+
+    @property
+    def rule(self) -> str:
+        """What the model takes, in words: `1 + 8 * k frames` or `2048 * k samples`."""
+        return f"1 + {self.temporal} * k frames" if self.is_causal else f"{self.temporal} * k samples"
 
 
-def plan_run(config: VAETrainerConfig, *, world_size: int, strides: ModelStrides, source: str = "configuration") -> RunPlan:
+def plan_run(config: RunConfig, *, world_size: int, strides: ModelStrides, source: str = "configuration") -> RunPlan:
     """Returns the phases of `config` as they run on `world_size` ranks.
 
     Args:
@@ -62,7 +84,7 @@ def plan_run(config: VAETrainerConfig, *, world_size: int, strides: ModelStrides
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PhasePlanner:
-    config: VAETrainerConfig
+    config: RunConfig
     world_size: int
     strides: ModelStrides
     where: str
@@ -70,8 +92,7 @@ class _PhasePlanner:
 
     def buckets(self, phase: PhaseConfig) -> tuple[BucketPlan, ...]:
         if not phase.buckets:
-            assert phase.resolution is not None, "the schema demands a shape"
-            assert phase.duration is not None, "the schema demands a shape"
+            assert phase.duration is not None, "the schema demands a length"
             only = BucketConfig(resolution=phase.resolution, duration=phase.duration)
             found = self._bucket(phase, only, self.where)
             return () if found is None else (found,)
@@ -98,34 +119,36 @@ class _PhasePlanner:
                 final_ratio=phase.final_learning_rate_ratio,
             ),
             weight_decay=self.config.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay,
-            loss_weights={**self.config.loss.weights(), **phase.loss},
-            random_flip=self.config.data.random_flip if flip is None else flip,
+            loss_weights={**self.config.loss_weights(), **phase.loss},
+            random_flip=self.config.random_flip() if flip is None else flip,
             activation_checkpointing=phase.activation_checkpointing,
             moments=policy,
             moment_scale={"keep": 1.0, "reset": 0.0, "decay": decay or 0.0}[policy],
         )
 
     def _bucket(self, phase: PhaseConfig, bucket: BucketConfig, where: str) -> BucketPlan | None:
-        self._check_resolution(bucket, where)
-        frames = self._frames(bucket.duration.frames, where)
+        resolution = bucket.resolution or _WITHOUT_PICTURE
+        self._check_resolution(resolution, where)
+        rate_hz = bucket.duration.frame_rate_hz or self.config.clip_rate_hz()
+        requested = self._requested_frames(bucket.duration, rate_hz, where)
         triple = self._batch(phase, bucket, where)
-        if triple is None:
+        if requested is None or triple is None:
             return None
         return BucketPlan(
-            frames=frames,
-            requested_frames=bucket.duration.frames,
-            height=bucket.resolution.height,
-            width=bucket.resolution.width,
-            frame_rate_hz=bucket.duration.frame_rate_hz,
+            frames=self._snapped(requested, bucket.duration, where),
+            requested_frames=requested,
+            height=resolution.height,
+            width=resolution.width,
+            frame_rate_hz=rate_hz,
             global_batch_size=triple.global_batch_size,
             micro_batch_size=triple.micro_batch_size,
             accumulation=triple.accumulation,
             share=bucket.share,
         )
 
-    def _check_resolution(self, bucket: BucketConfig, where: str) -> None:
+    def _check_resolution(self, resolution: PhaseResolution, where: str) -> None:
         stride = self.strides.spatial
-        for name, size in (("height", bucket.resolution.height), ("width", bucket.resolution.width)):
+        for name, size in (("height", resolution.height), ("width", resolution.width)):
             if size % stride:
                 below, above = size // stride * stride, (size // stride + 1) * stride
                 nearest = f"{below} or {above}" if below else str(above)
@@ -133,13 +156,25 @@ class _PhasePlanner:
                     f"{where}.resolution.{name}: must be a multiple of the model's stride {stride}, got {size}. Use {nearest}."
                 )
 
-    def _frames(self, requested: int, where: str) -> int:
-        snapped = snap_frames(requested, self.strides.temporal)
-        if snapped != requested and self.config.curriculum.frames_policy == "strict":
-            below = snapped - self.strides.temporal
+    def _requested_frames(self, duration: PhaseDuration, rate_hz: float | None, where: str) -> int | None:
+        if duration.seconds is None:
+            return duration.frames
+        if rate_hz is None:
             self.problems.append(
-                f"{where}.duration.frames: must be 1 + {self.strides.temporal} * k for this model (frames_policy: strict), "
-                f"got {requested}. Use {below} or {snapped}, or frames_policy: snap."
+                f"{where}.duration.seconds: needs a rate for video, got {duration.seconds:g} without one. "
+                "Add frame_rate_hz or write frames."
+            )
+            return None
+        return max(1, round(duration.seconds * rate_hz))
+
+    def _snapped(self, requested: int, duration: PhaseDuration, where: str) -> int:
+        snapped = self.strides.snap(requested)
+        if snapped != requested and self.config.curriculum.frames_policy == "strict":
+            key = "frames" if duration.seconds is None else "seconds"
+            nearest = [str(frames) for frames in (snapped - self.strides.temporal, snapped) if frames > 0]
+            self.problems.append(
+                f"{where}.duration.{key}: must give {self.strides.rule} for this model (frames_policy: strict), "
+                f"got {requested}. Use {' or '.join(nearest)}, or frames_policy: snap."
             )
         return snapped
 
@@ -180,12 +215,14 @@ class _PhasePlanner:
         return rate_scale(adapter, sizes[0])
 
 
-def snap_frames(requested: int, temporal_stride: int) -> int:
-    """Returns the smallest 1 + temporal_stride * k that is at least `requested`.
-
-    Example: 8 -> 9 and 16 -> 17 for strides 4 and 8; 49 stays 49 and 1 (an image) stays 1.
-    """
-    return 1 + -(-(requested - 1) // temporal_stride) * temporal_stride
+def snap_notes(plan: RunPlan, strides: ModelStrides) -> tuple[str, ...]:
+    """Returns one sentence for every bucket that has other frames than the configuration asked for."""
+    return tuple(
+        f"phase {phase.name}: {bucket.unit} {bucket.requested_frames:,} -> {bucket.frames:,} (the model takes {strides.rule})"
+        for phase in plan.phases
+        for bucket in phase.buckets
+        if bucket.frames != bucket.requested_frames
+    )
 
 
 def rate_scale(adapter: CurriculumAdapterConfig, global_batch_size: int) -> float:

@@ -11,12 +11,12 @@ from typing import Any
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.fingerprint import phase_fingerprints
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.errors import ConfigError
 
 
 def check_steering(
-    saved: Sequence[str], config: VAETrainerConfig, clock: Clock, *, saved_config: VAETrainerConfig | None = None
+    saved: Sequence[str], config: RunConfig, clock: Clock, *, saved_config: RunConfig | None = None
 ) -> tuple[str, ...]:
     """Returns what was changed in phases that have not begun, one line each, for the log and the report.
 
@@ -51,9 +51,7 @@ def check_steering(
     return tuple(steered)
 
 
-def _change(
-    index: int, config: VAETrainerConfig, saved_config: VAETrainerConfig | None, *, is_added: bool, is_removed: bool
-) -> str:
+def _change(index: int, config: RunConfig, saved_config: RunConfig | None, *, is_added: bool, is_removed: bool) -> str:
     if is_removed:
         return "removed"
     name = config.curriculum.phases[index].name

@@ -6,9 +6,9 @@ uninterrupted one; decoding is `video.py`'s, the order of requests the sampler's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,11 +36,26 @@ class ClipRequest:
     flip: bool = False
 
 
-class ClipSample(TypedDict):
-    """What a request yields: `video` [3,T,H,W] float32 in [-1,1] and the index that was asked for."""
+ClipSample = Mapping[str, torch.Tensor]
+"""What a request yields, by name: `video` [3,T,H,W] or `audio` [C,N], float32 in [-1,1]."""
 
-    video: torch.Tensor
-    sample_index: int
+
+class ClipSource(Protocol):
+    """What the loader needs of a dataset."""
+
+    def __getitem__(self, request: ClipRequest, /) -> ClipSample:
+        """Returns the requested clip, always the same for the same request.
+
+        Raises:
+            DataError: If there is no such clip or it cannot be read.
+        """
+
+
+class ClipDataset(ClipSource, Protocol):
+    """Clips that answer requests, and what is known of each of them."""
+
+    def lengths(self) -> Sequence[ClipFacts]:
+        """Returns what the plan's rules need to know of every clip, in order."""
 
 
 class MapDataset(Protocol):
@@ -184,4 +199,4 @@ def _start(seed: int, request: ClipRequest, latest_frame: int) -> int:
 def _sample(frames: Any, seed: int, request: ClipRequest) -> ClipSample:
     crop_seed = _clip_seed(seed, request, "crop") if request.augment else None
     video_CTHW = fit_clip(frames, height=request.height, width=request.width, seed=crop_seed, flip=request.flip)
-    return ClipSample(video=video_CTHW, sample_index=request.sample_index)
+    return {"video": video_CTHW}

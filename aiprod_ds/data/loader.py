@@ -7,9 +7,9 @@ read, so the number of workers changes neither the order nor a single value. The
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
 from aiprod_ds.curriculum.phase import BucketPlan
-from aiprod_ds.data.dataset import ClipRequest, ClipSample
+from aiprod_ds.data.dataset import ClipRequest, ClipSample, ClipSource
 from aiprod_ds.data.sampler import PhaseSampler, SampleRef, rank_slice
 from aiprod_ds.errors import DataError
 
 PREFETCHED_PER_WORKER = 2
-
-
-class ClipSource(Protocol):
-    """What a dataset must offer: a clip for a request, always the same for the same request."""
-
-    def __getitem__(self, request: ClipRequest, /) -> ClipSample:
-        """Returns the clip that was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,20 +29,20 @@ class MicroBatch:
     """What one rank trains on in one micro-step.
 
     Attributes:
-        video: [B,3,T,H,W] float32 in [-1,1].
+        tensors: The items of the dataset, stacked name by name: `video` [B,3,T,H,W] or `audio` [B,C,N], float32 in [-1,1].
         samples: Where each of the B clips comes from.
         bucket: Which of the phase's buckets all of them belong to.
         position: The update of the phase to which the micro-step belongs.
     """
 
-    video: Tensor
+    tensors: Mapping[str, Tensor]
     samples: Sequence[SampleRef]
     bucket: int
     position: int
 
     def pin_memory(self) -> MicroBatch:
         """Returns the batch in page-locked memory; `DataLoader` looks for a method of this name."""
-        return replace(self, video=self.video.pin_memory())
+        return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
 
 
 class ClipLoader:
@@ -176,14 +169,15 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
     def __getitem__(self, description: _Description) -> MicroBatch | _Failure:
         bucket = self._buckets[description.bucket]
         try:
-            video = torch.stack([self._read(sample, bucket) for sample in description.samples])
+            items = [self._read(sample, bucket) for sample in description.samples]
+            tensors = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         except DataError as error:
             return _Failure(message=str(error))
         except Exception as error:  # noqa: BLE001  the training process raises it again
             return _Failure(message=f"data loader: {type(error).__name__}: {error}")
-        return MicroBatch(video=video, samples=description.samples, bucket=description.bucket, position=description.position)
+        return MicroBatch(tensors=tensors, samples=description.samples, bucket=description.bucket, position=description.position)
 
-    def _read(self, sample: SampleRef, bucket: BucketPlan) -> Tensor:
+    def _read(self, sample: SampleRef, bucket: BucketPlan) -> ClipSample:
         request = ClipRequest(
             sample_index=sample.sample_index,
             epoch=sample.epoch,
@@ -194,14 +188,24 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
             augment=self._augment,
             flip=self._flip,
         )
-        video = self._dataset[request]["video"]
-        expected = (3, bucket.frames, bucket.height, bucket.width)
-        if video.shape != expected or video.dtype != torch.float32:
-            raise DataError(
-                f"sample {sample.sample_index}: must be float32 of shape {expected}, got {video.dtype} of "
-                f"{tuple(video.shape)}. Make the dataset return what the request asks for."
-            )
-        return video
+        item = self._dataset[request]
+        for name, tensor in item.items():
+            expected = _expected_shape(name, tensor, bucket)
+            if tensor.shape != expected or tensor.dtype != torch.float32:
+                raise DataError(
+                    f"sample {sample.sample_index}: {name} must be float32 of shape {expected}, got {tensor.dtype} of "
+                    f"{tuple(tensor.shape)}. Make the dataset return what the request asks for."
+                )
+        return item
+
+
+def _expected_shape(name: str, tensor: Tensor, bucket: BucketPlan) -> tuple[int, ...]:
+    """What a tensor of this name must have; the channels of sound are the dataset's own, other names are not looked at."""
+    if name == "video":
+        return (3, bucket.frames, bucket.height, bucket.width)
+    if name == "audio":
+        return (*tensor.shape[:1], bucket.frames)
+    return tuple(tensor.shape)
 
 
 def _lost_worker(error: RuntimeError) -> _Failure:

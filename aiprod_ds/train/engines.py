@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
@@ -14,7 +14,7 @@ from aiprod_ds.errors import ConfigError
 from aiprod_ds.train.unit import Unit
 
 
-def read_settings(config: VAETrainerConfig, *, source: str) -> DeepSpeedSettings:
+def read_settings(config: RunConfig, *, source: str) -> DeepSpeedSettings:
     """Returns the engine settings that `engine.deepspeed_config` names; a relative path is taken from the working folder, the
     configuration file's folder, or a folder above it.
 
@@ -33,7 +33,7 @@ def read_settings(config: VAETrainerConfig, *, source: str) -> DeepSpeedSettings
     return parse_deepspeed_settings(found, where=given)
 
 
-def build_engine(config: VAETrainerConfig, settings: DeepSpeedSettings, unit: Unit, plan: RunPlan) -> Engine:
+def build_engine(config: RunConfig, settings: DeepSpeedSettings, unit: Unit, plan: RunPlan) -> Engine:
     """Returns the engine that owns `unit.module` from now on.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.clock import Clock
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.data.loader import MicroBatch
@@ -24,7 +24,6 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import NonFiniteError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, rss_bytes
-from aiprod_ds.report.pictures import save_comparison
 from aiprod_ds.report.recorder import MetricsRecorder
 from aiprod_ds.report.stopwatch import Activity, Stopwatch
 from aiprod_ds.rng import stream_seed
@@ -46,7 +45,7 @@ class TrainingLoop:
         clock: Where the run stands; replaced, never changed.
     """
 
-    config: VAETrainerConfig
+    config: RunConfig
     plan: RunPlan
     unit: Unit
     engine: Engine
@@ -197,11 +196,10 @@ class TrainingLoop:
             if dist.is_main():
                 measures = {f"evaluation/{name}": value for name, value in found.metrics.items()}
                 self.recorder.log_now(self.clock.updates, measures)
-                if found.original is not None and found.reconstruction is not None:
-                    path = self.folder / "samples" / f"{picture}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    heading = f"{title}: PSNR {found.metrics['psnr_db']:.1f} dB" if "psnr_db" in found.metrics else title
-                    save_comparison(found.original, found.reconstruction, path, title=heading)
+                if found.examples is not None:
+                    samples = self.folder / "samples"
+                    samples.mkdir(parents=True, exist_ok=True)
+                    found.examples.save(samples, picture, title=f"{title}: {found.headline}")
         return found
 
     def _save(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.checkpoint.state import tensors_sha256
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
@@ -35,7 +35,7 @@ class RunFacts:
         layout: Engine, world size, ZeRO stage and precision.
     """
 
-    config: VAETrainerConfig
+    config: RunConfig
     plan: RunPlan
     unit: Unit
     parameters: int
@@ -50,9 +50,8 @@ class RunFacts:
 def report_completed(facts: RunFacts, engine: Engine, loop: TrainingLoop) -> RunSummary:
     """Exports the model, writes the report of a finished run and returns its summary. Collective; the main rank writes."""
     digest = final_state_sha256(engine)
-    state = engine.module_state()
-    if dist.is_main():
-        facts.unit.export(state, facts.folder / "export")
+    engine.eval()
+    facts.unit.export(engine, facts.folder / "export")
     summary = _summarize(facts, loop, RunStatus.COMPLETED, digest=digest)
     if dist.is_main():
         write_report(facts.folder, summary)
@@ -127,7 +126,7 @@ def _phase_summary(phase: PhasePlan, history: History) -> PhaseSummary:
         name=phase.name,
         updates=history.phase_updates.get(phase.name, 0),
         ended_by=history.phase_ends.get(phase.name),
-        resolution=f"{first.height}x{first.width}",
+        resolution="" if first.is_sound else f"{first.height}x{first.width}",
         frames=first.frames,
         batch=first.global_batch_size,
         shapes=tuple(bucket.shape_text for bucket in phase.buckets),

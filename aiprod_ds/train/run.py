@@ -18,7 +18,7 @@ from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints, to_yaml
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.describe import describe
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.scheduler import CurriculumScheduler
@@ -53,7 +53,7 @@ class _Run:
     console: Console
 
     @property
-    def config(self) -> VAETrainerConfig:
+    def config(self) -> RunConfig:
         return self.facts.config
 
     @property
@@ -70,7 +70,7 @@ class _Run:
 
 
 def run_training(
-    config: VAETrainerConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, console: Console | None = None
+    config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, console: Console | None = None
 ) -> RunSummary:
     """Trains `unit` through `plan` and writes the run folder.
 
@@ -101,7 +101,7 @@ def run_training(
         engine.close()
 
 
-def evaluate_checkpoint(config: VAETrainerConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str) -> dict[str, float]:
+def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str) -> dict[str, float]:
     """Returns the held-out measures of a checkpoint; writes nothing.
 
     Raises:
@@ -122,7 +122,7 @@ def evaluate_checkpoint(config: VAETrainerConfig, unit: Unit, plan: RunPlan, *, 
         engine.close()
 
 
-def _new_run(config: VAETrainerConfig, unit: Unit, plan: RunPlan, source: str, console: Console) -> _Run:
+def _new_run(config: RunConfig, unit: Unit, plan: RunPlan, source: str, console: Console) -> _Run:
     settings = read_settings(config, source=source)
     kind = config.engine.kind
     layout = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.curriculum.phase import PhasePlan
@@ -33,19 +33,26 @@ class Stream(Protocol):
         """Ends the workers. Idempotent."""
 
 
+class Examples(Protocol):
+    """A few held-out clips, as they are and through the model."""
+
+    def save(self, folder: Path, name: str, *, title: str) -> None:
+        """Writes `<name>.png` with `title` on top, and whatever else shows this kind of clip, into `folder`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Held-out measures, equal on all ranks, and a few clips to look at (main rank only).
+    """Held-out measures, equal on all ranks, and a few clips to look at or to hear (main rank only).
 
     Attributes:
         metrics: Measure -> value, without the `evaluation/` prefix.
-        original: Some frames of the first clips, [N, 3, T, H, W] in [-1, 1]; None where there is nothing to show.
-        reconstruction: The same clips through the model.
+        headline: The measure to print over the examples, in words.
+        examples: Clips before and after the model; None where there is nothing to show.
     """
 
     metrics: Mapping[str, float]
-    original: Tensor | None
-    reconstruction: Tensor | None
+    headline: str
+    examples: Examples | None
 
 
 class Unit(Protocol):
@@ -65,8 +72,8 @@ class Unit(Protocol):
     def evaluate(self, engine: Engine) -> Evaluation:
         """Measures held-out clips. Collective; draws nothing from the training's random streams."""
 
-    def export(self, state: dict[str, Tensor], folder: Path) -> None:
-        """Writes the trained model for others; `state` is `engine.module_state()`. Main rank only."""
+    def export(self, engine: Engine, folder: Path) -> None:
+        """Writes the trained model for others, and what they need to know of its latents. Collective; the main rank writes."""
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""

@@ -77,7 +77,7 @@ BAD_SETTINGS = {
     "quoted number": ([f"{PHASE}.learning_rate='0.1'"], f"{PHASE}.learning_rate: must be a number, got '0.1'."),
     "frames strict": (
         ["curriculum.frames_policy=strict", f"{PHASE}.duration.frames=6"],
-        f"{PHASE}.duration.frames: must be 1 + 4 * k for this model (frames_policy: strict), got 6. Use 5 or 9",
+        f"{PHASE}.duration.frames: must give 1 + 4 * k frames for this model (frames_policy: strict), got 6. Use 5 or 9",
     ),
     "misspelt model": (["model.source=AutoencoderKLLTXVide"], "Did you mean 'AutoencoderKLLTXVideo'?"),
     "engine file missing": (
@@ -159,7 +159,7 @@ BAD_CURRICULA = {
     ),
     "more frames than the longest clip": (
         [f"{PHASE}.duration.frames=16"],
-        f"{PHASE}.duration.frames: must be at most the frames of the longest clip (6, ",
+        f"{PHASE}.duration: must be at most the frames of the longest clip (6, ",
     ),
 }
 
@@ -266,7 +266,7 @@ def test_plan_refuses_data_that_can_be_read_and_does_not_do(
 ) -> None:
     assert main(_arguments("plan", config, run_folder, f"{PHASE}.duration.frames=9")) == BAD_CONFIGURATION
     captured = capsys.readouterr()
-    assert f"{PHASE}.duration.frames: must be at most the frames of the longest clip (6, " in captured.err
+    assert f"{PHASE}.duration: must be at most the frames of the longest clip (6, " in captured.err
     assert captured.out == ""
 
 

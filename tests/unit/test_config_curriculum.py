@@ -47,7 +47,9 @@ def test_valid_phases_are_taken(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (phase(resolution=...), "resolution: must be given unless buckets are, got nothing. Add `resolution:`."),
+        (phase(duration=...), "duration: must be given unless buckets are, got nothing. Add `duration:`."),
+        (phase(duration={"frames": 9, "seconds": 1.0}), "frames: either this or seconds must be given, got both. Write for example {frames: 17}."),
+        (phase(duration={"frame_rate_hz": 24.0}), "frames: either this or seconds must be given, got neither. Write for example {frames: 17}."),
         (phase(buckets=[SHAPE]), "resolution: has no effect beside buckets, got both. Remove one of the two."),
         (bucketed([*BUCKETS, SHAPE]), "buckets: must all have a share or none, got 2 of 3. Add or remove shares."),
         (bucketed([*BUCKETS, BUCKETS[0]]), "buckets: must have shares that sum to 1, got 1.25. Correct the shares."),

@@ -131,7 +131,6 @@ curriculum:
         "c.yaml: curriculum.phases[0].learning_rate: must be a number, got 'yes'. Correct the value.",
         "c.yaml: curriculum.phases[0].warmup_update: is not a known key, got 2. Did you mean 'warmup_updates'?",
         "c.yaml: curriculum.phases[1].name: must match ^[A-Za-z0-9_-]+$, got 'b c'. Use only those characters.",
-        "c.yaml: curriculum.phases[1].duration.frames: must be given, got nothing. Add `frames:`.",
         "c.yaml: curriculum.phases[1].duration.frame: is not a known key, got 8. Did you mean 'frames'?",
         "c.yaml: curriculum.phases[1].learning_rate: must be finite, got inf. Write a number.",
         "c.yaml: loss.perceptual.mode: must be 'lpips' or 'vgg', got 'lpip'. Did you mean 'lpips'?",

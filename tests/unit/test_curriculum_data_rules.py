@@ -39,15 +39,15 @@ def _problems(plan: RunPlan, clips: list[ClipFacts]) -> tuple[str, ...]:
 def test_short_clips_are_listed_and_too_long_phases_refused() -> None:
     plan = _plan(_SHAPE, {**_SHAPE, "duration": {"frames": 16}}, {**_SHAPE, "duration": {"frames": 33}})
     clips = [_clip("a.mp4", 8), _clip("b.mp4", 20), _clip("c.mp4", 33)]
-    assert [(short.phase, short.frames, short.names) for short in _check(plan, clips)] == [
-        ("p0", 9, ("a.mp4",)),
-        ("p1", 17, ("a.mp4",)),
-        ("p2", 33, ("a.mp4", "b.mp4")),
+    assert [(short.phase, short.length, short.names) for short in _check(plan, clips)] == [
+        ("p0", "9 frames", ("a.mp4",)),
+        ("p1", "17 frames", ("a.mp4",)),
+        ("p2", "33 frames", ("a.mp4", "b.mp4")),
     ]
     assert _problems(plan, clips[:1]) == (
-        "c.yaml: curriculum.phases[0].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 9. Lower frames or add longer clips.",
-        "c.yaml: curriculum.phases[1].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 17 (16 snapped). Lower frames or add longer clips.",
-        "c.yaml: curriculum.phases[2].duration.frames: must be at most the frames of the longest clip (8, a.mp4), got 33. Lower frames or add longer clips.",
+        "c.yaml: curriculum.phases[0].duration: must be at most the frames of the longest clip (8, a.mp4), got 9. Shorten the phase's clips or add longer ones.",
+        "c.yaml: curriculum.phases[1].duration: must be at most the frames of the longest clip (8, a.mp4), got 17 (16 snapped). Shorten the phase's clips or add longer ones.",
+        "c.yaml: curriculum.phases[2].duration: must be at most the frames of the longest clip (8, a.mp4), got 33. Shorten the phase's clips or add longer ones.",
     )
 
 
@@ -56,7 +56,7 @@ def test_resampling_changes_how_long_a_clip_is() -> None:
     assert frames_at_rate(_clip("a", 60, seconds=2.0), None) == 60
     assert frames_at_rate(_clip("a", 2, seconds=0.001), 24.0) == 1
     assert _problems(_plan({"buckets": [_LONG, _SHAPE]}), [_clip("a", 60, seconds=2.0)]) == (
-        "c.yaml: curriculum.phases[0].buckets[0].duration.frames: must be at most the frames of the longest clip at 24 Hz (48, a), got 49. Lower frames or add longer clips.",
+        "c.yaml: curriculum.phases[0].buckets[0].duration: must be at most the frames of the longest clip at 24 Hz (48, a), got 49. Shorten the phase's clips or add longer ones.",
     )
 
 
@@ -76,7 +76,7 @@ def test_a_clip_that_one_bucket_takes_is_not_listed(share: float | None) -> None
     assert _check(_plan({"buckets": [{**_SHAPE, "share": share}, image]}), clips) == ()
     long = {"resolution": "64x64", "duration": {"frames": 17}, "share": share}
     assert _check(_plan({"buckets": [long, {**_SHAPE, "share": share}]}), [*clips, _clip("long", 17)]) == (
-        TooShort(phase="p0", bucket=1, frames=9, names=("image",)),
+        TooShort(phase="p0", bucket=1, length="9 frames", names=("image",)),
     )
 
 

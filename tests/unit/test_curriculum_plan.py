@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.batch import solve_batch
 from aiprod_ds.curriculum.phase import RunPlan, UpdateRange
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run, snap_frames
+from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.errors import PlanError
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
@@ -81,7 +81,7 @@ def test_no_triple_is_ever_inconsistent(sizes: tuple[int | None, int | None, int
     [(8, 8, 9), (8, 4, 9), (16, 8, 17), (16, 4, 17), (49, 8, 49), (1, 8, 1), (2, 8, 9), (9, 8, 9), (10, 8, 17), (7, 1, 7)],
 )
 def test_frames_snap_up_to_the_next_that_fits(requested: int, stride: int, used: int) -> None:
-    assert snap_frames(requested, stride) == used
+    assert ModelStrides(spatial=1, temporal=stride).snap(requested) == used
     bucket = plan({"duration": {"frames": requested}}, strides=ModelStrides(spatial=32, temporal=stride)).phases[0].buckets[0]
     assert (bucket.requested_frames, bucket.frames) == (requested, used)
 
@@ -95,7 +95,7 @@ def test_frames_snap_up_to_the_next_that_fits(requested: int, stride: int, used:
         ({"micro_batch_size": 3, "accumulation": 2}, {}, "[0].global_batch_size: must be micro_batch_size (3) * accumulation (2) * world size (2) = 12, got 8. Leave one of the three out."),
         ({"resolution": "60x64"}, {}, "[0].resolution.height: must be a multiple of the model's stride 32, got 60. Use 32 or 64."),
         ({"resolution": "64x16"}, {}, "[0].resolution.width: must be a multiple of the model's stride 32, got 16. Use 32."),
-        ({"duration": {"frames": 8}}, {"curriculum": {"frames_policy": "strict"}}, "[0].duration.frames: must be 1 + 8 * k for this model (frames_policy: strict), got 8. Use 1 or 9, or frames_policy: snap."),
+        ({"duration": {"frames": 8}}, {"curriculum": {"frames_policy": "strict"}}, "[0].duration.frames: must give 1 + 8 * k frames for this model (frames_policy: strict), got 8. Use 1 or 9, or frames_policy: snap."),
         ({"resolution": ..., "duration": ..., "buckets": [SHAPE, {**SHAPE, "global_batch_size": 3}]}, {}, "[0].buckets[1].global_batch_size: must be a multiple of accumulation (1) * world size (2) = 2, got 3. Use 2 or 4."),
         ({"global_batch_size": 5}, {"curriculum": {"adapter": {"batch_scaling": "world_size", "reference_world_size": 3}}}, "[0].global_batch_size: must stay whole after batch_scaling * 2 / 3, got 5. Use a multiple of 3."),
         ({"resolution": ..., "duration": ..., "buckets": [SHAPE, {**SHAPE, "global_batch_size": 4}]}, {"curriculum": {"adapter": {"lr_scaling": "sqrt", "reference_global_batch_size": 4}}}, "[0].buckets: must have one global batch size with lr_scaling: sqrt, got [4, 8]. Make them equal or use lr_scaling: none."),

@@ -30,7 +30,7 @@ class Clips:
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         clips = SyntheticVideoDataset(100, request.frames, request.height, request.width, seed=request.epoch)
-        return {"video": clips[request.sample_index], "sample_index": request.sample_index}
+        return {"video": clips[request.sample_index]}
 
 
 class EchoClips:
@@ -39,7 +39,7 @@ class EchoClips:
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         facts = torch.tensor([request.sample_index, request.epoch, 100 * request.augment + request.flip], dtype=torch.float32)
         video = facts.view(3, 1, 1, 1).expand(3, request.frames, request.height, request.width)
-        return {"video": video, "sample_index": request.sample_index}
+        return {"video": video}
 
 
 class BrokenClips:
@@ -64,7 +64,7 @@ class WideClips:
     """Clips are wider than asked for."""
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        return {"video": torch.zeros(3, request.frames, request.height, request.width + 1), "sample_index": 0}
+        return {"video": torch.zeros(3, request.frames, request.height, request.width + 1)}
 
 
 class ThreadCountClips:
@@ -72,7 +72,7 @@ class ThreadCountClips:
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         shape = (3, request.frames, request.height, request.width)
-        return {"video": torch.full(shape, float(torch.get_num_threads())), "sample_index": request.sample_index}
+        return {"video": torch.full(shape, float(torch.get_num_threads()))}
 
 
 def _plan(frames: int, size: int, *, world_size: int, micro: int) -> BucketPlan:
@@ -130,7 +130,7 @@ def _assert_equal(left: list[MicroBatch], right: list[MicroBatch]) -> None:
     facts = [[(batch.samples, batch.bucket, batch.position) for batch in batches] for batches in (left, right)]
     assert facts[0] == facts[1]
     for one, other in zip(left, right, strict=True):
-        assert torch.equal(one.video, other.video)
+        assert torch.equal(one.tensors["video"], other.tensors["video"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,8 +145,11 @@ def test_resume_delivers_what_the_uninterrupted_run_would(workers: int) -> None:
 def test_shapes_follow_the_bucket() -> None:
     batches = list(_updates(_loader(), 0, 8))
 
-    assert {(batch.bucket, tuple(batch.video.shape)) for batch in batches} == {(0, (4, 3, 5, 8, 8)), (1, (2, 3, 1, 16, 16))}
-    assert {batch.video.dtype for batch in batches} == {torch.float32}
+    assert {(batch.bucket, tuple(batch.tensors["video"].shape)) for batch in batches} == {
+        (0, (4, 3, 5, 8, 8)),
+        (1, (2, 3, 1, 16, 16)),
+    }
+    assert {batch.tensors["video"].dtype for batch in batches} == {torch.float32}
 
 
 def test_two_ranks_share_what_one_reads_alone() -> None:
@@ -160,7 +163,7 @@ def test_two_ranks_share_what_one_reads_alone() -> None:
 
 
 def _clips(batches: list[MicroBatch]) -> dict[tuple[int, int, int], Tensor]:
-    pairs = chain.from_iterable(zip(batch.samples, batch.video, strict=True) for batch in batches)
+    pairs = chain.from_iterable(zip(batch.samples, batch.tensors["video"], strict=True) for batch in batches)
     return {(sample.sample_index, sample.epoch, sample.ordinal): clip for sample, clip in pairs}
 
 
@@ -171,7 +174,7 @@ def test_requests_carry_sample_epoch_and_settings(augment: bool, flip: bool) -> 
     assert {sample.epoch for batch in batches for sample in batch.samples} > {0, 1}
     for batch in batches:
         expected = [[sample.sample_index, sample.epoch, 100 * augment + flip] for sample in batch.samples]
-        assert batch.video[:, :, 0, 0, 0].tolist() == expected
+        assert batch.tensors["video"][:, :, 0, 0, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -193,7 +196,7 @@ def test_an_unreadable_clip_is_one_clear_message(error: Exception, message: str,
 
 
 def test_a_clip_of_another_shape_is_refused() -> None:
-    with pytest.raises(DataError, match=r"sample \d+: must be float32 of shape \(3, "):
+    with pytest.raises(DataError, match=r"sample \d+: video must be float32 of shape \(3, "):
         next(_loader(WideClips()))
 
 
@@ -205,7 +208,7 @@ def test_a_killed_worker_is_a_data_error() -> None:
 
 def test_workers_use_one_thread() -> None:
     with closing(_loader(ThreadCountClips(), workers=1)) as loader:
-        assert next(loader).video.unique().tolist() == [1.0]
+        assert next(loader).tensors["video"].unique().tolist() == [1.0]
 
 
 def test_close_ends_the_workers_at_once_and_may_be_repeated(capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,8 @@ from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.data import probe
 from aiprod_ds.data.synthetic import SyntheticVideoDataset, write_synthetic_clips
 from aiprod_ds.errors import PlanError
-from aiprod_ds.train.video_data import VideoData, open_datasets, open_files
+from aiprod_ds.train.clip_data import ClipData
+from aiprod_ds.train.video_data import open_video_datasets, open_video_files
 
 _VIDEO = {"resolution": "16x16", "duration": {"frames": 5}}
 _IMAGE = {"resolution": "32x32", "duration": {"frames": 1}, "global_batch_size": 8}
@@ -34,8 +35,8 @@ def _clips(*frames: int, size: int = 32) -> list[torch.Tensor]:
     return [SyntheticVideoDataset(len(frames), count, size, size)[index] for index, count in enumerate(frames)]
 
 
-def _data(*frames: int, size: int = 32) -> VideoData:
-    return open_datasets(_clips(*frames, size=size), _clips(9, 9, size=size), seed=0)
+def _data(*frames: int, size: int = 32) -> ClipData:
+    return open_video_datasets(_clips(*frames, size=size), _clips(9, 9, size=size), seed=0)
 
 
 def _epochs(count: int, **changes: Any) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def test_images_and_videos_are_mixed_by_share() -> None:
     (phase,) = _plan({"buckets": [{**_VIDEO, "share": 0.8}, {**_IMAGE, "share": 0.2}]}).phases
     stream = data.stream(phase, Clock(), rank=0, world_size=1, seed=0, num_workers=0)
     batches = list(islice(stream, 10))
-    assert Counter(tuple(batch.video.shape) for batch in batches) == {(4, 3, 5, 16, 16): 8, (8, 3, 1, 32, 32): 2}
+    assert Counter(tuple(batch.tensors["video"].shape) for batch in batches) == {(4, 3, 5, 16, 16): 8, (8, 3, 1, 32, 32): 2}
     assert [batch.bucket for batch in batches] == [stream.bucket_at(position) for position in range(10)]
     images = {sample.sample_index for batch in batches if batch.bucket == 1 for sample in batch.samples}
     assert images == {0, 1, 2, 3, 4}
@@ -105,11 +106,11 @@ def _config(folder: Path) -> VideoDataConfig:
 def test_files_are_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIPROD_DS_CACHE_DIR", str(tmp_path / "cache"))
     write_synthetic_clips(tmp_path / "clips", num_clips=3, frames=5, height=32, width=32, with_sound=False)
-    first = open_files(_config(tmp_path / "clips"), seed=0)
+    first = open_video_files(_config(tmp_path / "clips"), seed=0)
 
     hashed: list[Path] = []
     monkeypatch.setattr(probe, "file_sha256", hashed.append)
-    second = open_files(_config(tmp_path / "clips"), seed=0)
+    second = open_video_files(_config(tmp_path / "clips"), seed=0)
 
     assert hashed == []
     assert (second.train_clips, second.validation_clips) == (first.train_clips, first.validation_clips)
@@ -118,7 +119,7 @@ def test_files_are_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_slow_clips_are_said_to_repeat_frames() -> None:
     clips = [{"video": clip, "fps": 8.0} for clip in _clips(9, 9, 9, 9)]
-    data = open_datasets(clips, clips, seed=0)
+    data = open_video_datasets(clips, clips, seed=0)
     asked = {"resolution": "16x16", "duration": {"frames": 5, "frame_rate_hz": 12.0}}
     assert data.replacements(_plan(asked)) == (
         "phase p0: 4 clips are slower than 12 Hz, so some frames come twice: dataset[0], dataset[1], dataset[2] and 1 more",
