@@ -133,11 +133,11 @@ curriculum:
         "c.yaml: curriculum.phases[1].name: must match ^[A-Za-z0-9_-]+$, got 'b c'. Use only those characters.",
         "c.yaml: curriculum.phases[1].duration.frame: is not a known key, got 8. Did you mean 'frames'?",
         "c.yaml: curriculum.phases[1].learning_rate: must be finite, got inf. Write a number.",
-        "c.yaml: loss.perceptual.mode: must be 'lpips' or 'vgg', got 'lpip'. Did you mean 'lpips'?",
         "c.yaml: optimizer.epsilon: must be > 0.0, got -1. Use a larger value.",
         "c.yaml: optimizer.weight_decay: must be a number, got '0.1'. Remove the quotes.",
         "c.yaml: engine.deepspeed_config: must be text or a mapping, got 7. Write text or a mapping.",
         "c.yaml: checkpoint: must be a mapping, got 5. Write `key: value` lines under it.",
+        "c.yaml: loss.perceptual.mode: must be 'lpips' or 'vgg', got 'lpip'. Did you mean 'lpips'?",
         "c.yaml: sed: is not a known key, got 1. Did you mean 'seed'?",
     ]
 
