@@ -26,7 +26,8 @@ def apply_activation_checkpointing(module: nn.Module, *, enabled: bool, blocks: 
         module: The whole model. Models of diffusers inside it are switched by their own `enable_gradient_checkpointing`.
         enabled: Off undoes what on did, and is allowed at any time.
         blocks: The parts to recompute, each on its own, in place of that search. Without them and without a model of diffusers,
-            every member of the outermost `nn.ModuleList`s of at least two modules of one class is a block.
+            every member of the outermost `nn.ModuleList`s of at least two modules of one class is a block. Members that only
+            hold other modules and have no forward of their own are searched inside.
 
     Raises:
         EngineError: If `enabled` and there is nothing to recompute.
@@ -73,11 +74,17 @@ def _diffusers_models(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def _repeated_blocks(module: nn.Module) -> Iterable[nn.Module]:
-    if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(member) for member in module}) == 1:
+    if isinstance(module, nn.ModuleList) and _is_row_of_blocks(module):
         yield from module
         return
     for child in module.children():
         yield from _repeated_blocks(child)
+
+
+def _is_row_of_blocks(members: nn.ModuleList) -> bool:
+    return (
+        len(members) > 1 and len({type(member) for member in members}) == 1 and type(members[0]).forward is not nn.Module.forward
+    )
 
 
 @functools.cache

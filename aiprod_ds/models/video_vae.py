@@ -7,7 +7,6 @@ trains is reached through `engine(...)`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
+from aiprod_ds.models.posterior import decoded_sample, draw_latent, require_vae, split_posterior
+from aiprod_ds.models.shapes import declared_number, on_meta
+from aiprod_ds.models.weight_norm import compute_weights_in_forward
 
-LOGVAR_RANGE = (-30.0, 10.0)  # exp(11.09) is the largest fp16 number
 _PROBE_FRAMES, _PROBE_SIZE = 49, 128  # 48 and 128 are multiples of every published stride
 
 
@@ -26,14 +27,14 @@ class VideoVAE(nn.Module):
     """Wraps any video VAE for training.
 
     The model must offer `encode(video_BCTHW)`, which returns an object with `latent_dist` (diffusers), a `(mean, logvar)` pair
-    or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object with `sample`.
+    or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object with `sample`. Its hooks of weight
+    normalisation are replaced (`compute_weights_in_forward`).
     """
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        for method in ("encode", "decode"):
-            if not callable(getattr(vae, method, None)):
-                raise ConfigError(f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}.")
+        require_vae(vae)
+        compute_weights_in_forward(vae)
         self.vae: Any = vae
 
     def forward(self, video_BCTHW: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -50,11 +51,8 @@ class VideoVAE(nn.Module):
         Raises:
             EngineError: If the model returns another shape than it was given.
         """
-        mean, logvar = split_posterior(self.vae.encode(video_BCTHW))
-        mean, logvar = mean.float(), None if logvar is None else logvar.float().clamp(*LOGVAR_RANGE)
-        latent = mean if seeds is None or logvar is None else mean + (0.5 * logvar).exp() * _noise_like(mean, seeds)
-        decoded = self.vae.decode(latent.to(video_BCTHW.dtype))
-        reconstruction = decoded if isinstance(decoded, Tensor) else decoded.sample
+        latent, mean, logvar = draw_latent(self.vae.encode(video_BCTHW), seeds)
+        reconstruction = decoded_sample(self.vae.decode(latent.to(video_BCTHW.dtype)))
         if reconstruction.shape != video_BCTHW.shape:
             raise EngineError(
                 f"model: the reconstruction must have the input's shape {tuple(video_BCTHW.shape)}, "
@@ -62,20 +60,6 @@ class VideoVAE(nn.Module):
                 "Set model.spatial_stride and model.temporal_stride to the model's own."
             )
         return reconstruction, mean, logvar
-
-
-def split_posterior(encoded: Any) -> tuple[Tensor, Tensor | None]:
-    """Returns (mean, logvar) of whatever `encode` returned; logvar is None when there is no posterior."""
-    if isinstance(encoded, Tensor):
-        return encoded, None
-    if isinstance(encoded, tuple) and len(encoded) == 2:
-        return encoded
-    posterior = getattr(encoded, "latent_dist", encoded)
-    if not hasattr(posterior, "logvar") and hasattr(posterior, "mode"):
-        return posterior.mode(), None  # diffusers' IdentityDistribution: a deterministic autoencoder
-    if not (hasattr(posterior, "mean") and hasattr(posterior, "logvar")):
-        raise ConfigError(f"model: encode must return latent_dist, (mean, logvar) or a tensor, got {type(encoded).__name__}.")
-    return posterior.mean, posterior.logvar
 
 
 def video_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
@@ -99,7 +83,7 @@ def video_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
 
 
 def _measure(vae: nn.Module) -> ModelStrides | None:
-    shapes_only = _on_meta(vae).eval()
+    shapes_only = on_meta(vae).eval()
     dtype = next((parameter.dtype for parameter in vae.parameters()), torch.float32)
     probe_BCTHW = torch.zeros(1, 3, _PROBE_FRAMES, _PROBE_SIZE, _PROBE_SIZE, device="meta", dtype=dtype)
     try:
@@ -111,31 +95,7 @@ def _measure(vae: nn.Module) -> ModelStrides | None:
     return ModelStrides(spatial=_PROBE_SIZE // height, temporal=(_PROBE_FRAMES - 1) // max(frames - 1, 1))
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
-    tensors = [*module.parameters(), *module.buffers()]
-    placed: dict[int, object] = {id(tensor): tensor.to("meta") for tensor in tensors}
-    return copy.deepcopy(module, memo=placed)  # the memo stands in for every tensor, so no weight is copied
-
-
 def _declared(vae: nn.Module) -> ModelStrides | None:
-    spatial = _declared_number(vae, "spatial_compression_ratio", "scale_factor_spatial")
-    temporal = _declared_number(vae, "temporal_compression_ratio", "scale_factor_temporal")
+    spatial = declared_number(vae, "spatial_compression_ratio", "scale_factor_spatial")
+    temporal = declared_number(vae, "temporal_compression_ratio", "scale_factor_temporal")
     return ModelStrides(spatial=spatial, temporal=temporal) if spatial and temporal else None
-
-
-def _declared_number(vae: nn.Module, *names: str) -> int | None:
-    config = getattr(vae, "config", {})
-    for name in names:
-        value = vars(vae).get(name)  # not getattr: diffusers warns when an attribute comes from its config
-        if value is None and hasattr(config, "get"):
-            value = config.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def _noise_like(mean: Tensor, seeds: Sequence[int]) -> Tensor:
-    if len(seeds) != len(mean):
-        raise EngineError(f"posterior noise: needs one seed per sample ({len(mean)}), got {len(seeds)}.")
-    draws = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws).to(mean.device)

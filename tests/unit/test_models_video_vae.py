@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
+from aiprod_ds.models.posterior import LOGVAR_RANGE, split_posterior
 from aiprod_ds.models.registry import build_model
-from aiprod_ds.models.video_vae import LOGVAR_RANGE, VideoVAE, split_posterior, video_strides
+from aiprod_ds.models.video_vae import VideoVAE, video_strides
 
 TINY_LTX = {
     "latent_channels": 4,
