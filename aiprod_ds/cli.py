@@ -24,7 +24,10 @@ from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError, PlanError
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
-_TRAINERS = {"video_vae": ("aiprod_ds.train.video_vae", "VideoVAETrainer")}
+_TRAINERS = {
+    "video_vae": ("aiprod_ds.train.video_vae", "VideoVAETrainer"),
+    "audio_vae": ("aiprod_ds.train.audio_vae", "AudioVAETrainer"),
+}
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
 
@@ -46,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="aiprod-ds", description="Trains video VAEs through a curriculum on DeepSpeed.")
+    parser = argparse.ArgumentParser(
+        prog="aiprod-ds", description="Trains video and audio VAEs through a curriculum on DeepSpeed."
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = _configured(commands, "check", _check, "check a configuration and print every problem")

@@ -19,9 +19,13 @@ class SpectralConfig(StrictModel):
     """STFT distance at several resolutions; `fft_sizes: [1024]` gives the single-resolution form (hop 256)."""
 
     fft_sizes: tuple[FFTSize, ...] = Field(default=(2048, 1024, 512, 256, 128, 64, 32), min_length=1, strict=False)
+    """Windows in samples, multiples of 4; each hops by a quarter of itself."""
     log: Literal["log", "log1p"] = "log"
+    """How magnitudes m are compared beside themselves: log(m + `log_epsilon`) or log(1 + m)."""
     log_epsilon: PositiveFloat = 1e-5
+    """What keeps silence from an infinite logarithm; no effect with `log: log1p`, so refused there."""
     sum_difference: bool = True
+    """Compares the sum and the difference of stereo channels beside left and right."""
 
     @model_validator(mode="after")
     def _log_epsilon_has_effect(self) -> Self:
@@ -34,7 +38,9 @@ class MelConfig(StrictModel):
     """Log-mel distance at several resolutions, one number of bands for each FFT size."""
 
     fft_sizes: tuple[FFTSize, ...] = Field(default=(32, 64, 128, 256, 512, 1024, 2048), min_length=1, strict=False)
+    """Windows in samples, multiples of 4; each hops by a quarter of itself."""
     num_bands: tuple[PositiveInt, ...] = Field(default=(5, 10, 20, 40, 80, 160, 320), min_length=1, strict=False)
+    """Mel bands of each window, as many numbers as `fft_sizes`."""
 
     @model_validator(mode="after")
     def _one_number_for_each_size(self) -> Self:
@@ -50,11 +56,18 @@ class AudioVAELossConfig(StrictModel):
     """Weights of the terms; a term with weight 0 is measured, not trained."""
 
     waveform_weight: NonNegativeFloat = 0.1
+    """Weight of the mean absolute error of the samples."""
     spectral_weight: NonNegativeFloat = 1.0
+    """Weight of the STFT distance."""
     kl_weight: NonNegativeFloat = 1e-4
+    """Weight of the posterior's divergence from the unit normal, summed over channels."""
     mel_weight: NonNegativeFloat = 0.0
+    """Weight of the log-mel distance. 0 in every phase: the term is not measured either. For a model of mel spectrograms: the
+    weight of their mean absolute error, beside which those of waveform and spectrum must be 0."""
     spectral: SpectralConfig = SpectralConfig()
+    """The STFT distance."""
     mel: MelConfig = MelConfig()
+    """The log-mel distance."""
 
     @model_validator(mode="after")
     def _something_is_reconstructed(self) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.curriculum import expand_preset
 from aiprod_ds.config.document import Document, apply_override, read_document
 from aiprod_ds.config.nearest import suggestion
@@ -19,7 +20,7 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.errors import ConfigError
 
-_TRAINERS: dict[str, type[RunConfig]] = {"video_vae": VAETrainerConfig}
+_TRAINERS: dict[str, type[RunConfig]] = {"video_vae": VAETrainerConfig, "audio_vae": AudioVAETrainerConfig}
 _DEFAULT_TRAINER = "video_vae"
 
 

@@ -5,7 +5,9 @@ Shapes: N clips, C channels, L samples.
 
 from __future__ import annotations
 
+import math
 import wave
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from aiprod_ds.errors import DataError
 
 _FFT_SIZE, _HOP = 1024, 256
 _RANGE_DB = 80.0
+_DECIBELS_PER_NEPER = 20 / math.log(10)
 
 
 def save_spectrograms(original_NCL: Tensor, reconstruction_NCL: Tensor, path: Path, *, sample_rate_hz: int, title: str) -> None:
@@ -40,31 +43,40 @@ def save_spectrograms(original_NCL: Tensor, reconstruction_NCL: Tensor, path: Pa
             f"spectrograms: both sounds must be [N, C, L] of one shape, got {tuple(original_NCL.shape)} and "
             f"{tuple(reconstruction_NCL.shape)}. Crop the reconstruction to the original."
         )
-    num_clips, _, num_samples = original_NCL.shape
-    figure = Figure(figsize=(max(5.0, 0.9 + 3.4 * num_clips), 5.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, num_clips, sharex=True, sharey=True, squeeze=False)
-    extent = (0.0, num_samples / sample_rate_hz, 0.0, sample_rate_hz / 2000)
-    for clip in range(num_clips):
-        original_FT = _decibels(original_NCL[clip])
-        loudest = float(original_FT.max())
-        for row, levels_FT in enumerate((original_FT, _decibels(reconstruction_NCL[clip]))):
-            image = axes[row, clip].imshow(
-                levels_FT.numpy(),
-                origin="lower",
-                aspect="auto",
-                extent=extent,
-                cmap="magma",
-                vmin=loudest - _RANGE_DB,
-                vmax=loudest,
-            )
-        axes[0, clip].set_title(f"clip {clip + 1}", fontsize=10)
-        axes[1, clip].set_xlabel("time [s]")
-        figure.colorbar(image, ax=axes[:, clip], label="level [dB]" if clip == num_clips - 1 else "", pad=0.02)
-    for row, name in enumerate(("original", "reconstruction")):
-        axes[row, 0].set_ylabel(f"{name}\nfrequency [kHz]")
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    figure.savefig(path)
+    pairs = [
+        (_decibels(original), _decibels(reconstruction))
+        for original, reconstruction in zip(original_NCL, reconstruction_NCL, strict=True)
+    ]
+    extent = (0.0, original_NCL.shape[2] / sample_rate_hz, 0.0, sample_rate_hz / 2000)
+    _save_columns(pairs, path, title=title, extent=extent, labels=("time [s]", "frequency [kHz]", "level [dB]"))
+
+
+def save_mels(original_NCTM: Tensor, reconstruction_NCTM: Tensor, path: Path, *, title: str) -> None:
+    """Writes a PNG with one column per clip: the log-mel spectrogram of the original over that of the reconstruction.
+
+    Both pictures of a clip share one colour scale: 80 dB down from the loudest point of the original. Channels are averaged.
+
+    Args:
+        original_NCTM: [N, C, T, M] natural logarithms of mel magnitudes.
+        reconstruction_NCTM: The same shape.
+        path: The PNG; its folder must exist.
+        title: Printed on top.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if original_NCTM.shape != reconstruction_NCTM.shape or original_NCTM.ndim != 4:
+        raise ValueError(
+            f"spectrograms: both must be [N, C, T, M] of one shape, got {tuple(original_NCTM.shape)} and "
+            f"{tuple(reconstruction_NCTM.shape)}. Crop the reconstruction to the original."
+        )
+    both = [
+        mels.detach().to("cpu", torch.float32).nan_to_num().mean(1) * _DECIBELS_PER_NEPER
+        for mels in (original_NCTM, reconstruction_NCTM)
+    ]
+    pairs = [(original_TM.T, reconstruction_TM.T) for original_TM, reconstruction_TM in zip(*both, strict=True)]
+    extent = (0.0, float(original_NCTM.shape[2]), 0.0, float(original_NCTM.shape[3]))
+    _save_columns(pairs, path, title=title, extent=extent, labels=("frame", "mel band", "level [dB]"))
 
 
 def save_wav(sound_CL: Tensor, path: Path, *, sample_rate_hz: int) -> None:
@@ -87,6 +99,32 @@ def save_wav(sound_CL: Tensor, path: Path, *, sample_rate_hz: int) -> None:
         file.setsampwidth(2)
         file.setframerate(sample_rate_hz)
         file.writeframes(samples_LC.astype(np.dtype("<i2")).tobytes())
+
+
+def _save_columns(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    path: Path,
+    *,
+    title: str,
+    extent: tuple[float, float, float, float],
+    labels: tuple[str, str, str],
+) -> None:
+    """Draws pairs (original, reconstruction) [frequencies, times] in dB; `labels` are of time, frequency and colour."""
+    figure = Figure(figsize=(max(5.0, 0.9 + 3.4 * len(pairs)), 5.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(pairs), sharex=True, sharey=True, squeeze=False)
+    for clip, pair in enumerate(pairs):
+        loudest = float(pair[0].max())
+        for row, levels_FT in enumerate(pair):
+            scale = {"vmin": loudest - _RANGE_DB, "vmax": loudest}
+            image = axes[row, clip].imshow(levels_FT.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", **scale)
+        axes[0, clip].set_title(f"clip {clip + 1}", fontsize=10)
+        axes[1, clip].set_xlabel(labels[0])
+        figure.colorbar(image, ax=axes[:, clip], label=labels[2] if clip == len(pairs) - 1 else "", pad=0.02)
+    for row, name in enumerate(("original", "reconstruction")):
+        axes[row, 0].set_ylabel(f"{name}\n{labels[1]}")
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure.savefig(path)
 
 
 def _decibels(sound_CL: Tensor) -> Tensor:

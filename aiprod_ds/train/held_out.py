@@ -47,7 +47,9 @@ class HeldOutClip:
 
 
 @torch.no_grad()
-def held_out_clips(engine: Engine, data: ClipData, bucket: BucketPlan, *, name: str, max_clips: int) -> Iterator[HeldOutClip]:
+def held_out_clips(
+    engine: Engine, data: ClipData, bucket: BucketPlan, *, name: str, dtype: torch.dtype, max_clips: int
+) -> Iterator[HeldOutClip]:
     """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape, with the posterior's mode.
 
     Collective: exhaust it on every rank. Draws nothing from the training's random streams.
@@ -57,13 +59,14 @@ def held_out_clips(engine: Engine, data: ClipData, bucket: BucketPlan, *, name: 
         data: Of the run.
         bucket: The shape.
         name: Of the tensor in the dataset's items: `video` or `audio`.
+        dtype: In which the module wants it.
         max_clips: The most that are measured by all ranks together.
     """
     clips = data.held_out(bucket)[:max_clips]
     for turn in range(-(-len(clips) // engine.world_size)):  # as many forwards on every rank: ZeRO-3 gathers in each
         place = turn * engine.world_size + engine.rank
         original = data.held_out_clip(clips[min(place, len(clips) - 1)], bucket)[name][None]
-        output, mean, _ = engine(original.to(engine.device, engine.compute_dtype))
+        output, mean, _ = engine(original.to(engine.device, dtype))
         if place < len(clips):
             yield HeldOutClip(place=place, original=original, output=output.float().cpu(), mean=mean.float().cpu())
 

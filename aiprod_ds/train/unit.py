@@ -58,7 +58,9 @@ class Evaluation:
 class Unit(Protocol):
     """One kind of training. Everything it trains is reached through `engine(...)`."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What the engine trains."""
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Returns the trained parameters by optimizer settings."""

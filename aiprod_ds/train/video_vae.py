@@ -145,7 +145,7 @@ class VideoVAEUnit:
 
     def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
-        return held_out_clips(engine, self.data, bucket, name="video", max_clips=limit)
+        return held_out_clips(engine, self.data, bucket, name="video", dtype=engine.compute_dtype, max_clips=limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,60 @@
+"""The configuration of the audio VAE trainer: its data and its losses beside the shared sections of `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from aiprod_ds.config.audio_data import AudioDataConfig
+from aiprod_ds.config.audio_loss import AudioVAELossConfig
+from aiprod_ds.config.run import RunConfig
+
+
+class AudioVAETrainerConfig(RunConfig):
+    """Everything that the training of an audio VAE needs.
+
+    The frames of a clip are its samples: a phase gives `duration: {seconds: 1.5}` or `{frames: 65536}` and no resolution.
+    """
+
+    trainer: Literal["audio_vae"] = "audio_vae"
+    """What is trained."""
+    data: AudioDataConfig
+    """The clips."""
+    loss: AudioVAELossConfig = AudioVAELossConfig()
+    """What is minimised."""
+
+    @model_validator(mode="after")
+    def _phases_are_of_sound(self) -> Self:
+        problems = list(self._keys_without_effect())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def loss_weights(self) -> dict[str, float]:
+        """Returns every `*_weight` of the loss section."""
+        return self.loss.weights()
+
+    def random_flip(self) -> bool:
+        """Returns False: sound is not mirrored."""
+        return False
+
+    def clip_rate_hz(self) -> float | None:
+        """Returns `data.sample_rate_hz`, to which all sounds are resampled."""
+        return float(self.data.sample_rate_hz)
+
+    def _keys_without_effect(self) -> Iterator[str]:
+        for where, shape in self.phase_shapes():
+            if shape.resolution is not None:
+                size = f"{shape.resolution.height}x{shape.resolution.width}"
+                yield f"{where}.resolution: has no effect for sound, got {size}. Remove it."
+            if shape.duration is not None and shape.duration.frame_rate_hz is not None:
+                yield (
+                    f"{where}.duration.frame_rate_hz: has no effect for sound, got {shape.duration.frame_rate_hz:g}. "
+                    "Remove it; data.sample_rate_hz is the rate."
+                )
+        for index, phase in enumerate(self.curriculum.phases):
+            if phase.augment.random_flip is not None:
+                yield f"curriculum.phases[{index}].augment.random_flip: has no effect for sound, got a value. Remove it."
