@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,9 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> nn.Mo
         ConfigError: If the source does not resolve, its constructor refuses the arguments or the weights cannot be loaded.
     """
     factory = resolve(config.source)
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), warnings.catch_warnings():
+        # diffusers' Oobleck uses the old weight_norm, which the modules that wrap VAEs replace.
+        warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
         torch.manual_seed(stream_seed(seed, "weights"))
         module = _construct(factory, config, is_plan=device == "meta")
     if not isinstance(module, nn.Module):
