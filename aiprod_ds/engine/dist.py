@@ -49,15 +49,17 @@ def initialize(*, timeout_seconds: float = 1800.0) -> torch.device:
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    # NCCL otherwise guesses the GPU from the rank at the first collective, and says so every time.
+    device_id = device if device.type == "cuda" else None
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(present):
         store = torch_dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's export list
-        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
         return device
     missing = sorted(set(_LAUNCHER_VARIABLES) - set(present))
     if missing:
         raise EngineError(f"environment: the launcher must set {', '.join(_LAUNCHER_VARIABLES)}, got no {', '.join(missing)}.")
-    torch_dist.init_process_group(backend, timeout=timeout)
+    torch_dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     return device
 
 

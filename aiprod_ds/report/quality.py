@@ -16,6 +16,7 @@ from aiprod_ds.errors import DataError
 
 PSNR_CEILING_DB = 100.0  # an exact copy has infinite PSNR, which no mean survives
 _SSIM_WINDOW = 11
+_SSIM_FRAMES = 8
 _FIELDS = ("clips", "psnr_db", "ssim", "original_change", "reconstruction_change", "lpips_vgg")
 
 
@@ -41,7 +42,7 @@ class VideoQuality:
 
     @torch.no_grad()
     def update(self, original_BCTHW: Tensor, reconstruction_BCTHW: Tensor) -> None:
-        """Adds a batch of clips.
+        """Adds a batch of clips; computes on the device they are on.
 
         Args:
             original_BCTHW: [B,3,T,H,W] in [-1,1], any float type, H and W at least 11.
@@ -83,14 +84,23 @@ class VideoQuality:
         lpips = 0.0
         if self._lpips is not None:
             lpips = float(self._lpips(reconstruction_CTHW.clamp(-1, 1).unsqueeze(0), original_CTHW.unsqueeze(0)))
-        ssim = structural_similarity_index_measure(y_TCHW, x_TCHW, data_range=1.0)
-        assert isinstance(ssim, Tensor), "torchmetrics returns a pair only with return_full_image or return_contrast_sensitivity"
-        values = [1.0, _psnr_db(x_TCHW, y_TCHW), float(ssim), _change(x_TCHW), _change(y_TCHW), lpips]
+        values = [1.0, _psnr_db(x_TCHW, y_TCHW), _ssim(x_TCHW, y_TCHW), _change(x_TCHW), _change(y_TCHW), lpips]
         return torch.tensor(values, dtype=torch.float64)
 
 
 def _psnr_db(x_TCHW: Tensor, y_TCHW: Tensor) -> float:
     return min(float(peak_signal_noise_ratio(y_TCHW, x_TCHW, data_range=1.0)), PSNR_CEILING_DB)
+
+
+def _ssim(x_TCHW: Tensor, y_TCHW: Tensor) -> float:
+    """In pieces of some frames, because torchmetrics filters five stacked copies of its input at once."""
+    total = 0.0
+    for first in range(0, len(x_TCHW), _SSIM_FRAMES):
+        x, y = x_TCHW[first : first + _SSIM_FRAMES], y_TCHW[first : first + _SSIM_FRAMES]
+        piece = structural_similarity_index_measure(y, x, data_range=1.0)
+        assert isinstance(piece, Tensor), "a pair comes only with return_full_image or return_contrast_sensitivity"
+        total += float(piece) * len(x)
+    return total / len(x_TCHW)
 
 
 def _change(video_TCHW: Tensor) -> float:

@@ -125,10 +125,10 @@ class AudioVAEUnit:
         quality = self._objective.new_quality()
         shown: dict[int, tuple[Tensor, Tensor]] = {}
         for clip in self._held_out(engine):
-            original = self._objective.target(clip.original)
-            quality.update(original, clip.output)
+            original, output = self._objective.target(clip.original).cpu(), clip.output.cpu()
+            quality.update(original, output)
             if clip.place < self.config.evaluation.num_pictures:
-                shown[clip.place] = (original, clip.output)
+                shown[clip.place] = (original, output)
         metrics = over_ranks(engine, quality, self._objective.new_quality()).compute()
         pairs = gather_shown(shown)
         examples = self._objective.examples(*zip(*pairs, strict=True)) if pairs and engine.rank == 0 else None

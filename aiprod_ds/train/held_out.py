@@ -31,7 +31,7 @@ _Shown = TypeVar("_Shown")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutClip:
-    """One clip through the model, on the CPU in fp32.
+    """One clip through the model, on the engine's device in fp32.
 
     Attributes:
         place: Its number among all that are measured.
@@ -65,10 +65,10 @@ def held_out_clips(
     clips = data.held_out(bucket)[:max_clips]
     for turn in range(-(-len(clips) // engine.world_size)):  # as many forwards on every rank: ZeRO-3 gathers in each
         place = turn * engine.world_size + engine.rank
-        original = data.held_out_clip(clips[min(place, len(clips) - 1)], bucket)[name][None]
-        output, mean, _ = engine(original.to(engine.device, dtype))
+        original = data.held_out_clip(clips[min(place, len(clips) - 1)], bucket)[name][None].to(engine.device)
+        output, mean, _ = engine(original.to(dtype))
         if place < len(clips):
-            yield HeldOutClip(place=place, original=original, output=output.float().cpu(), mean=mean.float().cpu())
+            yield HeldOutClip(place=place, original=original, output=output.float(), mean=mean.float())
 
 
 def over_ranks(engine: Engine, own: _Quality, empty: _Quality) -> _Quality:

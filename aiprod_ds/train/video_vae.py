@@ -161,4 +161,4 @@ class _VideoExamples:
 
 def _some_frames(video_BCTHW: Tensor) -> Tensor:
     frames = torch.linspace(0, video_BCTHW.shape[2] - 1, min(_SHOWN_FRAMES, video_BCTHW.shape[2])).round().long()
-    return video_BCTHW[:, :, frames]
+    return video_BCTHW[:, :, frames].cpu()
