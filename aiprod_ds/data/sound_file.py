@@ -2,6 +2,9 @@
 
 Owns FFmpeg's decoding of sound and its traps; resampling and channels are `audio.py`'s, facts about files `probe.py`'s. Raises
 PyAV's errors and `ValueError` without the file's name, which the callers add. Shapes: C channels, N samples.
+
+Damage that the format shows is an error. PCM and MP3 carry no check sums that FFmpeg looks at: there, some damage becomes wrong
+samples, and an MP3 frame with a damaged header is left out.
 """
 
 from __future__ import annotations
