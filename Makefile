@@ -18,6 +18,8 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
 # Tests run on the CPU wherever they are started, with one thread a process, so that their figures do not depend on the machine.
 TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+# Test files that run side by side; more than the cores helps little, because some start two ranks of their own.
+TEST_WORKERS ?= 2
 
 .PHONY: help venv quickstart test unit check clean
 
@@ -30,10 +32,10 @@ quickstart: $(STAMP) ## Trains a tiny video VAE on the shipped samples through t
 	@VENV="$(VENV)" launch/quickstart.sh
 
 test: $(STAMP) ## Runs every test that this machine can run.
-	@$(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest
+	@$(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 unit: $(STAMP) ## Runs the fast tests only.
-	@$(TEST_ENV) "$(BIN)/python" -m pytest tests/unit tests/contracts
+	@$(TEST_ENV) "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile tests/unit tests/contracts
 
 check: $(STAMP) ## Runs the linter, the formatter, the type checker and the import contracts.
 	@"$(BIN)/ruff" check .
