@@ -23,7 +23,7 @@ from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
 from aiprod_ds.engine.moments import scale_moments
-from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult
+from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, require_clip_norm
 from aiprod_ds.errors import CheckpointError, EngineError
 
 _TAG = "deepspeed"
@@ -62,11 +62,13 @@ class DeepSpeedEngine:
         self.rank = dist.rank()
         self.world_size = dist.world_size()
         self.compute_dtype = TORCH_DTYPES[settings.precision]
+        self.has_partitioned_masters = settings.zero_stage > 0
         self._settings = settings
         self._optimizer_config = optimizer
         self._groups = tuple(group for group in groups if group.names)  # as DeepSpeed 0.19.8, runtime/engine.py:2348
         self._learning_rate = 0.0
         self._weight_decay = optimizer.weight_decay
+        self._clip_norm = optimizer.gradient_clip_norm
         parameters = group_parameters(module, groups)
         self._trained = {
             name: parameter
@@ -130,6 +132,16 @@ class DeepSpeedEngine:
         for values, group in zip(self._engine.basic_optimizer.param_groups, self._groups, strict=True):
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
+    def set_clip_norm(self, clip_norm: float | None) -> None:
+        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are not.
+
+        Raises:
+            EngineError: If it is not a positive finite number.
+        """
+        require_clip_norm(clip_norm)
+        self._clip_norm = clip_norm
+        internals.set_clip_norm(self._engine, clip_norm)
+
     def scale_moments(self, factor: float) -> None:
         """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer. Collective.
 
@@ -162,6 +174,14 @@ class DeepSpeedEngine:
     def eval(self) -> None:
         """Puts the module in evaluation mode."""
         self._engine.eval()
+
+    def master_shards(self) -> list[Tensor]:
+        """Returns the fp32 masters that this rank owns, not copied; with an offloaded optimizer they are on the CPU."""
+        return internals.master_shards(self._engine)
+
+    def refresh_weights(self) -> None:
+        """Casts the masters into the weights of all ranks. Collective."""
+        internals.refresh_weights(self._engine)
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """Yields every trained parameter in name order. Collective; rank 0 gets the tensors, others get empty ones."""
@@ -199,8 +219,8 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote for the same world size and ZeRO stage, bit for bit. Collective.
 
-        Optimizer settings, learning rate, weight decay, clipping and loss-scale rules stay those of this engine; the loss scale
-        itself is restored.
+        Optimizer settings, learning rate, weight decay, clipping norm and loss-scale rules stay those of this engine; the loss
+        scale itself is restored.
 
         Raises:
             CheckpointError: If the folder does not fit this engine.
@@ -218,7 +238,7 @@ class DeepSpeedEngine:
         self._apply_optimizer_config()
         self.set_learning_rate(self._learning_rate)
         internals.configure_loss_scaler(self._engine, self._settings.loss_scale)
-        internals.set_clip_norm(self._engine, self._optimizer_config.gradient_clip_norm)
+        internals.set_clip_norm(self._engine, self._clip_norm)
 
     def close(self) -> None:
         """Releases everything, so that the module may be given to a new engine. Idempotent."""

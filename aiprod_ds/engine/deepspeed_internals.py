@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
@@ -82,9 +83,15 @@ def configure_loss_scaler(engine: Any, settings: Any) -> None:
 
 
 def set_clip_norm(engine: Any, clip_norm: float | None) -> None:
-    """Applies the configured clipping; runtime/zero/stage_1_and_2.py:3667 restores the checkpoint's instead."""
+    """Applies a clipping norm to the updates that follow; runtime/zero/stage_1_and_2.py:3667 restores the checkpoint's instead.
+
+    ZeRO's optimizers and the one of 16-bit ZeRO-0 read their own `clip_grad` in each step; ZeRO-0 in fp32 has a plain optimizer
+    and reads the configuration (runtime/engine.py:3506).
+    """
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = clip_norm or 0.0
+    else:
+        engine._config.gradient_clipping = clip_norm or 0.0
 
 
 @contextmanager
@@ -179,6 +186,39 @@ def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
         moments={key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if key in state},
         step=int(state.get("step", 0)),
     )
+
+
+def master_shards(engine: Any) -> list[Tensor]:
+    """Returns the fp32 tensors that this rank's optimizer updates: flat partitions under ZeRO, whole parameters at stage 0."""
+    optimizer = engine.optimizer
+    if is_partitioned(engine):
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return list(optimizer.single_partition_of_fp32_groups)
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        return list(chain(*optimizer.fp32_groups))
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any) -> None:
+    """Does what ends an update: masters are cast into the weights of all ranks. Collective.
+
+    ZeRO-3 keeps small parameters gathered (`stage3_param_persistence_threshold`), and nothing but `_post_step`
+    (runtime/zero/stage3.py:2835) gathers them anew when their partitions have changed.
+    """
+    optimizer = engine.optimizer
+    if is_partitioned(engine):
+        optimizer._partition_all_parameters()
+        for sub_group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for weight, master in zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True):
+            weight.copy_(master)
 
 
 def is_partitioned(engine: Any) -> bool:

@@ -24,7 +24,7 @@ from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
 from aiprod_ds.engine.loss_scale import LossScaler
 from aiprod_ds.engine.moments import MOMENTS, scale_moments
-from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names
+from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names, require_clip_norm
 from aiprod_ds.errors import CheckpointError, EngineError
 
 _STATE_FILE = "local_engine.pt"
@@ -63,6 +63,7 @@ class LocalEngine:
         self.rank = 0
         self.world_size = 1
         self.compute_dtype = TORCH_DTYPES[settings.precision]
+        self.has_partitioned_masters = False
         self._clip_norm = optimizer.gradient_clip_norm
         self._accumulation = accumulation
         self._micro_batch_size = micro_batch_size
@@ -125,6 +126,15 @@ class LocalEngine:
         for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
+    def set_clip_norm(self, clip_norm: float | None) -> None:
+        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are not.
+
+        Raises:
+            EngineError: If it is not a positive finite number.
+        """
+        require_clip_norm(clip_norm)
+        self._clip_norm = clip_norm
+
     def scale_moments(self, factor: float) -> None:
         """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer.
 
@@ -154,6 +164,17 @@ class LocalEngine:
     def eval(self) -> None:
         """Puts the module in evaluation mode."""
         self.module.eval()
+
+    def master_shards(self) -> list[Tensor]:
+        """Returns the fp32 masters, in the order of the groups, not copied."""
+        return list(self._masters.values())
+
+    def refresh_weights(self) -> None:
+        """Casts the masters into the module's weights."""
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                if self._masters[name] is not weight:
+                    weight.copy_(self._masters[name])
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """Yields every trained parameter in name order."""
@@ -230,10 +251,7 @@ class LocalEngine:
         if self._clip_norm is not None:
             torch._foreach_mul_(gradients, torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0))
         self._optimizer.step()
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                if self._masters[name] is not weight:
-                    weight.copy_(self._masters[name])
+        self.refresh_weights()
 
 
 def _cast(module: nn.Module, device: torch.device, dtype: torch.dtype, buffer_dtype: torch.dtype | None) -> None:

@@ -6,6 +6,7 @@ control for numerics). The loop knows only this file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from aiprod_ds.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +65,23 @@ class ParameterState:
 
 
 class Engine(Protocol):
-    """Owns the module between construction and `close`. One per process at a time."""
+    """Owns the module between construction and `close`. One per process at a time.
+
+    Attributes:
+        module: What is trained.
+        device: Where forward and backward run.
+        rank: Of this process.
+        world_size: Number of processes.
+        compute_dtype: Type of the weights in `module`; masters are fp32 in any case.
+        has_partitioned_masters: Whether each rank owns other masters; otherwise every rank owns all of them.
+    """
 
     module: nn.Module
     device: torch.device
     rank: int
     world_size: int
     compute_dtype: torch.dtype
+    has_partitioned_masters: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `module` forward with whatever gathering the sharding needs. Floating-point inputs are cast by the caller."""
@@ -84,6 +97,16 @@ class Engine(Protocol):
 
     def set_weight_decay(self, weight_decay: float) -> None:
         """Sets the decay that the next update uses, in the groups that are decayed. `load` leaves it as it is."""
+
+    def set_clip_norm(self, clip_norm: float | None) -> None:
+        """Sets the global L2 norm to which the gradients of the updates that follow are scaled down; None: they are not.
+
+        It may be called between `backward` and the `step` that ends the window. Every rank must give the same value. `load`
+        leaves it as it is.
+
+        Raises:
+            EngineError: If it is not a positive finite number.
+        """
 
     def scale_moments(self, factor: float) -> None:
         """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer. Collective.
@@ -105,6 +128,16 @@ class Engine(Protocol):
     def eval(self) -> None:
         """Puts the module in evaluation mode."""
 
+    def master_shards(self) -> list[Tensor]:
+        """Returns the fp32 masters that this rank owns, in the order and the shapes of the optimizer state, not copied.
+
+        Number, order, shapes and devices stay the same for the life of the engine and are those of any engine of the same layout.
+        Whoever writes into them, between updates and on all ranks alike, calls `refresh_weights` afterwards.
+        """
+
+    def refresh_weights(self) -> None:
+        """Casts the masters into the weights that `module` computes with, as an update does at its end. Collective."""
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """Yields every trained parameter in name order. Collective: all ranks iterate to the end; rank 0 gets the tensors,
         other ranks may get empty ones."""
@@ -125,6 +158,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Releases everything, so that the module may be given to a new engine. Idempotent."""
+
+
+def require_clip_norm(clip_norm: float | None) -> None:
+    """Checks a norm for `Engine.set_clip_norm`.
+
+    Raises:
+        EngineError: If it is not a positive finite number or None.
+    """
+    if clip_norm is not None and not (clip_norm > 0.0 and math.isfinite(clip_norm)):
+        raise EngineError(f"set_clip_norm: must be positive and finite, got {clip_norm}. None turns clipping off.")
 
 
 def group_names(groups: Sequence[ParameterGroup]) -> list[str]:

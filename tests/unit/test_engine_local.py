@@ -302,3 +302,49 @@ def test_after_close_the_module_can_have_a_new_engine() -> None:
     engine.close()
     assert all(parameter.grad is None for parameter in engine.module.parameters())
     assert _update(_engine(module=engine.module), 1).applied
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("clip_norm", [0.01, None, 1e-3])
+def test_a_new_clip_norm_holds_from_the_next_update_on(precision: str, clip_norm: float | None) -> None:
+    """A new optimizer's first moment is (1 - 0.9) times the gradient that it saw."""
+    engine = _engine(precision)
+    engine.set_clip_norm(clip_norm)
+    norm = float(_update(engine, 0).gradient_norm)
+    seen = torch.cat([state.optimizer["exp_avg"].flatten() for state in engine.parameter_states()]).norm().item() / 0.1
+    assert norm > 0.02, "the norm that is reported is the one before clipping"
+    # fp32 sums, and the 1e-6 that is added to the norm.
+    assert seen == pytest.approx(norm if clip_norm is None else clip_norm, rel=2e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clip_norm_that_is_none_is_refused(clip_norm: float) -> None:
+    with pytest.raises(EngineError, match="set_clip_norm: must be positive and finite, got"):
+        _engine().set_clip_norm(clip_norm)
+
+
+def test_load_leaves_the_clip_norm_as_it_is(tmp_path: Path) -> None:
+    saved, loaded = _engine(), _engine(seed=1)
+    saved.save(tmp_path)
+    loaded.set_clip_norm(1e-3)
+    loaded.load(tmp_path)
+    _update(loaded, 0)
+    seen = torch.cat([state.optimizer["exp_avg"].flatten() for state in loaded.parameter_states()]).norm().item() / 0.1
+    assert seen == pytest.approx(1e-3, rel=2e-3)  # the norm has 1e-6 added to it
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_master_shards_are_the_masters_themselves(precision: str) -> None:
+    engine = _engine(precision)
+    _update(engine, 0)
+    shards = engine.master_shards()
+    assert [shard.dtype for shard in shards] == [torch.float32] * 4
+    with torch.no_grad():
+        for number, shard in enumerate(shards):
+            shard.fill_(number + 1.001)
+    names = [name for group in _groups() for name in group.names]
+    engine.refresh_weights()
+    for number, name in enumerate(names):
+        weight = engine.module.get_parameter(name)
+        assert torch.equal(_values(engine)[name], torch.full_like(weight, number + 1.001, dtype=torch.float32))
+        assert torch.equal(weight, torch.full_like(weight, number + 1.001))
