@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
     from aiprod_ds.config.curriculum import (
         CurriculumAdapterConfig,
         CurriculumConfig,
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from aiprod_ds.config.vae import VAETrainerConfig
     from aiprod_ds.curriculum.scheduler import CurriculumScheduler
     from aiprod_ds.losses import AudioVAELoss, PerceptualLoss, SpectralLoss, VideoVAELoss
+    from aiprod_ds.train.audio_vae import AudioVAETrainer
     from aiprod_ds.train.video_vae import VideoVAETrainer
 
 __all__ = [
     "AudioVAELoss",
+    "AudioVAETrainer",
+    "AudioVAETrainerConfig",
     "CurriculumAdapterConfig",
     "CurriculumConfig",
     "CurriculumPhase",
@@ -38,6 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "aiprod_ds.config.audio_vae": ("AudioVAETrainerConfig",),
     "aiprod_ds.config.curriculum": (
         "CurriculumAdapterConfig",
         "CurriculumConfig",
@@ -49,6 +54,7 @@ _MODULES = {
     "aiprod_ds.config.vae": ("VAETrainerConfig",),
     "aiprod_ds.curriculum.scheduler": ("CurriculumScheduler",),
     "aiprod_ds.losses": ("AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"),
+    "aiprod_ds.train.audio_vae": ("AudioVAETrainer",),
     "aiprod_ds.train.video_vae": ("VideoVAETrainer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

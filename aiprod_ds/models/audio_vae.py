@@ -89,13 +89,14 @@ def wrap_audio_vae(vae: nn.Module) -> AudioVAE | MelVAE:
     return MelVAE(vae) if is_mel_model(vae) else AudioVAE(vae)
 
 
-def audio_facts(vae: nn.Module) -> AudioFacts:
-    """Returns what the model takes; the hop is measured by encoding shapes, else as the model declares it.
+def audio_facts(vae: nn.Module, *, hop: int | None = None) -> AudioFacts:
+    """Returns what the model takes; the hop is the given one, else measured by encoding shapes, else the declared one.
 
     Raises:
         ConfigError: If the hop is neither declared nor measurable.
     """
-    hop = mel_hop(vae) if is_mel_model(vae) else _measured_hop(vae) or declared_number(vae, "hop_length")
+    if hop is None:
+        hop = mel_hop(vae) if is_mel_model(vae) else _measured_hop(vae) or declared_number(vae, "hop_length")
     if hop is None:
         raise ConfigError(
             f"model: the hop of {type(vae).__name__} is neither declared nor measurable. "
@@ -110,8 +111,7 @@ def audio_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
     Raises:
         ConfigError: If the stride is neither given nor to be found.
     """
-    hop = config.temporal_stride or audio_facts(vae).hop
-    return ModelStrides(spatial=1, temporal=hop, is_causal=False)
+    return ModelStrides(spatial=1, temporal=audio_facts(vae, hop=config.temporal_stride).hop, is_causal=False)
 
 
 def _rate(vae: nn.Module) -> int | None:

@@ -71,6 +71,12 @@ METRICS: tuple[Metric, ...] = (
     _metric("clock/skipped_updates", "updates", _SAME, "skipped", "Updates computed but not applied (fp16 overflow)."),
     _metric("evaluation/psnr_db", "dB", _SAME, "PSNR", "Peak signal-to-noise ratio on held-out clips, peak 1 on [0, 1]."),
     _metric("evaluation/ssim", "1", _SAME, "SSIM", "Structural similarity on held-out clips."),
+    _metric(
+        "evaluation/mel_distance", "1", _SAME, "mel distance", "Distance of mel bands on held-out sounds, as DAC measures it."
+    ),
+    _metric("evaluation/stft_distance", "1", _SAME, "STFT distance", "Distance of STFTs on held-out sounds, as DAC measures it."),
+    _metric("evaluation/si_sdr_db", "dB", _SAME, "SI-SDR", "Scale-invariant signal-to-distortion ratio on held-out sounds."),
+    _metric("evaluation/log_mel_l1", "1", _SAME, "log-mel error", "Mean error of log-mel spectrograms (mel models)."),
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS}

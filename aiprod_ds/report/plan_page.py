@@ -96,14 +96,18 @@ class PlanPage:
 
     def _lines(self) -> list[tuple[str, Callable[[Row], str]]]:
         """Label and text of each line; one that is empty for all phases is left out."""
+        is_sound = all(map(_is_sound, self.rows))
         return [
             ("ends", _ends),
             ("first update", lambda row: _bounded(row, "first_update", _count)),
             ("last update", lambda row: _bounded(row, "last_update", _count)),
             ("updates", lambda row: _bounded(row, "updates", _count)),
-            ("size", lambda row: f"{row['height']}x{row['width']}"),
-            ("frames", _frames),
-            ("frame rate", lambda row: "as the clip's" if row["frame_rate_hz"] is None else f"{row['frame_rate_hz']:g} Hz"),
+            ("size", lambda row: "" if _is_sound(row) else f"{row['height']}x{row['width']}"),
+            ("samples" if is_sound else "frames", _frames),
+            (
+                f"{'sample' if is_sound else 'frame'} rate",
+                lambda row: "as the clip's" if row["frame_rate_hz"] is None else f"{row['frame_rate_hz']:g} Hz",
+            ),
             ("share", self._share),
             ("batch", lambda row: f"{_triple(row)} x {self.world_size}"),
             ("clips", lambda row: _bounded(row, "samples", _count)),
@@ -113,7 +117,7 @@ class PlanPage:
                     "" if row["clips"] is None else f"{_bounded(row, 'epochs', _few)} of {_numbered(row['clips'], 'clip')}"
                 ),
             ),
-            ("pixels/update", lambda row: in_units(row["pixels_per_update"])),
+            (f"{self._unit}/update", lambda row: in_units(row["pixels_per_update"])),
             ("tokens/update", lambda row: "" if (n := row["latent_tokens_per_update"]) is None else in_units(n)),
             ("peak rate", lambda row: f"{row['learning_rate_max']:g}"),
             ("schedule", _schedule),
@@ -138,7 +142,11 @@ class PlanPage:
         updates, samples, pixels = (
             _bounded(self.totals, name, show) for name, show in (("updates", _count), ("samples", _count), ("pixels", in_units))
         )
-        return f"{updates} updates; {samples} clips; {pixels} pixels"
+        return f"{updates} updates; {samples} clips; {pixels} {self._unit}"
+
+    @property
+    def _unit(self) -> str:
+        return "samples" if all(map(_is_sound, self.rows)) else "pixels"
 
 
 def in_units(number: float) -> str:
@@ -167,6 +175,10 @@ def _bounded(row: Row, name: str, show: Callable[[Any], str]) -> str:
     return f"{show(low)} or more" if high is None else f"between {show(low)} and {show(high)}"
 
 
+def _is_sound(row: Row) -> bool:
+    return bool(row["height"] == row["width"] == 1)
+
+
 def _ends(row: Row) -> str:
     end, rules = row["end"], []
     if end["epochs"] is not None:
@@ -184,7 +196,8 @@ def _ends(row: Row) -> str:
 
 def _frames(row: Row) -> str:
     asked, used = row["requested_frames"], row["frames"]
-    return f"{used}" if asked == used else f"{asked} -> {used}"
+    length = f"{used:,}" if asked == used else f"{asked:,} -> {used:,}"
+    return f"{length} ({used / row['frame_rate_hz']:.2f} s)" if _is_sound(row) else length
 
 
 def _triple(row: Row) -> str:

@@ -20,6 +20,7 @@ _MEASURES = {
     "mel_distance": ("mel distance", "", 3),
     "stft_distance": ("STFT distance", "", 3),
     "si_sdr_db": ("SI-SDR", "dB", 2),
+    "log_mel_l1": ("log-mel error", "", 3),
 }
 _PICTURE_SUFFIXES = (".png", ".jpg", ".gif")
 _MAX_FILES_LISTED = 50
@@ -81,7 +82,8 @@ def _measures_table(metrics: Mapping[str, float]) -> str:
 
 def _phases(summary: RunSummary) -> str:
     extra = sorted({name for phase in summary.phases for name in phase.metrics}, key=_measure_order)
-    header = ("phase", "updates", "ended by", "resolution", "frames", "batch", "highest lr", "time", *map(_label, extra))
+    unit = "frames" if any(phase.resolution for phase in summary.phases) else "samples"
+    header = ("phase", "updates", "ended by", "resolution", unit, "batch", "highest lr", "time", *map(_label, extra))
     rows = [
         (
             phase.name,

@@ -62,7 +62,7 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
         return plan
 
     def _form_problems(self) -> Iterator[str]:
-        takes, data = audio_facts(self.shapes), self.config.data
+        takes, data = audio_facts(self.shapes, hop=self.config.model.temporal_stride), self.config.data
         rate_hz, channels = takes.sample_rate_hz, takes.channels
         if rate_hz not in {None, data.sample_rate_hz}:
             yield f"data.sample_rate_hz: must be the model's, {rate_hz}, got {data.sample_rate_hz}. Set it; files are resampled."

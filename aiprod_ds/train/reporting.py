@@ -139,8 +139,15 @@ def _phase_summary(phase: PhasePlan, history: History) -> PhaseSummary:
 def _pictures(facts: RunFacts) -> tuple[Picture, ...]:
     names = [("before", "before training")]
     names += [(f"phase_{phase.index + 1}_{phase.name}", f"after phase {phase.name}") for phase in facts.plan.phases]
-    found = [(Path("samples") / f"{name}.png", caption) for name, caption in names]
-    return tuple(Picture(path=str(path), caption=caption) for path, caption in found if (facts.folder / path).is_file())
+    found = [Picture(path=f"samples/{name}.png", caption=caption) for name, caption in names]
+    found += chain.from_iterable(_sounds(facts.folder, *name) for name in (("original", "original"), *names))
+    return tuple(picture for picture in found if (facts.folder / picture.path).is_file())
+
+
+def _sounds(folder: Path, name: str, caption: str) -> list[Picture]:
+    """Returns the clips that were written as `<name>_clip_<number>.wav`, in the order of their numbers."""
+    files = sorted((folder / "samples").glob(f"{name}_clip_*.wav"), key=lambda path: (len(path.stem), path.stem))
+    return [Picture(path=f"samples/{path.name}", caption=f"clip {path.stem.rpartition('_')[2]}, {caption}") for path in files]
 
 
 def _plots(facts: RunFacts) -> tuple[Picture, ...]:
