@@ -58,7 +58,7 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=2, timeout_seconds=420)
+    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=2, timeout_seconds=600)
     assert [case["losses"] for case in results[0].values()] == [case["losses"] for case in results[1].values()]
     return results[0]
 

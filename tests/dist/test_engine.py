@@ -46,7 +46,7 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="session")
 def measured() -> dict[str, Any]:
-    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=2, timeout_seconds=420)
+    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=2, timeout_seconds=600)
     assert results[0]["losses"] == results[1]["losses"], "losses are reduced, so the ranks must report the same"
     return results[0]
 

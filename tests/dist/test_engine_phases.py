@@ -72,7 +72,7 @@ SAVED_AT = {"decayed": 3, "reset": 5}  # the phase whose changes are made when t
 
 @pytest.fixture(scope="session")
 def measured() -> dict[str, Any]:
-    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=RANKS, timeout_seconds=420)
+    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=RANKS, timeout_seconds=600)
     assert results[0]["switching"] == results[1]["switching"]
     return results[0]
 

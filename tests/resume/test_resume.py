@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     found = {}
     for world in WORLDS:
         arguments = {"folder": str(tmp_path_factory.mktemp(f"world_{world}"))}
-        results = run_on_ranks(run_every_case, ranks=world, arguments=arguments, timeout_seconds=300)
+        results = run_on_ranks(run_every_case, ranks=world, arguments=arguments, timeout_seconds=600)
         assert all(result == results[0] for result in results), "every rank reports the run's own numbers"
         found[world] = results[0]
     return found

@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     arguments = {"folder": str(tmp_path_factory.mktemp("transitions"))}
-    results = run_on_ranks(run_every_stage, ranks=2, arguments=arguments, timeout_seconds=400)
+    results = run_on_ranks(run_every_stage, ranks=2, arguments=arguments, timeout_seconds=600)
     assert results[0] == results[1], "both ranks report the run's own numbers"
     whole: dict[str, dict[str, Any]] = results[0]
     return whole

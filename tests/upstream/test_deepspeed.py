@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.upstream, pytest.mark.dist]
 
 @pytest.fixture(scope="session")
 def report() -> dict[str, Any]:
-    first, second = run_on_ranks(observe_everything, ranks=2, timeout_seconds=240)
+    first, second = run_on_ranks(observe_everything, ranks=2, timeout_seconds=600)
     return {**first, "of_rank_1": second}
 
 
