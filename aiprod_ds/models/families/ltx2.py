@@ -1,0 +1,198 @@
+"""LTX-2: video and sound together, each with its own noise level, both placed in seconds.
+
+Owns the conventions of `LTX2VideoTransformer3DModel`, as diffusers' `LTX2Pipeline` uses it. The text connectors between a text
+encoder and the transformer are not part of it: `prompt_embeds` and `audio_prompt_embeds` are what comes out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.errors import ConfigError
+from aiprod_ds.models.families.flops import attention_flops, linear_flops
+from aiprod_ds.models.families.inputs import frame_rates, latent_tokens, prompt, require, same_width_out
+from aiprod_ds.models.families.tokens import TokenGrid, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LTX2:
+    """A `Family`.
+
+    The class predicts eps - x0 of both modalities for timesteps of `timestep_scale` * s. A token of sound is one latent moment
+    with all its bands: of LTX-2's own audio VAE [B,8,T,16], or of a waveform VAE such as Oobleck [B,C,T]. For the latter the
+    transformer's configuration must say how long a latent lasts: `audio_hop_length` its samples, `audio_sampling_rate`,
+    `audio_scale_factor` 1.
+
+    What one modality is told about the other (`sigma`) is its sample's level, the highest of its tokens. Source: diffusers
+    0.42.1, pipelines/ltx2/pipeline_ltx2.py, whose default `use_cross_timestep=True` is used for all versions of the model.
+
+    Attributes:
+        patch: Latent frames, rows and columns per token of video.
+        token_width: Values per token of video.
+        audio_token_width: Values per token of sound.
+        text_width: Of the prompt's embeddings for video.
+        audio_text_width: Of the prompt's embeddings for sound; where it equals `text_width`, `prompt_embeds` serves both when
+            there is no `audio_prompt_embeds`.
+        timestep_scale: What the class calls `timestep_scale_multiplier`.
+        audio_latents_per_second: As the positions of sound have it; what the audio VAE makes must be the same.
+    """
+
+    patch: tuple[int, int, int]
+    token_width: int
+    audio_token_width: int
+    text_width: int
+    audio_text_width: int
+    timestep_scale: float
+    audio_latents_per_second: float
+
+    name: ClassVar[str] = "ltx2"
+    transformer_class: ClassVar[str] = "LTX2VideoTransformer3DModel"
+    modalities: ClassVar[tuple[str, ...]] = ("video", "audio")
+    has_token_timesteps: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*",)
+
+    @classmethod
+    def of(cls, transformer: nn.Module, strides: ModelStrides) -> LTX2:
+        """Returns the description of `transformer`.
+
+        Raises:
+            ConfigError: If it has other output than input channels, or positions for a VAE of other strides.
+        """
+        config: Any = transformer.config
+        same_width_out(cls.name, channels_in=config.in_channels, channels_out=config.out_channels)
+        same_width_out(cls.name, channels_in=config.audio_in_channels, channels_out=config.audio_out_channels)
+        wanted = [strides.temporal, strides.spatial, strides.spatial]
+        if list(config.vae_scale_factors) != wanted:
+            raise ConfigError(
+                f"model.config.vae_scale_factors: must be the strides of the VAE in time, height and width ({wanted}), got "
+                f"{list(config.vae_scale_factors)}. Positions in seconds and pixels depend on them."
+            )
+        has_projection = config.use_prompt_embeddings
+        return cls(
+            patch=(config.patch_size_t, config.patch_size, config.patch_size),
+            token_width=config.in_channels,
+            audio_token_width=config.audio_in_channels,
+            text_width=config.caption_channels if has_projection else config.cross_attention_dim,
+            audio_text_width=config.caption_channels if has_projection else config.audio_cross_attention_dim,
+            timestep_scale=float(config.timestep_scale_multiplier),
+            audio_latents_per_second=config.audio_sampling_rate / config.audio_hop_length / config.audio_scale_factor,
+        )
+
+    @staticmethod
+    def tiny_config() -> dict[str, Any]:
+        """Returns constructor arguments for tests on a CPU; sound as [B,2,T,4]."""
+        return {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "audio_in_channels": 8,
+            "audio_out_channels": 8,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+            "num_layers": 2,
+            "caption_channels": 16,
+        }
+
+    def tokens(self, tensors: Mapping[str, Tensor]) -> dict[str, Tokens]:
+        """Cuts `latents` and `audio_latents` into tokens."""
+        bands = tuple(require(tensors, "audio_latents", family=self.name).shape[3:])
+        return {
+            "video": latent_tokens(tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name),
+            "audio": latent_tokens(tensors, "audio", patch=(1, *bands), token_width=self.audio_token_width, family=self.name),
+        }
+
+    def forward(
+        self,
+        transformer: nn.Module,
+        noisy: Mapping[str, Tensor],
+        timesteps: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        grids: Mapping[str, TokenGrid],
+    ) -> dict[str, Tensor]:
+        """Returns the predicted velocities; arguments as `Family.forward` says."""
+        dtype = noisy["video"].dtype
+        _, frames, height, width = grids["video"].latent_shape
+        audio_text = "audio_prompt_embeds" if "audio_prompt_embeds" in tensors else "prompt_embeds"
+        text_BSD = prompt(tensors, "prompt_embeds", width=self.text_width, family=self.name)
+        audio_text_BSD = prompt(tensors, audio_text, width=self.audio_text_width, family=self.name)
+        mask_BS = tensors.get("prompt_attention_mask")
+        scaled = {modality: levels * self.timestep_scale for modality, levels in timesteps.items()}
+        video, audio = transformer(
+            hidden_states=noisy["video"],
+            audio_hidden_states=noisy["audio"],
+            encoder_hidden_states=text_BSD.to(dtype),
+            audio_encoder_hidden_states=audio_text_BSD.to(dtype),
+            timestep=scaled["video"],
+            audio_timestep=scaled["audio"],
+            sigma=scaled["video"].amax(dim=1),
+            audio_sigma=scaled["audio"].amax(dim=1),
+            encoder_attention_mask=mask_BS,
+            audio_encoder_attention_mask=mask_BS,
+            num_frames=frames,
+            height=height,
+            width=width,
+            fps=frame_rates(tensors, num_axes=3, family=self.name),
+            audio_num_frames=grids["audio"].sizes[0],
+            use_cross_timestep=True,
+            return_dict=False,
+        )
+        return {"video": video, "audio": audio}
+
+    def repeated_blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        """Returns the transformer blocks."""
+        return list(cast("nn.ModuleList", transformer.transformer_blocks))
+
+    def flops_per_update(self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]) -> float:
+        """Returns both streams' 6*N*B*S + 12*L*B*S^2*D, and 12*L*B*S*S'*D' for each of the two attentions between them.
+
+        Arguments as `Family.flops_per_update` says. D' is the width of sound.
+        """
+        config: Any = transformer.config
+        width = {
+            "video": config.num_attention_heads * config.attention_head_dim,
+            "audio": config.audio_num_attention_heads * config.audio_attention_head_dim,
+        }
+        pairs = [(query, key) for query in self.modalities for key in self.modalities]
+        attention = sum(
+            attention_flops(
+                num_blocks=config.num_layers,
+                batch_size=batch_size,
+                num_queries=num_tokens[query],
+                num_keys=num_tokens[key],
+                width=width["video"] if query == key == "video" else width["audio"],
+            )
+            for query, key in pairs
+        )
+        return attention + sum(
+            linear_flops(_parameters(transformer, modality), batch_size=batch_size, num_tokens=num_tokens[modality])
+            for modality in self.modalities
+        )
+
+    def original_name(self, module_name: str) -> str:
+        """Returns the name itself: inside the blocks diffusers kept the names."""
+        return module_name
+
+
+def _parameters(transformer: nn.Module, modality: str) -> Iterator[nn.Parameter]:
+    """Yields the parameters that run over the tokens of `modality`."""
+    for name, parameter in transformer.named_parameters():
+        if _modality(name) == modality:
+            yield parameter
+
+
+def _modality(name: str) -> str:
+    # Between the modalities, queries and outputs belong to the first one named "to", keys and values to the other.
+    is_key_or_value = ".to_k." in name or ".to_v." in name or ".norm_k." in name
+    if ".audio_to_video_attn." in name:
+        return "audio" if is_key_or_value else "video"
+    if ".video_to_audio_attn." in name:
+        return "video" if is_key_or_value else "audio"
+    return "audio" if "audio_" in name else "video"
