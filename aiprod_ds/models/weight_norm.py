@@ -19,8 +19,8 @@ def compute_weights_in_forward(module: nn.Module) -> None:
 
     wherever the forward reads it. Parameters, keys of `state_dict` and values stay as they are; a second call changes nothing.
 
-    The hook runs before the hook with which ZeRO-3 gathers `weight_g` and `weight_v`, so it sees them empty. And it leaves the
-    weight behind as an attribute: a third copy in memory that no cast reaches and that cannot be deep-copied.
+    The hook leaves the weight behind as an attribute: another copy of the model in memory, whole on every rank even where ZeRO-3
+    shards the parameters, which no cast reaches and which makes `copy.deepcopy` fail. The numbers are the same.
     """
     for part in module.modules():
         for key, hook in list(part._forward_pre_hooks.items()):
