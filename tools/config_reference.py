@@ -2,8 +2,8 @@
 
     python tools/config_reference.py [--check]
 
-The text of a key is the docstring under its field in `aiprod_ds/config/`. Everything outside the two marker lines of the page is
-written by hand and stays.
+Sections that the audio VAE trainer shares with the video VAE trainer stand once. The text of a key is the docstring under its
+field in `aiprod_ds/config/`. Everything outside the two marker lines of the page is written by hand and stays.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -33,7 +34,8 @@ def main() -> int:
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    wanted = before + BEGIN + reference(VAETrainerConfig) + END + after
+    tables = reference(VAETrainerConfig) + "\n" + additions(AudioVAETrainerConfig, VAETrainerConfig, kind="audio")
+    wanted = before + BEGIN + tables + END + after
     if not arguments.check:
         PAGE.write_text(wanted, encoding="utf-8")
     elif page != wanted:
@@ -50,39 +52,58 @@ def reference(model: type[BaseModel]) -> str:
     Raises:
         ValueError: If a key has no description.
     """
+    return _text(_sections(model, {}))
+
+
+def additions(model: type[BaseModel], base: type[BaseModel], *, kind: str) -> str:
+    """Returns the sections of `model` that differ from those of `base`, with `kind` in their headings."""
+    known = _sections(base, {})
+    kinds = {path: kind for path, section in _sections(model, {}).items() if known.get(path) != section}
+    return _text({path: section for path, section in _sections(model, kinds).items() if path in kinds})
+
+
+_Section = tuple[str, str, str]
+
+
+def _text(sections: dict[str, _Section]) -> str:
+    return "\n".join(f"{heading}\n\n{introduction}\n\n{table}" for heading, introduction, table in sections.values())
+
+
+def _sections(model: type[BaseModel], kinds: dict[str, str]) -> dict[str, _Section]:
+    """Returns (heading, introduction, table) of every section by its path; those in `kinds` have their kind in the heading."""
     schema = model.model_json_schema()
-    sections = _sections(schema, "", schema["$defs"])
-    return "\n".join(f"{heading}\n\n{introduction}\n\n{table}" for heading, introduction, table in sections)
+    return dict(_below(schema, "", schema["$defs"], kinds))
 
 
-def _sections(record: dict[str, Any], path: str, records: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yields (heading, introduction, table) of `record`, which stands at `path`, and of the records below it."""
+def _below(record: dict[str, Any], path: str, records: dict[str, Any], kinds: dict[str, str]) -> Iterator[tuple[str, _Section]]:
+    """Yields the section of `record`, which stands at `path`, and of the records below it."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     below: list[tuple[dict[str, Any], str]] = []
     for name, key in record["properties"].items():
         here = f"{path}.{name}".removeprefix(".")
         if "description" not in key:
             raise ValueError(f"{here}: needs a docstring under its field in aiprod_ds/config/, got none. Add one.")
-        cells = (f"`{here}`", _words(key, here), _default(name, key, record), key["description"])
+        cells = (f"`{here}`", _words(key, here, kinds), _default(name, key, record), key["description"])
         rows.append(f"| {' | '.join(map(_cell, cells))} |")
         below += [(records[reference], f"{here}{'[]' * is_list}") for reference, is_list in _references(key)]
-    heading = f"### {f'`{path}`' if path else 'Top level'}"
-    yield heading, record["description"], "\n".join(rows) + "\n"
+    heading = f"### {f'`{path}`' if path else 'Top level'}" + (f" ({kinds[path]})" if path in kinds else "")
+    yield path, (heading, record["description"], "\n".join(rows) + "\n")
     for child, child_path in below:
-        yield from _sections(child, child_path, records)
+        yield from _below(child, child_path, records, kinds)
 
 
-def _words(key: dict[str, Any], path: str) -> str:
+def _words(key: dict[str, Any], path: str, kinds: dict[str, str]) -> str:
     """Returns the type of a key in words, with its bounds: `integer >= 1 or null`."""
     for _, is_list in _references(key):
-        section = f"{'list of ' * is_list}[section](#{_anchor(path + '[]' * is_list)})"
+        child = path + "[]" * is_list
+        section = f"{'list of ' * is_list}[section](#{_anchor(child)}{f'-{kinds[child]}' if child in kinds else ''})"
         return section + " or null" * ({"type": "null"} in key.get("anyOf", ()))
     if "anyOf" in key:
-        return " or ".join(_words(choice, path) for choice in key["anyOf"])
+        return " or ".join(_words(choice, path, kinds) for choice in key["anyOf"])
     if "prefixItems" in key:
-        return f"list of {len(key['prefixItems'])}, each {_words(key['prefixItems'][0], path)}"
+        return f"list of {len(key['prefixItems'])}, each {_words(key['prefixItems'][0], path, kinds)}"
     if key["type"] == "array":
-        return f"list of {_words(key['items'], path)}"
+        return f"list of {_words(key['items'], path, kinds)}"
     return _plain(key)
 
 

@@ -46,6 +46,8 @@ class AudioVAETrainerConfig(RunConfig):
         return float(self.data.sample_rate_hz)
 
     def _keys_without_effect(self) -> Iterator[str]:
+        if self.model.spatial_stride is not None:
+            yield f"model.spatial_stride: has no effect for sound, got {self.model.spatial_stride}. Remove it."
         for where, shape in self.phase_shapes():
             if shape.resolution is not None:
                 size = f"{shape.resolution.height}x{shape.resolution.width}"

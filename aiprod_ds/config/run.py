@@ -39,9 +39,10 @@ class ModelConfig(StrictModel):
     pretrained: str | None = None
     """A local folder or a hub name for the class's `from_pretrained`."""
     spatial_stride: PositiveInt | None = None
-    """Pixels that become one latent; height and width must be multiples of it. null: measured on the model."""
+    """Pixels that become one latent; height and width must be multiples of it. null: measured on the model. Not for sound."""
     temporal_stride: PositiveInt | None = None
-    """Frames that become one latent; the model takes 1 + stride * k frames. null: measured on the model."""
+    """Frames that become one latent; the model takes 1 + stride * k frames. Of sound: samples, and multiples of it. null:
+    measured on the model."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
