@@ -361,3 +361,17 @@ def test_a_folder_without_sounds_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no sound", encoding="utf-8")
     with pytest.raises(DataError, match=r"must hold at least one sound clip, got none. Add files ending in .*\.wav"):
         require_readable(scan(tmp_path, medium="sound"), 0.0)
+
+
+def test_a_sound_that_changes_its_form_is_unreadable(tmp_path: Path) -> None:
+    parts = [_write(tmp_path / f"{n}.aac", _sound(44_100, channels=n, seconds=1.0), codec="aac", rate_hz=44_100) for n in (1, 2)]
+    (tmp_path / "joined.aac").write_bytes(b"".join(part.read_bytes() for part in parts))
+    (unreadable,) = scan(tmp_path, medium="sound").unreadable
+    assert unreadable.path == "joined.aac"
+    assert "rate and channels change from (44100, 1) to (44100, 2) at sample " in unreadable.reason
+
+
+def test_the_file_of_variable_bit_rate_has_one(folder: Path) -> None:
+    with av.open(str(folder / "s.mp3")) as container:
+        sizes = {packet.size for packet in container.demux(audio=0) if packet.size}
+    assert max(sizes) > 1.2 * min(sizes)  # a constant one differs by a byte
