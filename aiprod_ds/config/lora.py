@@ -1,0 +1,28 @@
+"""What low-rank adapters may be told. The adapters themselves are in `aiprod_ds.models.lora`. Field names are the YAML keys."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from aiprod_ds.config.model import PositiveFloat, PositiveInt, StrictModel
+
+
+class LoraConfig(StrictModel):
+    """Low-rank adapters beside frozen Linear layers: W x + alpha / rank * B A x."""
+
+    rank: PositiveInt = 32
+    """Rows of A and columns of B."""
+    alpha: PositiveFloat | None = None
+    """Strength of the adapters, divided by the rank. null: the rank, so that the factor is 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, strict=False)
+    """Linear layers that get an adapter: names, ends of names (`attn1.to_q`) or patterns with `*`, `?` and `[]` (`attn*.to_?`).
+    Each must match a layer of the model's repeated blocks."""
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank. Worked number: alpha 16 and rank 32 make 0.5."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
