@@ -1,0 +1,224 @@
+"""What `aiprod-ds encode` may be told: which clips, in which shapes, by which encoders, and where the results go.
+
+Owns the schema and its reader. Field names are the YAML keys; what needs the data or the models is checked in
+`aiprod_ds.train.encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from aiprod_ds.config.document import apply_override, read_document
+from aiprod_ds.config.model import Fraction, FreeMapping, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
+from aiprod_ds.config.problems import problems_of
+from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class EncodeDataConfig(StrictModel):
+    """What is encoded, and where to."""
+
+    media: str = Field(min_length=1)
+    """A folder, searched recursively, or a CSV, JSON or JSONL manifest; relative to the working folder."""
+    output_dir: str | None = None
+    """Where `latents/`, `audio_latents/` and `conditions/` are made. null: `.precomputed` in the folder of the media."""
+    num_workers: NonNegativeInt = 2
+    """Processes per rank that decode ahead; 0 decodes between two encodings. No effect on the result."""
+    max_failed_fraction: Fraction = 0.05
+    """Share of clips that may fail; above it the run ends with an error."""
+
+
+class EncodeShape(StrictModel):
+    """A shape in which every clip that is long enough is encoded; of longer clips, the middle."""
+
+    resolution: PhaseResolution
+    """Frame size; text such as `256x256` is height x width."""
+    duration: PhaseDuration
+    """Length; frames that the VAE cannot take are rounded up."""
+
+
+class TilingConfig(StrictModel):
+    """Encodes in overlapping parts, which takes less memory and changes the latents near the seams.
+
+    Before the run, a part of the first clip is encoded both ways; the run stops if the latents differ too much.
+    """
+
+    tile: PhaseResolution
+    """Size of a tile in pixels; multiples of the model's spatial stride. Smaller clips are encoded whole."""
+    overlap: PositiveInt
+    """Pixels that neighbouring tiles share, where they are blended; a multiple of the spatial stride below the tile's size."""
+    frames: PositiveInt | None = None
+    """Frames of a chunk, a multiple of the model's temporal stride; longer clips are cut into chunks. null: no chunks."""
+    overlap_frames: PositiveInt | None = None
+    """Frames that neighbouring chunks share, a multiple of the temporal stride below `frames`. Goes with `frames`."""
+    max_deviation: PositiveFloat = 0.1
+    """Most that tiled latents may differ: the root mean square difference over the standard deviation of whole latents."""
+
+    @model_validator(mode="after")
+    def _parts_overlap(self) -> Self:
+        problems = []
+        smallest = min(self.tile.height, self.tile.width)
+        if self.overlap >= smallest:
+            problems.append(f"overlap: must be below the tile's smaller side ({smallest}), got {self.overlap}. Lower it.")
+        if (self.frames is None) != (self.overlap_frames is None):
+            problems.append(
+                f"overlap_frames: goes with frames, got {self.overlap_frames} and frames: {self.frames}. Set both or neither."
+            )
+        elif self.frames is not None and self.overlap_frames is not None and self.overlap_frames >= self.frames:
+            problems.append(f"overlap_frames: must be below frames ({self.frames}), got {self.overlap_frames}. Lower it.")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class VideoEncoderConfig(StrictModel):
+    """The VAE of the pictures."""
+
+    model: ModelConfig
+    """The network; `pretrained` names a diffusers folder, such as `export/` of a run."""
+    precision: Precision = "bf16"
+    """Of the computation. Latents are kept in bf16."""
+    tiling: TilingConfig | None = None
+    """In overlapping parts. null: each clip whole."""
+
+
+class AudioEncoderConfig(StrictModel):
+    """The VAE of the sounds."""
+
+    model: ModelConfig
+    """The network."""
+    precision: Precision = "bf16"
+    """Of the computation. Latents are kept in bf16."""
+    sample_rate_hz: PositiveInt | None = None
+    """The rate that the model takes. null: as the model declares it."""
+    channels: Literal[1, 2] | None = None
+    """The channels that the model takes. null: as the model declares them."""
+    missing_sound: Literal["fail", "silence"] = "fail"
+    """A clip without sound, or with more than 0.1 s of it missing: `fail` lists it as failed, `silence` fills up with zeros."""
+
+
+class TextEncoderConfig(StrictModel):
+    """The encoder of the captions: any text model of transformers."""
+
+    pretrained: str | None = None
+    """A local folder or a hub name."""
+    subfolder: str = ""
+    """Folder inside `pretrained` that holds the model, e.g. `text_encoder`."""
+    tokenizer: str | None = None
+    """A local folder or a hub name. null: that of the model; for random weights, bytes as tokens."""
+    tokenizer_subfolder: str = ""
+    """Folder inside that holds the tokenizer, e.g. `tokenizer`."""
+    source: str | None = None
+    """A class of transformers, e.g. `T5EncoderModel`. null: the text encoder that fits `pretrained`. Required with `config`."""
+    config: FreeMapping = Field(default_factory=dict)
+    """Keyword arguments of the class's configuration; the weights are random. For tests."""
+    connectors: ModelConfig | None = None
+    """LTX-2's text connectors, which turn all hidden states into embeddings for video and for audio. null: the last state."""
+    precision: Precision = "bf16"
+    """Of the computation. Embeddings are kept in bf16."""
+    max_tokens: PositiveInt = 128
+    """Tokens of every caption after padding, end token included."""
+    long_captions: Literal["fail", "truncate"] = "fail"
+    """A caption with more tokens: `fail` lists its clip as failed, `truncate` cuts it."""
+    mask_padding: bool = True
+    """Whether the encoder ignores padding. LTX-Video was trained with false, Wan with true."""
+    default_caption: str | None = None
+    """Caption of clips without one. null: these are listed as failed."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        problems = []
+        if (self.pretrained is None) == (not self.config):
+            got = "neither" if self.pretrained is None else "both"
+            problems.append(f"pretrained: either this or config must be given, got {got}. Name a text encoder.")
+        if self.config and self.source is None:
+            problems.append("source: must be given with config, got nothing. Write for example T5EncoderModel.")
+        if self.pretrained is None and self.tokenizer is None and self.tokenizer_subfolder:
+            problems.append(f"tokenizer_subfolder: has no effect without tokenizer, got {self.tokenizer_subfolder!r}. Remove it.")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class EncodeConfig(StrictModel):
+    """Everything that `aiprod-ds encode` needs."""
+
+    seed: NonNegativeInt = 0
+    """Of random weights."""
+    data: EncodeDataConfig
+    """The clips and the results."""
+    video: VideoEncoderConfig
+    """How pictures are encoded."""
+    audio: AudioEncoderConfig | None = None
+    """How sounds are encoded. null: no audio latents."""
+    text: TextEncoderConfig | None = None
+    """How captions are encoded. null: no prompt embeddings."""
+    shapes: tuple[EncodeShape, ...] = Field(default=(), strict=False)
+    """The shapes to encode. Either these or `curriculum`."""
+    curriculum: str | None = None
+    """A trainer's YAML file, of which only the section `curriculum` is read: every clip is encoded in the shapes in which its
+    phases will ask for it; relative to the working folder."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if bool(self.shapes) == (self.curriculum is not None):
+            got = "both" if self.shapes else "neither"
+            yield f"shapes: either these or curriculum must be given, got {got}. List shapes or name a file with phases."
+        for index, shape in enumerate(self.shapes):
+            if shape.duration.seconds is not None and shape.duration.frame_rate_hz is None:
+                yield f"shapes[{index}].duration.seconds: needs frame_rate_hz, got none. Add it or write frames."
+
+
+def load_encode_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> EncodeConfig:
+    """Returns the validated configuration of `path`; arguments and messages are those of `loader.load_config`.
+
+    Args:
+        path: A YAML file, which may have a `base`.
+        overrides: `data.num_workers=4` and the like.
+        output_dir: Replaces `data.output_dir`.
+
+    Raises:
+        ConfigError: With one problem for every rule that is broken.
+    """
+    document = read_document(path)
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            apply_override(document, override)
+        except ConfigError as error:
+            problems += error.problems
+    if output_dir is not None:
+        document.replace(("data", "output_dir"), output_dir, "--output-dir")
+    try:
+        config = EncodeConfig.model_validate(document.values)
+    except ValidationError as error:
+        raise ConfigError([*problems, *problems_of(error, EncodeConfig, document)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read_curriculum(path: Path) -> Any:
+    """Returns the section `curriculum` of a trainer's YAML file as it stands there.
+
+    Raises:
+        ConfigError: If the file cannot be read or has no such section.
+    """
+    values = read_document(path).values
+    if "curriculum" not in values:
+        raise ConfigError(f"{path}: curriculum: must be given, got nothing. Name the configuration of a trainer.")
+    return values["curriculum"]

@@ -1,0 +1,185 @@
+"""Latents and prompt embeddings that answer a `ClipRequest`: the clip's entry of exactly the shape that is asked for.
+
+Owns reading and caption dropout, a pure function of (seed, sample, epoch); which clips there are is `latent_index.py`'s. Nothing
+is cropped or mirrored: a latent has one shape. Shapes: C channels, F frames, H height, W width, T audio positions, M mel bands,
+S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aiprod_ds.curriculum.data_rules import ClipFacts
+from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
+from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.data.buckets import bucket_clips
+from aiprod_ds.data.dataset import ClipRequest
+from aiprod_ds.data.latents import (
+    AUDIO_LATENTS,
+    CONDITIONS,
+    EMPTY_PROMPT,
+    LATENTS,
+    LatentShape,
+    entry_name,
+    find_entry,
+    read_entry,
+    read_header,
+)
+from aiprod_ds.data.manifest import Manifest
+from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.rng import stream_seed
+
+_PROMPT = ("prompt_embeds", "prompt_attention_mask", "audio_prompt_embeds")
+
+
+class LatentDataset:
+    """Clips of a scanned folder, read when asked for.
+
+    Args:
+        manifest: Of `scan_latents`.
+        seed: The run's seed.
+        strides: Of the video VAE.
+        with_audio: Whether clips come with audio latents.
+        caption_dropout: Share of augmented requests that get the empty caption.
+
+    Raises:
+        DataError: If there is caption dropout and no embedding of the empty caption.
+    """
+
+    def __init__(
+        self, manifest: Manifest, *, seed: int, strides: ModelStrides, with_audio: bool = False, caption_dropout: float = 0.0
+    ) -> None:
+        self._manifest = manifest
+        self._seed = seed
+        self._strides = strides
+        self._with_audio = with_audio
+        self._caption_dropout = caption_dropout
+        self._empty = _empty_prompt(manifest.root) if caption_dropout > 0 else {}
+
+    def __len__(self) -> int:
+        """Returns the number of clips."""
+        return len(self._manifest.records)
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
+        """Returns the tensors of one clip, as the files hold them (bf16 if `aiprod-ds encode` wrote them).
+
+        `latents` [C,F,H,W], `audio_latents` [C,T] or [C,T,M] with audio, `prompt_embeds` [S,D], `prompt_attention_mask` [S] bool,
+        `audio_prompt_embeds` [S,D'] where the files have them, and `fps`, a fp32 scalar.
+
+        Raises:
+            DataError: If the clip has no entry of that shape, a file is damaged, or a mirrored clip is asked for.
+        """
+        if request.flip:
+            raise DataError("latents: cannot be mirrored, got random_flip. Remove augment.random_flip from the phases.")
+        record = self._manifest.records[request.sample_index]
+        shape = _shape(request)
+        name = self._name(record.path, shape)
+        latents_CFHW = self._tensor(LATENTS, name)
+        if tuple(latents_CFHW.shape[1:]) != self._latent_size(shape):
+            raise self._other_shape(record.path, shape)
+        fps = record.fps if shape.frame_rate_hz is None else shape.frame_rate_hz
+        item = {"latents": latents_CFHW, "fps": torch.tensor(fps, dtype=torch.float32)}
+        if self._with_audio:
+            item["audio_latents"] = self._tensor(AUDIO_LATENTS, name)
+        prompt = self._empty if self._drops_caption(request) else self._read(CONDITIONS, record.path)
+        return {**item, **_prompt(prompt)}
+
+    def lengths(self) -> list[ClipFacts]:
+        """Returns what the plan's rules need to know of every clip, in order."""
+        return [
+            ClipFacts(name=record.path, frames=record.frames, seconds=record.seconds, height=record.height, width=record.width)
+            for record in self._manifest.records
+        ]
+
+    def without_entry(self, indices: Sequence[int], bucket: BucketPlan) -> tuple[str, ...]:
+        """Returns the clips among `indices` that have no entry of the bucket's shape; reads headers of untagged entries only."""
+        shape = _shape(bucket)
+        clips = (self._manifest.records[index].path for index in indices)
+        return tuple(clip for clip in clips if not self._has(clip, shape))
+
+    def _has(self, clip: str, shape: LatentShape) -> bool:
+        if find_entry(self._manifest.root, LATENTS, entry_name(clip, shape)) is not None:
+            return True
+        path = find_entry(self._manifest.root, LATENTS, clip)
+        return path is not None and read_header(path).shapes["latents"][1:] == self._latent_size(shape)
+
+    def _name(self, clip: str, shape: LatentShape) -> str:
+        """Returns the name of the clip's entry: with its shape, or as ltx-trainer names it."""
+        for name in (entry_name(clip, shape), clip):
+            if find_entry(self._manifest.root, LATENTS, name) is not None:
+                return name
+        raise self._other_shape(clip, shape)
+
+    def _latent_size(self, shape: LatentShape) -> tuple[int, int, int]:
+        strides = self._strides
+        return strides.latents(shape.frames), shape.height // strides.spatial, shape.width // strides.spatial
+
+    def _other_shape(self, clip: str, shape: LatentShape) -> DataError:
+        return DataError(
+            f"{self._manifest.root / LATENTS / clip}: must have latents of {shape.tag}, got none. "
+            "Encode with the curriculum that is trained."
+        )
+
+    def _tensor(self, source: str, name: str) -> Tensor:
+        tensors = self._read(source, name)
+        if "latents" not in tensors:
+            raise DataError(f"{self._manifest.root / source / name}: must hold a tensor 'latents', got {sorted(tensors)}.")
+        return tensors["latents"]
+
+    def _read(self, source: str, name: str) -> dict[str, Tensor]:
+        path = find_entry(self._manifest.root, source, name)
+        if path is None:
+            raise DataError(f"{self._manifest.root / source / name}: must exist, got no such file. Encode again.")
+        return read_entry(path)
+
+    def _drops_caption(self, request: ClipRequest) -> bool:
+        if not request.augment or self._caption_dropout == 0:
+            return False
+        draws = np.random.default_rng(stream_seed(self._seed, "caption", request.sample_index, request.epoch))
+        return bool(draws.random() < self._caption_dropout)
+
+
+def require_entries(dataset: LatentDataset, plan: RunPlan, source: str) -> None:
+    """Checks that every clip has latents in the shape of every bucket that will draw it.
+
+    Raises:
+        PlanError: One problem a bucket, with the names of the clips.
+    """
+    clips = dataset.lengths()
+    problems: list[str] = []
+    for phase in plan.phases:
+        for bucket, indices in zip(phase.buckets, bucket_clips(clips, phase.buckets), strict=True):
+            names = dataset.without_entry(indices, bucket)
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                problems.append(
+                    f"{source}: curriculum.phases[{phase.index}]: needs latents of {_shape(bucket).tag}, "
+                    f"got none for {len(names)} of {len(indices)} clips: {', '.join(names[:5])}{more}. "
+                    "Encode with this curriculum."
+                )
+    if problems:
+        raise PlanError(problems)
+
+
+def _shape(asked: ClipRequest | BucketPlan) -> LatentShape:
+    return LatentShape(frames=asked.frames, height=asked.height, width=asked.width, frame_rate_hz=asked.frame_rate_hz)
+
+
+def _empty_prompt(root: Path) -> dict[str, Tensor]:
+    path = root / EMPTY_PROMPT
+    if not path.exists():
+        raise DataError(
+            f"{path}: must exist for data.caption_dropout above 0, got no such file. "
+            "Encode the captions with `aiprod-ds encode`, or set data.caption_dropout to 0."
+        )
+    return read_entry(path)
+
+
+def _prompt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prompt = {name: tensors[name] for name in _PROMPT if name in tensors}
+    return {**prompt, "prompt_attention_mask": prompt["prompt_attention_mask"].bool()}

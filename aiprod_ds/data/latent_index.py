@@ -1,0 +1,235 @@
+"""What latents there are: a `.precomputed` folder becomes a `Manifest` of clips that can be trained on.
+
+Owns finding entries and the checks that need no tensor: partner files, fingerprints, lengths that fit each other. Reads headers
+only (of ltx-trainer's files, which have none, the whole file). Called before training; `latent_dataset.py` reads the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.data.latents import (
+    AUDIO_LATENTS,
+    CONDITIONS,
+    FOREIGN_SUFFIX,
+    LATENTS,
+    PRECOMPUTED,
+    SUFFIX,
+    Header,
+    LatentShape,
+    entry_name,
+    find_entry,
+    read_header,
+    split_name,
+)
+from aiprod_ds.data.manifest import Manifest, Unreadable, _entries_of_table
+from aiprod_ds.data.probe import MediaRecord
+from aiprod_ds.errors import DataError
+
+_DURATION_TOLERANCE_SECONDS = 0.1  # more than two latents of any published audio VAE
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentNeeds:
+    """What a run asks of its latents.
+
+    Attributes:
+        strides: Of the video VAE, to know the pixels of entries that do not say them.
+        with_audio: Whether every clip needs audio latents.
+        fingerprints: Of the encoders that the run names, by source; a source that is missing here is not checked.
+    """
+
+    strides: ModelStrides
+    with_audio: bool = False
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
+    """Returns the clips of `source` whose files are complete and fit each other; the others are listed in `unreadable`.
+
+    A clip's record states the frames, rate and size of its media where its entries do, so that buckets choose as they did when it
+    was encoded; for ltx-trainer's entries, those of its latents.
+
+    Args:
+        source: A folder with `latents/`, a folder with `.precomputed/`, or the table beside it, whose rows choose the clips.
+        needs: Of the run.
+
+    Raises:
+        DataError: If there are no latents, the table is malformed, or an entry was made by another encoder.
+    """
+    root = _root(source)
+    found = _entries(root)
+    wanted = list(found) if source.is_dir() else _clips_of_table(source)
+    reader = _ClipReader(root=root, needs=needs)
+    records: list[MediaRecord] = []
+    unreadable: list[Unreadable] = []
+    for clip in wanted:
+        known = clip if clip in found else str(Path(clip).with_suffix(""))  # ltx-trainer leaves the suffix of the media out
+        try:
+            records.append(reader.record(known, found.get(known, [])))
+        except _UnusableError as error:
+            unreadable.append(Unreadable(path=clip, reason=str(error)))
+    if reader.unchecked:
+        _log.warning("latents without fingerprint are not compared with the encoders: folder=%s files=%d", root, reader.unchecked)
+    return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable))
+
+
+class _UnusableError(ValueError):
+    """A clip cannot be trained on; says why, without its name."""
+
+
+def _root(source: Path) -> Path:
+    folder = source if source.is_dir() else source.parent
+    for root in (folder, folder / PRECOMPUTED):
+        if (root / LATENTS).is_dir():
+            return root
+    raise DataError(
+        f"{source}: must be a folder with {LATENTS}/ or {PRECOMPUTED}/{LATENTS}/, or a manifest beside {PRECOMPUTED}/, got none. "
+        "Run `aiprod-ds encode` first."
+    )
+
+
+def _entries(root: Path) -> dict[str, list[LatentShape | None]]:
+    """Returns the shapes of every clip, sorted by clip."""
+    folder = root / LATENTS
+    names = {path.relative_to(folder).as_posix()[: -len(path.suffix)] for path in folder.rglob("*") if _is_entry(path)}
+    found: dict[str, list[LatentShape | None]] = {}
+    for name in sorted(names):
+        clip, shape = split_name(name)
+        found.setdefault(clip, []).append(shape)
+    return found
+
+
+def _is_entry(path: Path) -> bool:
+    return path.suffix in (SUFFIX, FOREIGN_SUFFIX)
+
+
+def _clips_of_table(table: Path) -> list[str]:
+    return [entry.path for entry in _entries_of_table(table, "video")]
+
+
+@dataclass(slots=True, kw_only=True)
+class _ClipReader:
+    """Reads the headers of one clip after the other and compares them with those before."""
+
+    root: Path
+    needs: LatentNeeds
+    unchecked: int = 0
+    _firsts: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+
+    def record(self, clip: str, shapes: list[LatentShape | None]) -> MediaRecord:
+        if not shapes:
+            raise _UnusableError(f"{LATENTS} are missing")
+        records = {self._entry(clip, shape) for shape in shapes}
+        self._condition(clip)
+        if len(records) > 1:
+            raise _UnusableError("its shapes were encoded from different media, or one of them by ltx-trainer")
+        return records.pop()
+
+    def _entry(self, clip: str, shape: LatentShape | None) -> MediaRecord:
+        name = entry_name(clip, shape)
+        video = self._header(LATENTS, name)
+        latent_CFHW = _shape_of(video, "latents", dimensions=(4,), where=LATENTS)
+        self._same(f"channels of {LATENTS}", latent_CFHW[:1], name)
+        record = _record(clip, name, video, latent_CFHW, self.needs.strides)
+        if self.needs.with_audio:
+            audio = self._header(AUDIO_LATENTS, name)
+            latent = _shape_of(audio, "latents", dimensions=(2, 3), where=AUDIO_LATENTS)
+            frames, fps = record.frames if shape is None else shape.frames, _number(video, "fps")
+            _check_duration(audio, seconds=frames / fps)
+            # Clips of one bucket are stacked; at their own rates, equal frames last differently.
+            resampled = "" if shape is None or shape.frame_rate_hz is None else f" at {fps:g} Hz"
+            self._same(f"length of {AUDIO_LATENTS} of {frames} frames{resampled}", latent, name)
+        return record
+
+    def _condition(self, clip: str) -> None:
+        header = self._header(CONDITIONS, clip)
+        for name, shape in header.shapes.items():
+            self._same(f"{name} of {CONDITIONS}", shape, clip)
+        for name, dimensions in (("prompt_embeds", 2), ("prompt_attention_mask", 1)):
+            _shape_of(header, name, dimensions=(dimensions,), where=CONDITIONS)
+
+    def _header(self, source: str, name: str) -> Header:
+        path = find_entry(self.root, source, name)
+        if path is None:
+            raise _UnusableError(f"{source}/{name}{SUFFIX} is missing")
+        try:
+            header = read_header(path)
+        except DataError as error:
+            raise _UnusableError(str(error)) from error
+        self._check_fingerprint(header, source, path)
+        return header
+
+    def _check_fingerprint(self, header: Header, source: str, path: Path) -> None:
+        expected, found = self.needs.fingerprints.get(source), header.metadata.get("fingerprint")
+        if expected is None:
+            return
+        if found is None:
+            self.unchecked += 1
+        elif found != expected:
+            raise DataError(
+                f"{path}: must come from the encoder that the configuration names ({expected[:12]}), got one with fingerprint "
+                f"{found[:12]}. Name the encoder that made it, or encode again into another folder."
+            )
+
+    def _same(self, what: str, shape: tuple[int, ...], name: str) -> None:
+        first, other = self._firsts.setdefault(what, (shape, name))
+        if shape != first:
+            raise _UnusableError(f"{what} must be {list(first)} as in {other}, got {list(shape)}")
+
+
+def _record(clip: str, name: str, header: Header, latent_CFHW: tuple[int, ...], strides: ModelStrides) -> MediaRecord:
+    if "media_sha256" in header.metadata:
+        return MediaRecord(
+            path=clip,
+            sha256=header.metadata["media_sha256"],
+            frames=int(_number(header, "media_frames")),
+            fps=_number(header, "media_fps"),
+            height=int(_number(header, "media_height")),
+            width=int(_number(header, "media_width")),
+            seconds=_number(header, "media_seconds"),
+        )
+    fps = _number(header, "fps")
+    _, latent_frames, latent_height, latent_width = latent_CFHW
+    frames = 1 + (latent_frames - 1) * strides.temporal
+    return MediaRecord(
+        path=clip,
+        sha256=hashlib.sha256(name.encode()).hexdigest(),  # the media is not at hand; its name decides who is held out
+        frames=frames,
+        fps=fps,
+        height=latent_height * strides.spatial,
+        width=latent_width * strides.spatial,
+        seconds=frames / fps,
+    )
+
+
+def _shape_of(header: Header, name: str, *, dimensions: tuple[int, ...], where: str) -> tuple[int, ...]:
+    shape = header.shapes.get(name)
+    if shape is None or len(shape) not in dimensions:
+        expected = " or ".join(map(str, dimensions))
+        got = "none" if shape is None else str(list(shape))
+        raise _UnusableError(f"{where} must hold {name} of {expected} dimensions, got {got}")
+    return shape
+
+
+def _number(header: Header, name: str) -> float:
+    text = header.metadata.get(name)
+    try:
+        number = float(text or "")
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise _UnusableError(f"{name} must be stated as a positive number, got {text}")
+    return number
+
+
+def _check_duration(audio: Header, *, seconds: float) -> None:
+    duration = _number(audio, "duration")
+    if abs(duration - seconds) > _DURATION_TOLERANCE_SECONDS:
+        raise _UnusableError(f"{AUDIO_LATENTS} must last {seconds:.3f} s as its video does, got {duration:.3f} s")

@@ -1,0 +1,179 @@
+"""Files of latents and prompt embeddings: their names, how one is written whole or not at all, and how one is read.
+
+Owns the layout of a `.precomputed` folder:
+
+    latents/<clip>@<frames>x<height>x<width>.safetensors        [C,F,H,W]
+    audio_latents/<clip>@<frames>x<height>x<width>.safetensors  [C,T] or [C,T,M]
+    conditions/<clip>.safetensors                               prompt_embeds [S,D], prompt_attention_mask [S]
+    empty_prompt.safetensors                                    the same of the empty caption
+
+`<clip>` is the media file's path in its manifest with its suffix; the shape is the clip's in pixels, with `@<rate>hz` behind it
+where clips are resampled. ltx-trainer keeps one entry a clip, named without a shape, as `.pt`; such names are read too. Encoding
+writes here, `latent_index.py` lists what there is and `latent_dataset.py` reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from aiprod_ds.errors import DataError
+
+LATENTS, AUDIO_LATENTS, CONDITIONS = "latents", "audio_latents", "conditions"
+SUFFIX, FOREIGN_SUFFIX = ".safetensors", ".pt"
+PRECOMPUTED = ".precomputed"
+EMPTY_PROMPT = f"empty_prompt{SUFFIX}"
+TEMPORARY_SUFFIX = ".part"
+_TAGGED = re.compile(r"^(?P<clip>.+)@(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)(?:@(?P<rate>[0-9.e+-]+)hz)?$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentShape:
+    """The shape of a clip before it is encoded: frames and pixels, and the rate it is resampled to; None keeps its own."""
+
+    frames: int
+    height: int
+    width: int
+    frame_rate_hz: float | None = None
+
+    @property
+    def tag(self) -> str:
+        """The shape as file names have it: `17x512x768` or `17x512x768@24hz`."""
+        rate = "" if self.frame_rate_hz is None else f"@{self.frame_rate_hz!r}hz".replace(".0hz", "hz")
+        return f"{self.frames}x{self.height}x{self.width}{rate}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a file says without its tensors being read.
+
+    Attributes:
+        metadata: Text by name; of ltx-trainer's files, their numbers as text.
+        shapes: Of every tensor.
+    """
+
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def entry_name(clip: str, shape: LatentShape | None) -> str:
+    """Returns the name of a clip's entry without folder and suffix."""
+    return clip if shape is None else f"{clip}@{shape.tag}"
+
+
+def split_name(name: str) -> tuple[str, LatentShape | None]:
+    """Returns the clip and the shape in an entry's name; the shape is None where the name has none."""
+    match = _TAGGED.match(name)
+    if match is None:
+        return name, None
+    rate = None if match["rate"] is None else float(match["rate"])
+    shape = LatentShape(frames=int(match["frames"]), height=int(match["height"]), width=int(match["width"]), frame_rate_hz=rate)
+    return match["clip"], shape
+
+
+def entry_path(root: Path, source: str, name: str) -> Path:
+    """Returns where the entry `name` of one source is written."""
+    return root / source / f"{name}{SUFFIX}"
+
+
+def find_entry(root: Path, source: str, name: str) -> Path | None:
+    """Returns the file of an entry, ours before ltx-trainer's; None if there is none."""
+    ours = entry_path(root, source, name)
+    if ours.exists():
+        return ours
+    foreign = root / source / f"{name}{FOREIGN_SUFFIX}"
+    return foreign if foreign.exists() else None
+
+
+def require_inside(clip: str) -> None:
+    """Checks that a clip's path names a file inside the folder that it is relative to.
+
+    Raises:
+        DataError: If it is absolute or climbs out; names no file.
+    """
+    path = PurePosixPath(clip)
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError("its path must be relative and lead into the manifest's folder. Move the file or the manifest")
+
+
+def write_entry(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file so that `path` is either absent, the old file or the whole new one, also after a crash of the machine.
+
+    A killed process leaves at most a file that ends in `.part`, which nothing reads and `remove_parts` deletes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with temporary.open("wb") as file:
+        file.write(save(contiguous, metadata=dict(metadata)))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def remove_parts(root: Path) -> None:
+    """Deletes what killed processes were writing; call it while no other process writes into `root`."""
+    for part in root.rglob(f"*{TEMPORARY_SUFFIX}"):
+        part.unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> Header:
+    """Returns metadata and shapes of an entry. Of ours, the tensors are not read.
+
+    Raises:
+        DataError: If the file is missing, damaged or no dictionary of tensors.
+    """
+    if path.suffix == FOREIGN_SUFFIX:
+        values = _read_foreign(path)
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        metadata = {name: f"{float(value):.17g}" for name, value in values.items() if _is_number(value)}
+        return Header(metadata=metadata, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
+            return Header(metadata=file.metadata() or {}, shapes=shapes)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_entry(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of an entry, in the types they were stored in.
+
+    Raises:
+        DataError: If the file is missing, damaged or no dictionary of tensors.
+    """
+    if path.suffix == FOREIGN_SUFFIX:
+        return {name: value for name, value in _read_foreign(path).items() if isinstance(value, Tensor)}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_foreign(path: Path) -> dict[str, Any]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(path, str(error).splitlines()[0]) from None
+    if not isinstance(values, dict):
+        raise _damaged(path, f"a {type(values).__name__}")
+    return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _damaged(path: Path, got: object) -> DataError:
+    return DataError(f"{path}: must be a whole file of tensors, got: {got}. Delete it and encode again.")

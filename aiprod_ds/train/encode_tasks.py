@@ -1,0 +1,236 @@
+"""What is to be encoded: every clip in every shape that training will ask for, without what is already there.
+
+Owns the choice of shapes and the comparison with existing files. Runs on the main rank; every rank gets the same list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from aiprod_ds.config.curriculum import CurriculumConfig
+from aiprod_ds.config.encode import EncodeConfig, EncodeShape, read_curriculum
+from aiprod_ds.config.phase import BucketConfig, PhaseConfig
+from aiprod_ds.curriculum.data_rules import ClipFacts
+from aiprod_ds.curriculum.phase import BucketPlan
+from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.data.buckets import bucket_clips
+from aiprod_ds.data.latents import CONDITIONS, LatentShape, entry_name, entry_path, read_header, require_inside
+from aiprod_ds.data.manifest import Manifest, _entries_of_table
+from aiprod_ds.data.probe import MediaRecord
+from aiprod_ds.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One clip to encode.
+
+    Attributes:
+        record: Of the media; its caption is the one to encode.
+        shape: Of the pictures; None for captions, which have none.
+        sources: What to write, of `latents`, `audio_latents` and `conditions`.
+    """
+
+    record: MediaRecord
+    shape: LatentShape | None
+    sources: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its entries."""
+        return entry_name(self.record.path, self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoders:
+    """What decides an entry beside its clip, by source.
+
+    Attributes:
+        fingerprints: Of the networks. An entry of another one is an error.
+        settings: Precision and tiles in words. An entry of others is encoded again.
+    """
+
+    fingerprints: Mapping[str, str]
+    settings: Mapping[str, str]
+
+    def identity(self, task: Task, source: str) -> dict[str, str]:
+        """Returns the metadata that an entry must have to count as done."""
+        if source == CONDITIONS:
+            return self.caption_identity(task.record.caption or "")
+        return {**self._made_by(source), "media_sha256": task.record.sha256}
+
+    def caption_identity(self, caption: str) -> dict[str, str]:
+        """Returns the metadata that the embeddings of a caption must have to count as done."""
+        return {**self._made_by(CONDITIONS), "caption_sha256": hashlib.sha256(caption.encode()).hexdigest()}
+
+    def _made_by(self, source: str) -> dict[str, str]:
+        return {"fingerprint": self.fingerprints[source], "settings": self.settings[source]}
+
+
+def encodable(manifest: Manifest, media: Path) -> tuple[Manifest, list[tuple[str, str]]]:
+    """Returns the clips that can have entries of their own, and (path, reason) of all others, unreadable files among them.
+
+    Raises:
+        DataError: If `media` is a table that names sounds apart from the pictures.
+    """
+    _require_own_sound(media)
+    refused = [(item.path, item.reason) for item in manifest.unreadable]
+    kept: dict[str, MediaRecord] = {}
+    for record in manifest.records:
+        try:
+            require_inside(record.path)
+        except DataError as error:
+            refused.append((record.path, str(error)))
+            continue
+        if record.path in kept:
+            refused.append((record.path, "it stands in the manifest more than once; only the first row is encoded"))
+        kept.setdefault(record.path, record)
+    return replace(manifest, records=tuple(kept.values())), refused
+
+
+def media_tasks(
+    manifest: Manifest, shapes: Sequence[tuple[BucketPlan, ...]], sources: tuple[str, ...]
+) -> tuple[list[Task], list[str]]:
+    """Returns one task for every clip and shape, and the clips that no shape takes because they are too short.
+
+    Args:
+        manifest: The clips.
+        shapes: Of `shape_groups`: a clip goes to those buckets of a group that will draw it.
+        sources: What each task writes.
+    """
+    clips = [_facts(record) for record in manifest.records]
+    wanted: dict[tuple[int, LatentShape], None] = {}
+    for buckets in shapes:
+        for bucket, indices in zip(buckets, bucket_clips(clips, buckets), strict=True):
+            wanted.update(dict.fromkeys((index, _shape(bucket)) for index in indices))
+    # Shapes together, large ones first: equal clips are spread over ranks evenly.
+    ordered = sorted(wanted, key=lambda pair: (-pair[1].frames * pair[1].height * pair[1].width, pair[0]))
+    used = {index for index, _ in wanted}
+    tasks = [Task(record=manifest.records[index], shape=shape, sources=sources) for index, shape in ordered]
+    return tasks, [clip.name for index, clip in enumerate(clips) if index not in used]
+
+
+def caption_tasks(manifest: Manifest, default: str | None) -> list[Task]:
+    """Returns one task for the caption of every clip; one without a caption has `default`."""
+    captioned = (replace(record, caption=default if record.caption is None else record.caption) for record in manifest.records)
+    return [Task(record=record, shape=None, sources=(CONDITIONS,)) for record in captioned]
+
+
+def shape_groups(config: EncodeConfig, strides: ModelStrides) -> list[tuple[BucketPlan, ...]]:
+    """Returns the shapes of `config` in groups of which training treats each as the buckets of one phase.
+
+    Raises:
+        ConfigError: If a resolution is no multiple of the stride, or the file of the curriculum is wrong.
+    """
+    if config.curriculum is None:
+        groups: list[tuple[EncodeShape | BucketConfig, ...]] = [(shape,) for shape in config.shapes]
+        where = "shapes"
+    else:
+        groups = [_buckets(phase) for phase in _curriculum(Path(config.curriculum)).phases]
+        where = f"{config.curriculum}: curriculum.phases"
+    problems: list[str] = []
+    planned = [
+        tuple(_planned(shape, strides, f"{where}[{index}]", problems) for shape in group) for index, group in enumerate(groups)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return planned
+
+
+def pending(tasks: Iterable[Task], root: Path, encoders: Encoders) -> list[Task]:
+    """Returns the tasks with those of their sources that are not done: absent, damaged, or of another media or caption.
+
+    Raises:
+        DataError: If an entry was made by another encoder.
+    """
+    left = []
+    for task in tasks:
+        sources = tuple(
+            source for source in task.sources if not is_done(entry_path(root, source, task.name), encoders.identity(task, source))
+        )
+        if sources:
+            left.append(replace(task, sources=sources))
+    return left
+
+
+def is_done(path: Path, identity: Mapping[str, str]) -> bool:
+    """Returns whether an entry is whole and says of itself what `identity` does.
+
+    Raises:
+        DataError: If it was made by another encoder.
+    """
+    if not path.exists():
+        return False
+    try:
+        found = read_header(path).metadata
+    except DataError:
+        return False
+    fingerprint = found.get("fingerprint", "none")
+    if fingerprint != identity["fingerprint"]:
+        raise DataError(
+            f"{path}: was made by another encoder ({fingerprint[:12]}, now {identity['fingerprint'][:12]}). "
+            "Name another data.output_dir, or delete the old entries."
+        )
+    return all(found.get(name) == value for name, value in identity.items())
+
+
+def _require_own_sound(media: Path) -> None:
+    apart = [] if media.is_dir() else [entry.audio for entry in _entries_of_table(media, "video") if entry.audio is not None]
+    if apart:
+        raise DataError(
+            f"{media}: sounds must be in the video files, got {len(apart)} in the column audio, e.g. {apart[0]}. "
+            "Put them into the videos and remove the column."
+        )
+
+
+def _facts(record: MediaRecord) -> ClipFacts:
+    return ClipFacts(name=record.path, frames=record.frames, seconds=record.seconds, height=record.height, width=record.width)
+
+
+def _shape(bucket: BucketPlan) -> LatentShape:
+    return LatentShape(frames=bucket.frames, height=bucket.height, width=bucket.width, frame_rate_hz=bucket.frame_rate_hz)
+
+
+def _curriculum(path: Path) -> CurriculumConfig:
+    try:
+        return CurriculumConfig.model_validate(read_curriculum(path))
+    except ValidationError as error:
+        lines = [f"{path}: curriculum.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(lines) from error
+
+
+def _buckets(phase: PhaseConfig) -> tuple[BucketConfig, ...]:
+    if phase.buckets:
+        return phase.buckets
+    assert phase.duration is not None, "the schema demands a length"
+    return (BucketConfig(resolution=phase.resolution, duration=phase.duration),)
+
+
+def _planned(shape: EncodeShape | BucketConfig, strides: ModelStrides, where: str, problems: list[str]) -> BucketPlan:
+    duration, resolution = shape.duration, shape.resolution
+    height, width = (0, 0) if resolution is None else (resolution.height, resolution.width)
+    if resolution is None or height % strides.spatial or width % strides.spatial:
+        problems.append(
+            f"{where}.resolution: must be a multiple of the VAE's stride {strides.spatial} both ways, got {height}x{width}. "
+            "Change it."
+        )
+    requested = duration.frames
+    if requested is None:
+        if duration.frame_rate_hz is None:
+            problems.append(f"{where}.duration.seconds: needs frame_rate_hz, got none. Add it or write frames.")
+        requested = max(1, round((duration.seconds or 0.0) * (duration.frame_rate_hz or 0.0)))
+    return BucketPlan(
+        frames=strides.snap(requested),
+        requested_frames=requested,
+        height=height,
+        width=width,
+        frame_rate_hz=duration.frame_rate_hz,
+        global_batch_size=1,
+        micro_batch_size=1,
+        accumulation=1,
+        share=getattr(shape, "share", None),
+    )
