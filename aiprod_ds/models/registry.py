@@ -76,8 +76,27 @@ def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: boo
             return factory(**config.config)
         if is_plan:
             return factory.from_config(factory.load_config(config.pretrained))  # type: ignore[attr-defined]
-        return factory.from_pretrained(config.pretrained, torch_dtype=torch.float32)  # type: ignore[attr-defined]
+        module = _pretrained(factory, config.pretrained)
     except (TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         where = "model.config" if config.pretrained is None else "model.pretrained"
         got = config.config if config.pretrained is None else config.pretrained
         raise ConfigError(f"{where}: {config.source} must accept it, got {got!r} ({error}).") from error
+    return module
+
+
+def _pretrained(factory: Any, folder: str) -> Any:
+    """Returns the model with its weights, all of them: diffusers only logs those that are missing, surplus or of another shape."""
+    from diffusers import ModelMixin  # takes seconds to import; needed only here
+
+    if not (isinstance(factory, type) and issubclass(factory, ModelMixin)):
+        return factory.from_pretrained(folder, torch_dtype=torch.float32)
+    from_pretrained: Any = factory.from_pretrained
+    module, found = from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    problems = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
+    if problems:
+        told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in sorted(problems.items()))
+        raise ConfigError(
+            f"model.pretrained: must hold exactly the weights of {factory.__name__}, got {folder!r} with {told}. "
+            "Name the folder of this very model."
+        )
+    return module

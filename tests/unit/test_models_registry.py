@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.registry import build_model, resolve
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 LINEAR = ModelConfig(source="torch.nn:Linear", config={"in_features": 3, "out_features": 2})
 
 
@@ -81,3 +85,33 @@ def test_arguments_that_the_constructor_refuses_are_named(source: str, arguments
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"must make a torch module, got Counter from 'collections:Counter'"):
         build_model(ModelConfig(source="collections:Counter"), seed=0)
+
+
+def test_trained_weights_are_read_back(tiny_vae_folder: Path) -> None:
+    module = build_model(ModelConfig(source="AutoencoderKLLTXVideo", pretrained=str(tiny_vae_folder)), seed=0)
+    saved = load_file(tiny_vae_folder / WEIGHTS)
+    assert module.training
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items() if name in saved)
+    assert set(saved) <= set(module.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["missing keys", "unexpected keys"])
+def test_a_folder_with_other_weights_is_refused_by_name(tiny_vae_folder: Path, kind: str) -> None:
+    tensors = load_file(tiny_vae_folder / WEIGHTS)
+    if kind == "missing keys":
+        name = "decoder.conv_in.conv.weight"
+        del tensors[name]
+    else:
+        name = "surplus.weight"
+        tensors[name] = torch.zeros(1)
+    save_file(tensors, tiny_vae_folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"^model\.pretrained: must hold exactly the weights of .* {kind}: {name}\. Name the"):
+        build_model(ModelConfig(source="AutoencoderKLLTXVideo", pretrained=str(tiny_vae_folder)), seed=0)
+
+
+@pytest.fixture
+def tiny_vae_folder(tmp_path: Path) -> Path:
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / "video_vae" / "tiny.yaml").read_text())["model"]["config"]
+    model: Any = build_model(ModelConfig(source="AutoencoderKLLTXVideo", config=config), seed=1)
+    model.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
