@@ -1,0 +1,170 @@
+"""The audio trainer on two ranks: every ZeRO stage resumes bit for bit and computes what the plain PyTorch engine computes.
+
+A tiny Oobleck, so with weight normalisation, trains through two phases: other length, batch and accumulation in the second, which
+also recomputes activations. Copies of the run folder whose later checkpoints were taken away then go on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.engine import dist
+from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.train.audio_vae import AudioVAETrainer
+
+CASES = tuple(f"zero{stage}_fp32" for stage in range(4))
+EDGE, LAST = 3, 6  # with a checkpoint every 2 updates they stand at 2, 3 (edge), 4 and 6 (end)
+RESUMES = {"middle": 2, "edge": EDGE}
+RATE_HZ = 8_000
+
+# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in another order, and
+# Adam turns rounding of tiny gradients into steps of the learning rate's size. Measured: 2.2e-7. That needs a smooth loss, hence
+# log1p: the gradient of log(S + 1e-5) in silent bins makes 1e-7 into 1e-2 within six updates.
+RELATIVE_TOLERANCE = 1e-5
+
+_DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+_MEASURED_TIME = ("time/", "throughput/", "memory/")
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    arguments = {"folder": str(tmp_path_factory.mktemp("ranks"))}
+    results = run_on_ranks(run_every_case, ranks=2, arguments=arguments, timeout_seconds=300)
+    assert results[0] == results[1], "every rank reports the run's own numbers"
+    found: dict[str, Any] = results[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    arguments = {"folder": str(tmp_path_factory.mktemp("local"))}
+    found: dict[str, Any] = run_on_ranks(run_locally, ranks=1, arguments=arguments, timeout_seconds=300)[0]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("resumed", RESUMES)
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any], case: str, resumed: str) -> None:
+    whole, again = runs[case]["whole"], runs[case][resumed]
+    assert whole["updates"] == [EDGE, LAST - EDGE]
+    assert len(set(_series(whole, "loss/total"))) == LAST, "otherwise the comparison shows nothing"
+    assert again["resumed_from"] == [f"update_{RESUMES[resumed]:06d}"]
+    assert again["sha256"] == whole["sha256"], "parameters and optimizer state"
+    assert again["rows"] == whole["rows"], "metrics.jsonl without measured times"
+    assert again["statistics"] == whole["statistics"], "of the exported latents"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("metric", ["loss/total", "loss/kl", "gradient/norm", "evaluation/mel_distance"])
+def test_every_stage_computes_what_the_local_engine_computes(
+    runs: dict[str, Any], local: dict[str, Any], case: str, metric: str
+) -> None:
+    oracle = _series(local, metric)
+    assert len(oracle) == (3 if metric.startswith("evaluation/") else LAST)
+    assert _series(runs[case]["whole"], metric) == pytest.approx(oracle, rel=RELATIVE_TOLERANCE, abs=0)
+
+
+def _series(run: dict[str, Any], metric: str) -> list[float]:
+    return [metrics[metric] for _, metrics in run["rows"] if metric in metrics]
+
+
+# Below runs on the ranks.
+
+
+def run_every_case(folder: str) -> dict[str, Any]:
+    """Returns by case the uninterrupted run and its resumed copies."""
+    return {case: _run_and_resume(case, Path(folder)) for case in CASES}
+
+
+def run_locally(folder: str) -> dict[str, Any]:
+    """Returns the run of the local engine."""
+    return _train("zero0_fp32", Path(folder) / "local", kind="local")
+
+
+def _run_and_resume(case: str, folder: Path) -> dict[str, Any]:
+    whole = folder / case
+    results = {"whole": _train(case, whole)}
+    for name, update in RESUMES.items():
+        copy = whole.with_name(f"{case}_{name}")
+        if dist.is_main():
+            _copy_as_if_stopped_at(update, whole, copy)
+        dist.barrier()
+        results[name] = _train(case, copy)
+    return results
+
+
+def _copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
+    """Keeps metrics.jsonl whole: a killed run has written rows beyond its last checkpoint."""
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "export")
+    for checkpoint in (copy / "checkpoints").glob("update_*"):
+        if int(checkpoint.name.removeprefix("update_")) > update:
+            shutil.rmtree(checkpoint)
+
+
+def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any]:
+    torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
+    clips = {"dataset": _sounds(6, seed=0), "validation": _sounds(3, seed=1)}
+    summary = AudioVAETrainer(_config(case, folder, kind), **clips).train(resume="auto")
+    dist.barrier()  # the main rank writes after the others have their summary
+    rows = [[update, _repeatable(metrics)] for update, metrics in read_metrics(folder / "metrics.jsonl")]
+    return {
+        "sha256": summary.final_state_sha256,
+        "rows": rows,
+        "resumed_from": list(summary.resumed_from),
+        "updates": [phase.updates for phase in summary.phases],
+        "statistics": (folder / "export" / "latent_statistics.json").read_text(encoding="utf-8"),
+    }
+
+
+def _repeatable(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(_MEASURED_TIME)}
+
+
+def _sounds(count: int, *, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(2_400, generator=generator) - 0.5 for _ in range(count)]
+
+
+def _config(case: str, folder: Path, kind: str) -> AudioVAETrainerConfig:
+    short = {"name": "short", "duration": {"frames": 512}, "global_batch_size": 4, "warmup_updates": 1}
+    long = {
+        "name": "long",
+        "duration": {"seconds": 0.13},
+        "global_batch_size": 4,
+        "accumulation": 2,
+        "loss": {"spectral_weight": 0.5},
+    }
+    shared = {"updates": EDGE, "learning_rate": 1e-3}
+    oobleck = {
+        "encoder_hidden_size": 8,
+        "downsampling_ratios": [2, 4],
+        "channel_multiples": [1, 2],
+        "decoder_channels": 8,
+        "decoder_input_channels": 4,
+        "audio_channels": 1,
+        "sampling_rate": RATE_HZ,
+    }
+    return AudioVAETrainerConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"source": "AutoencoderOobleck", "config": oobleck},
+            "data": {"train": "given_in_code", "num_workers": 0, "sample_rate_hz": RATE_HZ, "channels": 1},
+            "loss": {"waveform_weight": 1.0, "spectral": {"fft_sizes": [256, 64], "log": "log1p"}},
+            "curriculum": {"phases": [{**short, **shared}, {**long, **shared, "activation_checkpointing": True}]},
+            "engine": {"kind": kind, "deepspeed_config": str(_DS_CONFIGS / f"{case}.json")},
+            "checkpoint": {"every_updates": 2},
+            "evaluation": {"max_clips": 3, "num_pictures": 0},
+            "report": {"flush_updates": 2},
+        }
+    )
