@@ -85,7 +85,7 @@ def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: boo
 
 
 def _pretrained(factory: Any, folder: str) -> Any:
-    """Returns the model with its weights, all of them: diffusers only logs those that are missing, surplus or of another shape."""
+    """Returns the model with all its weights: diffusers only logs those that are missing, surplus or of another shape."""
     from diffusers import ModelMixin  # takes seconds to import; needed only here
 
     if not (isinstance(factory, type) and issubclass(factory, ModelMixin)):
