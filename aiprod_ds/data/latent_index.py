@@ -150,7 +150,7 @@ class _ClipReader:
 
     def _condition(self, clip: str) -> None:
         header = self._header(CONDITIONS, clip)
-        for name, shape in header.shapes.items():
+        for name, shape in sorted(header.shapes.items()):
             self._same(f"{name} of {CONDITIONS}", shape, clip)
         for name, dimensions in (("prompt_embeds", 2), ("prompt_attention_mask", 1)):
             _shape_of(header, name, dimensions=(dimensions,), where=CONDITIONS)

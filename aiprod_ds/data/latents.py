@@ -165,7 +165,7 @@ def _read_foreign(path: Path) -> dict[str, Any]:
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from None
+        raise _damaged(path, (str(error) or type(error).__name__).splitlines()[0]) from None
     if not isinstance(values, dict):
         raise _damaged(path, f"a {type(values).__name__}")
     return values

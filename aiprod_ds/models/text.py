@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from aiprod_ds.config.encode import TextEncoderConfig
@@ -137,7 +138,7 @@ def build_text_encoder(config: TextEncoderConfig, *, seed: int) -> TextEncoder:
     try:
         model = _random(config, seed).to(dtype) if config.pretrained is None else _pretrained(config, dtype)
         tokenizer = _tokenizer(config)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         got = config.pretrained or config.source
         raise ConfigError(f"text: must name a text encoder of transformers and its tokenizer, got {got!r} ({error}).") from error
     connectors = None if config.connectors is None else build_model(config.connectors, seed=seed).to(dtype)

@@ -1,0 +1,532 @@
+"""Encoding on one process: what is written and under which name, what is skipped, done again, refused and listed."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from aiprod_ds.config.encode import EncodeConfig, TilingConfig, VideoEncoderConfig, load_encode_config
+from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.data.dataset import ClipRequest
+from aiprod_ds.data.latent_dataset import LatentDataset
+from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
+from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATENTS, LatentShape, read_header
+from aiprod_ds.data.manifest import scan
+from aiprod_ds.data.probe import MediaRecord
+from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.errors import ConfigError, DataError, PlanError
+from aiprod_ds.models.registry import build_model
+from aiprod_ds.testing.tiny import TinyVideoVAE
+from aiprod_ds.train.encode import EncodeSummary, run_encoding
+from aiprod_ds.train.encode_media import read_pictures, read_sound, start_seconds
+from aiprod_ds.train.encode_models import AudioForm, VideoEncoder, vae_fingerprint
+from aiprod_ds.train.encode_normalization import LatentNormalization, normalization_of
+from aiprod_ds.train.encode_tiling import check_tiles
+
+STRIDES = ModelStrides(spatial=4, temporal=2)
+TINY = "aiprod_ds.testing.tiny:TinyVideoVAE"
+OOBLECK = {
+    "audio_channels": 1,
+    "sampling_rate": 16_000,
+    "encoder_hidden_size": 8,
+    "decoder_channels": 8,
+    "decoder_input_channels": 4,
+    "downsampling_ratios": [4, 8],
+    "channel_multiples": [1, 2],
+}
+T5 = {"vocab_size": 259, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+AUDIO = {"model": {"source": "AutoencoderOobleck", "config": OOBLECK}, "precision": "fp32"}
+TEXT = {"source": "T5EncoderModel", "config": T5, "precision": "fp32", "max_tokens": 24}
+CPU = torch.device("cpu")
+
+
+def _config(folder: Path, **changes: Any) -> EncodeConfig:
+    data = {"media": str(folder / "clips.csv"), "num_workers": 0, **changes.pop("data", {})}
+    shapes = [{"resolution": "16x16", "duration": {"frames": 4}}]
+    values = {"data": data, "video": {"model": {"source": TINY}, "precision": "fp32"}, "shapes": shapes, **changes}
+    return EncodeConfig.model_validate(values)
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """Three clips of 12 frames with sound, in a table with captions."""
+    clips = write_synthetic_clips(tmp_path / "clips", num_clips=3, frames=12, height=32, width=48)
+    _table(tmp_path, {f"clips/{clip.name}": f"clip {number}" for number, clip in enumerate(clips)})
+    return tmp_path
+
+
+def _table(folder: Path, captions: dict[str, str]) -> None:
+    rows = "".join(f"{path},{caption}\n" for path, caption in captions.items())
+    (folder / "clips.csv").write_text(f"video,caption\n{rows}")
+
+
+def _files(folder: Path) -> dict[str, int]:
+    root = folder / ".precomputed"
+    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in sorted(root.rglob("*.safetensors"))}
+
+
+def test_every_clip_is_encoded_in_every_shape_with_its_sound_and_caption(media: Path) -> None:
+    shapes = [
+        {"resolution": "16x16", "duration": {"frames": 4}},
+        {"resolution": "16x24", "duration": {"seconds": 0.4, "frame_rate_hz": 12.0}},
+    ]
+    summary = run_encoding(_config(media, shapes=shapes, audio=AUDIO, text=TEXT))
+    assert (dict(summary.written), dict(summary.present)) == ({LATENTS: 6, AUDIO_LATENTS: 6, CONDITIONS: 3}, {})
+    assert summary.failures == ()
+    expected = {EMPTY_PROMPT}
+    for number in range(3):
+        clip = f"clips/clip_{number:05d}.mp4"
+        expected |= {f"conditions/{clip}.safetensors"}
+        expected |= {
+            f"{source}/{clip}@{tag}.safetensors" for source in (LATENTS, AUDIO_LATENTS) for tag in ("5x16x16", "5x16x24@12hz")
+        }
+    assert set(_files(media)) == expected
+
+    # What the trainer gets: 5 frames at 24 Hz are 3,333 samples at 16 kHz, 104 latents of 32; 5 at 12 Hz are 208.
+    manifest = scan_latents(media / "clips.csv", LatentNeeds(strides=STRIDES, with_audio=True))
+    dataset = LatentDataset(manifest, seed=0, strides=STRIDES, with_audio=True, caption_dropout=0.1)
+    assert manifest.unreadable == ()
+    small = dataset[ClipRequest(sample_index=0, epoch=0, frames=5, height=16, width=16)]
+    assert {name: tuple(tensor.shape) for name, tensor in small.items()} == {
+        "latents": (4, 3, 4, 4),
+        "audio_latents": (4, 104),
+        "prompt_embeds": (24, 16),
+        "prompt_attention_mask": (24,),
+        "fps": (),
+    }
+    large = dataset[ClipRequest(sample_index=0, epoch=0, frames=5, height=16, width=24, frame_rate_hz=12.0)]
+    assert (tuple(large["latents"].shape), tuple(large["audio_latents"].shape)) == ((4, 3, 4, 6), (4, 208))
+
+
+def test_latents_are_the_normalised_mode_of_the_model(media: Path) -> None:
+    run_encoding(_config(media, seed=3))
+    (record, *_) = scan(media / "clips.csv").records
+    shape = LatentShape(frames=5, height=16, width=16)
+    pictures = read_pictures(media, record, shape)
+    with torch.no_grad():
+        expected, _ = build_model(ModelConfig(source=TINY), seed=3).eval().encode(pictures[None])
+    file = media / ".precomputed" / LATENTS / f"{record.path}@5x16x16.safetensors"
+    found = load_file(file)["latents"]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected[0].bfloat16(), rtol=0, atol=0)
+    metadata = read_header(file).metadata
+    numbers = {"num_frames": "3", "height": "4", "width": "4", "fps": "24.0", "media_frames": "12", "media_sha256": record.sha256}
+    assert {name: metadata[name] for name in numbers} == numbers
+    assert metadata["fingerprint"] == vae_fingerprint(ModelConfig(source=TINY), seed=3)
+
+
+def test_what_is_done_is_skipped_and_what_changed_is_done_again(media: Path) -> None:
+    config = _config(media, text=TEXT)
+    run_encoding(config)
+    before = _files(media)
+    summary = run_encoding(config)
+    assert (dict(summary.written), dict(summary.present)) == ({}, {LATENTS: 3, CONDITIONS: 3})
+    assert _files(media) == before
+
+    # One clip gets another caption, one other pictures, and the entry of the third is cut.
+    _table(media, {"clips/clip_00000.mp4": "new", "clips/clip_00001.mp4": "clip 1", "clips/clip_00002.mp4": "clip 2"})
+    other = write_synthetic_clips(media / "other", num_clips=1, frames=12, height=32, width=48, seed=9)
+    other[0].replace(media / "clips" / "clip_00001.mp4")
+    cut = media / ".precomputed" / LATENTS / "clips" / "clip_00002.mp4@5x16x16.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-7])
+    (cut.parent / "left.safetensors.77.part").write_bytes(b"half")
+    assert dict(run_encoding(config).written) == {LATENTS: 2, CONDITIONS: 1}
+    changed = {name for name, stamp in _files(media).items() if before[name] != stamp}
+    assert changed == {
+        "conditions/clips/clip_00000.mp4.safetensors",
+        "latents/clips/clip_00001.mp4@5x16x16.safetensors",
+        "latents/clips/clip_00002.mp4@5x16x16.safetensors",
+    }
+    assert not list(media.rglob("*.part"))
+
+
+def test_entries_of_another_encoder_are_not_mixed(media: Path) -> None:
+    run_encoding(_config(media))
+    before = _files(media)
+    with pytest.raises(DataError, match=r"was made by another encoder \(\w{12}, now \w{12}\)\. Name another data\.output_dir"):
+        run_encoding(_config(media, seed=1))
+    assert _files(media) == before
+    assert run_encoding(_config(media, seed=1, data={"output_dir": str(media / "second")})).written[LATENTS] == 3
+
+
+def test_results_do_not_depend_on_workers(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folders = [tmp_path_factory.mktemp("workers") for _ in range(2)]
+    for folder, workers in zip(folders, (0, 2), strict=True):
+        run_encoding(_config(media, audio=AUDIO, data={"output_dir": str(folder), "num_workers": workers}))
+    names = sorted(str(path.relative_to(folders[0])) for path in folders[0].rglob("*.safetensors"))
+    assert len(names) == 6
+    for name in names:
+        one, two = (folder / name for folder in folders)
+        assert torch.equal(load_file(one)["latents"], load_file(two)["latents"])
+        assert read_header(one) == read_header(two)
+
+
+def test_clips_follow_the_buckets_of_a_curriculum(tmp_path: Path) -> None:
+    for name, frames, height, width in (("wide", 12, 32, 64), ("tall", 12, 64, 32), ("short", 4, 32, 64)):
+        write_synthetic_clips(tmp_path / name, num_clips=1, frames=frames, height=height, width=width)
+    _table(tmp_path, {f"{name}/clip_00000.mp4": "x" for name in ("wide", "tall", "short")})
+    buckets = [{"resolution": size, "duration": {"frames": 5}} for size in ("16x32", "32x16")]
+    phases = [{"name": "low", "resolution": "16x16", "duration": {"frames": 3}}, {"name": "high", "buckets": buckets}]
+    common = {"global_batch_size": 2, "updates": 3, "learning_rate": 1e-3}
+    (tmp_path / "c.yaml").write_text(json.dumps({"curriculum": {"phases": [{**phase, **common} for phase in phases]}}))
+    summary = run_encoding(_config(tmp_path, shapes=[], curriculum=str(tmp_path / "c.yaml")))
+    assert summary.too_short == ()
+    assert {name.removeprefix("latents/").removesuffix(".safetensors") for name in _files(tmp_path)} == {
+        "wide/clip_00000.mp4@3x16x16",
+        "wide/clip_00000.mp4@5x16x32",
+        "tall/clip_00000.mp4@3x16x16",
+        "tall/clip_00000.mp4@5x32x16",
+        "short/clip_00000.mp4@3x16x16",
+    }
+    assert run_encoding(_config(tmp_path)).too_short == ("short/clip_00000.mp4",)
+
+
+def test_failing_clips_are_listed_and_do_not_stop_the_run(media: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_synthetic_clips(media / "mute", num_clips=1, frames=12, height=32, width=48, with_sound=False)
+    (long,) = write_synthetic_clips(media / "long", num_clips=1, frames=48, height=32, width=48)
+    content = bytearray(long.read_bytes())
+    start, stop = int(0.4 * len(content)), int(0.6 * len(content))  # frames in the middle, which are what is encoded
+    content[start:stop] = bytes(stop - start)
+    (media / "clips" / "clip_00001.mp4").write_bytes(content)
+    captions = {"clips/clip_00000.mp4": "good", "clips/clip_00001.mp4": "damaged", "mute/clip_00000.mp4": "mute"}
+    _table(media, {**captions, "clips/clip_00002.mp4": "x" * 40, "gone.mp4": "gone", "../out.mp4": "out"})
+    (media.parent / "out.mp4").write_bytes((media / "clips" / "clip_00000.mp4").read_bytes())
+
+    config = _config(media, audio=AUDIO, text=TEXT, data={"max_failed_fraction": 0.9})
+    summary = run_encoding(config)
+    assert dict(summary.written) == {LATENTS: 2, AUDIO_LATENTS: 2, CONDITIONS: 3}
+    reasons = {failure.clip: (failure.what, failure.reason) for failure in summary.failures}
+    assert set(reasons) == {"gone.mp4", "../out.mp4", "clips/clip_00001.mp4", "clips/clip_00002.mp4", "mute/clip_00000.mp4"}
+    assert reasons["gone.mp4"][0] == "media"
+    assert "its path must be relative" in reasons["../out.mp4"][1]
+    assert reasons["clips/clip_00001.mp4"][0] == "latents, audio_latents of 5x16x16"
+    assert "must be a decodable video" in reasons["clips/clip_00001.mp4"][1]
+    assert "must have at most 24 tokens (text.max_tokens), got 41" in reasons["clips/clip_00002.mp4"][1]
+    assert "must have sound, got none. Set audio.missing_sound to silence" in reasons["mute/clip_00000.mp4"][1]
+    listed = json.loads((media / ".precomputed" / "failures.json").read_text())
+    assert {entry["clip"] for entry in listed["failures"]} == set(reasons)
+    assert "clip failed: clip=mute/clip_00000.mp4" in caplog.text
+
+    with pytest.raises(DataError, match=r"at most 30% of the clips may fail, got 5 of 6: .*All failures are in .*failures\.json"):
+        run_encoding(_config(media, audio=AUDIO, text=TEXT, data={"max_failed_fraction": 0.3}))
+    silent = {**AUDIO, "missing_sound": "silence"}
+    assert run_encoding(_config(media, audio=silent, text=TEXT, data={"max_failed_fraction": 0.9})).written[AUDIO_LATENTS] == 3
+
+
+def test_a_clip_without_caption_fails_or_gets_the_default(media: Path) -> None:
+    (media / "clips.csv").write_text("video,caption\nclips/clip_00000.mp4,\n")
+    with pytest.raises(DataError, match=r"it must have a caption, got none"):
+        run_encoding(_config(media, text=TEXT))
+    assert run_encoding(_config(media, text={**TEXT, "default_caption": "a film"})).written[CONDITIONS] == 1
+
+
+def test_media_that_no_entry_can_name_are_refused(media: Path) -> None:
+    (media / "clips.csv").write_text("video,audio\nclips/clip_00000.mp4,clips/clip_00001.mp4\n")
+    with pytest.raises(DataError, match=r"sounds must be in the video files, got 1 in the column audio"):
+        run_encoding(_config(media, audio=AUDIO))
+    _table(media, {"clips/clip_00000.mp4": "x"})
+    with pytest.raises(
+        ConfigError, match=r"shapes\[0\]\.resolution: must be a multiple of the VAE's stride 4 both ways, got 18x16"
+    ):
+        run_encoding(_config(media, shapes=[{"resolution": "18x16", "duration": {"frames": 5}}]))
+
+
+def test_clips_of_different_rates_need_a_common_one_for_sound(media: Path) -> None:
+    _film(media / "slow.mkv", frames=12, rate_hz=10)
+    _table(media, {"clips/clip_00000.mp4": "x", "slow.mkv": "y"})
+    with pytest.raises(PlanError, match=r"clips of 5x16x16 must have audio latents of one length, got .*Set frame_rate_hz"):
+        run_encoding(_config(media, audio=AUDIO))
+    shapes = [{"resolution": "16x16", "duration": {"frames": 5, "frame_rate_hz": 10.0}}]
+    assert run_encoding(_config(media, audio=AUDIO, shapes=shapes)).written[AUDIO_LATENTS] == 2
+
+
+def test_progress_is_logged_where_there_is_no_terminal(media: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run_encoding(_config(media), console=Console(file=io.StringIO()))
+    assert "encoding clips: done=3 of=3 failed=0" in caplog.text
+
+
+# Sound and pictures: the brightness of frame k is 10 * k, and the sound is the line t / 10 for t seconds after its first sample.
+
+FORM = AudioForm(sample_rate_hz=8000, channels=1, hop=100)
+
+
+def _film(
+    path: Path, *, frames: int, rate_hz: int, sound_seconds: float | None = None, delay_seconds: float = 0.0
+) -> MediaRecord:
+    seconds = frames / rate_hz if sound_seconds is None else sound_seconds
+    wave = (np.arange(round(seconds * 8000)) / 8000 / 10).astype(np.float32)
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream("ffv1", rate=rate_hz)
+        picture.height, picture.width, picture.pix_fmt = 32, 32, "yuv444p"
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for index in range(frames):
+            grey = np.full((32, 32, 3), 10 * index, np.uint8)
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(picture.encode(None))
+        frame = av.AudioFrame.from_ndarray((wave[None] * 32768).astype(np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 8000, round(delay_seconds * 8000), Fraction(1, 8000)
+        for packet in [*sound.encode(frame), *sound.encode(None)]:
+            container.mux(packet)
+    (record,) = [item for item in scan(path.parent).records if item.path == path.name]
+    return record
+
+
+def _sound(folder: Path, record: MediaRecord, shape: LatentShape, *, silence: bool = False) -> Tensor:
+    return read_sound(folder, record, shape, FORM, fill_with_silence=silence)
+
+
+@pytest.mark.parametrize("rate", [None, 4.0])
+def test_pictures_and_sound_begin_together_and_last_as_long(tmp_path: Path, rate: float | None) -> None:
+    record = _film(tmp_path / "a.mkv", frames=20, rate_hz=8)
+    shape = LatentShape(frames=5, height=32, width=32, frame_rate_hz=rate)
+    start = start_seconds(record, shape)
+    first = (read_pictures(tmp_path, record, shape)[0, 0].mean() + 1) * 127.5 / 10
+    assert round(float(first)) == start * 8  # frames of 8 Hz before the clip: 7 of 20 (15 // 2), or 5 of 20 (10 // 2)
+    assert start == {None: 7 / 8, 4.0: 5 / 8}[rate]
+    wave = _sound(tmp_path, record, shape)
+    assert wave.shape == (1, round(5 / (rate or 8) * 8000))
+    # 16-bit samples: the line is rounded down by less than 1 / 32768.
+    expected = (start + torch.arange(wave.shape[1]) / 8000) / 10
+    torch.testing.assert_close(wave[0], expected, rtol=0, atol=1 / 32768)
+
+
+def test_sound_that_starts_late_is_where_a_player_has_it(tmp_path: Path) -> None:
+    record = _film(tmp_path / "a.mkv", frames=8, rate_hz=8, sound_seconds=0.75, delay_seconds=0.25)
+    wave = _sound(tmp_path, record, LatentShape(frames=8, height=32, width=32), silence=True)[0]
+    expected = torch.clamp(torch.arange(8000) / 8000 - 0.25, min=0) / 10
+    torch.testing.assert_close(wave, expected, rtol=0, atol=1 / 32768)
+
+
+def test_sound_that_ends_early_is_filled_up_a_little_or_if_asked(tmp_path: Path) -> None:
+    shape = LatentShape(frames=8, height=32, width=32)
+    nearly, half = (
+        _film(tmp_path / f"{number}.mkv", frames=8, rate_hz=8, sound_seconds=seconds)
+        for number, seconds in enumerate((0.95, 0.5))
+    )
+    assert _sound(tmp_path, nearly, shape)[0, 7600:].abs().max() == 0
+    with pytest.raises(DataError, match=r"must have sound for all of its pictures, got 0\.500 s less\. Set audio\.missing_sound"):
+        _sound(tmp_path, half, shape)
+    wave = _sound(tmp_path, half, shape, silence=True)[0]
+    assert wave[4000:].abs().max() == 0
+    assert wave[3999] > 0.049
+
+
+def test_latents_of_sound_are_counted_to_the_nearest() -> None:
+    form = AudioForm(sample_rate_hz=44_100, channels=2, hop=2048)
+    assert form.num_latents(17 / 24) == 15  # 31,237.5 / 2048 = 15.25
+    assert form.num_latents(0.001) == 1
+    # LTX-2: 25 latents a second, and its pipeline rounds seconds * 25.
+    assert AudioForm(sample_rate_hz=16_000, channels=2, hop=640).num_latents(121 / 24) == round(121 / 24 * 25)
+
+
+# Normalisation
+
+
+class Declaring(nn.Module):
+    """A model that only has statistics."""
+
+    def __init__(self, mean: list[float], std: list[float], **config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("latents_mean", torch.tensor(mean))
+        self.register_buffer("latents_std", torch.tensor(std))
+
+
+def test_latents_are_normalised_and_back() -> None:
+    normalization = LatentNormalization(mean=(0.5, 0.0), std=(2.0, 1.0))
+    latent = torch.tensor([4.5, 3.0]).reshape(1, 2, 1, 1, 1)
+    assert normalization.normalize(latent).flatten().tolist() == [2.0, 3.0]
+    assert torch.equal(normalization.denormalize(normalization.normalize(latent)), latent)
+    assert LatentNormalization().normalize(latent).equal(latent)
+    with pytest.raises(DataError, match="latent statistics: must have 3 channels as the latents have, got 2"):
+        normalization.normalize(torch.zeros(1, 3, 4))
+
+
+def test_statistics_of_mel_bands_are_laid_out_as_ltx2_packs_them() -> None:
+    latent_BCTM = torch.randn(2, 3, 5, 4)
+    mean, std = torch.randn(12), torch.rand(12) + 0.5
+    packed_BTD = (latent_BCTM.transpose(1, 2).flatten(2, 3) - mean) / std  # pipeline_ltx2.py, _pack_audio_latents, then normalise
+    expected = packed_BTD.unflatten(2, (3, 4)).transpose(1, 2)
+    found = LatentNormalization(mean=tuple(mean.tolist()), std=tuple(std.tolist())).normalize(latent_BCTM)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_statistics_come_from_the_model_then_its_export_then_nowhere(tmp_path: Path) -> None:
+    exported = ModelConfig(source="M", pretrained=str(tmp_path))
+    defaults = Declaring([0.0, 0.0], [1.0, 1.0])
+    assert normalization_of(defaults, exported) == LatentNormalization()
+    (tmp_path / "latent_statistics.json").write_text(json.dumps({"clips": 2, "latents_mean": [1, 2], "latents_std": [3, 4]}))
+    assert normalization_of(defaults, exported) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
+    assert normalization_of(TinyVideoVAE(), exported) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
+    assert normalization_of(Declaring([5.0], [6.0]), exported) == LatentNormalization(mean=(5.0,), std=(6.0,))
+    assert normalization_of(Declaring([5.0], [6.0], scaling_factor=2.0), exported) == LatentNormalization(mean=(5.0,), std=(3.0,))
+    (tmp_path / "latent_statistics.json").write_text('{"latents_mean": [1], "latents_std": [0]}')
+    with pytest.raises(DataError, match="latents_std must be positive"):
+        normalization_of(defaults, exported)
+
+
+def test_the_fingerprint_follows_weights_configuration_and_statistics(tmp_path: Path) -> None:
+    found = {vae_fingerprint(ModelConfig(source=TINY), seed=seed) for seed in (0, 0, 1)}
+    assert len(found) == 2
+    vae = build_model(ModelConfig(source="AutoencoderOobleck", config=OOBLECK), seed=0)
+    vae.save_pretrained(tmp_path)
+    saved = ModelConfig(source="AutoencoderOobleck", pretrained=str(tmp_path))
+    before = vae_fingerprint(saved, seed=0)
+    assert before == vae_fingerprint(ModelConfig(source="AutoencoderOobleck", config=OOBLECK), seed=0)
+    (tmp_path / "latent_statistics.json").write_text(json.dumps({"latents_mean": [1] * 4, "latents_std": [2] * 4}))
+    assert vae_fingerprint(saved, seed=0) != before
+
+
+# Tiles
+
+
+LTX = {
+    "latent_channels": 8,
+    "block_out_channels": [16, 16, 16],
+    "decoder_block_out_channels": [16, 16, 16],
+    "layers_per_block": [1, 1, 1, 1],
+    "decoder_layers_per_block": [1, 1, 1, 1],
+    "spatio_temporal_scaling": [True, False, False],
+    "decoder_spatio_temporal_scaling": [True, False, False],
+    "patch_size": 4,
+}
+
+
+def _tiling(**changes: Any) -> TilingConfig:
+    return TilingConfig.model_validate({"tile": "64x64", "overlap": 16, "max_deviation": 10.0, **changes})
+
+
+def _tiled(tiling: TilingConfig | None) -> VideoEncoder:
+    model = ModelConfig(source="AutoencoderKLLTXVideo", config=LTX)
+    return VideoEncoder(VideoEncoderConfig(model=model, precision="fp32", tiling=tiling), seed=0, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    """Nine frames of 112x112 pixels: two tiles both ways, three chunks."""
+    from aiprod_ds.data.synthetic import SyntheticVideoDataset
+
+    return SyntheticVideoDataset(1, 9, 112, 112)[0]
+
+
+def test_tiles_change_latents_near_seams_and_less_the_more_they_overlap(film: Tensor) -> None:
+    whole = _tiled(None).encode(film)
+    deviations = []
+    for overlap in (16, 32, 48):
+        tiling = _tiling(overlap=overlap)
+        encoder = _tiled(tiling)
+        assert torch.equal(encoder.encode_whole(film), whole)
+        deviations.append(check_tiles(film, tiling, whole=encoder.encode_whole, tiled=encoder.encode))
+    assert 0 < deviations[2] < deviations[1] < deviations[0] < 1
+    difference = (_tiled(_tiling()).encode(film) - whole).abs().mean(dim=(0, 1))
+    assert difference[0, 0] < 0.1 * difference.max()  # the corner is the latent farthest from all seams
+
+
+def test_chunks_keep_the_first_frame_and_change_what_follows(film: Tensor) -> None:
+    whole, chunked = _tiled(None).encode(film), _tiled(_tiling(tile="128x128", frames=4, overlap_frames=2)).encode(film)
+    assert chunked.shape == whole.shape
+    torch.testing.assert_close(chunked[:, :3], whole[:, :3], rtol=0, atol=1e-5)  # the first chunk: 1 + 4 frames of a causal model
+    assert (chunked[:, 3:] - whole[:, 3:]).abs().max() > 1e-3
+
+
+def test_a_clip_that_fits_one_tile_is_encoded_whole(film: Tensor) -> None:
+    small = film[:, :, :64, :64]
+    assert torch.equal(_tiled(_tiling()).encode(small), _tiled(None).encode(small))
+
+
+def test_a_deviation_above_the_allowed_one_stops_the_run(film: Tensor) -> None:
+    tiling = _tiling(max_deviation=1e-4)
+    encoder = _tiled(tiling)
+    with pytest.raises(
+        ConfigError, match=r"video\.tiling: may change latents by 0\.0001 of their standard deviation, got 0\.\d+"
+    ):
+        check_tiles(film, tiling, whole=encoder.encode_whole, tiled=encoder.encode)
+    with pytest.raises(ConfigError, match=r"must give latents of .*as whole encoding does, got .*own tiling is broken"):
+        check_tiles(film, tiling, whole=encoder.encode_whole, tiled=lambda part: encoder.encode(part)[:, :1])
+    # Worked number: latents of standard deviation 1 that are off by 0.05 deviate by 0.05.
+    latents = torch.randn(4, 3, 50, 50, generator=torch.Generator().manual_seed(0))
+    off = check_tiles(film, _tiling(), whole=lambda _: latents, tiled=lambda _: latents + 0.05)
+    assert off == pytest.approx(0.05, rel=0.02)  # the sample's own deviation is 1 within 1 / sqrt(2 * 30,000)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        (TINY, {}, r"video\.tiling: has no effect for TinyVideoVAE, which cannot encode in tiles"),
+        (TINY, {"overlap": 6}, r"video\.tiling\.overlap: must be a multiple of the model's stride 4, got 6"),
+        (TINY, {"frames": 5, "overlap_frames": 2}, r"video\.tiling\.frames: must be a multiple of the model's stride 2, got 5"),
+    ],
+)
+def test_tiles_that_a_model_cannot_have_are_refused(source: str, changes: dict[str, Any], message: str) -> None:
+    config = VideoEncoderConfig(model=ModelConfig(source=source), precision="fp32", tiling=_tiling(**changes))
+    with pytest.raises(ConfigError, match=message):
+        VideoEncoder(config, seed=0, device=CPU)
+
+
+def test_a_run_checks_its_tiles_first(media: Path, caplog: pytest.LogCaptureFixture) -> None:
+    video = {"model": {"source": "AutoencoderKLLTXVideo", "config": LTX}, "precision": "fp32"}
+    shapes = [{"resolution": "32x48", "duration": {"frames": 5}}]
+
+    def run(**tiling: Any) -> EncodeSummary:
+        tiles = {"tile": "32x32", "overlap": 16, **tiling}
+        return run_encoding(_config(media, video={**video, "tiling": tiles}, shapes=shapes))
+
+    with pytest.raises(ConfigError, match=r"video\.tiling: may change latents by 0\.001"):
+        run(max_deviation=0.001)
+    with caplog.at_level(logging.INFO):
+        assert run(max_deviation=5.0).written[LATENTS] == 3
+    assert "tiles against whole encoding: deviation=" in caplog.text
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("data: {media: m}\nvideo: {model: {source: M}}\n", ["shapes: either these or curriculum must be given, got neither"]),
+        (
+            "data: {mdia: m}\nvideo: {model: {source: M}, tiling: {tile: 64x64, overlap: 64}}\ncurriculum: c.yaml\n",
+            [
+                "data.media: must be given",
+                "data.mdia: is not a known key, got 'm'. Did you mean 'media'?",
+                "video.tiling.overlap: must be below the tile's smaller side (64), got 64",
+            ],
+        ),
+        (
+            "data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c\ntext: {config: {d_model: 8}, pretrained: p}\n",
+            ["text.pretrained: either this or config must be given, got both", "text.source: must be given with config"],
+        ),
+        (
+            "data: {media: m}\nvideo: {model: {source: M}}\nshapes: [{resolution: 8x8, duration: {seconds: 1.0}}]\n",
+            ["shapes[0].duration.seconds: needs frame_rate_hz, got none"],
+        ),
+    ],
+)
+def test_a_wrong_configuration_names_every_problem(tmp_path: Path, text: str, messages: list[str]) -> None:
+    (tmp_path / "e.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_encode_config(tmp_path / "e.yaml")
+    assert len(caught.value.problems) == len(messages)
+    for message in messages:
+        assert any(f"e.yaml: {message}" in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c.yaml\n")
+    config = load_encode_config(tmp_path / "e.yaml", ["data.num_workers=7", "video.precision=fp32"], "elsewhere")
+    assert (config.data.num_workers, config.video.precision, config.data.output_dir) == (7, "fp32", "elsewhere")
