@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aiprod_ds.config.encode import EncodeConfig, TilingConfig, VideoEncoderConfig, load_encode_config
+from aiprod_ds.config.encode import AudioEncoderConfig, EncodeConfig, TilingConfig, VideoEncoderConfig, load_encode_config
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest
@@ -32,7 +32,7 @@ from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.encode import EncodeSummary, run_encoding
 from aiprod_ds.train.encode_media import read_pictures, read_sound, start_seconds
-from aiprod_ds.train.encode_models import AudioForm, VideoEncoder, vae_fingerprint
+from aiprod_ds.train.encode_models import AudioEncoder, AudioForm, VideoEncoder, vae_fingerprint
 from aiprod_ds.train.encode_normalization import LatentNormalization, normalization_of
 from aiprod_ds.train.encode_tiling import check_tiles
 
@@ -331,6 +331,54 @@ def test_latents_of_sound_are_counted_to_the_nearest() -> None:
     assert form.num_latents(0.001) == 1
     # LTX-2: 25 latents a second, and its pipeline rounds seconds * 25.
     assert AudioForm(sample_rate_hz=16_000, channels=2, hop=640).num_latents(121 / 24) == round(121 / 24 * 25)
+
+
+LTX2_AUDIO = {
+    "base_channels": 8,
+    "output_channels": 2,
+    "ch_mult": [1, 2, 4],
+    "num_res_blocks": 1,
+    "in_channels": 2,
+    "resolution": 64,
+    "latent_channels": 4,
+    "sample_rate": 16_000,
+    "mel_hop_length": 160,
+    "mel_bins": 64,
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("source", "model", "channels", "samples", "shape"),
+    [("AutoencoderOobleck", OOBLECK, 1, 32 * 50, (4, 50)), ("AutoencoderKLLTX2Audio", LTX2_AUDIO, 2, 640 * 4, (4, 4, 16))],
+)
+def test_every_audio_model_makes_as_many_latents_as_hops(
+    source: str, model: dict[str, Any], channels: int, samples: int, shape: tuple[int, ...], precision: str
+) -> None:
+    config = AudioEncoderConfig.model_validate({"model": {"source": source, "config": model}, "precision": precision})
+    encoder = AudioEncoder(config, seed=0, device=CPU)
+    assert (encoder.form.sample_rate_hz, encoder.form.channels) == (16_000, channels)
+    latent = encoder.encode(torch.rand(channels, samples, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert (tuple(latent.shape), latent.dtype) == (shape, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_rate_hz": 44_100}, r"audio\.sample_rate_hz: must be the model's, 16000, got 44100"),
+        ({"channels": 2}, r"audio\.channels: must be the model's, 1, got 2"),
+    ],
+)
+def test_a_rate_or_channels_that_the_model_does_not_take_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AudioEncoder(AudioEncoderConfig.model_validate({**AUDIO, **changes}), seed=0, device=CPU)
+
+
+def test_latents_that_are_not_finite_fail() -> None:
+    config = VideoEncoderConfig(model=ModelConfig(source=TINY), precision="fp16")
+    encoder = VideoEncoder(config, seed=0, device=CPU)
+    with pytest.raises(DataError, match="its latents must be finite, got NaN or infinity"):
+        encoder.encode(torch.full((3, 3, 16, 16), float("nan")))
 
 
 # Normalisation
