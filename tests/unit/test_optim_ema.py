@@ -195,11 +195,9 @@ def test_a_file_that_does_not_fit_is_refused(damage: str, tmp_path: Path) -> Non
         Ema(_engine(width=7 if damage == "shape" else 6), CONFIG).save(tmp_path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
-    message = (
-        r"got 3 that differ, first shard_00001: \(7, 4\) there, \(6, 4\) here"
-        if damage == "shape"
-        else "must be this rank's part of the average"
-    )
+    message = "must be this rank's part of the average"
+    if damage == "shape":
+        message = r"got 3 that differ, first shard_00001: \(7, 4\) there, \(6, 4\) here"
     ema = Ema(_engine(), CONFIG)
     with pytest.raises(CheckpointError, match=message):
         ema.load(tmp_path)
