@@ -427,6 +427,22 @@ def test_statistics_come_from_the_model_then_its_export_then_nowhere(tmp_path: P
         normalization_of(defaults, exported)
 
 
+def test_encoders_normalise_by_the_statistics_of_their_model(tmp_path: Path) -> None:
+    vae = build_model(ModelConfig(source="AutoencoderOobleck", config=OOBLECK), seed=0)
+    vae.save_pretrained(tmp_path)
+    config = AudioEncoderConfig.model_validate({**AUDIO, "model": {"source": "AutoencoderOobleck", "pretrained": str(tmp_path)}})
+    wave = torch.rand(1, 640, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    raw = AudioEncoder(config, seed=0, device=CPU).encode(wave)
+    (tmp_path / "latent_statistics.json").write_text(json.dumps({"latents_mean": [1, 2, 3, 4], "latents_std": [2, 2, 4, 4]}))
+    encoder = AudioEncoder(config, seed=0, device=CPU)
+    found = encoder.encode(wave)
+    mean, std = torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([[2.0], [2.0], [4.0], [4.0]])
+    torch.testing.assert_close(found, (raw - mean) / std, rtol=0, atol=0)
+    torch.testing.assert_close(
+        encoder.normalization.denormalize(found[None])[0], raw, rtol=0, atol=1e-6
+    )  # one rounding of numbers up to 4
+
+
 def test_the_fingerprint_follows_weights_configuration_and_statistics(tmp_path: Path) -> None:
     found = {vae_fingerprint(ModelConfig(source=TINY), seed=seed) for seed in (0, 0, 1)}
     assert len(found) == 2
