@@ -104,4 +104,4 @@ def _train(root: Path, folder: Path) -> tuple[int | None, str]:
         command += ["--set", f"{key}={value}"]
     path = os.pathsep.join([str(binaries), os.environ["PATH"]])  # the launcher starts `python` and `ninja` by name
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return run_in_own_session(command, timeout_seconds=300, environment=environment)
+    return run_in_own_session(command, timeout_seconds=600, environment=environment)

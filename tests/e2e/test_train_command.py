@@ -102,7 +102,7 @@ def _train(root: Path, folder: Path, *, resume: str) -> Finished:
         command += ["--set", f"{key}={value}"]
     path = os.pathsep.join([str(binaries), os.environ["PATH"]])  # the launcher starts `python` and `ninja` by name
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    code, output = run_in_own_session(command, timeout_seconds=300, environment=environment)
+    code, output = run_in_own_session(command, timeout_seconds=600, environment=environment)
     report = folder / "report.json"
     assert report.is_file(), output
     return Finished(folder=folder, code=code, output=output, report=json.loads(report.read_text(encoding="utf-8")))

@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     arguments = {"folder": str(tmp_path_factory.mktemp("ranks"))}
-    results = run_on_ranks(run_every_case, ranks=2, arguments=arguments, timeout_seconds=300)
+    results = run_on_ranks(run_every_case, ranks=2, arguments=arguments, timeout_seconds=600)
     assert results[0] == results[1], "every rank reports the run's own numbers"
     found: dict[str, Any] = results[0]
     return found
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     arguments = {"folder": str(tmp_path_factory.mktemp("local"))}
-    found: dict[str, Any] = run_on_ranks(run_locally, ranks=1, arguments=arguments, timeout_seconds=300)[0]
+    found: dict[str, Any] = run_on_ranks(run_locally, ranks=1, arguments=arguments, timeout_seconds=600)[0]
     return found
 
 
