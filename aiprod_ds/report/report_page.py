@@ -56,7 +56,8 @@ def _headline(summary: RunSummary) -> str:
     measure = next(iter(_measures(summary.metrics)), None)
     if measure is not None:
         name, before, after = measure
-        lines.append(f"**{_label(name)} on {summary.data.held_out_clips} held-out clips: {_change(name, before, after)}**")
+        clips = f"{summary.data.held_out_clips} held-out {_plural('clip', summary.data.held_out_clips)}"
+        lines.append(f"**{_label(name)} on {clips}: {_change(name, before, after)}**")
     lines.append(
         f"{sentence} `{summary.model}` ({_count(summary.parameters)} parameters) through {len(summary.phases)} "
         f"{_plural('phase', len(summary.phases))} in {_duration(sum(summary.time_seconds.values()))}, on {summary.world_size} "
