@@ -35,10 +35,6 @@ CONFIG = EmaConfig(half_life_samples=2 * BATCH, ramp=0.8)
 CLIP = AdaptiveClipConfig(smoothing=0.9, deviations=1.0, warmup_updates=1)
 CLIP_NORMS = (0.01, None, 0.02)
 
-# Largest difference between forward through the engine and through a plain module with the average, both of order 1. ZeRO-3's
-# linear rounds to 16 bit once more, before the bias is added. Measured: 0 below ZeRO-3; there 2e-7, 4e-3 and 5e-4.
-FORWARD_TOLERANCES = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 2e-3}
-
 pytestmark = pytest.mark.dist
 
 
@@ -70,8 +66,8 @@ def test_the_average_is_sharded_as_the_masters_are(measured: Any, name: str) -> 
 def test_while_swapped_the_weights_are_the_average_in_the_compute_type(measured: Any, name: str) -> None:
     for case in measured[name]:
         assert case["weights_are_average"]
-        assert case["forward_difference"] <= FORWARD_TOLERANCES[_precision(name)]
-        assert case["forward_moved"] > 10 * FORWARD_TOLERANCES[_precision(name)], "otherwise the line above shows nothing"
+        assert case["forward_is_plain"], "bitwise a plain module's with the average, through the same kernels"
+        assert case["forward_moved"] > 0.1, "otherwise the line above shows nothing"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,10 +105,6 @@ def test_all_ranks_reach_the_same_adaptive_limits(measured: Any, name: str) -> N
     assert first == second, "as hexadecimal text: bitwise"
     assert len(set(first)) == UPDATES
     assert first[0] == "None"
-
-
-def _precision(name: str) -> str:
-    return name.split("_")[1]
 
 
 # Below runs on the ranks.
@@ -204,8 +196,8 @@ def _measure_swap(engine: Any, ema: Ema) -> dict[str, Any]:
     again, restored, forward = _states(engine), _weights(engine), _forward(engine, x)
     return {
         "weights_are_average": all(torch.equal(lent[name], value.to(engine.compute_dtype)) for name, value in average.items()),
-        "forward_difference": _distance(inside, plain.to(engine.compute_dtype)(x)),
-        "forward_moved": _distance(inside, output),
+        "forward_is_plain": torch.equal(inside, _plain_forward(plain, x)),
+        "forward_moved": (inside.float() - output.float()).abs().max().item(),
         "restored": {
             "states": _equal(states, again),
             "weights": _equal(weights, restored),
@@ -297,6 +289,12 @@ def _forward(engine: Engine, x: Tensor) -> Tensor:
     return output
 
 
+def _plain_forward(plain: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = plain.to(x.dtype)(x)
+    return output
+
+
 def _average(engine: Engine, ema: Ema) -> dict[str, Tensor]:
     with ema.swapped():
         return _masters(engine)
@@ -325,10 +323,6 @@ def _weights(engine: Any) -> dict[str, Tensor]:
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def _distance(first: Tensor, second: Tensor) -> float:
-    return (first.float() - second.float()).abs().max().item()
 
 
 def _hex(limit: float | None) -> str:

@@ -148,6 +148,17 @@ def test_checkpointing_grows_a_global_list_under_zero_3(report: dict[str, Any]) 
     assert report["forward_stack"][1] > report["forward_stack"][0]
 
 
+def test_weights_that_zero_3_keeps_gathered_do_not_follow_their_masters(report: dict[str, Any]) -> None:
+    """Remedy: `refresh_weights` gathers them anew."""
+    assert report["gathered_weight_follows"] is False
+
+
+def test_zero_0_in_fp32_clips_as_the_configuration_says_at_each_step(report: dict[str, Any]) -> None:
+    """Remedy: `set_clip_norm` writes there; the optimizers of all other stages and precisions have a `clip_grad`."""
+    assert report["has_clip_grad"] == {"0 fp32": False, "0 bf16": True, "1 fp32": True, "3 fp32": True}
+    assert report["clipped_norm"] == pytest.approx(0.01, rel=1e-2)
+
+
 def test_the_launcher_reports_success_and_leaves_ranks_behind_when_it_is_killed(tmp_path: Path) -> None:
     """Remedy: `testing.dist` asks for a result of every rank and kills the session; training writes its own marker."""
     script = tmp_path / "rank.py"
@@ -224,7 +235,7 @@ def observe_everything() -> dict[str, Any]:
     observed: dict[str, Any] = {}
     for observe in (
         _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_universal,
-        _observe_access, _observe_scaler, _observe_new_ones,
+        _observe_access, _observe_scaler, _observe_new_ones, _observe_masters, _observe_clipping,
         _observe_offloaded_adam, _observe_autocast,
     ):  # fmt: skip
         observed |= observe()
@@ -519,6 +530,35 @@ def _observe_new_ones() -> dict[str, Any]:
         "applied_around_overflow": applied,
         "forward_stack": [start, end],
     }
+
+
+def _observe_masters() -> dict[str, Any]:
+    engine = _update(_engine(3, zero={"stage3_param_persistence_threshold": 40}))
+    with torch.no_grad():
+        for sub_group, master in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+            master.fill_(3.0)
+            engine.optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+    bias = engine.module.first.bias
+    assert bias.numel() == 33, "gathered, for it is below the threshold"
+    follows = bool((bias == 3.0).all())
+    _close(engine)
+    return {"gathered_weight_follows": follows}
+
+
+def _observe_clipping() -> dict[str, Any]:
+    present = {}
+    for stage, config in ((0, {}), (0, {"bf16": {"enabled": True}}), (1, {}), (3, {})):
+        engine = _engine(stage, **config)
+        present[f"{stage} {'bf16' if config else 'fp32'}"] = hasattr(engine.optimizer, "clip_grad")
+        _close(engine)
+    engine = _engine(0, sgd=True)  # its learning rate is 1e-2
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    engine._config.gradient_clipping = 0.01
+    _update(engine)
+    moved = torch.cat([(parameter.detach() - old).flatten() for parameter, old in zip(trained, before, strict=True)])
+    _close(engine)
+    return {"has_clip_grad": present, "clipped_norm": moved.norm().item() / 1e-2}
 
 
 def _observe_offloaded_adam() -> dict[str, Any]:
