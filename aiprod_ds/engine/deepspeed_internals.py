@@ -204,8 +204,8 @@ def master_shards(engine: Any) -> list[Tensor]:
 def refresh_weights(engine: Any) -> None:
     """Does what ends an update: masters are cast into the weights of all ranks. Collective.
 
-    ZeRO-3 keeps small parameters gathered (`stage3_param_persistence_threshold`), and nothing but `_post_step`
-    (runtime/zero/stage3.py:2835) gathers them anew when their partitions have changed.
+    ZeRO-3 keeps small parameters gathered (`stage3_param_persistence_threshold`), with the numbers of their last gathering; so
+    they are released and gathered anew, as in runtime/zero/stage3.py:2878 and 2841.
     """
     optimizer = engine.optimizer
     if is_partitioned(engine):
