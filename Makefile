@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python3.10; do \
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$candidate" && break; done)
 
-# DeepSpeed builds its CPU collective once; inside the environment it belongs to this torch and goes away with `make clean`.
+# What DeepSpeed compiles when a setting needs it (Adam on the CPU, for offload) belongs to this environment's torch.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
 # Tests run on the CPU wherever they are started, with one thread a process, so that their figures do not depend on the machine.
@@ -58,11 +58,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@PYTHONWARNINGS=ignore::UserWarning "$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,tensorboard]' || { \
 		echo "make: the installation failed; pip's message is above. Check network and disk space, then run the same command again." >&2; \
 		exit 1; }
-	@echo "Building DeepSpeed's collective for CPU runs (about a minute, once)."
 	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
-	@cd /; DS_ACCELERATOR=cpu PATH="$(BIN):$$PATH" python -c 'import deepspeed, tempfile; \
-		deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)' \
-		>"$(abspath $(VENV))/build.log" 2>&1 || \
-		echo "make: it could not be built (see $(VENV)/build.log; it needs g++), so training on the CPU will fail. GPUs do not need it." >&2
 	@touch "$@"
 	@echo "Installed."

@@ -300,6 +300,7 @@ def _adamw(
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, dictionary: dict[str, Any]) -> Any:
     internals.quiet_logs()
+    internals.leave_out_shared_memory_op()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a single process without a launcher
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=dictionary, dist_init_required=False)

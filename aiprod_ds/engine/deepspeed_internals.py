@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload
@@ -47,6 +49,15 @@ def quiet_logs() -> None:
     """Keeps DeepSpeed's own logger to warnings, and its use of renamed torch collectives (comm/torch.py) to itself."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
+
+
+def leave_out_shared_memory_op() -> None:
+    """Keeps DeepSpeed from building its shared-memory all-reduce for CPUs; call it before `deepspeed.init_distributed`.
+
+    comm/torch.py:47 compiles the op for a minute, though only `inference_all_reduce` uses it, which training never calls. Every
+    rank then leaves 66 MiB in /dev/shm behind (ops/csrc/cpu/comm/shm.cpp:79: nothing calls `shared_close`), until memory is full.
+    """
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
 def prepare(engine: Any) -> None:

@@ -39,7 +39,7 @@ def run_on_ranks(
         function: Defined at the top level of an importable module or of a file that can be executed on its own.
         ranks: Processes; they form a gloo group before the call and leave it together after it.
         arguments: Keyword arguments that JSON can hold.
-        timeout_seconds: Everything is killed after this time. The first launch on a machine compiles for about a minute.
+        timeout_seconds: Everything is killed after this time. The first run with offload compiles for about a minute.
         environment: Added to this process's environment.
 
     Raises:

@@ -83,6 +83,19 @@ def test_latest_is_written_before_other_ranks_have_finished(report: dict[str, An
     assert report["latest_before_rank_1"]
 
 
+def test_the_shared_memory_op_is_built_unless_it_is_called_incompatible(report: dict[str, Any]) -> None:
+    """Remedy: `leave_out_shared_memory_op`."""
+    assert report["shared_memory_op"] == {"first": True, "left_out": True}
+
+
+def test_shared_memory_is_never_given_back() -> None:
+    """Remedy: `leave_out_shared_memory_op`."""
+    import deepspeed
+
+    source = Path(deepspeed.__file__).parent.joinpath("ops", "csrc", "cpu", "comm", "shm.cpp").read_text(encoding="utf-8")
+    assert source.count("shared_close(") == 1, "its definition, and no call"
+
+
 def test_a_universal_checkpoint_restores_neither_frozen_parameters_nor_buffers(report: dict[str, Any]) -> None:
     """Remedy: own interchange of parameters."""
     assert report["universal_restores"] == {"trained": True, "frozen": False, "buffer": False}
@@ -232,7 +245,7 @@ def observe_everything() -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    observed: dict[str, Any] = {}
+    observed: dict[str, Any] = _observe_shared_memory_op()  # first: no engine may have made DeepSpeed's communication yet
     for observe in (
         _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_universal,
         _observe_access, _observe_scaler, _observe_new_ones, _observe_masters, _observe_clipping,
@@ -309,6 +322,19 @@ def _remove(folder: Path) -> None:
     dist.barrier()
     if dist.is_main():
         shutil.rmtree(folder)
+
+
+def _observe_shared_memory_op() -> dict[str, Any]:
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    from aiprod_ds.engine.deepspeed_internals import leave_out_shared_memory_op
+
+    first = bool(deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME])
+    leave_out_shared_memory_op()
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
+    left_out = deepspeed.comm.comm.cdb.shm_comm_op is None
+    return {"shared_memory_op": {"first": first, "left_out": left_out}}
 
 
 def _observe_fp16() -> dict[str, Any]:
