@@ -28,6 +28,7 @@ class RunState:
         phase_fingerprints: One hash per phase, so that phases not yet reached may still be edited.
         layout: World size, ZeRO stage and precision that the engine's files belong to.
         history: What the report needs from before the save (evaluations, seconds per phase, resumes).
+        adaptive_clip: Statistics of gradient norms; empty without an adaptive clip.
     """
 
     clock: Clock
@@ -36,6 +37,7 @@ class RunState:
     phase_fingerprints: tuple[str, ...]
     layout: Mapping[str, Any]
     history: Mapping[str, Any] = field(default_factory=dict)
+    adaptive_clip: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""

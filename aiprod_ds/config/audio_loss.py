@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from aiprod_ds.config.loss import LossConfig
 from aiprod_ds.config.model import NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel
 
 FFTSize = Annotated[int, Field(ge=4, multiple_of=4)]  # the hop is a quarter of it
@@ -52,7 +53,7 @@ class MelConfig(StrictModel):
         return self
 
 
-class AudioVAELossConfig(StrictModel):
+class AudioVAELossConfig(LossConfig):
     """Weights of the terms; a term with weight 0 is measured, not trained."""
 
     waveform_weight: NonNegativeFloat = 0.1

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import model_validator
 from typing_extensions import Self
 
+from aiprod_ds.config.loss import LossConfig
 from aiprod_ds.config.model import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel
 
 
@@ -19,13 +20,21 @@ class NoiseLevelConfig(StrictModel):
     """
 
     low_tokens: PositiveInt = 1024
+    """Latent tokens of a clip at the line's first point."""
     low_shift: float = 0.95
+    """Mean of the logit of the noise level there."""
     high_tokens: PositiveInt = 4096
+    """Latent tokens at the second point; above `low_tokens`."""
     high_shift: float = 2.05
+    """Mean of the logit there."""
     min_shift: float | None = 0.5
+    """The mean of the logit is not below this. null: it may be."""
     max_shift: float | None = 3.0
+    """The mean of the logit is not above this. null: it may be; from some 50,000 tokens on nearly every level is then 1."""
     standard_deviation: PositiveFloat = 1.0
+    """Of the logit."""
     uniform_fraction: Fraction = 0.1
+    """Share of the samples whose level is drawn evenly from 0 to 1."""
 
     @model_validator(mode="after")
     def _the_line_and_the_bounds_are_ordered(self) -> Self:
@@ -39,14 +48,19 @@ class NoiseLevelConfig(StrictModel):
         return self
 
 
-class FlowConfig(StrictModel):
+class FlowConfig(LossConfig):
     """The objective of the diffusion trainer. Modalities have their own noise level unless `shared_noise_level` is set."""
 
     noise_level: NoiseLevelConfig = NoiseLevelConfig()
+    """How noisy the samples are made."""
     video_weight: NonNegativeFloat = 1.0
+    """Weight of the video loss."""
     audio_weight: NonNegativeFloat = 0.25
+    """Weight of the audio loss, where the model makes sound."""
     shared_noise_level: bool = False
+    """Whether the sound of a clip has the noise level of its pictures, instead of one of its own."""
     first_frame_probability: Fraction = 0.0
+    """Share of the clips whose first latent frame is given without noise and not trained, for image-to-video."""
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:

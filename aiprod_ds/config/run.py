@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.clip_data import ClipDataConfig
+from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.model import (
     Fraction,
@@ -62,6 +63,8 @@ class OptimizerConfig(StrictModel):
     """Decoupled decay of matrices and kernels; times the learning rate in each update."""
     gradient_clip_norm: PositiveFloat | None = 1.0
     """Global L2 norm to which a longer gradient is scaled down. null: no clipping."""
+    adaptive_clip: AdaptiveClipConfig | None = None
+    """Also clips at a limit that follows the norms of the run. null: only `gradient_clip_norm` clips."""
 
 
 class EngineConfig(StrictModel):
@@ -131,6 +134,8 @@ class RunConfig(StrictModel):
     """The phases."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How the loss is minimised."""
+    ema: EmaConfig | None = None
+    """Keeps an average of the weights, which is evaluated and exported in their place. null: the weights themselves are."""
     engine: EngineConfig = EngineConfig()
     """What it runs on: ZeRO stage, precision, offload."""
     checkpoint: CheckpointConfig = CheckpointConfig()

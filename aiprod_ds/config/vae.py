@@ -8,6 +8,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.clip_data import ClipDataConfig
+from aiprod_ds.config.loss import LossConfig
 from aiprod_ds.config.model import NonNegativeFloat, NonNegativeInt, StrictModel
 from aiprod_ds.config.run import RunConfig
 
@@ -32,7 +33,7 @@ class PerceptualConfig(StrictModel):
     """Frames of each clip that the network looks at, chosen at random; 0 takes all."""
 
 
-class VideoVAELossConfig(StrictModel):
+class VideoVAELossConfig(LossConfig):
     """The terms of the loss and their weights; a term of weight 0 is measured where it can be, not trained."""
 
     reconstruction: Literal["l1", "mse"] = "l1"
@@ -47,10 +48,6 @@ class VideoVAELossConfig(StrictModel):
     """Weight of the L1 distance between one-level 3-D Haar sub-bands."""
     perceptual: PerceptualConfig = PerceptualConfig()
     """The network behind `perceptual_weight`."""
-
-    def weights(self) -> dict[str, float]:
-        """Returns the fields that a phase may override, by name: every `*_weight`."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name.endswith("_weight")}
 
 
 class VAETrainerConfig(RunConfig):

@@ -129,7 +129,8 @@ def bucket_terms(name: str, losses_B: Tensor, noise_levels_B: Tensor) -> dict[st
 
     A bucket is empty on many updates and its mean then undefined, so each bucket gives two parts that always exist:
     `loss/{name}_s{k}_part` (its losses over the batch size; the four add up to the loss) and `loss/{name}_s{k}_share` (its
-    samples over the batch size). Averaged over ranks and updates, part over share is the bucket's mean: `bucket_means`.
+    samples over the batch size). Averaged over ranks and micro-batches, part over share is the bucket's mean, which the recorder
+    writes as `loss/{name}_s{k}`.
     """
     losses_B = losses_B.detach()
     buckets_B = (noise_levels_B.to(losses_B.device) * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
@@ -139,17 +140,6 @@ def bucket_terms(name: str, losses_B: Tensor, noise_levels_B: Tensor) -> dict[st
         terms[f"loss/{name}_s{bucket}_part"] = losses_B.masked_fill(~is_in_B, 0.0).mean()
         terms[f"loss/{name}_s{bucket}_share"] = is_in_B.to(losses_B.dtype).mean()
     return terms
-
-
-def bucket_means(name: str, averaged: Mapping[str, float]) -> dict[str, float]:
-    """Returns `loss/{name}_s{k}`, the mean loss of each bucket that had samples, from averaged `bucket_terms`.
-
-    Worked number: part 0.3 and share 0.25 is a mean of 1.2.
-    """
-    shares = {bucket: averaged[f"loss/{name}_s{bucket}_share"] for bucket in range(NUM_BUCKETS)}
-    return {
-        f"loss/{name}_s{bucket}": averaged[f"loss/{name}_s{bucket}_part"] / share for bucket, share in shares.items() if share > 0
-    }
 
 
 def _noise_like(latent_BLC: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -155,6 +155,11 @@ class Ema:
         if not self._holder.has_partitioned_masters:
             return folder / "ema.safetensors"
         return folder / f"ema_rank_{self._holder.rank:05d}_of_{self._holder.world_size:05d}.safetensors"
+
+
+def evaluated_weights(ema: Ema | None) -> AbstractContextManager[None]:
+    """Returns the block inside which the engine holds what is evaluated and exported: the average if the run keeps one."""
+    return nullcontext() if ema is None else ema.swapped()
 
 
 def ema_decay(config: EmaConfig, *, samples_before: int, samples_after: int) -> float:

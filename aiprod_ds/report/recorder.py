@@ -15,6 +15,8 @@ from aiprod_ds.report.jsonl import MetricRow
 from aiprod_ds.report.metric_names import Reduction, find_metric
 from aiprod_ds.report.sinks import Sink
 
+_PART, _SHARE = "_part", "_share"
+
 
 class MetricsRecorder:
     """Per-update metrics on their way from the device to the sinks.
@@ -65,6 +67,7 @@ class MetricsRecorder:
         for (row, name), value in zip(shared + own, stacked.tolist(), strict=True):
             is_sum = find_metric(name).reduction is Reduction.SUM
             rows[row][1][name] = value * self._world_size if is_sum else value
+        rows = [(update, with_quotients(metrics)) for update, metrics in rows]
         self._send(rows)
         return rows
 
@@ -81,6 +84,18 @@ class MetricsRecorder:
         for update, metrics in rows:
             for sink in self._sinks:
                 sink.log(update, metrics)
+
+
+def with_quotients(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns `metrics` with `<name>` = part / share in place of every pair `<name>_part` and `<name>_share`.
+
+    That is how a mean over a part of the samples is put together from ranks that had more and less of them. Without any (share 0)
+    there is no mean and no entry. Worked number: part 0.3 and share 0.25 are a mean of 1.2.
+    """
+    names = {part.removesuffix(_PART) for part in metrics if part.endswith(_PART) and part.removesuffix(_PART) + _SHARE in metrics}
+    kept = {name: value for name, value in metrics.items() if name.removesuffix(_PART).removesuffix(_SHARE) not in names}
+    pairs = {name: (metrics[name + _PART], metrics[name + _SHARE]) for name in sorted(names)}
+    return kept | {name: part / share for name, (part, share) in pairs.items() if share > 0}
 
 
 def _detached(value: float | Tensor) -> float | Tensor:

@@ -23,6 +23,8 @@ from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import NonFiniteError
+from aiprod_ds.optim.adaptive_clip import AdaptiveClip
+from aiprod_ds.optim.ema import Ema, evaluated_weights
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, rss_bytes
 from aiprod_ds.report.recorder import MetricsRecorder
 from aiprod_ds.report.stopwatch import Activity, Stopwatch
@@ -43,6 +45,8 @@ class TrainingLoop:
         save: Saves a checkpoint of the given clock. Collective.
         checkpointing_default: Whether phases that do not say recompute activations.
         clock: Where the run stands; replaced, never changed.
+        ema: The average of the weights that is evaluated in their place, if the run keeps one.
+        clip: Finds the norm to clip each update at, if the run adapts it.
     """
 
     config: RunConfig
@@ -57,6 +61,8 @@ class TrainingLoop:
     checkpointing_default: bool
     clock: Clock
     history: History
+    ema: Ema | None = None
+    clip: AdaptiveClip | None = None
     _saved_updates: int = -1
     _skipped_in_a_row: int = 0
     _phase_left_at: float | None = None
@@ -123,6 +129,7 @@ class TrainingLoop:
         self.engine.set_learning_rate(rate)
         sums: dict[str, Tensor] = {}
         result: UpdateResult | None = None
+        clipped: dict[str, float] = {}
         for index in range(bucket.accumulation):
             with self.stopwatch.during(Activity.DATA_WAIT):
                 batch = next(batches)
@@ -130,10 +137,14 @@ class TrainingLoop:
             torch.manual_seed(stream_seed(self.config.seed, "module", self.clock.micro_batches + index, self.engine.rank))
             terms = self.unit.loss(self.engine, batch, phase)
             self.engine.backward(terms.total)
+            if index == bucket.accumulation - 1:
+                clipped = self._set_clip_norm()
             result = self.engine.step()
             for name, value in {**terms.terms, "loss/total": terms.total.detach()}.items():
                 sums[name] = sums[name] + value if name in sums else value
         assert result is not None, "the engine's accumulation window differs from the bucket's"
+        if self.clip is not None:
+            self.clip.observe(result.gradient_norm)
         self._advance(result, bucket, stream.epoch_at(position + 1))
         if not result.applied:
             return None
@@ -143,14 +154,25 @@ class TrainingLoop:
         if self._phase_left_at is not None:
             times["time/phase_change_seconds"] = began - self._phase_left_at
             self._phase_left_at = None
-        self._record(means, result, bucket, rate=rate, times=times)
+        self._record({**means, **clipped}, result, bucket, rate=rate, times=times)
         return float(dist.reduce_mean(means["loss/total"])) if needs_loss else None
+
+    def _set_clip_norm(self) -> dict[str, float]:
+        """Sets the limit of the update whose last gradient is being computed, and returns it as a metric."""
+        limit = None if self.clip is None else self.clip.limit()
+        if limit is None:
+            return {}
+        self.engine.set_clip_norm(limit)
+        return {"gradient/clip_norm": limit}
 
     def _advance(self, result: UpdateResult, bucket: BucketPlan, epoch: int) -> None:
         if result.applied:
             self._skipped_in_a_row = 0
+            before = self.clock.samples
             samples = bucket.global_batch_size
             self.clock = self.clock.after_update(micro_batches=bucket.accumulation, samples=samples, epoch=epoch)
+            if self.ema is not None:
+                self.ema.update(samples_before=before, samples_after=self.clock.samples)
             return
         self._skipped_in_a_row += 1
         self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
@@ -162,7 +184,7 @@ class TrainingLoop:
             )
 
     def _record(
-        self, means: dict[str, Tensor], result: UpdateResult, bucket: BucketPlan, *, rate: float, times: dict[str, float]
+        self, means: dict[str, Tensor | float], result: UpdateResult, bucket: BucketPlan, *, rate: float, times: dict[str, float]
     ) -> None:
         clock = self.clock
         values: dict[str, float | Tensor] = {
@@ -191,7 +213,8 @@ class TrainingLoop:
     def _evaluate(self, title: str, picture: str) -> Evaluation:
         with self.stopwatch.during(Activity.EVALUATION):
             self.engine.eval()
-            found = self.unit.evaluate(self.engine)
+            with evaluated_weights(self.ema):
+                found = self.unit.evaluate(self.engine)
             self.engine.train()
             if dist.is_main():
                 measures = {f"evaluation/{name}": value for name, value in found.metrics.items()}

@@ -16,6 +16,7 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.report.plots import save_plots
@@ -51,7 +52,8 @@ def report_completed(facts: RunFacts, engine: Engine, loop: TrainingLoop) -> Run
     """Exports the model, writes the report of a finished run and returns its summary. Collective; the main rank writes."""
     digest = final_state_sha256(engine)
     engine.eval()
-    facts.unit.export(engine, facts.folder / "export")
+    with evaluated_weights(loop.ema):
+        facts.unit.export(engine, facts.folder / "export")
     summary = _summarize(facts, loop, RunStatus.COMPLETED, digest=digest)
     if dist.is_main():
         write_report(facts.folder, summary)

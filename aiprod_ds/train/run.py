@@ -27,6 +27,8 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.files import write_atomically
+from aiprod_ds.optim.adaptive_clip import AdaptiveClip
+from aiprod_ds.optim.ema import Ema, evaluated_weights
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan, print_summary
 from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.report.jsonl import JsonlSink
@@ -115,9 +117,11 @@ def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume:
         )
     engine = build_engine(config, run.settings, unit, plan)
     try:
-        engine.load(checkpoint.engine_folder)
+        ema = _new_ema(config, engine)
+        _load(checkpoint, engine, ema)
         engine.eval()
-        return dict(unit.evaluate(engine).metrics)
+        with evaluated_weights(ema):
+            return dict(unit.evaluate(engine).metrics)
     finally:
         engine.close()
 
@@ -138,8 +142,11 @@ def _new_run(config: RunConfig, unit: Unit, plan: RunPlan, source: str, console:
 
 def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSummary:
     scheduler, clock, history = CurriculumScheduler(run.plan), Clock(), History()
+    ema, clip = _new_ema(run.config, engine), _new_clip(run.config)
     if checkpoint is not None:
-        engine.load(checkpoint.engine_folder)
+        _load(checkpoint, engine, ema)
+        if clip is not None:
+            clip.restore(checkpoint.state.adaptive_clip)
         clock, history = checkpoint.state.clock, History.from_dict(checkpoint.state.history)
         scheduler.load_state_dict(checkpoint.state.scheduler)
         history.resumed_from.append(checkpoint.folder.name)
@@ -156,8 +163,9 @@ def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSumma
             phase_fingerprints=phase_fingerprints(run.config),
             layout=run.facts.layout,
             history=history.to_dict(),
+            adaptive_clip={} if clip is None else clip.to_dict(),
         )
-        _save(engine, run.store, state)
+        _save(engine, ema, run.store, state)
 
     loop = TrainingLoop(
         config=run.config,
@@ -172,6 +180,8 @@ def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSumma
         checkpointing_default=run.settings.activation_checkpointing,
         clock=clock,
         history=history,
+        ema=ema,
+        clip=clip,
     )
     try:
         loop.run()
@@ -184,6 +194,21 @@ def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSumma
     if dist.is_main():
         print_summary(run.console, summary, report=run.folder / "report.md")
     return summary
+
+
+def _new_ema(config: RunConfig, engine: Engine) -> Ema | None:
+    return None if config.ema is None else Ema(engine, config.ema)
+
+
+def _new_clip(config: RunConfig) -> AdaptiveClip | None:
+    adaptive = config.optimizer.adaptive_clip
+    return None if adaptive is None else AdaptiveClip(adaptive, fixed=config.optimizer.gradient_clip_norm)
+
+
+def _load(checkpoint: Checkpoint, engine: Engine, ema: Ema | None) -> None:
+    engine.load(checkpoint.engine_folder)
+    if ema is not None:
+        ema.load(checkpoint.folder)
 
 
 def _report_ended(run: _Run, loop: TrainingLoop, error: BaseException) -> None:
@@ -264,12 +289,14 @@ def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool) -> tuple[Sink, ...
     return (*sinks, wandb) if wandb is not None else tuple(sinks)
 
 
-def _save(engine: Engine, store: CheckpointStore, state: RunState) -> None:
+def _save(engine: Engine, ema: Ema | None, store: CheckpointStore, state: RunState) -> None:
     updates = state.clock.updates
     if dist.is_main():
         store.open_pending(updates)
     dist.barrier()
     engine.save(store.pending_folder(updates) / "engine")
+    if ema is not None:
+        ema.save(store.pending_folder(updates))
     dist.barrier()
     if dist.is_main():
         store.commit(updates, state)

@@ -7,8 +7,9 @@ from scipy.stats import kstest, norm
 
 from aiprod_ds.config.flow import FlowConfig, NoiseLevelConfig
 from aiprod_ds.errors import DataError
-from aiprod_ds.losses.flow import bucket_means, bucket_terms, first_frame_mask, flow_losses, noised
+from aiprod_ds.losses.flow import bucket_terms, first_frame_mask, flow_losses, noised
 from aiprod_ds.losses.noise_level import draw_noise_levels, noise_level_shift
+from aiprod_ds.report.recorder import with_quotients
 
 
 def _latents(batch=4, tokens=6, channels=8, dtype=torch.float32):
@@ -179,7 +180,8 @@ def test_buckets_add_up_and_average_over_ranks():
 
     assert sum(terms[f"loss/video_s{k}_part"].item() for k in range(4)) == losses.mean().item()
     assert averaged == {name: value.item() for name, value in terms.items()}
-    assert bucket_means("video", averaged) == {"loss/video_s0": 1.0, "loss/video_s1": 2.5, "loss/video_s3": 4.0}
+    means = {"loss/video_s0": 1.0, "loss/video_s1": 2.5, "loss/video_s3": 4.0}
+    assert with_quotients({"loss/total": 2.0, **averaged}) == {"loss/total": 2.0, **means}
     assert not any(value.requires_grad for value in terms.values())
 
 
