@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.clip_data import ClipDataConfig
-from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
 from aiprod_ds.config.curriculum import CurriculumConfig
+from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
 from aiprod_ds.config.model import (
     Fraction,
     FreeMapping,

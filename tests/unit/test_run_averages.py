@@ -1,4 +1,4 @@
-"""A run that keeps an average of its weights and adapts its gradient clip: what is exported, what is evaluated, what a resume repeats.
+"""A run that keeps an average of its weights and adapts its gradient clip: what is exported, evaluated and repeated.
 
 On the local engine; `Ema` and `AdaptiveClip` themselves have tests of their own.
 """
@@ -41,9 +41,7 @@ def _trainer(folder: Path, *, updates: int, every: int = 100, **sections: Any) -
     }
     torch.manual_seed(0)
     clips = [SyntheticVideoDataset(num_clips=6, frames=4, height=16, width=16, seed=seed) for seed in (0, 1)]
-    return VideoVAETrainer(
-        VAETrainerConfig.model_validate(values), model=TinyVideoVAE(), dataset=clips[0], validation=clips[1]
-    )
+    return VideoVAETrainer(VAETrainerConfig.model_validate(values), model=TinyVideoVAE(), dataset=clips[0], validation=clips[1])
 
 
 def _exported(folder: Path) -> dict[str, Tensor]:
