@@ -1,11 +1,12 @@
 """A configuration before validation: plain YAML values plus, for every path, the file or option that it came from.
 
-Owns `base:` files, merging and `--set`. Called by `loader`; knows nothing of the schema.
+Owns `base:` files, merging and `--set`. Called by the readers of configuration files; knows nothing of the schema.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,21 @@ def read_document(path: Path) -> Document:
         ConfigError: If a file is missing, unreadable, empty, not a mapping, or the bases form a circle.
     """
     return _read_chain(path, ())
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> list[str]:
+    """Applies every `a.b[2].c=value` in order; the value is YAML and replaces what stood there.
+
+    Returns:
+        One problem for each that is not of that form or names a list entry that does not exist.
+    """
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            apply_override(document, override)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
 
 
 def apply_override(document: Document, override: str) -> None:

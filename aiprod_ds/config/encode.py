@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.document import apply_override, read_document
+from aiprod_ds.config.curriculum import CurriculumConfig
+from aiprod_ds.config.document import apply_overrides, read_document
 from aiprod_ds.config.model import Fraction, FreeMapping, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
-from aiprod_ds.config.problems import problems_of
 from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.errors import ConfigError
+from aiprod_ds.config.validation import validated
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -30,6 +30,9 @@ class EncodeDataConfig(StrictModel):
     """A folder, searched recursively, or a CSV, JSON or JSONL manifest; relative to the working folder."""
     output_dir: str | None = None
     """Where `latents/`, `audio_latents/` and `conditions/` are made. null: `.precomputed` in the folder of the media."""
+    held_out: bool = False
+    """Whether the clips are held out: with `curriculum`, each is then encoded in one shape only, the first of the last phase, in
+    which a run measures them."""
     num_workers: NonNegativeInt = 2
     """Processes per rank that decode ahead; 0 decodes between two encodings. No effect on the result."""
     max_failed_fraction: Fraction = 0.05
@@ -175,6 +178,8 @@ class EncodeConfig(StrictModel):
         return self
 
     def _problems(self) -> Iterator[str]:
+        if self.data.held_out and self.curriculum is None:
+            yield "data.held_out: has no effect without curriculum, got true. Remove it."
         if bool(self.shapes) == (self.curriculum is not None):
             got = "both" if self.shapes else "neither"
             yield f"shapes: either these or curriculum must be given, got {got}. List shapes or name a file with phases."
@@ -195,30 +200,20 @@ def load_encode_config(path: Path, overrides: Sequence[str] = (), output_dir: st
         ConfigError: With one problem for every rule that is broken.
     """
     document = read_document(path)
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            apply_override(document, override)
-        except ConfigError as error:
-            problems += error.problems
+    problems = apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("data", "output_dir"), output_dir, "--output-dir")
-    try:
-        config = EncodeConfig.model_validate(document.values)
-    except ValidationError as error:
-        raise ConfigError([*problems, *problems_of(error, EncodeConfig, document)]) from None
-    if problems:
-        raise ConfigError(problems)
-    return config
+    return validated(document, EncodeConfig, problems)
 
 
-def read_curriculum(path: Path) -> Any:
-    """Returns the section `curriculum` of a trainer's YAML file as it stands there.
+def read_curriculum(path: Path) -> CurriculumConfig:
+    """Returns the section `curriculum` of a trainer's YAML file; the rest of the file is not looked at.
 
     Raises:
-        ConfigError: If the file cannot be read or has no such section.
+        ConfigError: If the file cannot be read or has no such section, with one problem for every rule that the section breaks.
     """
-    values = read_document(path).values
-    if "curriculum" not in values:
-        raise ConfigError(f"{path}: curriculum: must be given, got nothing. Name the configuration of a trainer.")
-    return values["curriculum"]
+    return validated(read_document(path), _CurriculumFile).curriculum
+
+
+class _CurriculumFile(BaseModel):
+    curriculum: CurriculumConfig

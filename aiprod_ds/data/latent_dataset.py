@@ -61,6 +61,11 @@ class LatentDataset:
         self._caption_dropout = caption_dropout
         self._empty = _empty_prompt(manifest.root) if caption_dropout > 0 else {}
 
+    @property
+    def root(self) -> Path:
+        """The folder of the entries."""
+        return self._manifest.root
+
     def __len__(self) -> int:
         """Returns the number of clips."""
         return len(self._manifest.records)

@@ -27,7 +27,7 @@ from aiprod_ds.data.latents import (
     read_header,
     split_name,
 )
-from aiprod_ds.data.manifest import Manifest, Unreadable, _entries_of_table
+from aiprod_ds.data.manifest import Manifest, Unreadable, read_table
 from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.errors import DataError
 
@@ -65,7 +65,7 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
     """
     root = _root(source)
     found = _entries(root)
-    wanted = list(found) if source.is_dir() else _clips_of_table(source)
+    wanted = list(found) if source.is_dir() else [listed.path for listed in read_table(source)]
     reader = _ClipReader(root=root, needs=needs)
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
@@ -108,10 +108,6 @@ def _entries(root: Path) -> dict[str, list[LatentShape | None]]:
 
 def _is_entry(path: Path) -> bool:
     return path.suffix in (SUFFIX, FOREIGN_SUFFIX)
-
-
-def _clips_of_table(table: Path) -> list[str]:
-    return [entry.path for entry in _entries_of_table(table, "video")]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -29,7 +29,8 @@ class MicroBatch:
     """What one rank trains on in one micro-step.
 
     Attributes:
-        tensors: The items of the dataset, stacked name by name: `video` [B,3,T,H,W] or `audio` [B,C,N], float32 in [-1,1].
+        tensors: The items of the dataset, stacked name by name: `video` [B,3,T,H,W] or `audio` [B,C,N], float32 in [-1,1], or
+            latents and embeddings in the types of their files.
         samples: Where each of the B clips comes from.
         bucket: Which of the phase's buckets all of them belong to.
         position: The update of the phase to which the micro-step belongs.
@@ -191,7 +192,7 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
         item = self._dataset[request]
         for name, tensor in item.items():
             expected = _expected_shape(name, tensor, bucket)
-            if tensor.shape != expected or tensor.dtype != torch.float32:
+            if expected is not None and (tensor.shape != expected or tensor.dtype != torch.float32):
                 raise DataError(
                     f"sample {sample.sample_index}: {name} must be float32 of shape {expected}, got {tensor.dtype} of "
                     f"{tuple(tensor.shape)}. Make the dataset return what the request asks for."
@@ -199,13 +200,13 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
         return item
 
 
-def _expected_shape(name: str, tensor: Tensor, bucket: BucketPlan) -> tuple[int, ...]:
-    """What a tensor of this name must have; the channels of sound are the dataset's own, other names are not looked at."""
+def _expected_shape(name: str, tensor: Tensor, bucket: BucketPlan) -> tuple[int, ...] | None:
+    """What a tensor of this name must have; the channels of sound are the dataset's own. None: any, as of latents."""
     if name == "video":
         return (3, bucket.frames, bucket.height, bucket.width)
     if name == "audio":
         return (*tensor.shape[:1], bucket.frames)
-    return tuple(tensor.shape)
+    return None
 
 
 def _lost_worker(error: RuntimeError) -> _Failure:

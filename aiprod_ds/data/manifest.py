@@ -54,7 +54,15 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
+class ListedClip:
+    """A clip as a folder or a table lists it, before any file is opened; paths are relative to the folder of the list.
+
+    Attributes:
+        path: Of the media.
+        audio: Of a sound file beside the media; None where the media's own sound counts.
+        caption: None where there is none.
+    """
+
     path: str
     audio: str | None = None
     caption: str | None = None
@@ -76,21 +84,47 @@ def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -
     if not source.exists():
         raise DataError(f"{source}: must be a folder or a CSV, JSON or JSONL manifest, got nothing there. Correct the path.")
     root = source if source.is_dir() else source.parent
-    entries = _entries_of_folder(source, medium) if source.is_dir() else _entries_of_table(source, medium)
+    listed = _clips_of_folder(source, medium) if source.is_dir() else read_table(source, medium)
     probes = ProbeCache(cache, medium=medium)
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
-    for entry in entries:
+    for clip in listed:
         try:
-            records.append(_record(root, entry, probes))
+            records.append(_record(root, clip, probes))
         except DataError as error:
-            unreadable.append(Unreadable(path=entry.path, reason=str(error)))
+            unreadable.append(Unreadable(path=clip.path, reason=str(error)))
     probes.save()
     return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable), medium=medium)
 
 
-def require_readable(manifest: Manifest, max_unreadable_fraction: float) -> None:
+def read_table(table: Path, medium: Medium = "video") -> list[ListedClip]:
+    """Returns what the rows of a CSV, JSON or JSONL table list, in order; no media is opened.
+
+    Args:
+        table: Its columns are those of `scan`.
+        medium: Which column names the clip.
+
+    Raises:
+        DataError: If the table cannot be read, or a row names no file.
+    """
+    if table.suffix.lower() not in TABLE_EXTENSIONS:
+        raise DataError(f"{table}: a manifest must end in .csv, .json or .jsonl, got {table.suffix!r}. Rename or convert it.")
+    try:
+        rows = list(_rows(table))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file.") from error
+    return [_listed(table, number, row, medium) for number, row in enumerate(rows, start=1)]
+
+
+def require_readable(
+    manifest: Manifest, max_unreadable_fraction: float, *, setting: str = "data.max_unreadable_fraction"
+) -> None:
     """Checks that the manifest holds clips and that few enough files are unreadable.
+
+    Args:
+        manifest: Of `scan`.
+        max_unreadable_fraction: The share that may be.
+        setting: How the message names that share.
 
     Raises:
         DataError: If no clip is readable, or the unreadable share is over `max_unreadable_fraction`; names the files.
@@ -107,8 +141,7 @@ def require_readable(manifest: Manifest, max_unreadable_fraction: float) -> None
     more = f"; and {broken - 5} more" if broken > 5 else ""
     rule = f"at most {max_unreadable_fraction:.0%} of the clips may be unreadable" if manifest.records else "no clip is readable"
     raise DataError(
-        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. "
-        "Repair or remove these files, or raise data.max_unreadable_fraction."
+        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. Repair or remove these files, or raise {setting}."
     )
 
 
@@ -148,10 +181,10 @@ def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:
     return videos if len({record.sha256 for record in videos}) > 1 else records
 
 
-def _entries_of_folder(folder: Path, medium: Medium) -> Iterator[_Entry]:
+def _clips_of_folder(folder: Path, medium: Medium) -> Iterator[ListedClip]:
     files = (file for file in _walk(folder) if file.suffix.lower() in _EXTENSIONS[medium] and file.is_file())
     for path in sorted(file.relative_to(folder).as_posix() for file in files):
-        yield _Entry(path=path)
+        yield ListedClip(path=path)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -167,16 +200,6 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, file) for file in files)
 
 
-def _entries_of_table(table: Path, medium: Medium) -> list[_Entry]:
-    if table.suffix.lower() not in TABLE_EXTENSIONS:
-        raise DataError(f"{table}: a manifest must end in .csv, .json or .jsonl, got {table.suffix!r}. Rename or convert it.")
-    try:
-        rows = list(_rows(table))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file.") from error
-    return [_entry(table, number, row, medium) for number, row in enumerate(rows, start=1)]
-
-
 def _rows(table: Path) -> Iterable[Any]:
     text = table.read_text(encoding="utf-8-sig")
     if table.suffix.lower() == ".csv":
@@ -190,19 +213,19 @@ def _rows(table: Path) -> Iterable[Any]:
     return rows
 
 
-def _entry(table: Path, number: int, row: Any, medium: Medium) -> _Entry:
+def _listed(table: Path, number: int, row: Any, medium: Medium) -> ListedClip:
     columns = row if isinstance(row, dict) else {}
     path = next((columns[name] for name in _COLUMNS[medium] if columns.get(name)), None)
     if not isinstance(path, str):
         names = " or ".join(repr(name) for name in _COLUMNS[medium])
         raise DataError(f"{table}: row {number}: must name a file in column {names}, got {row!r}. Add it or drop the row.")
     audio = columns.get("audio") or None if medium == "video" else None
-    return _Entry(path=path, audio=audio, caption=columns.get("caption") or None)
+    return ListedClip(path=path, audio=audio, caption=columns.get("caption") or None)
 
 
-def _record(root: Path, entry: _Entry, probes: ProbeCache) -> MediaRecord:
-    record = replace(probes.record(root / entry.path), path=entry.path, caption=entry.caption)
-    if entry.audio is None:
+def _record(root: Path, clip: ListedClip, probes: ProbeCache) -> MediaRecord:
+    record = replace(probes.record(root / clip.path), path=clip.path, caption=clip.caption)
+    if clip.audio is None:
         return record
-    rate_hz, channels = probe_audio(root / entry.audio)
+    rate_hz, channels = probe_audio(root / clip.audio)
     return replace(record, audio_rate_hz=rate_hz, audio_channels=channels)

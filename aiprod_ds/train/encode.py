@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, PRECOMP
 from aiprod_ds.data.manifest import require_readable, scan
 from aiprod_ds.data.probe import MediaRecord, default_probe_cache
 from aiprod_ds.engine import dist
-from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.errors import DataError, EngineError, PlanError
 from aiprod_ds.files import write_atomically
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.video_vae import video_strides
@@ -29,13 +30,12 @@ from aiprod_ds.train.encode_media import clip_rate_hz, read_pictures
 from aiprod_ds.train.encode_models import AudioForm, audio_form
 from aiprod_ds.train.encode_progress import EncodeProgress
 from aiprod_ds.train.encode_reader import Failure, Loaded, MediaReader, load_tasks
-from aiprod_ds.train.encode_stages import CaptionStage, MediaStage, Stage
+from aiprod_ds.train.encode_stages import CaptionStage, Entry, MediaStage, Stage
 from aiprod_ds.train.encode_tasks import Task, caption_tasks, encodable, is_done, media_tasks, pending, shape_groups
 from aiprod_ds.train.encode_tiling import check_tiles
 
 GROUP_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 """For `dist.process_group`: a rank that is done waits for the others longer than any run takes."""
-FAILURES = "failures.json"
 _log = logging.getLogger(__name__)
 
 
@@ -47,8 +47,9 @@ class EncodeSummary:
         output_dir: Where the entries are.
         written: Entries written, by source.
         present: Entries that were there, by source.
-        failures: What could not be encoded, and why; also in `failures.json` of `output_dir`.
+        failures: What could not be encoded, and why.
         too_short: Clips that no shape takes.
+        failures_file: Holds `failures` and `too_short`.
         seconds: Wall time.
     """
 
@@ -57,6 +58,7 @@ class EncodeSummary:
     present: Mapping[str, int]
     failures: tuple[Failure, ...]
     too_short: tuple[str, ...]
+    failures_file: Path
     seconds: float
 
 
@@ -70,7 +72,9 @@ def run_encoding(config: EncodeConfig, *, source: str = "configuration", console
 
     Raises:
         ConfigError: If a model cannot be built or used, or tiles change the latents too much.
-        DataError: If the media are missing, more clips fail than may, or entries of another encoder are in the way.
+        PlanError: If the media are missing or too many of them unreadable, or the folder cannot be written.
+        DataError: If more clips fail than may, or entries of another encoder are in the way.
+        EngineError: If an entry cannot be written or a device has too little memory.
     """
     began = time.monotonic()
     work = dist.from_main(lambda: _plan(config, source))
@@ -91,6 +95,7 @@ def run_encoding(config: EncodeConfig, *, source: str = "configuration", console
         present=result.present,
         failures=tuple(result.failures),
         too_short=work.too_short,
+        failures_file=work.output / _failures_name(Path(config.data.media)),
         seconds=time.monotonic() - began,
     )
     dist.from_main(lambda: _write_failures(summary))
@@ -128,9 +133,12 @@ class _Result:
 
 def _plan(config: EncodeConfig, source: str) -> _Work:
     media = Path(config.data.media)
-    found = scan(media, cache=default_probe_cache(media))
-    require_readable(found, config.data.max_failed_fraction)
-    manifest, refused = encodable(found, media)
+    try:
+        found = scan(media, cache=default_probe_cache(media))
+        require_readable(found, config.data.max_failed_fraction, setting="data.max_failed_fraction")
+        manifest, refused = encodable(found, media)
+    except DataError as error:
+        raise PlanError(f"{source}: data.media: {error}") from error
     strides = video_strides(build_model(config.video.model, seed=config.seed, device="meta"), config.video.model)
     sources = (LATENTS,) if config.audio is None else (LATENTS, AUDIO_LATENTS)
     tasks, too_short = media_tasks(manifest, shape_groups(config, strides), sources)
@@ -139,7 +147,7 @@ def _plan(config: EncodeConfig, source: str) -> _Work:
     if form is not None:
         _require_equal_lengths(tasks, form, source)
     output = Path(config.data.output_dir) if config.data.output_dir is not None else found.root / PRECOMPUTED
-    output.mkdir(parents=True, exist_ok=True)
+    _require_writable(output, source)
     remove_parts(output)
     return _Work(
         root=found.root,
@@ -151,6 +159,12 @@ def _plan(config: EncodeConfig, source: str) -> _Work:
         refused=tuple(Failure(clip=path, what="media", reason=reason) for path, reason in refused),
         too_short=tuple(too_short),
     )
+
+
+def _require_writable(output: Path, source: str) -> None:
+    nearest = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise PlanError(f"{source}: data.output_dir: must be a folder that can be written, got {output}. Name another one.")
 
 
 def _require_equal_lengths(tasks: Sequence[Task], form: AudioForm, source: str) -> None:
@@ -174,7 +188,7 @@ def _require_equal_lengths(tasks: Sequence[Task], form: AudioForm, source: str) 
 def _write_empty_prompt(stage: CaptionStage, output: Path) -> None:
     path, entry = output / EMPTY_PROMPT, stage.empty_prompt()
     if not is_done(path, entry.metadata):
-        write_entry(path, entry.tensors, entry.metadata)
+        _save(path, entry)
 
 
 def _check_tiling(stage: MediaStage, work: _Work, config: EncodeConfig) -> None:
@@ -221,16 +235,31 @@ def _encode_own(stage: Stage, tasks: Sequence[Task], work: _Work, config: Encode
 def _write(stage: Stage, task: Task, loaded: Loaded, output: Path, result: _Result) -> Failure | None:
     try:
         for entry in stage.entries(task, loaded):
-            write_entry(entry_path(output, entry.source, task.name), entry.tensors, entry.metadata)
+            _save(entry_path(output, entry.source, task.name), entry)
             result.written[entry.source] += 1
     except DataError as error:
         return Failure.of(task, error)
     return None
 
 
+def _save(path: Path, entry: Entry) -> None:
+    try:
+        write_entry(path, entry.tensors, entry.metadata)
+    except OSError as error:
+        raise EngineError(
+            f"{path}: must be writable, got {error}. Make room or name another data.output_dir; what is encoded stays."
+        ) from error
+
+
+def _failures_name(media: Path) -> str:
+    # Tables side by side, such as train.csv and validation.csv, share one folder of entries.
+    return "failures.json" if media.is_dir() else f"failures_{media.stem}.json"
+
+
 def _write_failures(summary: EncodeSummary) -> None:
+    summary.output_dir.mkdir(parents=True, exist_ok=True)
     document = {"failures": [asdict(failure) for failure in summary.failures], "too_short": list(summary.too_short)}
-    write_atomically(summary.output_dir / FAILURES, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(summary.failures_file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def _require_few_failures(summary: EncodeSummary, work: _Work, config: EncodeConfig) -> None:
@@ -242,7 +271,7 @@ def _require_few_failures(summary: EncodeSummary, work: _Work, config: EncodeCon
     raise DataError(
         f"{config.data.media}: at most {config.data.max_failed_fraction:.0%} of the clips may fail, got {failed} of "
         f"{work.num_clips}: {named}{more}. Repair these clips, or raise data.max_failed_fraction. "
-        f"All failures are in {summary.output_dir / FAILURES}."
+        f"All failures are in {summary.failures_file}."
     )
 
 

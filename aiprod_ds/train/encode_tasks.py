@@ -10,9 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.encode import EncodeConfig, EncodeShape, read_curriculum
 from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
@@ -20,7 +17,7 @@ from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
 from aiprod_ds.data.latents import CONDITIONS, LatentShape, entry_name, entry_path, read_header, require_inside
-from aiprod_ds.data.manifest import Manifest, _entries_of_table
+from aiprod_ds.data.manifest import Manifest, read_table
 from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.errors import ConfigError, DataError
 
@@ -126,16 +123,8 @@ def shape_groups(config: EncodeConfig, strides: ModelStrides) -> list[tuple[Buck
     Raises:
         ConfigError: If a resolution is no multiple of the stride, or the file of the curriculum is wrong.
     """
-    if config.curriculum is None:
-        groups: list[tuple[EncodeShape | BucketConfig, ...]] = [(shape,) for shape in config.shapes]
-        where = "shapes"
-    else:
-        groups = [_buckets(phase) for phase in _curriculum(Path(config.curriculum)).phases]
-        where = f"{config.curriculum}: curriculum.phases"
     problems: list[str] = []
-    planned = [
-        tuple(_planned(shape, strides, f"{where}[{index}]", problems) for shape in group) for index, group in enumerate(groups)
-    ]
+    planned = [tuple(_planned(shape, strides, where, problems) for shape in group) for where, group in _groups(config)]
     if problems:
         raise ConfigError(problems)
     return planned
@@ -179,7 +168,7 @@ def is_done(path: Path, identity: Mapping[str, str]) -> bool:
 
 
 def _require_own_sound(media: Path) -> None:
-    apart = [] if media.is_dir() else [entry.audio for entry in _entries_of_table(media, "video") if entry.audio is not None]
+    apart = [] if media.is_dir() else [listed.audio for listed in read_table(media) if listed.audio is not None]
     if apart:
         raise DataError(
             f"{media}: sounds must be in the video files, got {len(apart)} in the column audio, e.g. {apart[0]}. "
@@ -195,12 +184,16 @@ def _shape(bucket: BucketPlan) -> LatentShape:
     return LatentShape(frames=bucket.frames, height=bucket.height, width=bucket.width, frame_rate_hz=bucket.frame_rate_hz)
 
 
-def _curriculum(path: Path) -> CurriculumConfig:
-    try:
-        return CurriculumConfig.model_validate(read_curriculum(path))
-    except ValidationError as error:
-        lines = [f"{path}: curriculum.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(lines) from error
+def _groups(config: EncodeConfig) -> list[tuple[str, tuple[EncodeShape | BucketConfig, ...]]]:
+    """Returns the shapes of every group with how messages name it."""
+    if config.curriculum is None:
+        return [(f"shapes[{index}]", (shape,)) for index, shape in enumerate(config.shapes)]
+    phases = read_curriculum(Path(config.curriculum)).phases
+    groups = [(f"{config.curriculum}: curriculum.phases[{index}]", _buckets(phase)) for index, phase in enumerate(phases)]
+    if not config.data.held_out:
+        return list(groups)
+    where, buckets = groups[-1]
+    return [(where, buckets[:1])]
 
 
 def _buckets(phase: PhaseConfig) -> tuple[BucketConfig, ...]:

@@ -67,6 +67,24 @@ class WideClips:
         return {"video": torch.zeros(3, request.frames, request.height, request.width + 1)}
 
 
+class Latents:
+    """What folders of latents give: several tensors in the types of their files, none of the bucket's own shape."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return {
+            "latents": torch.full((4, 2, 3, 3), request.sample_index).bfloat16(),
+            "prompt_attention_mask": torch.arange(6) < 4,
+            "fps": torch.tensor(24.0),
+        }
+
+
+class HalfClips:
+    """Clips are in 16 bits."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        return {"video": torch.zeros(3, request.frames, request.height, request.width).half()}
+
+
 class ThreadCountClips:
     """Clips are filled with the number of threads of the process that reads them."""
 
@@ -198,6 +216,24 @@ def test_an_unreadable_clip_is_one_clear_message(error: Exception, message: str,
 def test_a_clip_of_another_shape_is_refused() -> None:
     with pytest.raises(DataError, match=r"sample \d+: video must be float32 of shape \(3, "):
         next(_loader(WideClips()))
+
+
+def test_clips_of_another_type_are_refused() -> None:
+    with pytest.raises(DataError, match=r"sample \d+: video must be float32 of shape .*, got torch.float16"):
+        next(_loader(HalfClips()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_latents_come_in_the_types_of_their_files(workers: int) -> None:
+    with closing(_loader(Latents(), workers=workers)) as loader:
+        batch = next(loader)
+    size = len(batch.samples)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.tensors.items()} == {
+        "latents": ((size, 4, 2, 3, 3), torch.bfloat16),
+        "prompt_attention_mask": ((size, 6), torch.bool),
+        "fps": ((size,), torch.float32),
+    }
+    assert batch.tensors["latents"][:, 0, 0, 0, 0].tolist() == [sample.sample_index for sample in batch.samples]
 
 
 def test_a_killed_worker_is_a_data_error() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aiprod_ds.data.manifest import Manifest, Unreadable, holdout, require_readable, scan
+from aiprod_ds.data.manifest import ListedClip, Manifest, Unreadable, holdout, read_table, require_readable, scan
 from aiprod_ds.data.probe import MediaRecord, default_probe_cache
 from aiprod_ds.errors import DataError
 
@@ -124,6 +124,15 @@ def test_malformed_tables_are_refused(tmp_path: Path, name: str, text: str, mess
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         scan(tmp_path / name)
+
+
+def test_a_table_is_read_without_its_media(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text("media_path,caption,audio\ngone.mp4,a film,\nalso/gone.mp4,,gone.wav\n")
+    assert read_table(tmp_path / "clips.csv") == [
+        ListedClip(path="gone.mp4", caption="a film"),
+        ListedClip(path="also/gone.mp4", audio="gone.wav"),
+    ]
+    assert [clip.path for clip in read_table(tmp_path / "clips.csv", "sound")] == ["gone.mp4", "gone.wav"]
 
 
 def test_a_missing_source_is_refused_by_name(tmp_path: Path) -> None:

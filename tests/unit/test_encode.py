@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aiprod_ds.config.encode import AudioEncoderConfig, EncodeConfig, TilingConfig, VideoEncoderConfig, load_encode_config
+from aiprod_ds.config.encode import AudioEncoderConfig, EncodeConfig, TilingConfig, VideoEncoderConfig
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest
@@ -27,13 +27,15 @@ from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATE
 from aiprod_ds.data.manifest import scan
 from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.data.synthetic import write_synthetic_clips
-from aiprod_ds.errors import ConfigError, DataError, PlanError
+from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.encode import EncodeSummary, run_encoding
 from aiprod_ds.train.encode_media import read_pictures, read_sound, start_seconds
 from aiprod_ds.train.encode_models import AudioEncoder, AudioForm, VideoEncoder, vae_fingerprint
 from aiprod_ds.train.encode_normalization import LatentNormalization, normalization_of
+from aiprod_ds.train.encode_page import summary_page
+from aiprod_ds.train.encode_reader import Failure
 from aiprod_ds.train.encode_tiling import check_tiles
 
 STRIDES = ModelStrides(spatial=4, temporal=2)
@@ -194,6 +196,86 @@ def test_clips_follow_the_buckets_of_a_curriculum(tmp_path: Path) -> None:
     assert run_encoding(_config(tmp_path)).too_short == ("short/clip_00000.mp4",)
 
 
+def test_held_out_clips_are_encoded_as_they_are_measured(tmp_path: Path) -> None:
+    for name, height, width in (("wide", 32, 64), ("tall", 64, 32)):
+        write_synthetic_clips(tmp_path / name, num_clips=1, frames=12, height=height, width=width)
+    _table(tmp_path, {f"{name}/clip_00000.mp4": "x" for name in ("wide", "tall")})
+    buckets = [{"resolution": size, "duration": {"frames": 5}} for size in ("16x32", "32x16")]
+    common = {"global_batch_size": 2, "updates": 3, "learning_rate": 1e-3}
+    phases = [{"name": "low", "resolution": "16x16", "duration": {"frames": 3}}, {"name": "high", "buckets": buckets}]
+    (tmp_path / "c.yaml").write_text(json.dumps({"curriculum": {"phases": [{**phase, **common} for phase in phases]}}))
+    run_encoding(_config(tmp_path, shapes=[], curriculum=str(tmp_path / "c.yaml"), data={"held_out": True}))
+    assert set(_files(tmp_path)) == {f"latents/{name}/clip_00000.mp4@5x16x32.safetensors" for name in ("wide", "tall")}
+
+
+def test_tables_side_by_side_share_a_folder(media: Path) -> None:
+    (media / "held_out.csv").write_text("video,caption\nclips/clip_00002.mp4,clip 2\ngone.mp4,gone\n")
+    _table(media, {"clips/clip_00000.mp4": "clip 0", "clips/clip_00001.mp4": "clip 1"})
+    run_encoding(_config(media, text=TEXT))
+    before = _files(media)
+    run_encoding(_config(media, text=TEXT, data={"media": str(media / "held_out.csv"), "max_failed_fraction": 0.5}))
+    assert before.items() <= _files(media).items(), "the first run's entries stay as they are"
+    found = {name: json.loads((media / ".precomputed" / f"failures_{name}.json").read_text()) for name in ("clips", "held_out")}
+    assert found["clips"] == {"failures": [], "too_short": []}
+    assert [failure["clip"] for failure in found["held_out"]["failures"]] == ["gone.mp4"]
+    needs = LatentNeeds(strides=STRIDES)
+    clips = {
+        name: [record.path for record in scan_latents(media / f"{name}.csv", needs).records] for name in ("clips", "held_out")
+    }
+    assert clips == {"clips": ["clips/clip_00000.mp4", "clips/clip_00001.mp4"], "held_out": ["clips/clip_00002.mp4"]}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("gone.csv", r"^configuration: data\.media: .*gone\.csv: must be a folder or a CSV, JSON or JSONL manifest"),
+        ("empty", r"^configuration: data\.media: .*empty: must hold at least one video clip, got none"),
+        ("text.csv", r"no clip is readable, got 1 of 1: .*, or raise data\.max_failed_fraction\."),
+    ],
+)
+def test_media_that_are_not_there_are_a_wrong_configuration(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("not a film")
+    (tmp_path / "text.csv").write_text("video\ntext.mp4\n")
+    with pytest.raises(PlanError, match=message):
+        run_encoding(_config(tmp_path, data={"media": str(tmp_path / source)}))
+    assert not (tmp_path / ".precomputed").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_or_when_it_happens(media: Path) -> None:
+    (media / "file").write_text("")
+    with pytest.raises(
+        PlanError, match=r"data\.output_dir: must be a folder that can be written, got .*file/latents\. Name another"
+    ):
+        run_encoding(_config(media, data={"output_dir": str(media / "file" / "latents")}))
+    (media / "output").mkdir()
+    (media / "output" / "latents").write_text("in the way")
+    with pytest.raises(EngineError, match=r"latents/clips/clip_00000\.mp4@.*: must be writable, got .*what is encoded stays"):
+        run_encoding(_config(media, data={"output_dir": str(media / "output")}))
+
+
+def test_the_page_names_five_clips_and_where_the_rest_is() -> None:
+    summary = EncodeSummary(
+        output_dir=Path("out"),
+        written={LATENTS: 12, CONDITIONS: 3},
+        present={CONDITIONS: 4},
+        failures=tuple(Failure(clip=f"{number}.mp4", what="media", reason="is damaged") for number in range(7)),
+        too_short=("a.mp4", "b.mp4"),
+        failures_file=Path("out/failures_train.json"),
+        seconds=3.21,
+    )
+    assert summary_page(summary).splitlines() == [
+        "Encoded into out in 3.2 s.",
+        "                 written  present",
+        "  conditions           3        4",
+        "  latents             12        0",
+        "Too short for every shape: 2, a.mp4, b.mp4",
+        "Failed: 7",
+        *(f"  {number}.mp4: media: is damaged" for number in range(5)),
+        "All of them: out/failures_train.json",
+    ]
+
+
 def test_failing_clips_are_listed_and_do_not_stop_the_run(media: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_synthetic_clips(media / "mute", num_clips=1, frames=12, height=32, width=48, with_sound=False)
     (long,) = write_synthetic_clips(media / "long", num_clips=1, frames=48, height=32, width=48)
@@ -216,11 +298,13 @@ def test_failing_clips_are_listed_and_do_not_stop_the_run(media: Path, caplog: p
     assert "must be a decodable video" in reasons["clips/clip_00001.mp4"][1]
     assert "must have at most 24 tokens (text.max_tokens), got 41" in reasons["clips/clip_00002.mp4"][1]
     assert "must have sound, got none. Set audio.missing_sound to silence" in reasons["mute/clip_00000.mp4"][1]
-    listed = json.loads((media / ".precomputed" / "failures.json").read_text())
+    listed = json.loads((media / ".precomputed" / "failures_clips.json").read_text())
     assert {entry["clip"] for entry in listed["failures"]} == set(reasons)
     assert "clip failed: clip=mute/clip_00000.mp4" in caplog.text
 
-    with pytest.raises(DataError, match=r"at most 30% of the clips may fail, got 5 of 6: .*All failures are in .*failures\.json"):
+    with pytest.raises(
+        DataError, match=r"at most 30% of the clips may fail, got 5 of 6: .*All failures are in .*failures_clips\.json"
+    ):
         run_encoding(_config(media, audio=AUDIO, text=TEXT, data={"max_failed_fraction": 0.3}))
     silent = {**AUDIO, "missing_sound": "silence"}
     assert run_encoding(_config(media, audio=silent, text=TEXT, data={"max_failed_fraction": 0.9})).written[AUDIO_LATENTS] == 3
@@ -235,7 +319,10 @@ def test_a_clip_without_caption_fails_or_gets_the_default(media: Path) -> None:
 
 def test_media_that_no_entry_can_name_are_refused(media: Path) -> None:
     (media / "clips.csv").write_text("video,audio\nclips/clip_00000.mp4,clips/clip_00001.mp4\n")
-    with pytest.raises(DataError, match=r"sounds must be in the video files, got 1 in the column audio"):
+    with pytest.raises(
+        PlanError,
+        match=r"^configuration: data\.media: .*clips\.csv: sounds must be in the video files, got 1 in the column audio",
+    ):
         run_encoding(_config(media, audio=AUDIO))
     _table(media, {"clips/clip_00000.mp4": "x"})
     with pytest.raises(
@@ -554,43 +641,3 @@ def test_a_run_checks_its_tiles_first(media: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO):
         assert run(max_deviation=5.0).written[LATENTS] == 3
     assert "tiles against whole encoding: deviation=" in caplog.text
-
-
-# Configuration
-
-
-@pytest.mark.parametrize(
-    ("text", "messages"),
-    [
-        ("data: {media: m}\nvideo: {model: {source: M}}\n", ["shapes: either these or curriculum must be given, got neither"]),
-        (
-            "data: {mdia: m}\nvideo: {model: {source: M}, tiling: {tile: 64x64, overlap: 64}}\ncurriculum: c.yaml\n",
-            [
-                "data.media: must be given",
-                "data.mdia: is not a known key, got 'm'. Did you mean 'media'?",
-                "video.tiling.overlap: must be below the tile's smaller side (64), got 64",
-            ],
-        ),
-        (
-            "data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c\ntext: {config: {d_model: 8}, pretrained: p}\n",
-            ["text.pretrained: either this or config must be given, got both", "text.source: must be given with config"],
-        ),
-        (
-            "data: {media: m}\nvideo: {model: {source: M}}\nshapes: [{resolution: 8x8, duration: {seconds: 1.0}}]\n",
-            ["shapes[0].duration.seconds: needs frame_rate_hz, got none"],
-        ),
-    ],
-)
-def test_a_wrong_configuration_names_every_problem(tmp_path: Path, text: str, messages: list[str]) -> None:
-    (tmp_path / "e.yaml").write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        load_encode_config(tmp_path / "e.yaml")
-    assert len(caught.value.problems) == len(messages)
-    for message in messages:
-        assert any(f"e.yaml: {message}" in problem for problem in caught.value.problems), caught.value.problems
-
-
-def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
-    (tmp_path / "e.yaml").write_text("data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c.yaml\n")
-    config = load_encode_config(tmp_path / "e.yaml", ["data.num_workers=7", "video.precision=fp32"], "elsewhere")
-    assert (config.data.num_workers, config.video.precision, config.data.output_dir) == (7, "fp32", "elsewhere")
