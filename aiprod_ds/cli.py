@@ -1,4 +1,4 @@
-"""The command line: check, plan, train, eval, inspect. The only module that prints.
+"""The command line: check, plan, encode, train, eval, inspect. The only module that prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written).
 """
@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from aiprod_ds.config.encode import load_encode_config
 from aiprod_ds.config.loader import load_config
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError, PlanError
@@ -59,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, plan):
         command.add_argument("--world-size", type=int, default=1, help="ranks to plan for (default 1)")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    _configured(
+        commands,
+        "encode",
+        _encode,
+        "write latents and prompt embeddings of clips and captions, or go on with what is left",
+        output_dir="folder of the latents, in place of data.output_dir",
+        example="data.media=samples/validation.csv",
+    )
     train = _configured(commands, "train", _train, "train, or go on with what is left")
     train.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
     evaluate = _configured(commands, "eval", _eval, "measure held-out clips with the newest checkpoint")
@@ -69,13 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _configured(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+def _configured(
+    commands: Any,
+    name: str,
+    command: Any,
+    text: str,
+    *,
+    output_dir: str = "run folder, in place of the configuration's",
+    example: str = "curriculum.phases[0].updates=5",
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
     parser.add_argument("config", type=Path)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. curriculum.phases[0].updates=5"
-    )
-    parser.add_argument("--output-dir", help="run folder, in place of the configuration's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=f"e.g. {example}")
+    parser.add_argument("--output-dir", help=output_dir)
     parser.set_defaults(command=command)
     return parser
 
@@ -140,6 +155,19 @@ def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | 
         return plan, None, str(error)
     data.check(plan, trainer.source)
     return data.with_lengths(plan, trainer.source), data.clip_counts(plan), None
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    config = load_encode_config(arguments.config, arguments.overrides, arguments.output_dir)
+    from aiprod_ds.engine import dist
+    from aiprod_ds.train.encode import GROUP_TIMEOUT_SECONDS, run_encoding  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.train.encode_page import summary_page
+
+    with dist.process_group(timeout_seconds=GROUP_TIMEOUT_SECONDS):
+        summary = run_encoding(config, source=str(arguments.config), console=arguments.console)
+        if dist.is_main():
+            print(summary_page(summary))
+    return DONE
 
 
 def _train(arguments: argparse.Namespace) -> int:

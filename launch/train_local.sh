@@ -13,44 +13,9 @@ if (($# < 2)); then
 fi
 config=$1 run_folder=$2
 shift 2
+source "$(dirname "$0")/all_accelerators.sh"
 
-venv=${VENV:-$(dirname "$0")/../.venv}
-if [[ ! -x $venv/bin/deepspeed ]]; then
-    echo "launch/train_local.sh: $venv has no deepspeed. Run: make venv" >&2
-    exit 1
-fi
-PATH=$(realpath "$venv/bin"):$PATH # the launcher starts `python` and `ninja` by name
-export PATH
-
-gpus=0
-if [[ ${DS_ACCELERATOR:-} != cpu ]]; then
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-fi
-if ((gpus == 0)); then
-    export DS_ACCELERATOR=cpu
-fi
-accelerators=${NUM_ACCELERATORS:-$((gpus > 0 ? gpus : 2))}
-threads=$(($(nproc) / accelerators))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-
-# A session of its own makes launcher and ranks one process group: a signal to the launcher alone would leave the ranks running.
-setsid deepspeed --num_accelerators "$accelerators" --master_addr 127.0.0.1 --master_port "$port" \
-    --module aiprod_ds train "$config" --output-dir "$run_folder" "$@" &
-launcher=$!
-trap 'kill -TERM -- "-$launcher" 2>/dev/null' INT TERM HUP
-
-code=0
-wait "$launcher" || code=$?
-patience=$((SECONDS + 120))
-while kill -0 -- "-$launcher" 2>/dev/null; do # `wait` also returns at a signal; the ranks may still be saving
-    if ((SECONDS > patience)); then
-        echo "launch/train_local.sh: a process of the run did not end within 120 s; killing the group." >&2
-        kill -KILL -- "-$launcher" 2>/dev/null || true
-    fi
-    sleep 0.2
-done
-
+on_all_accelerators train "$config" --output-dir "$run_folder" "$@"
 if ((code == 0)); then
     python - "$run_folder/report.json" <<'PYTHON' || code=1
 import json, pathlib, sys

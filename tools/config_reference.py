@@ -2,8 +2,8 @@
 
     python tools/config_reference.py [--check]
 
-Sections that the audio VAE trainer shares with the video VAE trainer stand once. The text of a key is the docstring under its
-field in `aiprod_ds/config/`. Everything outside the two marker lines of the page is written by hand and stays.
+Sections that others share with the video VAE trainer stand once. The text of a key is the docstring under its field in
+`aiprod_ds/config/`. Everything outside the two marker lines of the page is written by hand and stays.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- tools/config_reference.py: begin -->\n", "<!-- tools/config_reference.py: end -->\n"
+_OTHERS: dict[str, type[BaseModel]] = {"audio": AudioVAETrainerConfig, "encode": EncodeConfig}
 _TYPES = {"string": "text", "boolean": "true or false", "object": "mapping", "null": "null"}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -34,8 +36,8 @@ def main() -> int:
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = reference(VAETrainerConfig) + "\n" + additions(AudioVAETrainerConfig, VAETrainerConfig, kind="audio")
-    wanted = before + BEGIN + tables + END + after
+    others = (additions(model, VAETrainerConfig, kind=kind) for kind, model in _OTHERS.items())
+    wanted = before + BEGIN + "\n".join([reference(VAETrainerConfig), *others]) + END + after
     if not arguments.check:
         PAGE.write_text(wanted, encoding="utf-8")
     elif page != wanted:
@@ -47,19 +49,20 @@ def main() -> int:
 
 
 def reference(model: type[BaseModel]) -> str:
-    """Returns one heading with one table for `model` and for every section inside it, depth first.
+    """Returns one heading with one table for `model` and for every section inside it, depth first, each kind of section once.
 
     Raises:
         ValueError: If a key has no description.
     """
-    return _text(_sections(model, {}))
+    return _text(_sections(model, {}, _places(model)))
 
 
 def additions(model: type[BaseModel], base: type[BaseModel], *, kind: str) -> str:
-    """Returns the sections of `model` that differ from those of `base`, with `kind` in their headings."""
-    known = _sections(base, {})
-    kinds = {path: kind for path, section in _sections(model, {}).items() if known.get(path) != section}
-    return _text({path: section for path, section in _sections(model, kinds).items() if path in kinds})
+    """Returns the sections of `model` that `base` does not have, with `kind` in their headings."""
+    places = _places(base)
+    known = _sections(base, {}, places)
+    kinds = {path: kind for path, section in _sections(model, {}, places).items() if known.get(path) != section}
+    return _text({path: section for path, section in _sections(model, kinds, places).items() if path in kinds})
 
 
 _Section = tuple[str, str, str]
@@ -69,13 +72,35 @@ def _text(sections: dict[str, _Section]) -> str:
     return "\n".join(f"{heading}\n\n{introduction}\n\n{table}" for heading, introduction, table in sections.values())
 
 
-def _sections(model: type[BaseModel], kinds: dict[str, str]) -> dict[str, _Section]:
-    """Returns (heading, introduction, table) of every section by its path; those in `kinds` have their kind in the heading."""
+def _places(model: type[BaseModel]) -> dict[str, str]:
+    """Returns the path at which each record of `model` has its section; of a record that stands several times, the topmost."""
     schema = model.model_json_schema()
-    return dict(_below(schema, "", schema["$defs"], kinds))
+    places: dict[str, str] = {}
+    waiting = [(schema, "")]
+    for record, path in waiting:
+        for name, key in record["properties"].items():
+            for reference, is_list in _references(key):
+                if reference not in places:
+                    places[reference] = f"{path}.{name}{'[]' * is_list}".removeprefix(".")
+                    waiting.append((schema["$defs"][reference], places[reference]))
+    return places
 
 
-def _below(record: dict[str, Any], path: str, records: dict[str, Any], kinds: dict[str, str]) -> Iterator[tuple[str, _Section]]:
+def _sections(model: type[BaseModel], kinds: dict[str, str], places: dict[str, str]) -> dict[str, _Section]:
+    """Returns (heading, introduction, table) of every section by its path.
+
+    Args:
+        model: The configuration.
+        kinds: What stands in the heading behind a path.
+        places: The only path at which a record has a section; one without a place has a section wherever it stands.
+    """
+    schema = model.model_json_schema()
+    return dict(_below(schema, "", schema["$defs"], kinds, places))
+
+
+def _below(
+    record: dict[str, Any], path: str, records: dict[str, Any], kinds: dict[str, str], places: dict[str, str]
+) -> Iterator[tuple[str, _Section]]:
     """Yields the section of `record`, which stands at `path`, and of the records below it."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     below: list[tuple[dict[str, Any], str]] = []
@@ -83,27 +108,28 @@ def _below(record: dict[str, Any], path: str, records: dict[str, Any], kinds: di
         here = f"{path}.{name}".removeprefix(".")
         if "description" not in key:
             raise ValueError(f"{here}: needs a docstring under its field in aiprod_ds/config/, got none. Add one.")
-        cells = (f"`{here}`", _words(key, here, kinds), _default(name, key, record), key["description"])
+        cells = (f"`{here}`", _words(key, here, kinds, places), _default(name, key, record), key["description"])
         rows.append(f"| {' | '.join(map(_cell, cells))} |")
-        below += [(records[reference], f"{here}{'[]' * is_list}") for reference, is_list in _references(key)]
+        found = ((reference, f"{here}{'[]' * is_list}") for reference, is_list in _references(key))
+        below += [(records[reference], child) for reference, child in found if places.get(reference, child) == child]
     heading = f"### {f'`{path}`' if path else 'Top level'}" + (f" ({kinds[path]})" if path in kinds else "")
     yield path, (heading, record["description"], "\n".join(rows) + "\n")
     for child, child_path in below:
-        yield from _below(child, child_path, records, kinds)
+        yield from _below(child, child_path, records, kinds, places)
 
 
-def _words(key: dict[str, Any], path: str, kinds: dict[str, str]) -> str:
+def _words(key: dict[str, Any], path: str, kinds: dict[str, str], places: dict[str, str]) -> str:
     """Returns the type of a key in words, with its bounds: `integer >= 1 or null`."""
-    for _, is_list in _references(key):
-        child = path + "[]" * is_list
+    for reference, is_list in _references(key):
+        child = places.get(reference, path + "[]" * is_list)
         section = f"{'list of ' * is_list}[section](#{_anchor(child)}{f'-{kinds[child]}' if child in kinds else ''})"
         return section + " or null" * ({"type": "null"} in key.get("anyOf", ()))
     if "anyOf" in key:
-        return " or ".join(_words(choice, path, kinds) for choice in key["anyOf"])
+        return " or ".join(_words(choice, path, kinds, places) for choice in key["anyOf"])
     if "prefixItems" in key:
-        return f"list of {len(key['prefixItems'])}, each {_words(key['prefixItems'][0], path, kinds)}"
+        return f"list of {len(key['prefixItems'])}, each {_words(key['prefixItems'][0], path, kinds, places)}"
     if key["type"] == "array":
-        return f"list of {_words(key['items'], path, kinds)}"
+        return f"list of {_words(key['items'], path, kinds, places)}"
     return _plain(key)
 
 
@@ -131,7 +157,7 @@ def _default(name: str, key: dict[str, Any], record: dict[str, Any]) -> str:
     default = key["default"]
     if isinstance(default, dict):
         return "its defaults"
-    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
+    return f"`{default if isinstance(default, str) and default else json.dumps(default)}`"
 
 
 def _anchor(path: str) -> str:
