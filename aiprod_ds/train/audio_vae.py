@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,25 +13,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aiprod_ds.clock import Clock
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
 from aiprod_ds.data.loader import MicroBatch
-from aiprod_ds.engine.protocol import Engine, ParameterGroup
+from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import PlanError
 from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.audio_vae import AudioVAE, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model
-from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.audio_data import open_audio_datasets, open_audio_files
 from aiprod_ds.train.audio_objective import Objective, choose_objective, objective_problems
-from aiprod_ds.train.clip_data import ClipData, ClipStream
+from aiprod_ds.train.clip_data import ClipData
+from aiprod_ds.train.clip_unit import ClipUnit
 from aiprod_ds.train.export import export_vae
 from aiprod_ds.train.held_out import HeldOutClip, gather_shown, held_out_clips, over_ranks
-from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.posterior import require_posterior
 from aiprod_ds.train.trainer import Trainer
 from aiprod_ds.train.unit import Evaluation
@@ -82,18 +80,10 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
 
 
 @dataclass(slots=True, kw_only=True)
-class AudioVAEUnit:
-    """What the loop trains; a `Unit`.
-
-    Attributes:
-        snapped: What became of lengths that the model cannot take, in words.
-    """
+class AudioVAEUnit(ClipUnit):
+    """What the loop trains; a `Unit`."""
 
     config: AudioVAETrainerConfig
-    plan: RunPlan
-    data: ClipData
-    too_short: tuple[TooShort, ...]
-    snapped: tuple[str, ...]
     module: AudioVAE | MelVAE
     _objective: Objective = field(init=False)
 
@@ -101,15 +91,6 @@ class AudioVAEUnit:
         """Builds the losses of all phases."""
         rate_hz = self.config.data.sample_rate_hz
         self._objective = choose_objective(self.module, self.config.loss, self.plan, sample_rate_hz=rate_hz)
-
-    def parameter_groups(self) -> Sequence[ParameterGroup]:
-        """Returns matrices and kernels, which are decayed, and vectors and scalars, which are not."""
-        return decay_groups(self.module)
-
-    def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> ClipStream:
-        """Returns the data of `phase` from where `clock` stands."""
-        workers = self.config.data.num_workers
-        return self.data.stream(phase, clock, rank=rank, world_size=world_size, seed=self.config.seed, num_workers=workers)
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
@@ -137,14 +118,6 @@ class AudioVAEUnit:
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out clips."""
         export_vae(engine, self.module.vae, self._held_out(engine), folder)
-
-    def data_summary(self) -> DataSummary:
-        """Returns what the run trains on and what it could not use."""
-        return self.data.summary(self.too_short)
-
-    def replacements(self) -> tuple[str, ...]:
-        """Returns snapped lengths and clips that do not fit their bucket."""
-        return (*self.snapped, *self.data.replacements(self.plan))
 
     def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, T frames, H height, W width; N clips.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,24 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.clock import Clock
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
 from aiprod_ds.data.loader import MicroBatch
-from aiprod_ds.engine.protocol import Engine, ParameterGroup
+from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
 from aiprod_ds.report.pictures import save_comparison
 from aiprod_ds.report.quality import VideoQuality
-from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.clip_data import ClipData, ClipStream
+from aiprod_ds.train.clip_data import ClipData
+from aiprod_ds.train.clip_unit import ClipUnit
 from aiprod_ds.train.export import export_vae
 from aiprod_ds.train.held_out import HeldOutClip, gather_shown, held_out_clips, over_ranks
-from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.posterior import require_posterior
 from aiprod_ds.train.trainer import Trainer
 from aiprod_ds.train.unit import Evaluation
@@ -64,19 +62,11 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
 
 
 @dataclass(slots=True, kw_only=True)
-class VideoVAEUnit:
-    """What the loop trains; a `Unit`.
-
-    Attributes:
-        snapped: What became of frame counts that the model cannot take, in words.
-    """
+class VideoVAEUnit(ClipUnit):
+    """What the loop trains; a `Unit`."""
 
     config: VAETrainerConfig
-    plan: RunPlan
-    data: ClipData
-    too_short: tuple[TooShort, ...]
-    snapped: tuple[str, ...]
-    module: nn.Module
+    module: VideoVAE
     _perceptual: PerceptualLoss | None = field(init=False, default=None)
     _losses: dict[int, VideoVAELoss] = field(init=False)
 
@@ -91,15 +81,6 @@ class VideoVAEUnit:
             phase.index: VideoVAELoss(self.config.loss.model_copy(update=dict(phase.loss_weights)), self._perceptual)
             for phase in self.plan.phases
         }
-
-    def parameter_groups(self) -> Sequence[ParameterGroup]:
-        """Returns matrices and kernels, which are decayed, and vectors and scalars, which are not."""
-        return decay_groups(self.module)
-
-    def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> ClipStream:
-        """Returns the data of `phase` from where `clock` stands."""
-        workers = self.config.data.num_workers
-        return self.data.stream(phase, clock, rank=rank, world_size=world_size, seed=self.config.seed, num_workers=workers)
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
@@ -132,10 +113,6 @@ class VideoVAEUnit:
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out clips."""
         export_vae(engine, self.module.vae, self._held_out(engine), folder)
-
-    def data_summary(self) -> DataSummary:
-        """Returns what the run trains on and what it could not use."""
-        return self.data.summary(self.too_short)
 
     def replacements(self) -> tuple[str, ...]:
         """Returns snapped frame counts, a replaced perceptual network and clips that do not fit their bucket."""
