@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Self
+
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.clip_data import ClipDataConfig
 from aiprod_ds.curriculum.data_notes import data_notes
@@ -65,7 +67,7 @@ class ClipData:
     unreadable: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, train: ClipDataset, validation: ClipDataset, *, unreadable: tuple[tuple[str, str], ...] = ()) -> ClipData:
+    def of(cls, train: ClipDataset, validation: ClipDataset, *, unreadable: tuple[tuple[str, str], ...] = ()) -> Self:
         """Returns both sets with their lengths read."""
         clips, held_out = tuple(train.lengths()), tuple(validation.lengths())
         return cls(train=train, validation=validation, train_clips=clips, validation_clips=held_out, unreadable=unreadable)

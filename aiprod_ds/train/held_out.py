@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.curriculum.phase import BucketPlan
+from aiprod_ds.data.dataset import ClipSample
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.train.clip_data import ClipData
@@ -46,13 +47,44 @@ class HeldOutClip:
     mean: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutTurn:
+    """One item for this rank to run forward.
+
+    Attributes:
+        place: Its number among all that are measured.
+        item: As the dataset gives it, on the CPU.
+        is_own: Whether this rank measures it; else it is another one's, run only to keep the ranks together.
+    """
+
+    place: int
+    item: ClipSample
+    is_own: bool
+
+
+def held_out_turns(engine: Engine, data: ClipData, bucket: BucketPlan, *, max_clips: int) -> Iterator[HeldOutTurn]:
+    """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape.
+
+    As many turns on every rank, because ZeRO-3 gathers in each forward. Draws nothing from the training's random streams.
+
+    Args:
+        engine: Says which ranks there are.
+        data: Of the run.
+        bucket: The shape.
+        max_clips: The most that are measured by all ranks together.
+    """
+    clips = data.held_out(bucket)[:max_clips]
+    for turn in range(-(-len(clips) // engine.world_size)):
+        place = turn * engine.world_size + engine.rank
+        last = len(clips) - 1
+        yield HeldOutTurn(place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last)
+
+
 @torch.no_grad()
 def held_out_clips(
     engine: Engine, data: ClipData, bucket: BucketPlan, *, name: str, dtype: torch.dtype, max_clips: int
 ) -> Iterator[HeldOutClip]:
-    """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape, with the posterior's mode.
-
-    Collective: exhaust it on every rank. Draws nothing from the training's random streams.
+    """Yields the clips of `held_out_turns` through a VAE, with the posterior's mode. Collective: exhaust it on every rank.
 
     Args:
         engine: In evaluation mode; its module returns (output, mean, logvar).
@@ -62,13 +94,11 @@ def held_out_clips(
         dtype: In which the module wants it.
         max_clips: The most that are measured by all ranks together.
     """
-    clips = data.held_out(bucket)[:max_clips]
-    for turn in range(-(-len(clips) // engine.world_size)):  # as many forwards on every rank: ZeRO-3 gathers in each
-        place = turn * engine.world_size + engine.rank
-        original = data.held_out_clip(clips[min(place, len(clips) - 1)], bucket)[name][None].to(engine.device)
+    for turn in held_out_turns(engine, data, bucket, max_clips=max_clips):
+        original = turn.item[name][None].to(engine.device)
         output, mean, _ = engine(original.to(dtype))
-        if place < len(clips):
-            yield HeldOutClip(place=place, original=original, output=output.float(), mean=mean.float())
+        if turn.is_own:
+            yield HeldOutClip(place=turn.place, original=original, output=output.float(), mean=mean.float())
 
 
 def over_ranks(engine: Engine, own: _Quality, empty: _Quality) -> _Quality:
