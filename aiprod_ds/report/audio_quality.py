@@ -1,8 +1,8 @@
 """How close reconstructed sounds are to their originals: mel distance, STFT distance and SI-SDR.
 
-Owns the measures and their accumulation over clips; measured, never trained. The distances follow the protocol of DAC's
-evaluation and not that of our losses, so that figures compare with published ones. No distributed calls: the sums are one tensor
-that the caller may all-reduce. Called by evaluation. Shapes: B batch, C channels, N samples, F bins or bands, T frames.
+Owns the measures of one clip; measured, never trained. The distances follow the protocol of DAC's evaluation and not that of our
+losses, so that figures compare with published ones. Called by evaluation. Shapes: B batch, C channels, N samples, F bins or
+bands, T frames.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torchaudio.functional import melscale_fbanks
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 from aiprod_ds.errors import DataError
+from aiprod_ds.report.quality_sums import QualitySums
 
 SI_SDR_CEILING_DB = 100.0  # an exact copy has an infinite ratio, which no mean survives
 _FLOOR = 1e-5
@@ -23,7 +24,7 @@ _BANDS_OF_WINDOW = {2048: 150, 512: 80}
 _FIELDS = ("clips", "mel_distance", "stft_distance", "sounding_clips", "si_sdr_db")
 
 
-class AudioQuality:
+class AudioQuality(QualitySums):
     """Accumulates clip by clip; every clip has the same weight whatever its length.
 
         D(S) = sum over windows 2048 and 512 of mean|S(x) - S(y)| + mean|log10 max(S(x), 1e-5)^2 - log10 max(S(y), 1e-5)^2|
@@ -44,8 +45,8 @@ class AudioQuality:
     """
 
     def __init__(self, *, sample_rate_hz: int) -> None:
+        super().__init__("audio", _FIELDS)
         self._filters_MF = {size: _mel_filters(size, bands, sample_rate_hz) for size, bands in _BANDS_OF_WINDOW.items()}
-        self._sums = torch.zeros(len(_FIELDS), dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, original_BCN: Tensor, reconstruction_BCN: Tensor, *, num_samples: Sequence[int] | None = None) -> None:
@@ -61,15 +62,7 @@ class AudioQuality:
         """
         lengths = _checked_lengths(original_BCN, reconstruction_BCN, num_samples)
         for original_CN, reconstruction_CN, length in zip(original_BCN, reconstruction_BCN, lengths, strict=True):
-            self._sums += self._clip(original_CN[:, :length].float(), reconstruction_CN[:, :length].float())
-
-    def state(self) -> Tensor:
-        """Returns the sums so far, 1-D float64 on the CPU; states of several ranks add up."""
-        return self._sums.clone()
-
-    def merge(self, state: Tensor) -> None:
-        """Adds the `state()` of another accumulator. After an all-reduce, merge the result into a fresh `AudioQuality`."""
-        self._sums += state.to(self._sums)
+            self._add(self._clip(original_CN[:, :length].float(), reconstruction_CN[:, :length].float()))
 
     def compute(self) -> dict[str, float]:
         """Returns `mel_distance`, `stft_distance` and, unless every original was silent, `si_sdr_db`.
@@ -77,15 +70,13 @@ class AudioQuality:
         Raises:
             DataError: If no clip was added.
         """
-        sums = dict(zip(_FIELDS, self._sums.tolist(), strict=True))
-        if sums["clips"] == 0:
-            raise DataError("audio quality: needs at least one clip, got none. Check the validation data.")
+        sums = self._totals()
         result = {name: sums[name] / sums["clips"] for name in ("mel_distance", "stft_distance")}
         if sums["sounding_clips"] > 0:
             result["si_sdr_db"] = sums["si_sdr_db"] / sums["sounding_clips"]
         return result
 
-    def _clip(self, x_CN: Tensor, y_CN: Tensor) -> Tensor:
+    def _clip(self, x_CN: Tensor, y_CN: Tensor) -> list[float]:
         mel_distance = stft_distance = 0.0
         for size, filters_MF in self._filters_MF.items():
             x_CFT, y_CFT = _magnitude(x_CN, size), _magnitude(y_CN, size)
@@ -93,7 +84,7 @@ class AudioQuality:
             mel_distance += _distance(filters_MF.to(x_CN) @ x_CFT, filters_MF.to(x_CN) @ y_CFT)
         is_sounding = bool((x_CN - x_CN.mean()).abs().max() > 0)
         si_sdr = _si_sdr_db(x_CN, y_CN) if is_sounding else 0.0
-        return torch.tensor([1.0, mel_distance, stft_distance, float(is_sounding), si_sdr], dtype=torch.float64)
+        return [1.0, mel_distance, stft_distance, float(is_sounding), si_sdr]
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

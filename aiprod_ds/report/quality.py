@@ -1,7 +1,6 @@
 """How close reconstructed clips are to their originals: PSNR, SSIM, flicker and, with a network, LPIPS.
 
-Owns the accumulation over clips; measured, never trained. No distributed calls: the sums are one tensor that the caller may
-all-reduce. Called by evaluation and by the report. Shapes: B batch, T frames, H height, W width.
+Owns the measures of one clip; measured, never trained. Called by evaluation. Shapes: B batch, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from aiprod_ds.errors import DataError
+from aiprod_ds.report.quality_sums import QualitySums
 
 PSNR_CEILING_DB = 100.0  # an exact copy has infinite PSNR, which no mean survives
 _SSIM_WINDOW = 11
@@ -20,7 +20,7 @@ _SSIM_FRAMES = 8
 _FIELDS = ("clips", "psnr_db", "ssim", "original_change", "reconstruction_change", "lpips_vgg")
 
 
-class VideoQuality:
+class VideoQuality(QualitySums):
     """Accumulates clip by clip; every clip has the same weight whatever its size.
 
     Values are mapped from [-1,1] to [0,1] and the reconstruction is clipped to it, as saving a picture would. Per clip:
@@ -37,8 +37,8 @@ class VideoQuality:
     """
 
     def __init__(self, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        super().__init__("video", _FIELDS)
         self._lpips = lpips
-        self._sums = torch.zeros(len(_FIELDS), dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, original_BCTHW: Tensor, reconstruction_BCTHW: Tensor) -> None:
@@ -53,15 +53,7 @@ class VideoQuality:
         """
         _check_shapes(original_BCTHW, reconstruction_BCTHW)
         for original_CTHW, reconstruction_CTHW in zip(original_BCTHW, reconstruction_BCTHW, strict=True):
-            self._sums += self._clip(original_CTHW.float(), reconstruction_CTHW.float())
-
-    def state(self) -> Tensor:
-        """Returns the sums so far, 1-D float64 on the CPU; states add, so an all-reduce over ranks is exact in meaning."""
-        return self._sums.clone()
-
-    def merge(self, state: Tensor) -> None:
-        """Adds the `state()` of another accumulator. After an all-reduce, merge the result into a fresh `VideoQuality`."""
-        self._sums += state.to(self._sums)
+            self._add(self._clip(original_CTHW.float(), reconstruction_CTHW.float()))
 
     def compute(self) -> dict[str, float]:
         """Returns `psnr_db`, `ssim`, and where defined `flicker_ratio` (some original moves) and `lpips_vgg` (network given).
@@ -69,9 +61,7 @@ class VideoQuality:
         Raises:
             DataError: If no clip was added.
         """
-        sums = dict(zip(_FIELDS, self._sums.tolist(), strict=True))
-        if sums["clips"] == 0:
-            raise DataError("video quality: needs at least one clip, got none. Check the validation data.")
+        sums = self._totals()
         result = {"psnr_db": sums["psnr_db"] / sums["clips"], "ssim": sums["ssim"] / sums["clips"]}
         if sums["original_change"] > 0:
             result["flicker_ratio"] = sums["reconstruction_change"] / sums["original_change"]
@@ -79,13 +69,12 @@ class VideoQuality:
             result["lpips_vgg"] = sums["lpips_vgg"] / sums["clips"]
         return result
 
-    def _clip(self, original_CTHW: Tensor, reconstruction_CTHW: Tensor) -> Tensor:
+    def _clip(self, original_CTHW: Tensor, reconstruction_CTHW: Tensor) -> list[float]:
         x_TCHW, y_TCHW = (((video + 1) / 2).clamp(0, 1).transpose(0, 1) for video in (original_CTHW, reconstruction_CTHW))
         lpips = 0.0
         if self._lpips is not None:
             lpips = float(self._lpips(reconstruction_CTHW.clamp(-1, 1).unsqueeze(0), original_CTHW.unsqueeze(0)))
-        values = [1.0, _psnr_db(x_TCHW, y_TCHW), _ssim(x_TCHW, y_TCHW), _change(x_TCHW), _change(y_TCHW), lpips]
-        return torch.tensor(values, dtype=torch.float64)
+        return [1.0, _psnr_db(x_TCHW, y_TCHW), _ssim(x_TCHW, y_TCHW), _change(x_TCHW), _change(y_TCHW), lpips]
 
 
 def _psnr_db(x_TCHW: Tensor, y_TCHW: Tensor) -> float:
