@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model, mel_hop
-from aiprod_ds.models.posterior import decoded_sample, draw_latent, require_vae, split_posterior
+from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior
 from aiprod_ds.models.shapes import declared_number, on_meta
-from aiprod_ds.models.weight_norm import compute_weights_in_forward
+from aiprod_ds.models.vae import prepare_vae
 
 _PROBE_SAMPLES = 2**16  # a multiple of most published hops, and long against what any codec cuts off
 _PROBE_CHANNELS = 2
@@ -50,9 +49,7 @@ class AudioVAE(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        require_vae(vae)
-        compute_weights_in_forward(vae)
-        self.vae: Any = vae
+        self.vae = prepare_vae(vae)
 
     def forward(self, wave_BCN: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encodes, draws a latent and decodes.

@@ -6,16 +6,15 @@ Shape suffixes: B batch, C channels, N samples, F frequency bins, T frames, M me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from aiprod_ds.errors import ConfigError, EngineError
-from aiprod_ds.models.posterior import decoded_sample, draw_latent, require_vae
+from aiprod_ds.models.posterior import decoded_sample, draw_latent
 from aiprod_ds.models.shapes import declared_number
-from aiprod_ds.models.weight_norm import compute_weights_in_forward
+from aiprod_ds.models.vae import prepare_vae
 
 _FFT_SIZE = 1024
 _FLOOR = 1e-5
@@ -68,9 +67,7 @@ class MelVAE(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        require_vae(vae)
-        compute_weights_in_forward(vae)
-        self.vae: Any = vae
+        self.vae = prepare_vae(vae)
         # Not a submodule with buffers: a cast of the module around must not make the filters half precision.
         self.mel = LogMel(
             sample_rate_hz=_declared(vae, "sample_rate"),

@@ -10,22 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from aiprod_ds.errors import ConfigError, EngineError
 
 LOGVAR_RANGE = (-30.0, 10.0)  # exp(11.09) is the largest fp16 number
-
-
-def require_vae(vae: nn.Module) -> None:
-    """Checks that a module offers `encode` and `decode`.
-
-    Raises:
-        ConfigError: If one of them is missing.
-    """
-    for method in ("encode", "decode"):
-        if not callable(getattr(vae, method, None)):
-            raise ConfigError(f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}.")
 
 
 def split_posterior(encoded: Any) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,6 @@ trains is reached through `engine(...)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
-from aiprod_ds.models.posterior import decoded_sample, draw_latent, require_vae, split_posterior
+from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior
 from aiprod_ds.models.shapes import declared_number, on_meta
-from aiprod_ds.models.weight_norm import compute_weights_in_forward
+from aiprod_ds.models.vae import prepare_vae
 
 _PROBE_FRAMES, _PROBE_SIZE = 49, 128  # 48 and 128 are multiples of every published stride
 
@@ -33,9 +32,7 @@ class VideoVAE(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        require_vae(vae)
-        compute_weights_in_forward(vae)
-        self.vae: Any = vae
+        self.vae = prepare_vae(vae)
 
     def forward(self, video_BCTHW: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encodes, draws a latent and decodes.

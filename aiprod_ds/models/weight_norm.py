@@ -1,6 +1,6 @@
 """Weight normalisation that computes the weight when it is used, and not in a hook before.
 
-Owns the change from `torch.nn.utils.weight_norm`; called by the modules that wrap VAEs.
+Owns the change from `torch.nn.utils.weight_norm`; called when a VAE is prepared for training.
 """
 
 from __future__ import annotations
