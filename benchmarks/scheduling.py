@@ -21,9 +21,10 @@ from result_file import figure, write_result
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.phase import PlateauConfig
 from aiprod_ds.curriculum.lr import LearningRateSchedule
-from aiprod_ds.curriculum.phase import BucketPlan, PhaseEnd, PhasePlan, RunPlan, UpdateRange
+from aiprod_ds.curriculum.phase import BucketPlan, PhaseEnd, RunPlan, UpdateRange
 from aiprod_ds.curriculum.scheduler import CurriculumScheduler
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler, rank_slice
+from aiprod_ds.testing.plans import phase_plan
 
 _BATCHES = (8, 64, 256)
 _MICRO_BATCH = 8
@@ -117,20 +118,12 @@ def _plan(batch: int) -> RunPlan:
         micro_batch_size=batch,
         accumulation=1,
     )
-    phase = PhasePlan(
-        index=0,
-        name="only",
+    phase = phase_plan(
+        updates=_LIMIT,
         buckets=(bucket,),
-        first=UpdateRange(minimum=0, maximum=0),
         length=UpdateRange(minimum=1, maximum=_LIMIT),
         end=PhaseEnd(limit_updates=_LIMIT, epochs=_LIMIT, plateau=PlateauConfig(patience_updates=1000)),
         learning_rate=LearningRateSchedule(peak=1e-4, kind="cosine", warmup_updates=0, updates=_LIMIT, final_ratio=0.1),
-        weight_decay=0.0,
-        loss_weights={},
-        random_flip=False,
-        activation_checkpointing=None,
-        moments="keep",
-        moment_scale=1.0,
     )
     return RunPlan(phases=(phase,), world_size=1)
 

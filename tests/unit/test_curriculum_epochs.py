@@ -7,8 +7,9 @@ import pytest
 from aiprod_ds.config.phase import PlateauConfig
 from aiprod_ds.curriculum.epochs import with_epoch_lengths
 from aiprod_ds.curriculum.lr import LearningRateSchedule
-from aiprod_ds.curriculum.phase import PhaseEnd, PhasePlan, RunPlan, UpdateRange
+from aiprod_ds.curriculum.phase import PhaseEnd, RunPlan, UpdateRange
 from aiprod_ds.errors import PlanError
+from aiprod_ds.testing.plans import phase_plan
 
 _PLATEAU = PlateauConfig(patience_updates=3, smoothing=0.5)
 
@@ -17,20 +18,11 @@ def _plan(*ends: dict[str, Any], warmup_updates: int = 0) -> RunPlan:
     """Phases that nothing but `ends` bounds."""
     rate = LearningRateSchedule(peak=1e-3, kind="constant", warmup_updates=warmup_updates, updates=None, final_ratio=0.1)
     phases = [
-        PhasePlan(
+        phase_plan(
             index=index,
-            name=f"p{index}",
-            buckets=(),
-            first=UpdateRange(minimum=0, maximum=0),
-            length=UpdateRange(minimum=end.get("limit_updates") or 1, maximum=end.get("limit_updates")),
+            updates=end.get("limit_updates"),
             end=PhaseEnd(**{"limit_updates": None, **end}),
             learning_rate=rate,
-            weight_decay=0.0,
-            loss_weights={},
-            random_flip=False,
-            activation_checkpointing=None,
-            moments="keep",
-            moment_scale=1.0,
         )
         for index, end in enumerate(ends)
     ]

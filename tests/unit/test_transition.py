@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.run import OptimizerConfig
-from aiprod_ds.curriculum.lr import LearningRateSchedule
-from aiprod_ds.curriculum.phase import PhaseEnd, PhasePlan, RunPlan, UpdateRange
+from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.testing.plans import phase_plan
 from aiprod_ds.train.transition import begin_phase, check_checkpointing
 
 UPDATES_BEFORE = 3
@@ -48,21 +48,7 @@ class Block(nn.Module):
         return mixed
 
 
-PHASE = PhasePlan(
-    index=1,
-    name="second",
-    buckets=(),
-    first=UpdateRange(minimum=0, maximum=0),
-    length=UpdateRange(minimum=9, maximum=9),
-    end=PhaseEnd(limit_updates=9),
-    learning_rate=LearningRateSchedule(peak=0.1, kind="constant", warmup_updates=0, updates=9, final_ratio=0.1),
-    weight_decay=0.5,
-    loss_weights={},
-    random_flip=False,
-    activation_checkpointing=None,
-    moments="keep",
-    moment_scale=1.0,
-)
+PHASE = phase_plan(index=1, updates=9, weight_decay=0.5)
 FIRST_MOMENT = Clock(updates=UPDATES_BEFORE, phase=1)
 INSIDE = Clock(updates=UPDATES_BEFORE + 2, phase=1, phase_updates=2)
 AFTER_A_SKIP = Clock(updates=UPDATES_BEFORE, phase=1, phase_skipped=1, skipped_updates=1)
