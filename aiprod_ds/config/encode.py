@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
+from aiprod_ds.config.audio_data import Decibels
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.document import apply_overrides, read_document
 from aiprod_ds.config.model import Fraction, FreeMapping, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
@@ -104,6 +105,8 @@ class AudioEncoderConfig(StrictModel):
     """The rate that the model takes. null: as the model declares it."""
     channels: Literal[1, 2] | None = None
     """The channels that the model takes. null: as the model declares them."""
+    loudness_lufs: Decibels | None = None
+    """Brings the sound of every clip to this loudness, as `data.loudness_lufs` of the VAE's training did. null: as it is."""
     missing_sound: Literal["fail", "silence"] = "fail"
     """A clip without sound, or with more than 0.1 s of it missing: `fail` lists it as failed, `silence` fills up with zeros."""
 

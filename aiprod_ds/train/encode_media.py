@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aiprod_ds.data.audio import fit_sound
 from aiprod_ds.data.latents import LatentShape
+from aiprod_ds.data.loudness import normalized
 from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.data.resampling import input_window, resampled_length
 from aiprod_ds.data.sound_file import SoundFile
@@ -90,7 +91,9 @@ def read_sound(root: Path, record: MediaRecord, shape: LatentShape, form: AudioF
             f"{path}: must have sound for all of its pictures, got {missing / form.sample_rate_hz:.3f} s less. "
             "Set audio.missing_sound to silence or remove the clip."
         )
-    return wave_CN
+    if form.loudness_lufs is None:
+        return wave_CN
+    return normalized(wave_CN, sample_rate_hz=form.sample_rate_hz, target_lufs=form.loudness_lufs)
 
 
 def _delay_seconds(path: Path) -> float:

@@ -29,11 +29,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AudioForm:
-    """What an audio encoder takes: rate, channels, and the samples that become one latent."""
+    """What an audio encoder takes: rate, channels, the samples that become one latent, and the loudness; None leaves it."""
 
     sample_rate_hz: int
     channels: int
     hop: int
+    loudness_lufs: float | None = None
 
     def num_latents(self, seconds: float) -> int:
         """Returns the latents nearest to a time span, at least one.
@@ -131,7 +132,8 @@ def audio_form(vae: nn.Module, config: AudioEncoderConfig) -> AudioForm:
     facts = audio_facts(vae)
     hop = config.model.temporal_stride or facts.hop
     rate_hz = _agreed("sample_rate_hz", config.sample_rate_hz, facts.sample_rate_hz)
-    return AudioForm(sample_rate_hz=rate_hz, channels=_agreed("channels", config.channels, facts.channels), hop=hop)
+    channels = _agreed("channels", config.channels, facts.channels)
+    return AudioForm(sample_rate_hz=rate_hz, channels=channels, hop=hop, loudness_lufs=config.loudness_lufs)
 
 
 def vae_fingerprint(config: ModelConfig, *, seed: int) -> str:

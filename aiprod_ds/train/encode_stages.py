@@ -133,7 +133,8 @@ def _settings(config: EncodeConfig) -> dict[str, str]:
     chunks = "" if tiling is None or tiling.frames is None else f" {tiling.frames} {tiling.overlap_frames}"
     settings = {LATENTS: f"{config.video.precision}{tiles}{chunks}"}
     if config.audio is not None:
-        settings[AUDIO_LATENTS] = f"{config.audio.precision} {config.audio.missing_sound}"
+        loudness = "" if config.audio.loudness_lufs is None else f" {config.audio.loudness_lufs!r} LUFS"
+        settings[AUDIO_LATENTS] = f"{config.audio.precision} {config.audio.missing_sound}{loudness}"
     return settings
 
 

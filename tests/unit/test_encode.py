@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.latent_dataset import LatentDataset
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATENTS, LatentShape, read_header
+from aiprod_ds.data.loudness import loudness_lufs
 from aiprod_ds.data.manifest import scan
 from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.data.synthetic import write_synthetic_clips
@@ -410,6 +412,18 @@ def test_sound_that_ends_early_is_filled_up_a_little_or_if_asked(tmp_path: Path)
     wave = _sound(tmp_path, half, shape, silence=True)[0]
     assert wave[4000:].abs().max() == 0
     assert wave[3999] > 0.049
+
+
+def test_sound_is_brought_to_the_loudness_of_the_vaes_training(tmp_path: Path) -> None:
+    record, shape = _film(tmp_path / "a.mkv", frames=20, rate_hz=8), LatentShape(frames=5, height=32, width=32)
+    plain, louder = (
+        read_sound(tmp_path, record, shape, replace(FORM, loudness_lufs=target), fill_with_silence=False)
+        for target in (None, -50.0)
+    )
+    assert abs(loudness_lufs(plain, sample_rate_hz=8000) + 50) > 1, "the file is not so by itself"
+    # The gain is exact: one multiplication in fp32.
+    assert loudness_lufs(louder, sample_rate_hz=8000) == pytest.approx(-50.0, abs=1e-4)
+    torch.testing.assert_close(louder / louder.max(), plain / plain.max())
 
 
 def test_latents_of_sound_are_counted_to_the_nearest() -> None:
