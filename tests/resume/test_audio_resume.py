@@ -6,7 +6,7 @@ also recomputes activations. Copies of the run folder whose later checkpoints we
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.engine import dist
-from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.runs import record_of, series, train_and_resume
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 
 CASES = tuple(f"zero{stage}_fp32" for stage in range(4))
@@ -31,7 +30,6 @@ RATE_HZ = 8_000
 RELATIVE_TOLERANCE = 1e-5
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-_MEASURED_TIME = ("time/", "throughput/", "memory/")
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -57,7 +55,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any], case: str, resumed: str) -> None:
     whole, again = runs[case]["whole"], runs[case][resumed]
     assert whole["updates"] == [EDGE, LAST - EDGE]
-    assert len(set(_series(whole, "loss/total"))) == LAST, "otherwise the comparison shows nothing"
+    assert len(set(series(whole, "loss/total"))) == LAST, "otherwise the comparison shows nothing"
     assert again["resumed_from"] == [f"update_{RESUMES[resumed]:06d}"]
     assert again["sha256"] == whole["sha256"], "parameters and optimizer state"
     assert again["rows"] == whole["rows"], "metrics.jsonl without measured times"
@@ -69,13 +67,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any],
 def test_every_stage_computes_what_the_local_engine_computes(
     runs: dict[str, Any], local: dict[str, Any], case: str, metric: str
 ) -> None:
-    oracle = _series(local, metric)
+    oracle = series(local, metric)
     assert len(oracle) == (3 if metric.startswith("evaluation/") else LAST)
-    assert _series(runs[case]["whole"], metric) == pytest.approx(oracle, rel=RELATIVE_TOLERANCE, abs=0)
-
-
-def _series(run: dict[str, Any], metric: str) -> list[float]:
-    return [metrics[metric] for _, metrics in run["rows"] if metric in metrics]
+    assert series(runs[case]["whole"], metric) == pytest.approx(oracle, rel=RELATIVE_TOLERANCE, abs=0)
 
 
 # Below runs on the ranks.
@@ -83,7 +77,7 @@ def _series(run: dict[str, Any], metric: str) -> list[float]:
 
 def run_every_case(folder: str) -> dict[str, Any]:
     """Returns by case the uninterrupted run and its resumed copies."""
-    return {case: _run_and_resume(case, Path(folder)) for case in CASES}
+    return {case: train_and_resume(partial(_train, case), Path(folder) / case, RESUMES) for case in CASES}
 
 
 def run_locally(folder: str) -> dict[str, Any]:
@@ -91,44 +85,14 @@ def run_locally(folder: str) -> dict[str, Any]:
     return _train("zero0_fp32", Path(folder) / "local", kind="local")
 
 
-def _run_and_resume(case: str, folder: Path) -> dict[str, Any]:
-    whole = folder / case
-    results = {"whole": _train(case, whole)}
-    for name, update in RESUMES.items():
-        copy = whole.with_name(f"{case}_{name}")
-        if dist.is_main():
-            _copy_as_if_stopped_at(update, whole, copy)
-        dist.barrier()
-        results[name] = _train(case, copy)
-    return results
-
-
-def _copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
-    """Keeps metrics.jsonl whole: a killed run has written rows beyond its last checkpoint."""
-    shutil.copytree(whole, copy)
-    shutil.rmtree(copy / "export")
-    for checkpoint in (copy / "checkpoints").glob("update_*"):
-        if int(checkpoint.name.removeprefix("update_")) > update:
-            shutil.rmtree(checkpoint)
-
-
 def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any]:
     torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
     clips = {"dataset": _sounds(6, seed=0), "validation": _sounds(3, seed=1)}
     summary = AudioVAETrainer(_config(case, folder, kind), **clips).train(resume="auto")
-    dist.barrier()  # the main rank writes after the others have their summary
-    rows = [[update, _repeatable(metrics)] for update, metrics in read_metrics(folder / "metrics.jsonl")]
     return {
-        "sha256": summary.final_state_sha256,
-        "rows": rows,
-        "resumed_from": list(summary.resumed_from),
-        "updates": [phase.updates for phase in summary.phases],
+        **record_of(summary, folder),
         "statistics": (folder / "export" / "latent_statistics.json").read_text(encoding="utf-8"),
     }
-
-
-def _repeatable(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith(_MEASURED_TIME)}
 
 
 def _sounds(count: int, *, seed: int) -> list[Tensor]:

@@ -1,0 +1,81 @@
+"""Comparing whole training runs: a run folder as a kill leaves it, and the record that a resumed run must repeat bit for bit.
+
+Owns what tests of resuming share, of this project and of its users; records hold only what JSON can.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aiprod_ds.engine import dist
+from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.report.summary import RunSummary
+
+_MEASURED_TIME = ("time/", "throughput/", "memory/")
+_WRITTEN_AT_THE_END = ("export", "plots", "report.json", "report.md")
+
+
+def train_and_resume(
+    train: Callable[[Path], dict[str, Any]], whole: Path, resumes: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Trains once without interruption and once more from each of some checkpoints. Collective.
+
+    Args:
+        train: Trains in a folder, from the newest checkpoint there if it has one, and returns a record of the run.
+        whole: Folder of the uninterrupted run; the others stand beside it.
+        resumes: By name, the update of the checkpoint to go on from.
+
+    Returns:
+        The records: `whole` and each name of `resumes`.
+    """
+    records = {"whole": train(whole)}
+    for name, update in resumes.items():
+        copy = whole.with_name(f"{whole.name}_{name}")
+        if dist.is_main():
+            copy_as_if_stopped_at(update, whole, copy)
+        dist.barrier()
+        records[name] = train(copy)
+    return records
+
+
+def copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
+    """Copies a finished run's folder without later checkpoints than `update`'s and without what a run writes at its end.
+
+    metrics.jsonl stays whole: a killed run has written rows beyond its last checkpoint.
+    """
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns(*_WRITTEN_AT_THE_END))
+    for checkpoint in (copy / "checkpoints").glob("update_*"):
+        if int(checkpoint.name.removeprefix("update_")) > update:
+            shutil.rmtree(checkpoint)
+
+
+def record_of(summary: RunSummary, folder: Path) -> dict[str, Any]:
+    """Returns what a resumed run must repeat, and from where it was resumed. Collective.
+
+    Returns:
+        `sha256` of parameters and optimizer state, `rows` as `repeatable_rows` has them, `updates` of each phase, and
+        `resumed_from`, the names of checkpoints.
+    """
+    dist.barrier()  # the main rank writes after the others have their summary
+    return {
+        "sha256": summary.final_state_sha256,
+        "rows": repeatable_rows(folder),
+        "updates": [phase.updates for phase in summary.phases],
+        "resumed_from": list(summary.resumed_from),
+    }
+
+
+def repeatable_rows(folder: Path) -> list[Any]:
+    """Returns [update, metrics] of every row of a run folder's metrics.jsonl, without what a clock or the machine measured."""
+    return [
+        [update, {name: value for name, value in metrics.items() if not name.startswith(_MEASURED_TIME)}]
+        for update, metrics in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def series(record: Mapping[str, Any], metric: str) -> list[float]:
+    """Returns the values of one metric in a record's rows, in the order of updates."""
+    return [metrics[metric] for _, metrics in record["rows"] if metric in metrics]
