@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-Pixels = npt.NDArray[np.uint8]
+from aiprod_ds.report.mp4 import Pixels, encode_mp4
 
 _MIN_SIDE = 160
 _MAX_WIDTH, _MIN_SHEET_WIDTH = 1760, 560
@@ -80,7 +77,7 @@ class _Sheet:
 
     @classmethod
     def plan(cls, num_clips: int, num_frames: int, height: int, width: int) -> _Sheet:
-        scale = _enlargement(height, width)
+        scale = enlargement(height, width)
         clip_width = num_frames * (width * scale + _GAP) - _GAP
         fitting = (_MAX_WIDTH - _LEFT - _MARGIN + 3 * _GAP) // (clip_width + 3 * _GAP)
         columns = max(1, min(num_clips, fitting))
@@ -122,15 +119,9 @@ def save_comparison_video(
     _check_pair(original_NCTHW, reconstruction_NCTHW)
     sides = [np.concatenate([to_pixels(clip) for clip in video], axis=1) for video in (original_NCTHW, reconstruction_NCTHW)]
     film_THWC = np.concatenate(sides, axis=2)
-    scale = _enlargement(*original_NCTHW.shape[-2:])
+    scale = enlargement(*original_NCTHW.shape[-2:])
     film_THWC = film_THWC.repeat(scale, axis=1).repeat(scale, axis=2)
-    film_THWC = film_THWC[:, : film_THWC.shape[1] // 2 * 2, : film_THWC.shape[2] // 2 * 2]  # 4:2:0 has no odd sizes
-    with av.open(str(path), mode="w") as container:
-        stream = container.add_stream("h264", rate=Fraction(frame_rate_hz).limit_denominator(1000), options={"crf": "16"})
-        stream.height, stream.width, stream.pix_fmt = film_THWC.shape[1], film_THWC.shape[2], "yuv420p"
-        for image in np.concatenate([film_THWC] * num_loops):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-        container.mux(stream.encode(None))
+    path.write_bytes(encode_mp4(np.concatenate([film_THWC] * num_loops), frame_rate_hz=frame_rate_hz))
 
 
 def to_pixels(video_CTHW: Tensor) -> Pixels:
@@ -141,7 +132,8 @@ def to_pixels(video_CTHW: Tensor) -> Pixels:
     return pixels
 
 
-def _enlargement(height: int, width: int) -> int:
+def enlargement(height: int, width: int) -> int:
+    """Returns the whole factor that makes the smaller side of a frame at least 160 pixels."""
     return max(1, -(-_MIN_SIDE // min(height, width)))
 
 
