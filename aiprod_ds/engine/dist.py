@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -20,6 +21,7 @@ from aiprod_ds.errors import AiprodError, EngineError
 
 T = TypeVar("T")
 
+_MEETING_SECONDS = 1.0
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -151,6 +153,51 @@ def all_agree(flag: bool) -> bool:
     agreed = torch.tensor(int(flag), device=_collective_device())
     torch_dist.all_reduce(agreed, op=torch_dist.ReduceOp.MIN)
     return bool(agreed.item())
+
+
+def together(work: Callable[[], T]) -> T:
+    """Returns this rank's `work()` once all ranks have finished theirs. Collective.
+
+    For work that takes ranks differently long, as decoding and writing do: `work` runs in a thread of its own while the ranks
+    meet about once a second, so that none waits in a collective until the group's time-out. `work` must not use collectives.
+
+    Raises:
+        AiprodError: On every rank, if the work of one raised it; of several, a rank raises its own, others that of the lowest.
+        EngineError: The same on the other ranks if it raised anything else, which goes on as it is on its own.
+    """
+    if world_size() == 1:
+        return work()
+    device = _collective_device()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        outcome = executor.submit(_on_device, device, work)
+        with _own_stream(device):
+            while not all_agree(outcome.done()):
+                wait([outcome], timeout=_MEETING_SECONDS)
+    failures = [failure for failure in gather_objects(_failure(outcome)) if failure is not None]
+    result = outcome.result()
+    if failures:
+        raise failures[0]
+    return result
+
+
+def _on_device(device: torch.device, work: Callable[[], T]) -> T:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a new thread begins on the first GPU
+    return work()
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type != "cuda":
+        return nullcontext()
+    # On the default stream a meeting would wait for everything that the work has queued there.
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]  # torch has no types for it
+
+
+def _failure(outcome: Future[Any]) -> AiprodError | None:
+    error = outcome.exception()
+    if error is None or isinstance(error, AiprodError):
+        return error
+    return EngineError(f"rank {rank()}: must finish its part of the work, got {type(error).__name__}: {error}. Read its log.")
 
 
 def _collective_device() -> torch.device:
