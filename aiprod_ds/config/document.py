@@ -48,10 +48,10 @@ class Document:
         target: Any = self.values
         for depth, step in enumerate(path[:-1]):
             _check_step(target, path, depth, origin)
-            if isinstance(target, dict) and target.get(str(step)) is None:
+            if isinstance(target, dict) and target.get(str(step)) is None and isinstance(path[depth + 1], str):
                 target[str(step)] = {}
                 self.origins[path[: depth + 1]] = origin
-            target = target[step]
+            target = target.get(str(step)) if isinstance(target, dict) else target[step]
         _check_step(target, path, len(path) - 1, origin)
         target[path[-1]] = value
         self.origins = {known: name for known, name in self.origins.items() if known[: len(path)] != path}

@@ -58,10 +58,11 @@ def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
 def test_options_and_files_are_judged_together(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c.yaml\nsede: 1\n")
     with pytest.raises(ConfigError) as caught:
-        load_encode_config(tmp_path / "e.yaml", ["data.num_workers", "data.num_workers=-1"])
+        load_encode_config(tmp_path / "e.yaml", ["data.num_workers", "data.num_workers=-1", "shapes[2].duration=1"])
     start, *others = caught.value.problems
     assert start.startswith("--set data.num_workers: must be of the form path.to.key[index]=value")
-    assert [problem.split(": ")[1] for problem in others] == ["data.num_workers", "sede"]
+    assert [problem.split(": ")[1] for problem in others] == ["shapes[2].duration", "data.num_workers", "sede"]
+    assert "shapes must be a list to take [2], got nothing" in others[0]
 
 
 def test_of_a_curriculum_only_its_section_is_read(tmp_path: Path) -> None:
