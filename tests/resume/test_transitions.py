@@ -7,7 +7,7 @@ and decayed), mirroring and activation checkpointing. A checkpoint stands at eve
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
-from aiprod_ds.engine import dist
-from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.runs import record_of, series, train_and_resume
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
@@ -29,7 +28,6 @@ EDGES = {"updates": 4, "epochs": 9, "plateau": 14}  # updates of the run when th
 POINTS = tuple((kind, edge + offset) for kind, edge in EDGES.items() for offset in (-2, -1, 0, 1, 2))
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-_MEASURED_TIME = ("time/", "throughput/", "memory/")
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -64,13 +62,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_every_stage_goes_through_the_same_losses(runs: dict[str, dict[str, Any]], stage: int) -> None:
     """The oracle is stage 0; the others add in another order, which fp32 rounds."""
-    first, other = (_losses(runs[str(number)]["whole"]) for number in (0, stage))
+    first, other = (series(runs[str(number)]["whole"], "loss/total") for number in (0, stage))
     assert len(first) == sum(UPDATES.values())
     assert other == pytest.approx(first, rel=1e-5, abs=0)
-
-
-def _losses(run: dict[str, Any]) -> list[float]:
-    return [metrics["loss/total"] for _, metrics in run["rows"] if "loss/total" in metrics]
 
 
 # Below runs on the ranks.
@@ -79,26 +73,8 @@ def _losses(run: dict[str, Any]) -> list[float]:
 def run_every_stage(folder: str) -> dict[str, Any]:
     """Returns by stage the uninterrupted run and the resumed ones by the update they resumed at."""
     Figure.savefig = _draw_nothing  # type: ignore[method-assign]  # plots take longer than training here
-    return {str(stage): _run_and_resume(stage, Path(folder)) for stage in STAGES}
-
-
-def _run_and_resume(stage: int, folder: Path) -> dict[str, Any]:
-    whole = folder / f"stage_{stage}"
-    results = {"whole": _train(stage, whole)}
-    for update in sorted({update for _, update in POINTS}):
-        copy = whole.with_name(f"{whole.name}_{update}")
-        if dist.is_main():
-            _copy_as_if_stopped_at(update, whole, copy)
-        dist.barrier()
-        results[str(update)] = _train(stage, copy)
-    return results
-
-
-def _copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
-    (copy / "checkpoints").mkdir(parents=True)
-    shutil.copy(whole / "metrics.jsonl", copy)
-    name = f"update_{update:06d}"
-    shutil.copytree(whole / "checkpoints" / name, copy / "checkpoints" / name)
+    resumes = {str(update): update for _, update in POINTS}
+    return {str(stage): train_and_resume(partial(_train, stage), Path(folder) / f"stage_{stage}", resumes) for stage in STAGES}
 
 
 def _train(stage: int, folder: Path) -> dict[str, Any]:
@@ -107,18 +83,10 @@ def _train(stage: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
     clips = {"dataset": SyntheticVideoDataset(10, 9, 24, 24), "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1)}
     summary = VideoVAETrainer(_config(stage, folder), model=model, **clips).train(resume="auto")
-    dist.barrier()  # the main rank writes after the others have their summary
-    rows = [[update, _repeatable(metrics)] for update, metrics in read_metrics(folder / "metrics.jsonl")]
     return {
-        "sha256": summary.final_state_sha256,
-        "rows": rows,
-        "resumed_from": list(summary.resumed_from),
+        **record_of(summary, folder),
         "phases": [[phase.name, phase.updates, phase.ended_by] for phase in summary.phases],
     }
-
-
-def _repeatable(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith(_MEASURED_TIME)}
 
 
 def _config(stage: int, folder: Path) -> VAETrainerConfig:
