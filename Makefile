@@ -21,7 +21,7 @@ TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 # Test files that run side by side; more than the cores helps little, because some start two ranks of their own.
 TEST_WORKERS ?= 2
 
-.PHONY: help venv quickstart test unit check clean
+.PHONY: help venv quickstart chain test unit check clean
 
 help: ## Shows this list.
 	@grep -E '^[a-z]+: .*## ' Makefile | sed -E 's/^([a-z]+): .*## (.*)/  make \1 \t\2/' | expand -t 20
@@ -30,6 +30,9 @@ venv: $(STAMP) ## Makes the virtual environment in .venv and installs everything
 
 quickstart: $(STAMP) ## Trains a tiny video VAE on the shipped samples through three phases and says where the report is.
 	@VENV="$(VENV)" launch/quickstart.sh
+
+chain: $(STAMP) ## Trains tiny video and audio VAEs, encodes with them, trains a diffusion transformer and samples clips with sound.
+	@VENV="$(VENV)" launch/chain.sh
 
 test: $(STAMP) ## Runs every test that this machine can run.
 	@$(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile

@@ -1,4 +1,4 @@
-"""Curriculum training of video and audio VAEs on DeepSpeed.
+"""Curriculum training of video VAEs, audio VAEs and latent diffusion transformers on DeepSpeed.
 
 The public names can be imported from here; each is loaded from its own module when it is first used, so that
 `import aiprod_ds` stays quick and loads no torch.
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         PhaseDuration,
         PhaseResolution,
     )
+    from aiprod_ds.config.diffusion import DiffusionTrainerConfig
     from aiprod_ds.config.vae import VAETrainerConfig
     from aiprod_ds.curriculum.scheduler import CurriculumScheduler
     from aiprod_ds.losses import AudioVAELoss, PerceptualLoss, SpectralLoss, VideoVAELoss
     from aiprod_ds.train.audio_vae import AudioVAETrainer
+    from aiprod_ds.train.diffusion import DiffusionTrainer
     from aiprod_ds.train.video_vae import VideoVAETrainer
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "CurriculumConfig",
     "CurriculumPhase",
     "CurriculumScheduler",
+    "DiffusionTrainer",
+    "DiffusionTrainerConfig",
     "PerceptualLoss",
     "PhaseConfig",
     "PhaseDuration",
@@ -51,10 +55,12 @@ _MODULES = {
         "PhaseDuration",
         "PhaseResolution",
     ),
+    "aiprod_ds.config.diffusion": ("DiffusionTrainerConfig",),
     "aiprod_ds.config.vae": ("VAETrainerConfig",),
     "aiprod_ds.curriculum.scheduler": ("CurriculumScheduler",),
     "aiprod_ds.losses": ("AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"),
     "aiprod_ds.train.audio_vae": ("AudioVAETrainer",),
+    "aiprod_ds.train.diffusion": ("DiffusionTrainer",),
     "aiprod_ds.train.video_vae": ("VideoVAETrainer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

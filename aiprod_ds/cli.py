@@ -1,4 +1,4 @@
-"""The command line: check, plan, encode, train, eval, inspect. The only module that prints.
+"""The command line: check, plan, encode, train, eval, sample, inspect. The only module that prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written).
 """
@@ -21,6 +21,7 @@ from rich.logging import RichHandler
 
 from aiprod_ds.config.encode import load_encode_config
 from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.sample import load_sample_config
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError, PlanError
 
@@ -28,6 +29,7 @@ DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 _TRAINERS = {
     "video_vae": ("aiprod_ds.train.video_vae", "VideoVAETrainer"),
     "audio_vae": ("aiprod_ds.train.audio_vae", "AudioVAETrainer"),
+    "diffusion": ("aiprod_ds.train.diffusion", "DiffusionTrainer"),
 }
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="aiprod-ds", description="Trains video and audio VAEs through a curriculum on DeepSpeed."
+        prog="aiprod-ds", description="Trains video and audio VAEs and latent diffusion models on DeepSpeed."
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -72,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
     evaluate = _configured(commands, "eval", _eval, "measure held-out clips with the newest checkpoint")
     evaluate.add_argument("--resume", default="auto", help="auto (default: the newest) or a checkpoint folder")
+    _configured(
+        commands,
+        "sample",
+        _sample,
+        "make clips from prompts with an exported diffusion model",
+        output_dir="folder of the clips, in place of the configuration's",
+        example="seed=4",
+    )
     inspect = commands.add_parser("inspect", help="show and verify the checkpoints of a run folder")
     inspect.add_argument("folder", type=Path)
     inspect.set_defaults(command=_inspect)
@@ -190,6 +200,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _sample(arguments: argparse.Namespace) -> int:
+    config = load_sample_config(arguments.config, arguments.overrides, arguments.output_dir)
+    from aiprod_ds.train.sample import run_sampling  # loads torch and diffusers, which takes seconds
+
+    samples = run_sampling(config, source=str(arguments.config), console=arguments.console)
+    for path in (*samples.clips, samples.contact_sheet, samples.record):
+        print(path)
+    return DONE
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from aiprod_ds.checkpoint.store import CheckpointStore
 
@@ -214,7 +234,7 @@ def _set_up_logging(console: Console) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     handler = RichHandler(console=console, show_path=False, markup=False)
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[handler], format="%(message)s", force=True)
-    for noisy in ("torch", "DeepSpeed", "deepspeed", "httpx", "matplotlib", "PIL"):
+    for noisy in ("torch", "DeepSpeed", "deepspeed", "httpx", "huggingface_hub", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -18,6 +18,7 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "report": True,
     "checkpoint": True,
     "evaluation": True,
+    "preview": True,
     "data": {"num_workers"},
     "curriculum": {"phases"},
 }
@@ -26,7 +27,7 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
 def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
-    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `data.num_workers` and `curriculum.phases`.
+    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `data.num_workers` and `curriculum.phases`.
     A file named by `engine.deepspeed_config` counts by its name, not by its content.
     """
     return _sha256(config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT)))

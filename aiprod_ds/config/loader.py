@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.curriculum import expand_preset
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.document import Document, apply_override, read_document
 from aiprod_ds.config.nearest import suggestion
 from aiprod_ds.config.problems import problems_of
@@ -20,7 +21,11 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.errors import ConfigError
 
-_TRAINERS: dict[str, type[RunConfig]] = {"video_vae": VAETrainerConfig, "audio_vae": AudioVAETrainerConfig}
+_TRAINERS: dict[str, type[RunConfig]] = {
+    "video_vae": VAETrainerConfig,
+    "audio_vae": AudioVAETrainerConfig,
+    "diffusion": DiffusionTrainerConfig,
+}
 _DEFAULT_TRAINER = "video_vae"
 
 

@@ -39,6 +39,8 @@ class ModelConfig(StrictModel):
     """Keyword arguments of the constructor; the weights are random. No effect beside `pretrained`, so refused there."""
     pretrained: str | None = None
     """A local folder or a hub name for the class's `from_pretrained`."""
+    subfolder: str | None = None
+    """Folder inside `pretrained` that holds this model, e.g. `transformer` or `vae` of a pipeline. null: `pretrained` itself."""
     spatial_stride: PositiveInt | None = None
     """Pixels that become one latent; height and width must be multiples of it. null: measured on the model. Not for sound."""
     temporal_stride: PositiveInt | None = None
@@ -49,6 +51,8 @@ class ModelConfig(StrictModel):
     def _one_origin(self) -> Self:
         if self.pretrained is not None and self.config:
             raise ValueError("config: has no effect when pretrained is set, got both. Remove one of the two.")
+        if self.pretrained is None and self.subfolder is not None:
+            raise ValueError(f"subfolder: has no effect without pretrained, got {self.subfolder!r}. Remove it.")
         return self
 
 

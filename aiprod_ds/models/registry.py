@@ -75,8 +75,8 @@ def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: boo
         if config.pretrained is None:
             return factory(**config.config)
         if is_plan:
-            return factory.from_config(factory.load_config(config.pretrained))  # type: ignore[attr-defined]
-        module = _pretrained(factory, config.pretrained)
+            return factory.from_config(factory.load_config(config.pretrained, **_place(config)))  # type: ignore[attr-defined]
+        module = _pretrained(factory, config.pretrained, _place(config))
     except (TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         where = "model.config" if config.pretrained is None else "model.pretrained"
         got = config.config if config.pretrained is None else config.pretrained
@@ -84,14 +84,18 @@ def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: boo
     return module
 
 
-def _pretrained(factory: Any, folder: str) -> Any:
+def _place(config: ModelConfig) -> dict[str, str]:
+    return {} if config.subfolder is None else {"subfolder": config.subfolder}
+
+
+def _pretrained(factory: Any, folder: str, place: dict[str, str]) -> Any:
     """Returns the model with all its weights: diffusers only logs those that are missing, surplus or of another shape."""
     from diffusers import ModelMixin  # takes seconds to import; needed only here
 
     if not (isinstance(factory, type) and issubclass(factory, ModelMixin)):
-        return factory.from_pretrained(folder, torch_dtype=torch.float32)
+        return factory.from_pretrained(folder, torch_dtype=torch.float32, **place)
     from_pretrained: Any = factory.from_pretrained
-    module, found = from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    module, found = from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **place)
     problems = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if problems:
         told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in sorted(problems.items()))

@@ -6,6 +6,7 @@ changes when metrics arrive, so worker processes can be forked at any time.
 
 from __future__ import annotations
 
+import re
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from rich.text import Text
 from aiprod_ds.report.metric_names import find_metric
 from aiprod_ds.report.report_page import measure_rows
 from aiprod_ds.report.summary import RunStatus, RunSummary
+
+_OF_NOISE_LEVEL = re.compile(r"_s\d$")  # parts of a loss by noise level: in the report, too many for a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +155,8 @@ class ConsoleSink:
 
     def _terms(self) -> list[tuple[str, str]]:
         """Returns (label, value) of what is shown, in the order shown: losses, held-out measures, rate, speed, skips."""
-        shown = [name for name in self._metrics if name.startswith("loss/")] + ["evaluation/psnr_db"]
+        shown = [name for name in self._metrics if name.startswith("loss/") and not _OF_NOISE_LEVEL.search(name)]
+        shown.append("evaluation/psnr_db")
         terms = [(find_metric(name).label, _number(self._metrics[name])) for name in shown if name in self._metrics]
         if "learning_rate" in self._metrics:
             terms.append(("lr", f"{self._metrics['learning_rate']:.2e}"))

@@ -92,7 +92,9 @@ def with_quotients(metrics: Mapping[str, float]) -> dict[str, float]:
     That is how a mean over a part of the samples is put together from ranks that had more and less of them. Without any (share 0)
     there is no mean and no entry. Worked number: part 0.3 and share 0.25 are a mean of 1.2.
     """
-    names = {part.removesuffix(_PART) for part in metrics if part.endswith(_PART) and part.removesuffix(_PART) + _SHARE in metrics}
+    names = {
+        part.removesuffix(_PART) for part in metrics if part.endswith(_PART) and part.removesuffix(_PART) + _SHARE in metrics
+    }
     kept = {name: value for name, value in metrics.items() if name.removesuffix(_PART).removesuffix(_SHARE) not in names}
     pairs = {name: (metrics[name + _PART], metrics[name + _SHARE]) for name in sorted(names)}
     return kept | {name: part / share for name, (part, share) in pairs.items() if share > 0}

@@ -12,6 +12,9 @@ from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStat
 
 _BEFORE, _AFTER = "_before", "_after"
 _MEASURES = {
+    "loss": ("loss", "", 4),
+    "video_loss": ("video loss", "", 4),
+    "audio_loss": ("audio loss", "", 4),
     "psnr_db": ("PSNR", "dB", 2),
     "ssim": ("SSIM", "", 4),
     "lpips": ("LPIPS", "", 4),
@@ -82,7 +85,8 @@ def _measures_table(metrics: Mapping[str, float]) -> str:
 
 
 def _phases(summary: RunSummary) -> str:
-    extra = sorted({name for phase in summary.phases for name in phase.metrics}, key=_measure_order)
+    measured = {name for phase in summary.phases for name in phase.metrics}
+    extra = sorted(measured & set(_MEASURES) or measured, key=_measure_order)  # the table above has all of them
     unit = "frames" if any(phase.resolution for phase in summary.phases) else "samples"
     header = ("phase", "updates", "ended by", "resolution", unit, "batch", "highest lr", "time", *map(_label, extra))
     rows = [

@@ -183,7 +183,9 @@ class LatentDecoder:
 
 
 def _frozen(module: Any, precision: Precision) -> Any:
-    return module.eval().requires_grad_(False).to(DTYPES[precision])
+    # diffusers' own `to` warns of modules to keep in fp32, of which VAEs have none.
+    cast: nn.Module = nn.Module.to(module.eval().requires_grad_(False), DTYPES[precision])
+    return cast
 
 
 def _require_rate(model: nn.Module, rate_hz: int | None) -> int:

@@ -26,6 +26,8 @@ from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.unit import Unit
 
+_CLIP_SUFFIXES = (".wav", ".mp4")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
@@ -142,13 +144,14 @@ def _pictures(facts: RunFacts) -> tuple[Picture, ...]:
     names = [("before", "before training")]
     names += [(f"phase_{phase.index + 1}_{phase.name}", f"after phase {phase.name}") for phase in facts.plan.phases]
     found = [Picture(path=f"samples/{name}.png", caption=caption) for name, caption in names]
-    found += chain.from_iterable(_sounds(facts.folder, *name) for name in (("original", "original"), *names))
+    found += chain.from_iterable(_clips(facts.folder, *name) for name in (("original", "original"), *names))
     return tuple(picture for picture in found if (facts.folder / picture.path).is_file())
 
 
-def _sounds(folder: Path, name: str, caption: str) -> list[Picture]:
-    """Returns the clips that were written as `<name>_clip_<number>.wav`, in the order of their numbers."""
-    files = sorted((folder / "samples").glob(f"{name}_clip_*.wav"), key=lambda path: (len(path.stem), path.stem))
+def _clips(folder: Path, name: str, caption: str) -> list[Picture]:
+    """Returns the sounds and films that were written as `<name>_clip_<number>`, in the order of their numbers."""
+    found = (path for path in (folder / "samples").glob(f"{name}_clip_*") if path.suffix in _CLIP_SUFFIXES)
+    files = sorted(found, key=lambda path: (len(path.stem), path.stem))
     return [Picture(path=f"samples/{path.name}", caption=f"clip {path.stem.rpartition('_')[2]}, {caption}") for path in files]
 
 

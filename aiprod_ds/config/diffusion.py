@@ -1,0 +1,92 @@
+"""The configuration of the diffusion trainer: latents, their VAEs, objective and mode, beside the shared sections of `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from aiprod_ds.config.flow import FlowConfig
+from aiprod_ds.config.latent_data import LatentDataConfig
+from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.preview import PreviewConfig
+from aiprod_ds.config.run import EvaluationConfig, ModelConfig, RunConfig
+
+NoiseLevel = Annotated[float, Field(gt=0, le=1)]
+
+
+class DiffusionEvaluationConfig(EvaluationConfig):
+    """How held-out clips are measured: the loss at fixed noise levels, with noise that is the same in every run."""
+
+    noise_levels: tuple[NoiseLevel, ...] = Field(default=(0.125, 0.375, 0.625, 0.875), min_length=1, strict=False)
+    """Levels in (0, 1] at which every held-out clip is measured, all modalities at the same level."""
+
+
+class DiffusionTrainerConfig(RunConfig):
+    """Everything that the training of a latent diffusion transformer needs.
+
+    Pixels and frames of the phases are those of the clips before they were encoded.
+    """
+
+    trainer: Literal["diffusion"] = "diffusion"
+    """What is trained."""
+    vae: ModelConfig
+    """The video VAE of the latents; its weights are compared with those that encoded, and it decodes the previews."""
+    audio_vae: ModelConfig | None = None
+    """The audio VAE of the latents. Required by models of video and sound, and only by them."""
+    training_mode: Literal["full", "lora"] = "full"
+    """`full` trains every weight of the model, `lora` only the adapters that `lora` describes."""
+    lora: LoraConfig | None = None
+    """The adapters. null: the defaults under `training_mode: lora`; not under `full`."""
+    data: LatentDataConfig
+    """The latents."""
+    loss: FlowConfig = FlowConfig()
+    """What is minimised."""
+    evaluation: DiffusionEvaluationConfig = DiffusionEvaluationConfig()
+    """What is measured on held-out clips."""
+    preview: PreviewConfig = PreviewConfig()
+    """How the clips are made that show the model; `evaluation.num_pictures` is their number."""
+
+    @model_validator(mode="after")
+    def _rules_of_diffusion(self) -> Self:
+        problems = [*self._keys_without_effect(), *self._missing_keys()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters to train; None when all weights are trained."""
+        if self.training_mode == "full":
+            return None
+        return LoraConfig() if self.lora is None else self.lora
+
+    def loss_weights(self) -> dict[str, float]:
+        """Returns every `*_weight` of the loss section."""
+        return self.loss.weights()
+
+    def random_flip(self) -> bool:
+        """Returns False: latents are not mirrored."""
+        return False
+
+    def clip_rate_hz(self) -> float | None:
+        """Returns None: every clip has its own rate unless a phase sets one."""
+        return None
+
+    def _missing_keys(self) -> Iterator[str]:
+        for where, shape in self.phase_shapes():
+            if shape.resolution is None:
+                yield f"{where}.resolution: must be given for video, got nothing. Add `resolution:`."
+
+    def _keys_without_effect(self) -> Iterator[str]:
+        for name in ("spatial_stride", "temporal_stride"):
+            value = getattr(self.model, name)
+            if value is not None:
+                yield f"model.{name}: has no effect for a transformer, got {value}. Set it in the section vae."
+        if self.training_mode == "full" and self.lora is not None:
+            yield "lora: has no effect with training_mode: full, got a value. Remove it or set training_mode: lora."
+        for index, phase in enumerate(self.curriculum.phases):
+            if phase.augment.random_flip is not None:
+                yield f"curriculum.phases[{index}].augment.random_flip: has no effect for latents, got a value. Remove it."

@@ -1,0 +1,86 @@
+"""Opens the latents of a diffusion run: folders that a configuration names, or a user's own datasets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.curriculum.data_rules import TooShort
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
+from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
+from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, read_entry
+from aiprod_ds.data.manifest import Manifest
+from aiprod_ds.data.tensor_latents import TensorLatentDataset
+from aiprod_ds.train.clip_data import ClipData, require_clips, split_manifests, unreadable_files
+from aiprod_ds.train.encode_models import vae_fingerprint
+
+
+class LatentData(ClipData):
+    """Clips that exist in some shapes only."""
+
+    __slots__ = ()
+
+    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
+        """Returns the training clips that some phase cannot use.
+
+        Raises:
+            PlanError: As for any clips, or if a clip has no latents in the shape of a bucket that will draw it.
+        """
+        too_short = super().check(plan, source)
+        last = plan.phases[-1]
+        measured = replace(plan, phases=(replace(last, buckets=last.buckets[:1]),))
+        for dataset, asked in ((self.train, plan), (self.validation, measured)):
+            if isinstance(dataset, LatentDataset):
+                require_entries(dataset, asked, source)
+        return too_short
+
+
+def open_latent_files(config: DiffusionTrainerConfig, *, strides: ModelStrides, with_audio: bool) -> LatentData:
+    """Reads the folders or manifests that `config` names and compares their encoders with the configured VAEs.
+
+    Raises:
+        DataError: If a folder is missing or empty, too many clips cannot be used, or the latents are of another VAE.
+    """
+    needs = LatentNeeds(strides=strides, with_audio=with_audio, fingerprints=_fingerprints(config))
+
+    def scan(path: Path) -> Manifest:
+        return scan_latents(path, needs)
+
+    train, validation = split_manifests(config.data, scan, seed=config.seed)
+
+    def dataset(manifest: Manifest, caption_dropout: float) -> LatentDataset:
+        return LatentDataset(manifest, seed=config.seed, strides=strides, with_audio=with_audio, caption_dropout=caption_dropout)
+
+    unreadable = unreadable_files(train, validation)
+    return LatentData.of(dataset(train, config.data.caption_dropout), dataset(validation, 0.0), unreadable=unreadable)
+
+
+def open_latent_datasets(dataset: Any, validation: Any, *, strides: ModelStrides) -> LatentData:
+    """Takes a user's own map-style datasets; see `TensorLatentDataset` for what their items may be.
+
+    Raises:
+        DataError: If a dataset is empty or an item is no clip.
+    """
+    require_clips(dataset, validation)
+    return LatentData.of(TensorLatentDataset(dataset, strides=strides), TensorLatentDataset(validation, strides=strides))
+
+
+def read_empty_prompt(data: ClipData) -> dict[str, Tensor] | None:
+    """Returns the embedding of the empty caption that lies beside the training latents; None if there is none."""
+    if not isinstance(data.train, LatentDataset):
+        return None
+    path = data.train.root / EMPTY_PROMPT
+    return read_entry(path) if path.exists() else None
+
+
+def _fingerprints(config: DiffusionTrainerConfig) -> dict[str, str]:
+    found = {LATENTS: vae_fingerprint(config.vae, seed=config.seed)}
+    if config.audio_vae is not None:
+        found[AUDIO_LATENTS] = vae_fingerprint(config.audio_vae, seed=config.seed)
+    return found

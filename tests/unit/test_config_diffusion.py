@@ -1,0 +1,81 @@
+# ruff: noqa: E501  messages stand on one line, as users see them
+"""Rules of the diffusion trainer's configuration, each with one that passes and one that fails with its message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.config.fingerprint import to_yaml
+from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.strict_yaml import read_yaml
+
+SHAPE = {"resolution": "64x64", "duration": {"frames": 9}}
+
+
+def values(*phases: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    full = [{"name": f"p{n}", "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, **p} for n, p in enumerate(phases)]
+    return {
+        "output_dir": "o",
+        "model": {"source": "M"},
+        "vae": {"source": "V"},
+        "data": {"train": "s"},
+        "curriculum": {"phases": full},
+        **sections,
+    }
+
+
+def problems(given: dict[str, Any]) -> list[str]:
+    with pytest.raises(ValidationError) as caught:
+        DiffusionTrainerConfig.model_validate(given)
+    return [line for error in caught.value.errors() for line in str(error["ctx"]["error"]).splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("given", "adapters"),
+    [
+        (values(SHAPE), None),
+        (values({**SHAPE, "loss": {"audio_weight": 0.5}}), None),
+        (values(SHAPE, training_mode="lora"), LoraConfig()),
+        (values(SHAPE, training_mode="lora", lora={"rank": 4}), LoraConfig(rank=4)),
+    ],
+)
+def test_modes_and_weights(given: dict[str, Any], adapters: LoraConfig | None) -> None:
+    config = DiffusionTrainerConfig.model_validate(given)
+    assert (config.trainer, config.clip_rate_hz(), config.random_flip()) == ("diffusion", None, False)
+    assert config.loss_weights() == {"video_weight": 1.0, "audio_weight": 0.25}
+    assert config.adapters == adapters
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (values({"duration": {"frames": 9}}), "curriculum.phases[0].resolution: must be given for video, got nothing. Add `resolution:`."),
+        (values(SHAPE, lora={"rank": 4}), "lora: has no effect with training_mode: full, got a value. Remove it or set training_mode: lora."),
+        (values({**SHAPE, "augment": {"random_flip": True}}), "curriculum.phases[0].augment.random_flip: has no effect for latents, got a value. Remove it."),
+        (values(SHAPE, model={"source": "M", "spatial_stride": 8}), "model.spatial_stride: has no effect for a transformer, got 8. Set it in the section vae."),
+        (values(SHAPE, model={"source": "M", "temporal_stride": 8}), "model.temporal_stride: has no effect for a transformer, got 8. Set it in the section vae."),
+        (values({**SHAPE, "loss": {"kl_weight": 1.0}}), "curriculum.phases[0].loss.kl_weight: is not a weight of the loss section, got 1.0. "),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_has_no_effect_is_refused(given: dict[str, Any], message: str) -> None:
+    assert any(line.startswith(message) for line in problems(given))
+
+
+def test_everything_wrong_is_told_at_once() -> None:
+    given = values({"duration": {"frames": 9}}, lora={"rank": 4}, model={"source": "M", "spatial_stride": 8})
+    assert len(problems(given)) == 3
+
+
+@pytest.mark.parametrize("level", [0.0, 1.5])
+def test_a_noise_level_out_of_range_is_refused(level: float) -> None:
+    with pytest.raises(ValidationError, match="noise_levels"):
+        DiffusionTrainerConfig.model_validate(values(SHAPE, evaluation={"noise_levels": [level]}))
+
+
+def test_the_resolved_configuration_loads_equal() -> None:
+    config = DiffusionTrainerConfig.model_validate(values(SHAPE, training_mode="lora"))
+    assert DiffusionTrainerConfig.model_validate(read_yaml(to_yaml(config).encode(), "resolved")) == config

@@ -1,0 +1,132 @@
+"""The diffusion trainer on the local engine: every family, full and LoRA, its report, and what it refuses before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.errors import ConfigError, PlanError
+from aiprod_ds.models.families.ltx import LTXVideo
+from aiprod_ds.models.families.ltx2 import LTX2
+from aiprod_ds.models.families.wan import Wan
+from aiprod_ds.train.diffusion import DiffusionTrainer
+
+LEVELS = (0.25, 0.75)
+LTX_VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8}
+WAN_VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 16, "temporal_stride": 8}
+SOUND = {"audio_vae": {"source": "AutoencoderKLLTX2Audio"}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ltx": {"model": {"source": "LTXVideoTransformer3DModel", "config": LTXVideo.tiny_config()}, "vae": LTX_VAE},
+    "ltx2": {"model": {"source": "LTX2VideoTransformer3DModel", "config": LTX2.tiny_config()}, "vae": LTX_VAE, **SOUND},
+    "wan": {"model": {"source": "WanTransformer3DModel", "config": Wan.tiny_config()}, "vae": WAN_VAE},
+}
+
+
+def _clips(count: int, *, seed: int, channels: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"latents": (channels, 2, 4, 4), "audio_latents": (2, 5, 4), "prompt_embeds": (3, 16)}
+    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)]
+
+
+def _trainer(
+    folder: Path,
+    family: str,
+    *,
+    clips: list[dict[str, Tensor]] | None = None,
+    latent_rows: int = 4,
+    updates: int = 2,
+    **sections: Any,
+) -> DiffusionTrainer:
+    chosen = {**FAMILIES[family], **sections}
+    stride = chosen["vae"]["spatial_stride"]
+    phase = {"name": "only", "resolution": f"{latent_rows * stride}x{4 * stride}", "duration": {"frames": 9}}
+    config = DiffusionTrainerConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "data": {"train": "given_in_code", "num_workers": 0},
+            "curriculum": {"phases": [{**phase, "updates": updates, "learning_rate": 3e-3, "global_batch_size": 4}]},
+            "engine": {"kind": "local", "deepspeed_config": {"zero_optimization": {"stage": 1}}},
+            "evaluation": {"max_clips": 2, "num_pictures": 0, "noise_levels": LEVELS},
+            **chosen,
+        }
+    )
+    clips = clips or _clips(8, seed=0)
+    return DiffusionTrainer(config, source="test.yaml", dataset=clips[:6], validation=clips[6:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_run_reports_every_noise_level_and_exports_a_model_that_loads(tmp_path: Path, family: str) -> None:
+    _trainer(tmp_path, family).train()
+    report = json.loads((tmp_path / "report.json").read_text())
+    modalities = ("video", "audio") if family == "ltx2" else ("video",)
+    measures = {f"{modality}_loss_at_{level}" for modality in modalities for level in LEVELS}
+    assert {f"{name}_{when}" for name in measures for when in ("before", "after")} <= set(report["metrics"])
+    assert report["metrics"]["loss_after"] != report["metrics"]["loss_before"]
+    source = FAMILIES[family]["model"]["source"]
+    _, problems = getattr(diffusers, source).from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not any(problems.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_run_trains_adapters_alone_and_exports_them(tmp_path: Path, family: str) -> None:
+    trainer = _trainer(tmp_path, family, training_mode="lora", lora={"rank": 2})
+    summary = trainer.train()
+    assert summary.updates == 2
+    adapters = load_file(tmp_path / "export" / "peft" / "adapter_model.safetensors")
+    assert all(".lora_A." in name or ".lora_B." in name for name in adapters)
+    assert all(value.abs().max() > 0 for name, value in adapters.items() if ".lora_B." in name), "B starts at zero"
+    assert not (tmp_path / "export" / "config.json").exists()
+
+
+def test_the_loss_falls_at_every_noise_level_on_clips_that_are_alike(tmp_path: Path) -> None:
+    alike = [{**clip, "latents": _clips(1, seed=3)[0]["latents"]} for clip in _clips(8, seed=0)]
+    metrics = _trainer(tmp_path, "ltx", clips=alike, updates=60, loss={"noise_level": {"uniform_fraction": 1.0}}).train().metrics
+    for level in LEVELS:
+        assert metrics[f"video_loss_at_{level}_after"] < 0.9 * metrics[f"video_loss_at_{level}_before"]
+
+
+@pytest.mark.parametrize(
+    ("family", "sections", "message"),
+    [
+        ("ltx2", {"audio_vae": None}, "test.yaml: audio_vae: must be given for the family 'ltx2', which makes sound"),
+        ("ltx", SOUND, "test.yaml: audio_vae: has no effect for the family"),
+        ("ltx", {"loss": {"shared_noise_level": True}}, "test.yaml: loss.shared_noise_level: has no effect for the family"),
+        ("ltx", {"loss": {"video_weight": 0.0}}, r"test.yaml: curriculum.phases\[0\].loss: video_weight must exceed 0, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_the_family_are_refused(
+    tmp_path: Path, family: str, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        _trainer(tmp_path, family, **sections).plan()
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "ltx", training_mode="lora", lora={"targets": ["to_q", "to_z"]})
+    with pytest.raises(ConfigError, match=r"lora.targets\[1\]: must match a Linear layer of .*'to_z'"):
+        trainer.plan()
+
+
+def test_latents_of_another_vae_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="takes 4 values per token, got 8"):
+        _trainer(tmp_path / "run", "ltx", clips=_clips(8, seed=0, channels=8)).train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_another_size_than_the_phase_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"dataset\[0\]: must have latents of 2 frames of 8x4 for this phase"):
+        _trainer(tmp_path, "ltx", latent_rows=8).train()
+
+
+def test_an_unknown_transformer_is_refused(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "ltx", model={"source": "torch.nn:Linear", "config": {"in_features": 1, "out_features": 1}})
+    with pytest.raises(ConfigError, match="must be a transformer of a known family"):
+        trainer.plan()
