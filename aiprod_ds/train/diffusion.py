@@ -26,7 +26,6 @@ from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.protocol import Family, require_token_timesteps
 from aiprod_ds.models.families.registry import find_family
-from aiprod_ds.models.lora import add_lora
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.video_vae import video_strides
@@ -76,8 +75,7 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             raise PlanError([f"{self.source}: {problem}" for problem in problems])
         if self.config.loss.first_frame_probability > 0:
             require_token_timesteps(self.family)
-        if self.config.adapters is not None:  # found before weights are loaded
-            add_lora(on_meta(self.shapes), self.config.adapters, allowed=self.family.lora_targets, seed=0)
+        self._add_adapters(on_meta(self.shapes))  # what does not fit is found before weights are loaded
         return plan
 
     def _problems(self, plan: RunPlan) -> Iterator[str]:
@@ -100,10 +98,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         return open_latent_files(self.config, strides=self.strides, with_audio="audio" in self.family.modalities)
 
     def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> DiffusionUnit:
-        if self.config.adapters is not None:
-            add_lora(model, self.config.adapters, allowed=self.family.lora_targets, seed=self.config.seed)
-        else:
-            model.requires_grad_(True)
+        model.requires_grad_(True)
+        self._add_adapters(model)
         return DiffusionUnit(
             config=self.config,
             plan=plan,
@@ -112,6 +108,13 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             snapped=snap_notes(plan, self.strides),
             module=DiffusionModule(model, self.family),
         )
+
+    def _add_adapters(self, model: nn.Module) -> None:
+        """Wraps the layers that get adapters and freezes the rest; does nothing when all weights are trained."""
+        if self.config.adapters is not None:
+            from aiprod_ds.models.lora import add_lora  # imports peft, which takes seconds
+
+            add_lora(model, self.config.adapters, allowed=self.family.lora_targets, seed=self.config.seed)
 
 
 @dataclass(slots=True, kw_only=True)

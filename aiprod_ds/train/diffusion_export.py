@@ -11,7 +11,6 @@ from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.models.diffusion import DiffusionModule
-from aiprod_ds.models.lora import adapter_tensors, save_comfyui, save_peft
 
 SHARD_BYTES = 10 * 10**9  # as diffusers cuts its own files: a reader holds one of them in memory beside the model
 _FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -44,6 +43,8 @@ def export_transformer(
         transformer.save_config(folder)
         save_torch_state_dict(tensors, folder, filename_pattern=_FILE_PATTERN, max_shard_size=shard_bytes)
         return
+    from aiprod_ds.models.lora import adapter_tensors, save_comfyui, save_peft  # imports peft, which takes seconds
+
     adapters = adapter_tensors(tensors)
     save_peft(adapters, lora, folder / "peft")
     save_comfyui(adapters, lora, folder / "comfyui.safetensors", original_name=module.family.original_name)

@@ -24,7 +24,6 @@ from aiprod_ds.files import write_atomically
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import find_family
-from aiprod_ds.models.lora import load_lora
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.sampling import draw_noise, noise_levels, sample_latents
 from aiprod_ds.models.text import build_text_encoder
@@ -99,6 +98,8 @@ class _Sampler:
     def __init__(self, config: SampleConfig, family: Family, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         transformer = build_model(config.model, seed=config.seed)
         if config.lora is not None:
+            from aiprod_ds.models.lora import load_lora  # imports peft, which takes seconds
+
             load_lora(transformer, Path(config.lora), allowed=family.lora_targets)
         self._module = DiffusionModule(transformer, family).eval().requires_grad_(False).to(device, DTYPES[config.precision])
         self._config = config

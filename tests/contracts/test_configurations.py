@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from aiprod_ds.config.encode import load_encode_config
 from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.sample import load_sample_config
 
 _ROOT = Path(__file__).resolve().parents[2]
-_CONFIGURATIONS = sorted((_ROOT / "configs").rglob("*.yaml"))
+_OTHERS = {"encode": load_encode_config, "sample": load_sample_config}
+_CONFIGURATIONS = sorted(path for path in (_ROOT / "configs").rglob("*.yaml") if path.parent.name not in _OTHERS)
+_OF_OTHER_COMMANDS = sorted(path for path in (_ROOT / "configs").rglob("*.yaml") if path.parent.name in _OTHERS)
 _DEEPSPEED_SETTINGS = sorted((_ROOT / "ds_configs").glob("*.json"))
 
 
@@ -27,6 +31,11 @@ def test_the_quickstart_configuration_is_among_them() -> None:
 def test_configuration_is_valid(path: Path, in_repository_root: Path) -> None:
     config = load_config(path.relative_to(in_repository_root))
     assert config.curriculum.phases
+
+
+@pytest.mark.parametrize("path", _OF_OTHER_COMMANDS, ids=_name)
+def test_configuration_of_another_command_is_valid(path: Path, in_repository_root: Path) -> None:
+    assert _OTHERS[path.parent.name](path.relative_to(in_repository_root))
 
 
 @pytest.mark.parametrize("path", _CONFIGURATIONS, ids=_name)

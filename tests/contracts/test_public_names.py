@@ -15,10 +15,12 @@ DOCUMENTED = {
     "aiprod_ds.config.curriculum": [
         "CurriculumAdapterConfig", "CurriculumConfig", "CurriculumPhase", "PhaseConfig", "PhaseDuration", "PhaseResolution",
     ],
+    "aiprod_ds.config.diffusion": ["DiffusionTrainerConfig"],
     "aiprod_ds.config.vae": ["VAETrainerConfig"],
     "aiprod_ds.curriculum.scheduler": ["CurriculumScheduler"],
     "aiprod_ds.losses": ["AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"],
     "aiprod_ds.train.audio_vae": ["AudioVAETrainer"],
+    "aiprod_ds.train.diffusion": ["DiffusionTrainer"],
     "aiprod_ds.train.video_vae": ["VideoVAETrainer"],
 }  # fmt: skip
 
