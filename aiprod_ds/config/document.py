@@ -85,18 +85,13 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> list[str]:
     problems: list[str] = []
     for override in overrides:
         try:
-            apply_override(document, override)
+            _apply_override(document, override)
         except ConfigError as error:
             problems += error.problems
     return problems
 
 
-def apply_override(document: Document, override: str) -> None:
-    """Applies one `a.b[2].c=value`; the value is YAML and replaces what stood there.
-
-    Raises:
-        ConfigError: If it is not of that form or names a list entry that does not exist.
-    """
+def _apply_override(document: Document, override: str) -> None:
     origin = f"--set {override if len(override) <= 100 else override[:97] + '...'}"
     match = _OVERRIDE.match(override)
     if match is None:

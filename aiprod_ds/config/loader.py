@@ -1,6 +1,6 @@
-"""A configuration file, its bases and the command line's overrides -> one validated record, or every problem at once.
+"""A trainer's configuration file, its bases and the command line's overrides -> one validated record, or every problem at once.
 
-The only reader of configuration files. `document` merges, `strict_yaml` parses, `problems` words what pydantic finds.
+Owns which trainer's schema counts and the curriculum's preset. `document` merges, `validation` checks.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.curriculum import expand_preset
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.document import Document, apply_override, read_document
+from aiprod_ds.config.document import Document, apply_overrides, read_document
 from aiprod_ds.config.nearest import suggestion
-from aiprod_ds.config.problems import problems_of
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.vae import VAETrainerConfig
-from aiprod_ds.errors import ConfigError
+from aiprod_ds.config.validation import validated
 
 _TRAINERS: dict[str, type[RunConfig]] = {
     "video_vae": VAETrainerConfig,
@@ -41,17 +38,11 @@ def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | Non
         ConfigError: With one problem for every rule that is broken, as `file: dotted.path[index]: rule, got X. Fix.`
     """
     document = read_document(path)
-    problems = _expand(document) + _apply(document, overrides)
+    problems = _expand(document) + apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("output_dir",), output_dir, "--output-dir")
-    model = _trainer(document, problems)
-    try:
-        config = model.model_validate(document.values)
-    except ValidationError as error:
-        raise ConfigError([*problems, *problems_of(error, model, document)]) from None
-    if problems:
-        raise ConfigError(problems)
-    return config
+    schema = _trainer(document, problems)
+    return validated(document, schema, problems)
 
 
 def _expand(document: Document) -> list[str]:
@@ -64,16 +55,6 @@ def _expand(document: Document) -> list[str]:
     if expanded is not curriculum:
         document.values["curriculum"] = expanded
     return []
-
-
-def _apply(document: Document, overrides: Sequence[str]) -> list[str]:
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            apply_override(document, override)
-        except ConfigError as error:
-            problems += error.problems
-    return problems
 
 
 def _trainer(document: Document, problems: list[str]) -> type[RunConfig]:

@@ -99,7 +99,7 @@ def _declared(vae: nn.Module, name: str) -> Any:
 
 
 def _exported(config: ModelConfig) -> tuple[list[float], list[float]] | None:
-    path = Path(config.pretrained or "") / _STATISTICS_FILE
+    path = Path(config.pretrained or "") / (config.subfolder or "") / _STATISTICS_FILE
     if config.pretrained is None or not path.exists():
         return None
     try:

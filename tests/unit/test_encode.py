@@ -521,6 +521,8 @@ def test_statistics_come_from_the_model_then_its_export_then_nowhere(tmp_path: P
     (tmp_path / "latent_statistics.json").write_text(json.dumps({"clips": 2, "latents_mean": [1, 2], "latents_std": [3, 4]}))
     assert normalization_of(defaults, exported) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
     assert normalization_of(TinyVideoVAE(), exported) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
+    inside = ModelConfig(source="M", pretrained=str(tmp_path.parent), subfolder=tmp_path.name)
+    assert normalization_of(defaults, inside) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
     assert normalization_of(Declaring([5.0], [6.0]), exported) == LatentNormalization(mean=(5.0,), std=(6.0,))
     assert normalization_of(Declaring([5.0], [6.0], scaling_factor=2.0), exported) == LatentNormalization(mean=(5.0,), std=(3.0,))
     (tmp_path / "latent_statistics.json").write_text('{"latents_mean": [1], "latents_std": [0]}')
