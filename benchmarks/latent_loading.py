@@ -7,7 +7,8 @@ embeddings of 128 tokens of 4,096, all bf16, 1.1 MB in three files a clip. Then 
     dataset         `LatentDataset` in one process, clip by clip, every tensor copied once
     loader          `ClipLoader` with 0, 1 and 2 workers, stacked in batches of 16
 
-`cold` evicts the files from the page cache before every pass, `warm` does not. Run on an idle machine:
+`cold` evicts the files from the page cache before every pass, `warm` does not. A share of plain reading compares passes of the
+same run. Starting the workers counts. Run on an idle machine:
 
     python benchmarks/latent_loading.py --clips 1000 --runs 3 --output benchmarks/results/NAME.json
 
@@ -161,8 +162,9 @@ def _rows(seconds: dict[tuple[str, str], list[float]], index: list[float], megab
         for (cache, name), runs in seconds.items()
     ]
     rows += [
-        figure(f"{name}, {cache} cache", "clips per second", "clips/s", [used / run for run in runs])
+        figure(f"{name}, {cache} cache", "share of plain reading", "%", [100 * plain / run for plain, run in pairs])
         for (cache, name), runs in seconds.items()
+        if (pairs := list(zip(seconds[cache, "plain files"], runs, strict=True))) and name != "plain files"
     ]
     return [*rows, figure("scanning the folder, warm cache", "clips per second", "clips/s", [clips / run for run in index])]
 
