@@ -18,12 +18,19 @@ from typing import Any
 from pydantic import BaseModel
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import EncodeConfig
+from aiprod_ds.config.sample import SampleConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- tools/config_reference.py: begin -->\n", "<!-- tools/config_reference.py: end -->\n"
-_OTHERS: dict[str, type[BaseModel]] = {"audio": AudioVAETrainerConfig, "encode": EncodeConfig}
+_OTHERS: dict[str, type[BaseModel]] = {
+    "audio": AudioVAETrainerConfig,
+    "diffusion": DiffusionTrainerConfig,
+    "encode": EncodeConfig,
+    "sample": SampleConfig,
+}
 _TYPES = {"string": "text", "boolean": "true or false", "object": "mapping", "null": "null"}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
