@@ -7,7 +7,7 @@ second) for every settings file, then trains copies of the run folder whose late
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
-from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.runs import record_of, series, train_and_resume
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
@@ -33,7 +33,6 @@ RESUMES = {"middle_of_the_first_phase": 3, "edge": EDGE, "middle_of_the_last_pha
 RELATIVE_TOLERANCE = 1e-5
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-_MEASURED_TIME = ("time/", "throughput/", "memory/")
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -71,7 +70,7 @@ def test_the_uninterrupted_run_is_what_it_should_be(runs: dict[int, dict[str, An
     assert whole["resumed_from"] == []
     assert whole["updates"] == [EDGE, LAST - EDGE]
     assert whole["checkpoints"] == [f"update_{update:06d}" for update in (3, 4, 6, 8)]
-    assert len(set(_series(whole, "loss/total"))) == LAST, "otherwise the comparisons show nothing"
+    assert len(set(series(whole, "loss/total"))) == LAST, "otherwise the comparisons show nothing"
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -80,13 +79,9 @@ def test_the_uninterrupted_run_is_what_it_should_be(runs: dict[int, dict[str, An
 def test_every_stage_computes_what_the_local_engine_computes(
     runs: dict[int, dict[str, Any]], world: int, case: str, metric: str
 ) -> None:
-    oracle = _series(runs[1]["local"]["whole"], metric)
+    oracle = series(runs[1]["local"]["whole"], metric)
     assert len(oracle) == LAST
-    assert _series(runs[world][case]["whole"], metric) == pytest.approx(oracle, rel=RELATIVE_TOLERANCE, abs=0)
-
-
-def _series(run: dict[str, Any], metric: str) -> list[float]:
-    return [metrics[metric] for _, metrics in run["rows"] if metric in metrics]
+    assert series(runs[world][case]["whole"], metric) == pytest.approx(oracle, rel=RELATIVE_TOLERANCE, abs=0)
 
 
 # Below runs on the ranks.
@@ -94,31 +89,13 @@ def _series(run: dict[str, Any], metric: str) -> list[float]:
 
 def run_every_case(folder: str) -> dict[str, Any]:
     """Returns by case the uninterrupted run and its resumed copies; on one rank also the local engine's run."""
-    results: dict[str, Any] = {case: _run_and_resume(case, Path(folder)) for case in CASES}
+    results: dict[str, Any] = {}
+    for case in CASES:
+        whole = Path(folder) / f"{case}_{dist.world_size()}"
+        results[case] = train_and_resume(partial(_train, case), whole, RESUMES)
     if dist.world_size() == 1:
         results["local"] = {"whole": _train("zero0_fp32", Path(folder) / "local", kind="local")}
     return results
-
-
-def _run_and_resume(case: str, folder: Path) -> dict[str, Any]:
-    whole = folder / f"{case}_{dist.world_size()}"
-    results = {"whole": _train(case, whole)}
-    for name, update in RESUMES.items():
-        copy = whole.with_name(f"{whole.name}_{name}")
-        if dist.is_main():
-            _copy_as_if_stopped_at(update, whole, copy)
-        dist.barrier()
-        results[name] = _train(case, copy)
-    return results
-
-
-def _copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
-    """Keeps metrics.jsonl whole: a killed run has written rows beyond its last checkpoint."""
-    shutil.copytree(whole, copy)
-    (copy / "report.json").unlink()
-    for checkpoint in (copy / "checkpoints").glob("update_*"):
-        if int(checkpoint.name.removeprefix("update_")) > update:
-            shutil.rmtree(checkpoint)
 
 
 def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any]:
@@ -128,22 +105,12 @@ def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any
     torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
     clips = {"dataset": SyntheticVideoDataset(10, 9, 24, 24), "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1)}
     summary = VideoVAETrainer(config, model=model, **clips).train(resume="auto")
-    dist.barrier()  # the main rank writes after the others have their summary
-    rows = [[update, _repeatable(metrics)] for update, metrics in read_metrics(folder / "metrics.jsonl")]
-    checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("update_*"))
     return {
-        "sha256": summary.final_state_sha256,
-        "rows": rows,
-        "checkpoints": checkpoints,
-        "resumed_from": list(summary.resumed_from),
+        **record_of(summary, folder),
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("update_*")),
         "metrics": dict(summary.metrics),
-        "updates": [phase.updates for phase in summary.phases],
         "layout": [summary.engine, summary.world_size, summary.zero_stage, summary.precision],
     }
-
-
-def _repeatable(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith(_MEASURED_TIME)}
 
 
 def _config(case: str, folder: Path, kind: str) -> VAETrainerConfig:
