@@ -7,7 +7,7 @@ There is no scheduler: the loop writes the learning rate. DeepSpeed's own counte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings, deepspeed_dictionary
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import dist
-from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
+from aiprod_ds.engine.layout import (
+    TORCH_DTYPES,
+    engine_layout,
+    find_parameter,
+    group_parameters,
+    persistent_tensors,
+    require_shape,
+)
 from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, require_clip_norm
 from aiprod_ds.errors import CheckpointError, EngineError
@@ -75,6 +82,7 @@ class DeepSpeedEngine:
             for group, members in zip(groups, parameters, strict=True)
             for name, parameter in zip(group.names, members, strict=True)
         }
+        self._parameters = dict(module.named_parameters())
         shapes = {name: internals.parameter_shape(parameter) for name, parameter in self._trained.items()}
         self._layout = engine_layout("deepspeed", settings, self.world_size, groups, shapes)
         self._needs_own_norm = settings.zero_stage == 0 and settings.precision == "fp32"
@@ -209,6 +217,35 @@ class DeepSpeedEngine:
         state = {key: values[name] for key, name in own_names.items()}
         return state | {key: self._on_rank_0(buffer) for key, buffer in buffers.items()}
 
+    def read_value(self, name: str) -> Tensor:
+        """Returns one parameter, whole and in fp32, on every rank: the master of a trained one, the weight of a frozen one.
+        Collective.
+
+        Raises:
+            EngineError: If there is no such parameter.
+        """
+        parameter = find_parameter(self._parameters, name, where="read_value")
+        if name in self._trained:
+            return internals.gather_master(self._engine, parameter).to(self.device, copy=True)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=internals.is_partitioned(self._engine)):
+            return parameter.detach().to(self.device, torch.float32, copy=True)
+
+    def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Sets masters of trained parameters and weights of frozen ones, each rank its own part of them; the optimizer's state
+        stays as it is. Collective.
+
+        Raises:
+            EngineError: If there is no such parameter, or a shape differs.
+        """
+        for name, value in values:
+            parameter = find_parameter(self._parameters, name, where="write_values")
+            require_shape(value, internals.parameter_shape(parameter), name=name)
+            if name in self._trained:
+                internals.write_master(self._engine, parameter, value)
+            else:
+                internals.write_weight(parameter, value)
+        self.refresh_weights()
+
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's own files into the existing empty `folder`. Collective; nothing is committed here."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"aiprod_ds": {}}, save_latest=False)
@@ -245,7 +282,7 @@ class DeepSpeedEngine:
         if self._engine is not None:
             internals.full_teardown(self._engine)
             self._engine = None
-            self._trained = {}
+            self._trained = self._parameters = {}
 
     def _apply_optimizer_config(self) -> None:
         self.set_weight_decay(self._weight_decay)

@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from aiprod_ds.engine.moments import MOMENTS
@@ -193,10 +193,47 @@ def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
     else:
         return _replicated_state(optimizer, parameter)
     return GatheredState(
-        value=safe_get_full_fp32_param(parameter),
+        value=gather_master(engine, parameter),
         moments={key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if key in state},
         step=int(state.get("step", 0)),
     )
+
+
+def gather_master(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """Returns one trained parameter's fp32 master, whole; at stage 0 the master itself. Collective."""
+    if is_partitioned(engine) or isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        gathered: Tensor = safe_get_full_fp32_param(parameter)
+        return gathered
+    return _replicated_master(engine.optimizer, parameter).detach()
+
+
+@torch.no_grad()
+def write_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets one trained parameter's fp32 master to the whole `value`; `refresh_weights` must follow.
+
+    runtime/zero/stage3.py:3183 takes a slice of a partition's length from `value`, which is shorter on the last rank if the
+    ranks share the parameter unevenly, so that the setter of ZeRO-3 fails there.
+    """
+    optimizer = engine.optimizer
+    if is_partitioned(engine):
+        group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        _write_own_part(optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, length), parameter, value)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        _replicated_master(optimizer, parameter).copy_(value)
+
+
+@torch.no_grad()
+def write_weight(parameter: Any, value: Tensor) -> None:
+    """Sets one frozen parameter to the whole `value`, in its own type; `refresh_weights` must follow.
+
+    `deepspeed.zero.GatheredParameters` would gather what is about to be overwritten and broadcast what every rank has.
+    """
+    if hasattr(parameter, "ds_id"):
+        _write_own_part(parameter.ds_tensor, parameter, value)
+    else:
+        parameter.copy_(value)
 
 
 def master_shards(engine: Any) -> list[Tensor]:
@@ -288,19 +325,29 @@ def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def _replicated_state(optimizer: Any, parameter: nn.Parameter) -> GatheredState:
-    """ZeRO-0: masters are the parameters themselves in fp32, and a parallel list of groups in 16 bit."""
-    master: Tensor = parameter
-    base = optimizer
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        base = optimizer.optimizer
-        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
-        master = next(fp32 for bit16, fp32 in pairs if bit16 is parameter)
+    master = _replicated_master(optimizer, parameter)
+    base = optimizer.optimizer if isinstance(optimizer, FP16_UnfusedOptimizer) else optimizer
     state = base.state.get(master, {})
     return GatheredState(
         value=master.detach(),
         moments={key: state[key] for key in MOMENTS if key in state},
         step=int(state.get("step", 0)),
     )
+
+
+def _replicated_master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
+    """ZeRO-0: masters are the parameters themselves in fp32, and a parallel list of groups in 16 bit."""
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return parameter
+    pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+    master: Tensor = next(fp32 for bit16, fp32 in pairs if bit16 is parameter)
+    return master
+
+
+def _write_own_part(part: Tensor, parameter: Any, value: Tensor) -> None:
+    """Copies this rank's part of `value` into a partition, which is longer than it where ranks share unevenly."""
+    own = value.flatten()[parameter.ds_zero_partition_rank * part.numel() :][: part.numel()]
+    part[: own.numel()].copy_(own)
 
 
 def _clear_caches(function: Callable[..., Any]) -> None:

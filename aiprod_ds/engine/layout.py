@@ -1,7 +1,7 @@
 """What an engine trains and what a saved engine state belongs to; the same rules for every engine.
 
-Owns the lookup of parameter groups in a module and the small `engine.json` beside a saved state, which is checked before anything
-else in the folder is opened. Called by the engines only.
+Owns the lookup of parameters in a module, alone and in groups, and the small `engine.json` beside a saved state, which is checked
+before anything else in the folder is opened. Called by the engines only.
 """
 
 from __future__ import annotations
@@ -97,6 +97,32 @@ def group_parameters(module: nn.Module, groups: Sequence[ParameterGroup]) -> lis
     if not names:
         raise EngineError("parameter groups: must name at least one parameter, got none. The module has nothing to train.")
     return [[by_name[name] for name in group.names] for group in groups]
+
+
+def find_parameter(parameters: Mapping[str, nn.Parameter], name: str, *, where: str) -> nn.Parameter:
+    """Returns the parameter of that name.
+
+    Args:
+        parameters: The module's, by name.
+        name: Of the one that is wanted.
+        where: The call that wants it, for the message.
+
+    Raises:
+        EngineError: If there is none.
+    """
+    if name not in parameters:
+        raise EngineError(f"{where}: must name a parameter of the module, got {name!r}. Use a name of `named_parameters()`.")
+    return parameters[name]
+
+
+def require_shape(value: Tensor, shape: torch.Size, *, name: str) -> None:
+    """Checks what `Engine.write_values` is given for the parameter `name` of the whole `shape`.
+
+    Raises:
+        EngineError: If the shapes differ.
+    """
+    if value.shape != shape:
+        raise EngineError(f"write_values: {name} must have the shape {list(shape)}, got {list(value.shape)}. Give all of it.")
 
 
 def persistent_tensors(module: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:

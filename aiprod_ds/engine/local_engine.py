@@ -12,7 +12,7 @@ Deviation from DeepSpeed: gradients of a window are added up in fp32, as DeepSpe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.run import OptimizerConfig
-from aiprod_ds.engine.layout import TORCH_DTYPES, engine_layout, group_parameters, persistent_tensors
+from aiprod_ds.engine.layout import (
+    TORCH_DTYPES,
+    engine_layout,
+    find_parameter,
+    group_parameters,
+    persistent_tensors,
+    require_shape,
+)
 from aiprod_ds.engine.loss_scale import LossScaler
 from aiprod_ds.engine.moments import MOMENTS, scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names, require_clip_norm
@@ -194,6 +201,29 @@ class LocalEngine:
         parameters = dict(self.module.named_parameters())
         state = {key: _host_copy(self._masters.get(name, parameters[name])) for key, name in own_names.items()}
         return state | {key: _host_copy(buffer) for key, buffer in buffers.items()}
+
+    def read_value(self, name: str) -> Tensor:
+        """Returns one parameter in fp32: the master of a trained one, the weight of a frozen one; a new tensor.
+
+        Raises:
+            EngineError: If there is no such parameter.
+        """
+        parameter = find_parameter(dict(self.module.named_parameters()), name, where="read_value")
+        return self._masters.get(name, parameter).detach().to(torch.float32, copy=True)
+
+    def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Sets masters of trained parameters and weights of frozen ones; the optimizer's state stays as it is.
+
+        Raises:
+            EngineError: If there is no such parameter, or a shape differs.
+        """
+        parameters = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, value in values:
+                parameter = find_parameter(parameters, name, where="write_values")
+                require_shape(value, parameter.shape, name=name)
+                self._masters.get(name, parameter).copy_(value)
+        self.refresh_weights()
 
     def save(self, folder: Path) -> None:
         """Writes everything that `load` needs into the existing empty `folder`."""

@@ -7,7 +7,7 @@ control for numerics). The loop knows only this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,6 +145,33 @@ class Engine(Protocol):
     def module_state(self) -> dict[str, Tensor]:
         """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict on the others.
         Collective."""
+
+    def read_value(self, name: str) -> Tensor:
+        """Returns one parameter, whole and in fp32, on every rank. Collective.
+
+        Args:
+            name: As in `module.named_parameters()`.
+
+        Returns:
+            The master of a trained parameter, the weight of a frozen one: a new tensor on `device`.
+
+        Raises:
+            EngineError: If there is no such parameter.
+        """
+
+    def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Sets parameters to whole tensors, taken one at a time; the optimizer's state stays as it is. Collective.
+
+        The fp32 master of a trained parameter is set, and at the end all weights are cast from their masters; of a frozen
+        parameter the weight is set, in its own type. Call it between updates.
+
+        Args:
+            values: Name and fp32 tensor, on the CPU or `device`; the same on every rank, in the same order. They may be made by
+                collectives.
+
+        Raises:
+            EngineError: If there is no such parameter, or a shape differs; the parameters before it are set, their weights not.
+        """
 
     def save(self, folder: Path) -> None:
         """Writes everything that `load` needs into the existing empty `folder`. Collective; nothing is committed here."""

@@ -348,3 +348,47 @@ def test_master_shards_are_the_masters_themselves(precision: str) -> None:
         weight = engine.module.get_parameter(name)
         assert torch.equal(_values(engine)[name], torch.full_like(weight, number + 1.001, dtype=torch.float32))
         assert torch.equal(weight, torch.full_like(weight, number + 1.001))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_written_values_are_read_back_and_leave_the_optimizer_alone(precision: str) -> None:
+    engine = _engine(precision)
+    _update(engine, 0)
+    before = {state.name: state for state in engine.parameter_states()}
+    values = {"first.weight": torch.full((6, 4), 1.001), "frozen.weight": torch.full((4, 4), 2.001)}
+    engine.write_values(values.items())
+    for name, value in values.items():
+        assert torch.equal(engine.module.get_parameter(name), value.to(engine.compute_dtype))
+    assert torch.equal(engine.read_value("first.weight"), values["first.weight"]), "the master, whatever the precision"
+    assert torch.equal(engine.read_value("frozen.weight"), values["frozen.weight"].to(engine.compute_dtype).float())
+    for state in engine.parameter_states():
+        expected = before[state.name]
+        assert torch.equal(state.value, values.get(state.name, expected.value))
+        assert state.step == 1
+        assert all(torch.equal(state.optimizer[key], expected.optimizer[key]) for key in expected.optimizer)
+
+
+@pytest.mark.parametrize("name", ["first.weight", "frozen.weight"])
+def test_a_value_that_was_read_is_a_copy(name: str) -> None:
+    engine = _engine()
+    engine.read_value(name).zero_()
+    assert engine.read_value(name).abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("nothing", torch.zeros(1), "write_values: must name a parameter of the module, got 'nothing'"),
+        ("offset", torch.zeros(4), "got 'offset'"),
+        ("first.bias", torch.zeros(1), r"write_values: first.bias must have the shape \[6\], got \[1\]"),
+        ("frozen.weight", torch.zeros(16), r"shape \[4, 4\], got \[16\]"),
+    ],
+)
+def test_values_must_fit_a_parameter(name: str, value: Tensor, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        _engine().write_values([(name, value)])
+
+
+def test_only_a_parameter_can_be_read() -> None:
+    with pytest.raises(EngineError, match="read_value: must name a parameter of the module, got 'offset'"):
+        _engine().read_value("offset")
