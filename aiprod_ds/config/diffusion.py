@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -11,6 +11,7 @@ from typing_extensions import Self
 from aiprod_ds.config.flow import FlowConfig
 from aiprod_ds.config.latent_data import LatentDataConfig
 from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.phase import PhaseConfig, TrainingMode
 from aiprod_ds.config.preview import PreviewConfig
 from aiprod_ds.config.run import EvaluationConfig, ModelConfig, RunConfig
 
@@ -30,16 +31,19 @@ class DiffusionTrainerConfig(RunConfig):
     Pixels and frames of the phases are those of the clips before they were encoded.
     """
 
+    has_adapters: ClassVar[bool] = True
+
     trainer: Literal["diffusion"] = "diffusion"
     """What is trained."""
     vae: ModelConfig
     """The video VAE of the latents; its weights are compared with those that encoded, and it decodes the previews."""
     audio_vae: ModelConfig | None = None
     """The audio VAE of the latents. Required by models of video and sound, and only by them."""
-    training_mode: Literal["full", "lora"] = "full"
-    """`full` trains every weight of the model, `lora` only the adapters that `lora` describes."""
+    training_mode: TrainingMode = "full"
+    """`full` trains every weight of the model, `lora` only the adapters that `lora` describes. A phase may set its own; between
+    two phases that differ, adapters are merged into the weights."""
     lora: LoraConfig | None = None
-    """The adapters. null: the defaults under `training_mode: lora`; not under `full`."""
+    """The adapters of phases that have no own. null: the defaults; not if no phase trains adapters."""
     data: LatentDataConfig
     """The latents."""
     loss: FlowConfig = FlowConfig()
@@ -56,12 +60,11 @@ class DiffusionTrainerConfig(RunConfig):
             raise ValueError("\n".join(problems))
         return self
 
-    @property
-    def adapters(self) -> LoraConfig | None:
-        """The adapters to train; None when all weights are trained."""
-        if self.training_mode == "full":
+    def phase_adapters(self, phase: PhaseConfig) -> LoraConfig | None:
+        """Returns the adapters that `phase` trains; None if it trains the weights themselves."""
+        if (phase.training_mode or self.training_mode) == "full":
             return None
-        return LoraConfig() if self.lora is None else self.lora
+        return phase.lora or self.lora or LoraConfig()
 
     def loss_weights(self) -> dict[str, float]:
         """Returns every `*_weight` of the loss section."""
@@ -85,8 +88,26 @@ class DiffusionTrainerConfig(RunConfig):
             value = getattr(self.model, name)
             if value is not None:
                 yield f"model.{name}: has no effect for a transformer, got {value}. Set it in the section vae."
-        if self.training_mode == "full" and self.lora is not None:
-            yield "lora: has no effect with training_mode: full, got a value. Remove it or set training_mode: lora."
+        yield from self._adapters_without_effect()
         for index, phase in enumerate(self.curriculum.phases):
             if phase.augment.random_flip is not None:
                 yield f"curriculum.phases[{index}].augment.random_flip: has no effect for latents, got a value. Remove it."
+
+    def _adapters_without_effect(self) -> Iterator[str]:
+        phases = self.curriculum.phases
+        if self.lora is not None and all(self.phase_adapters(phase) != self.lora or phase.lora for phase in phases):
+            yield "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set training_mode: lora."
+        previous = self.phase_adapters(phases[0]) if phases else None
+        for index, phase in enumerate(phases):
+            adapters = self.phase_adapters(phase)
+            if phase.lora is not None and adapters is None:
+                yield (
+                    f"curriculum.phases[{index}].lora: has no effect with training_mode: full, got a value. "
+                    "Remove it or set training_mode: lora."
+                )
+            if adapters != previous and phase.moments in {"keep", "decay"}:
+                yield (
+                    f"curriculum.phases[{index}].moments: must be reset where other parameters are trained, got {phase.moments}. "
+                    "Remove it: a new optimizer begins with the phase."
+                )
+            previous = adapters

@@ -13,11 +13,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.config.model import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 
 _RESOLUTION = re.compile(r"^(\d+)x(\d+)$")
 
 MomentsPolicy = Literal["keep", "reset", "decay"]
+TrainingMode = Literal["full", "lora"]
 
 
 class PhaseResolution(StrictModel):
@@ -147,6 +149,10 @@ class PhaseConfig(StrictModel):
     """Augmentations; what is left out stays as the data section says."""
     activation_checkpointing: bool | None = None
     """On or off in this phase. null: as the DeepSpeed settings say."""
+    training_mode: TrainingMode | None = None
+    """`full` trains every weight of a diffusion transformer, `lora` adapters. null: as the trainer's own section says."""
+    lora: LoraConfig | None = None
+    """The adapters of this phase, under `lora`. null: the trainer's own section `lora`."""
     moments: MomentsPolicy | None = None
     """The optimizer's moments when the phase begins: kept, set to 0 or multiplied by `moment_decay`. null: as the adapter says.
     Not in the first phase."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -17,6 +17,7 @@ from typing_extensions import Self
 from aiprod_ds.config.clip_data import ClipDataConfig
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
+from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.config.model import (
     Fraction,
     FreeMapping,
@@ -124,6 +125,9 @@ class ReportConfig(StrictModel):
 class RunConfig(StrictModel):
     """What the curriculum, the engines, the loop and the reports need to know of any training run."""
 
+    has_adapters: ClassVar[bool] = False
+    """Whether phases may train adapters."""
+
     trainer: str
     """What is trained."""
     output_dir: str = Field(min_length=1)
@@ -158,9 +162,19 @@ class RunConfig(StrictModel):
             for name, value in phase.loss.items()
             if name not in known
         ]
+        problems += [
+            f"curriculum.phases[{index}].{key}: has no effect for trainer {self.trainer}, got a value. Remove it."
+            for index, phase in enumerate(self.curriculum.phases)
+            for key in ("training_mode", "lora")
+            if not self.has_adapters and getattr(phase, key) is not None
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def phase_adapters(self, phase: PhaseConfig) -> LoraConfig | None:  # noqa: ARG002  a diffusion run reads it
+        """Returns the adapters that `phase` trains; None if it trains the weights themselves."""
+        return None
 
     @abstractmethod
     def loss_weights(self) -> dict[str, float]:

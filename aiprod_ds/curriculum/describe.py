@@ -49,6 +49,7 @@ def describe(
     | `learning_rate_max`, `learning_rate_final` | the peak, and the rate at the longest that the phase can be |
     | `schedule`, `warmup_updates` | shape and warm-up of the learning rate |
     | `weight_decay`, `loss_weights`, `random_flip`, `activation_checkpointing` | in force; null: as the engine's settings say |
+    | `training_mode`, `lora_rank` | `full` or `lora`, and the rank of the adapters; null under `full` |
     | `moments`, `moment_scale` | what happens to the optimizer's moments at the start of the phase |
     | `overrides` | those of the last two lines that differ from the trainer's own `config`; null without it |
 
@@ -143,6 +144,8 @@ def _setting_columns(phase: PhasePlan) -> dict[str, Any]:
         "loss_weights": dict(phase.loss_weights),
         "random_flip": phase.random_flip,
         "activation_checkpointing": phase.activation_checkpointing,
+        "training_mode": phase.training_mode,
+        "lora_rank": None if phase.adapters is None else phase.adapters.rank,
         "moments": phase.moments,
         "moment_scale": phase.moment_scale,
     }
@@ -153,9 +156,11 @@ def _overrides(phase: PhasePlan, config: RunConfig) -> dict[str, Any]:
     own |= {f"loss.{name}": weight for name, weight in config.loss_weights().items()}
     in_force = {"weight_decay": phase.weight_decay, "augment.random_flip": phase.random_flip, "moments": phase.moments}
     in_force |= {f"loss.{name}": weight for name, weight in phase.loss_weights.items()}
-    found = {name: value for name, value in in_force.items() if value != own[name]}
+    found: dict[str, Any] = {name: value for name, value in in_force.items() if value != own[name]}
     if phase.activation_checkpointing is not None:
         found["activation_checkpointing"] = phase.activation_checkpointing
+    if phase.training_mode != getattr(config, "training_mode", phase.training_mode):
+        found["training_mode"] = phase.training_mode
     if phase.moments == "decay":
         found["moment_decay"] = phase.moment_scale
     return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aiprod_ds.config.phase import MomentsPolicy, PlateauConfig
+from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.phase import MomentsPolicy, PlateauConfig, TrainingMode
 from aiprod_ds.curriculum.lr import LearningRateSchedule
 
 
@@ -119,6 +120,7 @@ class PhasePlan:
         activation_checkpointing: On or off; None as the engine's settings say.
         moments: What happens to the optimizer's moments when the phase begins; `keep` in the first.
         moment_scale: Factor for both moments at the beginning: 1 keep, 0 reset, otherwise the configured decay.
+        adapters: What is trained in place of the weights; None if the weights themselves are.
     """
 
     index: int
@@ -134,6 +136,12 @@ class PhasePlan:
     activation_checkpointing: bool | None
     moments: MomentsPolicy
     moment_scale: float
+    adapters: LoraConfig | None = None
+
+    @property
+    def training_mode(self) -> TrainingMode:
+        """Whether the weights or adapters are trained."""
+        return "full" if self.adapters is None else "lora"
 
     @property
     def first_update(self) -> int | None:

@@ -102,7 +102,10 @@ class _PhasePlanner:
     def plan(self, phase: PhaseConfig, *, index: int, first: UpdateRange, buckets: tuple[BucketPlan, ...]) -> PhasePlan:
         adapter = self.config.curriculum.adapter
         policy, decay = (phase.moments, phase.moment_decay) if phase.moments else (adapter.moments, adapter.moment_decay)
+        adapters = self.config.phase_adapters(phase)
         policy = policy if index else "keep"
+        if index and adapters != self.config.phase_adapters(self.config.curriculum.phases[index - 1]):
+            policy = "reset"  # other parameters are trained, so a new optimizer begins
         flip = phase.augment.random_flip
         return PhasePlan(
             index=index,
@@ -123,6 +126,7 @@ class _PhasePlanner:
             random_flip=self.config.random_flip() if flip is None else flip,
             activation_checkpointing=phase.activation_checkpointing,
             moments=policy,
+            adapters=adapters,
             moment_scale={"keep": 1.0, "reset": 0.0, "decay": decay or 0.0}[policy],
         )
 

@@ -28,6 +28,7 @@ from aiprod_ds.engine.layout import (
     group_parameters,
     persistent_tensors,
     require_shape,
+    whole_shape,
 )
 from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, require_clip_norm
@@ -83,7 +84,7 @@ class DeepSpeedEngine:
             for name, parameter in zip(group.names, members, strict=True)
         }
         self._parameters = dict(module.named_parameters())
-        shapes = {name: internals.parameter_shape(parameter) for name, parameter in self._trained.items()}
+        shapes = {name: whole_shape(parameter) for name, parameter in self._trained.items()}
         self._layout = engine_layout("deepspeed", settings, self.world_size, groups, shapes)
         self._needs_own_norm = settings.zero_stage == 0 and settings.precision == "fp32"
         self._engine: Any = _initialize(
@@ -239,7 +240,7 @@ class DeepSpeedEngine:
         """
         for name, value in values:
             parameter = find_parameter(self._parameters, name, where="write_values")
-            require_shape(value, internals.parameter_shape(parameter), name=name)
+            require_shape(value, whole_shape(parameter), name=name)
             if name in self._trained:
                 internals.write_master(self._engine, parameter, value)
             else:

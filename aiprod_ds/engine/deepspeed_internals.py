@@ -164,12 +164,6 @@ def clean_up_after_update(engine: Any) -> None:
         _remove_from_forward_stack(set(engine.module.modules()) - {engine.module})
 
 
-def parameter_shape(parameter: nn.Parameter) -> torch.Size:
-    """Returns the whole shape, also of a parameter that ZeRO-3 has partitioned."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
-
-
 def prepare_to_gather(engine: Any) -> None:
     """Links parameters to their optimizer state as it is now.
 

@@ -1,7 +1,7 @@
 """What an engine trains and what a saved engine state belongs to; the same rules for every engine.
 
 Owns the lookup of parameters in a module, alone and in groups, and the small `engine.json` beside a saved state, which is checked
-before anything else in the folder is opened. Called by the engines only.
+before anything else in the folder is opened. Called by the engines; `whole_shape` also by the trainers.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ class EngineLayout:
                 f"{path}: must belong to the same engine layout, got {'; '.join(different)}."
                 " Resume with the settings of the saved run."
             )
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Returns the shape of a parameter, also of one that ZeRO-3 has partitioned, which has one dimension until it is gathered."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def engine_layout(

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.tokens import TokenGrid
 
+TRANSFORMER = "transformer."
+"""What stands before the transformer's own names in the names of a `DiffusionModule`."""
+
 
 class DiffusionModule(nn.Module):
     """Holds a diffusion transformer as `transformer`, so that everything trained is reached through `engine(...)`.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,18 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.config.nearest import suggestion
 from aiprod_ds.errors import CheckpointError, ConfigError
+from aiprod_ds.models.lora_files import CONFIG_FILE, WEIGHTS_FILE, LoraWeights, listed, read_tensors
 from aiprod_ds.rng import stream_seed
 
 _ADAPTER = "default"  # PEFT's own name for the only adapter
 _PEFT_PREFIX = "base_model.model."
 _COMFYUI_PREFIX = "diffusion_model."
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[str], seed: int) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[st
     Raises:
         ConfigError: If a pattern matches no layer that may be wrapped; all such patterns at once.
     """
-    names = _chosen(transformer, config.targets, allowed)
+    names = choose_layers(transformer, config.targets, allowed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "lora"))
         inject_adapter_in_model(_peft_config(config, names), transformer, adapter_name=_ADAPTER)
@@ -62,6 +63,29 @@ def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[st
     wrapped = tuple(name for name, _ in _wrapped_layers(transformer))
     assert wrapped == names, "PEFT wrapped other layers than it was told"
     return wrapped
+
+
+def choose_layers(transformer: nn.Module, targets: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the Linear layers that match one of `targets` and one of `allowed`, in the model's order.
+
+    Raises:
+        ConfigError: If a target matches none; all such targets at once.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    usable = [name for name in linear if any(_matches(name, pattern) for pattern in allowed)]
+    problems = []
+    for index, pattern in enumerate(targets):
+        if any(_matches(name, pattern) for name in usable):
+            continue
+        elsewhere = next((name for name in linear if _matches(name, pattern)), None)
+        if elsewhere is not None:
+            rule, fix = f"inside {', '.join(allowed)}", f"It only matches layers like {elsewhere}. Take it out."
+        else:
+            rule, fix = f"of {type(transformer).__name__}", suggestion(pattern, {_end(name) for name in usable})
+        problems.append(f"lora.targets[{index}]: must match a Linear layer {rule}, got {pattern!r}. {fix}")
+    if problems:
+        raise ConfigError(problems)
+    return tuple(name for name in usable if any(_matches(name, pattern) for pattern in targets))
 
 
 def adapter_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,20 +124,107 @@ def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
 def merge_lora(transformer: nn.Module) -> None:
     """Merges the adapters into their layers and takes them away, in place: a plain model in fp32, all of it trainable.
 
-    Weights must be whole: not partitioned by ZeRO-3, where `merged_state` of the engine's state serves.
+    Weights must be whole: not partitioned by ZeRO-3, where `AdapterNames` says what to read and to write.
     """
-    layers = list(_wrapped_layers(transformer))
     transformer.float()
-    for name, layer in layers:
+    for _, layer in _wrapped_layers(transformer):
         base: Any = layer.get_base_layer()
         parts: Any = layer
         with torch.no_grad():
             base.weight += parts.scaling[_ADAPTER] * (parts.lora_B[_ADAPTER].weight @ parts.lora_A[_ADAPTER].weight)
+    remove_lora(transformer)
+
+
+def remove_lora(transformer: nn.Module) -> None:
+    """Takes the adapters away without merging them, in place: the plain model, all of it trainable, its weights untouched.
+
+    Weights may be partitioned by ZeRO-3. A model without adapters becomes trainable.
+    """
+    layers = list(_wrapped_layers(transformer))
+    for name, layer in layers:
         parent, _, own = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), own, base)
+        setattr(transformer.get_submodule(parent), own, layer.get_base_layer())
     if layers:
         del transformer.peft_config
     transformer.requires_grad_(True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterNames:
+    """The parameters of one wrapped layer, by their names in the transformer.
+
+    Attributes:
+        layer: The layer's own name in the plain model.
+        scale: Factor of B A.
+    """
+
+    layer: str
+    scale: float
+
+    @property
+    def base(self) -> str:
+        """The frozen weight W."""
+        return f"{self.layer}.base_layer.weight"
+
+    @property
+    def down(self) -> str:
+        """A."""
+        return f"{self.layer}.lora_A.{_ADAPTER}.weight"
+
+    @property
+    def up(self) -> str:
+        """B."""
+        return f"{self.layer}.lora_B.{_ADAPTER}.weight"
+
+    @property
+    def plain(self) -> str:
+        """The weight W of the plain model, where a merged one goes."""
+        return f"{self.layer}.weight"
+
+
+def adapter_names(transformer: nn.Module) -> tuple[AdapterNames, ...]:
+    """Returns the names of every wrapped layer's parameters, in the model's order; none for a plain model."""
+    found = []
+    for name, layer in _wrapped_layers(transformer):
+        parts: Any = layer
+        found.append(AdapterNames(layer=name, scale=parts.scaling[_ADAPTER]))
+    return tuple(found)
+
+
+def start_from(transformer: nn.Module, lora: LoraWeights) -> None:
+    """Gives the adapters of a wrapped transformer the values that `lora` has, in place, to go on training them.
+
+    Where the scales differ, B is multiplied by theirs over the model's, so that the function is that of `lora`.
+
+    Worked number: scale 1.5 in the file and 0.5 in the model: B is multiplied by 3.
+
+    Args:
+        transformer: From `add_lora`; its weights whole, not partitioned by ZeRO-3.
+        lora: Of the same layers and the same rank in all of them.
+
+    Raises:
+        CheckpointError: If layers or ranks differ; nothing is changed then.
+    """
+    names = adapter_names(transformer)
+    own, theirs = {name.layer for name in names}, set(lora.layers)
+    if own != theirs:
+        surplus = listed(sorted(theirs - own)) or "none"
+        missing = listed(sorted(own - theirs)) or "none"
+        raise CheckpointError(
+            f"{lora.source}: must adapt the layers that lora.targets name, got {surplus} beside them and without {missing}. "
+            "Set lora.targets to the file's layers."
+        )
+    ranks = {transformer.get_parameter(name.down).shape[0] for name in names}
+    if set(lora.ranks()) != ranks:
+        raise CheckpointError(
+            f"{lora.source}: must have the rank of the configuration ({', '.join(map(str, ranks))}) in every layer, got "
+            f"{', '.join(map(str, lora.ranks()))}. Set lora.rank, or merge the file with model.lora_checkpoint."
+        )
+    for name in names:
+        layer = lora.layers[name.layer]
+        with torch.no_grad():
+            transformer.get_parameter(name.down).copy_(layer.down)
+            transformer.get_parameter(name.up).copy_(layer.up * (layer.scale / name.scale))
 
 
 def save_peft(adapters: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> None:
@@ -132,7 +243,7 @@ def save_peft(adapters: Mapping[str, Tensor], config: LoraConfig, folder: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     peft_config.save_pretrained(str(folder))
     tensors = {f"{_PEFT_PREFIX}{name}": value.contiguous() for name, value in adapters.items()}
-    save_file(tensors, folder / _WEIGHTS_FILE, metadata={"format": "pt", "lora_adapter_metadata": _for_diffusers(peft_config)})
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "lora_adapter_metadata": _for_diffusers(peft_config)})
 
 
 def save_comfyui(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path, *, original_name: Callable[[str], str]) -> None:
@@ -190,24 +301,6 @@ def load_lora(transformer: nn.Module, folder: Path, *, allowed: Sequence[str]) -
     return config
 
 
-def _chosen(transformer: nn.Module, targets: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    usable = [name for name in linear if any(_matches(name, pattern) for pattern in allowed)]
-    problems = []
-    for index, pattern in enumerate(targets):
-        if any(_matches(name, pattern) for name in usable):
-            continue
-        elsewhere = next((name for name in linear if _matches(name, pattern)), None)
-        if elsewhere is not None:
-            rule, fix = f"inside {', '.join(allowed)}", f"It only matches layers like {elsewhere}. Take it out."
-        else:
-            rule, fix = f"of {type(transformer).__name__}", suggestion(pattern, {_end(name) for name in usable})
-        problems.append(f"lora.targets[{index}]: must match a Linear layer {rule}, got {pattern!r}. {fix}")
-    if problems:
-        raise ConfigError(problems)
-    return tuple(name for name in usable if any(_matches(name, pattern) for pattern in targets))
-
-
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
@@ -249,11 +342,11 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
 
 def _read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
-        values = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-        adapters = {name.removeprefix(_PEFT_PREFIX): value for name, value in load_file(folder / _WEIGHTS_FILE).items()}
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        adapters = {name.removeprefix(_PEFT_PREFIX): value for name, value in read_tensors(folder / WEIGHTS_FILE)[0].items()}
         rank, alpha, dropout = int(values["r"]), float(values["lora_alpha"]), float(values["lora_dropout"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: must hold {_CONFIG_FILE} and {_WEIGHTS_FILE} of a LoRA adapter ({error}).") from error
+    except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
+        raise CheckpointError(f"{folder}: must hold {CONFIG_FILE} and {WEIGHTS_FILE} of a LoRA adapter ({error}).") from error
     other = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if values.get(key)]
     if other:
         raise CheckpointError(f"{folder}: must be a plain LoRA adapter of one rank, got {', '.join(other)}. Convert it first.")

@@ -36,6 +36,7 @@ def render_page(summary: RunSummary) -> str:
         _measures_table(summary.metrics),
         _pictures("What it looks like", summary.pictures),
         _phases(summary),
+        _retrained(summary.retrained),
         _pictures("Curves", summary.plots),
         _time(summary.time_seconds),
         _replacements(summary.replacements),
@@ -103,6 +104,17 @@ def _phases(summary: RunSummary) -> str:
     ]
     skipped = f"\n\n{summary.skipped_updates:,} updates were skipped for overflow." if summary.skipped_updates else ""
     return "## Phases\n\n" + _table(header, rows) + skipped
+
+
+def _retrained(changes: Sequence[Mapping[str, Any]]) -> str:
+    if not changes:
+        return ""
+    header = ("at the start of phase", "trained before", "trained after", "relative difference of the answer", "time")
+    rows = [
+        (change["phase"], *change["trained"], f"{change['relative_difference']:.1e}", _duration(change["seconds"]))
+        for change in changes
+    ]
+    return "## What was trained\n\n" + _table(header, rows)
 
 
 def _shape_cells(phase: PhaseSummary) -> tuple[str, str, str]:

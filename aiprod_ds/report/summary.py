@@ -71,6 +71,8 @@ class RunSummary:
         time_seconds: Wall time per activity (`Stopwatch.breakdown`).
         environment: What `environment.describe_environment` returns: versions, hardware, commit, command.
         replacements: Everything done in place of what was asked, in words, one entry each.
+        retrained: Changes of the trained parameters between phases: phase, what was trained before and after, the relative
+            difference of the model's answer, seconds.
         resumed_from: Checkpoints that this run continued from, oldest first.
         error: What ended the run, if it failed.
     """
@@ -95,6 +97,7 @@ class RunSummary:
     environment: Mapping[str, Any]
     data: DataSummary
     replacements: tuple[str, ...] = ()
+    retrained: tuple[Mapping[str, Any], ...] = ()
     resumed_from: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
     plots: tuple[Picture, ...] = ()

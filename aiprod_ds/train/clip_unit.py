@@ -40,6 +40,9 @@ class ClipUnit:
     snapped: tuple[str, ...]
     module: nn.Module
 
+    def prepare(self, phase: PhasePlan) -> None:
+        """Leaves the module as it is: all phases train the same parameters."""
+
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Returns matrices and kernels, which are decayed, and vectors and scalars, which are not."""
         return decay_groups(self.module)

@@ -20,10 +20,11 @@ from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
+from aiprod_ds.engine.carried import CarriedValues
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms
-from aiprod_ds.models.diffusion import DiffusionModule
+from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
 from aiprod_ds.models.families.protocol import Family, require_token_timesteps
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.models.registry import build_model
@@ -39,6 +40,8 @@ from aiprod_ds.train.latent_data import open_latent_datasets, open_latent_files,
 from aiprod_ds.train.preview import Previews
 from aiprod_ds.train.trainer import Trainer
 from aiprod_ds.train.unit import Evaluation, Examples
+
+_PROBE_LEVEL = 0.5
 
 
 class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
@@ -75,7 +78,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             raise PlanError([f"{self.source}: {problem}" for problem in problems])
         if self.config.loss.first_frame_probability > 0:
             require_token_timesteps(self.family)
-        self._add_adapters(on_meta(self.shapes))  # what does not fit is found before weights are loaded
+        for phase in plan.phases:  # what does not fit is found before weights are loaded
+            _set_adapters(on_meta(self.shapes), self.family, phase, seed=self.config.seed)
         return plan
 
     def _problems(self, plan: RunPlan) -> Iterator[str]:
@@ -98,8 +102,6 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         return open_latent_files(self.config, strides=self.strides, with_audio="audio" in self.family.modalities)
 
     def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> DiffusionUnit:
-        model.requires_grad_(True)
-        self._add_adapters(model)
         return DiffusionUnit(
             config=self.config,
             plan=plan,
@@ -108,13 +110,6 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             snapped=snap_notes(plan, self.strides),
             module=DiffusionModule(model, self.family),
         )
-
-    def _add_adapters(self, model: nn.Module) -> None:
-        """Wraps the layers that get adapters and freezes the rest; does nothing when all weights are trained."""
-        if self.config.adapters is not None:
-            from aiprod_ds.models.lora import add_lora  # imports peft, which takes seconds
-
-            add_lora(model, self.config.adapters, allowed=self.family.lora_targets, seed=self.config.seed)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +133,38 @@ class DiffusionUnit(ClipUnit):
             self._previews = Previews(
                 config.preview, family=family, decoder=self._decoder, empty_prompt=empty_prompt, seed=config.seed
             )
+
+    def prepare(self, phase: PhasePlan) -> None:
+        """Makes the transformer have the adapters that `phase` trains, or none; weights stay as they are."""
+        _set_adapters(self.module.transformer, self.module.family, phase, seed=self.config.seed)
+
+    def carried(self, engine: Engine) -> CarriedValues:
+        """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer. Collective."""
+        from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
+
+        values = CarriedValues()
+        for names in adapter_names(self.module.transformer):
+            base, down, up = (engine.read_value(f"{TRANSFORMER}{name}") for name in (names.base, names.down, names.up))
+            values.add(names.plain, base + names.scale * (up @ down))
+        return values
+
+    def written(self, carried: CarriedValues) -> Iterator[tuple[str, Tensor]]:
+        """Yields what was carried by the names in the module as it is now. Collective."""
+        from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
+
+        wrapped = {names.plain: names.base for names in adapter_names(self.module.transformer)}
+        for name, value in carried.whole():
+            yield f"{TRANSFORMER}{wrapped.get(name, name)}", value
+
+    def probe(self, engine: Engine) -> Tensor:
+        """Returns the velocities that the transformer predicts for the first held-out clip, half noised, in one vector."""
+        engine.eval()
+        bucket = self.plan.phases[-1].buckets[0]
+        item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
+        tensors = _on_device({name: tensor[None] for name, tensor in item.items()}, engine.device)
+        answer = self._objective.answer(engine, tensors, place=0, noise_level=_PROBE_LEVEL)
+        engine.train()
+        return torch.cat([answer[modality].float().flatten().cpu() for modality in self.module.family.modalities])
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Noises one micro-batch and compares velocities; every draw depends on a clip's place in the global order."""
@@ -163,8 +190,13 @@ class DiffusionUnit(ClipUnit):
         return Evaluation(metrics=metrics, headline=f"loss {metrics['loss']:.4f}", examples=self._make_previews(engine))
 
     def export(self, engine: Engine, folder: Path) -> None:
-        """Writes the trained model in diffusers' layout, or the adapters in PEFT's and ComfyUI's."""
-        export_transformer(engine, self.module, folder, lora=self.config.adapters)
+        """Writes the trained model in diffusers' layout, or the adapters in PEFT's and ComfyUI's.
+
+        Beside adapters stands the model that they belong to if this run has trained that too.
+        """
+        last = self.plan.phases[-1].adapters
+        has_new_base = any(phase.adapters != last for phase in self.plan.phases)
+        export_transformer(engine, self.module, folder, lora=last, with_base=has_new_base)
 
     def replacements(self) -> tuple[str, ...]:
         """Returns snapped frame counts, clips that do not fit their bucket, and what stands in for a missing vocoder."""
@@ -190,6 +222,17 @@ class DiffusionUnit(ClipUnit):
             self.module.family.tokens({name: tensor[None] for name, tensor in item.items()})
         except DataError as error:
             raise PlanError(f"data: {error}") from error
+
+
+def _set_adapters(transformer: nn.Module, family: Family, phase: PhasePlan, *, seed: int) -> None:
+    if phase.adapters is None and not hasattr(transformer, "peft_config"):
+        transformer.requires_grad_(True)
+        return
+    from aiprod_ds.models.lora import add_lora, remove_lora  # imports peft, which takes seconds
+
+    remove_lora(transformer)
+    if phase.adapters is not None:
+        add_lora(transformer, phase.adapters, allowed=family.lora_targets, seed=seed)
 
 
 def _on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -71,14 +71,25 @@ class FlowObjective:
         The noise depends on the clip's place and on nothing else: it is the same at every level, in every run and for every
         world size.
         """
+        samples, predicted = self._held_out(engine, tensors, place=place, noise_level=noise_level)
+        return {modality: float(flow_losses(predicted[modality], sample)) for modality, sample in samples.items()}
+
+    @torch.no_grad()
+    def answer(self, engine: Engine, tensors: Mapping[str, Tensor], *, place: int, noise_level: float) -> dict[str, Tensor]:
+        """Returns the velocities [1,L,D] that `held_out` measures."""
+        _, predicted = self._held_out(engine, tensors, place=place, noise_level=noise_level)
+        return predicted
+
+    def _held_out(
+        self, engine: Engine, tensors: Mapping[str, Tensor], *, place: int, noise_level: float
+    ) -> tuple[dict[str, FlowSample], dict[str, Tensor]]:
         tokens = self.family.tokens(tensors)
         level_B = torch.tensor([noise_level])
         samples = {
             modality: noised(part.values, level_B, seeds=[stream_seed(_EVALUATION_SEED, "evaluation_noise", modality, place)])
             for modality, part in tokens.items()
         }
-        predicted = self._predict(engine, samples, tensors, tokens)
-        return {modality: float(flow_losses(predicted[modality], sample)) for modality, sample in samples.items()}
+        return samples, self._predict(engine, samples, tensors, tokens)
 
     def _samples(self, tokens: Mapping[str, Tokens], places: Sequence[tuple[int, ...]]) -> dict[str, FlowSample]:
         samples = {}

@@ -17,6 +17,7 @@ class History:
         phase_updates: Phase name -> applied updates.
         phase_seconds: Phase name -> training seconds, pauses excluded.
         phase_ends: Phase name -> what ended it: updates, epochs or plateau.
+        retrained: `Retraining.to_dict` of every change of the trained parameters.
         resumed_from: Checkpoint names that the run continued from.
     """
 
@@ -25,6 +26,7 @@ class History:
     phase_updates: dict[str, int] = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     phase_ends: dict[str, str] = field(default_factory=dict)
+    retrained: list[dict[str, Any]] = field(default_factory=list)
     resumed_from: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class TrainingLoop:
 
     Attributes:
         save: Saves a checkpoint of the given clock. Collective.
+        retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by those of a new trained
+            set. Collective.
         checkpointing_default: Whether phases that do not say recompute activations.
         clock: Where the run stands; replaced, never changed.
         ema: The average of the weights that is evaluated in their place, if the run keeps one.
@@ -58,6 +60,7 @@ class TrainingLoop:
     stopwatch: Stopwatch
     folder: Path
     save: Callable[[Clock], None]
+    retrain: Callable[[TrainingLoop, PhasePlan, PhasePlan], None]
     checkpointing_default: bool
     clock: Clock
     history: History
@@ -82,7 +85,11 @@ class TrainingLoop:
             self._finish_phase(phase)
             if action is Action.FINISHED:
                 return
-            self.clock = self.clock.at_phase(phase.index + 1)
+            following = self.plan.phases[phase.index + 1]
+            if following.adapters != phase.adapters:
+                with self.stopwatch.during(Activity.TRANSITION):
+                    self.retrain(self, phase, following)
+            self.clock = self.clock.at_phase(following.index)
 
     def _run_phase(self, phase: PhasePlan) -> Action:
         decision = self.scheduler.decision(self.clock)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from aiprod_ds.engine.layout import whole_shape
 from aiprod_ds.engine.protocol import ParameterGroup
 
 
@@ -23,4 +24,4 @@ def decay_groups(module: nn.Module) -> Sequence[ParameterGroup]:
 
 
 def _is_vector(parameter: Tensor) -> bool:
-    return sum(size > 1 for size in parameter.shape) <= 1
+    return sum(size > 1 for size in whole_shape(parameter)) <= 1

@@ -108,6 +108,7 @@ def _summarize(
         environment=describe_environment() if dist.is_main() else {},
         data=facts.unit.data_summary(),
         replacements=facts.unit.replacements(),
+        retrained=tuple(history.retrained),
         resumed_from=tuple(history.resumed_from),
         pictures=_pictures(facts) if dist.is_main() else (),
         plots=_plots(facts) if dist.is_main() else (),

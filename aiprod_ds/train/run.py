@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints, to_yaml
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.describe import describe
-from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import CurriculumScheduler
 from aiprod_ds.curriculum.steering import check_steering
 from aiprod_ds.engine import dist
@@ -41,6 +42,7 @@ from aiprod_ds.train.engines import build_engine, read_settings
 from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended
+from aiprod_ds.train.retrain import retrain
 from aiprod_ds.train.transition import check_checkpointing
 from aiprod_ds.train.unit import Unit
 
@@ -96,11 +98,7 @@ def run_training(
     if dist.is_main():
         _prepare_folder(run, checkpoint, move_aside=resume == "never")
     dist.barrier()
-    engine = build_engine(config, run.settings, unit, plan)
-    try:
-        return _train(run, engine, checkpoint)
-    finally:
-        engine.close()
+    return _train(run, checkpoint)
 
 
 def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str) -> dict[str, float]:
@@ -115,7 +113,7 @@ def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume:
         raise CheckpointError(
             f"{run.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another --output-dir."
         )
-    engine = build_engine(config, run.settings, unit, plan)
+    engine = _build(run, plan.phases[checkpoint.state.clock.phase])
     try:
         ema = _new_ema(config, engine)
         _load(checkpoint, engine, ema)
@@ -140,7 +138,23 @@ def _new_run(config: RunConfig, unit: Unit, plan: RunPlan, source: str, console:
     return _Run(facts=facts, source=source, settings=settings, console=console)
 
 
-def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSummary:
+def _build(run: _Run, phase: PhasePlan) -> Engine:
+    """Returns an engine that trains what `phase` trains."""
+    run.facts.unit.prepare(phase)
+    return build_engine(run.config, run.settings, run.facts.unit, run.plan)
+
+
+def _train(run: _Run, checkpoint: Checkpoint | None) -> RunSummary:
+    engine = _build(run, run.plan.phases[0 if checkpoint is None else checkpoint.state.clock.phase])
+    loop: TrainingLoop | None = None
+    try:
+        loop = _new_loop(run, engine, checkpoint)
+        return _run(run, loop)
+    finally:
+        (engine if loop is None else loop.engine).close()
+
+
+def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> TrainingLoop:
     scheduler, clock, history = CurriculumScheduler(run.plan), Clock(), History()
     ema, clip = _new_ema(run.config, engine), _new_clip(run.config)
     if checkpoint is not None:
@@ -163,9 +177,9 @@ def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSumma
             phase_fingerprints=phase_fingerprints(run.config),
             layout=run.facts.layout,
             history=history.to_dict(),
-            adaptive_clip={} if clip is None else clip.to_dict(),
+            adaptive_clip={} if loop.clip is None else loop.clip.to_dict(),
         )
-        _save(engine, ema, run.store, state)
+        _save(loop.engine, loop.ema, run.store, state)
 
     loop = TrainingLoop(
         config=run.config,
@@ -177,23 +191,37 @@ def _train(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> RunSumma
         stopwatch=stopwatch,
         folder=run.folder,
         save=save,
+        retrain=partial(_retrain, run),
         checkpointing_default=run.settings.activation_checkpointing,
         clock=clock,
         history=history,
         ema=ema,
         clip=clip,
     )
+    return loop
+
+
+def _run(run: _Run, loop: TrainingLoop) -> RunSummary:
     try:
         loop.run()
     except BaseException as error:
-        recorder.close()
+        loop.recorder.close()
         _report_ended(run, loop, error)
         raise
-    recorder.close()
-    summary = report_completed(run.facts, engine, loop)
+    loop.recorder.close()
+    summary = report_completed(run.facts, loop.engine, loop)
     if dist.is_main():
         print_summary(run.console, summary, report=run.folder / "report.md")
     return summary
+
+
+def _retrain(run: _Run, loop: TrainingLoop, before: PhasePlan, after: PhasePlan) -> None:
+    loop.ema = loop.clip = None  # they follow parameters that are about to go
+    loop.engine, done = retrain(
+        loop.engine, run.facts.unit, before, after, build=lambda: build_engine(run.config, run.settings, run.facts.unit, run.plan)
+    )
+    loop.ema, loop.clip = _new_ema(run.config, loop.engine), _new_clip(run.config)
+    loop.history.retrained.append(done.to_dict())
 
 
 def _new_ema(config: RunConfig, engine: Engine) -> Ema | None:

@@ -62,6 +62,9 @@ class Unit(Protocol):
     def module(self) -> nn.Module:
         """What the engine trains."""
 
+    def prepare(self, phase: PhasePlan) -> None:
+        """Makes the module have what `phase` trains, and mark it. Called while no engine holds the module."""
+
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Returns the trained parameters by optimizer settings."""
 

@@ -23,7 +23,7 @@ MODES = ("full", "lora")
 CASES = tuple((f"zero{stage}_fp32", mode) for stage in range(4) for mode in MODES)
 WITH_DROPOUT = ("zero2_fp32", "lora")  # its masks belong to ranks, so it has no oracle; a resumed run repeats them
 EDGE, LAST = 3, 6  # with a checkpoint every 2 updates they stand at 2, 3 (edge), 4 and 6 (end)
-RESUMES = {"middle": 2, "edge": EDGE, "late": 4}
+RESUMES = {"middle": 2, "edge": EDGE}
 
 # The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in another order, and
 # Adam turns rounding of tiny gradients into steps of the learning rate's size.

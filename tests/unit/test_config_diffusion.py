@@ -34,27 +34,38 @@ def problems(given: dict[str, Any]) -> list[str]:
     return [line for error in caught.value.errors() for line in str(error["ctx"]["error"]).splitlines()]
 
 
+FULL, LORA = {**SHAPE, "training_mode": "full"}, {**SHAPE, "training_mode": "lora"}
+SMALL = {**LORA, "lora": {"rank": 4}}
+
+
 @pytest.mark.parametrize(
     ("given", "adapters"),
     [
-        (values(SHAPE), None),
-        (values({**SHAPE, "loss": {"audio_weight": 0.5}}), None),
-        (values(SHAPE, training_mode="lora"), LoraConfig()),
-        (values(SHAPE, training_mode="lora", lora={"rank": 4}), LoraConfig(rank=4)),
+        (values(SHAPE), [None]),
+        (values({**SHAPE, "loss": {"audio_weight": 0.5}}), [None]),
+        (values(SHAPE, training_mode="lora"), [LoraConfig()]),
+        (values(SHAPE, training_mode="lora", lora={"rank": 4}), [LoraConfig(rank=4)]),
+        (values(LORA, SHAPE), [LoraConfig(), None]),
+        (values(SHAPE, FULL, SMALL, training_mode="lora"), [LoraConfig(), None, LoraConfig(rank=4)]),
+        (values(LORA, {**FULL, "moments": "reset"}, lora={"rank": 4}), [LoraConfig(rank=4), None]),
+        (values(LORA, {**LORA, "moments": "keep"}), [LoraConfig(), LoraConfig()]),
     ],
 )
-def test_modes_and_weights(given: dict[str, Any], adapters: LoraConfig | None) -> None:
+def test_modes_and_weights(given: dict[str, Any], adapters: list[LoraConfig | None]) -> None:
     config = DiffusionTrainerConfig.model_validate(given)
     assert (config.trainer, config.clip_rate_hz(), config.random_flip()) == ("diffusion", None, False)
     assert config.loss_weights() == {"video_weight": 1.0, "audio_weight": 0.25}
-    assert config.adapters == adapters
+    assert [config.phase_adapters(phase) for phase in config.curriculum.phases] == adapters
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (values({"duration": {"frames": 9}}), "curriculum.phases[0].resolution: must be given for video, got nothing. Add `resolution:`."),
-        (values(SHAPE, lora={"rank": 4}), "lora: has no effect with training_mode: full, got a value. Remove it or set training_mode: lora."),
+        (values(SHAPE, lora={"rank": 4}), "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set training_mode: lora."),
+        (values(SMALL, lora={"rank": 8}), "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set training_mode: lora."),
+        (values({**SHAPE, "lora": {}}), "curriculum.phases[0].lora: has no effect with training_mode: full, got a value. Remove it or set training_mode: lora."),
+        (values(LORA, {**FULL, "moments": "keep"}), "curriculum.phases[1].moments: must be reset where other parameters are trained, got keep. Remove it: a new optimizer begins with the phase."),
         (values({**SHAPE, "augment": {"random_flip": True}}), "curriculum.phases[0].augment.random_flip: has no effect for latents, got a value. Remove it."),
         (values(SHAPE, model={"source": "M", "spatial_stride": 8}), "model.spatial_stride: has no effect for a transformer, got 8. Set it in the section vae."),
         (values(SHAPE, model={"source": "M", "temporal_stride": 8}), "model.temporal_stride: has no effect for a transformer, got 8. Set it in the section vae."),
