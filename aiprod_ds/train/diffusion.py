@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.config.encode import AudioEncoderConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
@@ -35,6 +36,7 @@ from aiprod_ds.train.clip_unit import ClipUnit
 from aiprod_ds.train.decoding import LatentDecoder
 from aiprod_ds.train.diffusion_export import export_transformer
 from aiprod_ds.train.diffusion_objective import FlowObjective
+from aiprod_ds.train.encode_models import audio_form
 from aiprod_ds.train.held_out import held_out_turns
 from aiprod_ds.train.latent_data import open_latent_datasets, open_latent_files, read_empty_prompt
 from aiprod_ds.train.preview import Previews
@@ -90,10 +92,25 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             yield f"audio_vae: has no effect for the family {name!r}, which makes no sound, got a value. Remove it."
         if "audio" not in modalities and self.config.loss.shared_noise_level:
             yield f"loss.shared_noise_level: has no effect for the family {name!r}, which makes no sound, got true. Remove it."
+        yield from self._rate_problems()
         for phase in plan.phases:
             if not any(phase.loss_weights[f"{modality}_weight"] > 0 for modality in modalities):
                 weights = " or ".join(f"{modality}_weight" for modality in modalities)
                 yield f"curriculum.phases[{phase.index}].loss: {weights} must exceed 0, got 0. Raise one."
+
+    def _rate_problems(self) -> Iterator[str]:
+        """Positions of sound are in seconds, so transformer and audio VAE must agree on how long a latent lasts."""
+        expected = getattr(self.family, "audio_latents_per_second", None)
+        if self.config.audio_vae is None or expected is None:
+            return
+        vae = build_model(self.config.audio_vae, seed=self.config.seed, device="meta")
+        form = audio_form(vae, AudioEncoderConfig(model=self.config.audio_vae))
+        found = form.sample_rate_hz / form.hop
+        if abs(found - expected) > 1e-6 * expected:
+            yield (
+                f"model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be the latents per second of "
+                f"audio_vae, {found:g}, got {expected:g}. Correct them, or name the VAE that belongs to the model."
+            )
 
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
         return open_latent_datasets(dataset, validation, strides=self.strides)

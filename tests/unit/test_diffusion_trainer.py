@@ -97,6 +97,11 @@ def test_the_loss_falls_at_every_noise_level_on_clips_that_are_alike(tmp_path: P
     ("family", "sections", "message"),
     [
         ("ltx2", {"audio_vae": None}, "test.yaml: audio_vae: must be given for the family 'ltx2', which makes sound"),
+        (
+            "ltx2",
+            {"model": {"source": "LTX2VideoTransformer3DModel", "config": {**LTX2.tiny_config(), "audio_hop_length": 320}}},
+            "test.yaml: model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be .* 25, got 12.5",
+        ),
         ("ltx", SOUND, "test.yaml: audio_vae: has no effect for the family"),
         ("ltx", {"loss": {"shared_noise_level": True}}, "test.yaml: loss.shared_noise_level: has no effect for the family"),
         ("ltx", {"loss": {"video_weight": 0.0}}, r"test.yaml: curriculum.phases\[0\].loss: video_weight must exceed 0, got 0"),
