@@ -242,14 +242,10 @@ def _longest_phase_change(folder: Path) -> float:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    from aiprod_ds.report.jsonl import read_metrics
+    from aiprod_ds.testing.runs import repeatable_rows
 
-    measured = ("time/", "throughput/", "memory/")
-    rows = [
-        [update, {name: value for name, value in metrics.items() if not name.startswith(measured)}]
-        for update, metrics in read_metrics(folder / "metrics.jsonl")
-    ]
-    return {"sha256": json.loads((folder / "report.json").read_text())["final_state_sha256"], "rows": rows}
+    digest = json.loads((folder / "report.json").read_text())["final_state_sha256"]
+    return {"sha256": digest, "rows": repeatable_rows(folder)}
 
 
 if __name__ == "__main__":
