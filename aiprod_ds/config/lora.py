@@ -26,3 +26,13 @@ class LoraConfig(StrictModel):
     def scale(self) -> float:
         """The factor alpha / rank. Worked number: alpha 16 and rank 32 make 0.5."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+class LoraFileConfig(StrictModel):
+    """A trained LoRA. Its forms are in docs/tools.md; reading it is `aiprod_ds.models.lora_files`."""
+
+    path: str = Field(min_length=1)
+    """A PEFT folder (`adapter_config.json` and `adapter_model.safetensors`), or one safetensors file with the keys of ComfyUI or
+    diffusers."""
+    alpha: PositiveFloat | None = None
+    """What a layer's rank divides to give the adapter's strength. Required by a file that does not say it, and only by it."""

@@ -262,7 +262,7 @@ def save_comfyui(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path,
     for layer in _layers_of(adapters):
         key = f"{_COMFYUI_PREFIX}{original_name(layer)}"
         tensors[f"{key}.lora_A.weight"] = adapters[f"{layer}.lora_A.weight"].contiguous()
-        tensors[f"{key}.lora_B.weight"] = adapters[f"{layer}.lora_B.weight"] * config.scale
+        tensors[f"{key}.lora_B.weight"] = (adapters[f"{layer}.lora_B.weight"] * config.scale).contiguous()
     numbers = {"rank": str(config.rank), "alpha": str(config.scale * config.rank), "alpha_is_folded": "true"}
     save_file(tensors, path, metadata={"format": "pt", **numbers})
 
