@@ -9,27 +9,47 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import Tensor, nn
 
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.cli import main
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.curriculum import default_phases
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
+from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
+from aiprod_ds.config.flow import FlowConfig, NoiseLevelConfig
 from aiprod_ds.config.loader import load_config
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.run import ModelConfig, OptimizerConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import describe
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.losses.noise_level import noise_level_shift
+from aiprod_ds.models.diffusion import DiffusionModule
+from aiprod_ds.models.families.ltx import LTXVideo
+from aiprod_ds.models.families.registry import find_family
+from aiprod_ds.models.lora import add_lora
+from aiprod_ds.models.sampling import noise_levels
+from aiprod_ds.optim.adaptive_clip import NormStatistics
+from aiprod_ds.optim.ema import ema_decay
 from aiprod_ds.report.metric_names import table_markdown
 from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunSummary
+from aiprod_ds.testing.families import tiny_batch, tiny_transformer, velocities
+from aiprod_ds.train.diffusion_export import export_transformer
+from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.retrain import Retraining
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGES = [_ROOT / "README.md", _ROOT / "ds_configs" / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+_STRIDES = ModelStrides(spatial=32, temporal=8)
 _CONFIGURATIONS = sorted((_ROOT / "configs").rglob("*.yaml"))
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
@@ -119,8 +139,7 @@ def test_there_are_examples_to_load() -> None:
 
 @pytest.mark.slow
 def test_the_python_example_runs(tmp_path: Path) -> None:
-    (program,) = _blocks(_ROOT / "docs" / "guide.md", "python")
-    (tmp_path / "example.py").write_text(program)
+    (tmp_path / "example.py").write_text(_python_example("class PatchVAE"))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
     command = [sys.executable, "-W", "error", "example.py"]
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -129,6 +148,86 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     assert measures is not None, finished.stdout
     assert float(measures[2]) > float(measures[1]) + 1  # it learns; measured: 8.8 -> 22.7
     assert (tmp_path / "runs" / "patch_vae" / "report.json").is_file()
+
+
+def _python_example(part: str) -> str:
+    (found,) = (text for text in _blocks(_ROOT / "docs" / "guide.md", "python") if part in text)
+    return found
+
+
+def test_the_example_of_loading_exports_predicts_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, adapted = (_export_tiny(tmp_path, lora=lora) for lora in (None, LoraConfig(rank=4, alpha=6.0)))
+    assert float((full - adapted).abs().max()) > 1e-2, "otherwise the comparisons show nothing"
+    monkeypatch.chdir(tmp_path)
+    imports, *ways = _python_example("load_lora_adapter").split("\n\n")
+    found: list[Tensor] = []
+    for way in ways:
+        names: dict[str, Any] = {}
+        exec(f"{imports}\n{way}", names)
+        found.append(_answer(names["transformer"]))
+    by_diffusers, by_diffusers_lora, by_peft, by_pipeline = found
+    assert torch.equal(by_diffusers, full)
+    assert torch.equal(by_diffusers_lora, adapted)
+    assert torch.equal(by_peft, adapted)
+    # Outputs of order 1; the scale inside B and the scale after B A x round differently in fp32.
+    torch.testing.assert_close(by_pipeline, adapted, rtol=1e-6, atol=2e-6)
+
+
+def _export_tiny(folder: Path, *, lora: LoraConfig | None) -> Tensor:
+    """Exports a tiny trained model to FULL_RUN, or its adapters to LORA_RUN and its base to BASE; returns its answer."""
+    transformer = tiny_transformer(LTXVideo)
+    family = find_family(transformer, _STRIDES)
+    if lora is not None:
+        transformer.save_pretrained(folder / "BASE")
+        add_lora(transformer, lora, allowed=family.lora_targets, seed=0)
+    module = DiffusionModule(transformer, family)
+    engine = LocalEngine(
+        module,
+        decay_groups(module),
+        optimizer=OptimizerConfig(),
+        settings=parse_deepspeed_settings({"zero_optimization": {"stage": 1}}, where="test"),
+        micro_batch_size=2,
+        accumulation=1,
+    )
+    engine.set_learning_rate(0.03)
+    for seed in (1, 2):  # the second update is the first that moves every adapter
+        engine.backward(velocities(engine, family, tiny_batch(seed=seed)).float().square().mean())
+        engine.step()
+    export_transformer(engine, module, folder / ("FULL_RUN" if lora is None else "LORA_RUN") / "export", lora=lora)
+    return _answer(transformer)
+
+
+def _answer(transformer: nn.Module) -> Tensor:
+    family = find_family(transformer, _STRIDES)
+    with torch.no_grad():
+        return velocities(DiffusionModule(transformer.eval(), family), family, tiny_batch())
+
+
+def test_the_example_of_a_family_stands_in_the_code() -> None:
+    page = (_ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("\n## Adding a family\n")
+    section, _, _ = rest.partition("\n## ")
+    parts = [text for _, text in _FENCED.findall(section)]
+    source = (_ROOT / "aiprod_ds" / "models" / "families" / "ltx.py").read_text(encoding="utf-8")
+    assert len(parts) == 4
+    for part in parts:
+        assert any(indent(part, " " * depth) in source for depth in (4, 8)), part
+
+
+def test_worked_numbers_of_diffusion_are_those_of_the_code() -> None:
+    page = (_ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    levels = NoiseLevelConfig()
+    shifts = [noise_level_shift(tokens, levels) for tokens in (512, 1024, 2560, 4096, 6750)]
+    assert "| mu | " + " | ".join(f"{shift:.3g}" for shift in shifts) + " |" in page
+    middles = [float(torch.tensor(shift).sigmoid()) for shift in shifts]
+    assert "| middle level, sigmoid(mu) | " + " | ".join(f"{middle:.3f}" for middle in middles) + " |" in page
+    weights = FlowConfig().weights()
+    assert f"{weights['video_weight'] * 1.1473 + weights['audio_weight'] * 0.7801:.4f} in all" in page.replace("\n", " ")
+    assert ", ".join(f"{level:.3g}" for level in noise_levels(4, shift=3.0).tolist()) in page
+    decays = [ema_decay(EmaConfig(), samples_before=n, samples_after=n + 32) for n in (320, 4_000_000)]
+    assert f"decay {decays[0]:.6f} from 320 to 352 samples, {decays[1]:.8f} from 4,000,000 on" in page
+    clip = AdaptiveClipConfig(smoothing=0.5, warmup_updates=1)
+    assert f"{NormStatistics().observe(1.0, clip).observe(4.0, clip).limit(clip, None):.5f}" in page
 
 
 def _plan_commands() -> list[str]:
@@ -165,7 +264,7 @@ def test_every_metric_is_documented() -> None:
     )
 
 
-@pytest.mark.parametrize("record", [RunSummary, PhaseSummary, DataSummary, Picture, RunState])
+@pytest.mark.parametrize("record", [RunSummary, PhaseSummary, DataSummary, Picture, RunState, Retraining])
 def test_every_key_of_the_report_and_the_state_is_documented(record: type) -> None:
     assert {field.name for field in fields(record)} - _code_words("file_formats.md") - {"clock"} == set()
 
@@ -176,7 +275,7 @@ def test_every_key_of_the_clock_is_documented() -> None:
 
 def test_every_key_of_the_plan_is_documented() -> None:
     config = load_config(_ROOT / "configs" / "video_vae" / "tiny.yaml")
-    rows = describe(plan_run(config, world_size=1, strides=ModelStrides(spatial=32, temporal=8)))
+    rows = describe(plan_run(config, world_size=1, strides=_STRIDES))
     keys = {re.sub(r"^(min|max)_", "", key) for row in rows for key in row}
     assert keys - _code_words("file_formats.md") == set()
 

@@ -122,7 +122,7 @@ curriculum:
 """
     assert problems(text, "curriculum.phases[9].updates=1", "model.source=3") == [
         "--set: curriculum.phases[9].updates: curriculum.phases must have entry [9], got 2 counted from 0. Lower the index.",
-        "c.yaml: trainer: must be one of ['audio_vae', 'video_vae'], got 'vidoe_vae'. Did you mean 'video_vae'?",
+        "c.yaml: trainer: must be one of ['audio_vae', 'diffusion', 'video_vae'], got 'vidoe_vae'. Did you mean 'video_vae'?",
         '--set: model.source: must be text, got 3. Quote it: "3".',
         "c.yaml: data.train: must not be empty, got ''. Fill it in.",
         "c.yaml: data.random_flip: must be true or false, got 1. Correct the value.",
