@@ -10,12 +10,21 @@ from typing_extensions import Self
 
 from aiprod_ds.config.flow import FlowConfig
 from aiprod_ds.config.latent_data import LatentDataConfig
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.lora import LoraConfig, LoraFileConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
 from aiprod_ds.config.preview import PreviewConfig
 from aiprod_ds.config.run import EvaluationConfig, ModelConfig, RunConfig
 
 NoiseLevel = Annotated[float, Field(gt=0, le=1)]
+
+
+class DiffusionModelConfig(ModelConfig):
+    """Where the transformer comes from, and which LoRA it starts with."""
+
+    lora_checkpoint: LoraFileConfig | None = None
+    """A LoRA that is merged into the weights before training. null: none."""
+    lora_init: LoraFileConfig | None = None
+    """A LoRA that the adapters of the first phase go on from. null: they start with no effect."""
 
 
 class DiffusionEvaluationConfig(EvaluationConfig):
@@ -35,6 +44,8 @@ class DiffusionTrainerConfig(RunConfig):
 
     trainer: Literal["diffusion"] = "diffusion"
     """What is trained."""
+    model: DiffusionModelConfig
+    """The transformer."""
     vae: ModelConfig
     """The video VAE of the latents; its weights are compared with those that encoded, and it decodes the previews."""
     audio_vae: ModelConfig | None = None
@@ -97,6 +108,11 @@ class DiffusionTrainerConfig(RunConfig):
         phases = self.curriculum.phases
         if self.lora is not None and all(self.phase_adapters(phase) != self.lora or phase.lora for phase in phases):
             yield "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set training_mode: lora."
+        if self.model.lora_init is not None and phases and self.phase_adapters(phases[0]) is None:
+            yield (
+                "model.lora_init: has no effect unless the first phase trains adapters, got a value. "
+                "Set training_mode: lora, or merge it with model.lora_checkpoint."
+            )
         previous = self.phase_adapters(phases[0]) if phases else None
         for index, phase in enumerate(phases):
             adapters = self.phase_adapters(phase)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import AudioEncoderConfig
+from aiprod_ds.config.lora import LoraFileConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
@@ -28,6 +29,7 @@ from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
 from aiprod_ds.models.families.protocol import Family, require_token_timesteps
 from aiprod_ds.models.families.registry import find_family
+from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.video_vae import video_strides
@@ -119,6 +121,10 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         return open_latent_files(self.config, strides=self.strides, with_audio="audio" in self.family.modalities)
 
     def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> DiffusionUnit:
+        started_with = self._read_lora(self.config.model.lora_init, model)
+        merged = self._read_lora(self.config.model.lora_checkpoint, model)
+        if merged is not None:
+            merge_into(model, merged)
         return DiffusionUnit(
             config=self.config,
             plan=plan,
@@ -126,15 +132,24 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             too_short=too_short,
             snapped=snap_notes(plan, self.strides),
             module=DiffusionModule(model, self.family),
+            started_with=started_with,
         )
+
+    def _read_lora(self, file: LoraFileConfig | None, model: nn.Module) -> LoraWeights | None:
+        return None if file is None else read_lora(Path(file.path), model, self.family, alpha=file.alpha)
 
 
 @dataclass(slots=True, kw_only=True)
 class DiffusionUnit(ClipUnit):
-    """What the loop trains; a `Unit`."""
+    """What the loop trains; a `Unit`.
+
+    Attributes:
+        started_with: What the adapters of the first phase go on from; None if they start with no effect.
+    """
 
     config: DiffusionTrainerConfig
     module: DiffusionModule
+    started_with: LoraWeights | None = None
     _objective: FlowObjective = field(init=False)
     _decoder: LatentDecoder = field(init=False)
     _previews: Previews | None = field(init=False, default=None)
@@ -154,6 +169,10 @@ class DiffusionUnit(ClipUnit):
     def prepare(self, phase: PhasePlan) -> None:
         """Makes the transformer have the adapters that `phase` trains, or none; weights stay as they are."""
         _set_adapters(self.module.transformer, self.module.family, phase, seed=self.config.seed)
+        if phase.index == 0 and self.started_with is not None:
+            from aiprod_ds.models.lora import start_from  # imports peft, which takes seconds
+
+            start_from(self.module.transformer, self.started_with)
 
     def carried(self, engine: Engine) -> CarriedValues:
         """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer. Collective."""

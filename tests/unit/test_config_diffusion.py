@@ -64,6 +64,7 @@ def test_modes_and_weights(given: dict[str, Any], adapters: list[LoraConfig | No
         (values({"duration": {"frames": 9}}), "curriculum.phases[0].resolution: must be given for video, got nothing. Add `resolution:`."),
         (values(SHAPE, lora={"rank": 4}), "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set training_mode: lora."),
         (values(SMALL, lora={"rank": 8}), "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set training_mode: lora."),
+        (values(SHAPE, model={"source": "M", "lora_init": {"path": "p"}}), "model.lora_init: has no effect unless the first phase trains adapters, got a value. Set training_mode: lora, or merge it with model.lora_checkpoint."),
         (values({**SHAPE, "lora": {}}), "curriculum.phases[0].lora: has no effect with training_mode: full, got a value. Remove it or set training_mode: lora."),
         (values(LORA, {**FULL, "moments": "keep"}), "curriculum.phases[1].moments: must be reset where other parameters are trained, got keep. Remove it: a new optimizer begins with the phase."),
         (values({**SHAPE, "augment": {"random_flip": True}}), "curriculum.phases[0].augment.random_flip: has no effect for latents, got a value. Remove it."),

@@ -93,6 +93,22 @@ def test_the_loss_falls_at_every_noise_level_on_clips_that_are_alike(tmp_path: P
         assert metrics[f"video_loss_at_{level}_after"] < 0.9 * metrics[f"video_loss_at_{level}_before"]
 
 
+@pytest.mark.parametrize("form", ["peft", "comfyui.safetensors"])
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+def test_a_run_goes_on_from_a_lora_merged_or_as_adapters(tmp_path: Path, family: str, form: str) -> None:
+    """Both start with the function that the first run ended with: the same loss on the same held-out clips and noise."""
+    lora = {"training_mode": "lora", "lora": {"rank": 2, "alpha": 3.0}}
+    before = _trainer(tmp_path / "first", family, **lora).train().metrics
+    file = {"path": str(tmp_path / "first" / "export" / form)}
+    model = FAMILIES[family]["model"]
+    merged = _trainer(tmp_path / "merged", family, model={**model, "lora_checkpoint": file}).train().metrics
+    further = _trainer(tmp_path / "further", family, model={**model, "lora_init": file}, **lora).train().metrics
+    assert before["loss_after"] != before["loss_before"]
+    for found in (merged, further):
+        assert found["loss_before"] == pytest.approx(before["loss_after"], rel=1e-6)  # fp32 sums in another order
+        assert found["loss_after"] != found["loss_before"]
+
+
 @pytest.mark.parametrize(
     ("family", "sections", "message"),
     [
