@@ -103,6 +103,7 @@ def write_like(source: WeightsFolder, folder: Path, tensors: Iterable[tuple[str,
             save_file(part, pending / file, metadata={"format": "pt"})
             num_bytes += sum(tensor.nbytes for tensor in part.values())
             files |= dict.fromkeys(part, file)
+            part.clear()  # or two files would be in memory while the next is collected
         assert list(files) == list(source), "the tensors are those of the source, in its order"
         if set(files.values()) != {_WEIGHTS}:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": files}
