@@ -83,7 +83,11 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         if self.config.loss.first_frame_probability > 0:
             require_token_timesteps(self.family)
         for phase in plan.phases:  # what does not fit is found before weights are loaded
-            _set_adapters(on_meta(self.shapes), self.family, phase, seed=self.config.seed)
+            transformer = on_meta(self.shapes)
+            _set_adapters(transformer, self.family, phase, seed=self.config.seed)
+            if phase.index == 0:
+                self._read_lora(self.config.model.lora_checkpoint, self.shapes)
+                _start_adapters(transformer, self._read_lora(self.config.model.lora_init, self.shapes))
         return plan
 
     def _problems(self, plan: RunPlan) -> Iterator[str]:
@@ -94,6 +98,10 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             yield f"audio_vae: has no effect for the family {name!r}, which makes no sound, got a value. Remove it."
         if "audio" not in modalities and self.config.loss.shared_noise_level:
             yield f"loss.shared_noise_level: has no effect for the family {name!r}, which makes no sound, got true. Remove it."
+        if self._model is not None:
+            for key in ("lora_checkpoint", "lora_init"):
+                if getattr(self.config.model, key) is not None:
+                    yield f"model.{key}: has no effect for a model that is passed in, got a value. Merge it before."
         yield from self._rate_problems()
         for phase in plan.phases:
             if not any(phase.loss_weights[f"{modality}_weight"] > 0 for modality in modalities):
@@ -169,10 +177,8 @@ class DiffusionUnit(ClipUnit):
     def prepare(self, phase: PhasePlan) -> None:
         """Makes the transformer have the adapters that `phase` trains, or none; weights stay as they are."""
         _set_adapters(self.module.transformer, self.module.family, phase, seed=self.config.seed)
-        if phase.index == 0 and self.started_with is not None:
-            from aiprod_ds.models.lora import start_from  # imports peft, which takes seconds
-
-            start_from(self.module.transformer, self.started_with)
+        if phase.index == 0:
+            _start_adapters(self.module.transformer, self.started_with)
 
     def carried(self, engine: Engine) -> CarriedValues:
         """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer. Collective."""
@@ -269,6 +275,13 @@ def _set_adapters(transformer: nn.Module, family: Family, phase: PhasePlan, *, s
     remove_lora(transformer)
     if phase.adapters is not None:
         add_lora(transformer, phase.adapters, allowed=family.lora_targets, seed=seed)
+
+
+def _start_adapters(transformer: nn.Module, lora: LoraWeights | None) -> None:
+    if lora is not None:
+        from aiprod_ds.models.lora import start_from  # imports peft, which takes seconds
+
+        start_from(transformer, lora)
 
 
 def _on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.errors import ConfigError, PlanError
+from aiprod_ds.errors import CheckpointError, ConfigError, PlanError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.wan import Wan
@@ -107,6 +107,15 @@ def test_a_run_goes_on_from_a_lora_merged_or_as_adapters(tmp_path: Path, family:
     for found in (merged, further):
         assert found["loss_before"] == pytest.approx(before["loss_after"], rel=1e-6)  # fp32 sums in another order
         assert found["loss_after"] != found["loss_before"]
+
+
+@pytest.mark.parametrize("key", ["lora_checkpoint", "lora_init"])
+def test_a_lora_that_does_not_fit_is_refused_before_weights_are_loaded(tmp_path: Path, key: str) -> None:
+    lora = {"training_mode": "lora", "lora": {"rank": 2}}
+    _trainer(tmp_path / "wan", "wan", **lora).train()
+    file = {"path": str(tmp_path / "wan" / "export" / "peft")}
+    with pytest.raises(CheckpointError, match="peft.*must"):
+        _trainer(tmp_path / "ltx", "ltx", model={**FAMILIES["ltx"]["model"], key: file}, **lora).plan()
 
 
 @pytest.mark.parametrize(
