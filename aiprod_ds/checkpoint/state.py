@@ -6,7 +6,7 @@ Owns the record, its JSON form and the hash that lets anyone compare two runs. W
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.errors import CheckpointError
+
+_KINDS: dict[str, type] = {"fingerprint": str, "phase_fingerprints": Sequence}  # the others are mappings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +50,14 @@ class RunState:
         """Returns the state saved by `to_dict`.
 
         Raises:
-            CheckpointError: If a field is missing or unknown.
+            CheckpointError: If a field is missing, unknown or of another kind.
         """
         if set(values) != set(cls.__dataclass_fields__):
             raise CheckpointError(f"state.json: fields must be {sorted(cls.__dataclass_fields__)}, got {sorted(values)}.")
+        for name, value in values.items():
+            kind = _KINDS.get(name, Mapping)
+            if not isinstance(value, kind):
+                raise CheckpointError(f"state.json: {name} must be a {kind.__name__}, got {type(value).__name__}.")
         clock, fingerprints = Clock.from_dict(values["clock"]), tuple(values["phase_fingerprints"])
         return cls(**{**values, "clock": clock, "phase_fingerprints": fingerprints})
 

@@ -1,29 +1,39 @@
 """A folder of checkpoints in which each one is whole or absent.
 
-Owns the commit (temporary folder, manifest with size and sha256 of every file, fsync, rename, `latest` replaced atomically),
-the search for the newest good checkpoint and its verification before anything is unpickled. Owns no collectives: the caller
-lets every rank write into `open_pending(...)`, waits for all, and then commits on the main rank.
+Owns the commit, the search for the newest good checkpoint, and deletion. Owns no collectives: the caller lets every rank write
+into `open_pending(...)`, waits for all, and then commits on the main rank. Names say what a folder is:
+
+    update_000500            a checkpoint
+    update_000500.replaced   its predecessor of the same name, while the new one takes its place; it counts where the new one is
+                             not there yet
+    *.pending                a save or a deletion that is not finished; nobody reads it, and the next save removes it
+
+At every moment of a save, and of the deletions after it, what stands is the old checkpoints or these and the new one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aiprod_ds.checkpoint.manifest import read_manifest, read_mapping, verify_folder, write_manifest
+from aiprod_ds.checkpoint.retention import Standing, surplus
+from aiprod_ds.checkpoint.space import explained, require_space
 from aiprod_ds.checkpoint.state import RunState
+from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.files import file_sha256, write_atomically
+from aiprod_ds.files import file_sha256, sync, write_atomically
 
 _LOG = logging.getLogger(__name__)
-_NAME = re.compile(r"^update_(\d{6,})$")
+_REPLACED = ".replaced"
+_NAME = re.compile(rf"update_([0-9]{{6,}})({_REPLACED})?")
 _PENDING = ".pending"
-FORMAT = 1
+_STATE = "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +50,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """Commits and finds checkpoints below one folder.
+    """Commits, finds and deletes checkpoints below one folder.
 
     Args:
         folder: `<run>/checkpoints`; made at the first save.
@@ -49,38 +59,92 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open_pending(self, updates: int) -> Path:
-        """Makes and returns the empty folder that all ranks write the checkpoint of `updates` into. Main rank only."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_pending()
-        (self.pending_folder(updates) / "engine").mkdir(parents=True)
-        return self.pending_folder(updates)
+    def open_pending(self, updates: int, *, needed_bytes: int = 0) -> Path:
+        """Makes and returns the empty folder that all ranks write the checkpoint of `updates` into. Main rank only.
+
+        First it finishes or removes what an interrupted save left, then it looks for room.
+
+        Args:
+            updates: Applied updates.
+            needed_bytes: For the first checkpoint; for later ones 1.1 times the newest is asked for.
+
+        Raises:
+            DiskFullError: If there is less room.
+            CheckpointError: If the disk fails.
+        """
+        pending = self.pending_folder(updates)
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sync(self.folder.parent)
+            self._finish_replacements()
+            for leftover in (*self.folder.glob(f"*{_PENDING}"), *self.folder.glob("latest.*.tmp")):
+                _delete(leftover)
+            last = self._last_bytes()
+            require_space(self.folder, needed_bytes if last is None else last * 11 // 10)
+            (pending / "engine").mkdir(parents=True)
+        return pending
 
     def pending_folder(self, updates: int) -> Path:
         """Returns the name that `open_pending` uses, for the other ranks."""
-        return self.folder / f"update_{updates:06d}{_PENDING}"
+        return self.folder / f"{_name(updates)}{_PENDING}"
 
     def commit(self, updates: int, state: RunState) -> Path:
         """Turns the pending folder into the checkpoint of `updates`. Main rank only, after every rank has written its files.
 
         A checkpoint that is already there under this name is replaced only once the new one is whole on disk.
+
+        Raises:
+            DiskFullError: If there was no room.
+            CheckpointError: If the disk fails.
         """
-        pending, final = self.pending_folder(updates), self.folder / f"update_{updates:06d}"
-        _write_json(pending / "state.json", state.to_dict())
-        _write_json(pending / "manifest.json", {"format": FORMAT, "files": _describe_files(pending)})
-        _sync_tree(pending)
-        if final.exists():
-            replaced = final.with_name(final.name + ".replaced" + _PENDING)
-            final.rename(replaced)
+        pending, final = self.pending_folder(updates), self.folder / _name(updates)
+        replaced = final.with_name(final.name + _REPLACED)
+        with explained(self.folder):
+            (pending / _STATE).write_text(json.dumps(state.to_dict(), indent=1, sort_keys=True) + "\n")
+            write_manifest(pending)
+            for path in (*pending.rglob("*"), pending):
+                sync(path)
+            if final.exists():
+                final.rename(replaced)
             pending.rename(final)
-            shutil.rmtree(replaced)
-        else:
-            pending.rename(final)
-        self._point_latest_at(final.name)
+            sync(self.folder)
+            if replaced.exists():
+                self._discard(replaced)
+            write_atomically(self.folder / "latest", final.name + "\n")
+            sync(self.folder)
         return final
 
+    def discard_pending(self, updates: int) -> None:
+        """Removes what was written of a save that failed; what cannot be removed is left to the next save."""
+        _delete(self.pending_folder(updates))
+
+    def prune(self, updates: int, config: CheckpointConfig, measure: Callable[[RunState], float | None]) -> list[str]:
+        """Deletes what the rules do not keep and returns the names. Main rank only, after `commit(updates, ...)`.
+
+        The one just written stays. Those of later updates, which a run that went back to an earlier checkpoint has, and those
+        that are not whole are neither counted nor deleted; for that all sizes are compared, but of hashes only the run state's.
+
+        Args:
+            updates: Of the checkpoint just written.
+            config: The rules.
+            measure: Returns what `keep_best` compares.
+
+        Raises:
+            CheckpointError: If the disk fails.
+        """
+        if config.keep_last is None:
+            return []
+        with explained(self.folder):
+            standing = [entry for name in self.names() if (entry := self._standing(name, measure)) and entry.updates <= updates]
+            if not standing or standing[0].updates != updates:  # only a newer whole one is a reason to delete
+                return []
+            names = surplus(standing, config)
+            for name in names:
+                self._discard(self.folder / name)
+        return names
+
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, or None when there has never been one.
+        """Returns the newest checkpoint that verifies, or None when there has never been one. Changes nothing.
 
         Raises:
             CheckpointError: If checkpoints exist and none of them is good: starting over would lose them silently.
@@ -101,83 +165,107 @@ class CheckpointStore:
         return None
 
     def read(self, folder: Path) -> Checkpoint:
-        """Returns the checkpoint in `folder` after comparing every file with its manifest.
+        """Returns the checkpoint in `folder` after comparing every file with its manifest. Nothing is unpickled.
 
         Raises:
-            CheckpointError: If the folder, the manifest or a file is missing, of another size or of other content.
+            CheckpointError: If `folder` is no whole checkpoint, or another one than its name says.
         """
-        manifest = _read_json(folder / "manifest.json")
-        files = manifest.get("files")
-        if manifest.get("format") != FORMAT or not isinstance(files, dict):
-            raise CheckpointError(f"{folder}/manifest.json: must be of format {FORMAT}, got {manifest.get('format')!r}.")
-        for name, expected in files.items():
-            _check_file(folder, name, expected)
-        return Checkpoint(folder=folder, state=RunState.from_dict(_read_json(folder / "state.json")))
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder}: must be a folder, got a link. Name the folder itself.")
+        if _STATE not in verify_folder(folder):
+            raise CheckpointError(f"{folder}/manifest.json: must list {_STATE}, got no such entry. Take a whole checkpoint.")
+        state = _read_state(folder)
+        match = _NAME.fullmatch(folder.name)
+        if match and int(match[1]) != state.clock.updates:
+            raise CheckpointError(
+                f"{folder}: must hold the update that its name says, got update {state.clock.updates}. Give it its own name back."
+            )
+        return Checkpoint(folder=folder, state=state)
 
     def names(self) -> list[str]:
-        """Returns the names of all committed checkpoints, newest first, whole or not."""
-        if not self.folder.is_dir():
+        """Returns the names of all committed checkpoints, newest first, whole or not.
+
+        Raises:
+            CheckpointError: If the folder cannot be read.
+        """
+        try:
+            found = {entry.name for entry in self.folder.iterdir() if entry.is_dir()}
+        except FileNotFoundError:
             return []
-        found = [match for entry in self.folder.iterdir() if entry.is_dir() and (match := _NAME.match(entry.name))]
-        return [match[0] for match in sorted(found, key=lambda match: int(match[1]), reverse=True)]
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: must be a readable folder, got {error}. Check its permissions.") from error
+        return sorted((name for name in found if _counts(name, found)), key=_updates, reverse=True)
 
-    def _remove_pending(self) -> None:
-        for entry in self.folder.glob(f"*{_PENDING}"):
-            shutil.rmtree(entry)
+    def _standing(self, name: str, measure: Callable[[RunState], float | None]) -> Standing | None:
+        folder = self.folder / name
+        try:
+            files = read_manifest(folder)
+            if folder.is_symlink() or any((folder / file).stat().st_size != record.bytes for file, record in files.items()):
+                return None
+            if _STATE not in files or file_sha256(folder / _STATE) != files[_STATE].sha256:
+                return None
+            return Standing(name=name, updates=_updates(name), value=measure(_read_state(folder)))
+        except (OSError, CheckpointError):
+            return None
 
-    def _point_latest_at(self, name: str) -> None:
-        write_atomically(self.folder / "latest", name + "\n")
-        _sync(self.folder)
+    def _last_bytes(self) -> int | None:
+        for name in self.names():
+            try:
+                return sum(record.bytes for record in read_manifest(self.folder / name).values())
+            except CheckpointError:
+                continue
+        return None
+
+    def _finish_replacements(self) -> None:
+        for replaced in self.folder.glob(f"update_*{_REPLACED}"):
+            if not _NAME.fullmatch(replaced.name):
+                continue
+            final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+            if final.exists():
+                self._discard(replaced)
+            else:
+                replaced.rename(final)
+                sync(self.folder)
+
+    def _discard(self, folder: Path) -> None:
+        """Deletes so that no half of it is ever taken for a checkpoint."""
+        doomed = folder.with_name(f"{folder.name}.deleted{_PENDING}")
+        folder.rename(doomed)
+        sync(self.folder)
+        _delete(doomed)
 
 
-def _describe_files(folder: Path) -> dict[str, dict[str, object]]:
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in _files(folder)
-        if path.name != "manifest.json"
-    }
+def _name(updates: int) -> str:
+    return f"update_{updates:06d}"
 
 
-def _check_file(folder: Path, name: str, expected: dict[str, object]) -> None:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{folder}/manifest.json: files must stay inside the checkpoint, got {name!r}.")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: listed in the manifest but missing.")
-    if path.stat().st_size != expected["bytes"]:
-        raise CheckpointError(f"{path}: must have {expected['bytes']} bytes, got {path.stat().st_size}.")
-    if file_sha256(path) != expected["sha256"]:
-        raise CheckpointError(f"{path}: content differs from the manifest's sha256.")
+def _updates(name: str) -> int:
+    match = _NAME.fullmatch(name)
+    assert match is not None, f"{name} is the name of a checkpoint"
+    return int(match[1])
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+def _counts(name: str, found: set[str]) -> bool:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return False
+    final = _name(int(match[1]))
+    return name == final or (name == final + _REPLACED and final not in found)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in [*_files(folder), *(entry for entry in folder.rglob("*") if entry.is_dir()), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _read_state(folder: Path) -> RunState:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return RunState.from_dict(read_mapping(folder / _STATE))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, object]:
+def _delete(path: Path) -> None:
+    """Deletes a file or a folder with all it holds; of what resists, as an open file on NFS does, it tells."""
     try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; this is not a whole checkpoint.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a mapping, got {type(value).__name__}.")
-    return value
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        _LOG.warning("checkpoint_not_deleted path=%s error=%s", path, error)

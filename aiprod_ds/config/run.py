@@ -82,11 +82,45 @@ class EngineConfig(StrictModel):
     holds only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing, offload, buckets."""
 
 
+class KeepBestConfig(StrictModel):
+    """Keeps the checkpoints of the phase ends with the best held-out measure, beside the last ones."""
+
+    metric: str = Field(min_length=1)
+    """A held-out measure, as `aiprod-ds eval` prints it: `psnr_db`, `mel_distance`, `loss`, ..."""
+    count: PositiveInt = 1
+    """Checkpoints to keep for it."""
+    mode: Literal["min", "max"]
+    """Whether the lowest or the highest value is the best."""
+
+
 class CheckpointConfig(StrictModel):
-    """When to save: every so many updates, at every phase edge and at the end."""
+    """When to save: every so many updates, at every phase edge and at the end; and what to keep of it."""
 
     every_updates: PositiveInt = 500
     """Updates between two saves, counted over the whole run."""
+    keep_last: PositiveInt | None = None
+    """Newest checkpoints to keep; older ones are deleted once a new one is whole. null: nothing is deleted."""
+    keep_every_updates: PositiveInt | None = None
+    """Also keeps the checkpoints at multiples of it; itself a multiple of `every_updates`. Needs `keep_last`."""
+    keep_best: KeepBestConfig | None = None
+    """Also keeps the best of those that were measured. Needs `keep_last`."""
+    on_full_disk: Literal["stop", "go_on"] = "stop"
+    """Without room for a checkpoint: end the run with an error, or warn, train on and try again at the next save."""
+
+    @model_validator(mode="after")
+    def _rules_have_an_effect(self) -> Self:
+        problems = [
+            f"{key}: has no effect without keep_last, which null keeps everything, got a value. Set keep_last or remove it."
+            for key in ("keep_every_updates", "keep_best")
+            if self.keep_last is None and getattr(self, key) is not None
+        ]
+        if self.keep_every_updates is not None and self.keep_every_updates % self.every_updates:
+            problems.append(
+                f"keep_every_updates: must be a multiple of every_updates ({self.every_updates}), got {self.keep_every_updates}."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class EvaluationConfig(StrictModel):

@@ -43,6 +43,7 @@ from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended
 from aiprod_ds.train.retrain import retrain
+from aiprod_ds.train.saving import Saver, require_shared
 from aiprod_ds.train.transition import check_checkpointing
 from aiprod_ds.train.unit import Unit
 
@@ -72,6 +73,15 @@ class _Run:
     def store(self) -> CheckpointStore:
         return CheckpointStore(self.folder / "checkpoints")
 
+    @property
+    def saver(self) -> Saver:
+        return Saver(
+            store=self.store,
+            config=self.config.checkpoint,
+            phase_names=tuple(phase.name for phase in self.plan.phases),
+            parameters=self.facts.parameters,
+        )
+
 
 def run_training(
     config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, console: Console | None = None
@@ -88,7 +98,7 @@ def run_training(
 
     Raises:
         ConfigError: If the checkpoint belongs to another configuration or another layout of ranks.
-        CheckpointError: If checkpoints exist and none is whole.
+        CheckpointError: If checkpoints exist and none is whole, the ranks share no folder, or one cannot be written.
         NonFiniteError: If training diverged for good.
     """
     run = _new_run(config, unit, plan, source, console or Console(stderr=True))
@@ -97,7 +107,7 @@ def run_training(
     checkpoint = _find_own(run, resume)
     if dist.is_main():
         _prepare_folder(run, checkpoint, move_aside=resume == "never")
-    dist.barrier()
+    require_shared(run.folder)
     return _train(run, checkpoint)
 
 
@@ -179,7 +189,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> Train
             history=history.to_dict(),
             adaptive_clip={} if loop.clip is None else loop.clip.to_dict(),
         )
-        _save(loop.engine, loop.ema, run.store, state)
+        run.saver.save(loop.engine, loop.ema, state)
 
     loop = TrainingLoop(
         config=run.config,
@@ -315,17 +325,3 @@ def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool) -> tuple[Sink, ...
         sinks.append(MirrorSink(TensorBoardSink(run.folder / "tensorboard", resume_from_update=from_update), name="tensorboard"))
     wandb = open_wandb(run.config.report.wandb, folder=run.folder, run_config=run.config.model_dump(mode="json"))
     return (*sinks, wandb) if wandb is not None else tuple(sinks)
-
-
-def _save(engine: Engine, ema: Ema | None, store: CheckpointStore, state: RunState) -> None:
-    updates = state.clock.updates
-    if dist.is_main():
-        store.open_pending(updates)
-    dist.barrier()
-    engine.save(store.pending_folder(updates) / "engine")
-    if ema is not None:
-        ema.save(store.pending_folder(updates))
-    dist.barrier()
-    if dist.is_main():
-        store.commit(updates, state)
-    dist.barrier()

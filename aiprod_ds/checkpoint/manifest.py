@@ -1,0 +1,148 @@
+"""The manifest of a checkpoint: every file with its size and sha256, and the comparison that stands before anything is read.
+
+Owns `manifest.json`: writing it, reading it without trusting it, comparing a folder with it. Knows nothing about what the files
+mean. It protects against damage and against names that lead elsewhere; whoever can write the folder can also write its hashes.
+Called by `store.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aiprod_ds.errors import CheckpointError
+from aiprod_ds.files import file_sha256
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library
+_FILE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", flags=re.ASCII)  # no "..", no absolute path, nothing hidden
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_manifest(folder: Path) -> None:
+    """Describes every file below `folder`.
+
+    Raises:
+        CheckpointError: If there is something that `verify_folder` would refuse: a link, a device, an unusual name.
+        OSError: If the disk fails.
+    """
+    names = sorted(name for name in _file_names(folder) if name != MANIFEST)
+    files = {name: asdict(_describe(folder, name)) for name in names}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """Returns what `folder` must hold, by path relative to it; opens no other file.
+
+    Raises:
+        CheckpointError: If the manifest is missing, damaged, of another format, or names something outside `folder`.
+    """
+    path = folder / MANIFEST
+    manifest = read_mapping(path)
+    files = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(files, dict):
+        raise CheckpointError(f"{path}: must be of format {FORMAT}, got {manifest.get('format')!r}. Take a whole checkpoint.")
+    return {_own_name(path, name): _record(path, name, entry) for name, entry in files.items()}
+
+
+def verify_folder(folder: Path) -> dict[str, FileRecord]:
+    """Compares `folder` with its manifest, sizes before hashes, and returns the manifest.
+
+    Raises:
+        CheckpointError: If a file is missing, surplus, no regular file, of another size or of other content, cannot be read, or
+            is of safetensors with a header that cannot be one.
+    """
+    expected = read_manifest(folder)
+    try:
+        _compare(folder, expected)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: must be readable, got {error}. Check the disk.") from error
+    return expected
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of at most 64 MiB.
+
+    Raises:
+        CheckpointError: If it is missing, larger, a link, unreadable or something else.
+    """
+    try:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: must be a file, got a link. Take a whole checkpoint.")
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: must have at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; this is not a whole checkpoint.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a mapping, got {type(value).__name__}.")
+    return value
+
+
+def _describe(folder: Path, name: str) -> FileRecord:
+    _own_name(folder, name)
+    return FileRecord(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
+
+
+def _own_name(where: Path, name: str) -> str:
+    if not _FILE_NAME.fullmatch(name):
+        raise CheckpointError(f"{where}: files must stay inside the checkpoint and have plain names, got {name!r}.")
+    return name
+
+
+def _record(path: Path, name: str, entry: object) -> FileRecord:
+    num_bytes, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if type(num_bytes) is not int or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise CheckpointError(f"{path}: {name} must have bytes and sha256, got {str(entry)[:200]}. The manifest is damaged.")
+    return FileRecord(bytes=num_bytes, sha256=sha256)
+
+
+def _compare(folder: Path, expected: Mapping[str, FileRecord]) -> None:
+    found = {name for name in _file_names(folder) if name != MANIFEST}
+    for name in sorted(expected.keys() - found):
+        raise CheckpointError(f"{folder / name}: listed in the manifest but missing.")
+    for name in sorted(found - expected.keys()):
+        raise CheckpointError(f"{folder / name}: must be listed in the manifest, got a file that is not. Remove it.")
+    for name, record in expected.items():
+        if (size := (folder / name).stat().st_size) != record.bytes:
+            raise CheckpointError(f"{folder / name}: must have {record.bytes} bytes, got {size}.")
+    for name, record in expected.items():
+        if file_sha256(folder / name) != record.sha256:
+            raise CheckpointError(f"{folder / name}: content differs from the manifest's sha256.")
+        if name.endswith(".safetensors"):
+            _check_header(folder / name, record.bytes)
+
+
+def _check_header(path: Path, num_bytes: int) -> None:
+    with path.open("rb") as file:
+        told = int.from_bytes(file.read(8), "little")
+    if not 2 <= told <= min(num_bytes - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(f"{path}: the header of safetensors must fit into the file ({num_bytes} bytes), got {told} bytes.")
+
+
+def _file_names(folder: Path, prefix: str = "") -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _file_names(Path(entry.path), f"{prefix}{entry.name}/")
+            elif entry.is_file(follow_symlinks=False):
+                yield prefix + entry.name
+            else:  # to open a pipe would wait for ever
+                raise CheckpointError(f"{entry.path}: must be a regular file or a folder, got a link or a device. Remove it.")

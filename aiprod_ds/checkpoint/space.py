@@ -1,0 +1,61 @@
+"""Room on the disk: asked for before a checkpoint is written, and recognised as what ended a write."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aiprod_ds.errors import AiprodError, CheckpointError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_BELOW_BYTES = 1 << 20  # what is free after a write failed for want of room
+
+
+class DiskFullError(CheckpointError):
+    """There is no room for a checkpoint. Those before it are as they were."""
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Checks that the file system of `folder`, which exists, has `num_bytes` free for this user.
+
+    Raises:
+        DiskFullError: If it has less.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise DiskFullError(f"{folder}: must have {num_bytes:,} bytes free for the next checkpoint, got {free:,}. {_FIX}")
+
+
+def write_error(error: Exception, folder: Path) -> AiprodError:
+    """Returns what a failed write into `folder` means: an error of this package as it is, `DiskFullError`, or `CheckpointError`.
+
+    torch and safetensors say in words only, or not at all, that the disk was full; what is free then decides.
+    """
+    if isinstance(error, AiprodError):
+        return error
+    told = error.errno if isinstance(error, OSError) else None
+    if told in _FULL or (told is None and _is_full(folder)):
+        return DiskFullError(f"{folder}: must have room for the checkpoint, got {error}. {_FIX}")
+    return CheckpointError(
+        f"{folder}: must take the checkpoint, got {type(error).__name__}: {error}. Check disk and permissions."
+    )
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns an `OSError` of the body into what `write_error` makes of it, so that other ranks can be told."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error, folder) from error
+
+
+def _is_full(folder: Path) -> bool:
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    return existing is not None and shutil.disk_usage(existing).free < _FULL_BELOW_BYTES
+
+
+_FIX = "Free some, lower checkpoint.keep_last, or save less often."

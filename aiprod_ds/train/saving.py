@@ -1,0 +1,180 @@
+"""Saving a checkpoint from all ranks: what the ranks must agree on around `CheckpointStore`.
+
+Every rank writes into one folder that rank 0 makes and commits, so the run folder must be on a file system that all ranks share;
+a folder of the same name on each node's own disk is found out before anything is written into it.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from aiprod_ds.checkpoint.space import DiskFullError, explained, write_error
+from aiprod_ds.checkpoint.state import RunState
+from aiprod_ds.checkpoint.store import CheckpointStore
+from aiprod_ds.config.run import CheckpointConfig
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.errors import AiprodError, CheckpointError
+from aiprod_ds.optim.ema import Ema
+
+_LOG = logging.getLogger(__name__)
+_TOKEN = ".seen_by_all_ranks"
+_SEEN_WITHIN_SECONDS = 90.0  # NFS may hide a new folder from other clients for 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saver:
+    """Saves and prunes the checkpoints of one run.
+
+    Attributes:
+        store: Where to.
+        config: What to keep, and what to do without room.
+        phase_names: Of the curriculum, by the index that the clock has.
+        parameters: Of the model, trained or not.
+    """
+
+    store: CheckpointStore
+    config: CheckpointConfig
+    phase_names: tuple[str, ...]
+    parameters: int
+
+    def save(self, engine: Engine, ema: Ema | None, state: RunState) -> None:
+        """Commits a checkpoint and deletes those that are kept no longer. Collective.
+
+        An error is raised on every rank, with one exception: if one of several ranks fails inside `engine.save`, it alone raises,
+        whatever `on_full_disk` says, because the others wait in the engine's collectives.
+
+        Raises:
+            DiskFullError: If there is no room and the configuration says to stop then.
+            CheckpointError: If the ranks share no folder, or the disk fails.
+        """
+        try:
+            self._save(engine, ema, state)
+        except DiskFullError as error:
+            if self.config.on_full_disk == "stop":
+                raise
+            _LOG.warning("checkpoint_not_saved update=%d reason=%s", state.clock.updates, error)
+
+    def _save(self, engine: Engine, ema: Ema | None, state: RunState) -> None:
+        updates = state.clock.updates
+        needed_bytes = estimated_bytes(engine, ema, self.parameters)
+        try:
+            pending = dist.from_main(lambda: self.store.open_pending(updates, needed_bytes=needed_bytes))
+            require_shared(pending)
+            self._write(engine, ema, pending)
+            dist.from_main(lambda: self.store.commit(updates, state))
+        except Exception:
+            if dist.is_main():
+                self.store.discard_pending(updates)
+            raise
+        dist.from_main(lambda: self._prune(state))
+
+    def _write(self, engine: Engine, ema: Ema | None, pending: Path) -> None:
+        try:
+            engine.save(pending / "engine")
+        except (OSError, RuntimeError) as error:
+            problem = write_error(error, pending)
+            if not isinstance(problem, DiskFullError) and not isinstance(error, OSError):
+                raise
+            # Not as DiskFullError: who is alone must not train on.
+            raise (problem if dist.world_size() == 1 else CheckpointError(str(problem))) from error
+        failures = dist.gather_objects(None if ema is None else _failure(lambda: ema.save(pending), pending))
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+    def _prune(self, state: RunState) -> None:
+        deleted = self.store.prune(state.clock.updates, self.config, self._measure)
+        if deleted:
+            _LOG.info("checkpoints_deleted names=%s", ",".join(deleted))
+        rule, known = self.config.keep_best, state.history.get("before", {})
+        if rule is not None and known and rule.metric not in known:
+            raise CheckpointError(
+                f"checkpoint.keep_best.metric: must be one of {', '.join(sorted(known))}, got {rule.metric}. "
+                f"Correct it and resume; update {state.clock.updates} is saved."
+            )
+
+    def _measure(self, state: RunState) -> float | None:
+        """Returns the measure of `keep_best`; only the checkpoint at the end of a phase has that phase's."""
+        rule, phase = self.config.keep_best, state.clock.phase
+        if rule is None or phase >= len(self.phase_names):
+            return None
+        value = state.history.get("phase_metrics", {}).get(self.phase_names[phase], {}).get(rule.metric)
+        return float(value) if isinstance(value, int | float) else None
+
+
+def estimated_bytes(engine: Engine, ema: Ema | None, parameters: int) -> int:
+    """Returns about how large a checkpoint becomes: weights, fp32 masters, two moments, and the average.
+
+    Rather too much: in fp32 the weights may be the masters.
+
+    Args:
+        engine: Holds what is trained.
+        ema: The average, if there is one.
+        parameters: Of the model, trained or not.
+    """
+    trained = sum(shard.numel() for shard in engine.master_shards()) * (
+        engine.world_size if engine.has_partitioned_masters else 1
+    )
+    return parameters * engine.compute_dtype.itemsize + trained * 4 * (3 if ema is None else 4)
+
+
+def require_shared(folder: Path, *, within_seconds: float = _SEEN_WITHIN_SECONDS) -> None:
+    """Checks that every rank sees in `folder` what rank 0 writes there. Collective; leaves the folder as it was.
+
+    Args:
+        folder: Exists for rank 0.
+        within_seconds: How long others look for it.
+
+    Raises:
+        CheckpointError: On every rank, if one does not see it.
+    """
+    if dist.world_size() == 1:
+        return
+    token = dist.from_main(lambda: _write_token(folder))
+    blind = [host for host, sees in dist.gather_objects((socket.gethostname(), _sees(folder, token, within_seconds))) if not sees]
+    dist.from_main(lambda: _remove_token(folder))
+    if blind:
+        raise CheckpointError(
+            f"{folder}: must be one folder for all ranks, got {len(blind)} ranks on {', '.join(sorted(set(blind)))} "
+            "that do not see what rank 0 writes there. Put output_dir on a file system that all nodes share."
+        )
+
+
+def _write_token(folder: Path) -> str:
+    token = uuid4().hex
+    with explained(folder):
+        (folder / _TOKEN).write_text(token)
+    return token
+
+
+def _remove_token(folder: Path) -> None:
+    with explained(folder):
+        (folder / _TOKEN).unlink(missing_ok=True)
+
+
+def _sees(folder: Path, token: str, within_seconds: float) -> bool:
+    deadline = time.monotonic() + within_seconds
+    while True:
+        try:
+            if (folder / _TOKEN).read_text() == token:
+                return True
+        except OSError:
+            pass  # not yet, or never
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
+
+
+def _failure(write: Callable[[], None], folder: Path) -> AiprodError | None:
+    try:
+        write()
+    except Exception as error:  # noqa: BLE001  whatever a writer raises, the other ranks must hear of it
+        return write_error(error, folder)
+    return None
