@@ -42,7 +42,8 @@ class DeepSpeedEngine:
 
     Args:
         module: Moved to the device, cast to the precision and, under ZeRO-3, partitioned: all in place. Rank 0's parameters and
-            buffers are the ones that count. After `close` it stays partitioned, so only another ZeRO-3 engine can take it.
+            buffers are the ones that count. After `close` it stays partitioned, so only a ZeRO-3 engine of the same precision
+            can take it; parameters may be added and removed before that.
         groups: Every trainable parameter once.
         optimizer: AdamW settings; the learning rate is 0 until `set_learning_rate`.
         settings: ZeRO stage, precision, offload.
@@ -87,6 +88,7 @@ class DeepSpeedEngine:
         shapes = {name: whole_shape(parameter) for name, parameter in self._trained.items()}
         self._layout = engine_layout("deepspeed", settings, self.world_size, groups, shapes)
         self._needs_own_norm = settings.zero_stage == 0 and settings.precision == "fp32"
+        internals.cast_added_parameters(module, self.compute_dtype)
         self._engine: Any = _initialize(
             module,
             _adamw(parameters, optimizer, settings, self.device),

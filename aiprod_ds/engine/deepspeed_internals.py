@@ -23,7 +23,7 @@ from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -60,8 +60,24 @@ def leave_out_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
+def cast_added_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what was added to a module that an earlier ZeRO-3 engine has partitioned; call it before the next engine is made.
+
+    runtime/engine.py:1859 casts nothing in a module of which any parameter is partitioned.
+    """
+    parameters = list(module.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        for parameter in parameters:
+            if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
 def prepare(engine: Any) -> None:
     """Corrects a new engine before its first update."""
+    if is_partitioned(engine) and engine._config.zero_config.memory_efficient_linear:
+        # runtime/zero/parameter_offload.py:263: an engine puts its `linear` in place only for a module without any partitioned
+        # parameter. With torch's own, a rebuilt engine would keep every gathered weight from forward to backward.
+        torch.nn.functional.linear = zero3_linear_wrap
     # runtime/engine.py:5530: every save would copy two scripts beside the checkpoint.
     engine._copy_recovery_script = _copy_nothing
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
@@ -179,10 +195,10 @@ def prepare_to_gather(engine: Any) -> None:
 def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
     """Returns one trained parameter's master and Adam state, whole. Collective; call `prepare_to_gather` first."""
     optimizer = engine.optimizer
-    if hasattr(parameter, "ds_id"):
+    if is_partitioned(engine):
         group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
-    elif hasattr(parameter, "_hp_mapping"):
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         state = optimizer.optimizer.state.get(_flat_partition(optimizer, parameter), {})
     else:
         return _replicated_state(optimizer, parameter)
@@ -275,8 +291,10 @@ def full_teardown(engine: Any) -> None:
     on every module that call the old coordinator after a new engine took the module (runtime/zero/parameter_offload.py:444, 483);
     the optimizer on every parameter (runtime/zero/stage3.py:807, stage_1_and_2.py:822);
     the module in a global list (parameter_offload.py:315); an unbounded class-level cache (partitioned_param_coordinator.py:633);
-    a process-wide autocast flag (runtime/torch_autocast.py:28); and the replaced `torch.nn.functional.linear`
-    (runtime/zero/partition_parameters.py:419), which would change speed and memory of every later engine.
+    parameters as they are, all of them gathered if a forward without a backward was last, and gatherings under way on the module
+    (parameter_offload.py:199); a process-wide autocast flag (runtime/torch_autocast.py:28); and the replaced
+    `torch.nn.functional.linear` (runtime/zero/partition_parameters.py:419), which would change speed and memory of every later
+    engine.
     """
     module = engine.module
     engine.destroy()
@@ -291,6 +309,7 @@ def full_teardown(engine: Any) -> None:
     for parameter in module.parameters():
         for attribute in _PARAMETER_STATE:
             parameter.__dict__.pop(attribute, None)
+    _forget_gathered(module)
     _remove_from_forward_stack(set(module.modules()))
     _clear_caches(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
@@ -308,6 +327,18 @@ def _copy_nothing(save_path: str) -> None:
 def _remove_from_forward_stack(modules: set[nn.Module]) -> None:
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [entry for entry in stack if entry not in modules]
+
+
+def _forget_gathered(module: nn.Module) -> None:
+    """Leaves of every parameter the partition alone, and waits for no gathering: after an error other ranks may be gone."""
+    in_flight = getattr(module, "ds_inflight_param_registry", {})
+    for parameter in in_flight:
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    in_flight.clear()
+    partitioned: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    for parameter in partitioned:
+        parameter.ds_active_sub_modules.clear()
+        parameter.partition()
 
 
 def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:

@@ -161,6 +161,21 @@ def test_checkpointing_grows_a_global_list_under_zero_3(report: dict[str, Any]) 
     assert report["forward_stack"][1] > report["forward_stack"][0]
 
 
+def test_a_forward_alone_leaves_zero_3_with_all_weights_gathered(report: dict[str, Any]) -> None:
+    """Remedy: `full_teardown` forgets them."""
+    assert report["gathered_after"] == {"update": 0, "forward": 6}
+
+
+def test_a_second_zero_3_engine_on_a_module_uses_torchs_linear(report: dict[str, Any]) -> None:
+    """Remedy: `prepare` puts DeepSpeed's in place."""
+    assert report["linear_replaced"] == [True, False]
+
+
+def test_a_second_zero_3_engine_does_not_cast_what_was_added_to_the_module(report: dict[str, Any]) -> None:
+    """Remedy: `cast_added_parameters`."""
+    assert report["rebuilt_with_added_fp32"] == "AssertionError"
+
+
 def test_weights_that_zero_3_keeps_gathered_do_not_follow_their_masters(report: dict[str, Any]) -> None:
     """Remedy: `refresh_weights` gathers them anew."""
     assert report["gathered_weight_follows"] is False
@@ -248,7 +263,8 @@ def observe_everything() -> dict[str, Any]:
     observed: dict[str, Any] = _observe_shared_memory_op()  # first: no engine may have made DeepSpeed's communication yet
     for observe in (
         _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_universal,
-        _observe_access, _observe_scaler, _observe_new_ones, _observe_masters, _observe_clipping,
+        _observe_access, _observe_scaler, _observe_new_ones, _observe_masters, _observe_rebuilding,
+        _observe_clipping,
         _observe_offloaded_adam, _observe_autocast,
     ):  # fmt: skip
         observed |= observe()
@@ -569,6 +585,28 @@ def _observe_masters() -> dict[str, Any]:
     follows = bool((bias == 3.0).all())
     _close(engine)
     return {"gathered_weight_follows": follows}
+
+
+def _observe_rebuilding() -> dict[str, Any]:
+    module, replaced = Net(), []
+    engine = _engine(3, module=module, bf16={"enabled": True})
+    replaced.append(torch.nn.functional.linear is not torch._C._nn.linear)
+    gathered = {"update": _count_gathered(_update(engine).module)}
+    with torch.no_grad():
+        engine(torch.ones(2, 8, dtype=torch.bfloat16))
+    gathered["forward"] = _count_gathered(module)
+    assert not module.ds_inflight_param_registry, "a registry of gatherings under way, on the module: empty on a CPU"
+    _close(engine)
+    engine = _engine(3, module=module, bf16={"enabled": True})
+    replaced.append(torch.nn.functional.linear is not torch._C._nn.linear)
+    _close(engine)
+    module.added = nn.Linear(8, 8)
+    built = _outcome(lambda: _engine(3, module=module, bf16={"enabled": True}), "built")
+    return {"gathered_after": gathered, "linear_replaced": replaced, "rebuilt_with_added_fp32": built}
+
+
+def _count_gathered(module: nn.Module) -> int:
+    return sum(parameter.ds_status.name == "AVAILABLE" for parameter in module.parameters())
 
 
 def _observe_clipping() -> dict[str, Any]:
