@@ -122,10 +122,10 @@ class DiffusionUnit(ClipUnit):
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model in diffusers' layout, or the adapters in PEFT's and ComfyUI's.
 
-        Beside adapters stands the model that they belong to if this run has trained that too.
+        Beside adapters stands the model that they belong to if this run has changed it.
         """
         last = self.plan.phases[-1].adapters
-        has_new_base = any(phase.adapters != last for phase in self.plan.phases)
+        has_new_base = self.config.model.lora_checkpoint is not None or any(phase.adapters != last for phase in self.plan.phases)
         export_transformer(engine, self.module, folder, lora=last, with_base=has_new_base)
 
     def replacements(self) -> tuple[str, ...]:

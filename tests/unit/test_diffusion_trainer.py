@@ -102,6 +102,10 @@ def test_a_run_goes_on_from_a_lora_merged_or_as_adapters(tmp_path: Path, family:
     file = {"path": str(tmp_path / "first" / "export" / form)}
     model = FAMILIES[family]["model"]
     merged = _trainer(tmp_path / "merged", family, model={**model, "lora_checkpoint": file}).train().metrics
+    assert not (tmp_path / "first" / "export" / "base").exists(), "everybody has it"
+    again = _trainer(tmp_path / "again", family, model={**model, "lora_checkpoint": file}, **lora)
+    again.train()
+    assert (tmp_path / "again" / "export" / "base" / "config.json").exists(), "nobody else has it"
     further = _trainer(tmp_path / "further", family, model={**model, "lora_init": file}, **lora).train().metrics
     assert before["loss_after"] != before["loss_before"]
     for found in (merged, further):
