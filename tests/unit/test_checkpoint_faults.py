@@ -1,0 +1,274 @@
+"""A save that is interrupted before any of its file operations leaves the old checkpoint or the new one, whole.
+
+Every operation below the store's folder is counted by wrapping the calls of `os` and `open` that Python code makes, and the count
+is held against the interpreter's own audit events. Then each in turn does not happen: the process is killed (nothing after
+it happens either), the call fails once, or the disk is full. Oracle: the bytes that were saved under either name.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiprod_ds.checkpoint.space import DiskFullError
+from aiprod_ds.checkpoint.state import RunState
+from aiprod_ds.checkpoint.store import CheckpointStore
+from aiprod_ds.clock import Clock
+from aiprod_ds.config.run import CheckpointConfig
+from aiprod_ds.errors import CheckpointError
+
+KEEP_TWO = CheckpointConfig(keep_last=2)
+# Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may only change with the
+# commit protocol: fewer would mean that operations are no longer seen.
+SCENARIOS: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "first": ((), 4, 36),
+    "next": ((2,), 4, 40),
+    "same name": ((2,), 2, 48),
+    "deletes two": ((1, 2, 3), 4, 66),
+}
+_NAMES = ("open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync")
+_AUDITED = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir"}
+
+
+@pytest.fixture(autouse=True)
+def _without_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing takes most of the time, and a test cannot see what it does to the disk, only that it is asked for."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+class KilledError(BaseException):
+    """The process ends here: no handler runs any further operation."""
+
+
+class Faults:
+    """Counts file operations below a folder and lets one of them fail.
+
+    Args:
+        folder: Others are left alone.
+        at: Number of the operation that does not happen; None: all do.
+        error: What it raises; after `KilledError` every later operation raises it too.
+        writes_only: Whether only writes count.
+    """
+
+    def __init__(
+        self, folder: Path, *, at: int | None = None, error: BaseException | None = None, writes_only: bool = False
+    ) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self._folder, self._at, self._error, self._writes_only = folder, at, error, writes_only
+
+    def meet(self, name: str, path: object) -> None:
+        if not self.concerns(path) or (self._writes_only and name != "write"):
+            return
+        number = len(self.seen)
+        self.seen.append((name, str(path)))
+        if self._error is not None and (
+            number == self._at or (number > (self._at or 0) and isinstance(self._error, KilledError))
+        ):
+            raise self._error
+
+    def concerns(self, path: object) -> bool:
+        return str(path).startswith(str(self._folder))
+
+
+class _Watched:
+    """A file opened for writing whose writes and closing are operations of their own."""
+
+    def __init__(self, file: Any, faults: Faults) -> None:
+        self._file, self._faults = file, faults
+
+    def write(self, data: Any) -> int:
+        self._faults.meet("write", self._file.name)
+        written: int = self._file.write(data)
+        return written
+
+    def __enter__(self) -> _Watched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def _watching(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[None]:
+    descriptors: dict[int, str] = {}
+    own_open, own_os_open = io.open, os.open
+
+    def path_of(target: Any, options: dict[str, Any]) -> str:
+        if isinstance(target, int):
+            return descriptors.get(target, "")
+        folder = descriptors.get(options.get("dir_fd") or -1, "")
+        return os.path.join(folder, os.fspath(target))  # noqa: PTH118  as the call has it
+
+    def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(target: Any, *arguments: Any, **options: Any) -> Any:
+            path = path_of(target, options)
+            faults.meet(name, path)
+            result = call(target, *arguments, **options)
+            if name == "open":
+                descriptors[result] = path
+            return result
+
+        return wrapper
+
+    def open_file(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        faults.meet("open", file)
+        opened = own_open(file, mode, *arguments, **options)
+        if "r" in mode or not faults.concerns(file):
+            return opened
+        descriptors[opened.fileno()] = str(file)
+        return _Watched(opened, faults)
+
+    with monkeypatch.context() as patch:
+        for name in _NAMES:
+            patch.setattr(os, name, watched(name, own_os_open if name == "open" else getattr(os, name)))
+        patch.setattr(io, "open", open_file)
+        patch.setattr(builtins, "open", open_file)
+        yield
+
+
+def _state(updates: int) -> RunState:
+    clock = replace(Clock(), updates=updates)
+    return RunState(clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={"world_size": 1})
+
+
+def _save(store: CheckpointStore, updates: int, content: bytes) -> None:
+    pending = store.open_pending(updates)
+    try:
+        (pending / "engine" / "weights.bin").write_bytes(content)
+        store.commit(updates, _state(updates))
+    except Exception:
+        store.discard_pending(updates)
+        raise
+    store.prune(updates, KEEP_TWO, lambda _: None)
+
+
+def _prepared(folder: Path, scenario: str) -> tuple[CheckpointStore, set[tuple[int, bytes]]]:
+    """Returns the store before the save, and what the newest checkpoint may be after it has been interrupted."""
+    before, updates, _ = SCENARIOS[scenario]
+    store = CheckpointStore(folder / "checkpoints")
+    folder.mkdir()
+    for number in before:
+        pending = store.open_pending(number)
+        (pending / "engine" / "weights.bin").write_bytes(b"old")
+        store.commit(number, _state(number))
+    return store, {(updates, b"new"), *([(before[-1], b"old")] if before else [(0, b"")])}
+
+
+def _found(store: CheckpointStore) -> tuple[int, bytes]:
+    newest = store.newest()
+    if newest is None:
+        return 0, b""
+    return newest.state.clock.updates, (newest.engine_folder / "weights.bin").read_bytes()
+
+
+def _require_the_next_save(store: CheckpointStore, scenario: str) -> None:
+    """The next save succeeds, deletes what it should and leaves nothing else; the one after a run of the same name too."""
+    updates = SCENARIOS[scenario][1]
+    _save(store, updates, b"again")
+    assert _found(store) == (updates, b"again")
+    _save(store, 6, b"next")
+    assert _found(store) == (6, b"next")
+    assert sorted(entry.name for entry in store.folder.iterdir()) == ["latest", f"update_{updates:06d}", "update_000006"]
+    assert (store.folder / "latest").read_text() == "update_000006\n"
+
+
+def _operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str, *, writes_only: bool = False) -> Faults:
+    store, _ = _prepared(tmp_path / "whole", scenario)
+    faults = Faults(tmp_path, writes_only=writes_only)
+    with _watching(monkeypatch, faults):
+        _save(store, SCENARIOS[scenario][1], b"new")
+    assert _found(store) == (SCENARIOS[scenario][1], b"new")
+    return faults
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_operation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str) -> None:
+    audited: list[str] = []
+    active = [True]  # an audit hook cannot be removed
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if active and event == "open" and str(arguments[0]).startswith(str(tmp_path)):
+            audited.append("open")
+        elif active and event in _AUDITED:
+            audited.append(_AUDITED[event])
+
+    store, _ = _prepared(tmp_path / "audited", scenario)
+    sys.addaudithook(hook)
+    _save(store, SCENARIOS[scenario][1], b"new")
+    active.clear()
+    seen = [
+        {"replace": "rename", "remove": "unlink"}.get(name, name) for name, _ in _operations(tmp_path, monkeypatch, scenario).seen
+    ]
+    for name in ("mkdir", "rename", "unlink", "rmdir"):
+        assert seen.count(name) == audited.count(name), name
+    assert seen.count("open") >= audited.count("open")  # an audit event tells paths, which inside rmtree are relative
+    assert len(seen) == SCENARIOS[scenario][2]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("fault", ["killed", "failed"])
+def test_old_or_new_stands_whatever_operation_does_not_happen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str, fault: str
+) -> None:
+    outcomes = set()
+    for at in range(SCENARIOS[scenario][2]):
+        store, allowed = _prepared(tmp_path / str(at), scenario)
+        error = KilledError() if fault == "killed" else OSError(errno.EIO, "Input/output error")
+        with suppress(KilledError, CheckpointError, OSError), _watching(monkeypatch, Faults(tmp_path, at=at, error=error)):
+            _save(store, SCENARIOS[scenario][1], b"new")
+        found = _found(store)
+        assert found in allowed, f"operation {at}"
+        outcomes.add(found)
+        _require_the_next_save(store, scenario)
+    assert outcomes == allowed, "some were interrupted before the new one stood and some after"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str
+) -> None:
+    writes = _operations(tmp_path, monkeypatch, scenario, writes_only=True).seen
+    assert [Path(path).name.partition(".")[0] for _, path in writes] == ["weights", "state", "manifest", "latest"]
+    for at, (_, path) in enumerate(writes):
+        store, allowed = _prepared(tmp_path / str(at), scenario)
+        before = sorted(entry.name for entry in store.folder.iterdir()) if store.folder.exists() else []
+        full = Faults(tmp_path, at=at, error=OSError(errno.ENOSPC, "No space left on device"), writes_only=True)
+        with _watching(monkeypatch, full), pytest.raises((DiskFullError, OSError), match="No space left on device"):
+            _save(store, SCENARIOS[scenario][1], b"new")
+        if "latest" in path:  # the new one stands by then
+            assert _found(store) == (SCENARIOS[scenario][1], b"new")
+        else:
+            assert _found(store) in allowed - {(SCENARIOS[scenario][1], b"new")}
+            assert sorted(entry.name for entry in store.folder.iterdir()) == before
+        assert not list(store.folder.glob("*.pending"))
+        assert not list(store.folder.glob("*.tmp"))
+        _require_the_next_save(store, scenario)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str) -> None:
+    """After a power cut only what was flushed is there: files and folders before the rename, the rename before any deletion."""
+    seen = _operations(tmp_path, monkeypatch, scenario).seen
+    pending = f"update_{SCENARIOS[scenario][1]:06d}.pending"
+    store = tmp_path / "whole" / "checkpoints"
+    renamed = next(at for at, (name, path) in enumerate(seen) if name == "rename" and path.endswith(pending))
+    flushed = {path for name, path in seen[:renamed] if name == "fsync"}
+    written = {path for name, path in seen[:renamed] if name == "write"}
+    assert {str(store / pending / name) for name in ("engine/weights.bin", "state.json", "manifest.json")} <= written <= flushed
+    assert {str(store / pending), str(store / pending / "engine"), str(store.parent)} <= flushed
+    last_write = max(at for at, (name, _) in enumerate(seen[:renamed]) if name == "write")
+    assert {path for name, path in seen[last_write:renamed] if name == "fsync"} >= written
+    assert seen[renamed + 1 : renamed + 3] == [("open", str(store)), ("fsync", str(store))]
