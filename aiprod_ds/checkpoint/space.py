@@ -11,6 +11,7 @@ from pathlib import Path
 from aiprod_ds.errors import AiprodError, CheckpointError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_IN_WORDS = "No space left on device"  # safetensors' error, whose file is gone again by then
 _FULL_BELOW_BYTES = 1 << 20  # what is free after a write failed for want of room
 
 
@@ -32,12 +33,12 @@ def require_space(folder: Path, num_bytes: int) -> None:
 def write_error(error: Exception, folder: Path) -> AiprodError:
     """Returns what a failed write into `folder` means: an error of this package as it is, `DiskFullError`, or `CheckpointError`.
 
-    torch and safetensors say in words only, or not at all, that the disk was full; what is free then decides.
+    safetensors says in words only that the disk was full, torch not at all; what is free then decides.
     """
     if isinstance(error, AiprodError):
         return error
     told = error.errno if isinstance(error, OSError) else None
-    if told in _FULL or (told is None and _is_full(folder)):
+    if told in _FULL or (told is None and (_FULL_IN_WORDS in str(error) or _is_full(folder))):
         return DiskFullError(f"{folder}: must have room for the checkpoint, got {error}. {_FIX}")
     return CheckpointError(
         f"{folder}: must take the checkpoint, got {type(error).__name__}: {error}. Check disk and permissions."

@@ -169,6 +169,8 @@ def test_the_first_one_needs_what_is_estimated(tmp_path: Path, monkeypatch: pyte
 def test_a_writer_that_only_has_words_is_understood_by_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
     assert not isinstance(write_error(error, tmp_path), DiskFullError)
+    worded = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert isinstance(write_error(worded, tmp_path), DiskFullError)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 1000, 0))
     assert isinstance(write_error(error, tmp_path / "not" / "there"), DiskFullError)
     assert not isinstance(write_error(PermissionError(errno.EACCES, "no"), tmp_path), DiskFullError)
