@@ -249,7 +249,7 @@ def _measure_writing(path: Path, oracle: dict[str, Tensor]) -> dict[str, Any]:
         expected = {name: written[name] if name in trained else weights[name].float() for name in written}
         found = {
             "read": [name for name, value in expected.items() if not torch.equal(engine.read_value(name), value)],
-            "weights": [name for name, value in _weights(engine).items() if not torch.equal(value, weights[name])],
+            "weights": [name for name, value in _weights(engine).items() if not _is_same(value, weights[name])],
         }
         if dist.is_main():
             after = {state.name: state for state in engine.parameter_states()}
@@ -312,7 +312,7 @@ def _compare(engine: Any, before: Tensor, values: dict[str, Tensor], module: nn.
     frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
     start, answer = local.module_state(), _answer(engine)
     found = {
-        "weights": [name for name, value in _weights(engine).items() if not torch.equal(value, weights[name])],
+        "weights": [name for name, value in _weights(engine).items() if not _is_same(value, weights[name])],
         "answer": _relative_difference(answer, before),
         "answer_of_local_engine": _relative_difference(answer, _answer(local)),
     }
@@ -548,6 +548,10 @@ def _answer(engine: Any) -> Tensor:
 
 def _relative_difference(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _states(engine: Engine) -> dict[str, Any]:
