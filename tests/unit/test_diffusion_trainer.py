@@ -118,7 +118,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_weights_are_loaded(tmp_path:
     lora = {"training_mode": "lora", "lora": {"rank": 2}}
     _trainer(tmp_path / "wan", "wan", **lora).train()
     file = {"path": str(tmp_path / "wan" / "export" / "peft")}
-    with pytest.raises(CheckpointError, match="peft.*must"):
+    with pytest.raises(CheckpointError, match=r"peft.*must"):
         _trainer(tmp_path / "ltx", "ltx", model={**FAMILIES["ltx"]["model"], key: file}, **lora).plan()
 
 
