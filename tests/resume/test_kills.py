@@ -23,7 +23,7 @@ import pytest
 from aiprod_ds.testing.dist import kill_session
 
 KILLS = {1: 10, 3: 10}  # by ZeRO stage
-PHASES, UPDATES_PER_PHASE = 16, 2
+PHASES, UPDATES_PER_PHASE = 40, 2  # a signal that comes too late uses a phase up and does not count
 RANKS = 2
 ATTEMPT_SECONDS = 120
 
@@ -204,10 +204,20 @@ def _await_phase_end(folder: Path, before: int) -> int:
     """Returns the update at which a phase ended, as soon as one more has ended than `before`."""
     deadline = time.monotonic() + ATTEMPT_SECONDS
     while _events(folder) <= before:
+        assert not _is_completed(folder), "the run has ended before it was killed often enough: raise PHASES"
         assert time.monotonic() < deadline, "no phase ended"
         time.sleep(0.002)
     line = next(line for line in reversed(Path(f"{folder}.log").read_text().splitlines()) if "phase_ends" in line)
     return int(line.split("update=")[1].split()[0])
+
+
+def _is_completed(folder: Path) -> bool:
+    """A rank that outlives the killed one leaves a report too, of a failed run."""
+    report = folder / "report.json"
+    try:
+        return bool(json.loads(report.read_text())["status"] == "completed")
+    except FileNotFoundError:
+        return False
 
 
 def _await(folder: Path) -> None:

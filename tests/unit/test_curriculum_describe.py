@@ -63,7 +63,8 @@ def test_a_row_holds_every_number_of_the_plan() -> None:
         "clips": 32, "epochs": 2.5, "min_epochs": 2.5, "max_epochs": 2.5,
         "learning_rate_max": 1e-3, "learning_rate_final": pytest.approx(1e-4, rel=1e-12),
         "schedule": "cosine", "warmup_updates": 3,
-        "weight_decay": 0.01, "random_flip": True, "activation_checkpointing": None, "moments": "keep", "moment_scale": 1.0,
+        "weight_decay": 0.01, "random_flip": True, "activation_checkpointing": None, "training_mode": "full", "lora_rank": None,
+        "moments": "keep", "moment_scale": 1.0,
         "loss_weights": {"perceptual_weight": 1.0, "kl_weight": 0.5, "haar_weight": 0.0}, "overrides": {"loss.kl_weight": 0.5},
     }  # fmt: skip
 
