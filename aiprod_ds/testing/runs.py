@@ -13,9 +13,21 @@ from typing import Any
 from aiprod_ds.engine import dist
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.report.summary import RunSummary
+from aiprod_ds.testing.dist import run_on_ranks
 
 _MEASURED_TIME = ("time/", "throughput/", "memory/")
 _WRITTEN_AT_THE_END = ("export", "plots", "report.json", "report.md")
+
+
+def alike_on_ranks(function: Callable[..., dict[str, Any]], *, ranks: int, folder: Path) -> dict[str, Any]:
+    """Returns what `function(folder=...)` returns on each of `ranks` CPU ranks, which must be the same on all of them.
+
+    Raises:
+        EngineError: As `run_on_ranks`.
+    """
+    results: list[dict[str, Any]] = run_on_ranks(function, ranks=ranks, arguments={"folder": str(folder)}, timeout_seconds=600)
+    assert all(result == results[0] for result in results), "every rank reports the run's own numbers"
+    return results[0]
 
 
 def train_and_resume(

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.runs import record_of, series, train_and_resume
+from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 
 CASES = tuple(f"zero{stage}_fp32" for stage in range(4))
@@ -36,18 +35,12 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    arguments = {"folder": str(tmp_path_factory.mktemp("ranks"))}
-    results = run_on_ranks(run_every_case, ranks=2, arguments=arguments, timeout_seconds=600)
-    assert results[0] == results[1], "every rank reports the run's own numbers"
-    found: dict[str, Any] = results[0]
-    return found
+    return alike_on_ranks(run_every_case, ranks=2, folder=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    arguments = {"folder": str(tmp_path_factory.mktemp("local"))}
-    found: dict[str, Any] = run_on_ranks(run_locally, ranks=1, arguments=arguments, timeout_seconds=600)[0]
-    return found
+    return alike_on_ranks(run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -17,8 +17,7 @@ import torch
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
-from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.runs import record_of, series, train_and_resume
+from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
@@ -41,10 +40,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     found = {}
     for world in WORLDS:
-        arguments = {"folder": str(tmp_path_factory.mktemp(f"world_{world}"))}
-        results = run_on_ranks(run_every_case, ranks=world, arguments=arguments, timeout_seconds=600)
-        assert all(result == results[0] for result in results), "every rank reports the run's own numbers"
-        found[world] = results[0]
+        found[world] = alike_on_ranks(run_every_case, ranks=world, folder=tmp_path_factory.mktemp(f"world_{world}"))
     return found
 
 

@@ -23,7 +23,7 @@ from aiprod_ds.errors import EngineError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.runs import record_of, series, train_and_resume
+from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
 from aiprod_ds.train import retrain, run
 from aiprod_ds.train.diffusion import DiffusionTrainer
 
@@ -45,18 +45,12 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    arguments = {"folder": str(tmp_path_factory.mktemp("ranks"))}
-    results = run_on_ranks(run_every_case, ranks=2, arguments=arguments, timeout_seconds=600)
-    assert results[0] == results[1], "every rank reports the run's own numbers"
-    found: dict[str, Any] = results[0]
-    return found
+    return alike_on_ranks(run_every_case, ranks=2, folder=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    arguments = {"folder": str(tmp_path_factory.mktemp("local"))}
-    found: dict[str, Any] = run_on_ranks(run_locally, ranks=1, arguments=arguments, timeout_seconds=600)[0]
-    return found
+    return alike_on_ranks(run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.parametrize("case", CASES)
