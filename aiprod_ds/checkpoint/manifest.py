@@ -18,7 +18,7 @@ from typing import Any
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import file_sha256
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library
@@ -127,10 +127,16 @@ def _compare(folder: Path, expected: Mapping[str, FileRecord]) -> None:
         if file_sha256(folder / name) != record.sha256:
             raise CheckpointError(f"{folder / name}: content differs from the manifest's sha256.")
         if name.endswith(".safetensors"):
-            _check_header(folder / name, record.bytes)
+            check_header(folder / name, record.bytes)
 
 
-def _check_header(path: Path, num_bytes: int) -> None:
+def check_header(path: Path, num_bytes: int) -> None:
+    """Checks the length that a safetensors file of `num_bytes` tells of its header, before a reader takes memory for it.
+
+    Raises:
+        CheckpointError: If the header would not fit into the file or into 100 MB.
+        OSError: If the file cannot be read.
+    """
     with path.open("rb") as file:
         told = int.from_bytes(file.read(8), "little")
     if not 2 <= told <= min(num_bytes - 8, _MAX_HEADER_BYTES):

@@ -1,0 +1,249 @@
+"""The tensors of a checkpoint: pieces of whole tensors, in one safetensors file for each rank that wrote some.
+
+    engine.json                             `EngineFacts`: what there is, in whole tensors
+    rank_00000_of_00002.safetensors         the pieces of rank 0, by `<kind>/<name>`; metadata `starts`: JSON {key: first element}
+
+Owns both files: writing a rank's own, and reading any range of any tensor from all of them. Who reads needs neither the number of
+ranks nor the ZeRO stage that wrote. Nothing is unpickled. Commit and hashes are `store.py` and `manifest.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import Self
+
+from aiprod_ds.checkpoint.manifest import check_header, read_mapping
+from aiprod_ds.errors import CheckpointError
+from aiprod_ds.pieces import Captured, EngineFacts, Kind, Whole, tensor_key
+
+FACTS = "engine.json"
+_STARTS = "starts"
+_FILE = re.compile(r"rank_([0-9]{5,})_of_([0-9]{5,})\.safetensors")
+_AT_ONCE_BYTES = 64 << 20
+_MAPPED_BYTES = 256 << 20  # read from a file before its map, whose pages count as this process's memory, is made anew
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+def write_pieces(folder: Path, state: Captured) -> None:
+    """Writes this rank's file, if it has pieces, and on rank 0 the facts, into an existing folder. Waits for nobody.
+
+    Args:
+        folder: The same for all ranks.
+        state: Its tensors must not change before this returns. Those on a GPU are all copied to the host first.
+
+    Raises:
+        OSError: If the disk fails; `SafetensorError` if it fails inside that library.
+    """
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    for cut, values in state.pieces():
+        key = tensor_key(cut.kind, cut.name)
+        assert key not in starts, f"a rank has one piece of {key}"
+        tensors[key], starts[key] = values, cut.start
+    if tensors:
+        save_file(tensors, folder / _file_name(state.rank, state.facts.world_size), metadata={_STARTS: json.dumps(starts)})
+    if state.rank == 0:
+        text = json.dumps(state.facts.to_dict(), indent=1, sort_keys=True) + "\n"
+        (folder / FACTS).write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    file: str
+    start: int
+    length: int
+
+
+class PieceReader:
+    """Reads ranges of whole tensors; a `PieceSource`, and a context that closes the files.
+
+    Opening reads headers only and checks all of them: every tensor of `engine.json` is there exactly once, in its type, and
+    nothing else is. Memory holds what is returned and some 300 MiB of mapped file.
+
+    Args:
+        folder: The `engine` folder of a checkpoint whose manifest was compared.
+
+    Raises:
+        CheckpointError: If anything is missing, surplus, damaged or twice; names file and key.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.facts = EngineFacts.from_dict(read_mapping(folder / FACTS))
+        except CheckpointError as error:
+            where = "" if str(error).startswith(str(folder)) else f"{folder / FACTS}: "
+            raise CheckpointError(f"{where}{error}") from error
+        self._opened: dict[str, Any] = {}
+        self._num_read: dict[str, int] = {}
+        try:
+            self._pieces = self._tiled()
+        finally:
+            self.close()
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes the files."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files; the next read opens what it needs."""
+        for file in self._opened.values():
+            file.__exit__(None, None, None)
+        self._opened.clear()
+        self._num_read.clear()
+
+    def names(self, kind: Kind) -> tuple[str, ...]:
+        """Returns the names of the tensors of one kind, sorted; of moments none before the first update."""
+        return self.facts.names(kind)
+
+    def whole_of(self, kind: Kind, name: str) -> Whole:
+        """Returns shape and type of a tensor.
+
+        Raises:
+            CheckpointError: If there is no such tensor.
+        """
+        try:
+            return self.facts.tensors[tensor_key(kind, name)]
+        except KeyError as error:
+            raise CheckpointError(
+                f"{self.folder}: must hold {tensor_key(kind, name)}, got no such tensor. It is of another model or run."
+            ) from error
+
+    def read(self, kind: Kind, name: str, start: int, length: int) -> Tensor:
+        """Returns elements `start` to `start + length` of a flattened tensor [length] on the CPU: a new tensor.
+
+        Raises:
+            CheckpointError: If there is no such tensor or range, or it cannot be read.
+        """
+        whole, key = self.whole_of(kind, name), tensor_key(kind, name)
+        if not 0 <= start <= start + length <= whole.numel:
+            raise CheckpointError(f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}.")
+        result = torch.empty(length, dtype=getattr(torch, whole.dtype))
+        step = max(_AT_ONCE_BYTES // result.itemsize, 1)
+        for piece in self._pieces[key]:
+            begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
+            for first in range(begin, end, step):
+                count = min(step, end - first)
+                self._copy(piece, key, first - piece.start, result.narrow(0, first - start, count))
+        return result
+
+    def whole(self, kind: Kind, name: str) -> Tensor:
+        """Returns a whole tensor in its shape and type, on the CPU: a new tensor.
+
+        Raises:
+            CheckpointError: If there is no such tensor or it cannot be read.
+        """
+        whole = self.whole_of(kind, name)
+        return self.read(kind, name, 0, whole.numel).view(whole.shape)
+
+    def _copy(self, piece: _Piece, key: str, first: int, into: Tensor) -> None:
+        path = self.folder / piece.file
+        try:
+            if piece.file not in self._opened:
+                self._opened[piece.file] = safe_open(path, "pt")
+            into.copy_(self._opened[piece.file].get_slice(key)[first : first + into.numel()])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: {key} must be readable, got {error}. Check the disk.") from error
+        self._num_read[piece.file] = self._num_read.get(piece.file, 0) + into.nbytes
+        if self._num_read[piece.file] >= _MAPPED_BYTES:
+            self._opened.pop(piece.file).__exit__(None, None, None)
+            del self._num_read[piece.file]
+
+    def _tiled(self) -> dict[str, list[_Piece]]:
+        """Returns the pieces of every tensor in order, after checking that they are the whole of it."""
+        found: dict[str, list[_Piece]] = {key: [] for key in self.facts.tensors}
+        for path in self._rank_files():
+            for key, piece, dtype in _pieces_in(path):
+                whole = self.facts.tensors.get(key)
+                if whole is None:
+                    raise CheckpointError(f"{path}: must hold tensors of {FACTS} only, got {key[:200]!r}. It is damaged.")
+                if dtype != whole.dtype:
+                    raise CheckpointError(f"{path}: {key} must be {whole.dtype}, got {dtype}. It is damaged.")
+                found[key].append(piece)
+        for key, pieces in found.items():
+            pieces.sort(key=lambda piece: piece.start)
+            end = 0
+            for piece in pieces:
+                if piece.start != end:
+                    raise CheckpointError(
+                        f"{self.folder / piece.file}: {key} must go on at element {end}, got a piece from {piece.start}. "
+                        "A piece is missing or there twice."
+                    )
+                end += piece.length
+            if end != self.facts.tensors[key].numel:
+                raise CheckpointError(
+                    f"{self.folder}: {key} must have {self.facts.tensors[key].numel} elements, got {end}. A piece is missing."
+                )
+        return found
+
+    def _rank_files(self) -> list[Path]:
+        paths = sorted(path for path in self.folder.iterdir() if path.name != FACTS)
+        for path in paths:
+            match = _FILE.fullmatch(path.name)
+            is_own = match is not None and int(match[1]) < int(match[2]) == self.facts.world_size
+            if not is_own or path.is_symlink() or not path.is_file():
+                raise CheckpointError(f"{path}: must be the file of one of {self.facts.world_size} ranks. Remove it.")
+        return paths
+
+
+def _file_name(rank: int, world_size: int) -> str:
+    return f"rank_{rank:05d}_of_{world_size:05d}.safetensors"
+
+
+def _pieces_in(path: Path) -> Iterator[tuple[str, _Piece, str]]:
+    """Yields key, piece and type of everything in a file; reads its header only."""
+    try:
+        check_header(path, path.stat().st_size)
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+            starts = _starts(path, file.metadata(), keys)
+            for key in keys:
+                part = file.get_slice(key)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                if len(shape) != 1 or shape[0] == 0 or dtype not in _DTYPES:
+                    raise CheckpointError(f"{path}: {key[:200]} must be a range of numbers, got {dtype} {shape}. It is damaged.")
+                yield key, _Piece(file=path.name, start=starts[key], length=shape[0]), _DTYPES[dtype]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: must be a safetensors file, got {error}. It is damaged.") from error
+
+
+def _starts(path: Path, metadata: Mapping[str, str] | None, keys: list[str]) -> dict[str, int]:
+    try:
+        starts = json.loads((metadata or {})[_STARTS])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: metadata must hold {_STARTS} as JSON, got {error!r}. It is damaged.") from error
+    if not isinstance(starts, dict) or set(starts) != set(keys):
+        raise CheckpointError(f"{path}: {_STARTS} must name the tensors of the file, got others. It is damaged.")
+    for key, start in starts.items():
+        if type(start) is not int or start < 0:
+            raise CheckpointError(f"{path}: {key[:200]} must start at an element, got {str(start)[:80]}. It is damaged.")
+    return starts
