@@ -54,7 +54,7 @@ def test_commit_describes_every_file_and_leaves_nothing_pending(store: Checkpoin
     folder = _commit(store, 7)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert folder.name == "update_000007"
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert set(manifest["files"]) == {"engine/weights.bin", "state.json"}
     assert manifest["files"]["engine/weights.bin"] == {"bytes": 256, "sha256": sha256(ENGINE_BYTES).hexdigest()}
     assert (store.folder / "latest").read_text() == "update_000007\n"
@@ -118,7 +118,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "manifest missing": (lambda folder: (folder / "manifest.json").unlink(), "missing; this is not a whole checkpoint"),
     "manifest cut": (lambda folder: (folder / "manifest.json").write_text("{"), "unreadable"),
     "manifest a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "must hold a mapping, got list"),
-    "other format": (lambda folder: (folder / "manifest.json").write_text('{"format": 9}'), "must be of format 1, got 9"),
+    "other format": (lambda folder: (folder / "manifest.json").write_text('{"format": 9}'), "must be of format 2, got 9"),
 }
 
 
