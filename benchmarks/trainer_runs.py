@@ -1,0 +1,115 @@
+"""Training in a benchmark's own process, with what it leaves out and what it looks at: shared by the benchmarks of the trainers.
+
+`measured_training` runs a trainer through its phase and ends it before the export; nothing is saved, because a checkpoint of
+25 GB takes longer than the updates that are measured. It also reads the memory of the device around the parts of an update.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
+from aiprod_ds.engine.protocol import UpdateResult
+from aiprod_ds.report.environment import device_peak_bytes
+from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.train.saving import Saver
+from aiprod_ds.train.trainer import Trainer
+
+
+class _FinishedError(Exception):
+    """The last phase has been measured."""
+
+
+def run_in_own_process(script: str, case: str, *options: str) -> Any:
+    """Returns what `script --measure CASE` wrote as JSON; ends this program with its output if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        environment = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {})}
+        finished = subprocess.run(
+            [sys.executable, script, "--measure", case, "--output", str(output), *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if finished.returncode:
+            raise SystemExit(f"{case}: exited with {finished.returncode}\n{finished.stdout[-6000:]}")
+        return json.loads(output.read_text())
+
+
+def measured_training(trainer: Trainer[Any]) -> dict[str, Any]:
+    """Trains a run of one phase without saving, and returns its rows and its memory. Inside `dist.process_group`.
+
+    Returns:
+        `rows`: metrics of every update; `memory`: of the first update, bytes that tensors take on the device at the end of
+        forward (`forward`), backward (`backward`) and the update (`update`), and the highest since the phase began (the same
+        names with `_peak`); `reserved` by torch's allocator and `used` on the device by the end of the phase.
+    """
+    memory: dict[str, int] = {}
+    with _watched(memory), suppress(_FinishedError):
+        trainer.train(resume="never")
+    gc.collect()
+    rows = [row for _, row in read_metrics(Path(trainer.config.output_dir) / "metrics.jsonl") if "loss/total" in row]
+    return {"rows": rows, "memory": memory}
+
+
+def seconds_per_update(rows: list[dict[str, float]], *, dropped: int) -> float:
+    """Returns the mean over the rows after the first `dropped`."""
+    measured = rows[dropped:]
+    return sum(row["time/update_seconds"] for row in measured) / len(measured)
+
+
+@contextmanager
+def _watched(memory: dict[str, int]) -> Iterator[None]:
+    """Reads memory around the engine's calls, and ends the run where it would save, while the block runs."""
+    backward, step, save = DeepSpeedEngine.backward, DeepSpeedEngine.step, Saver.save
+
+    def watched_backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
+        _note(memory, "forward")
+        backward(engine, loss)
+        _note(memory, "backward")
+
+    def watched_step(engine: DeepSpeedEngine) -> UpdateResult | None:
+        result = step(engine)
+        _note(memory, "update")
+        return result
+
+    def finished(*_arguments: Any) -> None:
+        memory.update(_reserved())
+        raise _FinishedError
+
+    try:
+        DeepSpeedEngine.backward, DeepSpeedEngine.step = watched_backward, watched_step  # type: ignore[method-assign]
+        Saver.save = finished  # type: ignore[method-assign]
+        yield
+    finally:
+        DeepSpeedEngine.backward, DeepSpeedEngine.step, Saver.save = backward, step, save  # type: ignore[method-assign]
+
+
+def _note(memory: dict[str, int], part: str) -> None:
+    if part not in memory:
+        memory |= {part: _allocated(), f"{part}_peak": device_peak_bytes()}
+
+
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+
+
+def _reserved() -> dict[str, int]:
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {"reserved": 0, "used": 0}
+    free, total = torch.cuda.mem_get_info()
+    return {"reserved": torch.cuda.max_memory_reserved(), "used": total - free}
