@@ -62,11 +62,7 @@ def merge(
     Raises:
         CheckpointError: If a layer is not in `base` or a shape does not fit; names before the first tensor is yielded.
     """
-    missing = [layer for layer in scales if f"{layer}.weight" not in base]
-    if missing:
-        raise CheckpointError(
-            f"adapters: must belong to layers of the base model, got {', '.join(missing[:3])}. Take its own LoRA."
-        )
+    require_layers(base, scales)
     for name, value in base.items():
         layer = name.removesuffix(".weight")
         if name == layer or layer not in scales:
@@ -78,6 +74,19 @@ def merge(
                 f"{layer}: B A must have the weight's shape {list(value.shape)}, got B {list(up.shape)} and A {list(down.shape)}."
             )
         yield name, value.float() + scales[layer] * (up @ down)
+
+
+def require_layers(base: Collection[str], layers: Iterable[str]) -> None:
+    """Checks that every adapted layer has a weight.
+
+    Raises:
+        CheckpointError: If one has none.
+    """
+    missing = [layer for layer in layers if f"{layer}.weight" not in base]
+    if missing:
+        raise CheckpointError(
+            f"adapters: must belong to layers of the base model, got {', '.join(missing[:3])}. Take its own LoRA."
+        )
 
 
 def extract(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rank: int, *, layers: Iterable[str]) -> Iterator[Extracted]:

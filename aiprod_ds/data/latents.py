@@ -23,11 +23,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from aiprod_ds.errors import DataError
+from aiprod_ds.tensor_file import TensorFile, TensorFileError
 
 LATENTS, AUDIO_LATENTS, CONDITIONS = "latents", "audio_latents", "conditions"
 SUFFIX, FOREIGN_SUFFIX = ".safetensors", ".pt"
@@ -139,10 +139,9 @@ def read_header(path: Path) -> Header:
         metadata = {name: f"{float(value):.17g}" for name, value in values.items() if _is_number(value)}
         return Header(metadata=metadata, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()})
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
-            return Header(metadata=file.metadata() or {}, shapes=shapes)
-    except (OSError, SafetensorError) as error:
+        with TensorFile(path) as file:
+            return Header(metadata=file.metadata, shapes={name: spec.shape for name, spec in file.specs.items()})
+    except TensorFileError as error:
         raise _damaged(path, error) from error
 
 
@@ -155,9 +154,9 @@ def read_entry(path: Path) -> dict[str, Tensor]:
     if path.suffix == FOREIGN_SUFFIX:
         return {name: value for name, value in _read_foreign(path).items() if isinstance(value, Tensor)}
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    except (OSError, SafetensorError) as error:
+        with TensorFile(path) as file:
+            return dict(file)
+    except TensorFileError as error:
         raise _damaged(path, error) from error
 
 

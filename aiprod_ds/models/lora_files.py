@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.protocol import Family
+from aiprod_ds.tensor_file import TensorFile, TensorFileError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = re.compile(r"^(?:base_model\.model|diffusion_model|transformer)\.")
@@ -145,9 +145,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: If it is missing or not safetensors.
     """
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        with TensorFile(path) as file:
+            return dict(file), dict(file.metadata)
+    except TensorFileError as error:
         raise CheckpointError(f"{path}: must be a safetensors file, got {error}. Convert it or load it again.") from error
 
 

@@ -5,22 +5,23 @@ Ties the names and families of `models` to the tensors of `checkpoint.convert`; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from aiprod_ds.checkpoint.convert import Extracted, extract, merge, other_differences
+from aiprod_ds.checkpoint.convert import Extracted, extract, other_differences
+from aiprod_ds.checkpoint.derived import Merged
 from aiprod_ds.checkpoint.weights_folder import WeightsFolder, new_folder, require_equal, write_like
 from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.lora_files import LoraWeights, read_lora
 from aiprod_ds.models.transformer_folder import describe_folder
+from aiprod_ds.train.conversion_progress import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ class Merge:
         Raises:
             CheckpointError: If `folder` exists.
         """
-        write_like(self.base, folder, self._tensors("merging", console))
+        with shown(self._merged(), "merging", console) as merged:
+            write_like(self.base, folder, merged)
 
     def verify(self, folder: Path, *, console: Console | None = None) -> None:
         """Reads what was written and compares it with the class's shapes and, bit by bit, with a second computation.
@@ -81,15 +83,11 @@ class Merge:
         transformer, _ = describe_folder(folder)
         written = WeightsFolder(folder)
         written.require_shapes({name: tuple(value.shape) for name, value in transformer.state_dict().items()})
-        require_equal(written, self._tensors("verifying", console))
+        with shown(self._merged(), "verifying", console) as merged:
+            require_equal(written, merged.items())
 
-    def _tensors(self, title: str, console: Console | None) -> Iterator[tuple[str, Tensor]]:
-        adapters, scales = self.lora.tensors(), self.lora.scales()
-        merged = merge(self.base, adapters, scales)
-        for name, value in track(merged, title, total=len(self.base), console=console, disable=console is None):
-            is_adapted = name.removesuffix(".weight") in scales
-            dtype = self.dtype or (self.base[name].dtype if is_adapted else value.dtype)
-            yield name, value.to(dtype) if value.is_floating_point() else value
+    def _merged(self) -> Merged:
+        return Merged(self.base, self.lora.tensors(), self.lora.scales(), self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aiprod_ds.checkpoint.convert import Extracted, extract, merge, other_differences, total_error
-from aiprod_ds.checkpoint.weights_folder import WeightsFolder, require_equal, write_like
+from aiprod_ds.checkpoint.derived import Cast, Merged, Renamed
+from aiprod_ds.checkpoint.weights_folder import WeightsFolder, require_equal, write_like, write_one_file, write_weights
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.tensor_file import TensorSource, TensorSpec
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -135,6 +138,19 @@ def test_equal_weights_have_no_error() -> None:
     assert _extract(torch.zeros(3, 3), 1).relative_error == 0.0
 
 
+class _Tensors(TensorSource):
+    """Tensors in memory; `broken` is one that cannot be read."""
+
+    def __init__(self, tensors: dict[str, Tensor], broken: str = "") -> None:
+        self._tensors, self._broken = tensors, broken
+        self.specs = {name: TensorSpec.of(value) for name, value in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == self._broken:
+            raise CheckpointError("x")
+        return self._tensors[name]
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A folder of three tensors in two files."""
@@ -156,7 +172,7 @@ def test_a_folder_is_written_as_its_source_is_cut(sharded: Path, tmp_path: Path)
     source = WeightsFolder(sharded)
     (tmp_path / "out.pending").mkdir()
     (tmp_path / "out.pending" / "rest").write_text("of a killed call")
-    write_like(source, tmp_path / "out", ((name, value.float() + 1) for name, value in source.items()))
+    write_like(source, tmp_path / "out", _Tensors({name: value.float() + 1 for name, value in source.items()}))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in sharded.iterdir()}
     assert (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
     assert not (tmp_path / "out.pending").exists()
@@ -168,19 +184,65 @@ def test_a_folder_is_written_as_its_source_is_cut(sharded: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match="must be what was computed"):
         require_equal(written, source.items())
     with pytest.raises(CheckpointError, match=r"out: must not exist yet, got a folder"):
-        write_like(source, tmp_path / "out", source.items())
+        write_like(source, tmp_path / "out", source)
 
 
 def test_a_failure_leaves_no_folder(sharded: Path, tmp_path: Path) -> None:
     source = WeightsFolder(sharded)
-
-    def broken() -> object:
-        yield from list(source.items())[:1]
-        raise CheckpointError("x")
-
     with pytest.raises(CheckpointError, match="x"):
-        write_like(source, tmp_path / "out", broken())  # type: ignore[arg-type]
+        write_like(source, tmp_path / "out", _Tensors(dict(source.items()), broken="c"))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_cut_where_a_tensor_does_not_fit_and_read_by_others(tmp_path: Path) -> None:
+    tensors = {"a": _random(5), "b": _random(2, 2).half(), "c": _random(4, seed=1), "d": torch.tensor(True), "e": _random(0, 3)}
+    write_weights(_Tensors(tensors), tmp_path / "out", shard_bytes=28, config="{}")
+    folder = WeightsFolder(tmp_path / "out")
+    files = {name: folder.file_of(name)[-27:-12] for name in tensors}
+    assert files == {
+        "a": "-00001-of-00002",
+        "b": "-00001-of-00002",
+        "c": "-00002-of-00002",
+        "d": "-00002-of-00002",
+        "e": files["d"],
+    }
+    read = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        read |= load_file(file)  # oracle: the library
+    assert read.keys() == tensors.keys()
+    assert all(read[name].dtype == value.dtype and torch.equal(read[name], value) for name, value in tensors.items())
+    require_equal(folder, tensors.items())
+    with pytest.raises(CheckpointError, match="out: must not exist yet"):
+        write_weights(folder, tmp_path / "out")
+
+
+def test_one_file_has_its_metadata_and_is_not_overwritten(tmp_path: Path) -> None:
+    write_one_file(_Tensors({"a": _random(3).half(), "b": _random(2)}), tmp_path / "x.safetensors", metadata={"rank": "4"})
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert (file.metadata(), set(file.keys())) == ({"format": "pt", "rank": "4"}, {"a", "b"})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: must not exist yet, got a file"):
+        write_one_file(_Tensors({"a": _random(1)}), tmp_path / "x.safetensors")
+
+
+def test_tensors_are_renamed_and_cast_when_they_are_read() -> None:
+    source = _Tensors({"a": _random(3), "step": torch.tensor(7)})
+    derived = Cast(Renamed(source, {"x": "step", "y": "a"}), torch.bfloat16)
+    assert list(derived) == ["x", "y"]
+    assert {name: TensorSpec.of(value) for name, value in derived.items()} == derived.specs
+    assert torch.equal(derived["y"], source["a"].bfloat16())
+    assert derived["x"].item() == 7
+
+
+def test_a_merge_that_is_read_tensor_by_tensor_is_that_of_the_whole() -> None:
+    base = {"x.weight": _random(4, 3).half(), "x.bias": _random(4)}
+    adapters = {"x.lora_A.weight": _random(2, 3, seed=1), "x.lora_B.weight": _random(4, 2, seed=2)}
+    merged = Merged(_Tensors(base), adapters, {"x": 0.7}, None)
+    whole = dict(merge(base, adapters, {"x": 0.7}))
+    assert torch.equal(merged["x.weight"], whole["x.weight"].half())
+    assert torch.equal(merged["x.bias"], base["x.bias"])
+    with pytest.raises(CheckpointError, match=r"must belong to layers of the base model, got y\."):
+        Merged(_Tensors(base), adapters, {"y": 1.0}, None)
 
 
 def test_shapes_are_compared_without_reading(sharded: Path) -> None:
