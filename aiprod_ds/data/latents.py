@@ -164,7 +164,9 @@ def _read_foreign(path: Path) -> dict[str, Any]:
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise _damaged(path, (str(error) or type(error).__name__).splitlines()[0]) from None
+        lines = str(error).splitlines() or [type(error).__name__]
+        # torch's first line advises to load it nevertheless; why it did not is further below.
+        raise _damaged(path, next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])) from None
     if not isinstance(values, dict):
         raise _damaged(path, f"a {type(values).__name__}")
     return values
