@@ -12,7 +12,7 @@ copying between shards and ranges. Files are `aiprod_ds.checkpoint.pieces`; how 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -89,6 +89,23 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossScale:
+    """Where a dynamic loss scale stands; its rules belong to the settings.
+
+    Attributes:
+        scale: Of the next backward pass.
+        updates: That it has seen.
+        last_overflow: Number of the last update that overflowed; -1 before there was one.
+        tolerance: Overflows until the scale halves.
+    """
+
+    scale: float
+    updates: int
+    last_overflow: int
+    tolerance: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
     """What a saved engine state says of itself beside its tensors.
 
@@ -98,8 +115,7 @@ class EngineFacts:
         precision: `fp32`, `bf16` or `fp16`: the type of the weights.
         world_size: Ranks that saved.
         adam_steps: Updates that Adam has counted, for every trained parameter; 0 where it has no moments yet.
-        loss_scaler: `scale`, `updates`, `last_overflow` and `tolerance` of a dynamic loss scale; empty without one.
-        counters: The engine's own counts; nothing that a run computes depends on them.
+        loss_scale: Of a dynamic loss scaler; None without one.
         tensors: Every whole tensor, by `tensor_key`.
     """
 
@@ -108,8 +124,7 @@ class EngineFacts:
     precision: str
     world_size: int
     adam_steps: Mapping[str, int]
-    loss_scaler: Mapping[str, float] = field(default_factory=dict)
-    counters: Mapping[str, int] = field(default_factory=dict)
+    loss_scale: LossScale | None = None
     tensors: Mapping[str, Whole]
 
     def names(self, kind: Kind) -> tuple[str, ...]:
@@ -140,9 +155,8 @@ class EngineFacts:
             zero_stage=values["zero_stage"],
             precision=values["precision"],
             world_size=values["world_size"],
-            adam_steps=_numbers("adam_steps", values["adam_steps"], int),
-            loss_scaler=_numbers("loss_scaler", values["loss_scaler"], int, float),
-            counters=_numbers("counters", values["counters"], int),
+            adam_steps=_counts("adam_steps", values["adam_steps"]),
+            loss_scale=_loss_scale(values["loss_scale"]),
             tensors=_tensors(values["tensors"]),
         )
 
@@ -245,10 +259,21 @@ def fill(source: PieceSource, kind: Kind, shards: Sequence[Tensor], spans: Seque
                 shard.view(-1).narrow(0, span.offset, span.length).copy_(values)
 
 
-def _numbers(name: str, values: object, *kinds: type) -> dict[str, Any]:
-    if not isinstance(values, dict) or any(type(value) not in kinds for value in values.values()):
-        raise CheckpointError(f"{name}: must be a mapping to numbers, got {str(values)[:80]}. It is damaged.")
+def _counts(name: str, values: object) -> dict[str, int]:
+    if not isinstance(values, dict) or any(type(value) is not int for value in values.values()):
+        raise CheckpointError(f"{name}: must be a mapping to whole numbers, got {str(values)[:80]}. It is damaged.")
     return dict(values)
+
+
+def _loss_scale(values: object) -> LossScale | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict) or set(values) != set(LossScale.__dataclass_fields__):
+        raise CheckpointError(f"loss_scale: must be null or have its fields, got {str(values)[:80]}. It is damaged.")
+    counts = _counts("loss_scale", {name: value for name, value in values.items() if name != "scale"})
+    if type(values["scale"]) not in {int, float}:
+        raise CheckpointError(f"loss_scale: must be a number, got {str(values['scale'])[:80]}. It is damaged.")
+    return LossScale(scale=float(values["scale"]), **counts)
 
 
 def _tensors(values: object) -> dict[str, Whole]:

@@ -28,7 +28,7 @@ class RunState:
         scheduler: State of the curriculum scheduler.
         fingerprint: Hash of the configuration without its phases.
         phase_fingerprints: One hash per phase, so that phases not yet reached may still be edited.
-        layout: World size, ZeRO stage and precision that the engine's files belong to.
+        layout: Engine, world size, ZeRO stage and precision that saved, and the global batches by phase and bucket.
         history: What the report needs from before the save (evaluations, seconds per phase, resumes).
         adaptive_clip: Statistics of gradient norms; empty without an adaptive clip.
     """

@@ -12,13 +12,15 @@ from typing import Any, cast
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.strict_yaml import write_yaml
 
-# Where results go, how often they are saved, measured or shown, and how fast data comes: none of it changes the weights.
+# Where results go, how often they are saved, measured or shown, how fast data comes, and how the state is spread over ranks: none
+# of it changes the weights by more than rounding.
 _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "output_dir": True,
     "report": True,
     "checkpoint": True,
     "evaluation": True,
     "preview": True,
+    "engine": True,
     "data": {"num_workers"},
     "curriculum": {"phases"},
 }
@@ -27,8 +29,8 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
 def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
-    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `data.num_workers` and `curriculum.phases`.
-    A file named by `engine.deepspeed_config` counts by its name, not by its content.
+    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `data.num_workers` and `curriculum.phases`.
+    That the precision stays is checked with what the checkpoint says of itself.
     """
     return _sha256(config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT)))
 

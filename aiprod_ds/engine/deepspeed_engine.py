@@ -1,14 +1,14 @@
 """The DeepSpeed engine: ZeRO 0 to 3 in fp32, bf16 and fp16 behind the protocol that the loop knows.
 
-Owns how DeepSpeed is configured, stepped, saved and loaded. What DeepSpeed does not document stands in `deepspeed_internals`.
-There is no scheduler: the loop writes the learning rate. DeepSpeed's own counters serve its files only; the clock is the truth.
+Owns how DeepSpeed is configured, stepped, captured and restored; its own checkpoints are not used. What DeepSpeed does not
+document is in `deepspeed_internals` and `deepspeed_state`. There is no scheduler: the loop writes the learning rate. DeepSpeed's
+own counters serve nothing; the clock is the truth.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, deepspeed_dictionary
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
-from aiprod_ds.engine import dist
+from aiprod_ds.engine import deepspeed_state, dist
 from aiprod_ds.engine.layout import (
     TORCH_DTYPES,
-    engine_layout,
     find_parameter,
     group_parameters,
     persistent_tensors,
+    require_precision,
     require_shape,
     whole_shape,
 )
 from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, require_clip_norm
-from aiprod_ds.errors import CheckpointError, EngineError
-
-_TAG = "deepspeed"
+from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
+from aiprod_ds.errors import EngineError
+from aiprod_ds.pieces import Captured, EngineFacts, PieceSource, Span
 
 
 class DeepSpeedEngine:
@@ -73,11 +73,7 @@ class DeepSpeedEngine:
         self.compute_dtype = TORCH_DTYPES[settings.precision]
         self.has_partitioned_masters = settings.zero_stage > 0
         self._settings = settings
-        self._optimizer_config = optimizer
         self._groups = tuple(group for group in groups if group.names)  # as DeepSpeed 0.19.8, runtime/engine.py:2348
-        self._learning_rate = 0.0
-        self._weight_decay = optimizer.weight_decay
-        self._clip_norm = optimizer.gradient_clip_norm
         parameters = group_parameters(module, groups)
         self._trained = {
             name: parameter
@@ -85,8 +81,6 @@ class DeepSpeedEngine:
             for name, parameter in zip(group.names, members, strict=True)
         }
         self._parameters = dict(module.named_parameters())
-        shapes = {name: whole_shape(parameter) for name, parameter in self._trained.items()}
-        self._layout = engine_layout("deepspeed", settings, self.world_size, groups, shapes)
         self._needs_own_norm = settings.zero_stage == 0 and settings.precision == "fp32"
         internals.cast_added_parameters(module, self.compute_dtype)
         self._engine: Any = _initialize(
@@ -101,8 +95,9 @@ class DeepSpeedEngine:
             ),
         )
         internals.prepare(self._engine)
+        self._masters = deepspeed_state.trained_shards(self._engine, {id(value): name for name, value in self._trained.items()})
         self.set_weight_decay(optimizer.weight_decay)
-        internals.configure_loss_scaler(self._engine, settings.loss_scale)
+        internals.count_overflows_at_minimum(self._engine)
         _broadcast_buffers(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,13 +128,11 @@ class DeepSpeedEngine:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the rate that the next update uses, in every parameter group."""
-        self._learning_rate = learning_rate
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = group["initial_lr"] = learning_rate
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Sets the decay that the next update uses, in the groups that are decayed. `load` leaves it as it is."""
-        self._weight_decay = weight_decay
+        """Sets the decay that the next update uses, in the groups that are decayed."""
         for values, group in zip(self._engine.basic_optimizer.param_groups, self._groups, strict=True):
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
@@ -150,7 +143,6 @@ class DeepSpeedEngine:
             EngineError: If it is not a positive finite number.
         """
         require_clip_norm(clip_norm)
-        self._clip_norm = clip_norm
         internals.set_clip_norm(self._engine, clip_norm)
 
     def scale_moments(self, factor: float) -> None:
@@ -188,17 +180,21 @@ class DeepSpeedEngine:
 
     def master_shards(self) -> list[Tensor]:
         """Returns the fp32 masters that this rank owns, not copied; with an offloaded optimizer they are on the CPU."""
-        return internals.master_shards(self._engine)
+        return [shard.tensor for shard in self._masters]
+
+    def spans(self) -> list[tuple[Span, ...]]:
+        """Returns, for each of `master_shards`, which parts of which parameters lie in it."""
+        return [shard.spans for shard in self._masters]
 
     def refresh_weights(self) -> None:
         """Casts the masters into the weights of all ranks. Collective."""
-        internals.refresh_weights(self._engine)
+        deepspeed_state.refresh_weights(self._engine)
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """Yields every trained parameter in name order. Collective; rank 0 gets the tensors, others get empty ones."""
-        internals.prepare_to_gather(self._engine)
+        deepspeed_state.prepare_to_gather(self._engine)
         for name in sorted(self._trained):
-            gathered = internals.gather_state(self._engine, self._trained[name])
+            gathered = deepspeed_state.gather_state(self._engine, self._trained[name])
             yield ParameterState(
                 name=name,
                 value=self._on_rank_0(gathered.value),
@@ -212,7 +208,7 @@ class DeepSpeedEngine:
         values = {state.name: state.value for state in self.parameter_states()}
         for name, parameter in self.module.named_parameters():
             if name not in values:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=internals.is_partitioned(self._engine)):
+                with deepspeed.zero.GatheredParameters([parameter], enabled=deepspeed_state.is_partitioned(self._engine)):
                     values[name] = self._on_rank_0(parameter)
         if self.rank != 0:
             return {}
@@ -229,8 +225,8 @@ class DeepSpeedEngine:
         """
         parameter = find_parameter(self._parameters, name, where="read_value")
         if name in self._trained:
-            return internals.gather_master(self._engine, parameter).to(self.device, copy=True)
-        with deepspeed.zero.GatheredParameters([parameter], enabled=internals.is_partitioned(self._engine)):
+            return deepspeed_state.gather_master(self._engine, parameter).to(self.device, copy=True)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=deepspeed_state.is_partitioned(self._engine)):
             return parameter.detach().to(self.device, torch.float32, copy=True)
 
     def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
@@ -244,41 +240,38 @@ class DeepSpeedEngine:
             parameter = find_parameter(self._parameters, name, where="write_values")
             require_shape(value, whole_shape(parameter), name=name)
             if name in self._trained:
-                internals.write_master(self._engine, parameter, value)
+                deepspeed_state.write_master(self._engine, parameter, value)
             else:
-                internals.write_weight(parameter, value)
+                deepspeed_state.write_weight(parameter, value)
         self.refresh_weights()
 
-    def save(self, folder: Path) -> None:
-        """Writes DeepSpeed's own files into the existing empty `folder`. Collective; nothing is committed here."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"aiprod_ds": {}}, save_latest=False)
-        if self.rank == 0:
-            self._layout.write(folder)
-        dist.barrier()
+    def capture(self) -> Captured:
+        """Returns what this rank writes into a checkpoint, not copied: its partitions, and on rank 0 what nobody partitions."""
+        shards = self._shards()
+        facts = EngineFacts(
+            engine="deepspeed",
+            zero_stage=self._settings.zero_stage,
+            precision=self._settings.precision,
+            world_size=self.world_size,
+            adam_steps=shards.adam_steps(),
+            loss_scale=deepspeed_state.loss_scale_state(self._engine),
+            tensors=shards.all_wholes(),
+        )
+        return shards.capture(facts, rank=self.rank)
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote for the same world size and ZeRO stage, bit for bit. Collective.
+    def restore(self, source: PieceSource) -> None:
+        """Takes over what any engine of this model and precision captured, on however many ranks. Collective.
 
-        Optimizer settings, learning rate, weight decay, clipping norm and loss-scale rules stay those of this engine; the loss
-        scale itself is restored.
+        Learning rate, weight decay, clipping norm and the rules of the loss scale stay those of this engine.
 
         Raises:
-            CheckpointError: If the folder does not fit this engine.
+            CheckpointError: If it is of another model or precision, or cannot be read.
         """
-        self._layout.require_same(folder)
-        try:
-            loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
-        except (OSError, RuntimeError, KeyError, AssertionError) as error:
-            raise CheckpointError(
-                f"{folder}: must hold this engine's state, got {error!r}. The checkpoint is damaged."
-            ) from error
-        if loaded is None or "aiprod_ds" not in client_state:
-            raise CheckpointError(f"{folder}: must hold DeepSpeed files, got none that load. The checkpoint is incomplete.")
+        require_precision(source.facts, self._settings.precision)
+        self._shards().restore(source)
+        deepspeed_state.restore_loss_scale(self._engine, source.facts.loss_scale)
         self._engine.micro_steps = 0
-        self._apply_optimizer_config()
-        self.set_learning_rate(self._learning_rate)
-        internals.configure_loss_scaler(self._engine, self._settings.loss_scale)
-        internals.set_clip_norm(self._engine, self._clip_norm)
+        self.refresh_weights()
 
     def close(self) -> None:
         """Releases everything, so that the module may be given to a new engine. Idempotent."""
@@ -286,12 +279,20 @@ class DeepSpeedEngine:
             internals.full_teardown(self._engine)
             self._engine = None
             self._trained = self._parameters = {}
+            self._masters = []
 
-    def _apply_optimizer_config(self) -> None:
-        self.set_weight_decay(self._weight_decay)
-        for values in self._engine.basic_optimizer.param_groups:
-            values["betas"] = self._optimizer_config.betas
-            values["eps"] = self._optimizer_config.epsilon
+    def _shards(self) -> EngineShards:
+        frozen = {name: parameter for name, parameter in self._parameters.items() if name not in self._trained}
+        _, buffers = persistent_tensors(self.module)
+        return EngineShards(
+            masters=self._masters,
+            frozen=[deepspeed_state.frozen_shard(parameter, name) for name, parameter in frozen.items()],
+            buffers=[Shard.whole(name, buffer) for name, buffer in buffers.items()],
+            wholes=describe_wholes(self._trained, frozen, buffers),
+            optimizer=self._engine.basic_optimizer,
+            writes_masters=self.has_partitioned_masters or self.rank == 0,
+            writes_frozen=deepspeed_state.is_partitioned(self._engine) or self.rank == 0,
+        )
 
     def _replicated_norm(self) -> Tensor:
         """ZeRO-0 in fp32 reports no norm and applies non-finite gradients; here gradients are already averaged over ranks."""

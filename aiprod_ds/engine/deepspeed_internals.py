@@ -1,7 +1,8 @@
 """Every touch of what DeepSpeed does not document, each with the version and the place that make it necessary.
 
-Owns workarounds for DeepSpeed 0.19.8 and nothing else: no policy, no state. Called by `deepspeed_engine` alone. The behaviours
-are pinned by tests/upstream, so that an upgrade says which of them can go. Places are relative to the installed `deepspeed/`.
+Owns workarounds for DeepSpeed 0.19.8 and nothing else: no policy, no state. Where DeepSpeed keeps the state of a run is in
+`deepspeed_state`. Called by `deepspeed_engine` alone. The behaviours are pinned by tests/upstream, so that an upgrade says which
+of them can go. Places are relative to the installed `deepspeed/`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -25,24 +24,12 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
-from torch import Tensor, nn
+from torch import nn
 
-from aiprod_ds.engine.moments import MOMENTS
+from aiprod_ds.engine.deepspeed_state import is_partitioned
 
 _FORWARD_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 _PARAMETER_STATE = ("_z3_optimizer", "_zero_optimizer")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatheredState:
-    """One parameter's fp32 master and Adam state, whole, on the engine's device."""
-
-    value: Tensor
-    moments: dict[str, Tensor]
-    step: int
 
 
 def quiet_logs() -> None:
@@ -78,8 +65,6 @@ def prepare(engine: Any) -> None:
         # runtime/zero/parameter_offload.py:263: an engine puts its `linear` in place only for a module without any partitioned
         # parameter. With torch's own, a rebuilt engine would keep every gathered weight from forward to backward.
         torch.nn.functional.linear = zero3_linear_wrap
-    # runtime/engine.py:5530: every save would copy two scripts beside the checkpoint.
-    engine._copy_recovery_script = _copy_nothing
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # runtime/fp16/unfused_optimizer.py, initialize_optimizer_states: construction takes a real optimizer step on zero
         # gradients, which leaves Adam's step count one ahead, so the first update is smaller than AdamW's.
@@ -92,25 +77,18 @@ def loss_scale(engine: Any) -> float:
     return 1.0 if scaler is None else float(scaler.cur_scale)
 
 
-def configure_loss_scaler(engine: Any, settings: Any) -> None:
-    """Applies the configured loss-scale rules; a loaded checkpoint brings its own pickled scaler.
+def count_overflows_at_minimum(engine: Any) -> None:
+    """Lets an overflow at the minimum scale be a skipped update that the caller counts.
 
-    runtime/zero/stage_1_and_2.py:3667 and stage3.py:3542 replace the scaler object at load; runtime/fp16/loss_scaler.py:
-    update_scale raises a bare Exception on overflow at the minimum scale, which the caller must be able to count instead.
+    runtime/fp16/loss_scaler.py: update_scale raises a bare Exception there.
     """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if settings is None or scaler is None or not scaler.dynamic:
-        return
-    scaler.scale_window = settings.loss_scale_window
-    scaler.min_scale = settings.min_loss_scale
-    scaler.delayed_shift = settings.hysteresis
-    scaler.cur_hysteresis = min(scaler.cur_hysteresis, settings.hysteresis)
-    scaler.consecutive_hysteresis = settings.consecutive_hysteresis
-    scaler.raise_error_at_min_scale = False
+    if scaler is not None and scaler.dynamic:
+        scaler.raise_error_at_min_scale = False
 
 
 def set_clip_norm(engine: Any, clip_norm: float | None) -> None:
-    """Applies a clipping norm to the updates that follow; runtime/zero/stage_1_and_2.py:3667 restores the checkpoint's instead.
+    """Applies a clipping norm to the updates that follow.
 
     ZeRO's optimizers and the one of 16-bit ZeRO-0 read their own `clip_grad` in each step; ZeRO-0 in fp32 has a plain optimizer
     and reads the configuration (runtime/engine.py:3506).
@@ -144,7 +122,7 @@ def scale_growth_after_update(engine: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del scaler.update_scale  # an instance attribute: the pickled scaler must not carry it
+        del scaler.update_scale  # an instance attribute, which hides the class's
     if grown:
         scaler.update_scale(False)
 
@@ -178,110 +156,6 @@ def clean_up_after_update(engine: Any) -> None:
             optimizer.averaged_gradients[group] = None
     if is_partitioned(engine) and len(parameter_offload.FWD_MODULE_STACK) > 1:
         _remove_from_forward_stack(set(engine.module.modules()) - {engine.module})
-
-
-def prepare_to_gather(engine: Any) -> None:
-    """Links parameters to their optimizer state as it is now.
-
-    runtime/zero/stage_1_and_2.py:2986 links once, after the first group's first step, so that later groups and everything that
-    a loaded checkpoint replaced stay unlinked and `safe_get_full_optimizer_state` raises or returns old values.
-    """
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "_hp_optimizer_states_linked") and optimizer.optimizer.state:
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
-    """Returns one trained parameter's master and Adam state, whole. Collective; call `prepare_to_gather` first."""
-    optimizer = engine.optimizer
-    if is_partitioned(engine):
-        group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        state = optimizer.optimizer.state.get(_flat_partition(optimizer, parameter), {})
-    else:
-        return _replicated_state(optimizer, parameter)
-    return GatheredState(
-        value=gather_master(engine, parameter),
-        moments={key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if key in state},
-        step=int(state.get("step", 0)),
-    )
-
-
-def gather_master(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """Returns one trained parameter's fp32 master, whole; at stage 0 the master itself. Collective."""
-    if is_partitioned(engine) or isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        gathered: Tensor = safe_get_full_fp32_param(parameter)
-        return gathered
-    return _replicated_master(engine.optimizer, parameter).detach()
-
-
-@torch.no_grad()
-def write_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
-    """Sets one trained parameter's fp32 master to the whole `value`; `refresh_weights` must follow.
-
-    runtime/zero/stage3.py:3183 takes a slice of a partition's length from `value`, which is shorter on the last rank if the
-    ranks share the parameter unevenly, so that the setter of ZeRO-3 fails there.
-    """
-    optimizer = engine.optimizer
-    if is_partitioned(engine):
-        group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        _write_own_part(optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, length), parameter, value)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        safe_set_full_fp32_param(parameter, value)
-    else:
-        _replicated_master(optimizer, parameter).copy_(value)
-
-
-@torch.no_grad()
-def write_weight(parameter: Any, value: Tensor) -> None:
-    """Sets one frozen parameter to the whole `value`, in its own type; `refresh_weights` must follow.
-
-    `deepspeed.zero.GatheredParameters` would gather what is about to be overwritten and broadcast what every rank has.
-    """
-    if hasattr(parameter, "ds_id"):
-        _write_own_part(parameter.ds_tensor, parameter, value)
-    else:
-        parameter.copy_(value)
-
-
-def master_shards(engine: Any) -> list[Tensor]:
-    """Returns the fp32 tensors that this rank's optimizer updates: flat partitions under ZeRO, whole parameters at stage 0."""
-    optimizer = engine.optimizer
-    if is_partitioned(engine):
-        return list(optimizer.fp32_partitioned_groups_flat)
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return list(optimizer.single_partition_of_fp32_groups)
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        return list(chain(*optimizer.fp32_groups))
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@torch.no_grad()
-def refresh_weights(engine: Any) -> None:
-    """Does what ends an update: masters are cast into the weights of all ranks. Collective.
-
-    ZeRO-3 keeps small parameters gathered (`stage3_param_persistence_threshold`), with the numbers of their last gathering; so
-    they are released and gathered anew, as in runtime/zero/stage3.py:2878 and 2841.
-    """
-    optimizer = engine.optimizer
-    if is_partitioned(engine):
-        optimizer._partition_all_parameters()
-        for sub_group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        optimizer.update_lp_params()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for weight, master in zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True):
-            weight.copy_(master)
-
-
-def is_partitioned(engine: Any) -> bool:
-    """Returns whether parameters are partitioned (ZeRO-3) and must be gathered before they are read."""
-    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
 
 
 def full_teardown(engine: Any) -> None:
@@ -320,10 +194,6 @@ def full_teardown(engine: Any) -> None:
     gc.collect()
 
 
-def _copy_nothing(save_path: str) -> None:
-    del save_path
-
-
 def _remove_from_forward_stack(modules: set[nn.Module]) -> None:
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [entry for entry in stack if entry not in modules]
@@ -339,40 +209,6 @@ def _forget_gathered(module: nn.Module) -> None:
     for parameter in partitioned:
         parameter.ds_active_sub_modules.clear()
         parameter.partition()
-
-
-def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    for partition, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
-        if any(parameter is member for member in group):
-            result: Tensor = partition
-            return result
-    raise AssertionError("a parameter with _hp_mapping stands in one of the optimizer's groups")
-
-
-def _replicated_state(optimizer: Any, parameter: nn.Parameter) -> GatheredState:
-    master = _replicated_master(optimizer, parameter)
-    base = optimizer.optimizer if isinstance(optimizer, FP16_UnfusedOptimizer) else optimizer
-    state = base.state.get(master, {})
-    return GatheredState(
-        value=master.detach(),
-        moments={key: state[key] for key in MOMENTS if key in state},
-        step=int(state.get("step", 0)),
-    )
-
-
-def _replicated_master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    """ZeRO-0: masters are the parameters themselves in fp32, and a parallel list of groups in 16 bit."""
-    if not isinstance(optimizer, FP16_UnfusedOptimizer):
-        return parameter
-    pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
-    master: Tensor = next(fp32 for bit16, fp32 in pairs if bit16 is parameter)
-    return master
-
-
-def _write_own_part(part: Tensor, parameter: Any, value: Tensor) -> None:
-    """Copies this rank's part of `value` into a partition, which is longer than it where ranks share unevenly."""
-    own = value.flatten()[parameter.ds_zero_partition_rank * part.numel() :][: part.numel()]
-    part[: own.numel()].copy_(own)
 
 
 def _clear_caches(function: Callable[..., Any]) -> None:

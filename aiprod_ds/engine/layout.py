@@ -1,64 +1,22 @@
-"""What an engine trains and what a saved engine state belongs to; the same rules for every engine.
+"""What an engine trains; the same rules for every engine.
 
-Owns the lookup of parameters in a module, alone and in groups, and the small `engine.json` beside a saved state, which is checked
-before anything else in the folder is opened. Called by the engines; `whole_shape` also by the trainers.
+Owns the lookup of parameters in a module, alone and in groups, and what is asked of values for them. Called by the engines;
+`whole_shape` also by the trainers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.deepspeed import DeepSpeedSettings, Precision
+from aiprod_ds.config.deepspeed import Precision
 from aiprod_ds.engine.protocol import ParameterGroup, group_names
 from aiprod_ds.errors import CheckpointError, EngineError
-
-_FILE = "engine.json"
+from aiprod_ds.pieces import EngineFacts
 
 TORCH_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLayout:
-    """What must be equal between the engine that saved a state and the one that loads it."""
-
-    engine: str
-    zero_stage: int
-    precision: str
-    optimizer_offload: bool
-    world_size: int
-    parameters_sha256: str
-
-    def write(self, folder: Path) -> None:
-        """Writes the layout into `folder`."""
-        (folder / _FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    def require_same(self, folder: Path) -> None:
-        """Checks that the state in `folder` was saved with this layout.
-
-        Raises:
-            CheckpointError: If the file is missing or damaged, or a field differs; every difference is named.
-        """
-        path = folder / _FILE
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: must be readable JSON, got an error: {error}. It is incomplete.") from error
-        expected = asdict(self)
-        if not isinstance(saved, dict) or set(saved) != set(expected):
-            raise CheckpointError(f"{path}: must have the fields {sorted(expected)}, got {saved!r}. It is of another format.")
-        different = [f"{name} {saved[name]!r} there, {value!r} here" for name, value in expected.items() if saved[name] != value]
-        if different:
-            raise CheckpointError(
-                f"{path}: must belong to the same engine layout, got {'; '.join(different)}."
-                " Resume with the settings of the saved run."
-            )
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -67,19 +25,17 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return shape
 
 
-def engine_layout(
-    engine: str, settings: DeepSpeedSettings, world_size: int, groups: Sequence[ParameterGroup], shapes: Mapping[str, torch.Size]
-) -> EngineLayout:
-    """Returns the layout of an engine that trains `groups` with full parameter `shapes` by name."""
-    described = [[(name, list(shapes[name])) for name in group.names] for group in groups]
-    return EngineLayout(
-        engine=engine,
-        zero_stage=settings.zero_stage,
-        precision=settings.precision,
-        optimizer_offload=settings.optimizer_offload,
-        world_size=world_size,
-        parameters_sha256=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
-    )
+def require_precision(facts: EngineFacts, precision: Precision) -> None:
+    """Checks that a saved state was computed in this precision.
+
+    Raises:
+        CheckpointError: If it was another.
+    """
+    if facts.precision != precision:
+        raise CheckpointError(
+            f"engine state: must be of the same precision, got {facts.precision} there, {precision} here."
+            " Resume with the settings of the saved run."
+        )
 
 
 def group_parameters(module: nn.Module, groups: Sequence[ParameterGroup]) -> list[list[nn.Parameter]]:

@@ -13,7 +13,6 @@ Deviation from DeepSpeed: gradients of a window are added up in fp32, as DeepSpe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +22,18 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine.layout import (
     TORCH_DTYPES,
-    engine_layout,
     find_parameter,
     group_parameters,
     persistent_tensors,
+    require_precision,
     require_shape,
 )
 from aiprod_ds.engine.loss_scale import LossScaler
-from aiprod_ds.engine.moments import MOMENTS, scale_moments
+from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names, require_clip_norm
-from aiprod_ds.errors import CheckpointError, EngineError
-
-_STATE_FILE = "local_engine.pt"
+from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
+from aiprod_ds.errors import EngineError
+from aiprod_ds.pieces import MOMENTS, Captured, EngineFacts, PieceSource, Span
 
 
 class LocalEngine:
@@ -69,6 +68,7 @@ class LocalEngine:
         self.device = device if device is not None else parameters[0][0].device
         self.rank = 0
         self.world_size = 1
+        self._precision = settings.precision
         self.compute_dtype = TORCH_DTYPES[settings.precision]
         self.has_partitioned_masters = False
         self._clip_norm = optimizer.gradient_clip_norm
@@ -90,7 +90,6 @@ class LocalEngine:
         )
         self._groups = tuple(groups)
         self.set_weight_decay(optimizer.weight_decay)
-        self._layout = engine_layout("local", settings, 1, groups, {name: weight.shape for name, weight in self._weights.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward."""
@@ -129,7 +128,7 @@ class LocalEngine:
             group["lr"] = learning_rate
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Sets the decay that the next update uses, in the groups that are decayed. `load` leaves it as it is."""
+        """Sets the decay that the next update uses, in the groups that are decayed."""
         for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
@@ -175,6 +174,10 @@ class LocalEngine:
     def master_shards(self) -> list[Tensor]:
         """Returns the fp32 masters, in the order of the groups, not copied."""
         return list(self._masters.values())
+
+    def spans(self) -> list[tuple[Span, ...]]:
+        """Returns, for each of `master_shards`, the whole parameter that it is."""
+        return [Shard.whole(name, master).spans for name, master in self._masters.items()]
 
     def refresh_weights(self) -> None:
         """Casts the masters into the module's weights."""
@@ -225,45 +228,52 @@ class LocalEngine:
                 self._masters.get(name, parameter).copy_(value)
         self.refresh_weights()
 
-    def save(self, folder: Path) -> None:
-        """Writes everything that `load` needs into the existing empty `folder`."""
-        torch.save(
-            {
-                "module": self.module.state_dict(),
-                "masters": self._masters,
-                "optimizer": self._optimizer.state_dict()["state"],
-                "scaler": self._scaler.state_dict(),
-            },
-            folder / _STATE_FILE,
+    def capture(self) -> Captured:
+        """Returns what a checkpoint holds, not copied."""
+        shards = self._shards()
+        facts = EngineFacts(
+            engine="local",
+            zero_stage=0,
+            precision=self._precision,
+            world_size=1,
+            adam_steps=shards.adam_steps(),
+            loss_scale=self._scaler.state(),
+            tensors=shards.all_wholes(),
         )
-        self._layout.write(folder)
+        return shards.capture(facts, rank=0)
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit; optimizer settings, learning rate and decay stay those of this engine.
+    def restore(self, source: PieceSource) -> None:
+        """Takes over what any engine of this model and precision captured.
+
+        Learning rate, weight decay, clipping norm and the rules of the loss scale stay those of this engine.
 
         Raises:
-            CheckpointError: If the folder does not fit this engine.
+            CheckpointError: If it is of another model or precision, or cannot be read.
         """
-        self._layout.require_same(folder)
-        path = folder / _STATE_FILE
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.module.load_state_dict(state["module"], strict=True)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: must hold this module's state, got an error: {error}. It does not fit.") from error
-        with torch.no_grad():
-            for name, master in self._masters.items():
-                master.copy_(state["masters"][name])
-        current = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": current})
+        require_precision(source.facts, self._precision)
+        self._shards().restore(source)
         self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.load_state_dict(state["scaler"])
+        self._scaler.restore(source.facts.loss_scale)
         self._micro_batches = 0
+        self.refresh_weights()
 
     def close(self) -> None:
         """Drops gradients and optimizer state; the module stays usable, with its weights in the precision of this engine."""
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.state.clear()
+
+    def _shards(self) -> EngineShards:
+        frozen = {name: value for name, value in self.module.named_parameters() if name not in self._masters}
+        _, buffers = persistent_tensors(self.module)
+        return EngineShards(
+            masters=[Shard.whole(name, master) for name, master in self._masters.items()],
+            frozen=[Shard.whole(name, value) for name, value in frozen.items()],
+            buffers=[Shard.whole(name, value) for name, value in buffers.items()],
+            wholes=describe_wholes(self._masters, frozen, buffers),
+            optimizer=self._optimizer,
+            writes_masters=True,
+            writes_frozen=True,
+        )
 
     def _master(self, weight: nn.Parameter) -> nn.Parameter:
         if self.compute_dtype == torch.float32:

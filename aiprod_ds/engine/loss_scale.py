@@ -8,10 +8,8 @@ scale of an update is the one that its loss was multiplied with, also when the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from aiprod_ds.config.deepspeed import LossScaleSettings
-from aiprod_ds.errors import CheckpointError
+from aiprod_ds.pieces import LossScale
 
 _SCALE_FACTOR = 2.0
 
@@ -55,25 +53,15 @@ class LossScaler:
                 self.scale *= _SCALE_FACTOR
         self._updates += 1
 
-    def state_dict(self) -> dict[str, float]:
-        """Returns what changes over time; the settings belong to the configuration."""
-        return {
-            "scale": self.scale,
-            "updates": self._updates,
-            "last_overflow": self._last_overflow,
-            "tolerance": self._tolerance,
-        }
+    def state(self) -> LossScale | None:
+        """Returns what changes over time; None if nothing does."""
+        if self._dynamic is None:
+            return None
+        return LossScale(scale=self.scale, updates=self._updates, last_overflow=self._last_overflow, tolerance=self._tolerance)
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restores what `state_dict` returned.
-
-        Raises:
-            CheckpointError: If a field is missing.
-        """
-        try:
-            self.scale = float(state["scale"])
-            self._updates = int(state["updates"])
-            self._last_overflow = int(state["last_overflow"])
-            self._tolerance = int(state["tolerance"])
-        except KeyError as error:
-            raise CheckpointError(f"loss scale: field {error} must be present, got {sorted(state)}. It is damaged.") from error
+    def restore(self, state: LossScale | None) -> None:
+        """Goes on from what `state` returned, under the rules of its own settings; if one of the two has none, as it is."""
+        if self._dynamic is None or state is None:
+            return
+        self.scale, self._updates, self._last_overflow = state.scale, state.updates, state.last_overflow
+        self._tolerance = min(state.tolerance, self._dynamic.hysteresis)

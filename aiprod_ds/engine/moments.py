@@ -1,6 +1,6 @@
 """Adam's state as every optimizer that the engines use keeps it, and what a phase may do to it.
 
-Owns the names of the moments and their scaling, not where an engine keeps them. Called by the engines only.
+Owns how they begin and their scaling, not where an engine keeps them. Called by the engines only.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from aiprod_ds.errors import EngineError
+import torch
+from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from aiprod_ds.errors import EngineError
+from aiprod_ds.pieces import MOMENTS
 
 
 def scale_moments(states: Iterable[dict[str, Any]], factor: float) -> None:
@@ -38,3 +40,16 @@ def scale_moments(states: Iterable[dict[str, Any]], factor: float) -> None:
                 state[name].mul_(factor)
         if factor == 0.0:
             state["step"] *= 0  # an int (DeepSpeedCPUAdam) or a tensor (torch)
+
+
+def new_moments(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> dict[str, Any]:
+    """Returns a state of zeros after `step` updates, as the optimizer itself begins it at its first.
+
+    torch counts in a 0-dim tensor, on the device if it is fused and on the CPU otherwise (torch/optim/adam.py, `_init_group`);
+    DeepSpeedCPUAdam in an int (ops/adam/cpu_adam.py, `step`).
+    """
+    count: Tensor | int = step
+    if isinstance(optimizer, torch.optim.AdamW):
+        is_fused = bool(optimizer.param_groups[0]["fused"])
+        count = torch.tensor(float(step), device=master.device if is_fused else "cpu")
+    return {"step": count, **{name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from aiprod_ds.errors import EngineError
+from aiprod_ds.pieces import Captured, PieceSource, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +96,12 @@ class Engine(Protocol):
         """Sets the rate that the next update uses, in every parameter group."""
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Sets the decay that the next update uses, in the groups that are decayed. `load` leaves it as it is."""
+        """Sets the decay that the next update uses, in the groups that are decayed."""
 
     def set_clip_norm(self, clip_norm: float | None) -> None:
         """Sets the global L2 norm to which the gradients of the updates that follow are scaled down; None: they are not.
 
-        It may be called between `backward` and the `step` that ends the window. Every rank must give the same value. `load`
-        leaves it as it is.
+        It may be called between `backward` and the `step` that ends the window. Every rank must give the same value.
 
         Raises:
             EngineError: If it is not a positive finite number.
@@ -134,6 +133,9 @@ class Engine(Protocol):
         Number, order, shapes and devices stay the same for the life of the engine and are those of any engine of the same layout.
         Whoever writes into them, between updates and on all ranks alike, calls `refresh_weights` afterwards.
         """
+
+    def spans(self) -> list[tuple[Span, ...]]:
+        """Returns, for each of `master_shards`, which parts of which parameters lie in it; what lies between is padding."""
 
     def refresh_weights(self) -> None:
         """Casts the masters into the weights that `module` computes with, as an update does at its end. Collective."""
@@ -173,14 +175,21 @@ class Engine(Protocol):
             EngineError: If there is no such parameter, or a shape differs; the parameters before it are set, their weights not.
         """
 
-    def save(self, folder: Path) -> None:
-        """Writes everything that `load` needs into the existing empty `folder`. Collective; nothing is committed here."""
+    def capture(self) -> Captured:
+        """Returns what this rank writes into a checkpoint: masters, moments, frozen weights and buffers, not copied.
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote for the same world size and ZeRO stage, bit for bit. Collective.
+        Call it between updates, and write or copy the tensors before the next. No collective; all ranks together write everything
+        once.
+        """
+
+    def restore(self, source: PieceSource) -> None:
+        """Takes over what any engine of this model and precision captured, whatever its ranks and ZeRO stage. Collective.
+
+        Bit for bit: masters, moments, frozen weights, buffers, Adam's step counts and the loss scale. Learning rate, weight
+        decay, clipping norm and the rules of the loss scale stay those of this engine.
 
         Raises:
-            CheckpointError: If the folder does not fit this engine.
+            CheckpointError: If it is of another model or precision, or cannot be read.
         """
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """An exponential moving average (EMA) of the fp32 master weights, kept by each rank for the masters that it owns.
 
-Owns the average: its decay, its files and its exchange with the weights. Owns neither the masters nor when an update counts: the
-loop calls `update` after every applied update, with the clock's samples, and `swapped` around evaluation and export. Memory: 4
-bytes for every element of the rank's masters, on their device; with an offloaded optimizer that is the CPU.
+Owns the average: its decay, its part in a checkpoint and its exchange with the weights. Owns neither the masters nor when an
+update counts: the loop calls `update` after every applied update, with the clock's samples, and `swapped` around evaluation and
+export. Memory: 4 bytes for every element of the rank's masters, on their device; with an offloaded optimizer that is the CPU.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from aiprod_ds.config.ema import EmaConfig
-from aiprod_ds.errors import CheckpointError, EngineError
+from aiprod_ds.errors import EngineError
+from aiprod_ds.pieces import Captured, PieceSource, Span, fill
 
 _EXCHANGED_AT_ONCE = 2**26  # elements; bounds the third copy that an exchange needs to 256 MiB
 
@@ -28,11 +26,13 @@ class MasterHolder(Protocol):
     """What the average needs of an engine; `aiprod_ds.engine.protocol.Engine` describes each."""
 
     rank: int
-    world_size: int
     has_partitioned_masters: bool
 
     def master_shards(self) -> list[Tensor]:
         """Returns the fp32 masters that this rank owns, not copied."""
+
+    def spans(self) -> list[tuple[Span, ...]]:
+        """Returns, for each of them, which parts of which parameters lie in it."""
 
     def refresh_weights(self) -> None:
         """Casts the masters into the weights that the module computes with. Collective."""
@@ -96,38 +96,25 @@ class Ema:
             self._is_swapped = False
         self._holder.refresh_weights()
 
-    def save(self, folder: Path) -> None:
-        """Writes `ema.safetensors` from rank 0, or one file per rank where masters are partitioned, into an existing folder.
-
-        Waits for nobody; nothing is committed here.
+    def capture(self, state: Captured) -> Captured:
+        """Returns what the engine captured, and the average, not copied.
 
         Raises:
             EngineError: If called while the average is swapped in.
         """
-        self._require_own_place("save")
-        if self._holder.has_partitioned_masters or self._holder.rank == 0:
-            tensors = {_key(index): shard.contiguous() for index, shard in enumerate(self._shards)}
-            save_file(tensors, self._path(folder))
+        self._require_own_place("capture")
+        writes = self._holder.has_partitioned_masters or self._holder.rank == 0
+        return state.plus("ema", self._shards if writes else [], self._holder.spans() if writes else [])
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote for an engine of the same layout, bit for bit.
+    def restore(self, source: PieceSource) -> None:
+        """Takes over what an average of the same parameters captured, bit for bit.
 
         Raises:
-            CheckpointError: If this rank's file is missing, damaged or of another layout.
+            CheckpointError: If there is none, or it cannot be read.
             EngineError: If called while the average is swapped in.
         """
-        self._require_own_place("load")
-        path = self._path(folder)
-        try:
-            with safe_open(path, framework="pt") as file:
-                self._require_same(path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
-                for index, shard in enumerate(self._shards):
-                    shard.copy_(file.get_tensor(_key(index)))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path}: must be this rank's part of the average, got an error: {error}."
-                " It is incomplete or of another world size; resume with the settings of the saved run."
-            ) from error
+        self._require_own_place("restore")
+        fill(source, "ema", self._shards, self._holder.spans())
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -140,21 +127,6 @@ class Ema:
     def _require_own_place(self, where: str) -> None:
         if self._is_swapped:
             raise EngineError(f"ema.{where}: must be called outside `swapped`, got a call inside. Leave the block first.")
-
-    def _require_same(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-        expected = {_key(index): tuple(shard.shape) for index, shard in enumerate(self._shards)}
-        wrong = sorted(key for key in {**expected, **shapes} if expected.get(key) != shapes.get(key))
-        if wrong:
-            key = wrong[0]
-            raise CheckpointError(
-                f"{path}: must hold this engine's shards, got {len(wrong)} that differ, first {key}: {shapes.get(key)} there,"
-                f" {expected.get(key)} here. Resume with the settings of the saved run."
-            )
-
-    def _path(self, folder: Path) -> Path:
-        if not self._holder.has_partitioned_masters:
-            return folder / "ema.safetensors"
-        return folder / f"ema_rank_{self._holder.rank:05d}_of_{self._holder.world_size:05d}.safetensors"
 
 
 def evaluated_weights(ema: Ema | None) -> AbstractContextManager[None]:
@@ -202,7 +174,3 @@ def ema_decay(config: EmaConfig, *, samples_before: int, samples_after: int) -> 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return torch.split(tensor, _EXCHANGED_AT_ONCE) if tensor.dim() == 1 else (tensor,)  # large shards are flat
-
-
-def _key(index: int) -> str:
-    return f"shard_{index:05d}"

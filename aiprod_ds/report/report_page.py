@@ -174,6 +174,7 @@ def _reproduce(summary: RunSummary) -> str:
     if summary.final_state_sha256:
         facts.append(("final state, sha256", f"`{summary.final_state_sha256}`"))
     facts += [("continued from", f"`{name}`") for name in summary.resumed_from]
+    facts += [("resharded", change) for change in summary.resharded]
     facts += list(_environment_facts(summary.environment))
     facts.append(("peak host memory", _bytes(summary.peak_rss_bytes)))
     lines.append(_table(("what", "value"), facts))

@@ -74,6 +74,7 @@ class RunSummary:
         retrained: Changes of the trained parameters between phases: phase, what was trained before and after, the relative
             difference of the model's answer, seconds.
         resumed_from: Checkpoints that this run continued from, oldest first.
+        resharded: Those of them that other ranks or another ZeRO stage had saved, and what changed, in words.
         error: What ended the run, if it failed.
     """
 
@@ -99,6 +100,7 @@ class RunSummary:
     replacements: tuple[str, ...] = ()
     retrained: tuple[Mapping[str, Any], ...] = ()
     resumed_from: tuple[str, ...] = ()
+    resharded: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
     plots: tuple[Picture, ...] = ()
     error: str | None = None

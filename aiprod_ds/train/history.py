@@ -19,6 +19,7 @@ class History:
         phase_ends: Phase name -> what ended it: updates, epochs or plateau.
         retrained: `Retraining.to_dict` of every change of the trained parameters.
         resumed_from: Checkpoint names that the run continued from.
+        resharded: Those of them that another engine, ZeRO stage or number of ranks had saved, and what changed, in words.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -28,6 +29,7 @@ class History:
     phase_ends: dict[str, str] = field(default_factory=dict)
     retrained: list[dict[str, Any]] = field(default_factory=list)
     resumed_from: list[str] = field(default_factory=list)
+    resharded: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""

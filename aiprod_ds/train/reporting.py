@@ -35,7 +35,7 @@ class RunFacts:
 
     Attributes:
         parameters: Of the model, trained or not.
-        layout: Engine, world size, ZeRO stage and precision.
+        layout: From `belonging.run_layout`.
     """
 
     config: RunConfig
@@ -110,6 +110,7 @@ def _summarize(
         replacements=facts.unit.replacements(),
         retrained=tuple(history.retrained),
         resumed_from=tuple(history.resumed_from),
+        resharded=tuple(history.resharded),
         pictures=_pictures(facts) if dist.is_main() else (),
         plots=_plots(facts) if dist.is_main() else (),
         error=error,

@@ -23,7 +23,6 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.describe import describe
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import CurriculumScheduler
-from aiprod_ds.curriculum.steering import check_steering
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError, ConfigError
@@ -38,12 +37,13 @@ from aiprod_ds.report.sinks import MirrorSink, Sink
 from aiprod_ds.report.stopwatch import Stopwatch
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.report.wandb import open_wandb
+from aiprod_ds.train.belonging import change_in_words, check_belongs, run_layout
 from aiprod_ds.train.engines import build_engine, read_settings
 from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended
 from aiprod_ds.train.retrain import retrain
-from aiprod_ds.train.saving import Saver, require_shared
+from aiprod_ds.train.saving import Saver, read_engine, require_shared
 from aiprod_ds.train.transition import check_checkpointing
 from aiprod_ds.train.unit import Unit
 
@@ -97,7 +97,7 @@ def run_training(
         console: Where progress is drawn (main rank); standard error by default.
 
     Raises:
-        ConfigError: If the checkpoint belongs to another configuration or another layout of ranks.
+        ConfigError: If the checkpoint belongs to another configuration or precision, or to other global batches.
         CheckpointError: If checkpoints exist and none is whole, the ranks share no folder, or one cannot be written.
         NonFiniteError: If training diverged for good.
     """
@@ -126,7 +126,7 @@ def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume:
     engine = _build(run, plan.phases[checkpoint.state.clock.phase])
     try:
         ema = _new_ema(config, engine)
-        _load(checkpoint, engine, ema)
+        read_engine(checkpoint.engine_folder, engine, ema)
         engine.eval()
         with evaluated_weights(ema):
             return dict(unit.evaluate(engine).metrics)
@@ -136,13 +136,7 @@ def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume:
 
 def _new_run(config: RunConfig, unit: Unit, plan: RunPlan, source: str, console: Console) -> _Run:
     settings = read_settings(config, source=source)
-    kind = config.engine.kind
-    layout = {
-        "engine": kind,
-        "world_size": dist.world_size(),
-        "zero_stage": settings.zero_stage if kind == "deepspeed" else 0,
-        "precision": settings.precision,
-    }
+    layout = run_layout(config, settings, plan, world_size=dist.world_size())
     parameters = sum(parameter.numel() for parameter in unit.module.parameters())  # before an engine shards them
     facts = RunFacts(config=config, plan=plan, unit=unit, parameters=parameters, layout=layout)
     return _Run(facts=facts, source=source, settings=settings, console=console)
@@ -168,13 +162,17 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> Train
     scheduler, clock, history = CurriculumScheduler(run.plan), Clock(), History()
     ema, clip = _new_ema(run.config, engine), _new_clip(run.config)
     if checkpoint is not None:
-        _load(checkpoint, engine, ema)
+        read_engine(checkpoint.engine_folder, engine, ema)
         if clip is not None:
             clip.restore(checkpoint.state.adaptive_clip)
         clock, history = checkpoint.state.clock, History.from_dict(checkpoint.state.history)
         scheduler.load_state_dict(checkpoint.state.scheduler)
-        history.resumed_from.append(checkpoint.folder.name)
-        _LOG.info("resumed checkpoint=%s update=%d phase=%d", checkpoint.folder.name, clock.updates, clock.phase)
+        name, change = checkpoint.folder.name, change_in_words(checkpoint.state.layout, run.facts.layout)
+        history.resumed_from.append(name)
+        _LOG.info("resumed checkpoint=%s update=%d phase=%d", name, clock.updates, clock.phase)
+        if change is not None:
+            history.resharded.append(f"{name}: {change}")
+            _LOG.info("resharded checkpoint=%s %s", name, change)
     sinks = _open_sinks(run, clock, is_resumed=checkpoint is not None) if dist.is_main() else ()
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
     stopwatch = Stopwatch()
@@ -243,12 +241,6 @@ def _new_clip(config: RunConfig) -> AdaptiveClip | None:
     return None if adaptive is None else AdaptiveClip(adaptive, fixed=config.optimizer.gradient_clip_norm)
 
 
-def _load(checkpoint: Checkpoint, engine: Engine, ema: Ema | None) -> None:
-    engine.load(checkpoint.engine_folder)
-    if ema is not None:
-        ema.load(checkpoint.folder)
-
-
 def _report_ended(run: _Run, loop: TrainingLoop, error: BaseException) -> None:
     try:
         report_ended(run.facts, loop, error)
@@ -260,7 +252,8 @@ def _find_own(run: _Run, resume: str) -> Checkpoint | None:
     """Returns the verified checkpoint to go on from, the same on all ranks; it belongs to this run."""
     checkpoint = dist.from_main(lambda: _find(run.store, resume))
     if checkpoint is not None:
-        _check_belongs(run, checkpoint)
+        where = f"{run.source}: --resume {checkpoint.folder}"
+        check_belongs(checkpoint.state, run.config, run.facts.layout, where=where)
     return checkpoint
 
 
@@ -272,22 +265,6 @@ def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:
     if not Path(resume).is_dir():
         raise ConfigError(f"--resume: must be auto, never or a checkpoint folder, got {resume!r}, which is no folder.")
     return store.read(Path(resume))
-
-
-def _check_belongs(run: _Run, checkpoint: Checkpoint) -> None:
-    state, where = checkpoint.state, f"{run.source}: --resume {checkpoint.folder}"
-    if state.fingerprint != config_fingerprint(run.config):
-        raise ConfigError(
-            f"{where}: must be of the same configuration, got a checkpoint of another one. "
-            "Restore the configuration (config.yaml in the run folder is what ran), choose another --output-dir or start anew."
-        )
-    if dict(state.layout) != run.facts.layout:
-        raise ConfigError(
-            f"{where}: must have this run's layout {run.facts.layout}, got {dict(state.layout)}. "
-            "Start as many ranks with the same engine settings as the saved run."
-        )
-    for change in check_steering(state.phase_fingerprints, run.config, state.clock):
-        _LOG.warning("curriculum_steered %s", change)
 
 
 def _prepare_folder(run: _Run, checkpoint: Checkpoint | None, *, move_aside: bool) -> None:

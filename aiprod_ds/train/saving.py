@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from aiprod_ds.checkpoint.pieces import PieceReader, write_pieces
 from aiprod_ds.checkpoint.space import DiskFullError, explained, write_error
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
@@ -22,6 +23,7 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.optim.ema import Ema
+from aiprod_ds.pieces import EngineFacts
 
 _LOG = logging.getLogger(__name__)
 _TOKEN = ".seen_by_all_ranks"
@@ -47,8 +49,7 @@ class Saver:
     def save(self, engine: Engine, ema: Ema | None, state: RunState) -> None:
         """Commits a checkpoint and deletes those that are kept no longer. Collective.
 
-        An error is raised on every rank, with one exception: if one of several ranks fails inside `engine.save`, it alone raises,
-        whatever `on_full_disk` says, because the others wait in the engine's collectives.
+        An error is raised on every rank.
 
         Raises:
             DiskFullError: If there is no room and the configuration says to stop then.
@@ -67,27 +68,13 @@ class Saver:
         try:
             pending = dist.from_main(lambda: self.store.open_pending(updates, needed_bytes=needed_bytes))
             require_shared(pending)
-            self._write(engine, ema, pending)
+            write_engine(pending / "engine", engine, ema)
             dist.from_main(lambda: self.store.commit(updates, state))
         except Exception:
             if dist.is_main():
                 self.store.discard_pending(updates)
             raise
         dist.from_main(lambda: self._prune(state))
-
-    def _write(self, engine: Engine, ema: Ema | None, pending: Path) -> None:
-        try:
-            engine.save(pending / "engine")
-        except (OSError, RuntimeError) as error:
-            problem = write_error(error, pending)
-            if not isinstance(problem, DiskFullError) and not isinstance(error, OSError):
-                raise
-            # Not as DiskFullError: who is alone must not train on.
-            raise (problem if dist.world_size() == 1 else CheckpointError(str(problem))) from error
-        failures = dist.gather_objects(None if ema is None else _failure(lambda: ema.save(pending), pending))
-        for failure in failures:
-            if failure is not None:
-                raise failure
 
     def _prune(self, state: RunState) -> None:
         deleted = self.store.prune(state.clock.updates, self.config, self._measure)
@@ -109,10 +96,36 @@ class Saver:
         return float(value) if isinstance(value, int | float) else None
 
 
-def estimated_bytes(engine: Engine, ema: Ema | None, parameters: int) -> int:
-    """Returns about how large a checkpoint becomes: weights, fp32 masters, two moments, and the average.
+def write_engine(folder: Path, engine: Engine, ema: Ema | None = None) -> None:
+    """Writes what `read_engine` needs into an existing folder, each rank its own part. Collective; nothing is committed here.
 
-    Rather too much: in fp32 the weights may be the masters.
+    Raises:
+        DiskFullError: On every rank, if one had no room.
+        CheckpointError: On every rank, if one failed otherwise.
+    """
+    state = engine.capture()
+    if ema is not None:
+        state = ema.capture(state)
+    for failure in dist.gather_objects(_failure(lambda: write_pieces(folder, state), folder)):
+        if failure is not None:
+            raise failure
+
+
+def read_engine(folder: Path, engine: Engine, ema: Ema | None = None) -> EngineFacts:
+    """Restores engine and average from what any number of ranks wrote under any ZeRO stage; returns what they were. Collective.
+
+    Raises:
+        CheckpointError: If `folder` is damaged, or of another model or precision.
+    """
+    with PieceReader(folder) as reader:
+        engine.restore(reader)
+        if ema is not None:
+            ema.restore(reader)
+        return reader.facts
+
+
+def estimated_bytes(engine: Engine, ema: Ema | None, parameters: int) -> int:
+    """Returns about how large a checkpoint becomes: fp32 masters, two moments and the average, and frozen weights.
 
     Args:
         engine: Holds what is trained.
@@ -122,7 +135,7 @@ def estimated_bytes(engine: Engine, ema: Ema | None, parameters: int) -> int:
     trained = sum(shard.numel() for shard in engine.master_shards()) * (
         engine.world_size if engine.has_partitioned_masters else 1
     )
-    return parameters * engine.compute_dtype.itemsize + trained * 4 * (3 if ema is None else 4)
+    return (parameters - trained) * engine.compute_dtype.itemsize + trained * 4 * (3 if ema is None else 4)
 
 
 def require_shared(folder: Path, *, within_seconds: float = _SEEN_WITHIN_SECONDS) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 # Heavy packages and the only modules that may load them.
 _OWNERS = {
-    "deepspeed": {"aiprod_ds.engine.deepspeed_engine", "aiprod_ds.engine.deepspeed_internals"},
+    "deepspeed": {f"aiprod_ds.engine.deepspeed_{name}" for name in ("engine", "internals", "state")},
     "wandb": {"aiprod_ds.report.wandb"},
     "peft": {"aiprod_ds.models.lora"},
 }

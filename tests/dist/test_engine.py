@@ -27,6 +27,7 @@ from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, ParameterGroup, UpdateResult
 from aiprod_ds.errors import AiprodError
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.train.saving import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 NAMES = [path.stem for path in FILES]
@@ -83,8 +84,9 @@ def test_resume_is_bitwise(measured: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_state_is_deepspeeds_own_without_litter(measured: dict[str, Any], name: str) -> None:
-    assert measured["cases"][name]["saved"] == ["deepspeed", "engine.json"]
+def test_a_saved_state_is_a_file_of_each_rank_that_owns_something(measured: dict[str, Any], name: str) -> None:
+    files = ["engine.json", "rank_00000_of_00002.safetensors", "rank_00001_of_00002.safetensors"]
+    assert measured["cases"][name]["saved"] == (files[:2] if "zero0" in name else files)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,12 +119,13 @@ def test_batch_cannot_change_inside_a_window(measured: dict[str, Any]) -> None:
     assert "between updates, got 1 of 2" in measured["errors"]["window"]
 
 
-def test_a_state_of_another_stage_is_refused(measured: dict[str, Any]) -> None:
-    assert "zero_stage 1 there, 2 here" in measured["errors"]["stage"]
+def test_a_state_of_another_precision_is_refused(measured: dict[str, Any]) -> None:
+    assert "same precision, got fp32 there, bf16 here" in measured["errors"]["precision"]
 
 
-def test_a_state_without_deepspeed_files_is_refused(measured: dict[str, Any]) -> None:
-    assert "CheckpointError" in measured["errors"]["empty"]
+def test_a_state_without_the_file_of_a_rank_is_refused(measured: dict[str, Any]) -> None:
+    assert "CheckpointError" in measured["errors"]["missing"]
+    assert "A piece is missing" in measured["errors"]["missing"]
 
 
 def _precision(name: str) -> str:
@@ -189,7 +192,7 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
     start = engine.module_state()
     first = _train(engine, 0, UPDATES // 2)
     folder = Path(dist.broadcast_object(tempfile.mkdtemp()))
-    engine.save(folder)
+    write_engine(folder, engine)
     records = first + _train(engine, UPDATES // 2, UPDATES)
     states, module = _states(engine), engine.module_state()
     references = [weakref.ref(part) for part in (engine._engine, engine._engine.optimizer, engine._engine.basic_optimizer)]
@@ -199,7 +202,7 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
     alive = [index for index, reference in enumerate(references) if reference() is not None]
 
     resumed = _engine(path, seed=1)
-    resumed.load(folder)
+    read_engine(folder, resumed)
     resumed_records = _train(resumed, UPDATES // 2, UPDATES)
     resumed_states, resumed_module = _states(resumed), resumed.module_state()
     overflow = _measure_overflow(resumed)
@@ -273,19 +276,19 @@ def _measure_errors() -> dict[str, str]:
     window = _message(lambda: engine.set_batch(micro_batch_size=1, accumulation=1))
     _backward(engine, _batch(0)[:1])
     engine.step()
-    engine.save(folder)
+    write_engine(folder, engine)
     engine.close()
-    engine = _engine(FILES[NAMES.index("zero2_fp32")], seed=0)
-    stage = _message(lambda: engine.load(folder))
+    engine = _engine(FILES[NAMES.index("zero1_bf16")], seed=0)
+    precision = _message(lambda: read_engine(folder, engine))
     engine.close()
     dist.barrier()
     if dist.is_main():
-        shutil.rmtree(folder / "deepspeed")
+        (folder / "rank_00001_of_00002.safetensors").unlink()
     dist.barrier()
     engine = _engine(FILES[NAMES.index("zero1_fp32")], seed=0)
-    empty = _message(lambda: engine.load(folder))
+    missing = _message(lambda: read_engine(folder, engine))
     engine.close()
-    return {"window": window, "stage": stage, "empty": empty}
+    return {"window": window, "precision": precision, "missing": missing}
 
 
 def _message(call: Any) -> str:

@@ -30,6 +30,7 @@ from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, ParameterGroup, UpdateResult
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.train.saving import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 NAMES = [path.stem for path in FILES]
@@ -260,7 +261,7 @@ def _measure(path: Path, oracle: dict[str, Any]) -> dict[str, Any]:
 def _measure_resume(path: Path, folder: Path, first: int, records: list[Record], states: dict[str, Any]) -> dict[str, bool]:
     with _engine(path, seed=1) as engine:
         engine.set_weight_decay(STORY[first].weight_decay)
-        engine.load(folder)
+        read_engine(folder, engine)
         again = _live(engine, STORY, first=first, is_resumed=True)
         return {"records": again == records[len(records) - len(again) :], "states": _equal(states, _states(engine))}
 
@@ -359,7 +360,7 @@ def _save(engine: Engine, folder: Path) -> None:
     if dist.is_main():
         folder.mkdir()
     dist.barrier()
-    engine.save(folder)
+    write_engine(folder, engine)
 
 
 def _shape(engine: Engine, phase: Phase) -> dict[str, int]:

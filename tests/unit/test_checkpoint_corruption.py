@@ -28,7 +28,7 @@ from aiprod_ds.train.video_vae import VideoVAETrainer
 
 RANDOM_DAMAGES = 100
 NEWEST = "update_000002"
-WEIGHTS, AVERAGE = "engine/local_engine.pt", "ema.safetensors"
+WEIGHTS = "engine/rank_00000_of_00001.safetensors"
 
 
 def _trainer(folder: Path) -> VideoVAETrainer:
@@ -136,8 +136,8 @@ def _list(folder: Path, name: str, content: bytes) -> None:
 
 def _file_with_header(folder: Path, header_bytes: int) -> None:
     content = header_bytes.to_bytes(8, "little") + b"{}" * 8
-    (folder / AVERAGE).write_bytes(content)
-    _list(folder, AVERAGE, content)
+    (folder / WEIGHTS).write_bytes(content)
+    _list(folder, WEIGHTS, content)
 
 
 def _link(folder: Path, name: str, target: str) -> None:
@@ -172,8 +172,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "link to the good one": (lambda folder: _link(folder, WEIGHTS, f"../../update_000001/{WEIGHTS}"), WEIGHTS),
     "link as manifest": (lambda folder: _link(folder, "manifest.json", "../update_000001/manifest.json"), "manifest.json"),
     "pipe": (_pipe, WEIGHTS),
-    "1 GB header": (lambda folder: _file_with_header(folder, 1 << 30), AVERAGE),
-    "header beyond the end": (lambda folder: _file_with_header(folder, 17), AVERAGE),
+    "1 GB header": (lambda folder: _file_with_header(folder, 1 << 30), WEIGHTS),
+    "header beyond the end": (lambda folder: _file_with_header(folder, 17), WEIGHTS),
     "no sizes": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {"a": {}}}'), "a must have bytes"),
     "files a list": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": []}'), "manifest.json"),
     "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from aiprod_ds.checkpoint import pieces as pieces_module
 from aiprod_ds.checkpoint.pieces import PieceReader, write_pieces
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.pieces import Captured, Cut, EngineFacts, Span, Whole, fill, split_key, tensor_key
+from aiprod_ds.pieces import Captured, Cut, EngineFacts, LossScale, Span, Whole, fill, split_key, tensor_key
 
 WHOLE = {
     "master/a.weight": torch.randn(5, 7),
@@ -42,8 +42,7 @@ def _facts(world_size: int = 2) -> EngineFacts:
         precision="bf16",
         world_size=world_size,
         adam_steps={"a.weight": 3},
-        loss_scaler={"scale": 2.0, "updates": 3},
-        counters={"global_steps": 4},
+        loss_scale=LossScale(scale=2.0, updates=3, last_overflow=-1, tolerance=1),
         tensors={key: Whole.of(value.shape, value.dtype) for key, value in WHOLE.items()},
     )
 
@@ -236,7 +235,12 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another format": (lambda f: _facts_with(f, format=1), "engine.json: format: must be 2, got 1"),
     "a surplus field": (lambda f: _facts_with(f, x=1), "engine.json: fields: must be"),
     "a wrong field": (lambda f: _facts_with(f, world_size="2"), "engine.json: world_size: must be of type int"),
-    "a wrong number": (lambda f: _facts_with(f, adam_steps={"a": "x"}), "engine.json: adam_steps: must be a mapping to numbers"),
+    "a wrong number": (lambda f: _facts_with(f, adam_steps={"a": "x"}), "engine.json: adam_steps: must be a mapping to whole"),
+    "half a loss scale": (lambda f: _facts_with(f, loss_scale={"scale": 1.0}), "engine.json: loss_scale: must be null or have"),
+    "a loss scale in words": (
+        lambda f: _facts_with(f, loss_scale={"scale": "1", "updates": 1, "last_overflow": 1, "tolerance": 1}),
+        "engine.json: loss_scale: must be a number",
+    ),
     "tensors as a list": (lambda f: _facts_with(f, tensors=[]), "engine.json: tensors: must be a mapping"),
     "an unknown kind": (lambda f: _facts_with(f, tensors={"x/y": {}}), "engine.json: 'x/y': must be <kind>/<name>"),
     "a negative size": (

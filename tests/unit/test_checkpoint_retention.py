@@ -7,7 +7,8 @@ import logging
 import math
 import shutil
 from collections import namedtuple
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.pieces import Captured, Cut, EngineFacts, Whole
 from aiprod_ds.train.saving import Saver
 
 Usage = namedtuple("Usage", "total used free")
@@ -72,19 +74,42 @@ def test_rules_without_effect_are_refused(values: dict[str, Any], message: str) 
 
 
 class SmallEngine:
-    """Saves what a test gives it; the parts of an engine that saving uses."""
+    """One tensor and the error that a test gives it; the parts of an engine that saving uses."""
 
-    def __init__(self, content: bytes = b"weights", error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.module = nn.Linear(1, 1)
-        self.content, self.error = content, error
+        self.error = error
         self.rank, self.world_size, self.has_partitioned_masters = 0, 1, False
         self.compute_dtype = torch.float32
 
     def master_shards(self) -> list[torch.Tensor]:
         return list(self.module.parameters())
 
-    def save(self, folder: Path) -> None:
-        (folder / "weights.bin").write_bytes(self.content)
+    def capture(self) -> Captured:
+        return FailingCapture(
+            rank=0,
+            facts=EngineFacts(
+                engine="local",
+                zero_stage=0,
+                precision="fp32",
+                world_size=1,
+                adam_steps={},
+                tensors={"buffer/x": Whole(shape=(1,), dtype="float32")},
+            ),
+            tensors=(torch.ones(1),),
+            cuts=(Cut(kind="buffer", name="x", tensor=0, start=0, offset=0, length=1),),
+            error=self.error,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailingCapture(Captured):
+    """Its pieces end in an error, as a disk does while they are written."""
+
+    error: Exception | None
+
+    def pieces(self) -> Iterator[tuple[Cut, torch.Tensor]]:
+        yield self.cuts[0], self.tensors[0]
         if self.error is not None:
             raise self.error
 
@@ -97,7 +122,7 @@ def _state(updates: int, *, phase: int = 0, measures: dict[str, Any] | None = No
 
 def _saver(folder: Path, **values: Any) -> Saver:
     names = ("low", "high")
-    return Saver(store=CheckpointStore(folder / "checkpoints"), config=_config(**values), phase_names=names, parameters=2)
+    return Saver(store=CheckpointStore(folder / "checkpoints"), config=_config(**values), phase_names=names, parameters=4)
 
 
 def _save(saver: Saver, updates: int, *, engine: SmallEngine | None = None, **state: Any) -> None:
@@ -119,7 +144,7 @@ def test_damaged_and_later_ones_are_neither_counted_nor_deleted(tmp_path: Path) 
     for updates in (1, 2, 3, 9):
         _save(_saver(tmp_path), updates)
     store = CheckpointStore(tmp_path / "checkpoints")
-    (store.folder / "update_000003" / "engine" / "weights.bin").write_bytes(b"")
+    (store.folder / "update_000003" / "engine" / "engine.json").write_bytes(b"")
     _save(_saver(tmp_path, keep_last=2), 4)
     assert store.names() == ["update_000009", "update_000004", "update_000003", "update_000002"]
 
@@ -156,7 +181,7 @@ def test_without_room_the_run_stops_or_goes_on_and_the_old_one_stays(
 
 @pytest.mark.parametrize(("free", "fits"), [(31, False), (32, True)])
 def test_the_first_one_needs_what_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool) -> None:
-    """Closed form: 2 parameters in fp32 are 8 bytes, masters and two moments 24."""
+    """Closed form: 4 parameters in fp32 of which 2 are trained: masters and two moments 24 bytes, frozen weights 8."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 0, free))
     if fits:
         _save(_saver(tmp_path), 1)

@@ -15,6 +15,7 @@ from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, UpdateResult
 from aiprod_ds.errors import CheckpointError, EngineError
+from aiprod_ds.train.saving import read_engine, write_engine
 
 OPTIMIZER = OptimizerConfig(betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, gradient_clip_norm=0.5)
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -153,9 +154,9 @@ def test_resume_is_bitwise_and_restores_frozen_weights_and_buffers(precision: st
     engine = _engine(precision)
     for update in range(3):
         _update(engine, update)
-    engine.save(tmp_path)
+    write_engine(tmp_path, engine)
     resumed = _engine(precision, seed=1)
-    resumed.load(tmp_path)
+    read_engine(tmp_path, resumed)
     for update in range(3, 6):
         a, b = _update(engine, update), _update(resumed, update)
         assert float(a.gradient_norm) == float(b.gradient_norm)
@@ -166,14 +167,14 @@ def test_resume_is_bitwise_and_restores_frozen_weights_and_buffers(precision: st
 
 
 def test_a_state_of_another_precision_is_refused(tmp_path: Path) -> None:
-    _engine("fp32").save(tmp_path)
-    with pytest.raises(CheckpointError, match="precision 'fp32' there, 'bf16' here"):
-        _engine("bf16").load(tmp_path)
+    write_engine(tmp_path, _engine("fp32"))
+    with pytest.raises(CheckpointError, match="must be of the same precision, got fp32 there, bf16 here"):
+        read_engine(tmp_path, _engine("bf16"))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"engine\.json: must be readable JSON"):
-        _engine().load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"engine\.json: missing"):
+        read_engine(tmp_path, _engine())
 
 
 def test_before_the_first_update_there_is_no_optimizer_state() -> None:
@@ -204,27 +205,27 @@ def test_a_new_weight_decay_holds_for_the_decayed_groups_alone(precision: str) -
         torch.testing.assert_close(value, before[name] * (0.95 if "weight" in name else 1.0), rtol=1e-6, atol=0.0)
 
 
-def test_load_leaves_weight_decay_as_it_is(tmp_path: Path) -> None:
+def test_restoring_leaves_weight_decay_as_it_is(tmp_path: Path) -> None:
     saved = _engine()
     saved.set_weight_decay(0.7)
     _update(saved, 0)
-    saved.save(tmp_path)
+    write_engine(tmp_path, saved)
     loaded = _engine(seed=1)
     loaded.set_weight_decay(0.3)
-    loaded.load(tmp_path)
+    read_engine(tmp_path, loaded)
     saved.set_weight_decay(0.3)
     _update(saved, 1)
     _update(loaded, 1)
     assert all(torch.equal(value, _values(saved)[name]) for name, value in _values(loaded).items())
 
 
-def test_a_layout_does_not_depend_on_the_decay(tmp_path: Path) -> None:
+def test_what_is_saved_does_not_depend_on_the_decay(tmp_path: Path) -> None:
     engine = _engine()
     texts = []
     for name, decay in (("first", 0.0), ("second", 0.9)):
         engine.set_weight_decay(decay)
         (tmp_path / name).mkdir()
-        engine.save(tmp_path / name)
+        write_engine(tmp_path / name, engine)
         texts.append((tmp_path / name / "engine.json").read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
 
@@ -323,11 +324,11 @@ def test_a_clip_norm_that_is_none_is_refused(clip_norm: float) -> None:
         _engine().set_clip_norm(clip_norm)
 
 
-def test_load_leaves_the_clip_norm_as_it_is(tmp_path: Path) -> None:
+def test_restoring_leaves_the_clip_norm_as_it_is(tmp_path: Path) -> None:
     saved, loaded = _engine(), _engine(seed=1)
-    saved.save(tmp_path)
+    write_engine(tmp_path, saved)
     loaded.set_clip_norm(1e-3)
-    loaded.load(tmp_path)
+    read_engine(tmp_path, loaded)
     _update(loaded, 0)
     seen = torch.cat([state.optimizer["exp_avg"].flatten() for state in loaded.parameter_states()]).norm().item() / 0.1
     assert seen == pytest.approx(1e-3, rel=2e-3)  # the norm has 1e-6 added to it

@@ -225,7 +225,10 @@ def test_resume_never_moves_the_old_run_aside(run_folder: Path) -> None:
     ("sections", "message"),
     [
         ({"seed": 9}, "must be of the same configuration"),
-        ({"engine": {"kind": "local", "deepspeed_config": {"bf16": {"enabled": True}}}}, "must be of the same configuration"),
+        (
+            {"engine": {"kind": "local", "deepspeed_config": {"bf16": {"enabled": True}}}},
+            "must be of this run's precision, bf16, got fp32",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(whole: Path, run_folder: Path, sections: dict[str, Any], message: str) -> None:

@@ -1,0 +1,248 @@
+"""Where DeepSpeed keeps fp32 masters, Adam's state and frozen weights, and how they are read and set from outside.
+
+Owns every touch of DeepSpeed 0.19.8's optimizers that concerns the state and not the course of an update; that is
+`deepspeed_internals`. No policy, no state of its own. The behaviours are pinned by tests/upstream. Places are relative to the
+installed `deepspeed/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
+from torch import Tensor, nn
+
+from aiprod_ds.engine.shards import Shard
+from aiprod_ds.pieces import MOMENTS, LossScale, Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatheredState:
+    """One parameter's fp32 master and Adam state, whole, on the engine's device."""
+
+    value: Tensor
+    moments: dict[str, Tensor]
+    step: int
+
+
+def is_partitioned(engine: Any) -> bool:
+    """Returns whether parameters are partitioned (ZeRO-3) and must be gathered before they are read."""
+    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+
+
+def trained_shards(engine: Any, names: Mapping[int, str]) -> list[Shard]:
+    """Returns the fp32 tensors that this rank's optimizer updates, and what lies in them.
+
+    ZeRO-1/2 has one flat partition for each parameter group, of which runtime/zero/stage_1_and_2.py:825 links to each parameter
+    the fragment that lies in it (`_hp_mapping`; utils/mixed_precision_linkage.py). ZeRO-3 has one for each sub-group of a group,
+    and in it an equal part of every parameter (runtime/zero/stage3.py:830, `grad_position`), padded on the last rank. ZeRO-0 has
+    whole parameters.
+
+    Args:
+        engine: Whose.
+        names: Of the trained parameters, by their `id`.
+    """
+    optimizer = engine.optimizer
+    if is_partitioned(engine):
+        flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
+        spans_of = _partition_span
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+        spans_of = _fragment_span
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+        return [Shard.whole(names[id(weight)], master) for weight, master in pairs]
+    else:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return [Shard.whole(names[id(parameter)], parameter) for parameter in parameters]
+    return [
+        Shard(
+            tensor=flat,
+            names=tuple(names[id(parameter)] for parameter in group),
+            spans=tuple(span for parameter in group for span in spans_of(optimizer, parameter, names[id(parameter)])),
+        )
+        for flat, group in zip(flats, groups, strict=True)
+    ]
+
+
+def frozen_shard(parameter: Any, name: str) -> Shard:
+    """Returns what this rank holds of a frozen weight: its partition under ZeRO-3, all of it otherwise.
+
+    Whoever writes into it calls `refresh_weights`: ZeRO-3 keeps small parameters gathered.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return Shard.whole(name, parameter.data)
+    part = parameter.ds_tensor
+    spans = _own_span(name, parameter, offset=0, length=part.numel())
+    return Shard(tensor=part.data, names=(name,), spans=tuple(spans))
+
+
+def loss_scale_state(engine: Any) -> LossScale | None:
+    """Returns where the dynamic loss scale stands (runtime/fp16/loss_scaler.py, DynamicLossScaler); None without one."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic:
+        return None
+    return LossScale(
+        scale=float(scaler.cur_scale),
+        updates=scaler.cur_iter,
+        last_overflow=scaler.last_overflow_iter,
+        tolerance=scaler.cur_hysteresis,
+    )
+
+
+def restore_loss_scale(engine: Any, state: LossScale | None) -> None:
+    """Lets a dynamic loss scale go on from `state`, under the rules of this engine's settings."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if state is None or scaler is None or not scaler.dynamic:
+        return
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state.scale, state.updates, state.last_overflow
+    scaler.cur_hysteresis = min(state.tolerance, scaler.delayed_shift)
+
+
+def prepare_to_gather(engine: Any) -> None:
+    """Links parameters to their optimizer state as it is now.
+
+    runtime/zero/stage_1_and_2.py:2986 links once, after the first group's first step, so that later groups and everything that
+    a loaded checkpoint replaced stay unlinked and `safe_get_full_optimizer_state` raises or returns old values.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_hp_optimizer_states_linked") and optimizer.optimizer.state:
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
+    """Returns one trained parameter's master and Adam state, whole. Collective; call `prepare_to_gather` first."""
+    optimizer = engine.optimizer
+    if is_partitioned(engine):
+        group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        state = optimizer.optimizer.state.get(_flat_partition(optimizer, parameter), {})
+    else:
+        return _replicated_state(optimizer, parameter)
+    return GatheredState(
+        value=gather_master(engine, parameter),
+        moments={key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if key in state},
+        step=int(state.get("step", 0)),
+    )
+
+
+def gather_master(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """Returns one trained parameter's fp32 master, whole; at stage 0 the master itself. Collective."""
+    if is_partitioned(engine) or isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        gathered: Tensor = safe_get_full_fp32_param(parameter)
+        return gathered
+    return _replicated_master(engine.optimizer, parameter).detach()
+
+
+@torch.no_grad()
+def write_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets one trained parameter's fp32 master to the whole `value`; `refresh_weights` must follow.
+
+    runtime/zero/stage3.py:3183 takes a slice of a partition's length from `value`, which is shorter on the last rank if the
+    ranks share the parameter unevenly, so that the setter of ZeRO-3 fails there.
+    """
+    optimizer = engine.optimizer
+    if is_partitioned(engine):
+        group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        _write_own_part(optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, length), parameter, value)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        _replicated_master(optimizer, parameter).copy_(value)
+
+
+@torch.no_grad()
+def write_weight(parameter: Any, value: Tensor) -> None:
+    """Sets one frozen parameter to the whole `value`, in its own type; `refresh_weights` must follow.
+
+    `deepspeed.zero.GatheredParameters` would gather what is about to be overwritten and broadcast what every rank has.
+    """
+    if hasattr(parameter, "ds_id"):
+        _write_own_part(parameter.ds_tensor, parameter, value)
+    else:
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any) -> None:
+    """Does what ends an update: masters are cast into the weights of all ranks. Collective.
+
+    ZeRO-3 keeps small parameters gathered (`stage3_param_persistence_threshold`), with the numbers of their last gathering; so
+    they are released and gathered anew, as in runtime/zero/stage3.py:2878 and 2841.
+    """
+    optimizer = engine.optimizer
+    if is_partitioned(engine):
+        optimizer._partition_all_parameters()
+        for sub_group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for weight, master in zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True):
+            weight.copy_(master)
+
+
+def _partition_span(optimizer: Any, parameter: Any, name: str) -> Iterator[Span]:
+    _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    return _own_span(name, parameter, offset=offset, length=length)
+
+
+def _own_span(name: str, parameter: Any, *, offset: int, length: int) -> Iterator[Span]:
+    """Yields what a partition of `length` has of a parameter: less, or nothing, where the ranks share unevenly."""
+    start = parameter.ds_zero_partition_rank * length
+    own = min(length, parameter.ds_numel - start)
+    if own > 0:
+        yield Span(name=name, start=start, offset=offset, length=own)
+
+
+def _fragment_span(optimizer: Any, parameter: Any, name: str) -> Iterator[Span]:
+    del optimizer
+    mapping = parameter._hp_mapping
+    if mapping is not None:  # None: all of it is in other ranks' partitions
+        whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        yield Span(name=name, start=whole.start, offset=flat.start, length=whole.numel)
+
+
+def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:
+    for partition, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+        if any(parameter is member for member in group):
+            result: Tensor = partition
+            return result
+    raise AssertionError("a parameter with _hp_mapping stands in one of the optimizer's groups")
+
+
+def _replicated_state(optimizer: Any, parameter: nn.Parameter) -> GatheredState:
+    master = _replicated_master(optimizer, parameter)
+    base = optimizer.optimizer if isinstance(optimizer, FP16_UnfusedOptimizer) else optimizer
+    state = base.state.get(master, {})
+    return GatheredState(
+        value=master.detach(),
+        moments={key: state[key] for key in MOMENTS if key in state},
+        step=int(state.get("step", 0)),
+    )
+
+
+def _replicated_master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
+    """ZeRO-0: masters are the parameters themselves in fp32, and a parallel list of groups in 16 bit."""
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return parameter
+    pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+    master: Tensor = next(fp32 for bit16, fp32 in pairs if bit16 is parameter)
+    return master
+
+
+def _write_own_part(part: Tensor, parameter: Any, value: Tensor) -> None:
+    """Copies this rank's part of `value` into a partition, which is longer than it where ranks share unevenly."""
+    own = value.flatten()[parameter.ds_zero_partition_rank * part.numel() :][: part.numel()]
+    part[: own.numel()].copy_(own)

@@ -1,0 +1,223 @@
+"""A saved state goes on under any ZeRO stage and number of ranks: 2 -> 2, 2 -> 1 and 1 -> 2, in fp32 every stage to every other.
+
+Three launches: two ranks save, one rank saves and loads what two saved, two ranks load both. What was loaded is written again and
+compared tensor by tensor, bit for bit; then two updates must have the losses that the saved engine had, in fp32 to 1e-6: the
+ranks add in another order. The module has adapters on a frozen layer, a tied weight, buffers, two groups, sizes that two ranks
+cannot share evenly, and a parameter that no forward uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.checkpoint.pieces import PieceReader
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
+from aiprod_ds.config.ema import EmaConfig
+from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.local_engine import LocalEngine
+from aiprod_ds.engine.protocol import Engine, ParameterGroup
+from aiprod_ds.optim.ema import Ema
+from aiprod_ds.pieces import KINDS
+from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.train.saving import read_engine, write_engine
+
+BATCH = 4
+UPDATES = 3
+STAGES = ("0_fp32", "1_fp32", "2_fp32", "3_fp32")
+SAVED = (*STAGES, "0_bf16", "2_bf16", "3_bf16", "1_fp16", "3_fp16", "2_fp32_offload", "3_fp32_offload", "1_fp32_new")
+PAIRS = (
+    *itertools.product(STAGES, STAGES),
+    ("0_bf16", "3_bf16"),
+    ("2_bf16", "0_bf16"),
+    ("3_bf16", "1_bf16"),
+    ("1_fp16", "3_fp16"),
+    ("3_fp16", "2_fp16"),
+    ("2_fp32_offload", "3_fp32"),
+    ("3_fp32_offload", "2_fp32_offload"),
+    ("1_fp32", "3_fp32_offload"),
+    ("1_fp32_new", "3_fp32"),
+)
+LOCAL_PAIRS = tuple((saved, "local_fp32") for saved in STAGES)
+CHANGES = [f"2 to 2: {a} to {b}" for a, b in PAIRS]
+CHANGES += [f"2 to 1: {a} to {b}" for a, b in (*PAIRS, *LOCAL_PAIRS)]
+CHANGES += [f"1 to 2: {a} to {b}" for a, b in (*PAIRS, ("local_fp32", "1_fp32"), ("local_fp32", "3_fp32"))]
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("resharding"))
+    saved = run_on_ranks(save_on_two, ranks=2, arguments={"folder": folder}, timeout_seconds=600)[0]
+    on_one = run_on_ranks(save_and_load_on_one, ranks=1, arguments={"folder": folder}, timeout_seconds=600)[0]
+    on_two = run_on_ranks(load_on_two, ranks=2, arguments={"folder": folder}, timeout_seconds=600)[0]
+    return {"saved": saved | on_one["saved"], "loaded": on_one["loaded"] | on_two}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_tensor_step_and_scale_is_what_was_saved(measured: dict[str, Any], change: str) -> None:
+    assert measured["loaded"][change]["different"] == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_next_losses_are_those_of_the_saved_engine(measured: dict[str, Any], change: str) -> None:
+    """16 bit: gradients are rounded before the ranks' are added, so only the first loss, from equal weights, is compared closely;
+    forward rounds to 8 and 11 bits, under ZeRO-3 once more. Measured: 1e-7, 4e-4, 1e-4."""
+    saved, now = change.split(": ")[1].split(" to ")
+    expected = measured["saved"][f"{change[0]}/{saved}"]
+    losses = measured["loaded"][change]["losses"]
+    assert len(set(expected)) == 2
+    if "fp32" in now:
+        assert losses == pytest.approx(expected, rel=1e-6)
+    else:
+        assert losses[0] == pytest.approx(expected[0], rel=2e-3 if "bf16" in now else 5e-4)
+
+
+# Below runs on the ranks.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(7))
+        self.enter = nn.Linear(7, 33)
+        self.frozen = nn.Linear(33, 33).requires_grad_(False)
+        self.down = nn.Linear(33, 3, bias=False)
+        self.up = nn.Linear(3, 33, bias=False)
+        self.first = nn.Linear(33, 33)
+        self.second = nn.Linear(33, 33)
+        self.second.weight = self.first.weight
+        self.leave = nn.Linear(33, 7)
+        self.unused = nn.Parameter(torch.randn(5))
+        self.shift: Tensor
+        self.register_buffer("shift", torch.randn(33))
+        self.register_buffer("count", torch.randint(100, (3,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.enter(x * self.scale))
+        hidden = self.frozen(hidden) + self.up(self.down(hidden)) + self.shift.to(x.dtype)
+        return self.leave(self.second(torch.tanh(self.first(hidden))))
+
+
+def save_on_two(folder: str) -> dict[str, list[float]]:
+    return dict(_save(folder, SAVED))
+
+
+def save_and_load_on_one(folder: str) -> dict[str, Any]:
+    saved = dict(_save(folder, (*SAVED, "local_fp32")))
+    return {"saved": saved, "loaded": dict(_load(folder, 2, (*PAIRS, *LOCAL_PAIRS)))}
+
+
+def load_on_two(folder: str) -> dict[str, Any]:
+    pairs = (*PAIRS, ("local_fp32", "1_fp32"), ("local_fp32", "3_fp32"))
+    return dict(_load(folder, 2, PAIRS)) | dict(_load(folder, 1, pairs))
+
+
+def _save(folder: str, names: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
+    for name in names:
+        engine = _engine(name, seed=0)
+        ema = Ema(engine, EmaConfig(half_life_samples=BATCH, ramp=None))
+        for update in range(0 if name.endswith("new") else UPDATES):
+            _update(engine, update, ema)
+        key = f"{dist.world_size()}/{name}"
+        _write(Path(folder) / key, engine, ema)
+        yield key, [_update(engine, update, ema) for update in (UPDATES, UPDATES + 1)]
+        engine.close()
+
+
+def _load(folder: str, world_size: int, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    again = Path(folder) / f"again_on_{dist.world_size()}"
+    for saved, name in pairs:
+        engine = _engine(name, seed=1)
+        ema = Ema(engine, EmaConfig(half_life_samples=BATCH, ramp=None))
+        source = Path(folder) / f"{world_size}/{saved}"
+        read_engine(source, engine, ema)
+        _write(again, engine, ema)
+        different = _differences(source, again) if dist.is_main() else []
+        losses = [_update(engine, update, ema) for update in (UPDATES, UPDATES + 1)]
+        engine.close()
+        dist.barrier()
+        if dist.is_main():
+            shutil.rmtree(again)
+        yield f"{world_size} to {dist.world_size()}: {saved} to {name}", {"different": different, "losses": losses}
+
+
+def _write(folder: Path, engine: Engine, ema: Ema) -> None:
+    if dist.is_main():
+        folder.mkdir(parents=True)
+    dist.barrier()
+    write_engine(folder, engine, ema)
+
+
+def _differences(source: Path, again: Path) -> list[str]:
+    """`unused` has moments where a stage gives it some; they are 0 there."""
+    with PieceReader(source) as first, PieceReader(again) as second:
+        found = [
+            f"{kind}/{name}"
+            for kind in KINDS
+            for name in sorted({*first.names(kind), *second.names(kind)} - ({"unused"} if "exp" in kind else set()))
+            if name not in first.names(kind)
+            or name not in second.names(kind)
+            or not torch.equal(first.whole(kind, name), second.whole(kind, name))
+        ]
+        found += [f"{kind}/unused" for kind in KINDS[1:3] if "unused" in second.names(kind) and second.whole(kind, "unused").any()]
+        steps = [{**reader.facts.adam_steps, "unused": 0} for reader in (first, second)]
+        return found + ["steps"] * (steps[0] != steps[1]) + ["scale"] * (first.facts.loss_scale != second.facts.loss_scale)
+
+
+def _engine(name: str, *, seed: int) -> Engine:
+    from deepspeed.accelerator import get_accelerator
+
+    from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
+
+    get_accelerator().is_fp16_supported = lambda: True  # this CPU computes fp16 slowly but rightly
+    torch.manual_seed(seed)
+    net = Net()
+    trained = [key for key, parameter in net.named_parameters() if parameter.requires_grad]
+    groups = [ParameterGroup(names=tuple(key for key in trained if ("bias" in key) != odd), is_decayed=odd) for odd in (True, False)]
+    kind: Any = LocalEngine if name.startswith("local") else DeepSpeedEngine
+    engine: Engine = kind(
+        net,
+        groups,
+        optimizer=OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1),
+        settings=_settings(name.replace("local", "0")),
+        micro_batch_size=BATCH // dist.world_size(),
+        accumulation=1,
+    )
+    return engine
+
+
+def _settings(name: str) -> DeepSpeedSettings:
+    stage, precision, *more = name.split("_")
+    values: dict[str, Any] = {"zero_optimization": {"stage": int(stage)}}
+    if stage == "3":
+        values["zero_optimization"] |= {"stage3_param_persistence_threshold": 40, "sub_group_size": 1000}
+    if more == ["offload"]:
+        values["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if precision != "fp32":
+        values[precision] = {"enabled": True}
+    if precision == "fp16":
+        values["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}
+    return parse_deepspeed_settings(values, name)
+
+
+def _update(engine: Engine, update: int, ema: Ema) -> float:
+    data = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(update))
+    x = data.chunk(dist.world_size())[dist.rank()]
+    engine.set_learning_rate(0.02)
+    loss = (engine(x.to(engine.compute_dtype)).float() - 3.0 * x).pow(2).mean()
+    engine.backward(loss)
+    result = engine.step()
+    assert result is not None
+    assert result.applied
+    ema.update(samples_before=BATCH * update, samples_after=BATCH * (update + 1))
+    return float(dist.reduce_mean(loss.detach()))
