@@ -3,7 +3,7 @@
 Three launches: two ranks save, one rank saves and loads what two saved, two ranks load both. What was loaded is written again and
 compared tensor by tensor, bit for bit; then two updates must have the losses that the saved engine had, in fp32 to 1e-6: the
 ranks add in another order. The module has adapters on a frozen layer, a tied weight, buffers, two groups, sizes that two ranks
-cannot share evenly, and a parameter that no forward uses.
+cannot share evenly, and a parameter that no forward uses. In the same launches a whole run goes 2 -> 1 -> 2 ranks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from aiprod_ds.checkpoint.pieces import PieceReader
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.config.ema import EmaConfig
 from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, ParameterGroup
+from aiprod_ds.errors import ConfigError
 from aiprod_ds.optim.ema import Ema
 from aiprod_ds.pieces import KINDS
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.runs import copy_as_if_stopped_at, record_of, series
+from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.saving import read_engine, write_engine
+from aiprod_ds.train.video_vae import VideoVAETrainer
 
 BATCH = 4
 UPDATES = 3
+LAST = 8  # of the run; it has checkpoints at 3, 6 and 8
 STAGES = ("0_fp32", "1_fp32", "2_fp32", "3_fp32")
 SAVED = (*STAGES, "0_bf16", "2_bf16", "3_bf16", "1_fp16", "3_fp16", "2_fp32_offload", "3_fp32_offload", "1_fp32_new")
 PAIRS = (
@@ -60,7 +67,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     saved = run_on_ranks(save_on_two, ranks=2, arguments={"folder": folder}, timeout_seconds=600)[0]
     on_one = run_on_ranks(save_and_load_on_one, ranks=1, arguments={"folder": folder}, timeout_seconds=600)[0]
     on_two = run_on_ranks(load_on_two, ranks=2, arguments={"folder": folder}, timeout_seconds=600)[0]
-    return {"saved": saved | on_one["saved"], "loaded": on_one["loaded"] | on_two}
+    runs = {"whole": saved.pop("run"), "one": on_one.pop("run"), "two": on_two.pop("run")}
+    return {"saved": saved | on_one["saved"], "loaded": on_one["loaded"] | on_two, "runs": runs}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -80,6 +88,36 @@ def test_the_next_losses_are_those_of_the_saved_engine(measured: dict[str, Any],
         assert losses == pytest.approx(expected, rel=1e-6)
     else:
         assert losses[0] == pytest.approx(expected[0], rel=2e-3 if "bf16" in now else 5e-4)
+
+
+def test_a_run_on_two_ranks_then_one_then_two_sees_the_same_clips(measured: dict[str, Any]) -> None:
+    runs = measured["runs"]
+    assert len(runs["whole"]["clips"]) == LAST
+    assert runs["one"]["clips"] == runs["whole"]["clips"][3:], "by update, of all ranks together, from update 3 to the end"
+    assert runs["two"]["clips"] == runs["whole"]["clips"][6:]
+
+
+@pytest.mark.parametrize("metric", ["loss/total", "loss/kl", "gradient/norm", "learning_rate", "clock/samples", "clock/epoch"])
+def test_its_metrics_are_those_of_the_run_that_never_changed(measured: dict[str, Any], metric: str) -> None:
+    """As `test_resume.py` compares ranks: Adam turns rounding of tiny gradients into steps of the learning rate's size."""
+    whole, changed = (series(measured["runs"][name], metric) for name in ("whole", "two"))
+    assert len(whole) == LAST
+    assert changed == pytest.approx(whole, rel=1e-5)
+    assert changed[:3] == whole[:3]
+
+
+def test_it_says_what_it_went_on_from(measured: dict[str, Any]) -> None:
+    assert measured["runs"]["whole"]["resharded"] == []
+    assert measured["runs"]["two"]["resumed_from"] == ["update_000003", "update_000006"]
+    assert measured["runs"]["two"]["resharded"] == [
+        "update_000003: deepspeed on 2 ranks, ZeRO-1 -> deepspeed on 1 rank, ZeRO-3",
+        "update_000006: deepspeed on 1 rank, ZeRO-3 -> deepspeed on 2 ranks, ZeRO-2",
+    ]
+
+
+def test_another_global_batch_is_refused(measured: dict[str, Any]) -> None:
+    refused = measured["runs"]["one"]["refused"]
+    assert "must have the global batches of this run in curriculum.phases[0], [2] on 1 ranks, got [[4]] on 2" in refused
 
 
 # Below runs on the ranks.
@@ -108,18 +146,28 @@ class Net(nn.Module):
         return self.leave(self.second(torch.tanh(self.first(hidden))))
 
 
-def save_on_two(folder: str) -> dict[str, list[float]]:
-    return dict(_save(folder, SAVED))
+def save_on_two(folder: str) -> dict[str, Any]:
+    return dict(_save(folder, SAVED)) | {"run": _train(Path(folder) / "whole", stage=1)}
 
 
 def save_and_load_on_one(folder: str) -> dict[str, Any]:
     saved = dict(_save(folder, (*SAVED, "local_fp32")))
-    return {"saved": saved, "loaded": dict(_load(folder, 2, (*PAIRS, *LOCAL_PAIRS)))}
+    loaded = dict(_load(folder, 2, (*PAIRS, *LOCAL_PAIRS)))
+    copy_as_if_stopped_at(3, Path(folder) / "whole", Path(folder) / "one")
+    refused = ""
+    try:
+        _train(Path(folder) / "one", stage=3, batch={"micro_batch_size": 2})
+    except ConfigError as error:
+        refused = str(error)
+    return {"saved": saved, "loaded": loaded, "run": {**_train(Path(folder) / "one", stage=3), "refused": refused}}
 
 
 def load_on_two(folder: str) -> dict[str, Any]:
     pairs = (*PAIRS, ("local_fp32", "1_fp32"), ("local_fp32", "3_fp32"))
-    return dict(_load(folder, 2, PAIRS)) | dict(_load(folder, 1, pairs))
+    if dist.is_main():
+        copy_as_if_stopped_at(6, Path(folder) / "one", Path(folder) / "two")
+    dist.barrier()
+    return {**dict(_load(folder, 2, PAIRS)), **dict(_load(folder, 1, pairs)), "run": _train(Path(folder) / "two", stage=2)}
 
 
 def _save(folder: str, names: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
@@ -221,3 +269,51 @@ def _update(engine: Engine, update: int, ema: Ema) -> float:
     assert result.applied
     ema.update(samples_before=BATCH * update, samples_after=BATCH * (update + 1))
     return float(dist.reduce_mean(loss.detach()))
+
+
+class NotedClips(SyntheticVideoDataset):
+    """Notes which clips are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(10, 9, 24, 24)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+def _train(folder: Path, *, stage: int, batch: dict[str, int] | None = None) -> dict[str, Any]:
+    """Returns the record of a run and, by update, the clips of its global batch."""
+    torch.manual_seed(0)
+    clips = NotedClips()
+    trainer = VideoVAETrainer(
+        _config(folder, stage, batch or {"global_batch_size": 4}),
+        model=TinyVideoVAE(),
+        dataset=clips,
+        validation=SyntheticVideoDataset(3, 9, 24, 24, seed=1),
+    )
+    summary = trainer.train()
+    assert clips.asked[:10] == list(range(10)), "the lengths of all clips are read first"
+    asked, share = clips.asked[10:], 4 // dist.world_size()
+    assert len(asked) % share == 0, "whole updates and nothing in advance"
+    parts = dist.gather_objects([asked[place : place + share] for place in range(0, len(asked), share)])
+    together = [sorted(itertools.chain.from_iterable(shares)) for shares in zip(*parts, strict=True)]
+    return {**record_of(summary, folder), "resharded": list(summary.resharded), "clips": together}
+
+
+def _config(folder: Path, stage: int, batch: dict[str, int]) -> VAETrainerConfig:
+    phase = {"name": "only", "resolution": "16x16", "duration": {"frames": 5}, "updates": LAST, "learning_rate": 3e-3, **batch}
+    return VAETrainerConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"source": "given_in_code", "spatial_stride": 4, "temporal_stride": 2},
+            "data": {"train": "unused", "num_workers": 0},
+            "loss": {"perceptual_weight": 0.0, "kl_weight": 1e-3},
+            "curriculum": {"phases": [phase]},
+            "ema": {"half_life_samples": 8},
+            "engine": {"deepspeed_config": {"zero_optimization": {"stage": stage}}},
+            "checkpoint": {"every_updates": 3},
+            "evaluation": {"max_clips": 3, "num_pictures": 0},
+        }
+    )
