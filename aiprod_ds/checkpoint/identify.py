@@ -68,8 +68,9 @@ def _folder(path: Path) -> Found:
         return Found(kind="run", path=path)
     if (path / MANIFEST).is_file():
         return Found(kind="checkpoint", path=path)
-    if (path / "adapter_config.json").is_file():
-        return Found(kind="lora", path=path)
+    for adapters in (path, path / "peft"):  # as a run exports it
+        if (adapters / "adapter_config.json").is_file():
+            return Found(kind="lora", path=adapters)
     for stem in (DIFFUSERS_STEM, PLAIN_STEM):
         if (path / f"{stem}.safetensors").is_file() or (path / f"{stem}.safetensors.index.json").is_file():
             return Found(kind="weights", path=path)
@@ -82,6 +83,6 @@ def _folder(path: Path) -> Found:
             f"{path}: must be one model, got a pipeline of several. Name its folder, such as {path}/transformer."
         )
     raise CheckpointError(
-        f"{path}: must be a run folder, a checkpoint, weights (diffusers' layout or a safetensors file), a LoRA, or a checkpoint of "
-        "DeepSpeed or torch.distributed.checkpoint, got none of these. Name the folder that holds the files."
+        f"{path}: must be a run folder, a checkpoint, weights (diffusers' layout or a safetensors file), a LoRA, or a checkpoint "
+        "of DeepSpeed or torch.distributed.checkpoint, got none of these. Name the folder that holds the files."
     )

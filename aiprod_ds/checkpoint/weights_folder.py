@@ -216,14 +216,14 @@ def require_absent(path: Path) -> None:
 
 
 def require_equal(actual: Mapping[str, Tensor], expected: Iterable[tuple[str, Tensor]]) -> None:
-    """Compares what was written, bit by bit.
+    """Compares what was written, bit by bit: a NaN equals itself.
 
     Raises:
         CheckpointError: If types, shapes or values differ.
     """
     for name, tensor in expected:
         written = actual[name]
-        if written.dtype != tensor.dtype or not torch.equal(written, tensor):
+        if TensorSpec.of(written) != TensorSpec.of(tensor) or not torch.equal(_bits(written), _bits(tensor)):
             raise CheckpointError(
                 f"{name}: must be what was computed, got other values in the file. Check the disk and write again."
             )
@@ -287,6 +287,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     if outside is not None:
         raise CheckpointError(f"{path}: must name safetensors files beside it, got {outside!r}. Do not use this folder.")
     return files
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _unreadable(path: Path, error: TensorFileError) -> CheckpointError:

@@ -34,7 +34,7 @@ from aiprod_ds.rng import stream_seed
 
 _ADAPTER = "default"  # PEFT's own name for the only adapter
 _PEFT_PREFIX = "base_model.model."
-_COMFYUI_PREFIX = "diffusion_model."
+_COMFYUI_PREFIX, _DIFFUSERS_PREFIX = "diffusion_model.", "transformer."
 
 
 def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[str], seed: int) -> tuple[str, ...]:
@@ -246,6 +246,17 @@ def save_peft(adapters: Mapping[str, Tensor], config: LoraConfig, folder: Path) 
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "lora_adapter_metadata": _for_diffusers(peft_config)})
 
 
+def save_diffusers(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path) -> None:
+    """Writes one file as `save_comfyui`, with keys `transformer.<layer>.lora_A|lora_B.weight`, as diffusers' pipelines save them.
+
+    Args:
+        adapters: From `adapter_tensors`.
+        config: What they were trained with.
+        path: The file, in a folder that exists.
+    """
+    _save_one_file(adapters, config, path, key_of=lambda layer: f"{_DIFFUSERS_PREFIX}{layer}")
+
+
 def save_comfyui(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path, *, original_name: Callable[[str], str]) -> None:
     """Writes one file with keys `diffusion_model.<original layer>.lora_A|lora_B.weight`, for ComfyUI and diffusers' pipelines.
 
@@ -258,9 +269,13 @@ def save_comfyui(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path,
         path: The file, in a folder that exists.
         original_name: `Family.original_name`.
     """
+    _save_one_file(adapters, config, path, key_of=lambda layer: f"{_COMFYUI_PREFIX}{original_name(layer)}")
+
+
+def _save_one_file(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path, *, key_of: Callable[[str], str]) -> None:
     tensors = {}
     for layer in _layers_of(adapters):
-        key = f"{_COMFYUI_PREFIX}{original_name(layer)}"
+        key = key_of(layer)
         tensors[f"{key}.lora_A.weight"] = adapters[f"{layer}.lora_A.weight"].contiguous()
         tensors[f"{key}.lora_B.weight"] = (adapters[f"{layer}.lora_B.weight"] * config.scale).contiguous()
     numbers = {"rank": str(config.rank), "alpha": str(config.scale * config.rank), "alpha_is_folded": "true"}
