@@ -1,4 +1,4 @@
-"""The command line: check, plan, encode, train, eval, sample, inspect. The only module that prints.
+"""The command line: check, plan, encode, train, eval, sample, convert, inspect. The only module that prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written).
 """
@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
 from aiprod_ds.config.encode import load_encode_config
+from aiprod_ds.config.kinds import config_kind
 from aiprod_ds.config.loader import load_config
 from aiprod_ds.config.sample import load_sample_config
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.errors import AiprodError, CheckpointError, ConfigError, DataError, PlanError
+from aiprod_ds.errors import AiprodError, ConfigError, PlanError
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 _TRAINERS = {
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = _configured(commands, "check", _check, "check a configuration and print every problem")
+    check = _configured(commands, "check", _check, "check a configuration (of train, encode or sample) and print every problem")
     plan = _configured(commands, "plan", _plan, "print the phases with every derived number; needs no GPU")
     for command in (check, plan):
         command.add_argument("--world-size", type=int, default=1, help="ranks to plan for (default 1)")
@@ -82,9 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         output_dir="folder of the clips, in place of the configuration's",
         example="seed=4",
     )
-    inspect = commands.add_parser("inspect", help="show and verify the checkpoints of a run folder")
-    inspect.add_argument("folder", type=Path)
-    inspect.set_defaults(command=_inspect)
+    add_convert(commands).set_defaults(command=_convert)
+    add_inspect(commands).set_defaults(command=_inspect)
     return parser
 
 
@@ -113,6 +114,28 @@ def _trainer(arguments: argparse.Namespace) -> Any:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    kind = config_kind(arguments.config, arguments.overrides)
+    check = {"trainer": _check_trainer, "encode": _check_encode, "sample": _check_sample}[kind]
+    note = check(arguments)
+    print(f"{arguments.config}: good{note}")
+    return DONE
+
+
+def _check_encode(arguments: argparse.Namespace) -> str:
+    config = load_encode_config(arguments.config, arguments.overrides, arguments.output_dir)
+    from aiprod_ds.train.encode import check_encoding  # loads torch and diffusers, which takes seconds
+
+    return f", for encode: {check_encoding(config, source=str(arguments.config))}"
+
+
+def _check_sample(arguments: argparse.Namespace) -> str:
+    config = load_sample_config(arguments.config, arguments.overrides, arguments.output_dir)
+    from aiprod_ds.train.sample import check_sampling  # loads torch and diffusers, which takes seconds
+
+    return f", for sample: {check_sampling(config, source=str(arguments.config))}"
+
+
+def _check_trainer(arguments: argparse.Namespace) -> str:
     from aiprod_ds.train.engines import read_settings
 
     trainer = _trainer(arguments)
@@ -125,8 +148,7 @@ def _check(arguments: argparse.Namespace) -> int:
         arguments.console.print(f"phase {entry.phase}: not used, because they have under {entry.length}: {names}")
     for note in data.replacements(data.with_lengths(plan, trainer.source)):
         arguments.console.print(note, markup=False, highlight=False)
-    print(f"{arguments.config}: good")
-    return DONE
+    return ""
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -210,24 +232,23 @@ def _sample(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    from aiprod_ds.checkpoint.store import CheckpointStore
+def _convert(arguments: argparse.Namespace) -> int:
+    from aiprod_ds.train.conversion import convert  # loads torch and diffusers, which takes seconds
 
-    store = CheckpointStore(arguments.folder / "checkpoints")
-    names = store.names()
-    if not names:
-        raise DataError(
-            f"{arguments.folder}: must be a run folder with checkpoints, got none. Name the folder given as --output-dir."
-        )
-    code = DONE
-    for name in names:
-        try:
-            state = store.read(store.folder / name).state
-            print(json.dumps({"checkpoint": name, "whole": True, "clock": asdict(state.clock), "layout": dict(state.layout)}))
-        except CheckpointError as error:
-            print(json.dumps({"checkpoint": name, "whole": False, "problem": str(error)}))
-            code = FAILED
-    return code
+    for line in convert(request_of(arguments), verify=arguments.verify, console=arguments.console).lines:
+        print(line)
+    return DONE
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from aiprod_ds.train.inspection import inspect_path  # loads torch and diffusers, which takes seconds
+
+    page = replace(inspect_path(arguments.path, is_trusted=arguments.trust_checkpoint), all_tensors=arguments.all)
+    if arguments.json:
+        print(json.dumps(page.document(), indent=1))
+    else:
+        Console(highlight=False).print(page)
+    return FAILED if page.problem else DONE
 
 
 def _set_up_logging(console: Console) -> None:

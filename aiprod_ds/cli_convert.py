@@ -1,4 +1,4 @@
-"""The commands `convert` and `inspect`: their arguments, and the request that they make of them. Prints nothing; called by cli.py."""
+"""The commands `convert` and `inspect`: their arguments, and the request made of them. Called by cli.py, which prints."""
 
 from __future__ import annotations
 
@@ -46,17 +46,23 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="what to convert")
     parser.add_argument("out", type=Path, metavar="OUT", help="must not exist")
     parser.add_argument("--to", choices=_FORMS, help="form of OUT (default: diffusers, or safetensors where no class is known)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of all floating tensors (default: fp32 of what was trained, others as is)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of all floating tensors (default: fp32 of what was trained, others as is)"
+    )
     parser.add_argument("--verify", action="store_true", help="read OUT again and compare every tensor with a second conversion")
     parser.add_argument("--ema", action="store_true", help="of a run: the average of the weights")
     parser.add_argument("--checkpoint", metavar="NAME", help="of a run: which one, e.g. update_000500 (default: the newest)")
-    parser.add_argument("--config", type=Path, metavar="PATH", help="config.json of the model, or its folder, for weights without")
+    parser.add_argument(
+        "--config", type=Path, metavar="PATH", help="config.json of the model, or its folder, for weights without"
+    )
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="base model of a LoRA, or the model before training")
     parser.add_argument("--alpha", type=float, help="of a LoRA that does not say it")
     parser.add_argument("--rank", type=int, help="extract a LoRA of this rank: the difference of SOURCE and --base")
     parser.add_argument("--targets", nargs="+", default=["*"], metavar="PATTERN", help="layers to extract, as lora.targets")
     parser.add_argument("--prefix", help="take only tensors whose names begin so, without it")
-    parser.add_argument("--shard-gb", type=float, default=10.0, metavar="GB", help="the most that one file of a folder holds (10)")
+    parser.add_argument(
+        "--shard-gb", type=float, default=10.0, metavar="GB", help="the most that one file of a folder holds (10)"
+    )
     parser.add_argument("--trust-checkpoint", action="store_true", help="open folders of pickles: only for your own")
     return parser
 
@@ -66,8 +72,8 @@ def add_inspect(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
         help="say what a run folder, checkpoint, LoRA or file of weights is, verify it and list its tensors",
-        description="Says what a folder or file is, verifies it and lists its checkpoints or tensors: a run folder, one checkpoint, "
-        "an export, a safetensors file, a LoRA, a checkpoint of DeepSpeed or torch.distributed.checkpoint.",
+        description="Says what a folder or file is, verifies it and lists its checkpoints or tensors: a run folder, one "
+        "checkpoint, an export, a safetensors file, a LoRA, a checkpoint of DeepSpeed or torch.distributed.checkpoint.",
     )
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("--json", action="store_true", help="print JSON with every tensor")

@@ -75,18 +75,18 @@ class Inspection:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yields the page."""
-        yield Text(f"{self.path}: {self.kind}")
+        yield _line(f"{self.path}: {self.kind}")
         for name, value in self.facts.items():
-            yield Text(f"  {name}: {value}")
+            yield _line(f"  {name}: {value}")
         if self.checkpoints:
             yield self._checkpoint_table()
         if self.tensors:
             yield self._tensor_table()
-            yield Text(self._sums())
+            yield _line(self._sums())
         if self.verified:
-            yield Text(f"verified: {self.verified}")
+            yield _line(f"verified: {self.verified}")
         if self.problem:
-            yield Text(f"problem: {self.problem}")
+            yield _line(f"problem: {self.problem}")
 
     def _checkpoint_table(self) -> Table:
         table = Table("checkpoint", "whole", "updates", "phase", "engine", "bytes", box=None)
@@ -116,3 +116,7 @@ class Inspection:
             sums[row.dtype] = (count + 1, num_bytes + row.num_bytes)
         each = ", ".join(f"{count} {dtype} with {num_bytes:,} bytes" for dtype, (count, num_bytes) in sorted(sums.items()))
         return f"{len(self.tensors)} tensors: {each}"
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ignore")  # paths and messages can be copied in one piece

@@ -107,7 +107,7 @@ def _write_plain(request: Request, opened: Opened, form: Form, *, verify: bool, 
     types = sorted({str(spec.dtype).removeprefix("torch.") for spec in tensors.specs.values()})
     what = f"{IN_WORDS[opened.found.kind]} to {form}"
     left = f"; left out: {len(opened.weights) - len(named)} tensors of no part of it" if len(opened.weights) > len(named) else ""
-    return f"{request.out}: {what}, {len(tensors)} tensors, {num_bytes / 1e9:.3f} GB, {', '.join(types)}{left}"
+    return f"{request.out}: {what}, {len(tensors)} tensors, {num_bytes:,} bytes, {', '.join(types)}{left}"
 
 
 def _named(opened: Opened, form: Form) -> TensorSource:

@@ -212,7 +212,7 @@ def _open_lora(request: Request, found: Found) -> Opened:
             "config.json). Name one."
         )
     model = read_diffusers_config(described)
-    lora = read_lora(request.source, model.module, family_of(model, where=str(described)), alpha=request.alpha)
+    lora = read_lora(found.path, model.module, family_of(model, where=str(described)), alpha=request.alpha)
     merged = None
     if request.base is not None:
         merged = Merged(WeightsFolder(request.base), lora.tensors(), lora.scales(), None)

@@ -78,6 +78,7 @@ def run_encoding(config: EncodeConfig, *, source: str = "configuration", console
     """
     began = time.monotonic()
     work = dist.from_main(lambda: _plan(config, source))
+    dist.from_main(lambda: remove_parts(work.output))
     result = _Result(failures=list(work.refused))
     device = dist.choose_device()
     shown = console if dist.is_main() else None
@@ -101,6 +102,20 @@ def run_encoding(config: EncodeConfig, *, source: str = "configuration", console
     dist.from_main(lambda: _write_failures(summary))
     _require_few_failures(summary, work, config)
     return summary
+
+
+def check_encoding(config: EncodeConfig, *, source: str = "configuration") -> str:
+    """Checks what `run_encoding` would find before it encodes, without weights, and writes nothing.
+
+    Returns:
+        What there is to encode, in words.
+
+    Raises:
+        ConfigError: If a model cannot be built or used.
+        PlanError: As `run_encoding`.
+    """
+    work = _plan(config, source)
+    return f"{work.num_clips} clips, {len(work.media)} latents and {len(work.captions)} captions for {work.output}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +163,6 @@ def _plan(config: EncodeConfig, source: str) -> _Work:
         _require_equal_lengths(tasks, form, source)
     output = Path(config.data.output_dir) if config.data.output_dir is not None else found.root / PRECOMPUTED
     _require_writable(output, source)
-    remove_parts(output)
     return _Work(
         root=found.root,
         output=output,

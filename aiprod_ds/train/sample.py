@@ -92,6 +92,20 @@ def run_sampling(config: SampleConfig, *, source: str = "configuration", console
     return samples
 
 
+def check_sampling(config: SampleConfig, *, source: str = "configuration") -> str:
+    """Checks what `run_sampling` would find before it reads weights, and writes nothing.
+
+    Returns:
+        What would be made, in words.
+
+    Raises:
+        ConfigError: If a model cannot be built, or the models or the shape do not go together.
+    """
+    strides, _ = _planned(config, source)
+    size = f"{config.resolution.height}x{config.resolution.width}"
+    return f"{len(config.prompts)} clips of {strides.snap(config.requested_frames)} frames {size} for {config.output_dir}"
+
+
 class _Sampler:
     """A transformer on the device, with its adapter, for clips of one shape."""
 

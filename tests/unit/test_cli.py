@@ -297,8 +297,11 @@ def test_a_phase_of_the_preset_can_be_set(config: Path, run_folder: Path, capsys
 def test_eval_and_inspect_of_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_arguments("eval", config, run_folder)) == FAILED
     assert main(["inspect", str(run_folder)]) == FAILED
-    assert "must be a run folder with checkpoints, got none" in capsys.readouterr().err
+    assert "must exist, got no such file or folder" in capsys.readouterr().err
     assert not run_folder.exists()
+    (run_folder / "checkpoints").mkdir(parents=True)
+    assert main(["inspect", str(run_folder)]) == FAILED
+    assert "must be a run folder with checkpoints, got none" in capsys.readouterr().out
 
 
 def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,9 +315,11 @@ def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: P
     measured = json.loads(capsys.readouterr().out)
     assert measured["psnr_db"] == pytest.approx(report["metrics"]["psnr_db_after"], abs=1e-9)  # the same code on the same weights
 
+    assert main(["inspect", str(run_folder), "--json"]) == DONE
+    (shown,) = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert (shown["name"], shown["problem"], shown["clock"]["updates"]) == ("update_000002", None, 2)
     assert main(["inspect", str(run_folder)]) == DONE
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["checkpoint"], shown["whole"], shown["clock"]["updates"]) == ("update_000002", True, 2)
+    assert "update_000002" in capsys.readouterr().out
 
     before = _contents(run_folder)
     assert main(_arguments("train", config, run_folder, "optimizer.weight_decay=0.5")) == BAD_CONFIGURATION
@@ -326,8 +331,9 @@ def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: P
     assert _contents(run_folder) == before
 
     (run_folder / "checkpoints" / "update_000002" / "state.json").write_text("{}")
-    assert main(["inspect", str(run_folder)]) == FAILED
-    assert json.loads(capsys.readouterr().out)["whole"] is False
+    assert main(["inspect", str(run_folder), "--json"]) == FAILED
+    (shown,) = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert "state.json: must have" in shown["problem"]
     assert main(_arguments("train", config, run_folder)) == FAILED
     assert "none of 1 checkpoints is whole" in capsys.readouterr().err
 
