@@ -247,7 +247,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(page.document(), indent=1))
     else:
-        Console(highlight=False).print(page)
+        Console(highlight=False).print(page, crop=False)
     return FAILED if page.problem else DONE
 
 

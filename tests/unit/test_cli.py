@@ -294,6 +294,47 @@ def test_a_phase_of_the_preset_can_be_set(config: Path, run_folder: Path, capsys
     assert plan["phases"][2]["first_update"] == 150_000
 
 
+ENCODE = """\
+data: {media: CLIPS, output_dir: OUT}
+video: {model: {source: "aiprod_ds.testing.tiny:TinyVideoVAE", spatial_stride: 4, temporal_stride: 2}}
+shapes: [{resolution: 16x16, duration: {frames: 5}}]
+"""
+SAMPLE = """\
+output_dir: OUT
+model:
+  source: WanTransformer3DModel
+  config: {num_attention_heads: 2, attention_head_dim: 12, in_channels: 4, out_channels: 4, text_dim: 16, num_layers: 1}
+vae: {source: "aiprod_ds.testing.tiny:TinyVideoVAE", spatial_stride: 4, temporal_stride: 2}
+text: {pretrained: nowhere}
+prompts: [a hare]
+resolution: 16x16
+duration: {frames: 5, frame_rate_hz: 24}
+sampling: {guidance_scale: 1.0}
+"""
+CHECKED = {
+    "encode": (ENCODE, "good, for encode: 3 clips, 3 latents and 0 captions for"),
+    "sample": (SAMPLE, "good, for sample: 1 clips of 5 frames 16x16 for"),
+    "encode without media": (ENCODE.replace("CLIPS", "/nowhere"), "data.media: /nowhere: must be a folder"),
+    "encode, a wrong key": (ENCODE + "shape: 3\n", "shape: is not a known key, got 3. Did you mean 'shapes'?"),
+    "sample, a wrong size": (
+        SAMPLE.replace("resolution: 16x16", "resolution: 18x18"),
+        "resolution: must be a multiple of the VAE's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_check_knows_what_a_file_is_for(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text, message = CHECKED[name]
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace("CLIPS", str(clips)).replace("OUT", str(tmp_path / "out")))
+    code = main(["check", str(path)])
+    shown = capsys.readouterr()
+    assert message in (shown.out if name in ("encode", "sample") else shown.err)
+    assert code == (DONE if name in ("encode", "sample") else BAD_CONFIGURATION)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_eval_and_inspect_of_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_arguments("eval", config, run_folder)) == FAILED
     assert main(["inspect", str(run_folder)]) == FAILED
