@@ -19,6 +19,7 @@ from aiprod_ds.curriculum.phase import PhasePlan
 from aiprod_ds.engine.carried import CarriedValues
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import EngineError
+from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
@@ -50,12 +51,14 @@ class Retraining:
         trained: What was trained before and after, in words.
         relative_difference: ||after - before|| / ||before|| of the module's answer to one held-out clip.
         seconds: Wall time.
+        device_peak_bytes: Highest GPU memory of this rank's tensors meanwhile; 0 without a GPU.
     """
 
     phase: str
     trained: tuple[str, str]
     relative_difference: float
     seconds: float
+    device_peak_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""
@@ -79,6 +82,7 @@ def retrain(
     """
     assert isinstance(unit, RetrainableUnit), "the configuration refuses adapters for other trainers"
     began = time.perf_counter()
+    reset_device_peak()
     answer = unit.probe(engine)
     carried = unit.carried(engine)
     engine.close()
@@ -91,8 +95,12 @@ def retrain(
         trained=(_in_words(before), _in_words(after)),
         relative_difference=difference,
         seconds=time.perf_counter() - began,
+        device_peak_bytes=device_peak_bytes(),
     )
-    _LOG.info("retrained phase=%s trained=%s relative_difference=%.2e", after.name, " -> ".join(done.trained), difference)
+    _LOG.info(
+        "retrained phase=%s trained=%s relative_difference=%.2e seconds=%.2f device_peak_bytes=%d",
+        done.phase, " -> ".join(done.trained), difference, done.seconds, done.device_peak_bytes,
+    )  # fmt: skip
     allowed = MAX_DIFFERENCE[new.compute_dtype]
     if not difference <= allowed:
         new.close()
