@@ -1,6 +1,7 @@
 """The command line: check, plan, encode, train, eval, sample, convert, inspect. The only module that prints.
 
-Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written).
+Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 75 the run was asked to stop and has saved: the same
+command goes on. A second signal ends with 128 + its number.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
 _TRAINERS = {
     "video_vae": ("aiprod_ds.train.video_vae", "VideoVAETrainer"),
     "audio_vae": ("aiprod_ds.train.audio_vae", "AudioVAETrainer"),
@@ -204,11 +206,12 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from aiprod_ds.engine import dist
+    from aiprod_ds.report.summary import RunStatus
 
     trainer = _trainer(arguments)
     with dist.process_group():
-        trainer.train(resume=arguments.resume, console=arguments.console)
-    return DONE
+        summary = trainer.train(resume=arguments.resume, console=arguments.console)
+    return DONE if summary.status is RunStatus.COMPLETED else INTERRUPTED
 
 
 def _eval(arguments: argparse.Namespace) -> int:

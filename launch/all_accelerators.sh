@@ -33,6 +33,9 @@ on_all_accelerators() {
     launcher=$!
     trap 'kill -TERM -- "-$launcher" 2>/dev/null' INT TERM HUP
     wait "$launcher" || code=$?
+    if ((code >= 128)); then # the launcher alone was killed, which leaves the ranks running, or the trap has sent this already
+        kill -TERM -- "-$launcher" 2>/dev/null || true
+    fi
     local patience=$((SECONDS + 120))
     while kill -0 -- "-$launcher" 2>/dev/null; do # `wait` also returns at a signal; the ranks may still be saving
         if ((SECONDS > patience)); then

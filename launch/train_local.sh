@@ -4,7 +4,8 @@
 #     launch/train_local.sh CONFIG RUN_FOLDER [option of `aiprod-ds train` ...]
 #
 # Environment: VENV (.venv), NUM_ACCELERATORS (every GPU, or 2 CPU processes without one), DS_ACCELERATOR=cpu (no GPU).
-# Exit code: that of the run. The launcher exits 0 when it is killed, so a run counts as done only if its report says so.
+# Exit code: that of the run; 75 if it was asked to stop and has saved, then the same command goes on. The launcher loses that code at
+# a signal, and exits 0 when it is killed, so the report decides.
 set -euo pipefail
 
 if (($# < 2)); then
@@ -16,14 +17,21 @@ shift 2
 source "$(dirname "$0")/all_accelerators.sh"
 
 on_all_accelerators train "$config" --output-dir "$run_folder" "$@"
-if ((code == 0)); then
-    python - "$run_folder/report.json" <<'PYTHON' || code=1
+if ((code == 0 || code >= 128)); then
+    python - "$run_folder/report.json" "$code" <<'PYTHON' && code=0 || code=$?
 import json, pathlib, sys
 
-report = pathlib.Path(sys.argv[1])
+report, code = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 status = json.loads(report.read_text())["status"] if report.is_file() else "missing"
+if status == "interrupted":
+    print("launch/train_local.sh: stopped and saved; the same command goes on.", file=sys.stderr)
+    sys.exit(75)
 if status != "completed":
-    sys.exit(f"launch/train_local.sh: {report}: status must be 'completed', got '{status}'. The run ended early; see the messages above.")
+    print(
+        f"launch/train_local.sh: {report}: status must be 'completed', got '{status}'. The run ended early; see the messages above.",
+        file=sys.stderr,
+    )
+    sys.exit(code or 1)
 PYTHON
 fi
 exit "$code"

@@ -6,7 +6,9 @@ read, so the number of workers changes neither the order nor a single value. The
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -224,3 +226,17 @@ def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group; the training process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So do the signals that make it save, which needs the batches of the update under way; only its own SIGTERM ends a worker.
+    # A handler in Python cannot tell who sent it, `sigwaitinfo` can.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def _obey_parent() -> None:
+    while True:
+        received = signal.sigwaitinfo(_SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+            os._exit(0)

@@ -7,7 +7,7 @@ adopts the group that it finds. Called by the command line, the loop, the engine
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -153,6 +153,48 @@ def all_agree(flag: bool) -> bool:
     agreed = torch.tensor(int(flag), device=_collective_device())
     torch_dist.all_reduce(agreed, op=torch_dist.ReduceOp.MIN)
     return bool(agreed.item())
+
+
+class Ballot:
+    """The greatest of each of a few integers over all ranks, asked for at one moment and read at a later one.
+
+    Between `cast` and `result` nobody waits, neither the host nor the GPU's own work. Every rank calls both in the same order.
+
+    Args:
+        size: How many integers.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._is_alone = world_size() == 1
+        self._device = torch.device("cpu") if self._is_alone else _collective_device()
+        is_gpu = self._device.type == "cuda"
+        self._values = torch.zeros(size, dtype=torch.int64, pin_memory=is_gpu)
+        self._votes = torch.zeros(size, dtype=torch.int64, device=self._device) if is_gpu else self._values
+        self._stream = torch.cuda.Stream(self._device) if is_gpu else None  # type: ignore[no-untyped-call]
+        self._work: Any = None
+
+    def cast(self, values: Sequence[int]) -> None:
+        """Gives this rank's integers; the last result must have been read."""
+        assert self._work is None, "one vote at a time"
+        self._values.copy_(torch.tensor(values))
+        if self._is_alone:
+            return
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            self._votes.copy_(self._values, non_blocking=True)
+            self._work = torch_dist.all_reduce(self._votes, op=torch_dist.ReduceOp.MAX, async_op=True)
+            if self._stream is not None:
+                self._work.wait()  # of the side stream, not of the host
+                self._values.copy_(self._votes, non_blocking=True)
+
+    def result(self) -> list[int]:
+        """Returns the greatest integers, once every rank has given its own."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        self._work = None
+        found: list[int] = self._values.tolist()
+        return found
 
 
 def together(work: Callable[[], T]) -> T:

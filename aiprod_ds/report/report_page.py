@@ -103,7 +103,14 @@ def _phases(summary: RunSummary) -> str:
         for phase in summary.phases
     ]
     skipped = f"\n\n{summary.skipped_updates:,} updates were skipped for overflow." if summary.skipped_updates else ""
-    return "## Phases\n\n" + _table(header, rows) + skipped
+    return "## Phases\n\n" + _table(header, rows) + skipped + _not_saved(summary.not_saved)
+
+
+def _not_saved(saves: Sequence[Mapping[str, Any]]) -> str:
+    if not saves:
+        return ""
+    updates = ", ".join(f"{save['update']:,}" for save in saves)
+    return f"\n\nNo room for a checkpoint at update {updates}; the last time: {saves[-1]['reason']}"
 
 
 def _retrained(changes: Sequence[Mapping[str, Any]]) -> str:

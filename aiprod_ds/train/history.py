@@ -20,6 +20,7 @@ class History:
         retrained: `Retraining.to_dict` of every change of the trained parameters.
         resumed_from: Checkpoint names that the run continued from.
         resharded: Those of them that another engine, ZeRO stage or number of ranks had saved, and what changed, in words.
+        not_saved: Update and reason of every save that there was no room for.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class History:
     retrained: list[dict[str, Any]] = field(default_factory=list)
     resumed_from: list[str] = field(default_factory=list)
     resharded: list[str] = field(default_factory=list)
+    not_saved: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""

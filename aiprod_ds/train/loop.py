@@ -28,8 +28,10 @@ from aiprod_ds.optim.ema import Ema, evaluated_weights
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, rss_bytes
 from aiprod_ds.report.recorder import MetricsRecorder
 from aiprod_ds.report.stopwatch import Activity, Stopwatch
+from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.history import History
+from aiprod_ds.train.requests import Request, Requests
 from aiprod_ds.train.transition import begin_phase
 from aiprod_ds.train.unit import Evaluation, Stream, Unit
 
@@ -39,12 +41,13 @@ MAX_SKIPPED_IN_A_ROW = 50  # a dynamic loss scale of 2^16 needs at most 16 halvi
 
 @dataclass(slots=True, kw_only=True)
 class TrainingLoop:
-    """Runs updates until the curriculum is finished.
+    """Runs updates until the curriculum is finished or someone asks the run to stop.
 
     Attributes:
         save: Saves a checkpoint of the given clock. Collective.
         retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by those of a new trained
             set. Collective.
+        requests: What is asked of the run from outside.
         checkpointing_default: Whether phases that do not say recompute activations.
         clock: Where the run stands; replaced, never changed.
         ema: The average of the weights that is evaluated in their place, if the run keeps one.
@@ -61,6 +64,7 @@ class TrainingLoop:
     folder: Path
     save: Callable[[Clock], None]
     retrain: Callable[[TrainingLoop, PhasePlan, PhasePlan], None]
+    requests: Requests
     checkpointing_default: bool
     clock: Clock
     history: History
@@ -70,21 +74,30 @@ class TrainingLoop:
     _skipped_in_a_row: int = 0
     _phase_left_at: float | None = None
 
-    def run(self) -> None:
-        """Trains from the clock to the end of the curriculum.
+    def run(self) -> RunStatus:
+        """Trains from the clock to the end of the curriculum, or until a request to stop, which it has then saved for.
+
+        Returns:
+            `COMPLETED` or `INTERRUPTED`, the same on all ranks.
 
         Raises:
             NonFiniteError: If `MAX_SKIPPED_IN_A_ROW` updates in a row had a non-finite gradient.
         """
         self._saved_updates = self.clock.updates if self.clock.updates else -1
+        _LOG.info("training_begins update=%d", self.clock.updates)
         if not self.history.before:
             self.history.before = dict(self._evaluate("before training", "before").metrics)
         while True:
             phase = self.plan.phases[self.clock.phase]
             action = self._run_phase(phase)
+            # An evaluation or a change of engine may last longer than the sender of a signal waits.
+            if action is Action.STAY or self._must_stop(at_once=True):
+                return RunStatus.INTERRUPTED
             self._finish_phase(phase)
             if action is Action.FINISHED:
-                return
+                return RunStatus.COMPLETED
+            if self._must_stop(at_once=True):
+                return RunStatus.INTERRUPTED
             following = self.plan.phases[phase.index + 1]
             if following.adapters != phase.adapters:
                 with self.stopwatch.during(Activity.TRANSITION):
@@ -92,6 +105,7 @@ class TrainingLoop:
             self.clock = self.clock.at_phase(following.index)
 
     def _run_phase(self, phase: PhasePlan) -> Action:
+        """Returns why the phase ended; `STAY` if it did not and the run is to stop."""
         decision = self.scheduler.decision(self.clock)
         if decision.action is not Action.STAY:  # resumed exactly at the edge
             return decision.action
@@ -107,13 +121,16 @@ class TrainingLoop:
                 decision = self._updates(phase, stream, began, decision)
         finally:
             stream.close()
+        if decision.action is Action.STAY:
+            return decision.action
         self.history.phase_ends[phase.name] = decision.reason.value
         _LOG.info("phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value)
         return decision.action
 
     def _updates(self, phase: PhasePlan, stream: Stream, began: float, decision: Decision) -> Decision:
         batches = iter(stream)
-        while decision.action is Action.STAY:
+        must_stop = self._must_stop(at_once=True)  # asked for while the run started or the phase changed
+        while decision.action is Action.STAY and not must_stop:
             loss = self._update(phase, stream, batches)
             decision = self.scheduler.observe(self.clock, loss)
             self.history.phase_updates[phase.name] = self.clock.phase_updates
@@ -122,6 +139,7 @@ class TrainingLoop:
                 self.recorder.flush(dist.reduce_mean)
             if self.clock.updates % self.config.checkpoint.every_updates == 0 and decision.action is Action.STAY:
                 self._save()
+            must_stop = decision.action is Action.STAY and self._must_stop()
         self._phase_left_at = time.perf_counter()
         return decision
 
@@ -231,6 +249,15 @@ class TrainingLoop:
                     samples.mkdir(parents=True, exist_ok=True)
                     found.examples.save(samples, picture, title=f"{title}: {found.headline}")
         return found
+
+    def _must_stop(self, *, at_once: bool = False) -> bool:
+        """Does what is asked of the run between two updates and returns whether it is to end."""
+        request = self.requests.agreed(at_once=at_once)
+        if request is not Request.NONE:
+            self._save()
+            self.requests.done(request)
+            _LOG.warning("request_done name=%s update=%d", request.name, self.clock.updates)
+        return request is Request.STOP
 
     def _save(self) -> None:
         if self.clock.updates == self._saved_updates:

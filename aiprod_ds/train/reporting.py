@@ -62,6 +62,14 @@ def report_completed(facts: RunFacts, engine: Engine, loop: TrainingLoop) -> Run
     return summary
 
 
+def report_interrupted(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
+    """Writes the report of a run that was asked to stop and has saved, on the main rank, and returns its summary."""
+    summary = _summarize(facts, loop, RunStatus.INTERRUPTED)
+    if dist.is_main():
+        write_report(facts.folder, summary)
+    return summary
+
+
 def report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> None:
     """Writes the report of a run that `error` ended, on the main rank."""
     if not dist.is_main():
@@ -111,6 +119,7 @@ def _summarize(
         retrained=tuple(history.retrained),
         resumed_from=tuple(history.resumed_from),
         resharded=tuple(history.resharded),
+        not_saved=tuple(history.not_saved),
         pictures=_pictures(facts) if dist.is_main() else (),
         plots=_plots(facts) if dist.is_main() else (),
         error=error,

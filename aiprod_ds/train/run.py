@@ -35,15 +35,17 @@ from aiprod_ds.report.jsonl import JsonlSink
 from aiprod_ds.report.recorder import MetricsRecorder
 from aiprod_ds.report.sinks import MirrorSink, Sink
 from aiprod_ds.report.stopwatch import Stopwatch
-from aiprod_ds.report.summary import RunSummary
+from aiprod_ds.report.summary import RunStatus, RunSummary
 from aiprod_ds.report.wandb import open_wandb
 from aiprod_ds.train.belonging import change_in_words, check_belongs, run_layout
 from aiprod_ds.train.engines import build_engine, read_settings
 from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
-from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended
+from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
+from aiprod_ds.train.requests import Requests
 from aiprod_ds.train.retrain import retrain
 from aiprod_ds.train.saving import Saver, read_engine, require_shared
+from aiprod_ds.train.signal_watch import SignalWatch
 from aiprod_ds.train.transition import check_checkpointing
 from aiprod_ds.train.unit import Unit
 
@@ -86,7 +88,7 @@ class _Run:
 def run_training(
     config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, console: Console | None = None
 ) -> RunSummary:
-    """Trains `unit` through `plan` and writes the run folder.
+    """Trains `unit` through `plan` and writes the run folder, or saves and returns earlier if asked to (`requests.py`).
 
     Args:
         config: The whole configuration; `output_dir` is the run folder.
@@ -108,7 +110,8 @@ def run_training(
     if dist.is_main():
         _prepare_folder(run, checkpoint, move_aside=resume == "never")
     require_shared(run.folder)
-    return _train(run, checkpoint)
+    with SignalWatch() as watch:
+        return _train(run, checkpoint, watch)
 
 
 def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str) -> dict[str, float]:
@@ -148,17 +151,17 @@ def _build(run: _Run, phase: PhasePlan) -> Engine:
     return build_engine(run.config, run.settings, run.facts.unit, run.plan)
 
 
-def _train(run: _Run, checkpoint: Checkpoint | None) -> RunSummary:
+def _train(run: _Run, checkpoint: Checkpoint | None, watch: SignalWatch) -> RunSummary:
     engine = _build(run, run.plan.phases[0 if checkpoint is None else checkpoint.state.clock.phase])
     loop: TrainingLoop | None = None
     try:
-        loop = _new_loop(run, engine, checkpoint)
+        loop = _new_loop(run, engine, checkpoint, watch)
         return _run(run, loop)
     finally:
         (engine if loop is None else loop.engine).close()
 
 
-def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> TrainingLoop:
+def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: SignalWatch) -> TrainingLoop:
     scheduler, clock, history = CurriculumScheduler(run.plan), Clock(), History()
     ema, clip = _new_ema(run.config, engine), _new_clip(run.config)
     if checkpoint is not None:
@@ -187,7 +190,9 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> Train
             history=history.to_dict(),
             adaptive_clip={} if loop.clip is None else loop.clip.to_dict(),
         )
-        run.saver.save(loop.engine, loop.ema, state)
+        problem = run.saver.save(loop.engine, loop.ema, state)
+        if problem is not None:
+            history.not_saved.append({"update": now.updates, "reason": problem})
 
     loop = TrainingLoop(
         config=run.config,
@@ -200,6 +205,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> Train
         folder=run.folder,
         save=save,
         retrain=partial(_retrain, run),
+        requests=Requests(watch, run.folder),
         checkpointing_default=run.settings.activation_checkpointing,
         clock=clock,
         history=history,
@@ -211,13 +217,16 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None) -> Train
 
 def _run(run: _Run, loop: TrainingLoop) -> RunSummary:
     try:
-        loop.run()
+        status = loop.run()
     except BaseException as error:
         loop.recorder.close()
         _report_ended(run, loop, error)
         raise
     loop.recorder.close()
-    summary = report_completed(run.facts, loop.engine, loop)
+    if status is RunStatus.COMPLETED:
+        summary = report_completed(run.facts, loop.engine, loop)
+    else:
+        summary = report_interrupted(run.facts, loop)
     if dist.is_main():
         print_summary(run.console, summary, report=run.folder / "report.md")
     return summary

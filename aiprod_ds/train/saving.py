@@ -46,10 +46,13 @@ class Saver:
     phase_names: tuple[str, ...]
     parameters: int
 
-    def save(self, engine: Engine, ema: Ema | None, state: RunState) -> None:
+    def save(self, engine: Engine, ema: Ema | None, state: RunState) -> str | None:
         """Commits a checkpoint and deletes those that are kept no longer. Collective.
 
         An error is raised on every rank.
+
+        Returns:
+            None; if there was no room and the configuration says to go on, why there is no checkpoint.
 
         Raises:
             DiskFullError: If there is no room and the configuration says to stop then.
@@ -61,6 +64,8 @@ class Saver:
             if self.config.on_full_disk == "stop":
                 raise
             _LOG.warning("checkpoint_not_saved update=%d reason=%s", state.clock.updates, error)
+            return str(error)
+        return None
 
     def _save(self, engine: Engine, ema: Ema | None, state: RunState) -> None:
         updates = state.clock.updates

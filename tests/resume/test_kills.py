@@ -83,15 +83,17 @@ def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, 
 
 def serve(folder: Path, stage: int, kills: int) -> None:
     """Trains a whole run, then one that dies `kills` times, and writes what was seen to `outcome.json`."""
-    import deepspeed  # noqa: F401  the ranks are forked with everything imported
+    import torch._dynamo  # noqa: F401  the ranks are forked with everything imported
     from matplotlib.figure import Figure
 
+    import aiprod_ds.engine.deepspeed_engine  # noqa: F401
     from aiprod_ds.checkpoint.store import CheckpointStore
+    from aiprod_ds.testing.forked import wait_for_ranks
 
     Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]  # plots take longer than training here
     chance = random.Random(stage)
     whole = folder / "whole"
-    assert _wait(_start(whole, stage)) == [0] * RANKS, "the run that nobody kills"
+    assert wait_for_ranks(_start(whole, stage)) == [0] * RANKS, "the run that nobody kills"
     change_seconds = _longest_phase_change(whole)
     killed, seen, attempts = folder / "killed", [], 0
     while len(seen) < kills:
@@ -107,45 +109,25 @@ def serve(folder: Path, stage: int, kills: int) -> None:
         target = ("rank 0", "rank 1", "all")[len(seen) % 3]
         for rank in ranks if target == "all" else [ranks[int(target[-1])]]:
             os.kill(rank, signal.SIGKILL)
-        codes = _wait(ranks)
+        codes = wait_for_ranks(ranks)
         assert any(code != 0 for code in codes), f"{target}: must have died, got exit codes {codes}"
         newest = CheckpointStore(killed / "checkpoints").newest()
         assert newest is not None
         clock = newest.state.clock
         if clock.updates <= edge:  # otherwise the next phase had begun when the signal came
             seen.append({"target": target, "edge": edge, "newest": clock.to_dict()})
-    assert _wait(_start(killed, stage)) == [0] * RANKS, "the last attempt"
+    assert wait_for_ranks(_start(killed, stage)) == [0] * RANKS, "the last attempt"
     outcome = {"stage": stage, "attempts": attempts, "kills": seen, "whole": _result(whole), "killed": _result(killed)}
     (folder / "outcome.json").write_text(json.dumps(outcome))
 
 
 def _start(folder: Path, stage: int) -> list[int]:
-    from aiprod_ds.testing.dist import free_port
+    from aiprod_ds.testing.forked import fork_ranks
 
-    port = free_port()
-    ranks = []
-    for rank in range(RANKS):
-        process = os.fork()
-        if process == 0:
-            _be_rank(rank, port, folder, stage)
-        ranks.append(process)
-    return ranks
+    return fork_ranks(lambda: _train(folder, stage), ranks=RANKS)
 
 
-def _be_rank(rank: int, port: int, folder: Path, stage: int) -> None:
-    code = 1
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        _train(folder, stage)
-        code = 0
-    except BaseException:
-        logging.getLogger(__name__).exception("rank %d", rank)
-    finally:
-        os._exit(code)
-
-
-def _train(folder: Path, stage: int) -> None:
+def _train(folder: Path, stage: int) -> int:
     import torch
 
     from aiprod_ds.config.vae import VAETrainerConfig
@@ -163,6 +145,7 @@ def _train(folder: Path, stage: int) -> None:
         clips = {"dataset": SyntheticVideoDataset(6, 5, 24, 24), "validation": SyntheticVideoDataset(8, 5, 24, 24, seed=1)}
         config = VAETrainerConfig.model_validate(_config(folder, stage))
         VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
+    return 0
 
 
 def _config(folder: Path, stage: int) -> dict[str, Any]:
@@ -225,23 +208,6 @@ def _await(folder: Path) -> None:
     while not folder.is_dir():
         assert time.monotonic() < deadline, f"{folder} did not appear"
         time.sleep(0.001)
-
-
-def _wait(ranks: list[int]) -> list[int]:
-    """Returns the exit codes; a rank that outlives a dead one by 30 s is killed too."""
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + ATTEMPT_SECONDS
-    while len(codes) < len(ranks):
-        for rank in (rank for rank in ranks if rank not in codes):
-            done, status = os.waitpid(rank, os.WNOHANG)
-            if done:
-                codes[rank] = os.waitstatus_to_exitcode(status)
-                if codes[rank] != 0:
-                    deadline = min(deadline, time.monotonic() + 30)
-            elif time.monotonic() > deadline:
-                os.kill(rank, signal.SIGKILL)
-        time.sleep(0.005)
-    return [codes[rank] for rank in ranks]
 
 
 def _longest_phase_change(folder: Path) -> float:

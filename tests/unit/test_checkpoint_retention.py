@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
@@ -125,8 +126,8 @@ def _saver(folder: Path, **values: Any) -> Saver:
     return Saver(store=CheckpointStore(folder / "checkpoints"), config=_config(**values), phase_names=names, parameters=4)
 
 
-def _save(saver: Saver, updates: int, *, engine: SmallEngine | None = None, **state: Any) -> None:
-    saver.save(cast("Engine", engine or SmallEngine()), None, _state(updates, **state))
+def _save(saver: Saver, updates: int, *, engine: SmallEngine | None = None, **state: Any) -> str | None:
+    return saver.save(cast("Engine", engine or SmallEngine()), None, _state(updates, **state))
 
 
 def test_the_best_is_the_one_at_the_end_of_the_phase_that_was_measured(tmp_path: Path) -> None:
@@ -172,7 +173,9 @@ def test_without_room_the_run_stops_or_goes_on_and_the_old_one_stays(
             with pytest.raises(DiskFullError, match=r"lower checkpoint\.keep_last"):
                 _save(saver, 2, engine=engine)
         else:
-            _save(saver, 2, engine=engine)
+            problem = _save(saver, 2, engine=engine)
+            assert problem is not None
+            assert re.search(r"lower checkpoint\.keep_last", problem)
             assert "checkpoint_not_saved update=2" in caplog.text
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
     _save(saver, 3)

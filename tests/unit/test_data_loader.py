@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -245,6 +246,20 @@ def test_a_killed_worker_is_a_data_error() -> None:
 def test_workers_use_one_thread() -> None:
     with closing(_loader(ThreadCountClips(), workers=1)) as loader:
         assert next(loader).tensors["video"].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_only_its_own_process_ends_a_worker(number: signal.Signals) -> None:
+    """A signal to the process group makes the run save, for which it needs the batches of the update under way."""
+    with closing(_loader(workers=1)) as loader:
+        next(loader)
+        [worker] = multiprocessing.active_children()
+        subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", str(worker.pid)], check=True)
+        for _ in range(4):  # more than are decoded ahead
+            next(loader)
+        worker.terminate()
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
 
 
 def test_close_ends_the_workers_at_once_and_may_be_repeated(capfd: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,7 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
         final_state_sha256=None,
         replacements=("frames 8 -> 9 in phase low",),
         resumed_from=("checkpoints/update_000300",),
+        not_saved=({"update": 200, "reason": "the disk is full"}, {"update": 1300, "reason": "it still is"}),
         data=DataSummary(clips=12, held_out_clips=4, unreadable=(("a|b.mp4", "Invalid | data\nfound"),), too_short=many),
     )
     json_path, page_path = write_report(tmp_path, summary)
@@ -144,6 +145,8 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
     assert "10 more are in `report.json`" in page
     assert "3 updates were skipped for overflow." in page
     assert "`checkpoints/update_000300`" in page
+    assert "No room for a checkpoint at update 200, 1,300; the last time: it still is" in page
+    assert report["not_saved"][0] == {"update": 200, "reason": "the disk is full"}
     assert "sha256" not in page
     assert report["replacements"] == ["frames 8 -> 9 in phase low"]
     assert report["data"]["unreadable"] == [{"path": "a|b.mp4", "reason": "Invalid | data\nfound"}]

@@ -1,0 +1,221 @@
+"""Signals and request files at random moments: the run saves, leaves with its exit code, loses no update, and goes on bitwise.
+
+A server process imports everything once and forks the ranks of each attempt. Two ranks train on DeepSpeed, one on the local
+engine with a worker that decodes ahead. Moments are what the run's own log and metrics tell, plus a random part of an update.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiprod_ds.testing.dist import run_in_own_session
+
+STOPS = {2: 8, 1: 12}  # by ranks
+PHASES, UPDATES_PER_PHASE = 8, 15
+WITHIN_SECONDS = 25.0
+INTERRUPTED = 75
+MOMENTS = ("resumed", "row", "phase_begins", "row", "phase_ends", "row")
+HOW = ("SIGTERM to rank 0", "SIGUSR1 to the last rank", "SIGTERM to all", "SIGUSR1 to all", "STOP")
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=STOPS, ids=lambda ranks: f"{ranks}_ranks")
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("signals")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder), str(request.param)]
+    code, output = run_in_own_session(command, timeout_seconds=400, environment=environment)
+    assert code == 0, output[-8000:]
+    found: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
+    return found
+
+
+def test_every_request_saves_and_leaves_in_time(outcome: dict[str, Any]) -> None:
+    assert len(outcome["stops"]) == STOPS[outcome["ranks"]]
+    for stop in outcome["stops"]:
+        assert stop["codes"] == [INTERRUPTED] * outcome["ranks"], stop
+        assert stop["seconds"] < WITHIN_SECONDS, stop
+        assert stop["status"] == "interrupted", stop
+
+
+def test_no_update_is_lost(outcome: dict[str, Any]) -> None:
+    for stop in outcome["stops"]:
+        assert stop["saved"] == stop["done"], stop
+    assert len({stop["saved"] for stop in outcome["stops"]}) > len(outcome["stops"]) // 2, "at different moments"
+
+
+def test_a_file_asks_for_a_checkpoint_and_goes_away(outcome: dict[str, Any]) -> None:
+    assert outcome["asked_for"], "checkpoints that no setting asks for"
+    assert outcome["left_files"] == []
+
+
+def test_the_stopped_run_ends_like_the_one_that_nobody_stopped(outcome: dict[str, Any]) -> None:
+    assert outcome["stopped"]["sha256"] == outcome["whole"]["sha256"]
+    assert outcome["stopped"]["rows"] == outcome["whole"]["rows"]
+    assert len(outcome["whole"]["rows"]) >= PHASES * UPDATES_PER_PHASE
+
+
+# Below runs in the server and in the ranks that it forks.
+
+
+def serve(folder: Path, ranks: int) -> None:
+    """Trains a whole run, then one that is stopped again and again, and writes what was seen to `outcome.json`."""
+    import torch._dynamo  # noqa: F401  the ranks are forked with everything imported
+    from matplotlib.figure import Figure
+
+    import aiprod_ds.engine.deepspeed_engine  # noqa: F401
+    from aiprod_ds.testing.forked import wait_for_ranks
+    from aiprod_ds.train import requests
+
+    requests.LOOK_SECONDS = 0.1  # an update takes about 20 ms
+    Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]  # plots take longer than training here
+    chance = random.Random(ranks)
+    whole, stopped = folder / "whole", folder / "stopped"
+    assert wait_for_ranks(_start(whole, ranks)) == [0] * ranks, "the run that nobody stops"
+    stops = []
+    for number in range(STOPS[ranks]):
+        stops.append(_stop_once(stopped, ranks, chance, MOMENTS[number % len(MOMENTS)], HOW[number % len(HOW)]))
+    processes = _start(stopped, ranks)
+    asked_for = _ask_for_a_checkpoint(stopped)
+    assert wait_for_ranks(processes) == [0] * ranks, "the last attempt"
+    left_files = [name for name in ("SAVE", "STOP") if (stopped / name).exists()]
+    outcome = {"ranks": ranks, "stops": stops, "asked_for": asked_for, "left_files": left_files}
+    outcome |= {"whole": _result(whole), "stopped": _result(stopped)}
+    (folder / "outcome.json").write_text(json.dumps(outcome))
+
+
+def _stop_once(folder: Path, ranks: int, chance: random.Random, moment: str, how: str) -> dict[str, Any]:
+    from aiprod_ds.checkpoint.store import CheckpointStore
+    from aiprod_ds.testing.forked import wait_for_ranks
+
+    log = Path(f"{folder}.log")
+    before = len(_lines(log))
+    processes = _start(folder, ranks)
+    event = "training_begins" if moment == "resumed" else moment
+    if moment == "row":
+        _await(lambda: any("phase_begins" in line for line in _lines(log)[before:]))
+        rows, wanted = len(_lines(folder / "metrics.jsonl")), chance.randint(1, 8)
+        _await(lambda: len(_lines(folder / "metrics.jsonl")) >= rows + wanted)
+    else:
+        _await(lambda: any(event in line for line in _lines(log)[before:]))
+    time.sleep(chance.uniform(0.0, 0.05))
+    began = time.monotonic()
+    if how == "STOP":
+        (folder / "STOP").touch()
+    else:
+        targets = {"rank 0": processes[:1], "the last rank": processes[-1:], "all": processes}[how.partition(" to ")[2]]
+        for process in targets:
+            os.kill(process, signal.Signals[how.partition(" ")[0]])
+    codes = wait_for_ranks(processes)
+    newest = CheckpointStore(folder / "checkpoints").newest()
+    rows = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+    return {
+        "moment": moment,
+        "how": how,
+        "codes": codes,
+        "seconds": time.monotonic() - began,
+        "saved": None if newest is None else newest.state.clock.updates,
+        "done": max((row["update"] for row in rows if "loss/total" in row), default=0),
+        "status": json.loads((folder / "report.json").read_text())["status"],
+    }
+
+
+def _ask_for_a_checkpoint(folder: Path) -> list[str]:
+    """Returns the checkpoints that appear after a file SAVE."""
+    before = {path.name for path in (folder / "checkpoints").glob("update_*")}
+    rows = len(_lines(folder / "metrics.jsonl"))
+    _await(lambda: len(_lines(folder / "metrics.jsonl")) > rows)
+    (folder / "SAVE").touch()
+    _await(lambda: not (folder / "SAVE").exists())
+    return sorted({path.name for path in (folder / "checkpoints").glob("update_*")} - before)
+
+
+def _start(folder: Path, ranks: int) -> list[int]:
+    from aiprod_ds.testing.forked import fork_ranks
+
+    return fork_ranks(lambda: _train(folder, ranks), ranks=ranks)
+
+
+def _train(folder: Path, ranks: int) -> int:
+    import torch
+
+    from aiprod_ds.config.vae import VAETrainerConfig
+    from aiprod_ds.data.synthetic import SyntheticVideoDataset
+    from aiprod_ds.engine import dist
+    from aiprod_ds.report.summary import RunStatus
+    from aiprod_ds.testing.tiny import TinyVideoVAE
+    from aiprod_ds.train.video_vae import VideoVAETrainer
+
+    with dist.process_group(timeout_seconds=60):
+        if dist.is_main():
+            logging.getLogger("aiprod_ds").addHandler(logging.FileHandler(f"{folder}.log"))
+            logging.getLogger("aiprod_ds").setLevel(logging.INFO)
+        torch.manual_seed(0)
+        clips = {"dataset": SyntheticVideoDataset(6, 5, 24, 24), "validation": SyntheticVideoDataset(4, 5, 24, 24, seed=1)}
+        config = VAETrainerConfig.model_validate(_config(folder, ranks))
+        summary = VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
+    return 0 if summary.status is RunStatus.COMPLETED else INTERRUPTED
+
+
+def _config(folder: Path, ranks: int) -> dict[str, Any]:
+    phases = [
+        {
+            "name": f"phase_{index}",
+            "resolution": ("16x16", "24x24")[index % 2],
+            "duration": {"frames": (5, 3)[index % 2]},
+            "global_batch_size": (4, 8)[index % 2],
+            "accumulation": (1, 2)[index % 2],
+            "updates": UPDATES_PER_PHASE,
+            "learning_rate": 1e-3,
+        }
+        for index in range(PHASES)
+    ]
+    return {
+        "output_dir": str(folder),
+        "model": {"source": "given_in_code", "spatial_stride": 4, "temporal_stride": 2},
+        "data": {"train": "unused", "num_workers": 2 - ranks},
+        "loss": {"perceptual_weight": 0.0, "kl_weight": 1e-3},
+        "curriculum": {"phases": phases},
+        "engine": {
+            "kind": "deepspeed" if ranks > 1 else "local",
+            "deepspeed_config": str(Path(__file__).parents[2] / "ds_configs" / "zero1_fp32.json"),
+        },
+        "checkpoint": {"every_updates": 1000},  # only requests and edges save
+        "evaluation": {"max_clips": 4, "num_pictures": 0},
+        "report": {"flush_updates": 1},
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not come that far"
+        time.sleep(0.002)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    from aiprod_ds.testing.runs import repeatable_rows
+
+    digest = json.loads((folder / "report.json").read_text())["final_state_sha256"]
+    return {"sha256": digest, "rows": repeatable_rows(folder)}
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), int(sys.argv[2]))
