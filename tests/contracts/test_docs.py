@@ -107,6 +107,16 @@ def test_a_stale_table_is_found_and_put_right(tool: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("page", _PAGES, ids=_name)
+def test_tests_that_pages_name_exist(page: Path) -> None:
+    missing = []
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+        path = _ROOT / file
+        if not path.is_file() or f"def {name}(" not in path.read_text(encoding="utf-8") + "def (":
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=_name)
 def test_relative_links_resolve(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", _FENCED.sub("", page.read_text(encoding="utf-8")))
     broken = []
