@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from aiprod_ds.files import file_sha256
 FORMAT = 2
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 64 << 20
+_MAX_THREADS = 8
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library
 _FILE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", flags=re.ASCII)  # no "..", no absolute path, nothing hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -123,11 +125,19 @@ def _compare(folder: Path, expected: Mapping[str, FileRecord]) -> None:
     for name, record in expected.items():
         if (size := (folder / name).stat().st_size) != record.bytes:
             raise CheckpointError(f"{folder / name}: must have {record.bytes} bytes, got {size}.")
-    for name, record in expected.items():
-        if file_sha256(folder / name) != record.sha256:
+    for name, sha256 in _hashes(folder, expected):
+        record = expected[name]
+        if sha256 != record.sha256:
             raise CheckpointError(f"{folder / name}: content differs from the manifest's sha256.")
         if name.endswith(".safetensors"):
             check_header(folder / name, record.bytes)
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields names with their files' hashes, some files at a time: hashing leaves the interpreter to other threads."""
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        yield from zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True)
 
 
 def check_header(path: Path, num_bytes: int) -> None:
