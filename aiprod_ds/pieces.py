@@ -11,6 +11,7 @@ copying between shards and ranges. Files are `aiprod_ds.checkpoint.pieces`; how 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, cast
@@ -25,6 +26,7 @@ Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema", "frozen", "buffer"]
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 OF_TRAINED: tuple[Kind, ...] = ("master", *MOMENTS, "ema")
 KINDS: tuple[Kind, ...] = (*OF_TRAINED, "frozen", "buffer")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,36 @@ class LossScale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """Frozen weights that a state refers to in place of holding them.
+
+    Attributes:
+        sha256: Over all of them, from `frozen_sha256`.
+        is_stored: Whether they are stored beside the checkpoints; otherwise they are what the run started from.
+        origin: Where they come from, in words.
+    """
+
+    sha256: str
+    is_stored: bool
+    origin: str
+
+    @classmethod
+    def from_dict(cls, values: object) -> Base | None:
+        """Returns the reference that stands in a state's facts; None for null.
+
+        Raises:
+            CheckpointError: If it is neither.
+        """
+        if values is None:
+            return None
+        kinds = {"sha256": str, "is_stored": bool, "origin": str}
+        is_own = isinstance(values, dict) and {name: type(value) for name, value in values.items()} == kinds
+        if not is_own or not _SHA256.fullmatch(cast("dict[str, str]", values)["sha256"]):
+            raise CheckpointError(f"base: must be null or have {', '.join(kinds)}, got {str(values)[:80]}. It is damaged.")
+        return cls(**cast("dict[str, Any]", values))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
     """What a saved engine state says of itself beside its tensors.
 
@@ -117,6 +149,7 @@ class EngineFacts:
         adam_steps: Updates that Adam has counted, for every trained parameter; 0 where it has no moments yet.
         loss_scale: Of a dynamic loss scaler; None without one.
         tensors: Every whole tensor, by `tensor_key`.
+        base: Where those of kind `frozen` are, if not here.
     """
 
     engine: str
@@ -126,6 +159,7 @@ class EngineFacts:
     adam_steps: Mapping[str, int]
     loss_scale: LossScale | None = None
     tensors: Mapping[str, Whole]
+    base: Base | None = None
 
     def names(self, kind: Kind) -> tuple[str, ...]:
         """Returns the names of the tensors of one kind, sorted."""
@@ -158,6 +192,7 @@ class EngineFacts:
             adam_steps=_counts("adam_steps", values["adam_steps"]),
             loss_scale=_loss_scale(values["loss_scale"]),
             tensors=_tensors(values["tensors"]),
+            base=Base.from_dict(values["base"]),
         )
 
 
@@ -183,6 +218,26 @@ class Captured:
         """Yields every piece with its values [length], views where the captured tensor is contiguous."""
         for cut in self.cuts:
             yield cut, self.tensors[cut.tensor].detach().reshape(-1).narrow(0, cut.offset, cut.length)
+
+    def on(self, base: Base) -> Captured:
+        """Returns this without frozen weights, which are in `base`."""
+        return self._only(tuple(kind for kind in KINDS if kind != "frozen"), replace(self.facts, base=base))
+
+    def only_frozen(self) -> Captured:
+        """Returns the frozen weights alone."""
+        tensors = {key: whole for key, whole in self.facts.tensors.items() if split_key(key)[0] == "frozen"}
+        return self._only(("frozen",), replace(self.facts, tensors=tensors, adam_steps={}, loss_scale=None))
+
+    def _only(self, kinds: Sequence[Kind], facts: EngineFacts) -> Captured:
+        cuts = [cut for cut in self.cuts if cut.kind in kinds]
+        used = sorted({cut.tensor for cut in cuts})
+        place = {tensor: index for index, tensor in enumerate(used)}
+        return replace(
+            self,
+            facts=facts,
+            tensors=tuple(self.tensors[tensor] for tensor in used),
+            cuts=tuple(replace(cut, tensor=place[cut.tensor]) for cut in cuts),
+        )
 
     def plus(self, kind: Kind, shards: Sequence[Tensor], spans: Sequence[Sequence[Span]]) -> Captured:
         """Returns this and one more kind of the trained parameters.

@@ -5,6 +5,9 @@
 
 Owns both files: writing a rank's own, and reading any range of any tensor from all of them. Who reads needs neither the number of
 ranks nor the ZeRO stage that wrote. Nothing is unpickled. Commit and hashes are `store.py` and `manifest.py`.
+
+Frozen weights may be elsewhere (`EngineFacts.base`): in `bases/<sha256>/engine` beside the checkpoints, which is read as if it
+were here, or only where the run started from.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing_extensions import Self
 
 from aiprod_ds.checkpoint.manifest import check_header, read_mapping
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.pieces import Captured, EngineFacts, Kind, Whole, tensor_key
+from aiprod_ds.pieces import Base, Captured, EngineFacts, Kind, Whole, split_key, tensor_key
 
 FACTS = "engine.json"
 _STARTS = "starts"
@@ -47,6 +50,11 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+
+
+def base_folder(checkpoints: Path, sha256: str) -> Path:
+    """Returns where a stored base is, below the folder of a run's checkpoints."""
+    return checkpoints / "bases" / sha256
 
 
 def write_pieces(folder: Path, state: Captured) -> None:
@@ -99,10 +107,13 @@ class PieceReader:
         except CheckpointError as error:
             where = "" if str(error).startswith(str(folder)) else f"{folder / FACTS}: "
             raise CheckpointError(f"{where}{error}") from error
+        base = self.facts.base
+        self._base = PieceReader(base_folder(folder.parent.parent, base.sha256) / "engine") if base and base.is_stored else None
         self._opened: dict[str, Any] = {}
         self._num_read: dict[str, int] = {}
         try:
             self._pieces = self._tiled()
+            self._require_base()
         finally:
             self.close()
 
@@ -120,6 +131,8 @@ class PieceReader:
             file.__exit__(None, None, None)
         self._opened.clear()
         self._num_read.clear()
+        if self._base is not None:
+            self._base.close()
 
     def names(self, kind: Kind) -> tuple[str, ...]:
         """Returns the names of the tensors of one kind, sorted; of moments none before the first update."""
@@ -145,6 +158,8 @@ class PieceReader:
             CheckpointError: If there is no such tensor or range, or it cannot be read.
         """
         whole, key = self.whole_of(kind, name), tensor_key(kind, name)
+        if kind == "frozen" and self.facts.base is not None:
+            return self._read_base(self.facts.base, name, start, length)
         if not 0 <= start <= start + length <= whole.numel:
             raise CheckpointError(f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}.")
         result = torch.empty(length, dtype=getattr(torch, whole.dtype))
@@ -165,6 +180,22 @@ class PieceReader:
         whole = self.whole_of(kind, name)
         return self.read(kind, name, 0, whole.numel).view(whole.shape)
 
+    def _read_base(self, base: Base, name: str, start: int, length: int) -> Tensor:
+        if self._base is None:
+            raise CheckpointError(
+                f"{self.folder}: holds no {tensor_key('frozen', name)}, only what was trained on {base.origin}. Read it there."
+            )
+        return self._base.read("frozen", name, start, length)
+
+    def _require_base(self) -> None:
+        if self._base is None:
+            return
+        own, stored = (
+            {name: reader.whole_of("frozen", name) for name in reader.names("frozen")} for reader in (self, self._base)
+        )
+        if own != stored:
+            raise CheckpointError(f"{self._base.folder}: must hold the frozen weights that {self.folder} names, got others.")
+
     def _copy(self, piece: _Piece, key: str, first: int, into: Tensor) -> None:
         path = self.folder / piece.file
         try:
@@ -180,11 +211,12 @@ class PieceReader:
 
     def _tiled(self) -> dict[str, list[_Piece]]:
         """Returns the pieces of every tensor in order, after checking that they are the whole of it."""
-        found: dict[str, list[_Piece]] = {key: [] for key in self.facts.tensors}
+        has_all = self.facts.base is None
+        found: dict[str, list[_Piece]] = {key: [] for key in self.facts.tensors if has_all or split_key(key)[0] != "frozen"}
         for path in self._rank_files():
             for key, piece, dtype in _pieces_in(path):
                 whole = self.facts.tensors.get(key)
-                if whole is None:
+                if whole is None or key not in found:
                     raise CheckpointError(f"{path}: must hold tensors of {FACTS} only, got {key[:200]!r}. It is damaged.")
                 if dtype != whole.dtype:
                     raise CheckpointError(f"{path}: {key} must be {whole.dtype}, got {dtype}. It is damaged.")

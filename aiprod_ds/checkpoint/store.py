@@ -7,6 +7,7 @@ into `open_pending(...)`, waits for all, and then commits on the main rank. Name
     update_000500.replaced   its predecessor of the same name, while the new one takes its place; it counts where the new one is
                              not there yet
     *.pending                a save or a deletion that is not finished; nobody reads it, and the next save removes it
+    bases/                   frozen weights that checkpoints refer to (`bases.py`)
 
 At every moment of a save, and of the deletions after it, what stands is the old checkpoints or these and the new one.
 """
@@ -16,12 +17,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aiprod_ds.checkpoint.bases import delete_unfinished, delete_unreferenced, verify_base
 from aiprod_ds.checkpoint.manifest import read_manifest, read_mapping, verify_folder, write_manifest
+from aiprod_ds.checkpoint.pieces import FACTS
+from aiprod_ds.checkpoint.removal import PENDING, delete, discard
 from aiprod_ds.checkpoint.retention import Standing, surplus
 from aiprod_ds.checkpoint.space import explained, require_space
 from aiprod_ds.checkpoint.state import RunState
@@ -32,8 +35,8 @@ from aiprod_ds.files import file_sha256, sync, write_atomically
 _LOG = logging.getLogger(__name__)
 _REPLACED = ".replaced"
 _NAME = re.compile(rf"update_([0-9]{{6,}})({_REPLACED})?")
-_PENDING = ".pending"
 _STATE = "state.json"
+_FACTS = f"engine/{FACTS}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +80,9 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             sync(self.folder.parent)
             self._finish_replacements()
-            for leftover in (*self.folder.glob(f"*{_PENDING}"), *self.folder.glob("latest.*.tmp")):
-                _delete(leftover)
+            for leftover in (*self.folder.glob(f"*{PENDING}"), *self.folder.glob("latest.*.tmp")):
+                delete(leftover)
+            delete_unfinished(self.folder)
             last = self._last_bytes()
             require_space(self.folder, needed_bytes if last is None else last * 11 // 10)
             (pending / "engine").mkdir(parents=True)
@@ -86,7 +90,7 @@ class CheckpointStore:
 
     def pending_folder(self, updates: int) -> Path:
         """Returns the name that `open_pending` uses, for the other ranks."""
-        return self.folder / f"{_name(updates)}{_PENDING}"
+        return self.folder / f"{_name(updates)}{PENDING}"
 
     def commit(self, updates: int, state: RunState) -> Path:
         """Turns the pending folder into the checkpoint of `updates`. Main rank only, after every rank has written its files.
@@ -109,17 +113,19 @@ class CheckpointStore:
             pending.rename(final)
             sync(self.folder)
             if replaced.exists():
-                self._discard(replaced)
+                discard(replaced)
             write_atomically(self.folder / "latest", final.name + "\n")
             sync(self.folder)
         return final
 
     def discard_pending(self, updates: int) -> None:
         """Removes what was written of a save that failed; what cannot be removed is left to the next save."""
-        _delete(self.pending_folder(updates))
+        delete(self.pending_folder(updates))
 
     def prune(self, updates: int, config: CheckpointConfig, measure: Callable[[RunState], float | None]) -> list[str]:
         """Deletes what the rules do not keep and returns the names. Main rank only, after `commit(updates, ...)`.
+
+        Bases that no checkpoint refers to any more go too.
 
         The one just written stays. Those of later updates, which a run that went back to an earlier checkpoint has, and those
         that are not whole are neither counted nor deleted; for that all sizes are compared, but of hashes only the run state's.
@@ -140,7 +146,8 @@ class CheckpointStore:
                 return []
             names = surplus(standing, config)
             for name in names:
-                self._discard(self.folder / name)
+                discard(self.folder / name)
+            delete_unreferenced(self.folder, self.names())
         return names
 
     def newest(self) -> Checkpoint | None:
@@ -165,15 +172,18 @@ class CheckpointStore:
         return None
 
     def read(self, folder: Path) -> Checkpoint:
-        """Returns the checkpoint in `folder` after comparing every file with its manifest. Nothing is unpickled.
+        """Returns the checkpoint in `folder` after comparing it, and the base that it needs, with their manifests.
 
         Raises:
             CheckpointError: If `folder` is no whole checkpoint, or another one than its name says.
         """
         if folder.is_symlink():
             raise CheckpointError(f"{folder}: must be a folder, got a link. Name the folder itself.")
-        if _STATE not in verify_folder(folder):
+        files = verify_folder(folder)
+        if _STATE not in files:
             raise CheckpointError(f"{folder}/manifest.json: must list {_STATE}, got no such entry. Take a whole checkpoint.")
+        if _FACTS in files:
+            verify_base(folder)
         state = _read_state(folder)
         match = _NAME.fullmatch(folder.name)
         if match and int(match[1]) != state.clock.updates:
@@ -222,17 +232,10 @@ class CheckpointStore:
                 continue
             final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
             if final.exists():
-                self._discard(replaced)
+                discard(replaced)
             else:
                 replaced.rename(final)
                 sync(self.folder)
-
-    def _discard(self, folder: Path) -> None:
-        """Deletes so that no half of it is ever taken for a checkpoint."""
-        doomed = folder.with_name(f"{folder.name}.deleted{_PENDING}")
-        folder.rename(doomed)
-        sync(self.folder)
-        _delete(doomed)
 
 
 def _name(updates: int) -> str:
@@ -258,14 +261,3 @@ def _read_state(folder: Path) -> RunState:
         return RunState.from_dict(read_mapping(folder / _STATE))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-
-
-def _delete(path: Path) -> None:
-    """Deletes a file or a folder with all it holds; of what resists, as an open file on NFS does, it tells."""
-    try:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
-    except OSError as error:
-        _LOG.warning("checkpoint_not_deleted path=%s error=%s", path, error)

@@ -104,6 +104,9 @@ class CheckpointConfig(StrictModel):
     """Also keeps the checkpoints at multiples of it; itself a multiple of `every_updates`. Needs `keep_last`."""
     keep_best: KeepBestConfig | None = None
     """Also keeps the best of those that were measured. Needs `keep_last`."""
+    self_contained: bool = False
+    """While adapters are trained: hold the frozen weights in every checkpoint. false: a checkpoint refers to what the run started
+    from, or to one copy in `checkpoints/bases/` if the run has changed it."""
     on_full_disk: Literal["stop", "go_on"] = "stop"
     """Without room for a checkpoint: end the run with an error, or warn, train on and try again at the next save."""
 
@@ -202,6 +205,8 @@ class RunConfig(StrictModel):
             for key in ("training_mode", "lora")
             if not self.has_adapters and getattr(phase, key) is not None
         ]
+        if self.checkpoint.self_contained and all(self.phase_adapters(phase) is None for phase in self.curriculum.phases):
+            problems.append("checkpoint.self_contained: has no effect unless a phase trains adapters, got true. Remove it.")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -99,6 +99,8 @@ class EngineShards:
     def restore(self, source: PieceSource) -> None:
         """Sets masters, moments, frozen weights and buffers; casting masters into weights is the engine's.
 
+        Frozen weights stay as they are if the source refers to those that the run started from.
+
         Raises:
             CheckpointError: If the source holds another model.
         """
@@ -116,7 +118,8 @@ class EngineShards:
             own = [span for span in shard.spans if span.name in started]
             for kind in MOMENTS:
                 fill(source, kind, [state[kind]], [own])
-        fill(source, "frozen", [shard.tensor for shard in self.frozen], [shard.spans for shard in self.frozen])
+        if source.facts.base is None or source.facts.base.is_stored:
+            fill(source, "frozen", [shard.tensor for shard in self.frozen], [shard.spans for shard in self.frozen])
         fill(source, "buffer", [shard.tensor for shard in self.buffers], [shard.spans for shard in self.buffers])
 
     def _require_same(self, facts: EngineFacts) -> None:

@@ -25,6 +25,7 @@ from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import NonFiniteError
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema, evaluated_weights
+from aiprod_ds.pieces import Base
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, rss_bytes
 from aiprod_ds.report.recorder import MetricsRecorder
 from aiprod_ds.report.stopwatch import Activity, Stopwatch
@@ -52,6 +53,7 @@ class TrainingLoop:
         clock: Where the run stands; replaced, never changed.
         ema: The average of the weights that is evaluated in their place, if the run keeps one.
         clip: Finds the norm to clip each update at, if the run adapts it.
+        base: The frozen weights that checkpoints refer to in place of holding them.
     """
 
     config: RunConfig
@@ -70,6 +72,7 @@ class TrainingLoop:
     history: History
     ema: Ema | None = None
     clip: AdaptiveClip | None = None
+    base: Base | None = None
     _saved_updates: int = -1
     _skipped_in_a_row: int = 0
     _phase_left_at: float | None = None

@@ -29,6 +29,7 @@ from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.files import write_atomically
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema, evaluated_weights
+from aiprod_ds.pieces import Base
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan, print_summary
 from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.report.jsonl import JsonlSink
@@ -37,6 +38,7 @@ from aiprod_ds.report.sinks import MirrorSink, Sink
 from aiprod_ds.report.stopwatch import Stopwatch
 from aiprod_ds.report.summary import RunStatus, RunSummary
 from aiprod_ds.report.wandb import open_wandb
+from aiprod_ds.train.base import base_of_phase, start_in_words
 from aiprod_ds.train.belonging import change_in_words, check_belongs, run_layout
 from aiprod_ds.train.engines import build_engine, read_settings
 from aiprod_ds.train.history import History
@@ -129,7 +131,7 @@ def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume:
     engine = _build(run, plan.phases[checkpoint.state.clock.phase])
     try:
         ema = _new_ema(config, engine)
-        read_engine(checkpoint.engine_folder, engine, ema)
+        read_engine(checkpoint.engine_folder, engine, ema, origin=start_in_words(config))
         engine.eval()
         with evaluated_weights(ema):
             return dict(unit.evaluate(engine).metrics)
@@ -164,8 +166,9 @@ def _train(run: _Run, checkpoint: Checkpoint | None, watch: SignalWatch) -> RunS
 def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: SignalWatch) -> TrainingLoop:
     scheduler, clock, history = CurriculumScheduler(run.plan), Clock(), History()
     ema, clip = _new_ema(run.config, engine), _new_clip(run.config)
+    base: Base | None = None
     if checkpoint is not None:
-        read_engine(checkpoint.engine_folder, engine, ema)
+        base = read_engine(checkpoint.engine_folder, engine, ema, origin=start_in_words(run.config)).base
         if clip is not None:
             clip.restore(checkpoint.state.adaptive_clip)
         clock, history = checkpoint.state.clock, History.from_dict(checkpoint.state.history)
@@ -176,6 +179,9 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
         if change is not None:
             history.resharded.append(f"{name}: {change}")
             _LOG.info("resharded checkpoint=%s %s", name, change)
+    if base is None or run.config.checkpoint.self_contained:
+        origin, is_stored = start_in_words(run.config), checkpoint is not None  # what was restored may have been trained before
+        base = base_of_phase(engine, run.plan.phases[clock.phase], run.config, origin=origin, is_stored=is_stored)
     sinks = _open_sinks(run, clock, is_resumed=checkpoint is not None) if dist.is_main() else ()
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
     stopwatch = Stopwatch()
@@ -190,7 +196,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
             history=history.to_dict(),
             adaptive_clip={} if loop.clip is None else loop.clip.to_dict(),
         )
-        problem = run.saver.save(loop.engine, loop.ema, state)
+        problem = run.saver.save(loop.engine, loop.ema, state, base=loop.base)
         if problem is not None:
             history.not_saved.append({"update": now.updates, "reason": problem})
 
@@ -211,6 +217,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
         history=history,
         ema=ema,
         clip=clip,
+        base=base,
     )
     return loop
 
@@ -238,6 +245,8 @@ def _retrain(run: _Run, loop: TrainingLoop, before: PhasePlan, after: PhasePlan)
         loop.engine, run.facts.unit, before, after, build=lambda: build_engine(run.config, run.settings, run.facts.unit, run.plan)
     )
     loop.ema, loop.clip = _new_ema(run.config, loop.engine), _new_clip(run.config)
+    origin = f"{start_in_words(run.config)}, trained until phase {after.name}"
+    loop.base = base_of_phase(loop.engine, after, run.config, origin=origin, is_stored=True)
     loop.history.retrained.append(done.to_dict())
 
 

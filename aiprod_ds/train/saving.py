@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+import torch
+
+from aiprod_ds.checkpoint.bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.pieces import PieceReader, write_pieces
 from aiprod_ds.checkpoint.space import DiskFullError, explained, write_error
 from aiprod_ds.checkpoint.state import RunState
@@ -23,7 +26,8 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.optim.ema import Ema
-from aiprod_ds.pieces import EngineFacts
+from aiprod_ds.pieces import Base, Captured, EngineFacts
+from aiprod_ds.train.base import require_start
 
 _LOG = logging.getLogger(__name__)
 _TOKEN = ".seen_by_all_ranks"
@@ -46,8 +50,10 @@ class Saver:
     phase_names: tuple[str, ...]
     parameters: int
 
-    def save(self, engine: Engine, ema: Ema | None, state: RunState) -> str | None:
+    def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> str | None:
         """Commits a checkpoint and deletes those that are kept no longer. Collective.
+
+        Frozen weights are left out where there is a `base`; one that must be stored and is not there yet is stored first.
 
         An error is raised on every rank.
 
@@ -59,7 +65,7 @@ class Saver:
             CheckpointError: If the ranks share no folder, or the disk fails.
         """
         try:
-            self._save(engine, ema, state)
+            self._save(engine, ema, state, base)
         except DiskFullError as error:
             if self.config.on_full_disk == "stop":
                 raise
@@ -67,19 +73,38 @@ class Saver:
             return str(error)
         return None
 
-    def _save(self, engine: Engine, ema: Ema | None, state: RunState) -> None:
+    def _save(self, engine: Engine, ema: Ema | None, state: RunState, base: Base | None) -> None:
+        if base is not None and base.is_stored:
+            self._store_base(engine, base.sha256)
         updates = state.clock.updates
         needed_bytes = estimated_bytes(engine, ema, self.parameters)
         try:
             pending = dist.from_main(lambda: self.store.open_pending(updates, needed_bytes=needed_bytes))
             require_shared(pending)
-            write_engine(pending / "engine", engine, ema)
+            write_engine(pending / "engine", engine, ema, base)
             dist.from_main(lambda: self.store.commit(updates, state))
         except Exception:
             if dist.is_main():
                 self.store.discard_pending(updates)
             raise
         dist.from_main(lambda: self._prune(state))
+
+    def _store_base(self, engine: Engine, sha256: str) -> None:
+        folder = self.store.folder
+        if dist.from_main(lambda: has_base(folder, sha256)):
+            return
+        frozen = engine.capture().only_frozen()
+        needed_bytes = sum(whole.numel * getattr(torch, whole.dtype).itemsize for whole in frozen.facts.tensors.values())
+        try:
+            pending = dist.from_main(lambda: open_base(folder, sha256, needed_bytes=needed_bytes))
+            require_shared(pending)
+            _write(pending / "engine", frozen)
+            dist.from_main(lambda: commit_base(folder, sha256))
+        except Exception:
+            if dist.is_main():
+                discard_pending_base(folder, sha256)
+            raise
+        _LOG.info("base_stored sha256=%s bytes=%d", sha256, needed_bytes)
 
     def _prune(self, state: RunState) -> None:
         deleted = self.store.prune(state.clock.updates, self.config, self._measure)
@@ -101,8 +126,10 @@ class Saver:
         return float(value) if isinstance(value, int | float) else None
 
 
-def write_engine(folder: Path, engine: Engine, ema: Ema | None = None) -> None:
+def write_engine(folder: Path, engine: Engine, ema: Ema | None = None, base: Base | None = None) -> None:
     """Writes what `read_engine` needs into an existing folder, each rank its own part. Collective; nothing is committed here.
+
+    Frozen weights are left out where there is a `base`.
 
     Raises:
         DiskFullError: On every rank, if one had no room.
@@ -111,18 +138,27 @@ def write_engine(folder: Path, engine: Engine, ema: Ema | None = None) -> None:
     state = engine.capture()
     if ema is not None:
         state = ema.capture(state)
-    for failure in dist.gather_objects(_failure(lambda: write_pieces(folder, state), folder)):
-        if failure is not None:
-            raise failure
+    _write(folder, state if base is None else state.on(base))
 
 
-def read_engine(folder: Path, engine: Engine, ema: Ema | None = None) -> EngineFacts:
+def read_engine(
+    folder: Path, engine: Engine, ema: Ema | None = None, *, origin: str = "the weights that the engine was built with"
+) -> EngineFacts:
     """Restores engine and average from what any number of ranks wrote under any ZeRO stage; returns what they were. Collective.
 
+    Args:
+        folder: Of the engine, in a checkpoint.
+        engine: As it was built: its frozen weights may be those that the checkpoint refers to.
+        ema: Its average.
+        origin: Of the engine's weights, in words.
+
     Raises:
-        CheckpointError: If `folder` is damaged, or of another model or precision.
+        CheckpointError: If `folder` is damaged, or of another model, precision or base.
     """
     with PieceReader(folder) as reader:
+        base = reader.facts.base
+        if base is not None and not base.is_stored:
+            require_start(engine, base, folder=folder, origin=origin)
         engine.restore(reader)
         if ema is not None:
             ema.restore(reader)
@@ -188,6 +224,13 @@ def _sees(folder: Path, token: str, within_seconds: float) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.05)
+
+
+def _write(folder: Path, state: Captured) -> None:
+    """Every rank writes its pieces; an error of one is raised on all."""
+    for failure in dist.gather_objects(_failure(lambda: write_pieces(folder, state), folder)):
+        if failure is not None:
+            raise failure
 
 
 def _failure(write: Callable[[], None], folder: Path) -> AiprodError | None:
