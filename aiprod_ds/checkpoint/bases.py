@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from aiprod_ds.checkpoint.manifest import read_manifest, read_mapping, verify_folder, write_manifest
+from aiprod_ds.checkpoint.manifest import read_mapping, verify_folder, write_manifest
 from aiprod_ds.checkpoint.pieces import FACTS, base_folder
 from aiprod_ds.checkpoint.removal import PENDING, delete, discard
 from aiprod_ds.checkpoint.space import explained, require_space
@@ -26,13 +26,12 @@ _ENGINE_FACTS = f"engine/{FACTS}"
 
 
 def has_base(checkpoints: Path, sha256: str) -> bool:
-    """Returns whether a base is there with all its files; compares their sizes only."""
-    folder = base_folder(checkpoints, sha256)
+    """Returns whether a base is there and is what its manifest says; reads all of it."""
     try:
-        files = read_manifest(folder)
-        return all((folder / name).stat().st_size == record.bytes for name, record in files.items())
-    except (OSError, CheckpointError):
+        verify_folder(base_folder(checkpoints, sha256))
+    except CheckpointError:
         return False
+    return True
 
 
 def open_base(checkpoints: Path, sha256: str, *, needed_bytes: int) -> Path:

@@ -184,7 +184,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
         base = base_of_phase(engine, run.plan.phases[clock.phase], run.config, origin=origin, is_stored=is_stored)
     sinks = _open_sinks(run, clock, is_resumed=checkpoint is not None) if dist.is_main() else ()
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
-    stopwatch = Stopwatch()
+    stopwatch, saver = Stopwatch(), run.saver
 
     def save(now: Clock) -> None:
         state = RunState(
@@ -196,7 +196,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
             history=history.to_dict(),
             adaptive_clip={} if loop.clip is None else loop.clip.to_dict(),
         )
-        problem = run.saver.save(loop.engine, loop.ema, state, base=loop.base)
+        problem = saver.save(loop.engine, loop.ema, state, base=loop.base)
         if problem is not None:
             history.not_saved.append({"update": now.updates, "reason": problem})
 

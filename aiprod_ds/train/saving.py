@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -49,6 +49,7 @@ class Saver:
     config: CheckpointConfig
     phase_names: tuple[str, ...]
     parameters: int
+    _stored: set[str] = field(default_factory=set)  # bases that are whole
 
     def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> str | None:
         """Commits a checkpoint and deletes those that are kept no longer. Collective.
@@ -91,7 +92,10 @@ class Saver:
 
     def _store_base(self, engine: Engine, sha256: str) -> None:
         folder = self.store.folder
+        if sha256 in self._stored:
+            return
         if dist.from_main(lambda: has_base(folder, sha256)):
+            self._stored.add(sha256)
             return
         frozen = engine.capture().only_frozen()
         needed_bytes = sum(whole.numel * getattr(torch, whole.dtype).itemsize for whole in frozen.facts.tensors.values())
@@ -104,6 +108,7 @@ class Saver:
             if dist.is_main():
                 discard_pending_base(folder, sha256)
             raise
+        self._stored.add(sha256)
         _LOG.info("base_stored sha256=%s bytes=%d", sha256, needed_bytes)
 
     def _prune(self, state: RunState) -> None:
