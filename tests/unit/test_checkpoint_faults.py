@@ -10,22 +10,26 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aiprod_ds.checkpoint.bases import commit_base, discard_pending_base, has_base, open_base
+from aiprod_ds.checkpoint.manifest import write_manifest
 from aiprod_ds.checkpoint.space import DiskFullError
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.pieces import Base
 
 KEEP_TWO = CheckpointConfig(keep_last=2)
 # Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may only change with the
@@ -272,3 +276,90 @@ def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch:
     last_write = max(at for at, (name, _) in enumerate(seen[:renamed]) if name == "write")
     assert {path for name, path in seen[last_write:renamed] if name == "fsync"} >= written
     assert seen[renamed + 1 : renamed + 3] == [("open", str(store)), ("fsync", str(store))]
+
+
+# A save of adapters on a base that the run has made: the base first, then the checkpoint; then two checkpoints and their base go.
+OLD_BASE, NEW_BASE = "a" * 64, "b" * 64
+BASE_OPERATIONS = 82
+
+
+def _save_on_base(store: CheckpointStore, updates: int, sha256: str) -> None:
+    if not has_base(store.folder, sha256):
+        pending = open_base(store.folder, sha256, needed_bytes=1)
+        try:
+            (pending / "engine" / "weights.bin").write_bytes(sha256.encode())
+            commit_base(store.folder, sha256)
+        except Exception:
+            discard_pending_base(store.folder, sha256)
+            raise
+    pending = store.open_pending(updates)
+    try:
+        base = asdict(Base(sha256=sha256, is_stored=True, origin="the run"))
+        (pending / "engine" / "engine.json").write_text(json.dumps({"base": base}))
+        store.commit(updates, _state(updates))
+    except Exception:
+        store.discard_pending(updates)
+        raise
+    store.prune(updates, CheckpointConfig(keep_last=1), lambda _: None)
+
+
+def _prepared_on_base(folder: Path) -> CheckpointStore:
+    folder.mkdir()
+    store = CheckpointStore(folder / "checkpoints")
+    _save_on_base(store, 2, OLD_BASE)
+    return store
+
+
+def test_every_operation_of_a_save_with_its_base_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, faults = _prepared_on_base(tmp_path / "whole"), Faults(tmp_path)
+    with _watching(monkeypatch, faults):
+        _save_on_base(store, 4, NEW_BASE)
+    assert len(faults.seen) == BASE_OPERATIONS
+    stored = str(store.folder / "bases" / NEW_BASE)
+    renamed = next(at for at, (name, path) in enumerate(faults.seen) if name == "rename" and path == f"{stored}.pending")
+    written = {path for name, path in faults.seen[:renamed] if name == "write"}
+    assert {f"{stored}.pending/engine/weights.bin", f"{stored}.pending/manifest.json"} == written
+    assert written <= {path for name, path in faults.seen[:renamed] if name == "fsync"}
+    assert faults.seen[renamed + 1 : renamed + 3] == [
+        ("open", str(store.folder / "bases")),
+        ("fsync", str(store.folder / "bases")),
+    ]
+    assert not any(f"update_{4:06d}" in path for _, path in faults.seen[:renamed]), "the base stands before who refers to it"
+
+
+@pytest.mark.parametrize("fault", ["killed", "failed"])
+def test_a_checkpoint_always_finds_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    outcomes = set()
+    for at in range(BASE_OPERATIONS):
+        store = _prepared_on_base(tmp_path / str(at))
+        error = KilledError() if fault == "killed" else OSError(errno.ENOSPC, "No space left on device")
+        with suppress(KilledError, CheckpointError, OSError), _watching(monkeypatch, Faults(tmp_path, at=at, error=error)):
+            _save_on_base(store, 4, NEW_BASE)
+        newest = store.newest()  # verifies the base too
+        assert newest is not None, f"operation {at}"
+        outcomes.add(newest.state.clock.updates)
+        _save_on_base(store, 4, NEW_BASE)
+        _save_on_base(store, 5, NEW_BASE)
+        assert sorted(path.name for path in store.folder.iterdir()) == ["bases", "latest", "update_000005"]
+        assert [path.name for path in (store.folder / "bases").iterdir()] == [NEW_BASE]
+        assert store.read(store.folder / "update_000005").state.clock.updates == 5
+    assert outcomes == {2, 4}
+
+
+def test_bases_stay_while_a_checkpoint_cannot_say_what_it_needs(tmp_path: Path) -> None:
+    store = _prepared_on_base(tmp_path / "run")
+    (store.folder / "update_000002" / "engine" / "engine.json").write_text("{")
+    _save_on_base(store, 4, NEW_BASE)
+    assert sorted(path.name for path in (store.folder / "bases").iterdir()) == [OLD_BASE, NEW_BASE]
+
+
+@pytest.mark.parametrize("sha256", ["../../x", "A" * 64, "a" * 63, 3])
+def test_a_reference_that_leads_elsewhere_is_refused(tmp_path: Path, sha256: Any) -> None:
+    store = _prepared_on_base(tmp_path / "run")
+    folder = store.folder / "update_000002"
+    base = {"sha256": sha256, "is_stored": True, "origin": "x"}
+    (folder / "engine" / "engine.json").write_text(json.dumps({"base": base}))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"engine\.json: base: must be null or have"):
+        store.read(folder)

@@ -160,7 +160,7 @@ def test_weights_that_the_run_made_are_stored_once_and_read_through_the_checkpoi
             assert torch.equal(last.whole("frozen", name), before.bfloat16())
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped", "other shapes"])
+@pytest.mark.parametrize("damage", ["missing", "flipped", "facts"])
 def test_a_checkpoint_whose_base_is_damaged_is_skipped(tmp_path: Path, model: Path, damage: str) -> None:
     _trainer(tmp_path / "run", model, FULL, LORA).train()
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
@@ -168,7 +168,7 @@ def test_a_checkpoint_whose_base_is_damaged_is_skipped(tmp_path: Path, model: Pa
     if damage == "missing":
         shutil.rmtree(stored)
     else:
-        path = stored / "engine" / ("engine.json" if damage == "other shapes" else "rank_00000_of_00001.safetensors")
+        path = stored / "engine" / ("engine.json" if damage == "facts" else "rank_00000_of_00001.safetensors")
         content = bytearray(path.read_bytes())
         content[-20] ^= 1
         path.write_bytes(bytes(content))
