@@ -84,6 +84,12 @@ class Whole:
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.numel * dtype.itemsize
+
     @classmethod
     def of(cls, shape: Sequence[int], dtype: torch.dtype) -> Whole:
         """Returns the record of a tensor."""
@@ -164,6 +170,10 @@ class EngineFacts:
     def names(self, kind: Kind) -> tuple[str, ...]:
         """Returns the names of the tensors of one kind, sorted."""
         return tuple(sorted(name for own, name in map(split_key, self.tensors) if own == kind))
+
+    def num_bytes(self) -> int:
+        """Returns the bytes of all tensors that are here."""
+        return sum(whole.num_bytes for key, whole in self.tensors.items() if self.base is None or split_key(key)[0] != "frozen")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""

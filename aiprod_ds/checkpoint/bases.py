@@ -34,11 +34,11 @@ def has_base(checkpoints: Path, sha256: str) -> bool:
     return True
 
 
-def open_base(checkpoints: Path, sha256: str, *, needed_bytes: int) -> Path:
+def open_base(checkpoints: Path, sha256: str, *, num_bytes: int) -> Path:
     """Makes and returns the empty folder that all ranks write a base into. Main rank only.
 
     Raises:
-        DiskFullError: If there is less room than `needed_bytes`.
+        DiskFullError: If there is less room than for `num_bytes` and a tenth of them.
         CheckpointError: If the disk fails.
     """
     pending = _pending(checkpoints, sha256)
@@ -46,7 +46,7 @@ def open_base(checkpoints: Path, sha256: str, *, needed_bytes: int) -> Path:
         (checkpoints / BASES).mkdir(parents=True, exist_ok=True)
         sync(checkpoints)
         delete_unfinished(checkpoints)
-        require_space(checkpoints, needed_bytes)
+        require_space(checkpoints, num_bytes * 11 // 10)
         (pending / "engine").mkdir(parents=True)
     return pending
 

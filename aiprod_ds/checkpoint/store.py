@@ -62,14 +62,14 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open_pending(self, updates: int, *, needed_bytes: int = 0) -> Path:
+    def open_pending(self, updates: int, *, num_bytes: int = 0) -> Path:
         """Makes and returns the empty folder that all ranks write the checkpoint of `updates` into. Main rank only.
 
         First it finishes or removes what an interrupted save left, then it looks for room.
 
         Args:
             updates: Applied updates.
-            needed_bytes: For the first checkpoint; for later ones 1.1 times the newest is asked for.
+            num_bytes: Of its tensors; room is asked for these and a tenth of them.
 
         Raises:
             DiskFullError: If there is less room.
@@ -83,8 +83,7 @@ class CheckpointStore:
             for leftover in (*self.folder.glob(f"*{PENDING}"), *self.folder.glob("latest.*.tmp")):
                 delete(leftover)
             delete_unfinished(self.folder)
-            last = self._last_bytes()
-            require_space(self.folder, needed_bytes if last is None else last * 11 // 10)
+            require_space(self.folder, num_bytes * 11 // 10)
             (pending / "engine").mkdir(parents=True)
         return pending
 
@@ -217,14 +216,6 @@ class CheckpointStore:
             return Standing(name=name, updates=_updates(name), value=measure(_read_state(folder)))
         except (OSError, CheckpointError):
             return None
-
-    def _last_bytes(self) -> int | None:
-        for name in self.names():
-            try:
-                return sum(record.bytes for record in read_manifest(self.folder / name).values())
-            except CheckpointError:
-                continue
-        return None
 
     def _finish_replacements(self) -> None:
         for replaced in self.folder.glob(f"update_*{_REPLACED}"):

@@ -83,7 +83,6 @@ class _Run:
             store=self.store,
             config=self.config.checkpoint,
             phase_names=tuple(phase.name for phase in self.plan.phases),
-            parameters=self.facts.parameters,
         )
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-import torch
-
 from aiprod_ds.checkpoint.bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.pieces import PieceReader, write_pieces
 from aiprod_ds.checkpoint.space import DiskFullError, explained, write_error
@@ -42,13 +40,11 @@ class Saver:
         store: Where to.
         config: What to keep, and what to do without room.
         phase_names: Of the curriculum, by the index that the clock has.
-        parameters: Of the model, trained or not.
     """
 
     store: CheckpointStore
     config: CheckpointConfig
     phase_names: tuple[str, ...]
-    parameters: int
     _stored: set[str] = field(default_factory=set)  # bases that are whole
 
     def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> str | None:
@@ -77,12 +73,11 @@ class Saver:
     def _save(self, engine: Engine, ema: Ema | None, state: RunState, base: Base | None) -> None:
         if base is not None and base.is_stored:
             self._store_base(engine, base.sha256)
-        updates = state.clock.updates
-        needed_bytes = estimated_bytes(engine, ema, self.parameters)
+        updates, captured = state.clock.updates, capture(engine, ema, base)
         try:
-            pending = dist.from_main(lambda: self.store.open_pending(updates, needed_bytes=needed_bytes))
+            pending = dist.from_main(lambda: self.store.open_pending(updates, num_bytes=captured.facts.num_bytes()))
             require_shared(pending)
-            write_engine(pending / "engine", engine, ema, base)
+            _write(pending / "engine", captured)
             dist.from_main(lambda: self.store.commit(updates, state))
         except Exception:
             if dist.is_main():
@@ -98,9 +93,9 @@ class Saver:
             self._stored.add(sha256)
             return
         frozen = engine.capture().only_frozen()
-        needed_bytes = sum(whole.numel * getattr(torch, whole.dtype).itemsize for whole in frozen.facts.tensors.values())
+        num_bytes = frozen.facts.num_bytes()
         try:
-            pending = dist.from_main(lambda: open_base(folder, sha256, needed_bytes=needed_bytes))
+            pending = dist.from_main(lambda: open_base(folder, sha256, num_bytes=num_bytes))
             require_shared(pending)
             _write(pending / "engine", frozen)
             dist.from_main(lambda: commit_base(folder, sha256))
@@ -109,7 +104,7 @@ class Saver:
                 discard_pending_base(folder, sha256)
             raise
         self._stored.add(sha256)
-        _LOG.info("base_stored sha256=%s bytes=%d", sha256, needed_bytes)
+        _LOG.info("base_stored sha256=%s bytes=%d", sha256, num_bytes)
 
     def _prune(self, state: RunState) -> None:
         deleted = self.store.prune(state.clock.updates, self.config, self._measure)
@@ -134,16 +129,19 @@ class Saver:
 def write_engine(folder: Path, engine: Engine, ema: Ema | None = None, base: Base | None = None) -> None:
     """Writes what `read_engine` needs into an existing folder, each rank its own part. Collective; nothing is committed here.
 
-    Frozen weights are left out where there is a `base`.
-
     Raises:
         DiskFullError: On every rank, if one had no room.
         CheckpointError: On every rank, if one failed otherwise.
     """
+    _write(folder, capture(engine, ema, base))
+
+
+def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) -> Captured:
+    """Returns what this rank writes of engine and average, not copied; without frozen weights where there is a `base`."""
     state = engine.capture()
     if ema is not None:
         state = ema.capture(state)
-    _write(folder, state if base is None else state.on(base))
+    return state if base is None else state.on(base)
 
 
 def read_engine(
@@ -168,20 +166,6 @@ def read_engine(
         if ema is not None:
             ema.restore(reader)
         return reader.facts
-
-
-def estimated_bytes(engine: Engine, ema: Ema | None, parameters: int) -> int:
-    """Returns about how large a checkpoint becomes: fp32 masters, two moments and the average, and frozen weights.
-
-    Args:
-        engine: Holds what is trained.
-        ema: The average, if there is one.
-        parameters: Of the model, trained or not.
-    """
-    trained = sum(shard.numel() for shard in engine.master_shards()) * (
-        engine.world_size if engine.has_partitioned_masters else 1
-    )
-    return (parameters - trained) * engine.compute_dtype.itemsize + trained * 4 * (3 if ema is None else 4)
 
 
 def require_shared(folder: Path, *, within_seconds: float = _SEEN_WITHIN_SECONDS) -> None:
