@@ -39,7 +39,7 @@ from aiprod_ds.checkpoint.weights_folder import WeightsFolder, require_equal, wr
 from aiprod_ds.clock import Clock
 from aiprod_ds.pieces import Captured, Cut, EngineFacts, Whole, split_key
 from aiprod_ds.train.conversion import convert
-from aiprod_ds.train.conversion_sources import Request
+from aiprod_ds.train.conversion_request import Request
 
 _RANKS = 2
 _IN_MEMORY, _GIGABYTES_IN_MEMORY = Path("/dev/shm"), 0.5

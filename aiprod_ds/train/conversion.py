@@ -36,7 +36,8 @@ from aiprod_ds.models.single_file import names_for_single_file, names_in_single_
 from aiprod_ds.models.transformer_folder import family_of
 from aiprod_ds.tensor_file import TensorSource
 from aiprod_ds.train.conversion_progress import shown
-from aiprod_ds.train.conversion_sources import LORA_FORMS, Adapters, Form, Opened, Request, open_source
+from aiprod_ds.train.conversion_request import LORA_FORMS, Adapters, Form, Opened, Request
+from aiprod_ds.train.conversion_sources import open_source
 from aiprod_ds.train.lora_folders import Extraction
 
 _SUFFIX = ".safetensors"

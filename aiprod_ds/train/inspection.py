@@ -80,6 +80,8 @@ def _checkpoint(found: Found) -> Inspection:
     weights = CheckpointWeights(checkpoint.folder)
     facts = {**asdict(checkpoint.state.clock), **checkpoint.state.layout, "bytes": _bytes_of(checkpoint)}
     facts |= {"trained": kinds["master"], "with moments": kinds["exp_avg"], "averaged": kinds["ema"], "frozen": kinds["frozen"]}
+    if weights.missing_base is not None:
+        facts["frozen weights"] = f"not here but of {weights.missing_base}"
     verified = "every file has the bytes and the hash of the manifest; every tensor is whole"
     return _with_tensors(found, weights, facts, verified=verified)
 

@@ -11,9 +11,13 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.testing.dist import free_port, run_in_own_session
+from aiprod_ds.train.conversion import convert
+from aiprod_ds.train.conversion_request import Request
 
 PHASES = ("low", "medium", "high")
 UPDATES = (3, 2, 2)
@@ -77,6 +81,14 @@ def test_the_run_folder_is_whole(trained: Finished) -> None:
     wanted = ("config.yaml", "plan.json", "environment.json", "report.md", "export/config.json")
     assert [name for name in wanted if not (trained.folder / name).is_file()] == []
     assert (trained.folder / "checkpoints" / "latest").read_text(encoding="utf-8") == "update_000007\n"
+
+
+def test_its_checkpoint_of_two_ranks_becomes_what_it_exported(trained: Finished, tmp_path: Path) -> None:
+    convert(Request(source=trained.folder, out=tmp_path / "model"), verify=True)
+    name = "diffusion_pytorch_model.safetensors"
+    exported, found = load_file(trained.folder / "export" / name), load_file(tmp_path / "model" / name)
+    assert exported.keys() == found.keys()  # the export measures latents_mean and latents_std
+    assert all(torch.equal(found[name], value) for name, value in exported.items() if not name.startswith("latents_"))
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Finished, trained_again: Finished) -> None:

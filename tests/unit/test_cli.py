@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, main
 from aiprod_ds.data.synthetic import write_synthetic_clips
@@ -355,6 +357,13 @@ def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: P
     assert main(_arguments("eval", config, run_folder)) == DONE
     measured = json.loads(capsys.readouterr().out)
     assert measured["psnr_db"] == pytest.approx(report["metrics"]["psnr_db_after"], abs=1e-9)  # the same code on the same weights
+
+    converted = run_folder.with_name("converted")
+    assert main(["convert", str(run_folder), str(converted), "--verify"]) == DONE
+    capsys.readouterr()
+    exported, found = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (run_folder / "export", converted))
+    assert exported.keys() == found.keys()  # the export measures latents_mean and latents_std
+    assert all(torch.equal(found[name], value) for name, value in exported.items() if not name.startswith("latents_"))
 
     assert main(["inspect", str(run_folder), "--json"]) == DONE
     (shown,) = json.loads(capsys.readouterr().out)["checkpoints"]

@@ -27,6 +27,7 @@ from aiprod_ds.testing.families import pipeline_around, tiny_transformer
 from aiprod_ds.train.diffusion import DiffusionTrainer
 
 VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "temporal_stride": 8}
+LORA = {"training_mode": "lora", "lora": {"rank": 4, "alpha": 6.0, "targets": ["*"]}}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 each_family = pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family: family.name)
 
@@ -61,8 +62,10 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lora = {"rank": 4, "alpha": 6.0, "targets": ["*"]}
-    return _train(tmp_path_factory.mktemp("lora") / "run", Wan, 16, training_mode="lora", lora=lora)
+    """Of adapters on a folder's weights, to which its checkpoints refer."""
+    folder = tmp_path_factory.mktemp("lora")
+    model = {"source": "WanTransformer3DModel", "pretrained": str(_folder(Wan, folder / "base"))}
+    return _train(folder / "run", Wan, 16, model=model, **LORA)
 
 
 @pytest.fixture(autouse=True)
@@ -134,23 +137,40 @@ def test_adapters_of_a_run_become_what_it_exported(lora_run: Path, tmp_path: Pat
     assert _convert(lora_run, tmp_path / "lora.safetensors", "--to", "diffusers-lora", "--dtype", "bf16", "--verify") == DONE
 
 
-def test_adapters_of_a_run_are_merged_as_those_of_a_file(lora_run: Path, tmp_path: Path) -> None:
+def test_adapters_of_a_run_are_merged_as_those_of_a_file(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, export = lora_run.parent / "base", lora_run / "export"
+    assert _convert(export, tmp_path / "again", "--to", "diffusers", "--base", base, "--verify") == DONE
+    expected = _loaded(Wan, tmp_path / "again")
+    assert not _same(expected, _loaded(Wan, base))
     assert _convert(lora_run, tmp_path / "merged", "--verify") == DONE
-    base = tiny_transformer(Wan)
-    base.load_state_dict(_base_of(lora_run))
-    base.save_pretrained(tmp_path / "base")
-    again = tmp_path / "again"
-    assert _convert(lora_run / "export", again, "--to", "diffusers", "--base", tmp_path / "base", "--verify") == DONE
-    assert _same(_loaded(Wan, tmp_path / "merged"), _loaded(Wan, again))
-    assert not _same(_loaded(Wan, again), base.state_dict())
+    assert _same(_loaded(Wan, tmp_path / "merged"), expected)
+    moved = tmp_path / "moved"
+    base.rename(moved)
+    try:
+        assert _convert(lora_run, tmp_path / "out", "--to", "safetensors") == FAILED
+        config = moved / "config.json"
+        assert _convert(lora_run, tmp_path / "named", "--base", moved, "--config", config, "--verify") == DONE
+        assert _same(_loaded(Wan, tmp_path / "named"), expected)
+        other = _folder(Wan, tmp_path / "other", seed=1)
+        assert _convert(lora_run, tmp_path / "out", "--base", other, "--config", config) == FAILED
+        assert "must be the weights that the adapters were trained on" in capsys.readouterr().err
+    finally:
+        moved.rename(base)
 
 
-def _base_of(run: Path) -> dict[str, Tensor]:
-    from aiprod_ds.checkpoint.checkpoint_weights import CheckpointWeights
+def test_a_checkpoint_that_holds_its_base_needs_nothing_else(tmp_path: Path) -> None:
+    run = _train(tmp_path / "run", Wan, 16, **LORA, checkpoint={"every_updates": 1, "self_contained": True})
+    assert _convert(run, tmp_path / "merged", "--verify") == DONE
+    config = tmp_path / "merged" / "config.json"
+    base = load_config(run / "config.yaml")
+    from aiprod_ds.models.registry import build_model
 
-    weights = CheckpointWeights(run / "checkpoints" / "update_000002")
-    names = {name.removeprefix("transformer.").replace(".base_layer.", "."): name for name in weights if ".lora_" not in name}
-    return {name: weights[there] for name, there in names.items()}
+    start: Any = build_model(base.model, seed=base.seed)
+    start.save_pretrained(tmp_path / "start")
+    assert _convert(run / "export", tmp_path / "again", "--base", tmp_path / "start", "--config", config) == DONE
+    assert _same(_loaded(Wan, tmp_path / "merged"), _loaded(Wan, tmp_path / "again"))
 
 
 @each_family
