@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,11 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="base model of a LoRA, or the model before training")
     parser.add_argument("--alpha", type=float, help="of a LoRA that does not say it")
-    parser.add_argument("--rank", type=int, help="extract a LoRA of this rank: the difference of SOURCE and --base")
+    parser.add_argument("--rank", type=_positive_int, help="extract a LoRA of this rank: the difference of SOURCE and --base")
     parser.add_argument("--targets", nargs="+", default=["*"], metavar="PATTERN", help="layers to extract, as lora.targets")
     parser.add_argument("--prefix", help="take only tensors whose names begin so, without it")
     parser.add_argument(
-        "--shard-gb", type=float, default=10.0, metavar="GB", help="the most that one file of a folder holds (10)"
+        "--shard-gb", type=_positive, default=10.0, metavar="GB", help="the most that one file of a folder holds (10)"
     )
     parser.add_argument("--trust-checkpoint", action="store_true", help="open folders of pickles: only for your own")
     return parser
@@ -80,6 +81,20 @@ def add_inspect(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="list all tensors, not the first 40")
     parser.add_argument("--trust-checkpoint", action="store_true", help="list tensors of folders of pickles: only of your own")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
 
 
 def request_of(arguments: argparse.Namespace) -> Request:

@@ -16,7 +16,7 @@ from aiprod_ds.models.diffusers_config import read_diffusers_config
 from aiprod_ds.models.lora_files import LoraWeights, read_lora
 from aiprod_ds.models.transformer_folder import family_of
 from aiprod_ds.tensor_file import TensorSource
-from aiprod_ds.train.conversion_request import Adapters, Opened, Request
+from aiprod_ds.train.conversion_request import LORA_FORMS, Adapters, Opened, Request
 from aiprod_ds.train.conversion_runs import open_run
 
 
@@ -66,18 +66,19 @@ def _open_lora(request: Request, found: Found) -> Opened:
     merged = None
     if request.base is not None:
         merged = Merged(WeightsFolder(request.base), lora.tensors(), lora.scales(), None)
-    return Opened(found=found, weights=merged, adapters=_same_scale(lora), model=model)
+    adapters = _same_scale(lora) if request.form in LORA_FORMS else None
+    return Opened(found=found, weights=merged, adapters=adapters, model=model)
 
 
 def _same_scale(lora: LoraWeights) -> Adapters:
-    """Returns adapters with one rank and one scale; where scales differ they are multiplied into B."""
+    """Returns adapters with one rank and one positive scale; where scales differ, or are not positive, they go into B."""
     ranks, scales = lora.ranks(), set(lora.scales().values())
     if len(ranks) > 1:
         raise CheckpointError(
             f"{lora.source}: must have one rank in all layers to be written, got {', '.join(map(str, ranks))}. "
             "Merge it into its base instead."
         )
-    tensors, scale = lora.tensors(), scales.pop() if len(scales) == 1 else None
+    tensors, scale = lora.tensors(), scales.pop() if len(scales) == 1 and min(scales) > 0 else None
     if scale is None:
         for name, own in lora.scales().items():
             tensors[f"{name}.lora_B.weight"] = tensors[f"{name}.lora_B.weight"] * own

@@ -218,6 +218,33 @@ def test_every_form_of_a_lora_becomes_every_other(family_type: type[Family], tmp
     assert len(adapted) == len(load_file(tmp_path / "d.safetensors")) // 2
 
 
+def test_a_lora_of_several_ranks_is_merged_and_one_of_several_scales_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = _folder(Wan, tmp_path / "base")
+    layers = {"blocks.0.self_attn.q": (1, 2.0), "blocks.1.self_attn.k": (2, -1.0)}
+
+    def write(*, own_ranks: bool) -> None:
+        tensors = {}
+        for key, (own, alpha) in layers.items():
+            rank, name = own if own_ranks else 2, f"diffusion_model.{key}"
+            tensors |= {f"{name}.lora_A.weight": torch.ones(rank, 24), f"{name}.lora_B.weight": torch.ones(24, rank)}
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        save_file(tensors, tmp_path / "x.safetensors")
+
+    write(own_ranks=True)
+    assert _convert(tmp_path / "x.safetensors", tmp_path / "merged", "--base", base, "--verify") == DONE
+    merged, before = _loaded(Wan, tmp_path / "merged"), _loaded(Wan, base)
+    for name, expected in (("blocks.0.attn1.to_q.weight", 2.0), ("blocks.1.attn1.to_k.weight", -1.0)):  # alpha / rank * rank
+        torch.testing.assert_close(merged[name] - before[name], torch.full((24, 24), expected), rtol=1e-5, atol=1e-5)
+    assert _convert(tmp_path / "x.safetensors", tmp_path / "peft", "--to", "peft", "--base", base) == FAILED
+    assert "must have one rank in all layers to be written, got 1, 2. Merge it" in capsys.readouterr().err
+    write(own_ranks=False)
+    assert _convert(tmp_path / "x.safetensors", tmp_path / "peft", "--to", "peft", "--base", base, "--verify") == DONE
+    assert _convert(tmp_path / "peft", tmp_path / "again", "--base", base) == DONE
+    assert torch.equal(_loaded(Wan, tmp_path / "again")["blocks.1.attn1.to_k.weight"], merged["blocks.1.attn1.to_k.weight"])
+
+
 def _strides(family_type: type[Family]) -> Any:
     from aiprod_ds.curriculum.plan import ModelStrides
 
