@@ -49,8 +49,11 @@ def identify(path: Path) -> Found:
     Raises:
         CheckpointError: If it is missing or nothing that is known; names what was looked for.
     """
-    if path.is_dir():
-        return _folder(path)
+    try:
+        if path.is_dir():
+            return _folder(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: must be readable, got {error}. Check its permissions.") from error
     if not path.exists():
         raise CheckpointError(f"{path}: must exist, got no such file or folder. Check the path.")
     if path.suffix in _PICKLES:

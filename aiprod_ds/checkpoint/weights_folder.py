@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aiprod_ds.checkpoint.space import explained
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import sync, write_atomically
 from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSource, TensorSpec, by_width, write_tensor_file
@@ -168,22 +169,27 @@ def write_one_file(tensors: TensorSource, path: Path, *, metadata: Mapping[str, 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives `<folder>.pending` to write into, flushes it to disk and renames it at the end; after an error nothing is renamed.
+    """Gives `<folder>.pending` to write into, flushes it to disk and renames it at the end; after an error it is removed.
 
     What a killed call left there is removed by the next.
 
     Raises:
-        CheckpointError: If `folder` exists.
+        CheckpointError: If `folder` exists or the disk fails; `DiskFullError` if there is no room.
     """
     require_absent(folder)
     pending = folder.with_name(f"{folder.name}.pending")
-    shutil.rmtree(pending, ignore_errors=True)
-    pending.mkdir(parents=True)
-    yield pending
-    for path in (*pending.rglob("*"), pending):
-        sync(path)
-    pending.rename(folder)
-    sync(folder.parent)
+    with explained(folder):
+        shutil.rmtree(pending, ignore_errors=True)
+        pending.mkdir(parents=True)
+        try:
+            yield pending
+            for path in (*pending.rglob("*"), pending):
+                sync(path)
+            pending.rename(folder)
+            sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(pending, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -191,16 +197,21 @@ def new_file(path: Path) -> Iterator[Path]:
     """As `new_folder`, of one file: gives `<path>.pending`.
 
     Raises:
-        CheckpointError: If `path` exists.
+        CheckpointError: If `path` exists or the disk fails; `DiskFullError` if there is no room.
     """
     require_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     pending = path.with_name(f"{path.name}.pending")
-    pending.unlink(missing_ok=True)
-    yield pending
-    sync(pending)
-    pending.rename(path)
-    sync(path.parent)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pending.unlink(missing_ok=True)
+        try:
+            yield pending
+            sync(pending)
+            pending.rename(path)
+            sync(path.parent)
+        except BaseException:
+            pending.unlink(missing_ok=True)
+            raise
 
 
 def require_absent(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from aiprod_ds.checkpoint.convert import Extracted, extract, merge, other_differences, total_error
 from aiprod_ds.checkpoint.derived import Cast, Merged, Renamed
+from aiprod_ds.checkpoint.space import DiskFullError
 from aiprod_ds.checkpoint.weights_folder import WeightsFolder, require_equal, write_like, write_one_file, write_weights
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.tensor_file import TensorSource, TensorSpec
@@ -141,13 +144,13 @@ def test_equal_weights_have_no_error() -> None:
 class _Tensors(TensorSource):
     """Tensors in memory; `broken` is one that cannot be read."""
 
-    def __init__(self, tensors: dict[str, Tensor], broken: str = "") -> None:
-        self._tensors, self._broken = tensors, broken
+    def __init__(self, tensors: dict[str, Tensor], broken: str = "", error: Exception | None = None) -> None:
+        self._tensors, self._broken, self._error = tensors, broken, error or CheckpointError("x")
         self.specs = {name: TensorSpec.of(value) for name, value in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         if name == self._broken:
-            raise CheckpointError("x")
+            raise self._error
         return self._tensors[name]
 
 
@@ -191,7 +194,15 @@ def test_a_failure_leaves_no_folder(sharded: Path, tmp_path: Path) -> None:
     source = WeightsFolder(sharded)
     with pytest.raises(CheckpointError, match="x"):
         write_like(source, tmp_path / "out", _Tensors(dict(source.items()), broken="c"))
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("write", [write_weights, write_one_file])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, write: Callable[[TensorSource, Path], None]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(DiskFullError, match=r"out\.safetensors: must have room"):
+        write(_Tensors({"a": _random(3), "b": _random(3)}, broken="b", error=full), tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_are_cut_where_a_tensor_does_not_fit_and_read_by_others(tmp_path: Path) -> None:
