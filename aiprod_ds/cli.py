@@ -1,4 +1,4 @@
-"""The command line: check, plan, encode, train, eval, sample, convert, inspect. The only module that prints.
+"""The command line: check, plan, encode, train, eval, sample, convert, inspect, launch, doctor. The only module that prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 75 the run was asked to stop and has saved: the same
 command goes on. A second signal ends with 128 + its number.
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
+from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.encode import load_encode_config
 from aiprod_ds.config.kinds import config_kind
 from aiprod_ds.config.loader import load_config
@@ -88,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_convert(commands).set_defaults(command=_convert)
     add_inspect(commands).set_defaults(command=_inspect)
+    launch = commands.add_parser("launch", help="train on the hosts of a hostfile, after checking them")
+    add_launch_options(launch)
+    launch.set_defaults(command=_launch)
+    doctor = commands.add_parser("doctor", help="examine this machine, or the hosts of a hostfile, before a run")
+    add_doctor_options(doctor)
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -209,7 +216,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from aiprod_ds.report.summary import RunStatus
 
     trainer = _trainer(arguments)
-    with dist.process_group():
+    with dist.process_group(lost_rank_seconds=trainer.config.engine.lost_rank_seconds):
         summary = trainer.train(resume=arguments.resume, console=arguments.console)
     return DONE if summary.status is RunStatus.COMPLETED else INTERRUPTED
 
@@ -218,7 +225,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from aiprod_ds.engine import dist
 
     trainer = _trainer(arguments)
-    with dist.process_group():
+    with dist.process_group(lost_rank_seconds=trainer.config.engine.lost_rank_seconds):
         metrics = trainer.evaluate(resume=arguments.resume)
         if dist.is_main():
             print(json.dumps(metrics, indent=1))
@@ -252,6 +259,23 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         Console(highlight=False).print(page, crop=False)
     return FAILED if page.problem else DONE
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from aiprod_ds.cluster.start import start
+
+    return start(launch_request(arguments), arguments.console)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from aiprod_ds.cluster.doctor import visit
+
+    page = visit(arguments)
+    if arguments.json:
+        print(json.dumps(page.document(), indent=1))
+    else:
+        Console(highlight=False).print(page)
+    return FAILED if page.has_errors else DONE
 
 
 def _set_up_logging(console: Console) -> None:

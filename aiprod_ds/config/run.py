@@ -80,6 +80,8 @@ class EngineConfig(StrictModel):
     deepspeed_config: str | FreeMapping = "ds_configs/zero1_bf16.json"
     """A file (looked for in the working folder, the configuration's folder and the folders above it) or the mapping itself. It
     holds only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing, offload, buckets."""
+    lost_rank_seconds: PositiveFloat | None = 60.0
+    """Silence after which a rank counts as gone and the others end with an error, instead of waiting for it. null: never."""
 
 
 class KeepBestConfig(StrictModel):

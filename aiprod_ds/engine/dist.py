@@ -17,6 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from aiprod_ds.engine.peers import PeerWatch
 from aiprod_ds.errors import AiprodError, EngineError
 
 T = TypeVar("T")
@@ -76,11 +77,72 @@ def shutdown() -> None:
 
 
 @contextmanager
-def process_group(*, timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
-    """Joins the group, yields the device, and leaves the group unless the body raised."""
+def process_group(*, timeout_seconds: float = 1800.0, lost_rank_seconds: float | None = 60.0) -> Iterator[torch.device]:
+    """Joins the group, yields the device, and leaves the group unless the body raised.
+
+    Args:
+        timeout_seconds: How long a rank waits for the others in a collective.
+        lost_rank_seconds: A rank of which nothing is heard for this long is gone, and this process ends with exit code 1, even in
+            a collective; about ten seconds suffice where a connection closed. None: only the time-out ends it.
+
+    Raises:
+        EngineError: In place of what the body raised, if another rank is the cause.
+    """
     device = initialize(timeout_seconds=timeout_seconds)
-    yield device
+    watch = None if lost_rank_seconds is None else _watch_peers(lost_rank_seconds)
+    try:
+        yield device
+        if torch_dist.is_initialized():
+            barrier()
+    except Exception as error:
+        cause = caused_by_peer(error)
+        if cause is not None:
+            raise cause from error
+        if watch is not None:
+            watch.tell(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        _forget_peers()
     shutdown()
+
+
+def caused_by_peer(error: BaseException) -> EngineError | None:
+    """Returns what to report in place of `error`, if it came from a collective that failed because another rank is gone.
+
+    The second call for one error returns the same. Waits for a few seconds to be sure.
+    """
+    watch = _PEERS.get("watch")
+    if watch is None or not isinstance(error, RuntimeError):
+        return None
+    known = getattr(error, "_caused_by_peer", None)
+    if known is None:
+        verdict = watch.blame()
+        if verdict is None:
+            return None
+        known = EngineError(
+            f"the run cannot go on without all ranks: {verdict}. Start it again when the host is well; it resumes."
+        )
+        error._caused_by_peer = known  # type: ignore[attr-defined]
+    return cast("EngineError", known)
+
+
+_PEERS: dict[str, PeerWatch] = {}
+
+
+def _watch_peers(limit_seconds: float) -> PeerWatch | None:
+    if world_size() == 1:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    watch = PeerWatch(rank=rank(), world_size=world_size(), address=address, port=port, limit_seconds=limit_seconds)
+    watch.start()
+    _PEERS["watch"] = watch
+    return watch
+
+
+def _forget_peers() -> None:
+    watch = _PEERS.pop("watch", None)
+    if watch is not None:
+        watch.stop()
 
 
 def rank() -> int:

@@ -74,6 +74,7 @@ def report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> N
     """Writes the report of a run that `error` ended, on the main rank."""
     if not dist.is_main():
         return
+    error = dist.caused_by_peer(error) or error
     status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.INTERRUPTED
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     write_report(facts.folder, _summarize(facts, loop, status, error=reason))

@@ -1,0 +1,230 @@
+"""One run on several hosts: everything is checked, then one deepspeed command is started, watched and judged.
+
+Owns the order: options, files, configuration, hosts, command, end. With `node_rank` it starts this host's part only and another
+instance does the same on every other host. Called by the command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from aiprod_ds.cluster.command import (
+    DEFAULT_PORT,
+    Launch,
+    check_arguments,
+    check_paths,
+    deepspeed_command,
+    is_plain,
+    rank_pattern,
+)
+from aiprod_ds.cluster.completion import Report
+from aiprod_ds.cluster.environment import default_environment_files, exported, read_environment, render_for_pdsh
+from aiprod_ds.cluster.examine import Examined, Examiner, address_of
+from aiprod_ds.cluster.findings import Level, judge
+from aiprod_ds.cluster.hostfile import Host, num_ranks, read_hostfile, select_hosts
+from aiprod_ds.cluster.ssh import Ssh
+from aiprod_ds.cluster.supervise import Supervisor
+from aiprod_ds.config.loader import load_config
+from aiprod_ds.errors import ConfigError, EngineError
+
+_LOG = logging.getLogger(__name__)
+_FAILED = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for; attributes are the options of `aiprod-ds launch`."""
+
+    config: Path
+    run_folder: Path
+    hostfile: Path
+    include: str = ""
+    exclude: str = ""
+    overrides: tuple[str, ...] = ()
+    resume: str = "auto"
+    env_file: Path | None = None
+    ssh: Ssh
+    no_ssh: bool = False
+    node_rank: int | None = None
+    master_address: str | None = None
+    master_port: int | None = None
+    bind_cores: bool = False
+    dry_run: bool = False
+
+
+def start(request: Request, console: Console) -> int:
+    """Runs `aiprod-ds train` on the hosts and returns its exit code.
+
+    Returns:
+        0 only if the run's own report says that it is completed; else the launcher's code, or 1 if that was 0.
+
+    Raises:
+        ConfigError: If anything that was given is wrong; nothing has been started.
+        EngineError: If a host is; the message has every problem.
+    """
+    hosts, environment = check(request)
+    selected = [host.name for host in hosts]
+    launch = Launch(
+        hostfile=request.hostfile,
+        include=request.include,
+        exclude=request.exclude,
+        config=request.config,
+        run_folder=request.run_folder.absolute(),  # ends up in what finds the ranks of this run and no other
+        options=(*(part for override in request.overrides for part in ("--set", override)), "--resume", request.resume),
+        master_address=request.master_address or hosts[0].name,
+        master_port=request.master_port or DEFAULT_PORT,
+        node_rank=_node_rank(request, selected) if request.no_ssh else None,
+        bind_cores=request.bind_cores,
+    )
+    check_arguments(launch.arguments)
+    found = _examine(request, hosts, environment, launch.node_rank)
+    if launch.node_rank is None:
+        first = found[0].probe or {}
+        address, port = (
+            request.master_address or address_of(first, is_local=False),
+            request.master_port or int(first["free_port"]),
+        )
+        launch = replace(launch, master_address=address, master_port=port)
+    command = deepspeed_command(launch)
+    listed = ", ".join(f"{host.name} ({len(host.slots)})" for host in hosts)
+    console.print(f"{num_ranks(hosts)} ranks on {listed}", markup=False, highlight=False)
+    console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
+    return 0 if request.dry_run else _run(request, launch, command, environment, selected)
+
+
+def check(request: Request) -> tuple[tuple[Host, ...], dict[str, str]]:
+    """Returns the chosen hosts and the variables for their ranks, after checking all that can be checked without a host.
+
+    Raises:
+        ConfigError: With every problem of every part.
+    """
+    problems: list[str] = []
+    hosts: tuple[Host, ...] = ()
+    environment: dict[str, str] = {}
+    try:
+        hosts = select_hosts(read_hostfile(request.hostfile), include=request.include, exclude=request.exclude)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        environment = ranks_environment(request.env_file, for_ssh=not request.no_ssh)
+    except ConfigError as error:
+        problems += error.problems
+    for part in (
+        lambda: load_config(request.config, request.overrides, str(request.run_folder)),
+        lambda: _check_options(request),
+    ):
+        try:
+            part()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return hosts, environment
+
+
+def ranks_environment(env_file: Path | None, *, for_ssh: bool) -> dict[str, str]:
+    """Returns the variables that the ranks get beyond those of a login: of this process, then of files, which override.
+
+    Args:
+        env_file: None: what DeepSpeed would read.
+        for_ssh: Whether this process's environment does not reach the ranks by itself.
+
+    Raises:
+        ConfigError: With every problem of the files and of the values.
+    """
+    values = exported(os.environ) if for_ssh else {}
+    problems: list[str] = []
+    for path in [env_file] if env_file is not None else default_environment_files():
+        try:
+            values |= read_environment(path)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    if for_ssh:  # a checkout that is not installed is found from the working folder, as DeepSpeed has it
+        values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), values.get("PYTHONPATH", "")]))
+    return values
+
+
+def _check_config(request: Request) -> None:
+    load_config(request.config, request.overrides, str(request.run_folder))
+
+
+def _check_options(request: Request) -> None:
+    problems = []
+    if not request.no_ssh:
+        check_paths()
+        if shutil.which("pdsh") is None:
+            problems.append("pdsh: must be installed on this machine, got none. On Debian: apt install pdsh; or use --no-ssh.")
+        if request.ssh.config is not None and not is_plain(str(request.ssh.config.resolve())):
+            problems.append(f"--ssh-config: must be a path without blanks, got {str(request.ssh.config)!r}. Move the file.")
+        if request.bind_cores:
+            problems.append("--bind-cores: has no effect through pdsh, where DeepSpeed drops it. Remove it, or use --no-ssh.")
+        if request.node_rank is not None:
+            problems.append("--node-rank: has no effect without --no-ssh. Remove it, or add --no-ssh.")
+    elif request.bind_cores and shutil.which("numactl") is None:
+        problems.append("--bind-cores: needs numactl, got none here. On Debian: apt install numactl; or leave the option out.")
+    address = request.master_address
+    if address is not None and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.:_-]*", address) is None:
+        problems.append(f"--master-addr: must be an address or a host name, got {address!r}.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _node_rank(request: Request, names: Sequence[str]) -> int:
+    """Returns which of the hosts this one is: as given, as Slurm says, or by its name."""
+    given = request.node_rank if request.node_rank is not None else os.environ.get("SLURM_NODEID")
+    if given is None:
+        short = socket.gethostname().split(".")[0]
+        own = [index for index, name in enumerate(names) if name.split(".")[0] == short]
+        if len(own) != 1:
+            raise ConfigError(f"--node-rank: must be given, because {short!r} is {len(own)} times in the hostfile. Count from 0.")
+        return own[0]
+    if not str(given).isdigit() or int(given) >= len(names):
+        raise ConfigError(f"--node-rank: must be of 0 to {len(names) - 1}, one for each host, got {given}. Count from 0.")
+    return int(given)
+
+
+def _examine(
+    request: Request, hosts: Sequence[Host], environment: Mapping[str, str], node_rank: int | None
+) -> Sequence[Examined]:
+    if node_rank is not None:
+        hosts = [hosts[node_rank]]
+    examiner = Examiner(hosts=hosts, ssh=None if request.no_ssh else request.ssh, environment=environment)
+    found = examiner.examine(measures=False)
+    errors = [str(finding) for finding in judge(found) if finding.level is Level.ERROR]
+    if errors:
+        raise EngineError("\n".join([*errors, "Nothing was started. `aiprod-ds doctor` shows more."]))
+    return found
+
+
+def _run(request: Request, launch: Launch, command: list[str], environment: Mapping[str, str], names: Sequence[str]) -> int:
+    report = Report.of(request.run_folder)
+    supervisor = Supervisor(pattern=rank_pattern(launch), hosts=() if request.no_ssh else names, ssh=request.ssh)
+    with tempfile.TemporaryDirectory(prefix="aiprod_ds_launch_") as folder:
+        variables = {**os.environ, **environment}
+        if not request.no_ssh:
+            path = Path(folder) / "environment"
+            path.write_text(render_for_pdsh(environment), encoding="utf-8")
+            options = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *request.ssh.options]).strip()
+            variables = {**os.environ, "DS_ENV_FILE": str(path), "PDSH_SSH_ARGS_APPEND": options}
+        code = supervisor.run(command, variables)
+    if code != 0 or report.is_completed():
+        return code
+    _LOG.error(
+        "run_not_completed report=%s status=%s: the launcher ended without an error, the run did not",
+        report.path,
+        report.status(),
+    )
+    return _FAILED
