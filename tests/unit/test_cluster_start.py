@@ -182,3 +182,33 @@ def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Pat
         assert output.readline() == "ready\n"
         supervisor.terminate()
         assert supervisor.wait(timeout=60) == 75
+
+
+def _job(tmp_path: Path, path: Path, code: int) -> subprocess.CompletedProcess[str]:
+    """Runs the batch script with stand-ins for Slurm's programs, which note how they were called."""
+    script = f'echo "$(basename "$0") $*" >> {tmp_path}/called\n'
+    (path / "srun").write_text(f"#!/bin/sh\n{script}exit {code}\n")
+    (path / "scontrol").write_text(f'#!/bin/sh\n{script}[ "$1" = requeue ] || printf "n1\\nn2\\n"\n')
+    for name in ("srun", "scontrol"):
+        (path / name).chmod(stat.S_IRWXU)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    batch = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
+    command = ["bash", str(batch), "c.yaml", "run", "--set", "a=b c"]
+    return subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("code", "is_queued_again"), [(0, False), (75, True), (1, False)])
+def test_a_slurm_job_starts_one_launcher_a_node(code: int, is_queued_again: bool, path: Path, tmp_path: Path) -> None:
+    done = _job(tmp_path, path, code)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "slurm-123456.hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
+    calls = (tmp_path / "called").read_text().splitlines()
+    assert calls[0] == "scontrol show hostnames n[1-2]"
+    start = "srun --ntasks-per-node=1 --kill-on-bad-exit=1 launch/train.sh c.yaml run --hostfile slurm-123456.hostfile --no-ssh"
+    assert calls[1] == f"{start} --master-port 23456 --set a=b c"
+    assert calls[2:] == (["scontrol requeue 123456"] if is_queued_again else [])

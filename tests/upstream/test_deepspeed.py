@@ -255,6 +255,33 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.frozen(hidden))) + self.shift.to(x.dtype)
 
 
+def test_pdsh_gets_arguments_unquoted_or_in_double_quotes_only() -> None:
+    """Remedy: `cluster.command.quote_for_pdsh`."""
+    assert _pdsh_arguments(["a;b", "$(x) y", 'say "hi" now', "a\\b c"]) == ["a;b", '"$(x) y"', '"say \\"hi\\" now"', '"a\\b c"']
+
+
+def test_pdsh_exports_values_in_double_quotes_and_drops_core_binding() -> None:
+    """Remedy: `cluster.environment` refuses what is alive there; `launch --bind-cores` is refused with pdsh."""
+    runner = _pdsh_runner([])
+    runner.add_export("A", "two words; $(x)")
+    command, stop, _ = runner.get_cmd({}, {"a": [0], "b": [0]})
+    assert 'export A="two words; $(x)"; ' in " ".join(command)
+    assert not any("bind" in part for part in command)
+    assert "pkill -f " in stop, "every deepspeed run of the user, not only this one"
+
+
+def _pdsh_arguments(arguments: list[str]) -> list[str]:
+    parsed: list[str] = _pdsh_runner(arguments).user_arguments
+    return parsed
+
+
+def _pdsh_runner(arguments: list[str]) -> Any:
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+    from deepspeed.launcher.runner import parse_args
+
+    return PDSHRunner(parse_args(["--bind_cores_to_rank", "--module", "aiprod_ds", *arguments]), "e30=")
+
+
 def observe_everything() -> dict[str, Any]:
     import deepspeed  # noqa: F401
     from deepspeed.accelerator import get_accelerator
