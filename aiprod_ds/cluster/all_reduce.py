@@ -21,7 +21,7 @@ import torch.distributed as torch_dist
 
 from aiprod_ds.engine import dist
 
-GROUP_SECONDS = 60.0
+GROUP_SECONDS = 45.0
 _SEEN_WITHIN_SECONDS = 10.0
 _CPU_BYTES, _GPU_BYTES = 16 << 20, 256 << 20
 _SMALL_TIMES, _LARGE_TIMES = 20, 5

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from aiprod_ds.cluster.examine import Examined, address_of
 from aiprod_ds.cluster.findings import Level, judge
@@ -210,3 +212,18 @@ def test_the_first_hosts_address_is_one_that_others_can_use() -> None:
     by_name = {**PROBE, "reached_at": "127.0.1.1", "addresses": ["127.0.1.1", "10.0.0.9"]}
     assert address_of(by_name, is_local=False) == "10.0.0.9"
     assert address_of({**by_name, "addresses": ["127.0.1.1"]}, is_local=False) == "a"
+
+
+def test_the_page_shows_problems_first_and_then_the_facts_of_every_host() -> None:
+    found = healthy()
+    CASES["no bf16"][0](found)
+    found.append(Examined(host=Host(name="node-c", slots=(0,)), unreachable="timed out"))
+    console = Console(width=200, file=StringIO())
+    console.print(DoctorPage(found=found, findings=judge(found)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].startswith("error node-c: must be reachable by ssh without a question, got: timed out.")
+    assert lines[1].startswith("warning node-b: GPU 1 (NVIDIA H100) should have bf16")
+    rows = {line[:20].strip(): line[20:].split("  ") for line in lines[3:-1]}
+    assert [cell.strip() for cell in rows["torch"] if cell.strip()] == ["2.11.0", "2.11.0", "-"]
+    assert [cell.strip() for cell in rows["compute capability"] if cell.strip()] == ["9.0", "9.0", "-"]
+    assert lines[-1] == "1 errors, 1 warnings"
