@@ -129,7 +129,7 @@ def test_the_other_host_ends_in_time_with_a_clear_message(story: dict[str, Any])
     code, output = story["first"]
     assert code not in (0, 2), output
     assert story["seconds_until_the_end"] < END_SECONDS
-    assert "error: all ranks: must stay in the run, got: rank 1 on node-b is gone" in output
+    assert "error: the run cannot go on without all ranks: rank 1 on node-b is gone" in output
     assert story["failed_report"]["status"] == "failed"
     assert "rank 1 on node-b is gone" in story["failed_report"]["error"]
 
