@@ -136,7 +136,7 @@ def _train(folder: Path, stage: int) -> int:
     from aiprod_ds.testing.tiny import TinyVideoVAE
     from aiprod_ds.train.video_vae import VideoVAETrainer
 
-    with dist.process_group(timeout_seconds=60):
+    with dist.process_group(timeout_seconds=60, lost_rank_seconds=None):
         if dist.is_main():
             handler = logging.FileHandler(f"{folder}.log")
             logging.getLogger("aiprod_ds").addHandler(handler)
