@@ -91,11 +91,8 @@ def start(request: Request, console: Console) -> int:
     found = _examine(request, hosts, environment, launch.node_rank)
     if launch.node_rank is None:
         first = found[0].probe or {}
-        address, port = (
-            request.master_address or address_of(first, is_local=False),
-            request.master_port or int(first["free_port"]),
-        )
-        launch = replace(launch, master_address=address, master_port=port)
+        address = request.master_address or address_of(first, is_local=False)
+        launch = replace(launch, master_address=address, master_port=request.master_port or int(first["free_port"]))
     command = deepspeed_command(launch)
     listed = ", ".join(f"{host.name} ({len(host.slots)})" for host in hosts)
     console.print(f"{num_ranks(hosts)} ranks on {listed}", markup=False, highlight=False)
@@ -120,12 +117,9 @@ def check(request: Request) -> tuple[tuple[Host, ...], dict[str, str]]:
         environment = ranks_environment(request.env_file, for_ssh=not request.no_ssh)
     except ConfigError as error:
         problems += error.problems
-    for part in (
-        lambda: load_config(request.config, request.overrides, str(request.run_folder)),
-        lambda: _check_options(request),
-    ):
+    for part in (_check_config, _check_options):
         try:
-            part()
+            part(request)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -19,6 +19,7 @@ from types import FrameType
 from aiprod_ds.cluster.ssh import Ssh, ask_all
 
 _LOG = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 300.0  # for the ranks to save; a second signal does not wait
 _LEFT_OVER_SECONDS = 30.0
 _SSH_SECONDS = 60.0
@@ -42,7 +43,8 @@ class Supervisor:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Runs the launcher to its end and returns its exit code, 128 + n if signal n ended it."""
-        handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        minded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+        handlers = {number: signal.signal(number, self._note) for number in minded}
         # A session of its own: a ctrl-C in the terminal reaches this process only, which knows what to do with it.
         launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
         try:
