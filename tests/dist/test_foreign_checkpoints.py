@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.checkpoint import deepspeed_folder
 from aiprod_ds.checkpoint.deepspeed_folder import DeepSpeedFolder, find_tag_folder
 from aiprod_ds.checkpoint.distributed_folder import DistributedFolder, find_distributed_folder
 from aiprod_ds.errors import CheckpointError
@@ -118,6 +119,14 @@ def test_deepspeeds_weights_are_read_to_the_bit(saved: Path, stage: int, precisi
     assert {source.specs[name].dtype for name in trained} == {torch.float32}
     assert {source.specs[name].dtype for name in FROZEN} == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert (source.updates, set(source.trained)) == (2, trained if stage else set())
+
+
+def test_files_that_are_mapped_anew_give_the_same(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after every 256 MB of a large checkpoint."""
+    source = DeepSpeedFolder(saved / "zero3_bf16" / "tag", is_trusted=True)
+    whole = dict(source)
+    monkeypatch.setattr(deepspeed_folder, "_MAPPED_BYTES", 1)
+    assert all(torch.equal(source[name], value) for name, value in whole.items())
 
 
 def test_fsdps_weights_are_read_to_the_bit(saved: Path) -> None:
