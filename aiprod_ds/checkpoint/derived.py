@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.checkpoint.convert import merge, require_layers
+from aiprod_ds.errors import CheckpointError
 from aiprod_ds.tensor_file import TensorSource, TensorSpec
 
 
@@ -37,6 +38,9 @@ class Cast(TensorSource):
     Args:
         source: Holds them.
         dtype: None changes nothing.
+
+    Raises:
+        CheckpointError: When a tensor is read that has numbers beyond the range of fp16.
     """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype | None) -> None:
@@ -47,7 +51,11 @@ class Cast(TensorSource):
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._source[name].to(self.specs[name].dtype)
+        value, dtype = self._source[name], self.specs[name].dtype
+        cast = value.to(dtype)
+        if dtype == torch.float16 and value.dtype != dtype and not torch.equal(cast.isfinite(), value.isfinite()):
+            raise CheckpointError(f"{name}: must be within +-65504 to become fp16, got {float(value.abs().max()):g}. Use bf16.")
+        return cast
 
 
 class Merged(TensorSource):

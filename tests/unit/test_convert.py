@@ -245,6 +245,14 @@ def test_tensors_are_renamed_and_cast_when_they_are_read() -> None:
     assert derived["x"].item() == 7
 
 
+def test_numbers_beyond_fp16_are_refused() -> None:
+    source = _Tensors({"a": torch.tensor([1.0, 7e4]), "b": torch.tensor([float("inf"), 65504.0])})
+    with pytest.raises(CheckpointError, match=r"a: must be within \+-65504 to become fp16, got 70000\. Use bf16"):
+        Cast(source, torch.float16)["a"]
+    assert Cast(source, torch.float16)["b"].tolist() == [float("inf"), 65504.0]
+    assert Cast(source, torch.bfloat16)["a"].isfinite().all()
+
+
 def test_a_merge_that_is_read_tensor_by_tensor_is_that_of_the_whole() -> None:
     base = {"x.weight": _random(4, 3).half(), "x.bias": _random(4)}
     adapters = {"x.lora_A.weight": _random(2, 3, seed=1), "x.lora_B.weight": _random(4, 2, seed=2)}
