@@ -68,8 +68,8 @@ def main() -> None:
     width = 64 if arguments.tiny else 2048
     rows = []
     for where, place, gigabytes in (
-        ("disk", arguments.folder, arguments.gigabytes),
-        ("memory", _IN_MEMORY, min(arguments.gigabytes, _GIGABYTES_IN_MEMORY)),
+        ("on disk", arguments.folder, arguments.gigabytes),
+        ("in memory", _IN_MEMORY, min(arguments.gigabytes, _GIGABYTES_IN_MEMORY)),
     ):
         count = 8 if arguments.tiny else max(round(gigabytes * 1e9 / (4 * width * width)), _RANKS)
         with tempfile.TemporaryDirectory(dir=place) as folder:
@@ -94,7 +94,7 @@ def _measure(folder: Path, where: str, *, count: int, width: int, runs: int) -> 
         require_equal(WeightsFolder(results[case]), weights.items())
     num_bytes = sum(spec.nbytes for spec in weights.specs.values())
     rows = []
-    size = f"{num_bytes / 1e9:.2g} GB in {where}"
+    size = f"{num_bytes / 1e9:.2g} GB {where}"
     for case, name in ((case, f"{name}, {size}") for case, name in _NAMES.items()):
         seconds, memory = [run["seconds"] for run in found[case]], [run["peak"] / 1e9 for run in found[case]]
         rows.append(figure(name, "time", "s", seconds))
