@@ -6,6 +6,7 @@ runs in fresh processes, joined in one group; it returns something that JSON can
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -131,8 +132,10 @@ def _load(target: str) -> Callable[..., Any]:
 def _main() -> None:
     dist = importlib.import_module("aiprod_ds.engine.dist")  # torch is loaded in the ranks, not in the process that starts them
     call = json.loads(sys.argv[-1])
+    function = _load(call["target"])
+    gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
     with dist.process_group():
-        result = _load(call["target"])(**call["arguments"])
+        result = function(**call["arguments"])
         (Path(call["results"]) / f"{dist.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
 
 

@@ -53,7 +53,8 @@ PAIRS = (
     ("1_fp32_new", "3_fp32"),
 )
 LOCAL_PAIRS = tuple((saved, "local_fp32") for saved in STAGES)
-CHANGES = [f"2 to 2: {a} to {b}" for a, b in PAIRS]
+STAYING = tuple((saved, now) for saved, now in PAIRS if saved != now)  # what does not change at all is in other tests
+CHANGES = [f"2 to 2: {a} to {b}" for a, b in STAYING]
 CHANGES += [f"2 to 1: {a} to {b}" for a, b in (*PAIRS, *LOCAL_PAIRS)]
 CHANGES += [f"1 to 2: {a} to {b}" for a, b in (*PAIRS, ("local_fp32", "1_fp32"), ("local_fp32", "3_fp32"))]
 
@@ -156,7 +157,7 @@ def load_on_two(folder: str) -> dict[str, Any]:
     if dist.is_main():
         copy_as_if_stopped_at(6, Path(folder) / "one", Path(folder) / "two")
     dist.barrier()
-    return {**dict(_load(folder, 2, PAIRS)), **dict(_load(folder, 1, pairs)), "run": _train(Path(folder) / "two", stage=2)}
+    return {**dict(_load(folder, 2, STAYING)), **dict(_load(folder, 1, pairs)), "run": _train(Path(folder) / "two", stage=2)}
 
 
 def _save(folder: str, names: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
