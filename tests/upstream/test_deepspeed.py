@@ -79,7 +79,7 @@ def test_a_parameter_unfrozen_after_initialize_never_trains(report: dict[str, An
 
 
 def test_latest_is_written_before_other_ranks_have_finished(report: dict[str, Any]) -> None:
-    """Remedy: `save_latest=False`, and a commit of our own."""
+    """Remedy: its checkpoints are not used."""
     assert report["latest_before_rank_1"]
 
 
@@ -96,19 +96,16 @@ def test_shared_memory_is_never_given_back() -> None:
     assert source.count("shared_close(") == 1, "its definition, and no call"
 
 
-def test_a_universal_checkpoint_restores_neither_frozen_parameters_nor_buffers(report: dict[str, Any]) -> None:
-    """Remedy: own interchange of parameters."""
-    assert report["universal_restores"] == {"trained": True, "frozen": False, "buffer": False}
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_places_in_flat_partitions_are_where_masters_are(report: dict[str, Any], stage: int) -> None:
+    """Relied on by `deepspeed_state.trained_shards`: both ranks' parts, put together by these places, are the parameter."""
+    assert report["places_lead_to_masters"][stage - 1] == [True] * 4
 
 
-def test_a_universal_checkpoint_under_zero_3_gives_all_groups_the_settings_of_the_first(report: dict[str, Any]) -> None:
-    """Remedy: own interchange; optimizer settings come from the configuration."""
-    assert report["universal_weight_decay"] == [0.1, 0.1], "the second group was saved with 0.0"
-
-
-def test_a_universal_checkpoint_does_not_go_from_stage_1_to_3(report: dict[str, Any]) -> None:
-    """Remedy: own interchange."""
-    assert report["universal_1_to_3"] != "loaded"
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_there_is_no_optimizer_state_before_the_first_update(report: dict[str, Any], stage: int) -> None:
+    """Relied on by `EngineShards`: a checkpoint from before it has no moments."""
+    assert report["states_before_the_first_update"][stage - 1] == 0
 
 
 def test_optimizer_state_of_later_groups_is_not_linked(report: dict[str, Any]) -> None:
@@ -132,7 +129,7 @@ def test_growing_the_loss_scale_halves_that_update(report: dict[str, Any]) -> No
 
 
 def test_overflow_at_the_minimum_scale_raises_a_bare_exception(report: dict[str, Any]) -> None:
-    """Remedy: `configure_loss_scaler`."""
+    """Remedy: `count_overflows_at_minimum`."""
     assert report["minimum_scale"] == "Exception"
 
 
@@ -289,7 +286,7 @@ def observe_everything() -> dict[str, Any]:
     get_accelerator().is_fp16_supported = lambda: True
     observed: dict[str, Any] = _observe_shared_memory_op()  # first: no engine may have made DeepSpeed's communication yet
     for observe in (
-        _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_universal,
+        _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_places,
         _observe_access, _observe_scaler, _observe_new_ones, _observe_masters, _observe_rebuilding,
         _observe_clipping,
         _observe_offloaded_adam, _observe_autocast,
@@ -485,47 +482,39 @@ def _observe_latest() -> dict[str, Any]:
     return {"latest_before_rank_1": seen[-1]}
 
 
-def _observe_universal() -> dict[str, Any]:
-    universal = {"checkpoint": {"load_universal": True}}
-    folder = _shared_folder()
-    for stage in (1, 3):
-        engine = _update(_engine(stage))
-        engine.save_checkpoint(str(folder), tag=f"stage{stage}")
+def _observe_places() -> dict[str, Any]:
+    right, states = [], []
+    for stage in (1, 2, 3):
+        engine = _engine(stage)
+        states.append(len(engine.basic_optimizer.state))
+        trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+        parts = dist.gather_objects([_part_of_master(engine.optimizer, parameter) for _, parameter in trained])
+        wanted = Net()
+        right.append(
+            [
+                torch.cat([part for _, part in sorted(own, key=lambda pair: pair[0])])[: parameter.numel()].equal(
+                    parameter.flatten()
+                )
+                for own, parameter in zip(zip(*parts, strict=True), map(wanted.get_parameter, dict(trained)), strict=True)
+            ]
+        )
         _close(engine)
-    _convert(folder)
-
-    other = Net()
-    with torch.no_grad():
-        for tensor in (*other.parameters(), *other.buffers()):
-            tensor.add_(1.0)
-    wanted = copy.deepcopy(Net())
-    engine = _engine(1, module=other, **universal)
-    engine.load_checkpoint(str(folder), tag="universal1")
-    restores = {
-        "trained": torch.allclose(other.first.weight, wanted.first.weight, atol=0.01),
-        "frozen": torch.allclose(other.frozen.weight, wanted.frozen.weight, atol=0.01),
-        "buffer": torch.allclose(other.shift, wanted.shift, atol=0.01),
-    }
-    _close(engine)
-    engine = _engine(3, **universal)
-    engine.load_checkpoint(str(folder), tag="universal3")
-    decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    crossing = _outcome(lambda: engine.load_checkpoint(str(folder), tag="universal1"), "loaded")
-    _close(engine)
-    _remove(folder)
-    return {"universal_restores": restores, "universal_weight_decay": decay, "universal_1_to_3": crossing}
+    return {"places_lead_to_masters": right, "states_before_the_first_update": states}
 
 
-def _convert(folder: Path) -> None:
-    """Runs DeepSpeed's converter as its users do, once for each stage."""
-    if dist.is_main():
-        for stage in (1, 3):
-            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-            command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-            command += ["--input_folder", str(folder / f"stage{stage}"), "--output_folder", str(folder / f"universal{stage}")]
-            clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            subprocess.run(command, check=True, capture_output=True, timeout=100, env=clean)
-    dist.barrier()
+def _part_of_master(optimizer: Any, parameter: Any) -> tuple[int, Tensor]:
+    """Returns what this rank's flat partition has of a parameter, and its first element."""
+    if hasattr(parameter, "ds_id"):
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        return parameter.ds_zero_partition_rank * length, flat.detach().narrow(0, offset, length).clone()
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.empty(0)
+    group = next(i for i, members in enumerate(optimizer.bit16_groups) if any(parameter is member for member in members))
+    place = mapping.hp_fragment_address
+    flat = optimizer.single_partition_of_fp32_groups[group]
+    return mapping.lp_fragment_address.start, flat.detach().narrow(0, place.start, place.numel).clone()
 
 
 def _observe_access() -> dict[str, Any]:
