@@ -130,7 +130,7 @@ def _compare(folder: Path, expected: Mapping[str, FileRecord]) -> None:
         if sha256 != record.sha256:
             raise CheckpointError(f"{folder / name}: content differs from the manifest's sha256.")
         if name.endswith(".safetensors"):
-            check_header(folder / name, record.bytes)
+            _check_header(folder / name, record.bytes)
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -140,13 +140,7 @@ def _hashes(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield from zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True)
 
 
-def check_header(path: Path, num_bytes: int) -> None:
-    """Checks the length that a safetensors file of `num_bytes` tells of its header, before a reader takes memory for it.
-
-    Raises:
-        CheckpointError: If the header would not fit into the file or into 100 MB.
-        OSError: If the file cannot be read.
-    """
+def _check_header(path: Path, num_bytes: int) -> None:
     with path.open("rb") as file:
         told = int.from_bytes(file.read(8), "little")
     if not 2 <= told <= min(num_bytes - 8, _MAX_HEADER_BYTES):

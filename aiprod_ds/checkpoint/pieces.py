@@ -14,42 +14,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import Self
 
-from aiprod_ds.checkpoint.manifest import check_header, read_mapping
+from aiprod_ds.checkpoint.manifest import read_mapping
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.pieces import Base, Captured, EngineFacts, Kind, Whole, split_key, tensor_key
+from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSpec, by_width, write_tensor_file
 
 FACTS = "engine.json"
 _STARTS = "starts"
 _FILE = re.compile(r"rank_([0-9]{5,})_of_([0-9]{5,})\.safetensors")
-_AT_ONCE_BYTES = 64 << 20
-_MAPPED_BYTES = 256 << 20  # read from a file before its map, whose pages count as this process's memory, is made anew
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 
 
 def base_folder(checkpoints: Path, sha256: str) -> Path:
@@ -62,19 +43,19 @@ def write_pieces(folder: Path, state: Captured) -> None:
 
     Args:
         folder: The same for all ranks.
-        state: Its tensors must not change before this returns. Those on a GPU are all copied to the host first.
+        state: Its tensors must not change before this returns. Those on a GPU are copied to the host one by one.
 
     Raises:
-        OSError: If the disk fails; `SafetensorError` if it fails inside that library.
+        OSError: If the disk fails.
     """
-    tensors: dict[str, Tensor] = {}
-    starts: dict[str, int] = {}
-    for cut, values in state.pieces():
-        key = tensor_key(cut.kind, cut.name)
-        assert key not in starts, f"a rank has one piece of {key}"
-        tensors[key], starts[key] = values, cut.start
-    if tensors:
-        save_file(tensors, folder / _file_name(state.rank, state.facts.world_size), metadata={_STARTS: json.dumps(starts)})
+    pieces = {tensor_key(cut.kind, cut.name): (cut, values) for cut, values in state.pieces()}
+    assert len(pieces) == len(state.cuts), "a rank has one piece of a tensor"
+    if pieces:
+        specs = by_width({key: TensorSpec.of(values) for key, (_, values) in pieces.items()})
+        tensors = ((key, pieces[key][1].cpu()) for key in specs)
+        starts = {key: pieces[key][0].start for key in specs}
+        path = folder / _file_name(state.rank, state.facts.world_size)
+        write_tensor_file(path, specs, tensors, metadata={_STARTS: json.dumps(starts)})
     if state.rank == 0:
         text = json.dumps(state.facts.to_dict(), indent=1, sort_keys=True) + "\n"
         (folder / FACTS).write_text(text, encoding="utf-8")
@@ -91,7 +72,7 @@ class PieceReader:
     """Reads ranges of whole tensors; a `PieceSource`, and a context that closes the files.
 
     Opening reads headers only and checks all of them: every tensor of `engine.json` is there exactly once, in its type, and
-    nothing else is. Memory holds what is returned and some 300 MiB of mapped file.
+    nothing else is. Memory holds what is returned.
 
     Args:
         folder: The `engine` folder of a checkpoint whose manifest was compared.
@@ -109,8 +90,7 @@ class PieceReader:
             raise CheckpointError(f"{where}{error}") from error
         base = self.facts.base
         self._base = PieceReader(base_folder(folder.parent.parent, base.sha256) / "engine") if base and base.is_stored else None
-        self._opened: dict[str, Any] = {}
-        self._num_read: dict[str, int] = {}
+        self._opened: dict[str, TensorFile] = {}
         try:
             self._pieces = self._tiled()
             self._require_base()
@@ -128,9 +108,8 @@ class PieceReader:
     def close(self) -> None:
         """Closes the files; the next read opens what it needs."""
         for file in self._opened.values():
-            file.__exit__(None, None, None)
+            file.close()
         self._opened.clear()
-        self._num_read.clear()
         if self._base is not None:
             self._base.close()
 
@@ -162,13 +141,16 @@ class PieceReader:
             return self._read_base(self.facts.base, name, start, length)
         if not 0 <= start <= start + length <= whole.numel:
             raise CheckpointError(f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}.")
+        wanted = [
+            (piece, max(start, piece.start), min(start + length, piece.start + piece.length)) for piece in self._pieces[key]
+        ]
+        wanted = [(piece, begin, end) for piece, begin, end in wanted if begin < end]
+        if len(wanted) == 1:
+            piece, begin, end = wanted[0]
+            return self._read_piece(piece, key, begin - piece.start, end - begin)
         result = torch.empty(length, dtype=getattr(torch, whole.dtype))
-        step = max(_AT_ONCE_BYTES // result.itemsize, 1)
-        for piece in self._pieces[key]:
-            begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
-            for first in range(begin, end, step):
-                count = min(step, end - first)
-                self._copy(piece, key, first - piece.start, result.narrow(0, first - start, count))
+        for piece, begin, end in wanted:
+            result[begin - start : end - start] = self._read_piece(piece, key, begin - piece.start, end - begin)
         return result
 
     def whole(self, kind: Kind, name: str) -> Tensor:
@@ -196,18 +178,14 @@ class PieceReader:
         if own != stored:
             raise CheckpointError(f"{self._base.folder}: must hold the frozen weights that {self.folder} names, got others.")
 
-    def _copy(self, piece: _Piece, key: str, first: int, into: Tensor) -> None:
+    def _read_piece(self, piece: _Piece, key: str, first: int, length: int) -> Tensor:
         path = self.folder / piece.file
         try:
             if piece.file not in self._opened:
-                self._opened[piece.file] = safe_open(path, "pt")
-            into.copy_(self._opened[piece.file].get_slice(key)[first : first + into.numel()])
-        except (OSError, SafetensorError) as error:
+                self._opened[piece.file] = TensorFile(path)
+            return self._opened[piece.file].read(key, first, length)
+        except TensorFileError as error:
             raise CheckpointError(f"{path}: {key} must be readable, got {error}. Check the disk.") from error
-        self._num_read[piece.file] = self._num_read.get(piece.file, 0) + into.nbytes
-        if self._num_read[piece.file] >= _MAPPED_BYTES:
-            self._opened.pop(piece.file).__exit__(None, None, None)
-            del self._num_read[piece.file]
 
     def _tiled(self) -> dict[str, list[_Piece]]:
         """Returns the pieces of every tensor in order, after checking that they are the whole of it."""
@@ -254,23 +232,20 @@ def _file_name(rank: int, world_size: int) -> str:
 def _pieces_in(path: Path) -> Iterator[tuple[str, _Piece, str]]:
     """Yields key, piece and type of everything in a file; reads its header only."""
     try:
-        check_header(path, path.stat().st_size)
-        with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-            starts = _starts(path, file.metadata(), keys)
-            for key in keys:
-                part = file.get_slice(key)
-                shape, dtype = part.get_shape(), part.get_dtype()
-                if len(shape) != 1 or shape[0] == 0 or dtype not in _DTYPES:
-                    raise CheckpointError(f"{path}: {key[:200]} must be a range of numbers, got {dtype} {shape}. It is damaged.")
-                yield key, _Piece(file=path.name, start=starts[key], length=shape[0]), _DTYPES[dtype]
-    except (OSError, SafetensorError) as error:
+        with TensorFile(path) as file:
+            specs, starts = file.specs, _starts(path, file.metadata, file.specs)
+    except TensorFileError as error:
         raise CheckpointError(f"{path}: must be a safetensors file, got {error}. It is damaged.") from error
+    for key, spec in specs.items():
+        if len(spec.shape) != 1 or spec.numel == 0:
+            raise CheckpointError(f"{path}: {key[:200]} must be a range of numbers, got {list(spec.shape)}. It is damaged.")
+        dtype = str(spec.dtype).removeprefix("torch.")
+        yield key, _Piece(file=path.name, start=starts[key], length=spec.numel), dtype
 
 
-def _starts(path: Path, metadata: Mapping[str, str] | None, keys: list[str]) -> dict[str, int]:
+def _starts(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -> dict[str, int]:
     try:
-        starts = json.loads((metadata or {})[_STARTS])
+        starts = json.loads(metadata[_STARTS])
     except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: metadata must hold {_STARTS} as JSON, got {error!r}. It is damaged.") from error
     if not isinstance(starts, dict) or set(starts) != set(keys):
