@@ -102,7 +102,7 @@ def verify_base(folder: Path) -> None:
     base = base_of(folder)
     if base is None or not base.is_stored:
         return
-    stored = base_folder(folder.parent, base.sha256)
+    stored = base_folder(folder.absolute().parent, base.sha256)
     if not stored.is_dir() or stored.is_symlink():
         raise CheckpointError(f"{folder}: needs the weights that it refers to, but {stored} is missing. Put that folder back.")
     verify_folder(stored)

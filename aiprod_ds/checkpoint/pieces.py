@@ -88,8 +88,8 @@ class PieceReader:
         except CheckpointError as error:
             where = "" if str(error).startswith(str(folder)) else f"{folder / FACTS}: "
             raise CheckpointError(f"{where}{error}") from error
-        base = self.facts.base
-        self._base = PieceReader(base_folder(folder.parent.parent, base.sha256) / "engine") if base and base.is_stored else None
+        base, checkpoints = self.facts.base, folder.absolute().parent.parent
+        self._base = PieceReader(base_folder(checkpoints, base.sha256) / "engine") if base and base.is_stored else None
         self._opened: dict[str, TensorFile] = {}
         try:
             self._pieces = self._tiled()
