@@ -32,6 +32,7 @@ from aiprod_ds.pieces import KINDS
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import copy_as_if_stopped_at, record_of, series
 from aiprod_ds.testing.tiny import TinyVideoVAE
+from aiprod_ds.train.base import frozen_sha256
 from aiprod_ds.train.saving import read_engine, write_engine
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
@@ -88,6 +89,12 @@ def test_the_next_losses_are_those_of_the_saved_engine(measured: dict[str, Any],
         assert losses == pytest.approx(expected, rel=1e-6)
     else:
         assert losses[0] == pytest.approx(expected[0], rel=2e-3 if "bf16" in now else 5e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_hash_of_frozen_weights_does_not_depend_on_ranks_and_stages(measured: dict[str, Any], precision: str) -> None:
+    hashes = {found["base"] for change, found in measured["loaded"].items() if precision in change}
+    assert len(hashes) == 1
 
 
 def test_a_run_on_two_ranks_then_one_then_two_sees_the_same_clips(measured: dict[str, Any]) -> None:
@@ -180,13 +187,13 @@ def _load(folder: str, world_size: int, pairs: Sequence[tuple[str, str]]) -> Ite
         source = Path(folder) / f"{world_size}/{saved}"
         read_engine(source, engine, ema)
         _write(again, engine, ema)
-        different = _differences(source, again) if dist.is_main() else []
+        different, base = _differences(source, again) if dist.is_main() else [], frozen_sha256(engine)
         losses = [_update(engine, update, ema) for update in (UPDATES, UPDATES + 1)]
         engine.close()
         dist.barrier()
         if dist.is_main():
             shutil.rmtree(again)
-        yield f"{world_size} to {dist.world_size()}: {saved} to {name}", {"different": different, "losses": losses}
+        yield f"{world_size} to {dist.world_size()}: {saved} to {name}", {"different": different, "losses": losses, "base": base}
 
 
 def _write(folder: Path, engine: Engine, ema: Ema) -> None:
