@@ -40,6 +40,7 @@ class PerceptualLoss(nn.Module):
     Args:
         config: Mode, weight file, fallback, frames per clip.
         layers: For `vgg` mode, which layers; all five when None.
+        is_blank: Has no weights and computes on the meta device only, for estimates of memory and time.
         allow_unverified_weights: Takes `config.weights` without the hash check, for weights of one's own.
 
     Raises:
@@ -53,7 +54,12 @@ class PerceptualLoss(nn.Module):
     """
 
     def __init__(
-        self, config: PerceptualConfig, *, layers: Sequence[str] | None = None, allow_unverified_weights: bool = False
+        self,
+        config: PerceptualConfig,
+        *,
+        layers: Sequence[str] | None = None,
+        allow_unverified_weights: bool = False,
+        is_blank: bool = False,
     ) -> None:
         super().__init__()
         self._frames_per_clip = config.frames_per_clip
@@ -61,6 +67,9 @@ class PerceptualLoss(nn.Module):
         self._active_mode: Literal["lpips", "vgg", "l2"] = config.mode
         self._hidden: dict[str, VGGFeatures] = {}  # a dict, because nn.Module would register the module itself
         self._heads = _lpips_heads() if config.mode == "lpips" else {}
+        if is_blank:
+            self._hidden["network"] = VGGFeatures(None)
+            return
         try:
             weights_file = locate_weights(config.weights, allow_unverified=allow_unverified_weights)
         except WeightsUnavailableError as error:

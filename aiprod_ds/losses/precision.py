@@ -17,4 +17,4 @@ def widened(tensor: Tensor) -> Tensor:
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
     """Returns the context in which operations on `tensor`'s device keep the type of their inputs."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    return torch.autocast("cpu" if tensor.device.type == "meta" else tensor.device.type, enabled=False)

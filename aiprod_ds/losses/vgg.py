@@ -38,7 +38,7 @@ class VGGFeatures(nn.Module):
     """The convolutions of VGG16 in fp32, frozen and in evaluation mode for good.
 
     Args:
-        weights_file: A torchvision VGG16 state dictionary, read with `weights_only`.
+        weights_file: A torchvision VGG16 state dictionary, read with `weights_only`; None leaves all on the meta device.
 
     Raises:
         DataError: If the file is not such a dictionary.
@@ -47,14 +47,16 @@ class VGGFeatures(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, weights_file: Path) -> None:
+    def __init__(self, weights_file: Path | None) -> None:
         super().__init__()
         with torch.device("meta"):  # shapes only: the classifier's 123 million numbers are never allocated
             self.features = vgg16(weights=None).features
-        self.features.load_state_dict(_read_features(weights_file, list(self.features.state_dict())), assign=True)
+        if weights_file is not None:
+            self.features.load_state_dict(_read_features(weights_file, list(self.features.state_dict())), assign=True)
         self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        device = "cpu" if weights_file is not None else "meta"
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1))
         self.train(False)
 
     def forward(self, images_NCHW: Tensor) -> dict[str, Tensor]:

@@ -15,8 +15,13 @@ def on_meta(module: nn.Module) -> nn.Module:
     tensors = [*module.parameters(), *module.buffers()]
     # A weight that a hook computes (weight norm) is neither, and cannot be copied.
     tensors += [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
-    placed: dict[int, object] = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
+    placed: dict[int, object] = {id(tensor): _placed(tensor) for tensor in tensors}
     return copy.deepcopy(module, memo=placed)  # the memo stands in for every tensor, so no weight is copied
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    shape = tensor.detach().to("meta")
+    return nn.Parameter(shape, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
 
 
 def declared_number(module: nn.Module, *names: str) -> int | None:

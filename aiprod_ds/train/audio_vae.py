@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
-from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
@@ -66,6 +67,10 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
             yield f"data.sample_rate_hz: must be the model's, {rate_hz}, got {data.sample_rate_hz}. Set it; files are resampled."
         if channels not in {None, data.channels}:
             yield f"data.channels: must be the model's, {channels}, got {data.channels}. Set it; files are converted."
+
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns `audio` [C,N]."""
+        return {"audio": torch.empty(self.config.data.channels, bucket.frames, device="meta")}
 
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
         return open_audio_datasets(dataset, validation, self.config.data, seed=self.config.seed)

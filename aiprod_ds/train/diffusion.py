@@ -5,21 +5,24 @@ What the loop trains is `diffusion_unit`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import AudioEncoderConfig
 from aiprod_ds.config.lora import LoraFileConfig
 from aiprod_ds.curriculum.data_rules import TooShort
-from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
 from aiprod_ds.errors import PlanError
 from aiprod_ds.models.diffusion import DiffusionModule
+from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.protocol import Family, require_token_timesteps
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
@@ -31,6 +34,8 @@ from aiprod_ds.train.diffusion_unit import DiffusionUnit, set_adapters, start_ad
 from aiprod_ds.train.encode_models import audio_form
 from aiprod_ds.train.latent_data import open_latent_datasets, open_latent_files
 from aiprod_ds.train.trainer import Trainer
+
+_ASSUMED_FPS = 24.0  # of clips whose rate nobody says, to estimate how much sound they have
 
 
 class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
@@ -106,6 +111,21 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
                 f"model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be the latents per second of "
                 f"audio_vae, {found:g}, got {expected:g}. Correct them, or name the VAE that belongs to the model."
             )
+
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns latents and a prompt of `Family.text_tokens` tokens."""
+        family, strides = self.family, self.strides
+        picture = (bucket.height // strides.spatial, bucket.width // strides.spatial)
+        shapes: dict[str, tuple[int, ...]] = {
+            "latents": (family.token_width // math.prod(family.patch), strides.latents(bucket.frames), *picture),
+            "prompt_embeds": (family.text_tokens, family.text_width),
+        }
+        if isinstance(family, LTX2):
+            seconds = bucket.frames / (bucket.frame_rate_hz or _ASSUMED_FPS)
+            shapes["audio_latents"] = (family.audio_token_width, max(1, round(seconds * family.audio_latents_per_second)))
+            shapes["audio_prompt_embeds"] = (family.text_tokens, family.audio_text_width)
+        clip = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+        return clip | {"fps": torch.tensor(_ASSUMED_FPS)}
 
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
         return open_latent_datasets(dataset, validation, strides=self.strides)

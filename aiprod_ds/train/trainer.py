@@ -11,15 +11,16 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
-from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.models.registry import build_model
+from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.train.clip_data import ClipData
 from aiprod_ds.train.run import evaluate_checkpoint, run_training
@@ -75,6 +76,19 @@ class Trainer(ABC, Generic[ConfigT]):
     @abstractmethod
     def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> Unit:
         """Returns what the loop trains."""
+
+    @abstractmethod
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns what a clip of that shape consists of, on the meta device: for estimates of memory and time."""
+
+    def blank_unit(self, plan: RunPlan) -> Unit:
+        """Returns the unit without weights and data, on the meta device: for estimates of memory and time."""
+        clips = [self.blank_clip(plan.phases[-1].buckets[0])]
+        blank = type(self)(
+            blank_config(self.config), model=on_meta(self.shapes), dataset=clips, validation=clips, source=self.source
+        )
+        assert blank._model is not None, "it was passed in"
+        return blank._unit(blank._model, plan, blank.open_data(), ())
 
     def plan(self, *, world_size: int = 1) -> RunPlan:
         """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights.
@@ -134,3 +148,12 @@ class Trainer(ABC, Generic[ConfigT]):
         plan = data.with_lengths(plan, self.source)
         model = self._model if self._model is not None else build_model(self.config.model, seed=self.config.seed)
         return plan, self._unit(model, plan, data, too_short)
+
+
+def blank_config(config: ConfigT) -> ConfigT:
+    """Returns `config` without what needs weights or files and changes no shape: previews and LoRA files."""
+    evaluation = config.evaluation.model_copy(update={"num_pictures": 0})
+    model = config.model.model_copy(
+        update={key: None for key in ("lora_checkpoint", "lora_init") if key in type(config.model).model_fields}
+    )
+    return config.model_copy(update={"evaluation": evaluation, "model": model})

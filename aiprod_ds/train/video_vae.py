@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
-from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
@@ -50,6 +50,10 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
         """How the model divides height, width and frames; found on the meta device."""
         return video_strides(self.shapes, self.config.model)
 
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns `video` [3,T,H,W]."""
+        return {"video": torch.empty(3, bucket.frames, bucket.height, bucket.width, device="meta")}
+
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
         return open_video_datasets(dataset, validation, seed=self.config.seed)
 
@@ -74,7 +78,8 @@ class VideoVAEUnit(ClipUnit):
         """Builds the losses of all phases, so that a missing weight file is found before training."""
         if any(phase.loss_weights["perceptual_weight"] > 0 for phase in self.plan.phases):
             try:
-                self._perceptual = PerceptualLoss(self.config.loss.perceptual)
+                is_blank = next(self.module.parameters()).is_meta
+                self._perceptual = PerceptualLoss(self.config.loss.perceptual, is_blank=is_blank)
             except DataError as error:
                 raise PlanError(f"loss.perceptual: {error}") from error
         self._losses = {

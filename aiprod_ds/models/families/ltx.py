@@ -45,6 +45,7 @@ class LTXVideo:
     transformer_class: ClassVar[str] = "LTXVideoTransformer3DModel"
     modalities: ClassVar[tuple[str, ...]] = ("video",)
     has_token_timesteps: ClassVar[bool] = True
+    text_tokens: ClassVar[int] = 128
     lora_targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*",)
 
     @classmethod

@@ -54,6 +54,7 @@ class LTX2:
     transformer_class: ClassVar[str] = "LTX2VideoTransformer3DModel"
     modalities: ClassVar[tuple[str, ...]] = ("video", "audio")
     has_token_timesteps: ClassVar[bool] = True
+    text_tokens: ClassVar[int] = 1024
     lora_targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*",)
 
     @classmethod

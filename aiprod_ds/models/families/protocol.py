@@ -31,6 +31,7 @@ class Family(Protocol):
         transformer_class: The class in diffusers.
         modalities: Keys of what `forward` takes and returns: "video", or "video" and "audio".
         has_token_timesteps: Whether tokens of one sample may have different noise levels, as first-frame conditioning needs.
+        text_tokens: Of a prompt, as diffusers' pipeline pads it.
         lora_targets: Patterns (see `models.lora`) of the modules that may get an adapter.
     """
 
@@ -38,7 +39,20 @@ class Family(Protocol):
     transformer_class: ClassVar[str]
     modalities: ClassVar[tuple[str, ...]]
     has_token_timesteps: ClassVar[bool]
+    text_tokens: ClassVar[int]
     lora_targets: ClassVar[tuple[str, ...]]
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns per token of video."""
+
+    @property
+    def token_width(self) -> int:
+        """Values per token of video."""
+
+    @property
+    def text_width(self) -> int:
+        """Of the prompt's embeddings."""
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> Self:

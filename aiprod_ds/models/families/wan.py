@@ -56,6 +56,7 @@ class Wan:
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     modalities: ClassVar[tuple[str, ...]] = ("video",)
     has_token_timesteps: ClassVar[bool] = True
+    text_tokens: ClassVar[int] = 512
     lora_targets: ClassVar[tuple[str, ...]] = ("blocks.*",)
 
     @classmethod
