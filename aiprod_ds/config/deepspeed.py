@@ -21,6 +21,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Check = Callable[[object], object]  # returns the value to keep or raises ValueError with the rule
 
 _NEVER_PRINT = 10**9
+_STAGE_3 = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,16 @@ class DeepSpeedSettings:
     buffer_dtype: Precision | None
     dictionary: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def gradient_precision(self) -> Precision:
+        """Type in which the gradients of an update are summed."""
+        found: Precision = self.dictionary.get("data_types", {}).get("grad_accum_dtype", self.precision)
+        return found
+
+    def zero_setting(self, key: str, *, default: float) -> float:
+        """Returns a number of the section `zero_optimization`."""
+        return float(self.dictionary.get("zero_optimization", {}).get(key, default))
+
 
 def parse_deepspeed_settings(source: Mapping[str, Any] | Path, where: str) -> DeepSpeedSettings:
     """Reads DeepSpeed settings from a mapping or a JSON file.
@@ -85,6 +96,30 @@ def parse_deepspeed_settings(source: Mapping[str, Any] | Path, where: str) -> De
     if problems:
         raise ConfigError(problems)
     return _settings(checked)
+
+
+def with_parallel(settings: DeepSpeedSettings, *, zero_stage: int, is_offloaded: bool, where: str) -> DeepSpeedSettings:
+    """Returns `settings` with another ZeRO stage and with or without an offloaded optimizer; precision and buckets stay.
+
+    16-bit gradients are summed as in the shipped files: in bf16 at stage 1, in fp32 otherwise.
+    """
+    values = {
+        **copy.deepcopy(dict(settings.dictionary)),
+        "activation_checkpointing": {"enabled": settings.activation_checkpointing},
+    }
+    zero = {
+        key: value
+        for key, value in values.get("zero_optimization", {}).items()
+        if key not in {"stage", "offload_optimizer", "overlap_comm"} and (zero_stage == _STAGE_3 or not _is_stage_3_key(key))
+    }
+    zero |= {"stage": zero_stage, "overlap_comm": zero_stage == _STAGE_3}
+    if is_offloaded:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    types = {key: value for key, value in values.get("data_types", {}).items() if key != "grad_accum_dtype"}
+    if settings.precision == "fp16" or (settings.precision == "bf16" and zero_stage > 1):
+        types["grad_accum_dtype"] = "fp32"
+    values |= {"zero_optimization": zero, "data_types": types}
+    return parse_deepspeed_settings(values, where=where)
 
 
 def deepspeed_dictionary(
@@ -192,12 +227,16 @@ def _check_combinations(values: Mapping[str, Any], where: str, problems: list[st
 
 def _check_stage_keys(zero: Mapping[str, Any], stage: int, where: str, problems: list[str]) -> None:
     for key in zero:
-        needed = 3 if key.startswith("stage3_") or key in _STAGE_3_KEYS else 1
+        needed = _STAGE_3 if _is_stage_3_key(key) else 1
         if key != "stage" and stage < needed:
             problems.append(
                 f"{where}: zero_optimization.{key}: has no effect below stage {needed}, got stage {stage}."
                 " Remove it or raise the stage."
             )
+
+
+def _is_stage_3_key(key: str) -> bool:
+    return key.startswith("stage3_") or key in _STAGE_3_KEYS
 
 
 def _settings(values: Mapping[str, Any]) -> DeepSpeedSettings:
