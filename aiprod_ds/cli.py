@@ -25,6 +25,7 @@ from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, la
 from aiprod_ds.config.encode import load_encode_config
 from aiprod_ds.config.kinds import config_kind
 from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.machines import MACHINES, require_machine
 from aiprod_ds.config.sample import load_sample_config
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
@@ -65,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     check = _configured(commands, "check", _check, "check a configuration (of train, encode or sample) and print every problem")
     plan = _configured(commands, "plan", _plan, "print the phases with every derived number; needs no GPU")
     for command in (check, plan):
-        command.add_argument("--world-size", type=int, default=1, help="ranks to plan for (default 1)")
+        command.add_argument("--world-size", "--gpus", type=int, default=1, metavar="N", help="ranks to plan for (default 1)")
+        command.add_argument("--machine", choices=sorted(MACHINES), help="the GPU that it will run on")
+    plan.add_argument("--price-per-gpu-hour", type=float, metavar="DOLLARS", help="in place of the machine's; needs --machine")
+    plan.add_argument("--plot", type=Path, metavar="FILE", help="write memory and GPU-hours as a PNG; needs --machine")
     plan.add_argument("--json", action="store_true", help="print JSON")
     _configured(
         commands,
@@ -148,7 +152,9 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
     from aiprod_ds.train.engines import read_settings
 
     trainer = _trainer(arguments)
-    read_settings(trainer.config, source=trainer.source)
+    settings = read_settings(trainer.config, source=trainer.source)
+    if arguments.machine is not None:
+        require_machine(settings, MACHINES[arguments.machine], where=trainer.source)
     plan = trainer.plan(world_size=arguments.world_size)
     data = trainer.open_data()
     too_short = data.check(plan, trainer.source)
@@ -164,6 +170,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
     from aiprod_ds.report.plan_page import PlanPage
 
+    _require_machine_for_estimates(arguments)
     trainer = _trainer(arguments)
     plan = trainer.plan(world_size=arguments.world_size)
     plan, clips, data_problem = _with_data(trainer, plan)
@@ -177,11 +184,39 @@ def _plan(arguments: argparse.Namespace) -> int:
         totals=totals(plan, clips=clips),
         curve=learning_rate_curve(plan, _CURVE_POINTS),
     )
+    estimate = _estimate(arguments, trainer, plan)
     if arguments.json:
-        print(json.dumps(page.document(), indent=1))
+        print(json.dumps(page.document() | estimate, indent=1))
     else:
         Console(highlight=False).print(page)
+        if estimate:
+            from aiprod_ds.report.cost_page import CostPage
+
+            Console(highlight=False).print(
+                CostPage(document=estimate["estimate"], memory_bytes=MACHINES[arguments.machine].memory_bytes)
+            )
     return DONE
+
+
+def _require_machine_for_estimates(arguments: argparse.Namespace) -> None:
+    for option, value in (("--plot", arguments.plot), ("--price-per-gpu-hour", arguments.price_per_gpu_hour)):
+        if value is not None and arguments.machine is None:
+            raise ConfigError(f"{option}: has no effect without --machine, got {value}. Add --machine.")
+
+
+def _estimate(arguments: argparse.Namespace, trainer: Any, plan: RunPlan) -> dict[str, Any]:
+    """Returns what the run needs and costs under the key `estimate`; nothing without --machine."""
+    if arguments.machine is None:
+        return {}
+    from aiprod_ds.train.planning import estimate_run
+
+    machine = MACHINES[arguments.machine]
+    found = estimate_run(trainer, plan, machine, dollars_per_gpu_hour=arguments.price_per_gpu_hour).document()
+    if arguments.plot is not None:
+        from aiprod_ds.report.cost_plot import save_cost_plot  # loads matplotlib, which takes seconds
+
+        save_cost_plot(found, machine.memory_bytes, arguments.plot)
+    return {"estimate": found}
 
 
 def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | None, str | None]:
