@@ -25,7 +25,7 @@ from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, la
 from aiprod_ds.config.encode import load_encode_config
 from aiprod_ds.config.kinds import config_kind
 from aiprod_ds.config.loader import load_config
-from aiprod_ds.config.machines import MACHINES, require_machine
+from aiprod_ds.config.machines import MACHINES
 from aiprod_ds.config.sample import load_sample_config
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
@@ -154,7 +154,9 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
     trainer = _trainer(arguments)
     settings = read_settings(trainer.config, source=trainer.source)
     if arguments.machine is not None:
-        require_machine(settings, MACHINES[arguments.machine], where=trainer.source)
+        from aiprod_ds.train.gpu_rules import require_runnable
+
+        require_runnable(trainer.shapes, settings, MACHINES[arguments.machine], where=trainer.source)
     plan = trainer.plan(world_size=arguments.world_size)
     data = trainer.open_data()
     too_short = data.check(plan, trainer.source)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
-from aiprod_ds.errors import ConfigError
 
 GIB = 2**30
 
@@ -124,14 +123,3 @@ def settings_problems(settings: DeepSpeedSettings, machine: Machine, *, where: s
             f"{where}: bf16.enabled: needs compute capability 8.0 or higher, got {machine.name} with {major}.{minor}, on which "
             "torch emulates it slowly. Use a file such as ds_configs/zero1_fp16_v100.json."
         )
-
-
-def require_machine(settings: DeepSpeedSettings, machine: Machine, *, where: str) -> None:
-    """Checks that the GPU can run the settings.
-
-    Raises:
-        ConfigError: With everything that it cannot.
-    """
-    problems = list(settings_problems(settings, machine, where=where))
-    if problems:
-        raise ConfigError(problems)

@@ -82,6 +82,10 @@ class EngineConfig(StrictModel):
     holds only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing, offload, buckets."""
     lost_rank_seconds: PositiveFloat | None = 60.0
     """Silence after which a rank counts as gone and the others end with an error, instead of waiting for it. null: never."""
+    parallel: Literal["configured", "auto"] = "configured"
+    """`auto` chooses ZeRO stage, offload, activation checkpointing and micro-batches: the fastest that fit the GPUs by the
+    estimates of `plan --machine`. Of the DeepSpeed settings then count precision, loss scale and buckets. A resumed run keeps
+    its choice."""
 
 
 class KeepBestConfig(StrictModel):
@@ -209,9 +213,25 @@ class RunConfig(StrictModel):
         ]
         if self.checkpoint.self_contained and all(self.phase_adapters(phase) is None for phase in self.curriculum.phases):
             problems.append("checkpoint.self_contained: has no effect unless a phase trains adapters, got true. Remove it.")
+        problems += self._chosen_by_auto()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _chosen_by_auto(self) -> Iterator[str]:
+        if self.engine.parallel != "auto":
+            return
+        if self.engine.kind == "local":
+            yield "engine.parallel: auto has no effect with kind: local, got both. Remove one of the two."
+        for where, shape in self.phase_shapes():
+            for key in ("micro_batch_size", "accumulation"):
+                if getattr(shape, key) is not None:
+                    yield f"{where}.{key}: is chosen by engine.parallel: auto, got a value. Give global_batch_size alone."
+        for index, phase in enumerate(self.curriculum.phases):
+            for key in ("activation_checkpointing", *(("micro_batch_size", "accumulation") if phase.buckets else ())):
+                if getattr(phase, key) is not None:
+                    where = f"curriculum.phases[{index}].{key}"
+                    yield f"{where}: is chosen by engine.parallel: auto, got a value. Remove it."
 
     def phase_adapters(self, phase: PhaseConfig) -> LoraConfig | None:  # noqa: ARG002  a diffusion run reads it
         """Returns the adapters that `phase` trains; None if it trains the weights themselves."""

@@ -43,6 +43,18 @@ class ParallelChoice:
     phases: tuple[PhaseChoice, ...]
     reason: tuple[str, ...] = ()
 
+    def fits(self, plan: RunPlan) -> bool:
+        """Returns whether `plan` is for as many ranks and its batches can be cut like this."""
+        sizes = [phase.micro_batch_sizes for phase in self.phases]
+        own = [[bucket.global_batch_size // plan.world_size for bucket in phase.buckets] for phase in plan.phases]
+        return (
+            self.world_size == plan.world_size
+            and [len(each) for each in sizes] == [len(each) for each in own]
+            and all(
+                whole % size == 0 for some, all_ in zip(sizes, own, strict=True) for size, whole in zip(some, all_, strict=True)
+            )
+        )
+
     def applied(self, plan: RunPlan) -> RunPlan:
         """Returns `plan` with these micro-batches and this checkpointing."""
         return replace(plan, phases=tuple(_applied(phase, own) for phase, own in zip(plan.phases, self.phases, strict=True)))

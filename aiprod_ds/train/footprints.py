@@ -7,21 +7,37 @@ chooses its own settings. Takes about a second for each shape, whatever its size
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import Precision
 from aiprod_ds.curriculum.footprint import Footprint
-from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.data.sampler import SampleRef
 from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
 from aiprod_ds.engine.layout import TORCH_DTYPES
 from aiprod_ds.models.tracing import trace
-from aiprod_ds.train.trainer import Trainer
 from aiprod_ds.train.unit import Unit
+
+
+class Shaped(Protocol):
+    """What is asked of a trainer; each is one."""
+
+    config: Any
+    source: str
+
+    @property
+    def shapes(self) -> nn.Module:
+        """The model, on the meta device unless it was passed in."""
+
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns what a clip consists of, on the meta device."""
+
+    def blank_unit(self, plan: RunPlan) -> Unit:
+        """Returns the unit without weights and data, on the meta device."""
 
 
 class Footprints:
@@ -33,7 +49,7 @@ class Footprints:
         precision: Of the engine.
     """
 
-    def __init__(self, trainer: Trainer[Any], plan: RunPlan, *, precision: Precision) -> None:
+    def __init__(self, trainer: Shaped, plan: RunPlan, *, precision: Precision) -> None:
         self._trainer = trainer
         self._plan = plan
         self._dtype = TORCH_DTYPES[precision]

@@ -22,7 +22,6 @@ from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, UpdateResult
-from aiprod_ds.errors import NonFiniteError
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema, evaluated_weights
 from aiprod_ds.pieces import Base
@@ -32,12 +31,12 @@ from aiprod_ds.report.stopwatch import Activity, Stopwatch
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.history import History
+from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.requests import Request, Requests
 from aiprod_ds.train.transition import begin_phase
 from aiprod_ds.train.unit import Evaluation, Stream, Unit
 
 _LOG = logging.getLogger(__name__)
-MAX_SKIPPED_IN_A_ROW = 50  # a dynamic loss scale of 2^16 needs at most 16 halvings to reach 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +48,7 @@ class TrainingLoop:
         retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by those of a new trained
             set. Collective.
         requests: What is asked of the run from outside.
+        overflows: Judges updates with non-finite gradients.
         checkpointing_default: Whether phases that do not say recompute activations.
         clock: Where the run stands; replaced, never changed.
         ema: The average of the weights that is evaluated in their place, if the run keeps one.
@@ -67,6 +67,7 @@ class TrainingLoop:
     save: Callable[[Clock], None]
     retrain: Callable[[TrainingLoop, PhasePlan, PhasePlan], None]
     requests: Requests
+    overflows: OverflowWatch
     checkpointing_default: bool
     clock: Clock
     history: History
@@ -74,7 +75,6 @@ class TrainingLoop:
     clip: AdaptiveClip | None = None
     base: Base | None = None
     _saved_updates: int = -1
-    _skipped_in_a_row: int = 0
     _phase_left_at: float | None = None
 
     def run(self) -> RunStatus:
@@ -84,7 +84,7 @@ class TrainingLoop:
             `COMPLETED` or `INTERRUPTED`, the same on all ranks.
 
         Raises:
-            NonFiniteError: If `MAX_SKIPPED_IN_A_ROW` updates in a row had a non-finite gradient.
+            NonFiniteError: If too many updates had a non-finite gradient; see `overflow.py`.
         """
         self._saved_updates = self.clock.updates if self.clock.updates else -1
         _LOG.info("training_begins update=%d", self.clock.updates)
@@ -195,21 +195,14 @@ class TrainingLoop:
 
     def _advance(self, result: UpdateResult, bucket: BucketPlan, epoch: int) -> None:
         if result.applied:
-            self._skipped_in_a_row = 0
             before = self.clock.samples
             samples = bucket.global_batch_size
             self.clock = self.clock.after_update(micro_batches=bucket.accumulation, samples=samples, epoch=epoch)
             if self.ema is not None:
                 self.ema.update(samples_before=before, samples_after=self.clock.samples)
-            return
-        self._skipped_in_a_row += 1
-        self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
-        _LOG.warning("update_skipped after=%d loss_scale=%g reason=non_finite_gradient", self.clock.updates, result.loss_scale)
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"update {self.clock.updates}: gradients must be finite, got {self._skipped_in_a_row} updates that were not. "
-                "The parameters are as after the last applied update. Lower learning_rate or use bf16, then resume."
-            )
+        else:
+            self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
+        self.overflows.observe(is_applied=result.applied, loss_scale=result.loss_scale, update=self.clock.updates)
 
     def _record(
         self, means: dict[str, Tensor | float], result: UpdateResult, bucket: BucketPlan, *, rate: float, times: dict[str, float]

@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, with_parallel
-from aiprod_ds.config.machines import Machine, require_machine
+from aiprod_ds.config.machines import Machine
 from aiprod_ds.curriculum.choice import ParallelChoice, choose
 from aiprod_ds.curriculum.cost import BucketCost, Estimator
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import PlanError
 from aiprod_ds.train.engines import read_settings
-from aiprod_ds.train.footprints import Footprints
-from aiprod_ds.train.trainer import Trainer
+from aiprod_ds.train.footprints import Footprints, Shaped
+from aiprod_ds.train.gpu_rules import require_runnable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +54,7 @@ class Estimate:
         }
 
 
-def estimate_run(
-    trainer: Trainer[Any], plan: RunPlan, machine: Machine, *, dollars_per_gpu_hour: float | None = None
-) -> Estimate:
+def estimate_run(trainer: Shaped, plan: RunPlan, machine: Machine, *, dollars_per_gpu_hour: float | None = None) -> Estimate:
     """Returns what the run needs and costs.
 
     Args:
@@ -69,9 +67,10 @@ def estimate_run(
         ConfigError: If the engine's settings cannot run on that GPU.
     """
     settings = read_settings(trainer.config, source=trainer.source)
-    require_machine(settings, machine, where=trainer.source)
+    require_runnable(trainer.shapes, settings, machine, where=trainer.source)
     estimator = estimator_of(trainer, plan, machine, settings, dollars_per_gpu_hour=dollars_per_gpu_hour)
-    configured = tuple(estimator.costs(plan, settings))
+    is_auto = trainer.config.engine.parallel == "auto"
+    configured = () if is_auto else tuple(estimator.costs(plan, settings))
     choice, problem = None, None
     try:
         choice = choose(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
@@ -92,7 +91,7 @@ def estimate_run(
 
 
 def estimator_of(
-    trainer: Trainer[Any],
+    trainer: Shaped,
     plan: RunPlan,
     machine: Machine,
     settings: DeepSpeedSettings,

@@ -6,6 +6,7 @@ other ranks may never answer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -116,7 +117,7 @@ def _summarize(
         peak_rss_bytes=peak_rss_bytes(),
         environment=describe_environment() if dist.is_main() else {},
         data=facts.unit.data_summary(),
-        replacements=facts.unit.replacements(),
+        replacements=(*facts.unit.replacements(), *_chosen(facts.layout)),
         retrained=tuple(history.retrained),
         resumed_from=tuple(history.resumed_from),
         resharded=tuple(history.resharded),
@@ -170,3 +171,9 @@ def _clips(folder: Path, name: str, caption: str) -> list[Picture]:
 def _plots(facts: RunFacts) -> tuple[Picture, ...]:
     rows = read_metrics(facts.folder / "metrics.jsonl")
     return save_plots(rows, facts.folder / "plots", phase_names=[phase.name for phase in facts.plan.phases])
+
+
+def _chosen(layout: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns what `engine.parallel: auto` chose, and why."""
+    choice = layout.get("parallel")
+    return () if choice is None else tuple(choice["reason"])

@@ -43,6 +43,8 @@ from aiprod_ds.train.belonging import change_in_words, check_belongs, run_layout
 from aiprod_ds.train.engines import build_engine, read_settings
 from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
+from aiprod_ds.train.overflow import OverflowWatch
+from aiprod_ds.train.parallel import Choose, Settled, settle
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
 from aiprod_ds.train.requests import Requests
 from aiprod_ds.train.retrain import retrain
@@ -87,7 +89,14 @@ class _Run:
 
 
 def run_training(
-    config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, console: Console | None = None
+    config: RunConfig,
+    unit: Unit,
+    plan: RunPlan,
+    *,
+    resume: str,
+    source: str,
+    choose_now: Choose,
+    console: Console | None = None,
 ) -> RunSummary:
     """Trains `unit` through `plan` and writes the run folder, or saves and returns earlier if asked to (`requests.py`).
 
@@ -97,6 +106,7 @@ def run_training(
         plan: The curriculum for this world size.
         resume: `auto`, `never` or the path of a checkpoint folder.
         source: How messages name the configuration.
+        choose_now: What `engine.parallel: auto` asks.
         console: Where progress is drawn (main rank); standard error by default.
 
     Raises:
@@ -104,10 +114,12 @@ def run_training(
         CheckpointError: If checkpoints exist and none is whole, the ranks share no folder, or one cannot be written.
         NonFiniteError: If training diverged for good.
     """
-    run = _new_run(config, unit, plan, source, console or Console(stderr=True))
+    checkpoint = _find_checkpoint(config, resume)
+    settled = _settle(config, plan, checkpoint, choose_now, source)
+    run = _new_run(config, unit, settled, source, console or Console(stderr=True))
     default = run.settings.activation_checkpointing
-    check_checkpointing(unit.module, plan, default=default, source=source)
-    checkpoint = _find_own(run, resume)
+    check_checkpointing(unit.module, run.plan, default=default, source=source)
+    _require_own(run, checkpoint)
     if dist.is_main():
         _prepare_folder(run, checkpoint, move_aside=resume == "never")
     require_shared(run.folder)
@@ -115,19 +127,23 @@ def run_training(
         return _train(run, checkpoint, watch)
 
 
-def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str) -> dict[str, float]:
+def evaluate_checkpoint(
+    config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, choose_now: Choose
+) -> dict[str, float]:
     """Returns the held-out measures of a checkpoint; writes nothing.
 
     Raises:
         CheckpointError: If there is none, or it belongs to another run.
     """
-    run = _new_run(config, unit, plan, source, Console(stderr=True))
-    checkpoint = _find_own(run, resume)
+    checkpoint = _find_checkpoint(config, resume)
+    settled = _settle(config, plan, checkpoint, choose_now, source)
+    run = _new_run(config, unit, settled, source, Console(stderr=True))
+    _require_own(run, checkpoint)
     if checkpoint is None:
         raise CheckpointError(
             f"{run.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another --output-dir."
         )
-    engine = _build(run, plan.phases[checkpoint.state.clock.phase])
+    engine = _build(run, run.plan.phases[checkpoint.state.clock.phase])
     try:
         ema = _new_ema(config, engine)
         read_engine(checkpoint.engine_folder, engine, ema, origin=start_in_words(config))
@@ -138,9 +154,16 @@ def evaluate_checkpoint(config: RunConfig, unit: Unit, plan: RunPlan, *, resume:
         engine.close()
 
 
-def _new_run(config: RunConfig, unit: Unit, plan: RunPlan, source: str, console: Console) -> _Run:
+def _settle(config: RunConfig, plan: RunPlan, checkpoint: Checkpoint | None, choose_now: Choose, source: str) -> Settled:
+    saved = None if checkpoint is None else checkpoint.state.layout
     settings = read_settings(config, source=source)
+    return settle(config, plan, settings, saved=saved, choose_now=choose_now, source=source)
+
+
+def _new_run(config: RunConfig, unit: Unit, settled: Settled, source: str, console: Console) -> _Run:
+    settings, plan = settled.settings, settled.plan
     layout = run_layout(config, settings, plan, world_size=dist.world_size())
+    layout |= {"parallel": None if settled.choice is None else settled.choice.to_dict()}
     parameters = sum(parameter.numel() for parameter in unit.module.parameters())  # before an engine shards them
     facts = RunFacts(config=config, plan=plan, unit=unit, parameters=parameters, layout=layout)
     return _Run(facts=facts, source=source, settings=settings, console=console)
@@ -211,6 +234,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
         save=save,
         retrain=partial(_retrain, run),
         requests=Requests(watch, run.folder),
+        overflows=OverflowWatch(lowest_scale=_lowest_scale(run.settings)),
         checkpointing_default=run.settings.activation_checkpointing,
         clock=clock,
         history=history,
@@ -249,6 +273,11 @@ def _retrain(run: _Run, loop: TrainingLoop, before: PhasePlan, after: PhasePlan)
     loop.history.retrained.append(done.to_dict())
 
 
+def _lowest_scale(settings: DeepSpeedSettings) -> float | None:
+    scale = settings.loss_scale
+    return None if scale is None or scale.loss_scale else float(scale.min_loss_scale)
+
+
 def _new_ema(config: RunConfig, engine: Engine) -> Ema | None:
     return None if config.ema is None else Ema(engine, config.ema)
 
@@ -265,13 +294,16 @@ def _report_ended(run: _Run, loop: TrainingLoop, error: BaseException) -> None:
         _LOG.exception("report_failed folder=%s", run.folder)
 
 
-def _find_own(run: _Run, resume: str) -> Checkpoint | None:
-    """Returns the verified checkpoint to go on from, the same on all ranks; it belongs to this run."""
-    checkpoint = dist.from_main(lambda: _find(run.store, resume))
+def _find_checkpoint(config: RunConfig, resume: str) -> Checkpoint | None:
+    """Returns the verified checkpoint to go on from, the same on all ranks."""
+    store = CheckpointStore(Path(config.output_dir) / "checkpoints")
+    return dist.from_main(lambda: _find(store, resume))
+
+
+def _require_own(run: _Run, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         where = f"{run.source}: --resume {checkpoint.folder}"
         check_belongs(checkpoint.state, run.config, run.facts.layout, where=where)
-    return checkpoint
 
 
 def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:

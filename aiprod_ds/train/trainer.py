@@ -7,7 +7,7 @@ are found, where clips come from and what the unit is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 from rich.console import Console
@@ -23,6 +23,9 @@ from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.train.clip_data import ClipData
+from aiprod_ds.train.engines import read_settings
+from aiprod_ds.train.gpu_rules import prepare_gpu, require_runnable
+from aiprod_ds.train.parallel import choose_here, this_machine
 from aiprod_ds.train.run import evaluate_checkpoint, run_training
 from aiprod_ds.train.unit import Unit
 
@@ -123,7 +126,8 @@ class Trainer(ABC, Generic[ConfigT]):
             What the report says; files are in `config.output_dir`.
         """
         plan, unit = self._prepare()
-        return run_training(self.config, unit, plan, resume=resume, source=self.source, console=console)
+        choose = partial(choose_here, self)
+        return run_training(self.config, unit, plan, resume=resume, source=self.source, choose_now=choose, console=console)
 
     def evaluate(self, *, resume: str = "auto") -> dict[str, float]:
         """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that `resume` names.
@@ -132,7 +136,8 @@ class Trainer(ABC, Generic[ConfigT]):
             CheckpointError: If there is none.
         """
         plan, unit = self._prepare()
-        return evaluate_checkpoint(self.config, unit, plan, resume=resume, source=self.source)
+        choose = partial(choose_here, self)
+        return evaluate_checkpoint(self.config, unit, plan, resume=resume, source=self.source, choose_now=choose)
 
     @cached_property
     def shapes(self) -> nn.Module:
@@ -141,8 +146,16 @@ class Trainer(ABC, Generic[ConfigT]):
             return self._model
         return build_model(self.config.model, seed=self.config.seed, device="meta")
 
+    def _prepare_gpu(self) -> None:
+        machine = this_machine()
+        if machine is not None:
+            settings = read_settings(self.config, source=self.source)
+            require_runnable(self.shapes, settings, machine, where=self.source)
+            prepare_gpu(machine)
+
     def _prepare(self) -> tuple[RunPlan, Unit]:
         plan = self.plan(world_size=dist.world_size())
+        self._prepare_gpu()
         data = self.open_data()
         too_short = data.check(plan, self.source)
         plan = data.with_lengths(plan, self.source)
