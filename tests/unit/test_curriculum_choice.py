@@ -1,0 +1,166 @@
+"""Which settings are chosen for a run whose footprints are given, and what its hours and dollars are."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings, with_parallel
+from aiprod_ds.config.machines import MACHINES, Machine
+from aiprod_ds.curriculum.choice import ParallelChoice, choose
+from aiprod_ds.curriculum.cost import Estimator
+from aiprod_ds.curriculum.footprint import Footprint, Work, WorkKind
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.curriculum.speed import SECONDS_PER_UPDATE, update_seconds
+from aiprod_ds.errors import EngineError, PlanError
+from aiprod_ds.testing.plans import phase_plan
+
+FILES = Path(__file__).parents[2] / "ds_configs"
+BF16 = parse_deepspeed_settings(FILES / "zero1_bf16.json", where="zero1_bf16.json")
+TRAINED, BYTES_PER_CLIP = 10**9, 10 * 10**9
+
+
+def _trace(
+    phase: PhasePlan,
+    bucket: int,
+    *,
+    micro_batch_size: int,
+    is_checkpointed: bool,
+    has_blocks: bool = True,
+    trained: int = TRAINED,
+) -> Footprint:
+    """A model that keeps 10 GB for each clip, a tenth of it when it recomputes, which takes a third longer."""
+    if is_checkpointed and not has_blocks:
+        raise EngineError("nothing to recompute")
+    held = BYTES_PER_CLIP * micro_batch_size * (phase.index + 1) // (10 if is_checkpointed else 1)
+    flops = 1e15 * micro_batch_size * (4 if is_checkpointed else 3)
+    return Footprint(
+        parameters=trained,
+        trained=trained,
+        trained_tensors=100,
+        largest_trained=10**7,
+        buffer_bytes=0,
+        saved_bytes=held,
+        curve=((0, held), (trained, 0)),
+        work=(Work(kind=WorkKind.MATMUL, flops=flops, moved_bytes=1e9, element_bytes=2, count=1),),
+        dispatched=1000,
+    )
+
+
+def _bucket(global_batch_size: int, world_size: int) -> BucketPlan:
+    return BucketPlan(
+        frames=9,
+        requested_frames=9,
+        height=64,
+        width=64,
+        frame_rate_hz=None,
+        global_batch_size=global_batch_size,
+        micro_batch_size=global_batch_size // world_size,
+        accumulation=1,
+    )
+
+
+def _plan(*, world_size: int = 1, batch: int = 8, phases: int = 2) -> RunPlan:
+    bucket = _bucket(batch, world_size)
+    return RunPlan(
+        phases=tuple(phase_plan(updates=3600, index=index, buckets=(bucket,)) for index in range(phases)), world_size=world_size
+    )
+
+
+def _estimator(machine: str = "h200-141gb", plan: RunPlan | None = None, **changes: object) -> Estimator:
+    return Estimator(
+        plan=plan or _plan(),
+        machine=MACHINES[machine],
+        trace=partial(_trace, **changes),  # type: ignore[arg-type]
+        has_average=False,
+        dollars_per_gpu_hour=2.0,
+    )
+
+
+def _settings(stage: int, is_offloaded: bool) -> DeepSpeedSettings:
+    return with_parallel(BF16, zero_stage=stage, is_offloaded=is_offloaded, where="test")
+
+
+def test_what_fits_whole_is_neither_recomputed_nor_cut() -> None:
+    choice = choose(_estimator(plan=_plan(batch=8, phases=1)), _settings, where="run")
+    assert (choice.zero_stage, choice.is_offloaded) == (1, False)
+    assert [(phase.is_checkpointed, phase.micro_batch_sizes) for phase in choice.phases] == [(False, (8,))]
+    assert "ZeRO-1, recomputation off, micro-batch 8 x 1" in choice.reason[0]
+
+
+def test_a_larger_phase_is_cut_before_it_is_recomputed_where_that_is_faster() -> None:
+    choice = choose(_estimator(), _settings, where="run")
+    # Phase 1 keeps 20 GB a clip: 8 clips are 160 of 150 GB, 4 are 80; cutting costs launches, recomputing a third of the time.
+    assert [(phase.is_checkpointed, phase.micro_batch_sizes) for phase in choice.phases] == [(False, (8,)), (False, (4,))]
+
+
+def test_a_phase_of_which_no_clip_fits_is_recomputed() -> None:
+    plan = _plan(phases=4, batch=4)
+    choice = choose(_estimator("v100-32gb", plan), _settings, where="run")
+    assert choice.phases[0].is_checkpointed is False
+    assert choice.phases[3].is_checkpointed is True  # one clip keeps 40 GB of 34
+    applied = choice.applied(plan)
+    assert applied.phases[3].activation_checkpointing is True
+    for phase in applied.phases:
+        (bucket,) = phase.buckets
+        assert bucket.micro_batch_size * bucket.accumulation * plan.world_size == bucket.global_batch_size
+
+
+def test_more_is_sharded_or_offloaded_when_optimizer_state_does_not_fit() -> None:
+    eight = choose(_estimator("v100-32gb", _plan(world_size=8), trained=7 * 10**9), _settings, where="run")
+    assert eight.zero_stage > 1
+    one = choose(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=25 * 10**8), _settings, where="run")
+    assert one.is_offloaded
+
+
+def test_what_fits_nowhere_is_refused_with_the_least_need() -> None:
+    with pytest.raises(PlanError, match=r"run: must fit v100-32gb with 1 GPUs, got phase phase_0, which needs .* of 34\.0 GB"):
+        choose(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=40 * 10**9), _settings, where="run")
+
+
+def test_a_model_without_blocks_is_not_recomputed() -> None:
+    choice = choose(_estimator("h200-141gb", _plan(phases=1), has_blocks=False), _settings, where="run")
+    assert not choice.phases[0].is_checkpointed
+    with pytest.raises(PlanError, match="must fit"):
+        choose(_estimator("v100-32gb", _plan(phases=4, batch=4), has_blocks=False), _settings, where="run")
+
+
+def test_a_choice_is_the_same_every_time_and_survives_json() -> None:
+    first, second = (choose(_estimator(), _settings, where="run") for _ in range(2))
+    assert first == second == ParallelChoice.from_dict(first.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("plan", "fits"),
+    [(_plan(), True), (_plan(batch=16), True), (_plan(batch=6), False), (_plan(phases=3), False), (_plan(world_size=2), False)],
+)
+def test_a_choice_is_kept_for_plans_that_it_can_cut(plan: RunPlan, fits: bool) -> None:
+    assert choose(_estimator(), _settings, where="run").fits(plan) is fits
+
+
+def test_hours_and_dollars_follow_from_seconds() -> None:
+    plan = _plan(world_size=2, phases=1)
+    (cost,) = _estimator(plan=plan).costs(plan, BF16)
+    assert cost.gpu_hours == pytest.approx(3600 * cost.seconds_per_update * 2 / 3600)
+    assert cost.dollars == pytest.approx(2.0 * cost.gpu_hours)
+    assert cost.flops_per_update == pytest.approx(2 * 4 * 3e15)
+    assert cost.fits
+    assert cost.to_dict()["memory"]["needed"] == cost.memory.needed
+
+
+def _seconds(machine: Machine, footprint: Footprint, *, world_size: int = 1, accumulation: int = 1) -> float:
+    return update_seconds(footprint, BF16, machine, world_size=world_size, accumulation=accumulation)
+
+
+def test_time_is_bounded_by_flops_by_bytes_or_by_the_host() -> None:
+    h200, phase = MACHINES["h200-141gb"], _plan().phases[0]
+    large = _trace(phase, 0, micro_batch_size=8, is_checkpointed=False)
+    step = SECONDS_PER_UPDATE + 90 * TRAINED / (4.8e12 * 0.98)
+    assert _seconds(h200, large) == pytest.approx(24e15 / (989e12 * 0.75) + step)
+    assert _seconds(h200, large, accumulation=2) == pytest.approx(2 * 24e15 / (989e12 * 0.75) + step)
+    small = Footprint(**{**{name: getattr(large, name) for name in Footprint.__dataclass_fields__}, "work": ()})
+    assert _seconds(h200, small) == pytest.approx(1000 * 17e-6 + step)
+    assert _seconds(MACHINES["v100-32gb"], large) > 7 * _seconds(h200, large)
+    assert _seconds(h200, small, world_size=8) > 1000 * 17e-6 + SECONDS_PER_UPDATE + 7 / 8 * 4 * TRAINED / (450e9 * 0.7)
