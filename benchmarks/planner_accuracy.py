@@ -4,9 +4,10 @@ Measures through the project's own trainers (ZeRO-1, bf16, AdamW with fp32 maste
 shapes (128 text tokens; the last with and without activation checkpointing), its LoRA of rank 32, AutoencoderKLLTXVideo (419
 million parameters, without and with the perceptual loss, whose network has random weights here) and AutoencoderOobleck. One
 process for each model runs its cases; checkpoints and export are left out. The raw measurements are kept, so
-that the planner can be compared with them again without a GPU:
+that the planner can be compared with them again without a GPU (peak of a run, mean of the updates after the warm-up; one run):
 
     python benchmarks/planner_accuracy.py --raw RAW.json
+    python benchmarks/planner_accuracy.py --raw RAW.json --compare benchmarks/results/NAME.json
 
 `--tiny` runs small models in fp32 on any machine, to see that the script works. It does not show: several GPUs, ZeRO-2 and 3,
 offload, compiled models, reading from disk, other cards.
@@ -19,6 +20,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from trainer_runs import measured_training, run_in_own_process, seconds_per_upda
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.config.machines import MACHINES
 from aiprod_ds.config.run import ModelConfig, RunConfig
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.engine import dist
@@ -39,6 +42,7 @@ from aiprod_ds.models.registry import build_model
 from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.train.planning import estimate_run
 from aiprod_ds.train.trainer import Trainer
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
@@ -152,6 +156,8 @@ _CONFIGS: dict[str, type[RunConfig]] = {
     "video_vae": VAETrainerConfig,
     "audio_vae": AudioVAETrainerConfig,
 }
+_FITTED = {("ltx", "low"), ("ltx", "high"), ("ltx_lora", "medium"), ("video_vae", "medium"), ("audio_vae", "clips")}
+"""The cases to which the constants of `aiprod_ds.curriculum.speed` were fitted; nothing of memory was."""
 _TINY_FRAMES, _TINY_SIZES, _TINY_SAMPLES = 9, {256: 64, 512: 96, 1024: 128}, 4096
 
 
@@ -160,12 +166,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time of an update, predicted and measured.")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="MODEL", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--raw", type=Path, required=True, help="where the measurements are written")
+    parser.add_argument("--raw", type=Path, required=True, help="where the measurements are written, or read with --compare")
+    parser.add_argument("--compare", type=Path, metavar="RESULT", help="measure nothing: predict what RAW holds and write both")
     parser.add_argument("--measure", metavar="MODEL", help=argparse.SUPPRESS)  # the side of one model's process
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         arguments.output.write_text(json.dumps(_measure(arguments.measure, is_tiny=arguments.tiny)))
+        return
+    if arguments.compare:
+        _compare(json.loads(arguments.raw.read_text()), arguments.compare)
         return
     options = [f"--raw={arguments.raw}", *(["--tiny"] if arguments.tiny else [])]
     environment = describe_environment()
@@ -175,6 +185,44 @@ def main() -> None:
         raw["models"][name] = run_in_own_process(__file__, name, *options)
         arguments.raw.write_text(json.dumps(raw, indent=1))  # what is measured is kept if a later model fails
         _tell(name, raw["models"][name], time.perf_counter() - began, is_tiny=arguments.tiny)
+
+
+def _compare(raw: dict[str, Any], output: Path) -> None:
+    rows = [row for name, cases in raw["models"].items() for case, found in cases.items() for row in _both(name, case, found)]
+    result = {
+        "name": "planner_accuracy",
+        "date": raw.get("date", date.today().isoformat()),
+        **{key: raw[key] for key in ("hardware", "versions", "command")},
+        "commit": (raw["git"] or {}).get("commit"),
+        "rows": rows,
+    }
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['case']}: {row['metric']} {row['value']:.4g} {row['unit']}, {row['peer']} {row['peer_value']:.4g}")
+
+
+def _both(name: str, case: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the case's measured memory and time, with what the planner predicts for an H200 beside them."""
+    kind, shape = MODELS[name], MODELS[name].cases[case]
+    trainer = _TRAINERS[kind.trainer](
+        _config(kind, shape, Path("unused"), is_tiny=False), model=build_model(_source(kind, is_tiny=False), seed=0, device="meta")
+    )
+    plan = trainer.plan(world_size=1)
+    (cost,) = estimate_run(trainer, plan, MACHINES["h200-141gb"]).configured
+    label = f"{name} {case}: {cost.shape}{', recomputed' if shape.is_checkpointed else ''}"
+    fit = "in the fit" if (name, case) in _FITTED else "not in the fit"
+    peak = max(row["memory/device_peak_bytes"] for row in found["rows"]) / 1e9
+    seconds = seconds_per_update(found["rows"], dropped=shape.dropped)
+    return [
+        _against(label, "peak device memory", "GB", peak, cost.memory.peak / 1e9),
+        _against(label, f"seconds per update ({fit})", "s", seconds, cost.seconds_per_update),
+    ]
+
+
+def _against(case: str, metric: str, unit: str, measured: float, predicted: float) -> dict[str, Any]:
+    peer = f"predicted, {100 * (predicted / measured - 1):+.1f} %"
+    row = {"case": case, "metric": metric, "value": measured, "unit": unit, "spread": None, "runs": [], "goal": None}
+    return {**row, "peer": peer, "peer_value": predicted}
 
 
 def _tell(name: str, phases: dict[str, Any], seconds: float, *, is_tiny: bool) -> None:
@@ -224,7 +272,9 @@ def _source(model: Model, *, is_tiny: bool) -> ModelConfig:
 
 
 def _tiny(case: Case) -> Case:
-    length, size = (_TINY_FRAMES, _TINY_SIZES[case.size]) if case.size else (_TINY_SAMPLES, 0)
+    length, size = (_FITTED = {("ltx", "low"), ("ltx", "high"), ("ltx_lora", "medium"), ("video_vae", "medium"), ("audio_vae", "clips")}
+"""The cases to which the constants of `aiprod_ds.curriculum.speed` were fitted; nothing of memory was."""
+_TINY_FRAMES, _TINY_SIZES[case.size]) if case.size else (_TINY_SAMPLES, 0)
     return Case(length=length, size=size, batch=2, updates=3, dropped=1, is_checkpointed=case.is_checkpointed)
 
 

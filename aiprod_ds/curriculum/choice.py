@@ -99,7 +99,8 @@ def choose(estimator: Estimator, settings_of: Callable[[int, bool], DeepSpeedSet
             f"{where}: must fit {machine.name} with {estimator.plan.world_size} GPUs, got phase {least.name}, which needs "
             f"{least.memory.needed / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB at the least (ZeRO-{least.zero_stage}, "
             f"micro-batch {least.micro_batch_size}) and "
-            f"{least.memory.host / 1e9:.1f} of {machine.host_memory_bytes / 1e9:.1f} GB of the host. Take more or larger GPUs, smaller clips, or adapters."
+            f"{least.memory.host / 1e9:.1f} of {machine.host_memory_bytes / 1e9:.1f} GB of the host. "
+            "Take more or larger GPUs, smaller clips, or adapters."
         )
     return min(found, key=lambda pair: pair[0])[1]
 
