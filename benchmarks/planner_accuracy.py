@@ -204,9 +204,8 @@ def _compare(raw: dict[str, Any], output: Path) -> None:
 def _both(name: str, case: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the case's measured memory and time, with what the planner predicts for an H200 beside them."""
     kind, shape = MODELS[name], MODELS[name].cases[case]
-    trainer = _TRAINERS[kind.trainer](
-        _config(kind, shape, Path("unused"), is_tiny=False), model=build_model(_source(kind, is_tiny=False), seed=0, device="meta")
-    )
+    model = build_model(_source(kind, is_tiny=False), seed=0, device="meta")
+    trainer = _TRAINERS[kind.trainer](_config(kind, shape, Path("unused"), is_tiny=False), model=model)
     plan = trainer.plan(world_size=1)
     (cost,) = estimate_run(trainer, plan, MACHINES["h200-141gb"]).configured
     label = f"{name} {case}: {cost.shape}{', recomputed' if shape.is_checkpointed else ''}"
@@ -272,9 +271,7 @@ def _source(model: Model, *, is_tiny: bool) -> ModelConfig:
 
 
 def _tiny(case: Case) -> Case:
-    length, size = (_FITTED = {("ltx", "low"), ("ltx", "high"), ("ltx_lora", "medium"), ("video_vae", "medium"), ("audio_vae", "clips")}
-"""The cases to which the constants of `aiprod_ds.curriculum.speed` were fitted; nothing of memory was."""
-_TINY_FRAMES, _TINY_SIZES[case.size]) if case.size else (_TINY_SAMPLES, 0)
+    length, size = (_TINY_FRAMES, _TINY_SIZES[case.size]) if case.size else (_TINY_SAMPLES, 0)
     return Case(length=length, size=size, batch=2, updates=3, dropped=1, is_checkpointed=case.is_checkpointed)
 
 
