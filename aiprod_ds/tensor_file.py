@@ -16,7 +16,7 @@ import os
 import stat
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from typing_extensions import Self
 MAX_HEADER_BYTES = 100_000_000  # the bound of the library
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
+_AT_ONCE_BYTES = 16 << 20  # what is written is still in a cache when it is observed
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -169,6 +170,7 @@ def write_tensor_file(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     metadata: Mapping[str, str] | None = None,
+    observe: Callable[[memoryview], object] = lambda _: None,
 ) -> None:
     """Writes a file that every reader of safetensors reads; memory holds one tensor.
 
@@ -178,6 +180,7 @@ def write_tensor_file(
             start at odd addresses, which mapped readers must copy.
         tensors: The same names in the same order, on the CPU.
         metadata: Text by name; `format: pt` is added.
+        observe: Is given all bytes of the file, in order; a hash's `update`.
 
     Raises:
         OSError: If the disk fails.
@@ -191,11 +194,11 @@ def write_tensor_file(
     text += b" " * (-len(text) % _LENGTH_BYTES)
     names = iter(specs)
     with path.open("wb", buffering=0) as file:
-        _write_all(file, memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text))
+        _write_all(file, memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text), observe)
         for name, tensor in tensors:
             assert name == next(names, None), "the tensors are those of the specs, in their order"
             assert TensorSpec.of(tensor) == specs[name], f"{name} is what its spec says"
-            _write_all(file, _bytes_of(tensor.detach().contiguous()))
+            _write_all(file, _bytes_of(tensor.detach().contiguous()), observe)
     assert next(names, None) is None, "all tensors were given"
 
 
@@ -211,9 +214,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data  # numpy has no bfloat16
 
 
-def _write_all(file: Any, buffer: memoryview) -> None:
+def _write_all(file: Any, buffer: memoryview, observe: Callable[[memoryview], object]) -> None:
     while buffer:
-        buffer = buffer[file.write(buffer) :]
+        done = file.write(buffer[:_AT_ONCE_BYTES])
+        observe(buffer[:done])
+        buffer = buffer[done:]
 
 
 def _read_header(descriptor: int) -> tuple[int, bytes]:

@@ -36,15 +36,20 @@ class FileRecord:
     sha256: str
 
 
-def write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path, known: Mapping[str, FileRecord] | None = None) -> None:
     """Describes every file below `folder`.
 
+    Args:
+        folder: Everything in it is whole.
+        known: What the writers of some files, by path relative to it, say of them; those are not read again.
+
     Raises:
-        CheckpointError: If there is something that `verify_folder` would refuse: a link, a device, an unusual name.
+        CheckpointError: If a known file has another size, or there is something that `verify_folder` would refuse: a link, a
+            device, an unusual name.
         OSError: If the disk fails.
     """
     names = sorted(name for name in _file_names(folder) if name != MANIFEST)
-    files = {name: asdict(_describe(folder, name)) for name in names}
+    files = {name: asdict(_describe(folder, name, (known or {}).get(name))) for name in names}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
 
 
@@ -98,9 +103,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _describe(folder: Path, name: str) -> FileRecord:
+def _describe(folder: Path, name: str, known: FileRecord | None) -> FileRecord:
     _own_name(folder, name)
-    return FileRecord(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
+    num_bytes = (folder / name).stat().st_size
+    if known is None:
+        return FileRecord(bytes=num_bytes, sha256=file_sha256(folder / name))
+    if num_bytes != known.bytes:
+        raise CheckpointError(f"{folder / name}: must have the {known.bytes} bytes that were written, got {num_bytes}.")
+    return known
 
 
 def _own_name(where: Path, name: str) -> str:

@@ -12,6 +12,7 @@ were here, or only where the run started from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from aiprod_ds.checkpoint.manifest import read_mapping
+from aiprod_ds.checkpoint.manifest import FileRecord, read_mapping
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.files import sync
 from aiprod_ds.pieces import Base, Captured, EngineFacts, Kind, Whole, split_key, tensor_key
 from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSpec, by_width, write_tensor_file
 
@@ -38,27 +40,38 @@ def base_folder(checkpoints: Path, sha256: str) -> Path:
     return checkpoints / "bases" / sha256
 
 
-def write_pieces(folder: Path, state: Captured) -> None:
-    """Writes this rank's file, if it has pieces, and on rank 0 the facts, into an existing folder. Waits for nobody.
+def write_pieces(folder: Path, state: Captured) -> dict[str, FileRecord]:
+    """Writes this rank's file, if it has pieces, and on rank 0 the facts, into an existing folder, down to the disk.
+
+    Waits for nobody. Memory holds one tensor; its bytes are hashed as they are written.
 
     Args:
         folder: The same for all ranks.
         state: Its tensors must not change before this returns. Those on a GPU are copied to the host one by one.
 
+    Returns:
+        Size and hash of what was written, by name.
+
     Raises:
         OSError: If the disk fails.
     """
+    written: dict[str, FileRecord] = {}
     pieces = {tensor_key(cut.kind, cut.name): (cut, values) for cut, values in state.pieces()}
     assert len(pieces) == len(state.cuts), "a rank has one piece of a tensor"
     if pieces:
         specs = by_width({key: TensorSpec.of(values) for key, (_, values) in pieces.items()})
         tensors = ((key, pieces[key][1].cpu()) for key in specs)
         starts = {key: pieces[key][0].start for key in specs}
-        path = folder / _file_name(state.rank, state.facts.world_size)
-        write_tensor_file(path, specs, tensors, metadata={_STARTS: json.dumps(starts)})
+        name, digest = _file_name(state.rank, state.facts.world_size), hashlib.sha256()
+        write_tensor_file(folder / name, specs, tensors, metadata={_STARTS: json.dumps(starts)}, observe=digest.update)
+        written[name] = FileRecord(bytes=(folder / name).stat().st_size, sha256=digest.hexdigest())
     if state.rank == 0:
         text = json.dumps(state.facts.to_dict(), indent=1, sort_keys=True) + "\n"
         (folder / FACTS).write_text(text, encoding="utf-8")
+        written[FACTS] = FileRecord(bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest())
+    for name in written:
+        sync(folder / name)
+    return written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

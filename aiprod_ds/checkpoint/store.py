@@ -17,12 +17,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from aiprod_ds.checkpoint.bases import delete_unfinished, delete_unreferenced, verify_base
-from aiprod_ds.checkpoint.manifest import read_manifest, read_mapping, verify_folder, write_manifest
+from aiprod_ds.checkpoint.manifest import FileRecord, read_manifest, read_mapping, verify_folder, write_manifest
 from aiprod_ds.checkpoint.pieces import FACTS
 from aiprod_ds.checkpoint.removal import PENDING, delete, discard
 from aiprod_ds.checkpoint.retention import Standing, surplus
@@ -91,10 +91,15 @@ class CheckpointStore:
         """Returns the name that `open_pending` uses, for the other ranks."""
         return self.folder / f"{_name(updates)}{PENDING}"
 
-    def commit(self, updates: int, state: RunState) -> Path:
+    def commit(self, updates: int, state: RunState, known: Mapping[str, FileRecord] | None = None) -> Path:
         """Turns the pending folder into the checkpoint of `updates`. Main rank only, after every rank has written its files.
 
         A checkpoint that is already there under this name is replaced only once the new one is whole on disk.
+
+        Args:
+            updates: As in `open_pending`.
+            state: Of the run at that moment.
+            known: Of files, by path in the checkpoint, that their writers have hashed and brought to the disk.
 
         Raises:
             DiskFullError: If there was no room.
@@ -104,7 +109,7 @@ class CheckpointStore:
         replaced = final.with_name(final.name + _REPLACED)
         with explained(self.folder):
             (pending / _STATE).write_text(json.dumps(state.to_dict(), indent=1, sort_keys=True) + "\n")
-            write_manifest(pending)
+            write_manifest(pending, known)
             for path in (*pending.rglob("*"), pending):
                 sync(path)
             if final.exists():

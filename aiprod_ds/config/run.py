@@ -113,6 +113,9 @@ class CheckpointConfig(StrictModel):
     self_contained: bool = False
     """While adapters are trained: hold the frozen weights in every checkpoint. false: a checkpoint refers to what the run started
     from, or to one copy in `checkpoints/bases/` if the run has changed it."""
+    asynchronous: bool = False
+    """Copies the state to the host's memory and writes it while training goes on. It takes as much memory as all checkpoint files
+    of the ranks on one host; without room for it, a run saves as with `false` and its report says so."""
     on_full_disk: Literal["stop", "go_on"] = "stop"
     """Without room for a checkpoint: end the run with an error, or warn, train on and try again at the next save."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +24,7 @@ class History:
         resumed_from: Checkpoint names that the run continued from.
         resharded: Those of them that another engine, ZeRO stage or number of ranks had saved, and what changed, in words.
         not_saved: Update and reason of every save that there was no room for.
+        replacements: What was done in place of what was asked while the run went on, in words.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -32,6 +36,18 @@ class History:
     resumed_from: list[str] = field(default_factory=list)
     resharded: list[str] = field(default_factory=list)
     not_saved: list[dict[str, Any]] = field(default_factory=list)
+    replacements: list[str] = field(default_factory=list)
+
+    def note_not_saved(self, update: int, reason: str) -> None:
+        """Remembers a save that there was no room for."""
+        self.not_saved.append({"update": update, "reason": reason})
+
+    def note_replacement(self, words: str) -> None:
+        """Remembers, and logs once, what is done in place of what was asked; the first words on `subject: details` stand."""
+        subject = words.partition(":")[0]
+        if not any(known.startswith(subject) for known in self.replacements):
+            _LOG.warning("replaced %s", words)
+            self.replacements.append(words)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""

@@ -33,6 +33,7 @@ from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.history import History
 from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.requests import Request, Requests
+from aiprod_ds.train.saving import Saver
 from aiprod_ds.train.transition import begin_phase
 from aiprod_ds.train.unit import Evaluation, Stream, Unit
 
@@ -44,7 +45,8 @@ class TrainingLoop:
     """Runs updates until the curriculum is finished or someone asks the run to stop.
 
     Attributes:
-        save: Saves a checkpoint of the given clock. Collective.
+        save: Saves a checkpoint of the given clock, or begins to. Collective.
+        saver: What `save` begins goes on in it.
         retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by those of a new trained
             set. Collective.
         requests: What is asked of the run from outside.
@@ -65,6 +67,7 @@ class TrainingLoop:
     stopwatch: Stopwatch
     folder: Path
     save: Callable[[Clock], None]
+    saver: Saver
     retrain: Callable[[TrainingLoop, PhasePlan, PhasePlan], None]
     requests: Requests
     overflows: OverflowWatch
@@ -98,11 +101,13 @@ class TrainingLoop:
                 return RunStatus.INTERRUPTED
             self._finish_phase(phase)
             if action is Action.FINISHED:
+                self._finish_save()
                 return RunStatus.COMPLETED
             if self._must_stop(at_once=True):
                 return RunStatus.INTERRUPTED
             following = self.plan.phases[phase.index + 1]
             if following.adapters != phase.adapters:
+                self._finish_save()
                 with self.stopwatch.during(Activity.TRANSITION):
                     self.retrain(self, phase, following)
             self.clock = self.clock.at_phase(following.index)
@@ -249,11 +254,18 @@ class TrainingLoop:
     def _must_stop(self, *, at_once: bool = False) -> bool:
         """Does what is asked of the run between two updates and returns whether it is to end."""
         request = self.requests.agreed(at_once=at_once)
+        with self.stopwatch.during(Activity.CHECKPOINT):
+            self.saver.advance(self.requests.finished_by_all)
         if request is not Request.NONE:
             self._save()
+            self._finish_save()
             self.requests.done(request)
             _LOG.warning("request_done name=%s update=%d", request.name, self.clock.updates)
         return request is Request.STOP
+
+    def _finish_save(self) -> None:
+        with self.stopwatch.during(Activity.CHECKPOINT):
+            self.saver.finish()
 
     def _save(self) -> None:
         if self.clock.updates == self._saved_updates:

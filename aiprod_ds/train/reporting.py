@@ -117,7 +117,7 @@ def _summarize(
         peak_rss_bytes=peak_rss_bytes(),
         environment=describe_environment() if dist.is_main() else {},
         data=facts.unit.data_summary(),
-        replacements=(*facts.unit.replacements(), *_chosen(facts.layout)),
+        replacements=(*facts.unit.replacements(), *_chosen(facts.layout), *history.replacements),
         retrained=tuple(history.retrained),
         resumed_from=tuple(history.resumed_from),
         resharded=tuple(history.resharded),

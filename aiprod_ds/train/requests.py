@@ -40,14 +40,27 @@ class Requests:
     Args:
         watch: Knows of this rank's signals.
         folder: The run folder; only rank 0 looks into it, about once a second.
+        finished: Returns a count that never falls, of which everybody wants to know the least of all ranks.
         now: Monotonic time in seconds; tests pass their own.
+
+    Attributes:
+        finished_by_all: The least count, as the last vote had it.
     """
 
-    def __init__(self, watch: SignalWatch, folder: Path, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        watch: SignalWatch,
+        folder: Path,
+        *,
+        finished: Callable[[], int] = lambda: 0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._watch = watch
         self._folder = folder
+        self._finished = finished
         self._now = now
-        self._ballot = dist.Ballot(2)
+        self.finished_by_all = 0
+        self._ballot = dist.Ballot(3)
         self._is_cast = False
         self._are_updates_slow = False
         self._boundary_at = now()
@@ -86,11 +99,12 @@ class Requests:
         now = self._now()
         milliseconds = round((now - self._boundary_at) * 1000)
         self._boundary_at = now
-        self._ballot.cast((self._own(now), milliseconds))
+        self._ballot.cast((self._own(now), milliseconds, -self._finished()))
         self._is_cast = True
 
     def _read(self) -> Request:
-        request, milliseconds = self._ballot.result()
+        request, milliseconds, minus_finished = self._ballot.result()
+        self.finished_by_all = -minus_finished
         self._is_cast = False
         self._are_updates_slow = milliseconds >= _SLOW_UPDATE_MILLISECONDS
         return Request(request)

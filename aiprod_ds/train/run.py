@@ -79,12 +79,13 @@ class _Run:
     def store(self) -> CheckpointStore:
         return CheckpointStore(self.folder / "checkpoints")
 
-    @property
-    def saver(self) -> Saver:
+    def saver(self, history: History) -> Saver:
         return Saver(
             store=self.store,
             config=self.config.checkpoint,
             phase_names=tuple(phase.name for phase in self.plan.phases),
+            on_not_saved=history.note_not_saved,
+            on_replaced=history.note_replacement,
         )
 
 
@@ -182,6 +183,8 @@ def _train(run: _Run, checkpoint: Checkpoint | None, watch: SignalWatch) -> RunS
         loop = _new_loop(run, engine, checkpoint, watch)
         return _run(run, loop)
     finally:
+        if loop is not None:
+            loop.saver.close()
         (engine if loop is None else loop.engine).close()
 
 
@@ -206,7 +209,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
         base = base_of_phase(engine, run.plan.phases[clock.phase], run.config, origin=origin, is_stored=is_stored)
     sinks = _open_sinks(run, clock, is_resumed=checkpoint is not None) if dist.is_main() else ()
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
-    stopwatch, saver = Stopwatch(), run.saver
+    stopwatch, saver = Stopwatch(), run.saver(history)
 
     def save(now: Clock) -> None:
         state = RunState(
@@ -218,9 +221,7 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
             history=history.to_dict(),
             adaptive_clip={} if loop.clip is None else loop.clip.to_dict(),
         )
-        problem = saver.save(loop.engine, loop.ema, state, base=loop.base)
-        if problem is not None:
-            history.not_saved.append({"update": now.updates, "reason": problem})
+        saver.save(loop.engine, loop.ema, state, base=loop.base)
 
     loop = TrainingLoop(
         config=run.config,
@@ -232,8 +233,9 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
         stopwatch=stopwatch,
         folder=run.folder,
         save=save,
+        saver=saver,
         retrain=partial(_retrain, run),
-        requests=Requests(watch, run.folder),
+        requests=Requests(watch, run.folder, finished=lambda: saver.finished),
         overflows=OverflowWatch(lowest_scale=_lowest_scale(run.settings)),
         checkpointing_default=run.settings.activation_checkpointing,
         clock=clock,

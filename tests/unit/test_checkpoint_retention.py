@@ -78,6 +78,7 @@ class SmallEngine:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
+        self.device = torch.device("cpu")
 
     def capture(self) -> Captured:
         return FailingCapture(
@@ -119,8 +120,13 @@ def _saver(folder: Path, **values: Any) -> Saver:
     return Saver(store=CheckpointStore(folder / "checkpoints"), config=_config(**values), phase_names=names)
 
 
-def _save(saver: Saver, updates: int, *, engine: SmallEngine | None = None, **state: Any) -> str | None:
-    return saver.save(cast("Engine", engine or SmallEngine()), None, _state(updates, **state))
+def _save(saver: Saver, updates: int, *, engine: SmallEngine | None = None, **state: Any) -> list[tuple[int, str]]:
+    """Returns what was not saved."""
+    found: list[tuple[int, str]] = []
+    saver.on_not_saved = lambda update, reason: found.append((update, reason))
+    saver.save(cast("Engine", engine or SmallEngine()), None, _state(updates, **state))
+    saver.finish()
+    return found
 
 
 def test_the_best_is_the_one_at_the_end_of_the_phase_that_was_measured(tmp_path: Path) -> None:
@@ -150,12 +156,18 @@ def test_a_wrong_measure_is_told_once_the_checkpoint_is_saved(tmp_path: Path) ->
     assert saver.store.names() == ["update_000001"]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("on_full_disk", ["stop", "go_on"])
 @pytest.mark.parametrize("when", ["before", "while writing"])
 def test_without_room_the_run_stops_or_goes_on_and_the_old_one_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_full_disk: str, when: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_full_disk: str,
+    when: str,
+    asynchronous: bool,
 ) -> None:
-    saver = _saver(tmp_path, on_full_disk=on_full_disk)
+    saver = _saver(tmp_path, on_full_disk=on_full_disk, asynchronous=asynchronous)
     _save(saver, 1)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     engine = SmallEngine(error=OSError(errno.ENOSPC, "No space left on device") if when == "while writing" else None)
@@ -166,9 +178,9 @@ def test_without_room_the_run_stops_or_goes_on_and_the_old_one_stays(
             with pytest.raises(DiskFullError, match=r"lower checkpoint\.keep_last"):
                 _save(saver, 2, engine=engine)
         else:
-            problem = _save(saver, 2, engine=engine)
-            assert problem is not None
-            assert re.search(r"lower checkpoint\.keep_last", problem)
+            [(update, reason)] = _save(saver, 2, engine=engine)
+            assert update == 2
+            assert re.search(r"lower checkpoint\.keep_last", reason)
             assert "checkpoint_not_saved update=2" in caplog.text
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
     _save(saver, 3)

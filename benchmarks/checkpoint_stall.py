@@ -1,0 +1,212 @@
+"""How long does training stand still for a checkpoint of LTX-Video 2B with its optimizer state, DeepSpeed's own against ours?
+
+One process a GPU trains diffusers' LTXVideoTransformer3DModel in its default size (1.92 billion parameters, random weights,
+ZeRO-1, bf16, AdamW with fp32 masters: 23 GB of masters and moments) on one batch of noise, with the trainer's engine and saver.
+Then, in the same process: DeepSpeed's `save_checkpoint`; ours with `checkpoint.asynchronous: false`; ours with `true`, in which
+updates go on until the checkpoint is committed. Every figure begins on an idle GPU. Ours hashes every byte and brings it to the
+disk before it counts; DeepSpeed's does neither. Between the cases the files are deleted and the disk is waited for.
+
+    python benchmarks/checkpoint_stall.py --output benchmarks/results/NAME.json
+    deepspeed --num_gpus 2 benchmarks/checkpoint_stall.py --output benchmarks/results/NAME.json
+
+`--tiny` runs a small model in fp32 on any machine, to see that the script works. It does not show: a network file system, other
+ZeRO stages, a data loader beside the writer, or a disk that is slower than what training produces between two saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from result_file import figure, write_result
+
+from aiprod_ds.checkpoint.state import RunState
+from aiprod_ds.checkpoint.store import CheckpointStore
+from aiprod_ds.clock import Clock
+from aiprod_ds.config.deepspeed import parse_deepspeed_settings
+from aiprod_ds.config.run import CheckpointConfig, ModelConfig, OptimizerConfig
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
+from aiprod_ds.models.families.ltx import LTXVideo
+from aiprod_ds.models.registry import build_model
+from aiprod_ds.report.environment import peak_rss_bytes, rss_bytes
+from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.requests import Requests
+from aiprod_ds.train.saving import Saver
+from aiprod_ds.train.signal_watch import SignalWatch
+
+_SETTINGS = Path(__file__).parents[1] / "ds_configs"
+_GOAL_SECONDS = 1.0
+_WARM_UP = 3
+
+
+def main() -> None:
+    """Measures the three ways to save in turn and writes one result file."""
+    parser = argparse.ArgumentParser(description="Seconds that training stands still for a checkpoint.")
+    parser.add_argument("--saves", type=int, default=2, help="asynchronous ones; the first also asks for the host's memory")
+    parser.add_argument("--updates", type=int, default=20, help="without a save, for comparison")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary folder by default")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    with dist.process_group():
+        made = dist.from_main(lambda: tempfile.mkdtemp(dir=arguments.folder))
+        try:
+            rows = _Run(arguments, Path(made)).rows()
+        finally:
+            if dist.is_main():
+                shutil.rmtree(made)
+        if dist.is_main():
+            write_result(arguments.output, "checkpoint_stall", rows)
+
+
+class _Run:
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self._arguments = arguments
+        self._folder = folder
+        tiny = arguments.tiny
+        model = ModelConfig(source="LTXVideoTransformer3DModel", config=LTXVideo.tiny_config() if tiny else {})
+        device = dist.choose_device()
+        module = build_model(model, seed=0, device=str(device))
+        self._engine = DeepSpeedEngine(
+            module,
+            decay_groups(module),
+            optimizer=OptimizerConfig(),
+            settings=parse_deepspeed_settings(_SETTINGS / f"zero1_{'fp32' if tiny else 'bf16'}.json", where="ds_configs"),
+            micro_batch_size=1,
+            accumulation=1,
+        )
+        self._engine.set_learning_rate(1e-4)
+        dtype, (channels, text) = self._engine.compute_dtype, (4, 16) if tiny else (128, 4096)
+        frames, size = (2, 2) if tiny else (3, 16)
+        generator = torch.Generator(device=device).manual_seed(dist.rank())
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device, dtype=dtype, generator=generator)
+
+        self._batch = {
+            "hidden_states": noise(1, frames * size * size, channels),
+            "encoder_hidden_states": noise(1, 128, text),
+            "timestep": torch.full((1,), 500.0, device=device, dtype=dtype),
+            "encoder_attention_mask": torch.ones(1, 128, device=device, dtype=dtype),
+            "num_frames": frames,
+            "height": size,
+            "width": size,
+            "return_dict": False,
+        }
+        self._updates = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Measures everything; the same on every rank."""
+        for _ in range(_WARM_UP):
+            self._update()
+        rate = self._updates_per_second(self._arguments.updates)
+        case = f"{self._engine.world_size} ranks" if self._engine.world_size > 1 else "1 rank"
+        stall, until = "training stands still", "seconds until the checkpoint is there"
+        own, num_bytes = self._deepspeed()
+        rows = [
+            figure(f"{case}, training", "updates per second without a save", "1/s", [rate]),
+            figure(f"{case}, DeepSpeed's save_checkpoint", "size", "GB", [num_bytes / 1e9]),
+            figure(f"{case}, DeepSpeed's save_checkpoint", stall, "s", [own]),
+        ]
+        waited, _, _ = self._ours(asynchronous=False, saves=1)
+        rows.append(figure(f"{case}, synchronous", stall, "s", [stalled for stalled, _, _ in waited]))
+        saves, before, after = self._ours(asynchronous=True, saves=self._arguments.saves)
+        stalls, whole, rates = (list(values) for values in zip(*saves, strict=True))
+        rows.append(figure(f"{case}, asynchronous, first", stall, "s", stalls[:1]))
+        if stalls[1:]:
+            rows.append(figure(f"{case}, asynchronous, later", stall, "s", stalls[1:], goal=_GOAL_SECONDS))
+        rows.append(figure(f"{case}, asynchronous", until, "s", whole))
+        rows.append(figure(f"{case}, asynchronous", "updates per second while it is written", "1/s", rates))
+        rows.append(
+            figure(f"{case}, asynchronous", "memory of the host that the copies take, a rank", "GB", [(after - before) / 1e9])
+        )
+        rows.append(figure(f"{case}, everything", "peak resident memory of a rank", "GB", [peak_rss_bytes() / 1e9]))
+        return rows
+
+    def _update(self) -> None:
+        (predicted,) = self._engine(**self._batch)
+        self._engine.backward(predicted.float().square().mean())
+        self._engine.step()
+        self._updates += 1
+
+    def _updates_per_second(self, count: int) -> float:
+        began = self._idle()
+        for _ in range(count):
+            self._update()
+        return count / (self._idle() - began)
+
+    def _deepspeed(self) -> tuple[float, int]:
+        folder = self._folder / "deepspeed"
+        began = self._idle()
+        self._engine._engine.save_checkpoint(str(folder), tag="one")
+        seconds = self._idle() - began
+        dist.barrier()
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self._clear(folder)
+        return seconds, num_bytes
+
+    def _ours(self, *, asynchronous: bool, saves: int) -> tuple[list[tuple[float, float, float]], int, int]:
+        """Returns, for each save, seconds of standing still, seconds until it is there and updates/s meanwhile; and memory."""
+        folder = self._folder / "ours"
+        config = CheckpointConfig(asynchronous=asynchronous)
+        store = CheckpointStore(folder / "checkpoints")
+        saver = Saver(store=store, config=config, phase_names=("only",))
+        found, before = [], rss_bytes()
+        for _ in range(saves):
+            if dist.is_main():
+                folder.mkdir(exist_ok=True)
+            dist.barrier()
+            found.append(self._save(saver, Requests(SignalWatch(), folder, finished=lambda: saver.finished)))
+            assert dist.from_main(lambda: len(store.names())) == 1
+            self._clear(folder)
+        after = rss_bytes()
+        saver.close()
+        return found, before, after
+
+    def _save(self, saver: Saver, requests: Requests) -> tuple[float, float, float]:
+        layout = {"world_size": self._engine.world_size}
+        clock = Clock(updates=self._updates)
+        state = RunState(clock=clock, scheduler={}, fingerprint="", phase_fingerprints=("",), layout=layout)
+        began = self._idle()
+        saver.save(self._engine, None, state)
+        stalled, updates_before = self._idle() - began, self._updates
+        resumed, waited = time.perf_counter(), 0.0
+        while saver.is_saving:
+            self._update()
+            requests.agreed()
+            waited += _seconds(lambda: saver.advance(requests.finished_by_all))
+        ended = self._idle()
+        return stalled + waited, ended - began, (self._updates - updates_before) / (ended - resumed)
+
+    def _idle(self) -> float:
+        """Waits for all ranks and for the GPU and returns the time."""
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+        dist.barrier()
+        return time.perf_counter()
+
+    def _clear(self, folder: Path) -> None:
+        dist.barrier()
+        if dist.is_main():
+            shutil.rmtree(folder)
+            os.sync()
+        dist.barrier()
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
