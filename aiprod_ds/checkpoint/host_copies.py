@@ -66,6 +66,7 @@ class HostCopies:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8)
             if on_gpu and num_bytes >= _PINNED_FROM_BYTES:
                 # `pin_memory=True` would round up to a power of two, up to twice of what may be most of the host's memory.
+                self._memory.zero_()  # all cores ask for the pages, which locking would do with one
                 code = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
                 torch.cuda.check_error(int(code))
                 self._is_pinned = True
