@@ -1,7 +1,10 @@
-"""Signals and request files at random moments: the run saves, leaves with its exit code, loses no update, and goes on bitwise.
+"""Signals, request files and SIGKILLs at random moments: what is saved, what is lost, and that the run goes on bitwise.
 
 A server process imports everything once and forks the ranks of each attempt. Two ranks train on DeepSpeed, one on the local
 engine with a worker that decodes ahead. Moments are what the run's own log and metrics tell, plus a random part of an update.
+
+Two ranks are also killed by SIGKILL: 16 times, or as often as the environment variable AIPROD_DS_KILLS says (the promise is 50),
+at least three in ten inside a save. Half of the attempts save while training goes on.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ import pytest
 
 from aiprod_ds.testing.dist import run_in_own_session
 
-STOPS = {2: 8, 1: 12}  # by ranks
-PHASES, UPDATES_PER_PHASE = 8, 15
+STOPS = {2: 6, 1: 14}  # by ranks
+KILLS = int(os.environ.get("AIPROD_DS_KILLS", "16"))
+INSIDE_A_SAVE = -(-3 * KILLS // 10)
+SAVED_EVERY = 5
+PHASES, UPDATES_PER_PHASE = 8 + KILLS // 5, 15  # a kill takes the run forward by some three updates
 WITHIN_SECONDS = 25.0
 INTERRUPTED = 75
 MOMENTS = ("resumed", "row", "phase_begins", "row", "phase_ends", "row")
@@ -68,11 +74,29 @@ def test_the_stopped_run_ends_like_the_one_that_nobody_stopped(outcome: dict[str
     assert len(outcome["whole"]["rows"]) >= PHASES * UPDATES_PER_PHASE
 
 
+@pytest.mark.parametrize("outcome", [2], indirect=True, ids=["2_ranks"])
+def test_a_kill_loses_at_most_what_was_done_since_the_last_save(outcome: dict[str, Any]) -> None:
+    kills = outcome["kills"]
+    assert len(kills) == KILLS
+    assert sum(kill["inside_a_save"] for kill in kills) >= INSIDE_A_SAVE
+    assert {kill["target"] for kill in kills} == {"rank 0", "rank 1", "all"}
+    for kill in kills:
+        # A save that was not finished when the next was due is the one before.
+        allowed = 2 * SAVED_EVERY - 1 if kill["asynchronous"] else SAVED_EVERY
+        assert kill["done"] - kill["saved"] <= allowed, kill
+
+
+@pytest.mark.parametrize("outcome", [2], indirect=True, ids=["2_ranks"])
+def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, Any]) -> None:
+    assert outcome["killed"]["sha256"] == outcome["whole"]["sha256"]
+    assert outcome["killed"]["rows"] == outcome["whole"]["rows"]
+
+
 # Below runs in the server and in the ranks that it forks.
 
 
 def serve(folder: Path, ranks: int) -> None:
-    """Trains a whole run, then one that is stopped again and again, and writes what was seen to `outcome.json`."""
+    """Trains a whole run, one that is stopped again and again and one that is killed so; writes `outcome.json`."""
     import torch._dynamo  # noqa: F401  the ranks are forked with everything imported
     from matplotlib.figure import Figure
 
@@ -94,6 +118,8 @@ def serve(folder: Path, ranks: int) -> None:
     left_files = [name for name in ("SAVE", "STOP") if (stopped / name).exists()]
     outcome = {"ranks": ranks, "stops": stops, "asked_for": asked_for, "left_files": left_files}
     outcome |= {"whole": _result(whole), "stopped": _result(stopped)}
+    if ranks > 1:
+        outcome |= _kill(folder / "killed", ranks, chance)
     (folder / "outcome.json").write_text(json.dumps(outcome))
 
 
@@ -121,15 +147,59 @@ def _stop_once(folder: Path, ranks: int, chance: random.Random, moment: str, how
             os.kill(process, signal.Signals[how.partition(" ")[0]])
     codes = wait_for_ranks(processes)
     newest = CheckpointStore(folder / "checkpoints").newest()
-    rows = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
     return {
         "moment": moment,
         "how": how,
         "codes": codes,
         "seconds": time.monotonic() - began,
         "saved": None if newest is None else newest.state.clock.updates,
-        "done": max((row["update"] for row in rows if "loss/total" in row), default=0),
+        "done": _last_update(folder),
         "status": json.loads((folder / "report.json").read_text())["status"],
+    }
+
+
+def _kill(folder: Path, ranks: int, chance: random.Random) -> dict[str, Any]:
+    """Kills a run again and again, goes on to its end, and returns what was seen."""
+    from aiprod_ds.testing.forked import wait_for_ranks
+
+    kills: list[dict[str, Any]] = []
+    while len(kills) < KILLS:
+        missing = INSIDE_A_SAVE - sum(kill["inside_a_save"] for kill in kills)
+        in_save = len(kills) % 2 == 0 or missing >= KILLS - len(kills)
+        kills.append(_kill_once(folder, ranks, chance, len(kills), in_save=in_save))
+    assert wait_for_ranks(_start(folder, ranks, every_updates=SAVED_EVERY)) == [0] * ranks, "the last attempt"
+    return {"kills": kills, "killed": _result(folder)}
+
+
+def _kill_once(folder: Path, ranks: int, chance: random.Random, number: int, *, in_save: bool) -> dict[str, Any]:
+    from aiprod_ds.checkpoint.store import CheckpointStore
+    from aiprod_ds.testing.forked import wait_for_ranks
+
+    asynchronous = number % 4 in (1, 2)
+    log, saves = Path(f"{folder}.log"), folder / "checkpoints"
+    before = len(_lines(log))
+    processes = _start(folder, ranks, every_updates=SAVED_EVERY, asynchronous=asynchronous)
+    _await(lambda: any("phase_begins" in line for line in _lines(log)[before:]))
+    if in_save:
+        _await(lambda: any(saves.glob("*.pending/engine/*")), poll_seconds=0.0)
+        time.sleep(chance.uniform(0.0, 0.01))
+    else:
+        rows, wanted = len(_lines(folder / "metrics.jsonl")), chance.randint(1, 2 * SAVED_EVERY)
+        _await(lambda: len(_lines(folder / "metrics.jsonl")) >= rows + wanted)
+        time.sleep(chance.uniform(0.0, 0.02))
+    target = ("rank 0", "rank 1", "all")[number % 3]
+    inside_a_save = any(saves.glob("*.pending"))
+    for process in processes if target == "all" else [processes[int(target[-1])]]:
+        os.kill(process, signal.SIGKILL)
+    codes = wait_for_ranks(processes)
+    assert any(code != 0 for code in codes), f"the run has ended before it was killed often enough: {codes}"
+    newest = CheckpointStore(saves).newest()
+    return {
+        "target": target,
+        "asynchronous": asynchronous,
+        "inside_a_save": inside_a_save,
+        "saved": 0 if newest is None else newest.state.clock.updates,
+        "done": _last_update(folder),
     }
 
 
@@ -143,13 +213,13 @@ def _ask_for_a_checkpoint(folder: Path) -> list[str]:
     return sorted({path.name for path in (folder / "checkpoints").glob("update_*")} - before)
 
 
-def _start(folder: Path, ranks: int) -> list[int]:
+def _start(folder: Path, ranks: int, **checkpoint: Any) -> list[int]:
     from aiprod_ds.testing.forked import fork_ranks
 
-    return fork_ranks(lambda: _train(folder, ranks), ranks=ranks)
+    return fork_ranks(lambda: _train(folder, ranks, checkpoint), ranks=ranks)
 
 
-def _train(folder: Path, ranks: int) -> int:
+def _train(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> int:
     import torch
 
     from aiprod_ds.config.vae import VAETrainerConfig
@@ -165,12 +235,12 @@ def _train(folder: Path, ranks: int) -> int:
             logging.getLogger("aiprod_ds").setLevel(logging.INFO)
         torch.manual_seed(0)
         clips = {"dataset": SyntheticVideoDataset(6, 5, 24, 24), "validation": SyntheticVideoDataset(4, 5, 24, 24, seed=1)}
-        config = VAETrainerConfig.model_validate(_config(folder, ranks))
+        config = VAETrainerConfig.model_validate(_config(folder, ranks, checkpoint))
         summary = VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
     return 0 if summary.status is RunStatus.COMPLETED else INTERRUPTED
 
 
-def _config(folder: Path, ranks: int) -> dict[str, Any]:
+def _config(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> dict[str, Any]:
     phases = [
         {
             "name": f"phase_{index}",
@@ -193,7 +263,7 @@ def _config(folder: Path, ranks: int) -> dict[str, Any]:
             "kind": "deepspeed" if ranks > 1 else "local",
             "deepspeed_config": str(Path(__file__).parents[2] / "ds_configs" / "zero1_fp32.json"),
         },
-        "checkpoint": {"every_updates": 1000},  # only requests and edges save
+        "checkpoint": {"every_updates": 1000, **checkpoint},  # without it only requests and edges save
         "evaluation": {"max_clips": 4, "num_pictures": 0},
         "report": {"flush_updates": 1},
     }
@@ -203,11 +273,17 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def _await(condition: Callable[[], bool]) -> None:
+def _last_update(folder: Path) -> int:
+    from aiprod_ds.report.jsonl import read_metrics
+
+    return max((update for update, row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row), default=0)
+
+
+def _await(condition: Callable[[], bool], *, poll_seconds: float = 0.002) -> None:
     deadline = time.monotonic() + 60.0
     while not condition():
         assert time.monotonic() < deadline, "the run did not come that far"
-        time.sleep(0.002)
+        time.sleep(poll_seconds)
 
 
 def _result(folder: Path) -> dict[str, Any]:
