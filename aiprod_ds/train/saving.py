@@ -164,6 +164,8 @@ class Saver:
             self._is_written = True
             self._work.start(partial(self._commit, state, known) if dist.is_main() else _nothing)
         else:
+            if not dist.is_main():
+                self._work.result()
             dist.from_main(self._work.result)
             self._saved = None
 

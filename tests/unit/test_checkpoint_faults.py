@@ -20,16 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from aiprod_ds.checkpoint.bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.manifest import write_manifest
+from aiprod_ds.checkpoint.pieces import PieceReader
 from aiprod_ds.checkpoint.space import DiskFullError
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
-from aiprod_ds.config.run import CheckpointConfig
+from aiprod_ds.config.deepspeed import parse_deepspeed_settings
+from aiprod_ds.config.run import CheckpointConfig, OptimizerConfig
+from aiprod_ds.engine.local_engine import LocalEngine
+from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.pieces import Base
+from aiprod_ds.train.saving import Saver
 
 KEEP_TWO = CheckpointConfig(keep_last=2)
 # Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may only change with the
@@ -40,6 +47,7 @@ SCENARIOS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "same name": ((2,), 2, 47),
     "deletes two": ((1, 2, 3), 4, 65),
 }
+WHOLE_SAVE_OPERATIONS = 62  # the deletion of the oldest included
 _NAMES = ("open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync")
 _AUDITED = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir"}
 
@@ -276,6 +284,74 @@ def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch:
     last_write = max(at for at, (name, _) in enumerate(seen[:renamed]) if name == "write")
     assert {path for name, path in seen[last_write:renamed] if name == "fsync"} >= written
     assert seen[renamed + 1 : renamed + 3] == [("open", str(store)), ("fsync", str(store))]
+
+
+@pytest.mark.parametrize("fault", ["killed", "failed"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "beside training"])
+def test_old_or_new_stands_whatever_operation_of_a_whole_save_does_not_happen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, fault: str
+) -> None:
+    """From the engine's tensors on, with the thread that writes; deletion of the oldest included."""
+
+    def save(folder: Path, updates: int) -> None:
+        saver = _saver(folder, asynchronous=asynchronous)
+        saver.save(engine, None, _state(updates))
+        saver.finish()
+
+    engine = _engine()
+    outcomes: set[tuple[int, float]] = set()
+    faults = Faults(tmp_path)
+    for at in range(-1, 100):
+        folder = tmp_path / str(at + 1)
+        folder.mkdir()
+        for old in (1, 2):
+            _set(engine, old)
+            save(folder, old)
+        _set(engine, 3)
+        if at < 0:  # counts
+            with _watching(monkeypatch, faults):
+                save(folder, 3)
+            assert len(faults.seen) == WHOLE_SAVE_OPERATIONS
+            continue
+        if at >= len(faults.seen):
+            break
+        error = KilledError() if fault == "killed" else OSError(errno.EIO, "Input/output error")
+        with suppress(KilledError, CheckpointError, OSError), _watching(monkeypatch, Faults(tmp_path, at=at, error=error)):
+            save(folder, 3)
+        outcomes.add(_value(folder))
+        assert outcomes <= {(2, 2.0), (3, 3.0)}, f"operation {at}"
+        _set(engine, 4)
+        save(folder, 4)
+        assert _value(folder) == (4, 4.0)
+        assert not list((folder / "checkpoints").glob("*.pending"))
+    assert outcomes == {(2, 2.0), (3, 3.0)}
+
+
+def _engine() -> LocalEngine:
+    groups = [ParameterGroup(names=("weight", "bias"), is_decayed=True)]
+    settings = parse_deepspeed_settings({"zero_optimization": {"stage": 0}}, where="test")
+    return LocalEngine(
+        nn.Linear(1, 1), groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=1, accumulation=1
+    )
+
+
+def _saver(folder: Path, *, asynchronous: bool) -> Saver:
+    config = CheckpointConfig(keep_last=2, asynchronous=asynchronous)
+    return Saver(store=CheckpointStore(folder / "checkpoints"), config=config, phase_names=("only",))
+
+
+def _set(engine: LocalEngine, value: float) -> None:
+    engine.write_values([("weight", torch.full((1, 1), value)), ("bias", torch.full((1,), value))])
+
+
+def _value(folder: Path) -> tuple[int, float]:
+    """Returns update and value of the newest checkpoint."""
+    newest = CheckpointStore(folder / "checkpoints").newest()
+    assert newest is not None
+    with PieceReader(newest.engine_folder) as reader:
+        weight, bias = reader.whole("master", "weight").item(), reader.whole("master", "bias").item()
+    assert weight == bias
+    return newest.state.clock.updates, weight
 
 
 # A save of adapters on a base that the run has made: the base first, then the checkpoint; then two checkpoints and their base go.
