@@ -5,12 +5,12 @@ elements of a reduction bucket, DeepSpeed 0.19.8 holds (counted on its engine, `
 
     stage  weights        optimizer    gradients                        bucket   while it updates, beside weights and optimizer
     0      b (T + F)      12 T         b T                              0        b T + 4 T
-    1      b (T + F)      12 T / W     g T; if g > b: and g T / W       b R      2 b T / W + 4 T / W, or g T / W if g > b
+    1      b (T + F)      12 T / W     g T; at the end and g T / W      g R      2 b T / W + 4 T / W, or g T if g > b
     2      b (T + F)      12 T / W     g T / W; and b R in flight       b R      g T / W
     3      b (T + F) / W  12 T / W     g T / W; and b R in flight       b R      g T / W + 4 T / W
 
 In fp32 (b = 4) the last copies to fp32 are left out, and stage 0 has no masters beside the weights: 8 T. Stage 3 gathers up to
-`max_live` parameters of b bytes at a time; it was counted with one rank only. With an offloaded optimizer masters, moments and
+`max_live` parameters of b bytes at a time. With an offloaded optimizer masters, moments and
 their gradients are on the host. Worked number: LTX-Video 2B, stage 1, bf16, one rank, while it updates:
 (2 + 12 + 4 + 4) * 1.923e9 = 42.3 GB; measured 42.4 on an H200.
 """
@@ -84,6 +84,7 @@ def memory_use(
     per_gradient, fixed = state.gradients_in_backward()
     before = footprint.trained if accumulation > 1 else 0
     moments = [(held, fixed + per_gradient * max(done, before)) for done, held in footprint.curve]
+    moments.append((0, state.gradients_after_backward()))
     held, gradients = max(moments, key=sum)
     backward = state.use("backward", activations=held, gradients=gradients, bucket=state.bucket(), has_average=has_average)
     copies = state.gradients_in_update()
@@ -122,6 +123,12 @@ class _State:
             return float(sum_width), own if sum_width > width else 0.0
         return 0.0, own + width * min(self._bucket_elements(), self.footprint.trained)
 
+    def gradients_after_backward(self) -> float:
+        """Returns the bytes where stage 1 holds all gradients and a copy of its own, before it lets the others go."""
+        if self.settings.zero_stage != 1 or self.settings.optimizer_offload:
+            return 0.0
+        return self._sum_width * (self.footprint.trained + self._own)
+
     def gradients_in_update(self) -> float:
         width, own, stage = self._width, self._own, self.settings.zero_stage
         if self.settings.optimizer_offload:
@@ -130,8 +137,8 @@ class _State:
         if stage == 0:
             return (width + copy) * own
         if stage == 1 and self._sum_width == width:
-            return max((2 * width + copy) * own, width * self.footprint.trained)
-        summed = self._sum_width * own
+            return (2 * width + copy) * own
+        summed = self._sum_width * (self.footprint.trained if stage == 1 else own)
         norm = _FP64 * self.footprint.largest_trained  # the norm of one gradient after the other is taken in fp64
         return summed + (4.0 * own if stage == _PARTITIONED else norm)
 
