@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from aiprod_ds.train.signal_watch import SignalWatch
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _GOAL_SECONDS = 1.0
+_STALL = "training stands still"
 _WARM_UP = 3
 
 
@@ -60,12 +61,14 @@ def main() -> None:
     with dist.process_group():
         made = dist.from_main(lambda: tempfile.mkdtemp(dir=arguments.folder))
         try:
-            rows = _Run(arguments, Path(made)).rows()
+            rows: list[dict[str, Any]] = []
+            for found in _Run(arguments, Path(made)).rows():
+                rows += found
+                if dist.is_main():  # what is measured is kept if a later case fails
+                    write_result(arguments.output, "checkpoint_stall", rows)
         finally:
             if dist.is_main():
                 shutil.rmtree(made)
-        if dist.is_main():
-            write_result(arguments.output, "checkpoint_stall", rows)
 
 
 class _Run:
@@ -104,33 +107,30 @@ class _Run:
         }
         self._updates = 0
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Measures everything; the same on every rank."""
+    def rows(self) -> Iterator[list[dict[str, Any]]]:
+        """Measures one case after the other; the same on every rank."""
         for _ in range(_WARM_UP):
             self._update()
         rate = self._updates_per_second(self._arguments.updates)
         case = f"{self._engine.world_size} ranks" if self._engine.world_size > 1 else "1 rank"
-        stall, until = "training stands still", "seconds until the checkpoint is there"
-        own, num_bytes = self._deepspeed()
-        rows = [
-            figure(f"{case}, training", "updates per second without a save", "1/s", [rate]),
-            figure(f"{case}, DeepSpeed's save_checkpoint", "size", "GB", [num_bytes / 1e9]),
-            figure(f"{case}, DeepSpeed's save_checkpoint", stall, "s", [own]),
-        ]
+        yield [figure(f"{case}, training", "updates per second without a save", "1/s", [rate])]
+        seconds, num_bytes = self._deepspeed()
+        own = f"{case}, DeepSpeed's save_checkpoint"
+        yield [figure(own, "size", "GB", [num_bytes / 1e9]), figure(own, _STALL, "s", [seconds])]
         waited, _, _ = self._ours(asynchronous=False, saves=1)
-        rows.append(figure(f"{case}, synchronous", stall, "s", [stalled for stalled, _, _ in waited]))
+        yield [figure(f"{case}, synchronous", _STALL, "s", [stalled for stalled, _, _ in waited])]
         saves, before, after = self._ours(asynchronous=True, saves=self._arguments.saves)
         stalls, whole, rates = (list(values) for values in zip(*saves, strict=True))
-        rows.append(figure(f"{case}, asynchronous, first", stall, "s", stalls[:1]))
+        yield [figure(f"{case}, asynchronous, first", _STALL, "s", stalls[:1])]
         if stalls[1:]:
-            rows.append(figure(f"{case}, asynchronous, later", stall, "s", stalls[1:], goal=_GOAL_SECONDS))
-        rows.append(figure(f"{case}, asynchronous", until, "s", whole))
-        rows.append(figure(f"{case}, asynchronous", "updates per second while it is written", "1/s", rates))
-        rows.append(
-            figure(f"{case}, asynchronous", "memory of the host that the copies take, a rank", "GB", [(after - before) / 1e9])
-        )
-        rows.append(figure(f"{case}, everything", "peak resident memory of a rank", "GB", [peak_rss_bytes() / 1e9]))
-        return rows
+            yield [figure(f"{case}, asynchronous, later", _STALL, "s", stalls[1:], goal=_GOAL_SECONDS)]
+        copies = "memory of the host that the copies take, a rank"
+        yield [
+            figure(f"{case}, asynchronous", "seconds until the checkpoint is there", "s", whole),
+            figure(f"{case}, asynchronous", "updates per second while it is written", "1/s", rates),
+            figure(f"{case}, asynchronous", copies, "GB", [(after - before) / 1e9]),
+            figure(f"{case}, everything", "peak resident memory of a rank", "GB", [peak_rss_bytes() / 1e9]),
+        ]
 
     def _update(self) -> None:
         (predicted,) = self._engine(**self._batch)

@@ -66,12 +66,13 @@ def main() -> None:
         _write_base(base, is_tiny=arguments.tiny)
         for gpus in arguments.gpus:
             own = Path(folder) / f"{gpus}"
-            rows += [*_inside(own / "inside", base, gpus, arguments), *_restarted(own, base, gpus, arguments)]
-            write_result(arguments.output, "retraining", rows)  # what is measured is kept if a later case fails
+            for side in (_inside, _restarted):
+                rows += side(own, base, gpus, arguments)
+                write_result(arguments.output, "retraining", rows)  # what is measured is kept if a later side fails
 
 
-def _inside(run: Path, base: Path, gpus: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    case = f"inside the run, GPUs: {gpus}"
+def _inside(folder: Path, base: Path, gpus: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    case, run = f"inside the run, GPUs: {gpus}", folder / "inside"
     seen = _watch(_start(run, base, (_ADAPTERS, _WHOLE), gpus, arguments), run, until=_UPDATES + 1)
     yield figure(case, _METRIC, "s", [seen[_UPDATES + 1] - seen[_UPDATES] - _seconds_of(run, _UPDATES + 1)])
     line = next(line for line in (run / "log").read_text().splitlines() if "retrained phase=" in line)
