@@ -192,7 +192,8 @@ def _compare(raw: dict[str, Any], output: Path) -> None:
     result = {
         "name": "planner_accuracy",
         "date": raw.get("date", date.today().isoformat()),
-        **{key: raw[key] for key in ("hardware", "versions", "command")},
+        **{key: raw[key] for key in ("hardware", "versions")},
+        "command": "planner_accuracy.py --raw RAW.json",
         "commit": (raw["git"] or {}).get("commit"),
         "rows": rows,
     }
