@@ -191,6 +191,10 @@ def _kill_once(folder: Path, ranks: int, chance: random.Random, number: int, *, 
     inside_a_save = any(saves.glob("*.pending"))
     for process in processes if target == "all" else [processes[int(target[-1])]]:
         os.kill(process, signal.SIGKILL)
+    if number % 4:  # to find out that a rank is gone takes the others some seconds, so only a quarter of them gets the time
+        time.sleep(chance.uniform(0.0, 0.2))
+        for process in processes:
+            os.kill(process, signal.SIGKILL)  # the dead wait for `wait_for_ranks`, so their ids are still theirs
     codes = wait_for_ranks(processes)
     assert any(code != 0 for code in codes), f"the run has ended before it was killed often enough: {codes}"
     newest = CheckpointStore(saves).newest()
