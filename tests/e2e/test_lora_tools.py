@@ -149,14 +149,14 @@ def test_what_does_not_fit_is_refused(repository_root: Path, tmp_path: Path) -> 
     peft = tmp_path / "peft"
     _refused(_tool(repository_root, "merge_lora", base, peft, base), 1, f"{base}: must not exist yet, got a folder")
     _refused(_tool(repository_root, "merge_lora", base, peft, out, "--alpha", 2), 1, "alpha must not be given")
-    _refused(_tool(repository_root, "merge_lora", peft, peft, out), 1, "config.json: must be the JSON of a transformer")
+    _refused(_tool(repository_root, "merge_lora", peft, peft, out), 1, "config.json: must be the JSON of a model of diffusers")
     _refused(_tool(repository_root, "extract_lora", base, base, out, "--rank", 4), 1, "must differ from")
     _refused(_tool(repository_root, "extract_lora", base, base, out, "--rank", 99), 1, "sides of at least the rank (99)")
     unknown = ("--rank", 4, "--targets", "query")
     _refused(_tool(repository_root, "extract_lora", base, base, out, *unknown), 2, "lora.targets[0]: must match a Linear layer")
     config = json.loads((base / "config.json").read_text())
     for changed, code, message in (
-        ({"_class_name": "os:system"}, 1, "_class_name must be a known transformer"),
+        ({"_class_name": "os:system"}, 1, "_class_name must be a model class of diffusers"),
         ({"num_layers": 3}, 1, "base: must hold the weights of its config.json, got transformer_blocks.2."),
         ({"out_channels": 8}, 2, "must have out_channels equal to in_channels"),
     ):
