@@ -210,8 +210,8 @@ def _kill_once(folder: Path, ranks: int, chance: random.Random, number: int, *, 
 def _ask_for_a_checkpoint(folder: Path) -> list[str]:
     """Returns the checkpoints that appear after a file SAVE."""
     before = {path.name for path in (folder / "checkpoints").glob("update_*")}
-    rows = len(_lines(folder / "metrics.jsonl"))
-    _await(lambda: len(_lines(folder / "metrics.jsonl")) > rows)
+    done = _last_update(folder)
+    _await(lambda: _last_update(folder) > done)  # a row of an evaluation is no update: its checkpoint is there already
     (folder / "SAVE").touch()
     _await(lambda: not (folder / "SAVE").exists())
     return sorted({path.name for path in (folder / "checkpoints").glob("update_*")} - before)
