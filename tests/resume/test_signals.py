@@ -3,7 +3,7 @@
 A server process imports everything once and forks the ranks of each attempt. Two ranks train on DeepSpeed, one on the local
 engine with a worker that decodes ahead. Moments are what the run's own log and metrics tell, plus a random part of an update.
 
-Two ranks are also killed by SIGKILL: 16 times, or as often as the environment variable AIPROD_DS_KILLS says (the promise is 50),
+Two ranks are also killed by SIGKILL: 10 times, or as often as the environment variable AIPROD_DS_KILLS says (the promise is 50),
 at least three in ten inside a save. Half of the attempts save while training goes on.
 """
 
@@ -25,10 +25,10 @@ import pytest
 from aiprod_ds.testing.dist import run_in_own_session
 
 STOPS = {2: 6, 1: 14}  # by ranks
-KILLS = int(os.environ.get("AIPROD_DS_KILLS", "16"))
+KILLS = int(os.environ.get("AIPROD_DS_KILLS", "10"))
 INSIDE_A_SAVE = -(-3 * KILLS // 10)
 SAVED_EVERY = 5
-PHASES, UPDATES_PER_PHASE = 8 + KILLS // 5, 15  # a kill takes the run forward by some three updates
+PHASES, UPDATES_PER_PHASE = 7 + KILLS // 10, 15  # a kill takes the run forward by some two updates
 WITHIN_SECONDS = 25.0
 INTERRUPTED = 75
 MOMENTS = ("resumed", "row", "phase_begins", "row", "phase_ends", "row")
