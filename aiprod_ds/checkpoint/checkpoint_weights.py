@@ -6,7 +6,6 @@ A checkpoint of adapters may refer to its base instead of holding it; then froze
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.checkpoint.pieces import PieceReader
-from aiprod_ds.checkpoint.state import tensors_sha256
+from aiprod_ds.checkpoint.state import tensors_sha256, weights_sha256
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.pieces import Kind
 from aiprod_ds.tensor_file import TensorSource, TensorSpec
@@ -61,13 +60,13 @@ class CheckpointWeights(TensorSource):
         Raises:
             CheckpointError: If they are others.
         """
-        facts, digest = self._reader.facts, hashlib.sha256()
+        facts, digests = self._reader.facts, dict[str, str]()
         assert facts.base is not None, "there is something to compare with"
         for name in facts.names("frozen"):
             spec, plain = self.specs[name], plain_name(name)
             value = base[plain].to(spec.dtype) if plain in base else torch.empty(0)
-            digest.update(f"{name} {tensors_sha256([(name, value)])}\n".encode())
-        if digest.hexdigest() != facts.base.sha256:
+            digests[name] = tensors_sha256([(name, value)])
+        if weights_sha256(digests) != facts.base.sha256:
             raise CheckpointError(
                 f"{where}: must be the weights that the adapters were trained on ({facts.base.origin}), got others. Name them "
                 "with --base."

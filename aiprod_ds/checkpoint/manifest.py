@@ -18,12 +18,12 @@ from typing import Any
 
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import file_sha256
+from aiprod_ds.tensor_file import MAX_HEADER_BYTES
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 64 << 20
 _MAX_THREADS = 8
-_MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library
 _FILE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", flags=re.ASCII)  # no "..", no absolute path, nothing hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -153,7 +153,7 @@ def _hashes(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
 def _check_header(path: Path, num_bytes: int) -> None:
     with path.open("rb") as file:
         told = int.from_bytes(file.read(8), "little")
-    if not 2 <= told <= min(num_bytes - 8, _MAX_HEADER_BYTES):
+    if not 2 <= told <= min(num_bytes - 8, MAX_HEADER_BYTES):
         raise CheckpointError(f"{path}: the header of safetensors must fit into the file ({num_bytes} bytes), got {told} bytes.")
 
 

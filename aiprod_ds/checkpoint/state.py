@@ -62,6 +62,15 @@ class RunState:
         return cls(**{**values, "clock": clock, "phase_fingerprints": fingerprints})
 
 
+def weights_sha256(digests: Mapping[str, str]) -> str:
+    """Returns the hash of a set of weights: the SHA-256 of lines `<name> <hash of that tensor>` in the order of names.
+
+    Args:
+        digests: `tensors_sha256` of each tensor alone, by its name.
+    """
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Returns one hash over names, dtypes, shapes and bytes, in the order given; equal hashes mean bitwise equal states."""
     digest = hashlib.sha256()

@@ -6,10 +6,9 @@ Owns the hash over an engine's frozen weights and the choice between a reference
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from aiprod_ds.checkpoint.state import tensors_sha256
+from aiprod_ds.checkpoint.state import tensors_sha256, weights_sha256
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan
 from aiprod_ds.engine import dist
@@ -42,10 +41,7 @@ def start_in_words(config: RunConfig) -> str:
 
 
 def frozen_sha256(engine: Engine) -> str:
-    """Returns one hash over names, types, shapes and bytes of all frozen parameters, whatever the sharding. Collective.
-
-    It is the SHA-256 of lines `<name> <sha256 of that tensor>` in the order of names. The ranks share the tensors.
-    """
+    """Returns `weights_sha256` of all frozen parameters, whatever the sharding. Collective; the ranks share the tensors."""
     frozen = {name: value.dtype for name, value in engine.module.named_parameters() if not value.requires_grad}
     own: dict[str, str] = {}
     for index, name in enumerate(sorted(frozen)):
@@ -53,7 +49,7 @@ def frozen_sha256(engine: Engine) -> str:
         if index % engine.world_size == engine.rank:
             own[name] = tensors_sha256([(name, value.to(frozen[name]))])
     digests = {name: digest for part in dist.gather_objects(own) for name, digest in part.items()}
-    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    return weights_sha256(digests)
 
 
 def require_start(engine: Engine, base: Base, *, folder: Path, origin: str) -> None:
