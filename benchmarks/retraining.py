@@ -143,7 +143,7 @@ def _write_base(folder: Path, *, is_tiny: bool) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # `_told` reads it
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = _config(arguments)
     with dist.process_group():
         clips = _clips(arguments.model, is_tiny=arguments.tiny)
