@@ -77,5 +77,5 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy())  # numpy has no bfloat16
+        digest.update(flat.view(torch.uint8).numpy().data)  # numpy has no bfloat16
     return digest.hexdigest()

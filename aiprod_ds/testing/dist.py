@@ -34,14 +34,14 @@ def run_on_ranks(
     timeout_seconds: float = 300.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Returns what `function(**arguments)` returns on each of `ranks` CPU ranks, in rank order.
+    """Returns what `function(**arguments)` returns on each of `ranks` ranks, in rank order: on the CPU by default.
 
     Args:
         function: Defined at the top level of an importable module or of a file that can be executed on its own.
-        ranks: Processes; they form a gloo group before the call and leave it together after it.
+        ranks: Processes; they form a group before the call and leave it together after it.
         arguments: Keyword arguments that JSON can hold.
         timeout_seconds: Everything is killed after this time. The first run with offload compiles for about a minute.
-        environment: Added to this process's environment.
+        environment: Added to this process's environment; `DS_ACCELERATOR=cuda` for ranks on GPUs.
 
     Raises:
         EngineError: If a rank fails, time runs out or a result is missing; the message ends with the ranks' output.
