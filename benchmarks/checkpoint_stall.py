@@ -3,8 +3,9 @@
 One process a GPU trains diffusers' LTXVideoTransformer3DModel in its default size (1.92 billion parameters, random weights,
 ZeRO-1, bf16, AdamW with fp32 masters: 23 GB of masters and moments) on one batch of noise, with the trainer's engine and saver.
 Then, in the same process: DeepSpeed's `save_checkpoint`; ours with `checkpoint.asynchronous: false`; ours with `true`, in which
-updates go on until the checkpoint is committed. Every figure begins on an idle GPU. Ours hashes every byte and brings it to the
-disk before it counts; DeepSpeed's does neither. Between the cases the files are deleted and the disk is waited for.
+updates go on until the checkpoint is committed, and before the first while memory for the copies is got. Every figure begins on
+an idle GPU. Ours hashes every byte and brings it to the disk before it counts; DeepSpeed's does neither. Between the cases the
+files are deleted and the disk is waited for.
 
     python benchmarks/checkpoint_stall.py --output benchmarks/results/NAME.json
     deepspeed --num_gpus 2 benchmarks/checkpoint_stall.py --output benchmarks/results/NAME.json
@@ -21,6 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ _WARM_UP = 3
 def main() -> None:
     """Measures the three ways to save in turn and writes one result file."""
     parser = argparse.ArgumentParser(description="Seconds that training stands still for a checkpoint.")
-    parser.add_argument("--saves", type=int, default=2, help="asynchronous ones; the first also asks for the host's memory")
+    parser.add_argument("--saves", type=int, default=2, help="asynchronous ones")
     parser.add_argument("--updates", type=int, default=20, help="without a save, for comparison")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary folder by default")
@@ -117,13 +119,20 @@ class _Run:
         seconds, num_bytes = self._deepspeed()
         own = f"{case}, DeepSpeed's save_checkpoint"
         yield [figure(own, "size", "GB", [num_bytes / 1e9]), figure(own, _STALL, "s", [seconds])]
-        waited, _, _ = self._ours(asynchronous=False, saves=1)
+        with self._saver(asynchronous=False) as saver:
+            waited = self._ours(saver, saves=1)
         yield [figure(f"{case}, synchronous", _STALL, "s", [stalled for stalled, _, _ in waited])]
-        saves, before, after = self._ours(asynchronous=True, saves=self._arguments.saves)
+        before = rss_bytes()
+        with self._saver(asynchronous=True) as saver:
+            delayed, longest = self._reserve(saver, rate)
+            yield [
+                figure(f"{case}, asynchronous, memory being got", "updates are late by", "s", [delayed]),
+                figure(f"{case}, asynchronous, memory being got", "longest update", "s", [longest]),
+            ]
+            saves = self._ours(saver, saves=self._arguments.saves)
+            after = rss_bytes()
         stalls, whole, rates = (list(values) for values in zip(*saves, strict=True))
-        yield [figure(f"{case}, asynchronous, first", _STALL, "s", stalls[:1])]
-        if stalls[1:]:
-            yield [figure(f"{case}, asynchronous, later", _STALL, "s", stalls[1:], goal=_GOAL_SECONDS)]
+        yield [figure(f"{case}, asynchronous", _STALL, "s", stalls, goal=_GOAL_SECONDS)]
         copies = "memory of the host that the copies take, a rank"
         yield [
             figure(f"{case}, asynchronous", "seconds until the checkpoint is there", "s", whole),
@@ -154,23 +163,35 @@ class _Run:
         self._clear(folder)
         return seconds, num_bytes
 
-    def _ours(self, *, asynchronous: bool, saves: int) -> tuple[list[tuple[float, float, float]], int, int]:
-        """Returns, for each save, seconds of standing still, seconds until it is there and updates/s meanwhile; and memory."""
-        folder = self._folder / "ours"
-        config = CheckpointConfig(asynchronous=asynchronous)
-        store = CheckpointStore(folder / "checkpoints")
-        saver = Saver(store=store, config=config, phase_names=("only",))
-        found, before = [], rss_bytes()
+    @contextmanager
+    def _saver(self, *, asynchronous: bool) -> Iterator[Saver]:
+        store = CheckpointStore(self._folder / "ours" / "checkpoints")
+        saver = Saver(store=store, config=CheckpointConfig(asynchronous=asynchronous), phase_names=("only",))
+        yield saver
+        saver.close()
+
+    def _reserve(self, saver: Saver, rate: float) -> tuple[float, float]:
+        """Trains while memory is being got; returns how many seconds more that took than at `rate`, and the longest update."""
+        before, began = self._updates, self._idle()
+        longest, last = 0.0, began
+        saver.reserve(self._engine, None)
+        while dist.from_main(lambda: saver.is_reserving) or self._updates == before:
+            self._update()
+            now = self._idle()
+            longest, last = max(longest, now - last), now
+        return last - began - (self._updates - before) / rate, longest
+
+    def _ours(self, saver: Saver, *, saves: int) -> list[tuple[float, float, float]]:
+        """Returns, for each save, seconds of standing still, seconds until it is there and updates/s meanwhile."""
+        folder, found = saver.store.folder.parent, []
         for _ in range(saves):
             if dist.is_main():
                 folder.mkdir(exist_ok=True)
             dist.barrier()
             found.append(self._save(saver, Requests(SignalWatch(), folder, finished=lambda: saver.finished)))
-            assert dist.from_main(lambda: len(store.names())) == 1
+            assert dist.from_main(lambda: len(saver.store.names())) == 1
             self._clear(folder)
-        after = rss_bytes()
-        saver.close()
-        return found, before, after
+        return found
 
     def _save(self, saver: Saver, requests: Requests) -> tuple[float, float, float]:
         layout = {"world_size": self._engine.world_size}

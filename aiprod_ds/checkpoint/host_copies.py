@@ -7,8 +7,9 @@ for no agreement between ranks. `train/saving.py` is the only caller.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -35,11 +36,18 @@ class HostCopies:
         needed = _offsets(state.tensors)[-1]
         return 0 if needed <= held else needed
 
+    def request(self, state: Captured) -> Callable[[], object]:
+        """Returns the work that gets what `take` needs for such a state. Any thread may do it, while nothing is taken.
+
+        It takes a second for some 10 GB, most of it to lock pages. The work does not hold the state.
+        """
+        return partial(self._memory_for, _offsets(state.tensors)[-1], _gpu_of(state))
+
     @torch.no_grad()
     def take(self, state: Captured) -> Captured:
         """Returns the same state with all tensors copied; it is valid until the next call."""
         offsets = _offsets(state.tensors)
-        memory = self._memory_for(offsets[-1], on_gpu=any(tensor.is_cuda for tensor in state.tensors))
+        memory = self._memory_for(offsets[-1], _gpu_of(state))
         copies = tuple(
             memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for offset, tensor in zip(offsets, state.tensors, strict=False)
@@ -60,14 +68,15 @@ class HostCopies:
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))  # type: ignore[no-untyped-call]
         self._memory, self._is_pinned = None, False
 
-    def _memory_for(self, num_bytes: int, *, on_gpu: bool) -> Tensor:
+    def _memory_for(self, num_bytes: int, gpu: torch.device | None) -> Tensor:
         if self._memory is None or self._memory.nbytes < num_bytes:
             self.release()
             self._memory = torch.empty(num_bytes, dtype=torch.uint8)
-            if on_gpu and num_bytes >= _PINNED_FROM_BYTES:
+            if gpu is not None and num_bytes >= _PINNED_FROM_BYTES:
                 # `pin_memory=True` would round up to a power of two, up to twice of what may be most of the host's memory.
                 self._memory.zero_()  # all cores ask for the pages, which locking would do with one
-                code = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
+                with torch.cuda.device(gpu):  # a new thread is at GPU 0
+                    code = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
                 torch.cuda.check_error(int(code))
                 self._is_pinned = True
             _LOG.info("host_copies bytes=%d pinned=%s", num_bytes, self._is_pinned)
@@ -85,6 +94,10 @@ def available_bytes() -> int:
     except (OSError, KeyError):
         return available
     return available if limit == "max" else min(available, int(limit) - used + int(cached))
+
+
+def _gpu_of(state: Captured) -> torch.device | None:
+    return next((tensor.device for tensor in state.tensors if tensor.is_cuda), None)
 
 
 def _offsets(tensors: Sequence[Tensor]) -> list[int]:

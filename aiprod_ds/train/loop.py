@@ -138,8 +138,12 @@ class TrainingLoop:
     def _updates(self, phase: PhasePlan, stream: Stream, began: float, decision: Decision) -> Decision:
         batches = iter(stream)
         must_stop = self._must_stop(at_once=True)  # asked for while the run started or the phase changed
+        first = self.clock.updates + 1
         while decision.action is Action.STAY and not must_stop:
             loss = self._update(phase, stream, batches)
+            if self.clock.updates == first:  # there are moments now
+                self.saver.reserve(self.engine, self.ema, base=self.base)
+                first = 0
             decision = self.scheduler.observe(self.clock, loss)
             self.history.phase_updates[phase.name] = self.clock.phase_updates
             self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began

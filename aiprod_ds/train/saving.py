@@ -47,7 +47,8 @@ class Saver:
 
     A save is two pieces of work: every rank writes its own pieces; when all have, rank 0 commits and prunes. With
     `checkpoint.asynchronous` the state is copied to the host first, and the work is done while training goes on: `advance` takes
-    it further once all ranks are known to have finished a piece. Without it the same work is waited for.
+    it further once all ranks are known to have finished a piece. Without it the same work is waited for. Memory for the copies is
+    got beside training too, if `reserve` is called early enough.
 
     Attributes:
         store: Where to.
@@ -65,6 +66,7 @@ class Saver:
     _stored: set[str] = field(default_factory=set)  # bases that are whole
     _work: Background = field(default_factory=Background)
     _copies: HostCopies = field(default_factory=HostCopies)
+    _reserving: Background = field(default_factory=Background)
     _saved: RunState | None = None  # what is being saved
     _is_written: bool = False
     _began: float = 0.0
@@ -78,6 +80,22 @@ class Saver:
     def finished(self) -> int:
         """Pieces of work that this rank has finished; the least of all ranks is what `advance` wants."""
         return self._work.finished
+
+    def reserve(self, engine: Engine, ema: Ema | None, *, base: Base | None = None) -> None:
+        """Begins to get the memory that copies of such a state need, beside training; the first save waits for it. Collective.
+
+        Does nothing while something is being saved, without memory for the copies, or if copies are not wanted.
+        """
+        if self.config.asynchronous and not self.is_saving:
+            self._await_memory()
+            captured = capture(engine, ema, base)
+            if self._has_memory(captured):
+                self._reserving.start(self._copies.request(captured))
+
+    @property
+    def is_reserving(self) -> bool:
+        """Whether memory is still being got."""
+        return self._reserving.finished < self._reserving.started
 
     def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> None:
         """Saves, or copies what is to be saved, after the save under way has been finished. Collective.
@@ -125,6 +143,7 @@ class Saver:
     def close(self) -> None:
         """Gives memory back; nothing may be under way, unless the run has failed."""
         if self._saved is None:
+            self._await_memory()
             self._copies.release()
 
     @contextmanager
@@ -145,6 +164,7 @@ class Saver:
         """Starts the writing; returns whether it must be waited for, because nothing was copied."""
         if base is not None and base.is_stored:
             self._store_base(engine, base.sha256)
+        self._await_memory()
         updates, captured = state.clock.updates, capture(engine, ema, base)
         pending = dist.from_main(lambda: self.store.open_pending(updates, num_bytes=captured.facts.num_bytes()))
         require_shared(pending)
@@ -174,6 +194,10 @@ class Saver:
         self.store.commit(updates, state, {f"{_ENGINE}/{name}": record for name, record in known.items()})
         _LOG.info("checkpoint_committed update=%d seconds=%.2f", updates, time.monotonic() - self._began)
         self._prune(state)
+
+    def _await_memory(self) -> None:
+        if self._reserving.started:
+            self._reserving.result()
 
     def _has_memory(self, captured: Captured) -> bool:
         """Returns whether every host has room for the copies of its ranks; tells once if one has not. Collective."""

@@ -180,6 +180,33 @@ def test_copies_are_apart_from_what_they_copy_and_use_the_same_memory(engine: Lo
     assert copies.missing_bytes(captured) == needed
 
 
+def test_memory_is_got_before_the_first_save_and_once(engine: LocalEngine, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, logger=host_copies.__name__)
+    saver = _saver(tmp_path)
+    for update in (1, 2):
+        saver.reserve(engine, None)
+        _set(engine, float(update))
+        saver.save(engine, None, _state(update))
+        saver.reserve(engine, None)  # the memory is in use
+        _set(engine, -1.0)
+        saver.finish()
+        assert _saved(saver) == (update, float(update))
+    assert len([record for record in caplog.records if "host_copies" in record.getMessage()]) == 1
+    saver.close()
+
+
+def test_no_memory_is_got_where_nothing_is_copied(engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = _saver(tmp_path, asynchronous=False)
+    saver.reserve(engine, None)
+    assert not saver.is_reserving
+    monkeypatch.setattr(saving, "available_bytes", lambda: 0)
+    short, told = _saver(tmp_path), []
+    short.on_replaced = told.append
+    short.reserve(engine, None)
+    assert not short.is_reserving
+    assert len(told) == 1
+
+
 def test_this_machine_tells_what_memory_is_left() -> None:
     assert 0 < host_copies.available_bytes() < 1 << 50
 
