@@ -41,6 +41,7 @@ from aiprod_ds.report.wandb import open_wandb
 from aiprod_ds.train.base import base_of_phase, start_in_words
 from aiprod_ds.train.belonging import change_in_words, check_belongs, run_layout
 from aiprod_ds.train.engines import build_engine, read_settings
+from aiprod_ds.train.folder_lock import FolderLock
 from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.overflow import OverflowWatch
@@ -112,18 +113,36 @@ def run_training(
 
     Raises:
         ConfigError: If the checkpoint belongs to another configuration or precision, or to other global batches.
-        CheckpointError: If checkpoints exist and none is whole, the ranks share no folder, or one cannot be written.
+        CheckpointError: If another run is in the folder, checkpoints exist and none is whole, the ranks share no folder, or a
+            checkpoint cannot be written.
         NonFiniteError: If training diverged for good.
     """
+    with FolderLock(Path(config.output_dir)) as lock:
+        dist.from_main(lock.take_if_used)  # before the newest checkpoint is looked for
+        return _run_training(config, unit, plan, lock, resume=resume, source=source, choose_now=choose_now, console=console)
+
+
+def _run_training(
+    config: RunConfig,
+    unit: Unit,
+    plan: RunPlan,
+    lock: FolderLock,
+    *,
+    resume: str,
+    source: str,
+    choose_now: Choose,
+    console: Console | None,
+) -> RunSummary:
     checkpoint = _find_checkpoint(config, resume)
     settled = _settle(config, plan, checkpoint, choose_now, source)
     run = _new_run(config, unit, settled, source, console or Console(stderr=True))
     default = run.settings.activation_checkpointing
     check_checkpointing(unit.module, run.plan, default=default, source=source)
     _require_own(run, checkpoint)
-    if dist.is_main():
-        _prepare_folder(run, checkpoint, move_aside=resume == "never")
+    dist.from_main(lambda: _prepare_folder(run, checkpoint, lock, move_aside=resume == "never"))
     require_shared(run.folder)
+    if not dist.is_main():
+        lock.share()
     with SignalWatch() as watch:
         return _train(run, checkpoint, watch)
 
@@ -318,12 +337,13 @@ def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:
     return store.read(Path(resume))
 
 
-def _prepare_folder(run: _Run, checkpoint: Checkpoint | None, *, move_aside: bool) -> None:
+def _prepare_folder(run: _Run, checkpoint: Checkpoint | None, lock: FolderLock, *, move_aside: bool) -> None:
     if move_aside and run.folder.exists() and any(run.folder.iterdir()):
         old = next(path for n in range(1, 10_000) if not (path := run.folder.with_name(f"{run.folder.name}.{n}")).exists())
         run.folder.rename(old)
         _LOG.warning("previous_run_moved from=%s to=%s", run.folder, old)
     run.folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
     for report in ("report.json", "report.md"):  # of an earlier start: its status would be taken for this one's
         (run.folder / report).unlink(missing_ok=True)
     write_atomically(run.folder / "config.yaml", to_yaml(run.config))
