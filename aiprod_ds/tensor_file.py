@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-MAX_HEADER_BYTES = 100_000_000  # the bound of the library
+_MAX_HEADER_BYTES = 100_000_000  # the bound of the library
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _AT_ONCE_BYTES = 16 << 20  # what is written is still in a cache when it is observed
@@ -227,7 +227,7 @@ def _read_header(descriptor: int) -> tuple[int, bytes]:
     if not stat.S_ISREG(status.st_mode):
         raise TensorFileError("something that is no regular file")
     length = int.from_bytes(os.pread(descriptor, _LENGTH_BYTES, 0), "little")
-    if not 2 <= length <= min(status.st_size - _LENGTH_BYTES, MAX_HEADER_BYTES):
+    if not 2 <= length <= min(status.st_size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
         raise TensorFileError(f"a header of {length} bytes in a file of {status.st_size}")
     header = os.pread(descriptor, length, _LENGTH_BYTES)
     return status.st_size - _LENGTH_BYTES - length, header

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import file_sha256
-from aiprod_ds.tensor_file import MAX_HEADER_BYTES
+from aiprod_ds.tensor_file import TensorFile, TensorFileError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -67,8 +67,12 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     return {_own_name(path, name): _record(path, name, entry) for name, entry in files.items()}
 
 
-def verify_folder(folder: Path) -> dict[str, FileRecord]:
+def verify_folder(folder: Path, *, is_read: Callable[[str], bool] = lambda _: True) -> dict[str, FileRecord]:
     """Compares `folder` with its manifest, sizes before hashes, and returns the manifest.
+
+    Args:
+        folder: Of a checkpoint or a base.
+        is_read: Whether the caller reads the file of this name; those that it does not read are not hashed.
 
     Raises:
         CheckpointError: If a file is missing, surplus, no regular file, of another size or of other content, cannot be read, or
@@ -76,7 +80,9 @@ def verify_folder(folder: Path) -> dict[str, FileRecord]:
     """
     expected = read_manifest(folder)
     try:
-        _compare(folder, expected)
+        _require_sizes(folder, expected)
+        _require_contents(folder, {name: record for name, record in expected.items() if is_read(name)})
+        _require_headers(folder, expected)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: must be readable, got {error}. Check the disk.") from error
     return expected
@@ -126,7 +132,7 @@ def _record(path: Path, name: str, entry: object) -> FileRecord:
     return FileRecord(bytes=num_bytes, sha256=sha256)
 
 
-def _compare(folder: Path, expected: Mapping[str, FileRecord]) -> None:
+def _require_sizes(folder: Path, expected: Mapping[str, FileRecord]) -> None:
     found = {name for name in _file_names(folder) if name != MANIFEST}
     for name in sorted(expected.keys() - found):
         raise CheckpointError(f"{folder / name}: listed in the manifest but missing.")
@@ -135,12 +141,20 @@ def _compare(folder: Path, expected: Mapping[str, FileRecord]) -> None:
     for name, record in expected.items():
         if (size := (folder / name).stat().st_size) != record.bytes:
             raise CheckpointError(f"{folder / name}: must have {record.bytes} bytes, got {size}.")
+
+
+def _require_contents(folder: Path, expected: Mapping[str, FileRecord]) -> None:
     for name, sha256 in _hashes(folder, expected):
-        record = expected[name]
-        if sha256 != record.sha256:
+        if sha256 != expected[name].sha256:
             raise CheckpointError(f"{folder / name}: content differs from the manifest's sha256.")
-        if name.endswith(".safetensors"):
-            _check_header(folder / name, record.bytes)
+
+
+def _require_headers(folder: Path, names: Iterable[str]) -> None:
+    for path in (folder / name for name in names if name.endswith(".safetensors")):
+        try:
+            TensorFile(path).close()
+        except TensorFileError as error:
+            raise CheckpointError(f"{path}: must be a safetensors file, got {error}. It is damaged.") from error
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -148,13 +162,6 @@ def _hashes(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
     names = list(names)
     with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         yield from zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True)
-
-
-def _check_header(path: Path, num_bytes: int) -> None:
-    with path.open("rb") as file:
-        told = int.from_bytes(file.read(8), "little")
-    if not 2 <= told <= min(num_bytes - 8, MAX_HEADER_BYTES):
-        raise CheckpointError(f"{path}: the header of safetensors must fit into the file ({num_bytes} bytes), got {told} bytes.")
 
 
 def _file_names(folder: Path, prefix: str = "") -> Iterator[str]:

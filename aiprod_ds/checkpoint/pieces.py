@@ -1,10 +1,12 @@
-"""The tensors of a checkpoint: pieces of whole tensors, in one safetensors file for each rank that wrote some.
+"""The tensors of a checkpoint: pieces of whole tensors, in two safetensors files for each rank that wrote some.
 
     engine.json                             `EngineFacts`: what there is, in whole tensors
     rank_00000_of_00002.safetensors         the pieces of rank 0, by `<kind>/<name>`; metadata `starts`: JSON {key: first element}
+    rank_00000_of_00002.moments.safetensors the same of `MOMENTS`, which only training needs
 
-Owns both files: writing a rank's own, and reading any range of any tensor from all of them. Who reads needs neither the number of
-ranks nor the ZeRO stage that wrote. Nothing is unpickled. Commit and hashes are `store.py` and `manifest.py`.
+Owns these files: writing a rank's own, and reading any range of any tensor from all of them. Who reads needs neither the number
+of ranks nor the ZeRO stage that wrote, and finds moments beside weights too, where checkpoints had them before. Nothing is
+unpickled. Commit and hashes are `store.py` and `manifest.py`.
 
 Frozen weights may be elsewhere (`EngineFacts.base`): in `bases/<sha256>/engine` beside the checkpoints, which is read as if it
 were here, or only where the run started from.
@@ -27,12 +29,13 @@ from typing_extensions import Self
 from aiprod_ds.checkpoint.manifest import FileRecord, read_mapping
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import sync
-from aiprod_ds.pieces import Base, Captured, EngineFacts, Kind, Whole, split_key, tensor_key
+from aiprod_ds.pieces import MOMENTS, Base, Captured, Cut, EngineFacts, Kind, Whole, split_key, tensor_key
 from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSpec, by_width, write_tensor_file
 
 FACTS = "engine.json"
 _STARTS = "starts"
-_FILE = re.compile(r"rank_([0-9]{5,})_of_([0-9]{5,})\.safetensors")
+_SUFFIX, _MOMENTS_SUFFIX = ".safetensors", ".moments.safetensors"
+_FILE = re.compile(r"rank_([0-9]{5,})_of_([0-9]{5,})(\.moments)?\.safetensors")
 
 
 def base_folder(checkpoints: Path, sha256: str) -> Path:
@@ -41,7 +44,7 @@ def base_folder(checkpoints: Path, sha256: str) -> Path:
 
 
 def write_pieces(folder: Path, state: Captured) -> dict[str, FileRecord]:
-    """Writes this rank's file, if it has pieces, and on rank 0 the facts, into an existing folder, down to the disk.
+    """Writes this rank's files, each if it has pieces for it, and on rank 0 the facts, into an existing folder, down to the disk.
 
     Waits for nobody. Memory holds one tensor; its bytes are hashed as they are written.
 
@@ -58,13 +61,11 @@ def write_pieces(folder: Path, state: Captured) -> dict[str, FileRecord]:
     written: dict[str, FileRecord] = {}
     pieces = {tensor_key(cut.kind, cut.name): (cut, values) for cut, values in state.pieces()}
     assert len(pieces) == len(state.cuts), "a rank has one piece of a tensor"
-    if pieces:
-        specs = by_width({key: TensorSpec.of(values) for key, (_, values) in pieces.items()})
-        tensors = ((key, pieces[key][1].cpu()) for key in specs)
-        starts = {key: pieces[key][0].start for key in specs}
-        name, digest = _file_name(state.rank, state.facts.world_size), hashlib.sha256()
-        write_tensor_file(folder / name, specs, tensors, metadata={_STARTS: json.dumps(starts)}, observe=digest.update)
-        written[name] = FileRecord(bytes=(folder / name).stat().st_size, sha256=digest.hexdigest())
+    for suffix in (_SUFFIX, _MOMENTS_SUFFIX):
+        own = {key: piece for key, piece in pieces.items() if (piece[0].kind in MOMENTS) == (suffix == _MOMENTS_SUFFIX)}
+        if own:
+            name = f"rank_{state.rank:05d}_of_{state.facts.world_size:05d}{suffix}"
+            written[name] = _write_file(folder / name, own)
     if state.rank == 0:
         text = json.dumps(state.facts.to_dict(), indent=1, sort_keys=True) + "\n"
         (folder / FACTS).write_text(text, encoding="utf-8")
@@ -72,6 +73,11 @@ def write_pieces(folder: Path, state: Captured) -> dict[str, FileRecord]:
     for name in written:
         sync(folder / name)
     return written
+
+
+def holds_moments_only(name: str) -> bool:
+    """Returns whether a file is so called that readers of weights need not read it; one with other pieces is refused."""
+    return name.endswith(_MOMENTS_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +94,7 @@ class PieceReader:
     nothing else is. Memory holds what is returned.
 
     Args:
-        folder: The `engine` folder of a checkpoint whose manifest was compared.
+        folder: The `engine` folder of a checkpoint whose manifest was compared; for weights, but for the hashes of moments.
 
     Raises:
         CheckpointError: If anything is missing, surplus, damaged or twice; names file and key.
@@ -209,6 +215,8 @@ class PieceReader:
                 whole = self.facts.tensors.get(key)
                 if whole is None or key not in found:
                     raise CheckpointError(f"{path}: must hold tensors of {FACTS} only, got {key[:200]!r}. It is damaged.")
+                if holds_moments_only(path.name) and split_key(key)[0] not in MOMENTS:
+                    raise CheckpointError(f"{path}: must hold {' and '.join(MOMENTS)} only, got {key[:200]}. It is damaged.")
                 if dtype != whole.dtype:
                     raise CheckpointError(f"{path}: {key} must be {whole.dtype}, got {dtype}. It is damaged.")
                 found[key].append(piece)
@@ -234,12 +242,17 @@ class PieceReader:
             match = _FILE.fullmatch(path.name)
             is_own = match is not None and int(match[1]) < int(match[2]) == self.facts.world_size
             if not is_own or path.is_symlink() or not path.is_file():
-                raise CheckpointError(f"{path}: must be the file of one of {self.facts.world_size} ranks. Remove it.")
+                raise CheckpointError(f"{path}: must be a file of one of {self.facts.world_size} ranks. Remove it.")
         return paths
 
 
-def _file_name(rank: int, world_size: int) -> str:
-    return f"rank_{rank:05d}_of_{world_size:05d}.safetensors"
+def _write_file(path: Path, pieces: Mapping[str, tuple[Cut, Tensor]]) -> FileRecord:
+    specs = by_width({key: TensorSpec.of(values) for key, (_, values) in pieces.items()})
+    tensors = ((key, pieces[key][1].cpu()) for key in specs)
+    starts = {key: pieces[key][0].start for key in specs}
+    digest = hashlib.sha256()
+    write_tensor_file(path, specs, tensors, metadata={_STARTS: json.dumps(starts)}, observe=digest.update)
+    return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
 def _pieces_in(path: Path) -> Iterator[tuple[str, _Piece, str]]:

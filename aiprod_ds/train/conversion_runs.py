@@ -60,14 +60,13 @@ def open_run(request: Request, found: Found) -> Opened:
 
 def _checkpoint(request: Request, found: Found) -> tuple[Checkpoint, Path]:
     if found.kind == "checkpoint":
-        return CheckpointStore(found.path.parent).read(found.path), found.path.parent.parent
+        return CheckpointStore(found.path.parent).read(found.path, weights_only=True), found.path.parent.parent
     store = CheckpointStore(found.path / "checkpoints")
     names = store.names()
-    if request.checkpoint is not None and request.checkpoint not in names:
-        raise CheckpointError(
-            f"{found.path}: --checkpoint must be one of {', '.join(names) or 'none'}, got {request.checkpoint[:80]!r}."
-        )
-    newest = store.read(store.folder / request.checkpoint) if request.checkpoint else store.newest()
+    named = request.checkpoint
+    if named is not None and named not in names:
+        raise CheckpointError(f"{found.path}: --checkpoint must be one of {', '.join(names) or 'none'}, got {named[:80]!r}.")
+    newest = store.read(store.folder / named, weights_only=True) if named else store.newest(weights_only=True)
     if newest is None:
         raise CheckpointError(f"{found.path}: must hold a checkpoint, got none. Train until the first one, or take export/.")
     return newest, found.path

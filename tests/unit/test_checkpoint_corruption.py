@@ -28,7 +28,7 @@ from aiprod_ds.train.video_vae import VideoVAETrainer
 
 RANDOM_DAMAGES = 100
 NEWEST = "update_000002"
-WEIGHTS = "engine/rank_00000_of_00001.safetensors"
+WEIGHTS, MOMENTS = "engine/rank_00000_of_00001.safetensors", "engine/rank_00000_of_00001.moments.safetensors"
 
 
 def _trainer(folder: Path) -> VideoVAETrainer:
@@ -134,10 +134,10 @@ def _list(folder: Path, name: str, content: bytes) -> None:
     (folder / "manifest.json").write_text(json.dumps(values))
 
 
-def _file_with_header(folder: Path, header_bytes: int) -> None:
+def _file_with_header(folder: Path, header_bytes: int, name: str = WEIGHTS) -> None:
     content = header_bytes.to_bytes(8, "little") + b"{}" * 8
-    (folder / WEIGHTS).write_bytes(content)
-    _list(folder, WEIGHTS, content)
+    (folder / name).write_bytes(content)
+    _list(folder, name, content)
 
 
 def _link(folder: Path, name: str, target: str) -> None:
@@ -173,6 +173,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "link as manifest": (lambda folder: _link(folder, "manifest.json", "../update_000001/manifest.json"), "manifest.json"),
     "pipe": (_pipe, WEIGHTS),
     "1 GB header": (lambda folder: _file_with_header(folder, 1 << 30), WEIGHTS),
+    "1 GB header of moments": (lambda folder: _file_with_header(folder, 1 << 30, MOMENTS), MOMENTS),
+    "link to the good moments": (lambda folder: _link(folder, MOMENTS, f"../../update_000001/{MOMENTS}"), MOMENTS),
     "header beyond the end": (lambda folder: _file_with_header(folder, 17), WEIGHTS),
     "no sizes": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {"a": {}}}'), "a must have bytes"),
     "files a list": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": []}'), "manifest.json"),
@@ -208,10 +210,11 @@ def test_the_undamaged_copy_is_read(run: Path) -> None:
     assert newest.folder.name == NEWEST
 
 
-def test_without_a_good_one_only_resume_never_starts_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", [WEIGHTS, MOMENTS])
+def test_without_a_good_one_only_resume_never_starts_over(run: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     for folder in (run / "checkpoints").glob("update_*"):
-        _flip(folder / WEIGHTS, random.Random(0))
+        _flip(folder / file, random.Random(0))
     before = _contents(run)
     with dist.process_group():
         with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):

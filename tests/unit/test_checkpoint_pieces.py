@@ -1,6 +1,7 @@
 """Pieces on disk: any range comes back bit for bit, and a folder that is not exactly its `engine.json` is refused.
 
-Oracle of the ranges: the tensors that were cut. Pieces are cut at every possible place by a seeded generator.
+Oracle of the ranges: the tensors that were cut. Pieces are cut at every possible place by a seeded generator. Moments have files
+of their own; checkpoints from before have them beside the weights, and are read too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aiprod_ds.checkpoint.pieces import PieceReader, write_pieces
+from aiprod_ds.checkpoint.manifest import FileRecord
+from aiprod_ds.checkpoint.pieces import PieceReader, holds_moments_only, write_pieces
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.pieces import Captured, Cut, EngineFacts, LossScale, Span, Whole, fill, split_key, tensor_key
+from aiprod_ds.pieces import MOMENTS, Captured, Cut, EngineFacts, LossScale, Span, Whole, fill, split_key, tensor_key
 
 WHOLE = {
     "master/a.weight": torch.randn(5, 7),
@@ -32,6 +35,7 @@ WHOLE = {
     "buffer/none": torch.empty(0, 3),
 }
 RANK_0, RANK_1 = "rank_00000_of_00002.safetensors", "rank_00001_of_00002.safetensors"
+MOMENTS_0, MOMENTS_1 = "rank_00000_of_00002.moments.safetensors", "rank_00001_of_00002.moments.safetensors"
 
 
 def _facts(world_size: int = 2) -> EngineFacts:
@@ -46,8 +50,11 @@ def _facts(world_size: int = 2) -> EngineFacts:
     )
 
 
-def _write(folder: Path, *, cut_at: dict[str, int] | None = None) -> Path:
-    """Writes the first `cut_at[key]` elements as rank 0 and the others as rank 1; without a number rank 0 has all."""
+def _write(folder: Path, *, cut_at: dict[str, int] | None = None, as_before: bool = False) -> Path:
+    """Writes the first `cut_at[key]` elements as rank 0 and the others as rank 1; without a number rank 0 has all.
+
+    With `as_before` each rank's moments stand in the file of its weights.
+    """
     folder.mkdir(exist_ok=True)
     for rank in range(2):
         tensors, cuts = [], []
@@ -58,15 +65,34 @@ def _write(folder: Path, *, cut_at: dict[str, int] | None = None) -> Path:
                 kind, name = split_key(key)
                 cuts.append(Cut(kind=kind, name=name, tensor=len(tensors), start=start, offset=start, length=end - start))
                 tensors.append(value)
-        write_pieces(folder, Captured(rank=rank, facts=_facts(), tensors=tuple(tensors), cuts=tuple(cuts)))
+        written = write_pieces(folder, Captured(rank=rank, facts=_facts(), tensors=tuple(tensors), cuts=tuple(cuts)))
+        for name, record in written.items():
+            content = (folder / name).read_bytes()
+            assert record == FileRecord(bytes=len(content), sha256=sha256(content).hexdigest())
+    if as_before:
+        for moments in folder.glob("*.moments.safetensors"):
+            _join(moments, moments.with_name(moments.name.replace(".moments", "")))
+            moments.unlink()
     return folder
 
 
-def test_any_cut_gives_back_any_range_bitwise(tmp_path: Path) -> None:
+def _join(source: Path, target: Path) -> None:
+    """Writes the pieces of both files into the second."""
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    for path in (path for path in (target, source) if path.exists()):
+        with safe_open(path, "pt") as opened:
+            starts |= json.loads(opened.metadata()["starts"])
+        tensors |= {key: value.clone() for key, value in load_file(path).items()}
+    save_file(tensors, target, metadata={"starts": json.dumps(starts)})
+
+
+@pytest.mark.parametrize("as_before", [False, True], ids=["moments apart", "one file a rank"])
+def test_any_cut_gives_back_any_range_bitwise(tmp_path: Path, as_before: bool) -> None:
     draw = random.Random(0)
     for case in range(20):
         cut_at = {key: draw.randint(0, value.numel()) for key, value in WHOLE.items()}
-        with PieceReader(_write(tmp_path / str(case), cut_at=cut_at)) as reader:
+        with PieceReader(_write(tmp_path / str(case), cut_at=cut_at, as_before=as_before)) as reader:
             assert reader.facts == _facts()
             for key, value in WHOLE.items():
                 kind, name = split_key(key)
@@ -79,8 +105,19 @@ def test_any_cut_gives_back_any_range_bitwise(tmp_path: Path) -> None:
                 assert torch.equal(reader.read(kind, name, start, length), value.flatten()[start : start + length])
 
 
-def test_a_rank_without_pieces_leaves_no_file(tmp_path: Path) -> None:
-    assert sorted(path.name for path in _write(tmp_path).iterdir()) == ["engine.json", RANK_0]
+@pytest.mark.parametrize(
+    ("cut_at", "files"),
+    [
+        ({}, [MOMENTS_0, RANK_0]),
+        ({"exp_avg/a.weight": 0}, [RANK_0, MOMENTS_1]),
+        ({"exp_avg/a.weight": 1, "frozen/scale": 0}, [MOMENTS_0, RANK_0, MOMENTS_1, RANK_1]),
+    ],
+)
+def test_what_a_rank_has_no_pieces_of_leaves_no_file(tmp_path: Path, cut_at: dict[str, int], files: list[str]) -> None:
+    folder = _write(tmp_path, cut_at=cut_at)
+    assert sorted(path.name for path in folder.iterdir()) == ["engine.json", *files]
+    for file in files:
+        assert {split_key(key)[0] in MOMENTS for key in load_file(folder / file)} == {holds_moments_only(file)}
 
 
 def test_what_is_read_outlives_the_reader(tmp_path: Path) -> None:
@@ -156,14 +193,19 @@ def _surplus(folder: Path) -> None:
     _rewrite(folder, change)
 
 
+def _weights_as_moments(folder: Path) -> None:
+    (folder / MOMENTS_1).unlink()
+    (folder / RANK_1).rename(folder / MOMENTS_1)
+
+
 def _without_starts(folder: Path) -> None:
     save_file(load_file(folder / RANK_0), folder / RANK_0)
 
 
-def _huge_header(folder: Path) -> None:
-    data = bytearray((folder / RANK_0).read_bytes())
+def _huge_header(folder: Path, file: str) -> None:
+    data = bytearray((folder / file).read_bytes())
     data[:8] = (1 << 30).to_bytes(8, "little")
-    (folder / RANK_0).write_bytes(bytes(data))
+    (folder / file).write_bytes(bytes(data))
 
 
 def _overlapping_offsets(folder: Path) -> None:
@@ -174,9 +216,9 @@ def _overlapping_offsets(folder: Path) -> None:
     (folder / RANK_0).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
 
 
-def _link(folder: Path) -> None:
-    (folder / RANK_0).rename(folder.parent / "elsewhere")
-    (folder / RANK_0).symlink_to(folder.parent / "elsewhere")
+def _link(folder: Path, file: str) -> None:
+    (folder / file).rename(folder.parent / "elsewhere")
+    (folder / file).symlink_to(folder.parent / "elsewhere")
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -199,20 +241,32 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "starts name others": (lambda f: _rewrite(f, lambda _, starts: starts.update(x=0)), "starts must name the tensors"),
     "no starts": (_without_starts, f"{RANK_0}: metadata must hold starts"),
-    "a header of 1 GB": (_huge_header, f"{RANK_0}: must be a safetensors file, got a header of 1073741824 bytes"),
+    "a header of 1 GB": (lambda f: _huge_header(f, RANK_0), f"{RANK_0}: must be a safetensors file, got a header of 1073741824"),
     "overlapping offsets": (_overlapping_offsets, f"{RANK_0}: must be a safetensors file"),
     "truncated": (lambda f: (f / RANK_0).write_bytes((f / RANK_0).read_bytes()[:-1]), f"{RANK_0}: must be a safetensors file"),
     "empty": (lambda f: (f / RANK_0).write_bytes(b""), f"{RANK_0}: must be a safetensors file"),
     "another world size": (
         lambda f: (f / RANK_1).rename(f / "rank_00001_of_00003.safetensors"),
-        "rank_00001_of_00003.safetensors: must be the file of one of 2 ranks",
+        "rank_00001_of_00003.safetensors: must be a file of one of 2 ranks",
     ),
     "a rank too many": (
         lambda f: (f / RANK_1).rename(f / "rank_00002_of_00002.safetensors"),
-        "rank_00002_of_00002.safetensors: must be the file of one of 2 ranks",
+        "rank_00002_of_00002.safetensors: must be a file of one of 2 ranks",
     ),
-    "a pickle": (lambda f: (f / "state.pt").write_bytes(b"x"), "state.pt: must be the file of one of 2 ranks"),
-    "a link": (_link, f"{RANK_0}: must be the file of one of 2 ranks"),
+    "a pickle": (lambda f: (f / "state.pt").write_bytes(b"x"), "state.pt: must be a file of one of 2 ranks"),
+    "a link": (lambda f: _link(f, RANK_0), f"{RANK_0}: must be a file of one of 2 ranks"),
+    "moments of a rank are missing": (lambda f: (f / MOMENTS_1).unlink(), "exp_avg/a.weight must have 35 elements, got 9"),
+    "moments of a rank twice": (
+        lambda f: _join(f / MOMENTS_0, f / RANK_0),
+        "exp_avg/a.weight must go on at element 9, got a piece from 0",
+    ),
+    "weights called moments": (_weights_as_moments, f"{MOMENTS_1}: must hold exp_avg and exp_avg_sq only, got master/a.weight"),
+    "moments of 1 GB header": (lambda f: _huge_header(f, MOMENTS_1), f"{MOMENTS_1}: must be a safetensors file, got a header of"),
+    "moments as a link": (lambda f: _link(f, MOMENTS_0), f"{MOMENTS_0}: must be a file of one of 2 ranks"),
+    "moments of another kind of file": (
+        lambda f: (f / MOMENTS_0).rename(f / "rank_00000_of_00002.moments.moments.safetensors"),
+        "moments.moments.safetensors: must be a file of one of 2 ranks",
+    ),
     "no facts": (lambda f: (f / "engine.json").unlink(), "engine.json: missing"),
     "facts that are no JSON": (lambda f: (f / "engine.json").write_text("{"), "engine.json: unreadable"),
     "another format": (lambda f: _facts_with(f, format=1), "engine.json: format: must be 2, got 1"),
@@ -244,7 +298,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_not_exactly_the_whole_is_refused(tmp_path: Path, case: str) -> None:
     change, message = WRONG[case]
-    folder = _write(tmp_path / "engine", cut_at={"master/a.weight": 17})
+    folder = _write(tmp_path / "engine", cut_at={"master/a.weight": 17, "exp_avg/a.weight": 9})
     PieceReader(folder)
     change(folder)
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from aiprod_ds.checkpoint.state import RunState, tensors_sha256
 from aiprod_ds.checkpoint.store import CheckpointStore
@@ -19,6 +20,7 @@ from aiprod_ds.errors import CheckpointError
 
 CLOCK = Clock(updates=7, skipped_updates=1, micro_batches=16, samples=56, phase=1, phase_updates=3, phase_skipped=1, epoch=2)
 ENGINE_BYTES = bytes(range(256))
+WEIGHTS, MOMENTS = "engine/rank_00000_of_00001.safetensors", "engine/rank_00000_of_00001.moments.safetensors"
 Damage = Callable[[Path], object]
 
 
@@ -146,6 +148,54 @@ def test_without_a_good_checkpoint_nothing_starts_over(store: CheckpointStore, n
         store.newest()
     assert str(caught.value).count(reason) == 2
     assert "--resume never" in str(caught.value)
+
+
+def _flip_a_moment(folder: Path) -> None:
+    content = bytearray((folder / MOMENTS).read_bytes())
+    content[-1] ^= 1
+    (folder / MOMENTS).write_bytes(content)
+
+
+@pytest.fixture
+def with_moments(store: CheckpointStore) -> Path:
+    """A checkpoint with one weight and one moment."""
+    pending = store.open_pending(2)
+    for name, kind in ((WEIGHTS, "master"), (MOMENTS, "exp_avg")):
+        save_file({f"{kind}/w": torch.ones(1)}, pending / name)
+    return store.commit(2, _state(2))
+
+
+def test_who_reads_weights_only_does_not_hash_moments(store: CheckpointStore, with_moments: Path) -> None:
+    _flip_a_moment(with_moments)
+    assert store.read(with_moments, weights_only=True).state == _state(2)
+    assert store.newest(weights_only=True) is not None
+    with pytest.raises(CheckpointError, match=rf"{MOMENTS}: content differs from the manifest's sha256"):
+        store.read(with_moments)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / MOMENTS).unlink(), rf"{MOMENTS}: listed in the manifest but missing"),
+        (lambda folder: (folder / MOMENTS).write_bytes(b"x"), rf"{MOMENTS}: must have \d+ bytes, got 1"),
+        (
+            lambda folder: (folder / MOMENTS).write_bytes(b"\xff" * (folder / MOMENTS).stat().st_size),
+            rf"{MOMENTS}: must be a safetensors file, got a header of \d+ bytes in a file of \d+",
+        ),
+        (lambda folder: (folder / "engine" / "x.moments.safetensors").touch(), "must be listed in the manifest"),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b"x"),
+            rf"{WEIGHTS}: content differs from the manifest's sha256",
+        ),
+    ],
+    ids=["missing", "another size", "no header", "surplus", "weights"],
+)
+def test_everything_but_the_hashes_of_moments_is_compared_for_weights_too(
+    store: CheckpointStore, with_moments: Path, damage: Damage, reason: str
+) -> None:
+    damage(with_moments)
+    with pytest.raises(CheckpointError, match=reason):
+        store.read(with_moments, weights_only=True)
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "engine/../../outside.bin", "/etc/hostname"])

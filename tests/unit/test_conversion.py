@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,34 @@ def test_inspect_says_what_everything_is(
     assert (foreign["kind"], foreign["facts"]["bytes"]) == ("checkpoint of DeepSpeed", 10)
     assert "give --trust-checkpoint" in foreign["facts"]["tensors"]
     assert "must hold tensors" in _inspected(capsys, tmp_path, "--trust-checkpoint", code=FAILED)["problem"]
+
+
+def _damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_conversion_compares_the_hashes_of_what_it_reads(
+    full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(full_run, run)
+    engine = run / "checkpoints" / "update_000002" / "engine"
+    assert _convert(run, out, "--checkpoint", "update_000002") == DONE
+    whole = load_file(out / WEIGHTS)
+    shutil.rmtree(out)
+    _damage(engine / "rank_00000_of_00001.moments.safetensors")
+    assert _convert(run, out, "--checkpoint", "update_000002") == DONE
+    assert _same(load_file(out / WEIGHTS), whole)
+    shutil.rmtree(out)
+    assert "moments.safetensors: content differs" in _inspected(capsys, engine.parent, code=FAILED)["problem"]
+    _damage(engine / "rank_00000_of_00001.safetensors")
+    assert _convert(run, out, "--checkpoint", "update_000002") == FAILED
+    assert "rank_00000_of_00001.safetensors: content differs from the manifest's sha256" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert _convert(run, out) == DONE
+    assert "update 1 (update_000001)" in capsys.readouterr().out
 
 
 def test_inspect_shows_a_table_and_finds_damage(full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
