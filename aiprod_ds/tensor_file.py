@@ -137,21 +137,27 @@ class TensorFile(TensorSource):
         self._close()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.read(name).reshape(self.specs[name].shape)
+        spec = self.specs[name]
+        value = torch.empty(spec.numel, dtype=spec.dtype, device="cpu")
+        self.read_into(value, name)
+        return value.reshape(spec.shape)
 
-    def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Returns elements [start, start + length) of the flattened tensor, or all of them, in memory of their own.
+    def read_into(self, target: Tensor, name: str, start: int = 0) -> None:
+        """Fills a tensor from element `start` of the flattened one.
+
+        Args:
+            target: [elements], contiguous, of the same type, on the CPU.
+            name: Of the tensor in the file.
+            start: First element.
 
         Raises:
             KeyError: If there is no such tensor.
             TensorFileError: If the file became shorter since it was opened, or the disk fails.
         """
         spec = self.specs[name]
-        length = spec.numel - start if length is None else length
-        assert 0 <= start <= start + length <= spec.numel, "the range lies inside the tensor"
-        value = torch.empty(length, dtype=spec.dtype, device="cpu")
-        self._fill(_bytes_of(value), self._data_start + self._starts[name] + start * spec.dtype.itemsize)
-        return value
+        assert target.dtype == spec.dtype and target.is_contiguous(), "the target is memory of the tensor's type"
+        assert 0 <= start <= start + target.numel() <= spec.numel, "the range lies inside the tensor"
+        self._fill(_bytes_of(target), self._data_start + self._starts[name] + start * spec.dtype.itemsize)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:

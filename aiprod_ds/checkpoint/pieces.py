@@ -160,16 +160,11 @@ class PieceReader:
             return self._read_base(self.facts.base, name, start, length)
         if not 0 <= start <= start + length <= whole.numel:
             raise CheckpointError(f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}.")
-        wanted = [
-            (piece, max(start, piece.start), min(start + length, piece.start + piece.length)) for piece in self._pieces[key]
-        ]
-        wanted = [(piece, begin, end) for piece, begin, end in wanted if begin < end]
-        if len(wanted) == 1:
-            piece, begin, end = wanted[0]
-            return self._read_piece(piece, key, begin - piece.start, end - begin)
-        result = torch.empty(length, dtype=getattr(torch, whole.dtype))
-        for piece, begin, end in wanted:
-            result[begin - start : end - start] = self._read_piece(piece, key, begin - piece.start, end - begin)
+        result = torch.empty(length, dtype=getattr(torch, whole.dtype), device="cpu")
+        for piece in self._pieces[key]:
+            begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
+            if begin < end:
+                self._read_piece(piece, key, begin - piece.start, result[begin - start : end - start])
         return result
 
     def whole(self, kind: Kind, name: str) -> Tensor:
@@ -197,12 +192,12 @@ class PieceReader:
         if own != stored:
             raise CheckpointError(f"{self._base.folder}: must hold the frozen weights that {self.folder} names, got others.")
 
-    def _read_piece(self, piece: _Piece, key: str, first: int, length: int) -> Tensor:
+    def _read_piece(self, piece: _Piece, key: str, first: int, target: Tensor) -> None:
         path = self.folder / piece.file
         try:
             if piece.file not in self._opened:
                 self._opened[piece.file] = TensorFile(path)
-            return self._opened[piece.file].read(key, first, length)
+            self._opened[piece.file].read_into(target, key, first)
         except TensorFileError as error:
             raise CheckpointError(f"{path}: {key} must be readable, got {error}. Check the disk.") from error
 
