@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from aiprod_ds.checkpoint.manifest import read_mapping, verify_folder, write_manifest
+from aiprod_ds.checkpoint.manifest import HashCheck, read_mapping, verify_folder, write_manifest
 from aiprod_ds.checkpoint.pieces import FACTS, base_folder
 from aiprod_ds.checkpoint.removal import PENDING, delete, discard
 from aiprod_ds.checkpoint.space import explained, require_space
@@ -93,8 +93,12 @@ def base_of(folder: Path) -> Base | None:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def verify_base(folder: Path) -> None:
+def verify_base(folder: Path, *, hashes: HashCheck | None = None) -> None:
     """Compares the base that the checkpoint in `folder` refers to with its manifest, if this run has stored it.
+
+    Args:
+        folder: Of the checkpoint.
+        hashes: As of `verify_folder`.
 
     Raises:
         CheckpointError: If it is missing or damaged.
@@ -105,7 +109,7 @@ def verify_base(folder: Path) -> None:
     stored = base_folder(folder.absolute().parent, base.sha256)
     if not stored.is_dir() or stored.is_symlink():
         raise CheckpointError(f"{folder}: needs the weights that it refers to, but {stored} is missing. Put that folder back.")
-    verify_folder(stored)
+    verify_folder(stored, hashes=hashes)
 
 
 def delete_unreferenced(checkpoints: Path, names: Iterable[str]) -> list[str]:

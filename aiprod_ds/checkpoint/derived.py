@@ -1,4 +1,4 @@
-"""Tensors made of others one at a time: renamed, cast, merged with adapters, counted as they pass.
+"""Tensors made of others one at a time: renamed, cast, merged with adapters, counted or held back as they pass.
 
 Pure: names and tensors, nothing about files or models. What conversions write is a chain of these over a file, a folder or a
 checkpoint.
@@ -83,6 +83,28 @@ class Merged(TensorSource):
         scales = {layer: self._scales[layer]} if layer != name and layer in self._scales else {}
         ((_, value),) = merge({name: self._base[name]}, self._adapters, scales)
         return value.to(self.specs[name].dtype)
+
+
+class Confirmed(TensorSource):
+    """The same, with a condition: the last of the tensors is given only once `confirm` has returned.
+
+    So a result that is made of all of them cannot become whole without it.
+
+    Args:
+        source: Holds them.
+        confirm: Raises if nothing may be made of them.
+    """
+
+    def __init__(self, source: TensorSource, confirm: Callable[[], object]) -> None:
+        self._source, self._confirm, self._unread = source, confirm, set(source.specs)
+        self.specs = source.specs
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._source[name]
+        self._unread.discard(name)
+        if not self._unread:
+            self._confirm()
+        return value
 
 
 class Counted(TensorSource):

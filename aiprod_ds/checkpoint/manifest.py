@@ -11,10 +11,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import file_sha256
@@ -24,6 +26,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 64 << 20
 _MAX_THREADS = 8
+_TENSORS = ".safetensors"
 _FILE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", flags=re.ASCII)  # no "..", no absolute path, nothing hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -34,6 +37,42 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+
+class HashCheck:
+    """Compares files with their hashes in threads; what a caller makes of them meanwhile counts once `confirm` has returned.
+
+    Hashing leaves the interpreter to other threads. A context: its end waits for the files that are being read.
+
+    Args:
+        spared_cores: Left to the caller, as far as there is more than one.
+    """
+
+    def __init__(self, *, spared_cores: int = 0) -> None:
+        cores = (os.cpu_count() or 1) - spared_cores
+        self._pool = ThreadPoolExecutor(max_workers=max(1, min(_MAX_THREADS, cores)))
+        self._started: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the threads; files that wait are not read any more."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, path: Path, record: FileRecord) -> None:
+        """Begins with a file, or lets it wait for those before it."""
+        self._started.append(self._pool.submit(_require_content, path, record))
+
+    def confirm(self) -> None:
+        """Waits for all that was started.
+
+        Raises:
+            CheckpointError: If a file has another content or cannot be read.
+        """
+        for comparison in self._started:
+            comparison.result()
 
 
 def write_manifest(folder: Path, known: Mapping[str, FileRecord] | None = None) -> None:
@@ -67,12 +106,15 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     return {_own_name(path, name): _record(path, name, entry) for name, entry in files.items()}
 
 
-def verify_folder(folder: Path, *, is_read: Callable[[str], bool] = lambda _: True) -> dict[str, FileRecord]:
+def verify_folder(
+    folder: Path, *, is_read: Callable[[str], bool] = lambda _: True, hashes: HashCheck | None = None
+) -> dict[str, FileRecord]:
     """Compares `folder` with its manifest, sizes before hashes, and returns the manifest.
 
     Args:
         folder: Of a checkpoint or a base.
         is_read: Whether the caller reads the file of this name; those that it does not read are not hashed.
+        hashes: Is left to compare files of tensors, and the caller to confirm it; None: all is compared here.
 
     Raises:
         CheckpointError: If a file is missing, surplus, no regular file, of another size or of other content, cannot be read, or
@@ -81,10 +123,13 @@ def verify_folder(folder: Path, *, is_read: Callable[[str], bool] = lambda _: Tr
     expected = read_manifest(folder)
     try:
         _require_sizes(folder, expected)
-        _require_contents(folder, {name: record for name, record in expected.items() if is_read(name)})
+        with HashCheck() as own:
+            for name in filter(is_read, expected):
+                (hashes if hashes and name.endswith(_TENSORS) else own).start(folder / name, expected[name])
+            own.confirm()
         _require_headers(folder, expected)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder}: must be readable, got {error}. Check the disk.") from error
+        raise _unreadable(error.filename or folder, error) from error
     return expected
 
 
@@ -143,25 +188,25 @@ def _require_sizes(folder: Path, expected: Mapping[str, FileRecord]) -> None:
             raise CheckpointError(f"{folder / name}: must have {record.bytes} bytes, got {size}.")
 
 
-def _require_contents(folder: Path, expected: Mapping[str, FileRecord]) -> None:
-    for name, sha256 in _hashes(folder, expected):
-        if sha256 != expected[name].sha256:
-            raise CheckpointError(f"{folder / name}: content differs from the manifest's sha256.")
+def _require_content(path: Path, record: FileRecord) -> None:
+    try:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if sha256 != record.sha256:
+        raise CheckpointError(f"{path}: content differs from the manifest's sha256.")
 
 
 def _require_headers(folder: Path, names: Iterable[str]) -> None:
-    for path in (folder / name for name in names if name.endswith(".safetensors")):
+    for path in (folder / name for name in names if name.endswith(_TENSORS)):
         try:
             TensorFile(path).close()
         except TensorFileError as error:
             raise CheckpointError(f"{path}: must be a safetensors file, got {error}. It is damaged.") from error
 
 
-def _hashes(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields names with their files' hashes, some files at a time: hashing leaves the interpreter to other threads."""
-    names = list(names)
-    with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        yield from zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True)
+def _unreadable(path: Path | str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: must be readable, got {error}. Check the disk.")
 
 
 def _file_names(folder: Path, prefix: str = "") -> Iterator[str]:

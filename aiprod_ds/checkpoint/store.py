@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiprod_ds.checkpoint.bases import delete_unfinished, delete_unreferenced, verify_base
-from aiprod_ds.checkpoint.manifest import FileRecord, read_manifest, read_mapping, verify_folder, write_manifest
+from aiprod_ds.checkpoint.manifest import FileRecord, HashCheck, read_manifest, read_mapping, verify_folder, write_manifest
 from aiprod_ds.checkpoint.pieces import FACTS, holds_moments_only
 from aiprod_ds.checkpoint.removal import PENDING, delete, discard
 from aiprod_ds.checkpoint.retention import Standing, surplus
@@ -154,11 +154,12 @@ class CheckpointStore:
             delete_unreferenced(self.folder, self.names())
         return names
 
-    def newest(self, *, weights_only: bool = False) -> Checkpoint | None:
+    def newest(self, *, weights_only: bool = False, hashes: HashCheck | None = None) -> Checkpoint | None:
         """Returns the newest checkpoint that verifies, or None when there has never been one. Changes nothing.
 
         Args:
             weights_only: As of `read`.
+            hashes: As of `read`.
 
         Raises:
             CheckpointError: If checkpoints exist and none of them is good: starting over would lose them silently.
@@ -167,7 +168,7 @@ class CheckpointStore:
         problems: list[str] = []
         for name in names:
             try:
-                return self.read(self.folder / name, weights_only=weights_only)
+                return self.read(self.folder / name, weights_only=weights_only, hashes=hashes)
             except CheckpointError as error:
                 problems.append(str(error))
                 _LOG.warning("checkpoint_skipped name=%s reason=%s", name, error)
@@ -178,23 +179,24 @@ class CheckpointStore:
             )
         return None
 
-    def read(self, folder: Path, *, weights_only: bool = False) -> Checkpoint:
+    def read(self, folder: Path, *, weights_only: bool = False, hashes: HashCheck | None = None) -> Checkpoint:
         """Returns the checkpoint in `folder` after comparing it, and the base that it needs, with their manifests.
 
         Args:
             folder: Of the checkpoint.
             weights_only: Whether the caller reads no moments: then files of moments are compared but for their hashes.
+            hashes: Is left to compare files of tensors, and the caller to confirm it; None: all is compared here.
 
         Raises:
             CheckpointError: If `folder` is no whole checkpoint, or another one than its name says.
         """
         if folder.is_symlink():
             raise CheckpointError(f"{folder}: must be a folder, got a link. Name the folder itself.")
-        files = verify_folder(folder, is_read=lambda name: not (weights_only and holds_moments_only(name)))
+        files = verify_folder(folder, is_read=lambda name: not (weights_only and holds_moments_only(name)), hashes=hashes)
         if _STATE not in files:
             raise CheckpointError(f"{folder}/manifest.json: must list {_STATE}, got no such entry. Take a whole checkpoint.")
         if _FACTS in files:
-            verify_base(folder)
+            verify_base(folder, hashes=hashes)
         state = _read_state(folder)
         match = _NAME.fullmatch(folder.name)
         if match and int(match[1]) != state.clock.updates:

@@ -1,7 +1,8 @@
 """One conversion from its request to a verified result: what `aiprod-ds convert` does, whatever the pair.
 
 Plain weights become a folder of diffusers, a single file as the publication has it, or safetensors as they are named; adapters
-become PEFT's folder or one file. Weights pass through memory one tensor at a time. A result is whole or absent.
+become PEFT's folder or one file. Weights pass through memory one tensor at a time. A result is whole or absent, and absent where
+the manifest's hashes are not those of the files, which are compared while tensors are written.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aiprod_ds.checkpoint.derived import Cast, Renamed
+from aiprod_ds.checkpoint.derived import Cast, Confirmed, Renamed
 from aiprod_ds.checkpoint.identify import IN_WORDS
+from aiprod_ds.checkpoint.manifest import HashCheck
 from aiprod_ds.checkpoint.weights_folder import (
     CONFIG,
     DIFFUSERS_STEM,
@@ -29,7 +31,7 @@ from aiprod_ds.checkpoint.weights_folder import (
     write_one_file,
     write_weights,
 )
-from aiprod_ds.errors import CheckpointError
+from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.models.diffusers_config import DiffusersModel, read_diffusers_config
 from aiprod_ds.models.lora_files import read_lora
 from aiprod_ds.models.single_file import names_for_single_file, names_in_single_file
@@ -69,14 +71,32 @@ def convert(request: Request, *, verify: bool = False, console: Console | None =
     require_absent(request.out)
     if request.rank is not None:
         return _extract(request, verify=verify, console=console)
-    opened = open_source(request)
+    with HashCheck(spared_cores=1) as hashes:
+        try:
+            return _convert(request, hashes, verify=verify, console=console)
+        except AiprodError:
+            if _is_confirmed(hashes):
+                raise
+    return _convert(request, None, verify=verify, console=console)  # says what is damaged, or takes an older checkpoint
+
+
+def _convert(request: Request, hashes: HashCheck | None, *, verify: bool, console: Console | None) -> Converted:
+    opened = open_source(request, hashes)
     form = request.form or _usual_form(opened)
     _require_name(request.out, form)
     if form in LORA_FORMS:
         line = _write_adapters(request, opened, form, verify=verify)
     else:
-        line = _write_plain(request, opened, form, verify=verify, console=console)
+        line = _write_plain(request, opened, form, hashes, verify=verify, console=console)
     return Converted(lines=(*opened.told, line, *(("verified: read again, every tensor is equal",) if verify else ())))
+
+
+def _is_confirmed(hashes: HashCheck) -> bool:
+    try:
+        hashes.confirm()
+    except CheckpointError:
+        return False
+    return True
 
 
 def _usual_form(opened: Opened) -> Form:
@@ -94,12 +114,14 @@ def _require_name(out: Path, form: Form) -> None:
         raise CheckpointError(f"{out}: must be {kind} for --to {form}, got {out.name!r}. Name another.")
 
 
-def _write_plain(request: Request, opened: Opened, form: Form, *, verify: bool, console: Console | None) -> str:
+def _write_plain(
+    request: Request, opened: Opened, form: Form, hashes: HashCheck | None, *, verify: bool, console: Console | None
+) -> str:
     if opened.weights is None:
         raise CheckpointError(f"{request.source}: a LoRA becomes --to {form} only inside its model, got no --base. Name it.")
     named = _named(opened, form)
     tensors = Cast(named, request.dtype)
-    with shown(tensors, "converting", console) as read:
+    with shown(tensors if hashes is None else Confirmed(tensors, hashes.confirm), "converting", console) as read:
         _write(read, request, form, opened.model)
     if verify:
         with shown(tensors, "verifying", console) as read:

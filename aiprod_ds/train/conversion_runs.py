@@ -13,6 +13,7 @@ import torch
 from aiprod_ds.checkpoint.checkpoint_weights import CheckpointWeights
 from aiprod_ds.checkpoint.derived import Cast, Merged, Renamed
 from aiprod_ds.checkpoint.identify import Found
+from aiprod_ds.checkpoint.manifest import HashCheck
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.checkpoint.weights_folder import WeightsFolder
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
@@ -29,14 +30,19 @@ from aiprod_ds.train.conversion_request import LORA_FORMS, Adapters, Opened, Req
 _VAE, _DOWN = "vae.", ".lora_A.weight"
 
 
-def open_run(request: Request, found: Found) -> Opened:
+def open_run(request: Request, found: Found, hashes: HashCheck | None = None) -> Opened:
     """Returns the weights and adapters of a run's checkpoint.
+
+    Args:
+        request: What was asked for.
+        found: A run folder or a checkpoint.
+        hashes: As of `open_source`.
 
     Raises:
         CheckpointError: If no checkpoint is whole, or it has not what the request asks for.
         ConfigError: If the run's configuration is broken.
     """
-    checkpoint, run = _checkpoint(request, found)
+    checkpoint, run = _checkpoint(request, found, hashes)
     config = load_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
     source = CheckpointWeights(checkpoint.folder, ema=request.ema)
     weights = _without_module(source)
@@ -47,6 +53,8 @@ def open_run(request: Request, found: Found) -> Opened:
     )
     if not any(".lora_A." in name for name in weights):
         return opened
+    if hashes is not None:
+        hashes.confirm()
     adapters = _adapters(weights, config, checkpoint)
     if request.form in LORA_FORMS:
         return replace(opened, weights=None, adapters=adapters)
@@ -58,15 +66,18 @@ def open_run(request: Request, found: Found) -> Opened:
     return replace(opened, weights=Merged(Cast(base, torch.float32), adapters.tensors, scales, None), adapters=adapters)
 
 
-def _checkpoint(request: Request, found: Found) -> tuple[Checkpoint, Path]:
+def _checkpoint(request: Request, found: Found, hashes: HashCheck | None) -> tuple[Checkpoint, Path]:
     if found.kind == "checkpoint":
-        return CheckpointStore(found.path.parent).read(found.path, weights_only=True), found.path.parent.parent
+        checkpoint = CheckpointStore(found.path.parent).read(found.path, weights_only=True, hashes=hashes)
+        return checkpoint, found.path.parent.parent
     store = CheckpointStore(found.path / "checkpoints")
     names = store.names()
     named = request.checkpoint
     if named is not None and named not in names:
         raise CheckpointError(f"{found.path}: --checkpoint must be one of {', '.join(names) or 'none'}, got {named[:80]!r}.")
-    newest = store.read(store.folder / named, weights_only=True) if named else store.newest(weights_only=True)
+    if named is not None:
+        return store.read(store.folder / named, weights_only=True, hashes=hashes), found.path
+    newest = store.newest(weights_only=True, hashes=hashes)
     if newest is None:
         raise CheckpointError(f"{found.path}: must hold a checkpoint, got none. Train until the first one, or take export/.")
     return newest, found.path

@@ -9,6 +9,7 @@ from aiprod_ds.checkpoint.deepspeed_folder import DeepSpeedFolder
 from aiprod_ds.checkpoint.derived import Merged, Renamed
 from aiprod_ds.checkpoint.distributed_folder import DistributedFolder
 from aiprod_ds.checkpoint.identify import IN_WORDS, Found, identify
+from aiprod_ds.checkpoint.manifest import HashCheck
 from aiprod_ds.checkpoint.weights_folder import CONFIG, WeightsFolder, open_tensors
 from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.errors import CheckpointError
@@ -20,8 +21,13 @@ from aiprod_ds.train.conversion_request import LORA_FORMS, Adapters, Opened, Req
 from aiprod_ds.train.conversion_runs import open_run
 
 
-def open_source(request: Request) -> Opened:
+def open_source(request: Request, hashes: HashCheck | None = None) -> Opened:
     """Returns what the request names, without having read any weights.
+
+    Args:
+        request: What was asked for.
+        hashes: Is left to compare a run's files of tensors, and the caller to confirm it before what it makes of the weights
+            counts; adapters are confirmed. None: all is compared here.
 
     Raises:
         CheckpointError: If it cannot be read, is not trusted, or an option does not fit it.
@@ -30,7 +36,7 @@ def open_source(request: Request) -> Opened:
     found = identify(request.source)
     _require_options(request, found)
     if found.kind in ("run", "checkpoint"):
-        opened = open_run(request, found)
+        opened = open_run(request, found, hashes)
     elif found.kind == "lora":
         opened = _open_lora(request, found)
     else:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from aiprod_ds.checkpoint.manifest import FileRecord, HashCheck
 from aiprod_ds.checkpoint.state import RunState, tensors_sha256
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
@@ -196,6 +197,27 @@ def test_everything_but_the_hashes_of_moments_is_compared_for_weights_too(
     damage(with_moments)
     with pytest.raises(CheckpointError, match=reason):
         store.read(with_moments, weights_only=True)
+
+
+def test_hashes_of_tensors_may_be_compared_while_they_are_read(store: CheckpointStore, with_moments: Path) -> None:
+    with HashCheck() as hashes:
+        assert store.read(with_moments, hashes=hashes).state == _state(2)
+        hashes.confirm()
+    _flip_a_moment(with_moments)
+    with HashCheck() as hashes:
+        assert store.read(with_moments, hashes=hashes).state == _state(2)
+        with pytest.raises(CheckpointError, match=rf"{MOMENTS}: content differs from the manifest's sha256"):
+            hashes.confirm()
+    _edit_state(with_moments)
+    with HashCheck() as hashes, pytest.raises(CheckpointError, match=r"state\.json: content differs"):
+        store.read(with_moments, hashes=hashes)
+
+
+def test_a_file_that_cannot_be_read_is_not_confirmed(tmp_path: Path) -> None:
+    with HashCheck(spared_cores=1000) as hashes:
+        hashes.start(tmp_path / "gone", FileRecord(bytes=1, sha256="0" * 64))
+        with pytest.raises(CheckpointError, match=r"gone: must be readable, got .*No such file"):
+            hashes.confirm()
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "engine/../../outside.bin", "/etc/hostname"])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import checkpoint
 
+from aiprod_ds.checkpoint import manifest
 from aiprod_ds.cli import DONE, FAILED, main
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.loader import load_config
+from aiprod_ds.files import file_sha256
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES
@@ -382,6 +385,27 @@ def test_a_conversion_compares_the_hashes_of_what_it_reads(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert _convert(run, out) == DONE
     assert "update 1 (update_000001)" in capsys.readouterr().out
+
+
+def test_nothing_stands_before_the_hashes_are_compared(full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compared while tensors are written: hashing waits here until the unfinished result is there."""
+    seen: list[tuple[str, bool]] = []
+    out = tmp_path / "out"
+
+    def late_sha256(path: Path) -> str:
+        if path.suffix == ".safetensors":
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "out.pending" / WEIGHTS).exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            seen.append((path.name, out.exists()))
+        return file_sha256(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", late_sha256)
+    began = time.monotonic()
+    assert _convert(full_run, out) == DONE
+    assert time.monotonic() - began < 60
+    assert seen == [("rank_00000_of_00001.safetensors", False)]
 
 
 def test_inspect_shows_a_table_and_finds_damage(full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
