@@ -48,9 +48,7 @@ def run_on_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         call = {"target": _target(function), "arguments": dict(arguments or {}), "results": folder}
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", str(ranks)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
-        command += ["--module", "aiprod_ds.testing.dist", json.dumps(call)]
+        command = [*launcher_command(ranks=ranks), "--module", "aiprod_ds.testing.dist", json.dumps(call)]
         # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op in turns.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         base = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -65,6 +63,12 @@ def run_on_ranks(
                 f" Read the output:\n{output[-_TAIL_CHARACTERS:]}"
             )
         return [json.loads(path.read_text(encoding="utf-8")) for path in results]
+
+
+def launcher_command(*, ranks: int) -> list[str]:
+    """Returns the command that starts `ranks` processes on this machine; what they execute is to be added to it."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", str(ranks)]
+    return [*command, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
 
 
 def run_in_own_session(command: list[str], *, timeout_seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str]:

@@ -4,7 +4,9 @@ A server process imports everything once and forks the ranks of each attempt. Tw
 engine with a worker that decodes ahead. Moments are what the run's own log and metrics tell, plus a random part of an update.
 
 Two ranks are also killed by SIGKILL: 8 times, or as often as the environment variable AIPROD_DS_KILLS says (the promise is 50),
-at least three in ten inside a save. Half of the attempts save while training goes on.
+at least three in ten inside a save. Half of the attempts save while training goes on. In two attempts of seven a real deepspeed
+launcher starts the ranks and one of its two processes is killed: `runner`, which the user starts, or `launch`, which starts the
+ranks. The ranks then train on as orphans.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,13 +25,15 @@ from typing import Any
 
 import pytest
 
-from aiprod_ds.testing.dist import run_in_own_session
+from aiprod_ds.testing.dist import kill_session, launcher_command, run_in_own_session
 
 STOPS = {2: 4, 1: 16}  # by ranks
 KILLS = int(os.environ.get("AIPROD_DS_KILLS", "8"))
 INSIDE_A_SAVE = -(-3 * KILLS // 10)
 SAVED_EVERY = 5
-PHASES, UPDATES_PER_PHASE = 8 + KILLS // 10, 15  # a kill takes the run forward by some two updates
+LAUNCHER = ("runner", "launch")
+TARGETS = ("rank 0", "rank 1", "all", "runner", "rank 1", "rank 0", "launch")
+PHASES, UPDATES_PER_PHASE = 7 + KILLS // 5, 15  # a kill takes the run forward by some four updates
 WITHIN_SECONDS = 25.0
 INTERRUPTED = 75
 MOMENTS = ("resumed", "row", "phase_begins", "row", "phase_ends", "row")
@@ -79,7 +84,7 @@ def test_a_kill_loses_at_most_what_was_done_since_the_last_save(outcome: dict[st
     kills = outcome["kills"]
     assert len(kills) == KILLS
     assert sum(kill["inside_a_save"] for kill in kills) >= INSIDE_A_SAVE
-    assert {kill["target"] for kill in kills} == {"rank 0", "rank 1", "all"}
+    assert {kill["target"] for kill in kills} == set(TARGETS)
     for kill in kills:
         # A save that was not finished when the next was due is the one before.
         allowed = 2 * SAVED_EVERY - 1 if kill["asynchronous"] else SAVED_EVERY
@@ -132,9 +137,8 @@ def _stop_once(folder: Path, ranks: int, chance: random.Random, moment: str, how
     processes = _start(folder, ranks)
     event = "training_begins" if moment == "resumed" else moment
     if moment == "row":
-        _await(lambda: any("phase_begins" in line for line in _lines(log)[before:]))
-        rows, wanted = len(_lines(folder / "metrics.jsonl")), chance.randint(1, 8)
-        _await(lambda: len(_lines(folder / "metrics.jsonl")) >= rows + wanted)
+        _await_phase(folder, before)
+        _await_rows(folder, chance.randint(1, 8))
     else:
         _await(lambda: any(event in line for line in _lines(log)[before:]))
     time.sleep(chance.uniform(0.0, 0.05))
@@ -173,31 +177,16 @@ def _kill(folder: Path, ranks: int, chance: random.Random) -> dict[str, Any]:
 
 def _kill_once(folder: Path, ranks: int, chance: random.Random, number: int, *, in_save: bool) -> dict[str, Any]:
     from aiprod_ds.checkpoint.store import CheckpointStore
-    from aiprod_ds.testing.forked import wait_for_ranks
 
-    asynchronous = number % 4 in (1, 2)
-    log, saves = Path(f"{folder}.log"), folder / "checkpoints"
-    before = len(_lines(log))
-    processes = _start(folder, ranks, every_updates=SAVED_EVERY, asynchronous=asynchronous)
-    _await(lambda: any("phase_begins" in line for line in _lines(log)[before:]))
-    if in_save:
-        _await(lambda: any(saves.glob("*.pending/engine/*")), poll_seconds=0.0)
-        time.sleep(chance.uniform(0.0, 0.01))
+    target, asynchronous = TARGETS[number % len(TARGETS)], number % 4 in (1, 2)
+    checkpoint = {"every_updates": SAVED_EVERY, "asynchronous": asynchronous}
+    if target in LAUNCHER:
+        inside_a_save = _kill_launcher(folder, ranks, chance, checkpoint, target, in_save=in_save)
     else:
-        rows, wanted = len(_lines(folder / "metrics.jsonl")), chance.randint(1, 2 * SAVED_EVERY)
-        _await(lambda: len(_lines(folder / "metrics.jsonl")) >= rows + wanted)
-        time.sleep(chance.uniform(0.0, 0.02))
-    target = ("rank 0", "rank 1", "all")[number % 3]
-    inside_a_save = any(saves.glob("*.pending"))
-    for process in processes if target == "all" else [processes[int(target[-1])]]:
-        os.kill(process, signal.SIGKILL)
-    if number % 4:  # to find out that a rank is gone takes the others some seconds, so only a quarter of them gets the time
-        time.sleep(chance.uniform(0.0, 0.2))
-        for process in processes:
-            os.kill(process, signal.SIGKILL)  # the dead wait for `wait_for_ranks`, so their ids are still theirs
-    codes = wait_for_ranks(processes)
-    assert any(code != 0 for code in codes), f"the run has ended before it was killed often enough: {codes}"
-    newest = CheckpointStore(saves).newest()
+        # To find out that a rank is gone takes the others some seconds, so only a quarter of them gets the time.
+        patience = None if number % 4 == 0 else chance.uniform(0.0, 0.2)
+        inside_a_save = _kill_ranks(folder, ranks, chance, checkpoint, target, in_save=in_save, patience_seconds=patience)
+    newest = CheckpointStore(folder / "checkpoints").newest()
     return {
         "target": target,
         "asynchronous": asynchronous,
@@ -205,6 +194,100 @@ def _kill_once(folder: Path, ranks: int, chance: random.Random, number: int, *, 
         "saved": 0 if newest is None else newest.state.clock.updates,
         "done": _last_update(folder),
     }
+
+
+def _kill_ranks(
+    folder: Path,
+    ranks: int,
+    chance: random.Random,
+    checkpoint: dict[str, Any],
+    target: str,
+    *,
+    in_save: bool,
+    patience_seconds: float | None,
+) -> bool:
+    """Kills one rank, or all, and after a time the others too; returns whether that was inside a save."""
+    from aiprod_ds.testing.forked import wait_for_ranks
+
+    before = len(_lines(Path(f"{folder}.log")))
+    processes = _start(folder, ranks, **checkpoint)
+    _await_phase(folder, before)
+    _await_moment_to_kill(folder, chance, in_save=in_save)
+    inside_a_save = _is_saving(folder)
+    for process in processes if target == "all" else [processes[int(target[-1])]]:
+        os.kill(process, signal.SIGKILL)
+    if patience_seconds is not None:
+        time.sleep(patience_seconds)
+        for process in processes:
+            os.kill(process, signal.SIGKILL)  # the dead wait for `wait_for_ranks`, so their ids are still theirs
+    codes = wait_for_ranks(processes)
+    assert any(code != 0 for code in codes), f"the run has ended before it was killed often enough: {codes}"
+    return inside_a_save
+
+
+def _kill_launcher(
+    folder: Path, ranks: int, chance: random.Random, checkpoint: dict[str, Any], target: str, *, in_save: bool
+) -> bool:
+    """Kills a process of the launcher, and later the orphans; returns whether those died inside a save.
+
+    Nothing tells the ranks that their launcher is gone. They train on, to the end of the run if nobody ends them, and a second
+    start beside them would write into their folder. So this does what an operator, a service manager or a batch system does: it
+    ends what remains of the process group, and only then is the run started anew.
+    """
+    before = len(_lines(Path(f"{folder}.log")))
+    command = [*launcher_command(ranks=ranks), __file__, str(folder), str(ranks), json.dumps(checkpoint)]
+    with Path(f"{folder}_launcher.txt").open("w") as output:
+        runner = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        _await_phase(folder, before)
+        (launch,) = _children(runner.pid)
+        orphans = _children(launch)
+        os.kill({"runner": runner.pid, "launch": launch}[target], signal.SIGKILL)
+        runner.wait(timeout=30)
+        _await_rows(folder, 1)  # they train on
+        _await_moment_to_kill(folder, chance, in_save=in_save)
+        inside_a_save = _is_saving(folder)
+        assert len(orphans) == ranks, orphans
+        assert all(_is_running(process) for process in orphans), "the run has ended before it was killed often enough"
+    finally:
+        kill_session(runner.pid)
+    _await(lambda: not any(_is_running(process) for process in orphans))
+    return inside_a_save
+
+
+def _children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _is_running(process: int) -> bool:
+    """A process that is dead but not waited for has closed its files."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def _await_phase(folder: Path, lines_before: int) -> None:
+    _await(lambda: any("phase_begins" in line for line in _lines(Path(f"{folder}.log"))[lines_before:]))
+
+
+def _await_rows(folder: Path, count: int) -> None:
+    rows = len(_lines(folder / "metrics.jsonl"))
+    _await(lambda: len(_lines(folder / "metrics.jsonl")) >= rows + count)
+
+
+def _await_moment_to_kill(folder: Path, chance: random.Random, *, in_save: bool) -> None:
+    if in_save:
+        _await(lambda: any((folder / "checkpoints").glob("*.pending/engine/*")), poll_seconds=0.0)
+        time.sleep(chance.uniform(0.0, 0.01))
+    else:
+        _await_rows(folder, chance.randint(1, 2 * SAVED_EVERY))
+        time.sleep(chance.uniform(0.0, 0.02))
+
+
+def _is_saving(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("*.pending"))
 
 
 def _ask_for_a_checkpoint(folder: Path) -> list[str]:
@@ -298,4 +381,8 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]))
+    _folder, _ranks = Path(sys.argv[1]), int(sys.argv[2])
+    if len(sys.argv) == 3:
+        serve(_folder, _ranks)
+    else:
+        sys.exit(_train(_folder, _ranks, json.loads(sys.argv[3])))
