@@ -2,6 +2,7 @@
 
 A tiny LTX-Video trains adapters, then all weights, then smaller adapters. Copies of the run folder whose later checkpoints were
 taken away go on, among them the two that a process killed inside a change would find. One rank on the local engine is the oracle.
+One case saves while training goes on, with a writer so slow that the save of a phase's end is under way when the change begins.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
-from aiprod_ds.train import retrain, run
+from aiprod_ds.train import retrain, run, saving
 from aiprod_ds.train.diffusion import DiffusionTrainer
 
 CASES = ("zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32", "zero3_bf16")
+ASYNCHRONOUS = "zero3_fp32"
+WRITER_WAITS_SECONDS = 0.1  # from the save of a phase's end to the change pass a few milliseconds
 PHASES = ({"training_mode": "lora", "lora": {"rank": 4}}, {}, {"training_mode": "lora", "lora": {"rank": 2}})
 EACH = 2  # updates of a phase; a checkpoint stands at every update
 RESUMES = {"before_full": 2, "in_full": 3, "before_smaller": 4}
@@ -53,7 +57,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return alike_on_ranks(run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "asynchronous"])
 @pytest.mark.parametrize("resumed", RESUMES)
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any], case: str, resumed: str) -> None:
     whole, again = runs[case]["whole"], runs[case][resumed]
@@ -85,6 +89,18 @@ def test_the_function_is_kept_and_the_report_says_so(runs: dict[str, Any], case:
     assert into_adapters == 0.0
 
 
+def test_a_save_under_way_is_finished_before_the_engine_is_rebuilt(runs: dict[str, Any]) -> None:
+    committed = [f"update_{update:06d}" for update in range(1, 2 * EACH + 1)]
+    assert runs["asynchronous"]["whole"]["checkpoints_at_changes"] == [committed[:EACH], committed]
+
+
+def test_saving_while_training_goes_on_changes_no_number(runs: dict[str, Any]) -> None:
+    whole, waiting = runs["asynchronous"]["whole"], runs[ASYNCHRONOUS]["whole"]
+    assert whole["sha256"] == waiting["sha256"]
+    assert whole["rows"] == waiting["rows"]
+    assert whole["retrained"] == waiting["retrained"]
+
+
 def test_weights_move_only_while_they_are_trained(local: dict[str, Any]) -> None:
     assert local["moved"] == [False, True, False]
 
@@ -106,7 +122,16 @@ def test_a_run_killed_inside_a_change_repeats_it(runs: dict[str, Any], tmp_path:
 
 def run_every_case(folder: str) -> dict[str, Any]:
     """Returns by case the uninterrupted run and its resumed copies."""
-    return {case: train_and_resume(lambda at, c=case: _train(c, at), Path(folder) / case, RESUMES) for case in CASES}
+    records = {case: train_and_resume(lambda at, c=case: _train(c, at), Path(folder) / case, RESUMES) for case in CASES}
+    write_as_it_is = saving.write_pieces
+
+    def write_late(*arguments: Any) -> Any:
+        time.sleep(WRITER_WAITS_SECONDS)
+        return write_as_it_is(*arguments)
+
+    saving.write_pieces = write_late
+    records["asynchronous"] = train_and_resume(_train_asynchronously, Path(folder) / "asynchronous", RESUMES)
+    return records
 
 
 def run_locally(folder: str) -> dict[str, Any]:
@@ -142,10 +167,26 @@ def finish(folder: str) -> dict[str, Any]:
     return _train(KILLED, Path(folder) / "run")
 
 
-def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any]:
+def _train_asynchronously(folder: Path) -> dict[str, Any]:
+    """Returns the record of a run, and the checkpoints, committed or not, that it found at each change."""
+    found: list[list[str]] = []
+    retrain_as_it_is = run.retrain
+
+    def watch(*arguments: Any, **settings: Any) -> Any:
+        found.append(sorted(path.name for path in (folder / "checkpoints").glob("update_*")))
+        return retrain_as_it_is(*arguments, **settings)
+
+    run.retrain = watch
+    record = _train(ASYNCHRONOUS, folder, asynchronous=True)
+    run.retrain = retrain_as_it_is
+    return {**record, "checkpoints_at_changes": found}
+
+
+def _train(case: str, folder: Path, *, kind: str = "deepspeed", asynchronous: bool = False) -> dict[str, Any]:
     torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
     clips = _clips(9)
-    summary = DiffusionTrainer(_config(case, folder, kind), dataset=clips[:6], validation=clips[6:]).train(resume="auto")
+    config = _config(case, folder, kind, asynchronous=asynchronous)
+    summary = DiffusionTrainer(config, dataset=clips[:6], validation=clips[6:]).train(resume="auto")
     record = record_of(summary, folder)
     changes = json.loads((folder / "report.json").read_text())["retrained"]
     return {**record, "retrained": [{key: change[key] for key in ("trained", "relative_difference")} for change in changes]}
@@ -157,7 +198,7 @@ def _clips(count: int) -> list[dict[str, Tensor]]:
     return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)]
 
 
-def _config(case: str, folder: Path, kind: str) -> DiffusionTrainerConfig:
+def _config(case: str, folder: Path, kind: str, *, asynchronous: bool = False) -> DiffusionTrainerConfig:
     shared = {"resolution": "64x64", "duration": {"frames": 9}, "updates": EACH, "learning_rate": 1e-3, "global_batch_size": 4}
     phases = [{"name": f"phase{index}", **shared, **phase} for index, phase in enumerate(PHASES)]
     return DiffusionTrainerConfig.model_validate(
@@ -169,7 +210,7 @@ def _config(case: str, folder: Path, kind: str) -> DiffusionTrainerConfig:
             "ema": {"half_life_samples": 8},
             "curriculum": {"phases": phases},
             "engine": {"kind": kind, "deepspeed_config": str(_DS_CONFIGS / f"{case}.json")},
-            "checkpoint": {"every_updates": 1},
+            "checkpoint": {"every_updates": 1, "asynchronous": asynchronous},
             "evaluation": {"max_clips": 2, "num_pictures": 0},
             "report": {"flush_updates": 2},
         }
