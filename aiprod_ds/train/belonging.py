@@ -10,25 +10,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiprod_ds.checkpoint.state import RunState
-from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.fingerprint import config_fingerprint
 from aiprod_ds.config.run import RunConfig
-from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.steering import check_steering
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.train.parallel import Settled
 
 _LOG = logging.getLogger(__name__)
 
 
-def run_layout(config: RunConfig, settings: DeepSpeedSettings, plan: RunPlan, *, world_size: int) -> dict[str, Any]:
-    """Returns what a run is on, JSON-ready: engine, ranks, ZeRO stage, precision, and its global batches by phase and bucket."""
-    kind = config.engine.kind
+def run_layout(config: RunConfig, settled: Settled, *, world_size: int) -> dict[str, Any]:
+    """Returns what a run is on, JSON-ready: engine, ranks, ZeRO stage, precision, global batches by phase and bucket, and what
+    `engine.parallel: auto` chose.
+    """
+    kind, settings = config.engine.kind, settled.settings
     return {
         "engine": kind,
         "world_size": world_size,
         "zero_stage": settings.zero_stage if kind == "deepspeed" else 0,
         "precision": settings.precision,
-        "global_batch_sizes": [[bucket.global_batch_size for bucket in phase.buckets] for phase in plan.phases],
+        "global_batch_sizes": [[bucket.global_batch_size for bucket in phase.buckets] for phase in settled.plan.phases],
+        "parallel": None if settled.choice is None else settled.choice.to_dict(),
     }
 
 

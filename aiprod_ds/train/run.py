@@ -181,12 +181,10 @@ def _settle(config: RunConfig, plan: RunPlan, checkpoint: Checkpoint | None, cho
 
 
 def _new_run(config: RunConfig, unit: Unit, settled: Settled, source: str, console: Console) -> _Run:
-    settings, plan = settled.settings, settled.plan
-    layout = run_layout(config, settings, plan, world_size=dist.world_size())
-    layout |= {"parallel": None if settled.choice is None else settled.choice.to_dict()}
+    layout = run_layout(config, settled, world_size=dist.world_size())
     parameters = sum(parameter.numel() for parameter in unit.module.parameters())  # before an engine shards them
-    facts = RunFacts(config=config, plan=plan, unit=unit, parameters=parameters, layout=layout)
-    return _Run(facts=facts, source=source, settings=settings, console=console)
+    facts = RunFacts(config=config, plan=settled.plan, unit=unit, parameters=parameters, layout=layout)
+    return _Run(facts=facts, source=source, settings=settled.settings, console=console)
 
 
 def _build(run: _Run, phase: PhasePlan) -> Engine:

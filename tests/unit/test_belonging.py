@@ -14,6 +14,7 @@ from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.train.belonging import change_in_words, check_belongs, run_layout
+from aiprod_ds.train.parallel import Settled
 
 BY_GLOBAL_BATCH = {"global_batch_size": 8}
 BY_MICRO_BATCH = {"micro_batch_size": 4}
@@ -29,7 +30,8 @@ def _config(batch: dict[str, int], **sections: Any) -> VAETrainerConfig:
 def _layout(config: VAETrainerConfig, *, ranks: int, stage: int = 1, precision: str = "bf16") -> dict[str, Any]:
     values = {"zero_optimization": {"stage": stage}, precision: {"enabled": True}}
     plan = plan_run(config, world_size=ranks, strides=ModelStrides(spatial=32, temporal=8))
-    return run_layout(config, parse_deepspeed_settings(values, "settings"), plan, world_size=ranks)
+    settled = Settled(plan=plan, settings=parse_deepspeed_settings(values, "settings"), choice=None)
+    return run_layout(config, settled, world_size=ranks)
 
 
 def _saved(config: VAETrainerConfig, layout: dict[str, Any], *, phase: int = 1) -> RunState:
