@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from typing import Any
 import torch
 from result_file import figure, write_result
 from torch import Tensor
+from trainer_runs import run_in_own_process
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.run import ModelConfig
@@ -66,14 +64,14 @@ def main() -> None:
         arguments.batch, arguments.samples = 2, 4096
     precisions = ("fp32", "bf16") if arguments.tiny else ("bf16", "fp16")
     cases = [f"{precision}-{mode}" for precision in precisions for mode in ("eager", "compiled")]
+    options = [f"--{name}={getattr(arguments, name.replace('-', '_'))}" for name in ("updates", "warm-up", "batch", "samples")]
+    options += ["--tiny"] if arguments.tiny else []
     results: dict[str, list[dict[str, float]]] = {case: [] for case in arguments.only or cases}
     for _ in range(arguments.runs):
-        for case in list(results):
-            found = _in_own_process(case, arguments)
-            if found is None:  # it would fail again
-                del results[case]
-            else:
-                results[case].append(found)
+        for case, measured in results.items():
+            measured.append(run_in_own_process(__file__, case, *options))
+            speed, peak = measured[-1]["clips_per_second"], measured[-1]["peak_bytes"]
+            print(f"{case}: {speed:.2f} clips/s, {peak / 1e9:.2f} GB", flush=True)
     rows = [row for case, measured in results.items() for row in _rows(case, measured, is_tiny=arguments.tiny)]
     write_result(arguments.output, "audio_vae_throughput", rows)
 
@@ -86,31 +84,6 @@ def _rows(case: str, measured: list[dict[str, float]], *, is_tiny: bool) -> list
         figure(case, "first update", "s", [run["first_seconds"] for run in measured]),
         figure(case, "waiting for data", "%", [run["data_wait_percent"] for run in measured]),
     ]
-
-
-def _in_own_process(case: str, arguments: argparse.Namespace) -> dict[str, float] | None:
-    """Returns what one run measured, or None and the end of its output if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--measure", case, "--output", str(output)]
-        command += [
-            f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in ("updates", "warm_up", "batch", "samples")
-        ]
-        environment = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {})}
-        finished = subprocess.run(
-            [*command, *(["--tiny"] if arguments.tiny else [])],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if finished.returncode:
-            print(f"{case}: exited with {finished.returncode}\n{finished.stdout[-2000:]}", flush=True)
-            return None
-        result: dict[str, float] = json.loads(output.read_text())
-    print(f"{case}: {result['clips_per_second']:.2f} clips/s, {result['peak_bytes'] / 1e9:.2f} GB", flush=True)
-    return result
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, float]:
