@@ -40,6 +40,7 @@ from aiprod_ds.losses import perceptual
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.report.environment import describe_environment
+from aiprod_ds.testing.tiny import tiny_ltx_vae
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 from aiprod_ds.train.diffusion import DiffusionTrainer
 from aiprod_ds.train.planning import estimate_run
@@ -94,16 +95,7 @@ _VAE_CASES = {
     "low": Case(length=9, size=256, batch=4, updates=24, dropped=8),
     "medium": Case(length=17, size=512, batch=2, updates=14, dropped=5),
 }
-_TINY_VIDEO_VAE = {
-    "latent_channels": 8,
-    "block_out_channels": [16, 16, 16],
-    "decoder_block_out_channels": [16, 16, 16],
-    "layers_per_block": [1, 1, 1, 1],
-    "decoder_layers_per_block": [1, 1, 1, 1],
-    "spatio_temporal_scaling": [True, False, False],
-    "decoder_spatio_temporal_scaling": [True, False, False],
-    "patch_size": 4,
-}
+_TINY_VIDEO_VAE = tiny_ltx_vae(width=16, latent_channels=8, patch_size=4, scaling=(True, False, False))
 _TINY_OOBLECK = {
     "encoder_hidden_size": 16,
     "decoder_channels": 16,

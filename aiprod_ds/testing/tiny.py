@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
+
+
+def tiny_ltx_vae(
+    *, width: int = 8, latent_channels: int = 4, patch_size: int = 2, scaling: Sequence[bool] = (True, True, False)
+) -> dict[str, Any]:
+    """Returns settings of a small AutoencoderKLLTXVideo, JSON-ready; by default its strides are 8 in space and 4 in time.
+
+    Args:
+        width: Channels of every block.
+        latent_channels: Channels of the latents.
+        patch_size: Pixels that are folded into channels first, in both directions.
+        scaling: Whether each block halves space and time.
+    """
+    blocks = len(scaling)
+    return {
+        "latent_channels": latent_channels,
+        "block_out_channels": [width] * blocks,
+        "decoder_block_out_channels": [width] * blocks,
+        "layers_per_block": [1] * (blocks + 1),
+        "decoder_layers_per_block": [1] * (blocks + 1),
+        "spatio_temporal_scaling": list(scaling),
+        "decoder_spatio_temporal_scaling": list(scaling),
+        "patch_size": patch_size,
+    }
 
 
 class TinyVideoVAE(nn.Module):

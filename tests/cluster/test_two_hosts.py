@@ -19,6 +19,7 @@ import yaml
 
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.testing.hosts import VirtualHosts, virtual_hosts, why_no_virtual_hosts
+from aiprod_ds.testing.tiny import tiny_ltx_vae
 
 UPDATES, EVERY = 60, 10  # as in the configuration
 END_SECONDS = 60.0  # within which the surviving host must have ended
@@ -29,15 +30,7 @@ trainer: video_vae
 output_dir: never_used
 model:
   source: AutoencoderKLLTXVideo
-  config:
-    latent_channels: 4
-    block_out_channels: [8, 8, 8]
-    decoder_block_out_channels: [8, 8, 8]
-    layers_per_block: [1, 1, 1, 1]
-    decoder_layers_per_block: [1, 1, 1, 1]
-    spatio_temporal_scaling: [true, true, false]
-    decoder_spatio_temporal_scaling: [true, true, false]
-    patch_size: 2
+  config: MODEL
 data: {train: CLIPS, validation: CLIPS, num_workers: 0}
 loss: {perceptual_weight: 0.0}
 curriculum:
@@ -47,7 +40,7 @@ engine:
   deepspeed_config: {zero_optimization: {stage: 1}}
 checkpoint: {every_updates: 10}
 evaluation: {max_clips: 1, num_pictures: 1}
-"""
+""".replace("MODEL", json.dumps(tiny_ltx_vae()))
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e, pytest.mark.slow]
 

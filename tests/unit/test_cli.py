@@ -13,21 +13,14 @@ from safetensors.torch import load_file
 
 from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, main
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.testing.tiny import tiny_ltx_vae
 
 CONFIG = """\
 trainer: video_vae
 output_dir: never_used
 model:
   source: AutoencoderKLLTXVideo
-  config:
-    latent_channels: 4
-    block_out_channels: [8, 8, 8]
-    decoder_block_out_channels: [8, 8, 8]
-    layers_per_block: [1, 1, 1, 1]
-    decoder_layers_per_block: [1, 1, 1, 1]
-    spatio_temporal_scaling: [true, true, false]
-    decoder_spatio_temporal_scaling: [true, true, false]
-    patch_size: 2
+  config: MODEL
 data: {train: CLIPS, validation: CLIPS, num_workers: 0}
 loss: {perceptual_weight: 0.0}
 curriculum:
@@ -37,7 +30,7 @@ engine:
   kind: local
   deepspeed_config: {zero_optimization: {stage: 1}}
 evaluation: {max_clips: 1, num_pictures: 1}
-"""
+""".replace("MODEL", json.dumps(tiny_ltx_vae()))
 PHASE = "curriculum.phases[0]"
 SECOND = "{name: second, resolution: 16x16, duration: {frames: 5}, global_batch_size: 2, updates: 2, learning_rate: 1.0e-3}"
 

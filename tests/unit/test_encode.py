@@ -31,7 +31,7 @@ from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
-from aiprod_ds.testing.tiny import TinyVideoVAE
+from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_ltx_vae
 from aiprod_ds.train.encode import EncodeSummary, run_encoding
 from aiprod_ds.train.encode_media import read_pictures, read_sound, start_seconds
 from aiprod_ds.train.encode_models import AudioEncoder, AudioForm, VideoEncoder, vae_fingerprint
@@ -561,16 +561,7 @@ def test_the_fingerprint_follows_weights_configuration_and_statistics(tmp_path: 
 # Tiles
 
 
-LTX = {
-    "latent_channels": 8,
-    "block_out_channels": [16, 16, 16],
-    "decoder_block_out_channels": [16, 16, 16],
-    "layers_per_block": [1, 1, 1, 1],
-    "decoder_layers_per_block": [1, 1, 1, 1],
-    "spatio_temporal_scaling": [True, False, False],
-    "decoder_spatio_temporal_scaling": [True, False, False],
-    "patch_size": 4,
-}
+LTX = tiny_ltx_vae(width=16, latent_channels=8, patch_size=4, scaling=(True, False, False))
 
 
 def _tiling(**changes: Any) -> TilingConfig:

@@ -16,17 +16,8 @@ from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.posterior import LOGVAR_RANGE, split_posterior
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
+from aiprod_ds.testing.tiny import tiny_ltx_vae
 
-TINY_LTX = {
-    "latent_channels": 4,
-    "block_out_channels": [8, 8, 8],
-    "decoder_block_out_channels": [8, 8, 8],
-    "layers_per_block": [1, 1, 1, 1],
-    "decoder_layers_per_block": [1, 1, 1, 1],
-    "spatio_temporal_scaling": [True, True, False],
-    "decoder_spatio_temporal_scaling": [True, True, False],
-    "patch_size": 2,
-}
 UNKNOWN = ModelConfig(source="unused")
 
 
@@ -81,7 +72,7 @@ def video_BCTHW() -> Tensor:  # noqa: N802  # the suffix states the shape
 
 def test_the_tiny_ltx_vae_divides_space_by_8_and_time_by_4() -> None:
     # 8 = patch 2 x two halvings; 4 = two halvings
-    vae = build_model(ModelConfig(source="AutoencoderKLLTXVideo", config=TINY_LTX), seed=0, device="meta")
+    vae = build_model(ModelConfig(source="AutoencoderKLLTXVideo", config=tiny_ltx_vae()), seed=0, device="meta")
     assert video_strides(vae, UNKNOWN) == ModelStrides(spatial=8, temporal=4)
 
 

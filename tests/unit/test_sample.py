@@ -25,18 +25,13 @@ from aiprod_ds.models.lora import adapter_tensors, add_lora, save_peft
 from aiprod_ds.models.mel_inverse import approximate_sound
 from aiprod_ds.models.mel_vae import LogMel
 from aiprod_ds.models.registry import build_model
+from aiprod_ds.testing.tiny import tiny_ltx_vae
 from aiprod_ds.train.decoding import AudioDecoder, LatentDecoder, VideoDecoder
 from aiprod_ds.train.encode_models import AudioEncoder, VideoEncoder
 from aiprod_ds.train.sample import run_sampling
 
 CPU = torch.device("cpu")
-LTX = {
-    "latent_channels": 4,
-    "block_out_channels": [8, 8, 8, 8],
-    "decoder_block_out_channels": [8, 8, 8, 8],
-    "layers_per_block": [1, 1, 1, 1, 1],
-    "decoder_layers_per_block": [1, 1, 1, 1, 1],
-}
+LTX = tiny_ltx_vae(patch_size=4, scaling=(True, True, True, False))
 OOBLECK = {
     "audio_channels": 1,
     "sampling_rate": 16_000,
