@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.models.families.protocol import Family
 
 _PIPELINES = {"ltx": "LTXPipeline", "ltx2": "LTX2Pipeline", "wan": "WanPipeline"}
@@ -20,6 +21,20 @@ def tiny_transformer(family_type: type[Family], *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(diffusers, family_type.transformer_class)(**family_type.tiny_config())
+
+
+def adapted_transformer(family_type: type[Family], config: LoraConfig) -> Any:
+    """Returns the tiny transformer with adapters that change what it answers."""
+    from aiprod_ds.models.lora import add_lora  # loads peft
+
+    transformer = tiny_transformer(family_type)
+    add_lora(transformer, config, allowed=family_type.lora_targets, seed=0)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if ".lora_B." in name:  # they start at zero
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return transformer
 
 
 def tiny_batch(*, seed: int = 0) -> dict[str, Tensor]:

@@ -20,9 +20,9 @@ from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES, find_family
-from aiprod_ds.models.lora import adapter_tensors, add_lora, merge_lora, save_comfyui, save_peft
+from aiprod_ds.models.lora import adapter_tensors, merge_lora, save_comfyui, save_peft
 from aiprod_ds.models.lora_files import merge_into, read_lora
-from aiprod_ds.testing.families import tiny_transformer
+from aiprod_ds.testing.families import adapted_transformer, tiny_transformer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 STRIDES = ModelStrides(spatial=32, temporal=8)
@@ -46,21 +46,9 @@ def _save(transformer: Any, folder: Path, *, shard_bytes: int = 10**9) -> Path:
     return folder
 
 
-def _adapted(family_type: type[Family]) -> Any:
-    """Returns a wrapped transformer whose adapters change its function."""
-    transformer = tiny_transformer(family_type)
-    add_lora(transformer, CONFIG, allowed=family_type.lora_targets, seed=0)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return transformer
-
-
 def _lora(family_type: type[Family], folder: Path) -> Any:
     """Writes both forms of a LoRA into `folder` and returns the merged model."""
-    wrapped = _adapted(family_type)
+    wrapped = adapted_transformer(family_type, CONFIG)
     adapters = adapter_tensors(wrapped.state_dict())
     save_peft(adapters, CONFIG, folder / "peft")
     original_name = find_family(wrapped, STRIDES).original_name

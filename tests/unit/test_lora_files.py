@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.models.lora import adapter_tensors, add_lora, merge_lora, save_comfyui, save_peft, start_from
 from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
 from aiprod_ds.models.shapes import on_meta
-from aiprod_ds.testing.families import pipeline_around, tiny_batch, tiny_transformer, velocities
+from aiprod_ds.testing.families import adapted_transformer, pipeline_around, tiny_batch, tiny_transformer, velocities
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 CONFIG = LoraConfig(rank=4, alpha=6.0)
@@ -32,20 +31,8 @@ Q = "transformer_blocks.0.attn1.to_q"  # of LTX-Video
 each_family = pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family: family.name)
 
 
-def _adapted(family_type: type[Family], config: LoraConfig = CONFIG) -> Any:
-    """Returns a wrapped transformer whose adapters change its function."""
-    transformer = tiny_transformer(family_type)
-    add_lora(transformer, config, allowed=family_type.lora_targets, seed=0)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return transformer
-
-
 def _adapters(family_type: type[Family] = LTXVideo, config: LoraConfig = CONFIG) -> dict[str, Tensor]:
-    return adapter_tensors(_adapted(family_type, config).state_dict())
+    return adapter_tensors(adapted_transformer(family_type, config).state_dict())
 
 
 def _family(transformer: nn.Module) -> Family:
@@ -87,7 +74,7 @@ def _saved(tmp_path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
 
 @each_family
 def test_a_peft_folder_is_merged_to_the_bit(family_type: type[Family], tmp_path: Path) -> None:
-    wrapped = _adapted(family_type)
+    wrapped = adapted_transformer(family_type, CONFIG)
     save_peft(adapter_tensors(wrapped.state_dict()), CONFIG, tmp_path)
     merge_lora(wrapped)
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):  # alone, the file's metadata say alpha
@@ -99,7 +86,7 @@ def test_a_peft_folder_is_merged_to_the_bit(family_type: type[Family], tmp_path:
 
 @each_family
 def test_a_comfyui_file_is_merged(family_type: type[Family], tmp_path: Path) -> None:
-    wrapped = _adapted(family_type)
+    wrapped = adapted_transformer(family_type, CONFIG)
     path = tmp_path / "lora.safetensors"
     save_comfyui(adapter_tensors(wrapped.state_dict()), CONFIG, path, original_name=_family(wrapped).original_name)
     lora = _read(family_type, path)
@@ -111,7 +98,7 @@ def test_a_comfyui_file_is_merged(family_type: type[Family], tmp_path: Path) -> 
 
 @each_family
 def test_what_a_pipeline_of_diffusers_saves_is_read(family_type: type[Family], tmp_path: Path) -> None:
-    wrapped = _adapted(family_type)
+    wrapped = adapted_transformer(family_type, CONFIG)
     adapters = adapter_tensors(wrapped.state_dict())
     pipeline = pipeline_around(tiny_transformer(family_type), _family(wrapped))
     settings = {"r": 4, "lora_alpha": 6.0, "target_modules": ["to_q"]}
@@ -137,7 +124,7 @@ def test_diffusers_and_this_reader_agree_on_files_of_others(family_type: type[Fa
         tensors[f"{key}.alpha"] = torch.tensor(6.0)
     path = _saved(tmp_path, tensors)
     merged = _merged(family_type, _read(family_type, path))
-    wrapped = _adapted(family_type, EVERY_LAYER)
+    wrapped = adapted_transformer(family_type, EVERY_LAYER)
     merge_lora(wrapped)
     assert _largest_difference(merged, wrapped) == 0.0
     if family_type is Wan:  # diffusers converts both forms for it, where every layer of a block is adapted
@@ -164,7 +151,7 @@ def test_diffusers_loads_the_same_files_to_the_same_function(family_type: type[F
 
 @each_family
 def test_a_lora_goes_on_where_it_was(family_type: type[Family], tmp_path: Path) -> None:
-    trained = _adapted(family_type)
+    trained = adapted_transformer(family_type, CONFIG)
     save_peft(adapter_tensors(trained.state_dict()), CONFIG, tmp_path)
     again = tiny_transformer(family_type)
     add_lora(again, CONFIG, allowed=family_type.lora_targets, seed=5)
@@ -177,7 +164,7 @@ def test_a_lora_goes_on_where_it_was(family_type: type[Family], tmp_path: Path) 
 
 
 def test_another_alpha_in_the_configuration_keeps_the_function(tmp_path: Path) -> None:
-    trained = _adapted(LTXVideo)
+    trained = adapted_transformer(LTXVideo, CONFIG)
     save_peft(adapter_tensors(trained.state_dict()), CONFIG, tmp_path)
     again = tiny_transformer(LTXVideo)
     add_lora(again, LoraConfig(rank=4, alpha=2.0), allowed=LTXVideo.lora_targets, seed=5)

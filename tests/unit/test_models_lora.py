@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from peft import PeftModel
@@ -28,62 +26,19 @@ from aiprod_ds.models.families.registry import FAMILIES, find_family
 from aiprod_ds.models.families.tokens import TokenGrid
 from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.models.lora import adapter_tensors, add_lora, load_lora, merge_lora, merged_state, save_comfyui, save_peft
+from aiprod_ds.testing.families import adapted_transformer, pipeline_around, tiny_batch, tiny_transformer, velocities
 from aiprod_ds.train.parameter_groups import decay_groups
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 CONFIG = LoraConfig(rank=4, alpha=6.0, targets=("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"))
-PIPELINES: dict[type[Any], Callable[[nn.Module], Any]] = {
-    LTXVideo: lambda model: diffusers.LTXPipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=model),
-    LTX2: lambda model: diffusers.LTX2Pipeline(
-        scheduler=None,
-        vae=None,
-        audio_vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        connectors=None,
-        transformer=model,
-        vocoder=None,
-    ),
-    Wan: lambda model: diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=model),
-}
 each_family = pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family: family.name)
-
-
-def _transformer(family_type: type[Any]) -> Any:
-    torch.manual_seed(0)
-    return getattr(diffusers, family_type.transformer_class)(**family_type.tiny_config())
 
 
 def _output(transformer: nn.Module) -> Tensor:
     """Returns all velocities of a fixed batch, flattened."""
     family = find_family(transformer, STRIDES)
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        "latents": torch.randn(2, 4, 2, 4, 4, generator=generator),
-        "audio_latents": torch.randn(2, 2, 7, 4, generator=generator),
-        "prompt_embeds": torch.randn(2, 6, 16, generator=generator),
-        "fps": torch.full((2,), 24.0),
-    }
-    tokens = family.tokens(tensors)
-    levels = {name: torch.tensor([[0.3], [0.8]]) for name in tokens}
-    noisy = {name: part.values for name, part in tokens.items()}
-    grids = {name: part.grid for name, part in tokens.items()}
     with torch.no_grad():
-        return torch.cat(
-            [values.flatten() for values in DiffusionModule(transformer, family)(noisy, levels, tensors, grids).values()]
-        )
-
-
-def _trained(family_type: type[Any], config: LoraConfig = CONFIG) -> Any:
-    """Returns a wrapped transformer whose adapters change its function."""
-    transformer = _transformer(family_type)
-    add_lora(transformer, config, allowed=family_type.lora_targets, seed=0)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return transformer
+        return velocities(DiffusionModule(transformer, family), family, tiny_batch())
 
 
 def _assert_same_function(actual: Tensor, expected: Tensor) -> None:
@@ -93,18 +48,18 @@ def _assert_same_function(actual: Tensor, expected: Tensor) -> None:
 
 @each_family
 def test_the_function_is_unchanged_at_the_start(family_type: type[Any]) -> None:
-    transformer = _transformer(family_type)
+    transformer = tiny_transformer(family_type)
     before = _output(transformer)
     names = add_lora(transformer, CONFIG, allowed=family_type.lora_targets, seed=0)
     assert torch.equal(_output(transformer), before)
-    linear = {name for name, module in _transformer(family_type).named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in tiny_transformer(family_type).named_modules() if isinstance(module, nn.Linear)}
     assert set(names) == {name for name in linear if "blocks." in name}  # the patterns name every Linear of these blocks
-    assert not torch.allclose(_output(_trained(family_type)), before, atol=1e-2)
+    assert not torch.allclose(_output(adapted_transformer(family_type, CONFIG)), before, atol=1e-2)
 
 
 @each_family
 def test_only_adapters_are_trained_and_all_of_them(family_type: type[Any]) -> None:
-    transformer = _trained(family_type)
+    transformer = adapted_transformer(family_type, CONFIG)
     assert {name for name, value in transformer.named_parameters() if value.requires_grad} == {
         name for name in transformer.state_dict() if ".lora_" in name
     }
@@ -126,7 +81,7 @@ def test_only_adapters_are_trained_and_all_of_them(family_type: type[Any]) -> No
 
 def test_adapters_depend_on_the_seed_alone() -> None:
     def draw(seed: int) -> Tensor:
-        transformer = _transformer(Wan)
+        transformer = tiny_transformer(Wan)
         torch.manual_seed(torch.seed() % 2**32)
         add_lora(transformer, CONFIG, allowed=Wan.lora_targets, seed=seed)
         return torch.cat([value.flatten() for value in adapter_tensors(transformer.state_dict()).values()])
@@ -136,7 +91,7 @@ def test_adapters_depend_on_the_seed_alone() -> None:
 
 
 def test_adding_leaves_the_global_random_state_alone() -> None:
-    transformer = _transformer(LTXVideo)
+    transformer = tiny_transformer(LTXVideo)
     before = torch.get_rng_state()
     add_lora(transformer, CONFIG, allowed=LTXVideo.lora_targets, seed=0)
     assert torch.equal(before, torch.get_rng_state())
@@ -144,7 +99,7 @@ def test_adding_leaves_the_global_random_state_alone() -> None:
 
 def test_planning_takes_no_memory() -> None:
     with torch.device("meta"):
-        transformer = _transformer(LTXVideo)
+        transformer = tiny_transformer(LTXVideo)
     add_lora(transformer, CONFIG, allowed=LTXVideo.lora_targets, seed=0)
     assert all(parameter.is_meta for parameter in transformer.parameters())
 
@@ -159,7 +114,7 @@ def test_planning_takes_no_memory() -> None:
     ],
 )
 def test_patterns_choose_layers(targets: tuple[str, ...], expected: set[str] | None) -> None:
-    transformer = _transformer(LTXVideo)
+    transformer = tiny_transformer(LTXVideo)
     names = add_lora(transformer, LoraConfig(rank=2, targets=targets), allowed=LTXVideo.lora_targets, seed=0)
     if expected is None:
         assert len(names) == 2 * (8 + 2)  # two attentions of four layers and two of the feed-forward, in two blocks
@@ -170,7 +125,7 @@ def test_patterns_choose_layers(targets: tuple[str, ...], expected: set[str] | N
 def test_patterns_that_match_nothing_are_reported_together() -> None:
     config = LoraConfig(targets=("to_q", "query", "proj_out", "to_out"))
     with pytest.raises(ConfigError) as caught:
-        add_lora(_transformer(LTXVideo), config, allowed=LTXVideo.lora_targets, seed=0)
+        add_lora(tiny_transformer(LTXVideo), config, allowed=LTXVideo.lora_targets, seed=0)
     unknown, outside, incomplete = caught.value.problems
     assert unknown == (
         "lora.targets[1]: must match a Linear layer of LTXVideoTransformer3DModel, got 'query'. "
@@ -185,9 +140,9 @@ def test_patterns_that_match_nothing_are_reported_together() -> None:
 
 @each_family
 def test_merging_keeps_the_function(family_type: type[Any]) -> None:
-    wrapped = _trained(family_type)
+    wrapped = adapted_transformer(family_type, CONFIG)
     expected = _output(wrapped)
-    plain = _transformer(family_type)
+    plain = tiny_transformer(family_type)
     plain.load_state_dict(merged_state(wrapped.state_dict(), CONFIG.scale))
     _assert_same_function(_output(plain), expected)
 
@@ -200,7 +155,7 @@ def test_merging_keeps_the_function(family_type: type[Any]) -> None:
 
 
 def test_a_16_bit_base_is_merged_in_fp32() -> None:
-    wrapped = _trained(LTXVideo).to(torch.bfloat16)
+    wrapped = adapted_transformer(LTXVideo, CONFIG).to(torch.bfloat16)
     state = merged_state(wrapped.state_dict(), CONFIG.scale)
     layer = "transformer_blocks.0.attn1.to_q"
     double = {name: value.double() for name, value in wrapped.state_dict().items()}
@@ -226,31 +181,31 @@ def test_the_worked_number_of_merging() -> None:
 
 @each_family
 def test_peft_and_diffusers_read_the_peft_folder(family_type: type[Any], tmp_path: Path) -> None:
-    wrapped = _trained(family_type)
+    wrapped = adapted_transformer(family_type, CONFIG)
     save_peft(adapter_tensors(wrapped.state_dict()), CONFIG, tmp_path)
 
-    by_peft = PeftModel.from_pretrained(_transformer(family_type), str(tmp_path))
+    by_peft = PeftModel.from_pretrained(tiny_transformer(family_type), str(tmp_path))
     assert torch.equal(_output(by_peft.base_model.model), _output(wrapped))
 
-    by_diffusers = _transformer(family_type)
+    by_diffusers = tiny_transformer(family_type)
     by_diffusers.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model")
     assert torch.equal(_output(by_diffusers), _output(wrapped))
 
 
 @each_family
 def test_diffusers_pipelines_read_the_comfyui_file(family_type: type[Any], tmp_path: Path) -> None:
-    wrapped = _trained(family_type)
+    wrapped = adapted_transformer(family_type, CONFIG)
     family = find_family(wrapped, STRIDES)
     path = tmp_path / "lora.safetensors"
     save_comfyui(adapter_tensors(wrapped.state_dict()), CONFIG, path, original_name=family.original_name)
 
-    plain = _transformer(family_type)
-    PIPELINES[family_type](plain).load_lora_weights(path)
+    plain = tiny_transformer(family_type)
+    pipeline_around(plain, family).load_lora_weights(path)
     _assert_same_function(_output(plain), _output(wrapped))
 
 
 def test_the_comfyui_file_folds_alpha_and_says_so(tmp_path: Path) -> None:
-    wrapped = _trained(LTXVideo)
+    wrapped = adapted_transformer(LTXVideo, CONFIG)
     adapters = adapter_tensors(wrapped.state_dict())
     save_comfyui(adapters, CONFIG, tmp_path / "lora.safetensors", original_name=LTXVideo.of(wrapped, STRIDES).original_name)
     layer = "transformer_blocks.1.attn2.to_out.0"
@@ -263,9 +218,9 @@ def test_the_comfyui_file_folds_alpha_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_saved_adapter_is_loaded_and_goes_on_training(tmp_path: Path) -> None:
-    wrapped = _trained(LTX2)
+    wrapped = adapted_transformer(LTX2, CONFIG)
     save_peft(adapter_tensors(wrapped.state_dict()), CONFIG, tmp_path)
-    plain = _transformer(LTX2)
+    plain = tiny_transformer(LTX2)
     config = load_lora(plain, tmp_path, allowed=LTX2.lora_targets)
     assert (config.rank, config.alpha, config.dropout) == (4, 6.0, 0.0)
     assert torch.equal(_output(plain), _output(wrapped))
@@ -275,12 +230,12 @@ def test_a_saved_adapter_is_loaded_and_goes_on_training(tmp_path: Path) -> None:
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"must hold adapter_config\.json and adapter_model\.safetensors"):
-        load_lora(_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
+        load_lora(tiny_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
 
-    adapters = adapter_tensors(_trained(LTXVideo).state_dict())
+    adapters = adapter_tensors(adapted_transformer(LTXVideo, CONFIG).state_dict())
     save_peft(adapters, CONFIG, tmp_path)
     with pytest.raises(CheckpointError, match=r"must fit WanTransformer3DModel\. lora\.targets\[0\]: must match"):
-        load_lora(_transformer(Wan), tmp_path, allowed=Wan.lora_targets)
+        load_lora(tiny_transformer(Wan), tmp_path, allowed=Wan.lora_targets)
 
     half, wide = dict(adapters), dict(adapters)
     del half["transformer_blocks.0.attn1.to_q.lora_B.weight"]
@@ -291,16 +246,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ):
         save_peft(tensors, CONFIG, tmp_path)
         with pytest.raises(CheckpointError, match=rf"must hold the adapters' shapes in LTX.*to_q\.{message}\. Take"):
-            load_lora(_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
+            load_lora(tiny_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
 
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "use_dora": True}))
     with pytest.raises(CheckpointError, match="must be a plain LoRA adapter of one rank, got use_dora"):
-        load_lora(_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
+        load_lora(tiny_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
 
 
 def test_an_engine_updates_fp32_adapters_on_a_frozen_16_bit_base() -> None:
-    module = DiffusionModule(_trained(LTXVideo), find_family(_transformer(LTXVideo), STRIDES))
+    module = DiffusionModule(adapted_transformer(LTXVideo, CONFIG), find_family(tiny_transformer(LTXVideo), STRIDES))
     base = {name: value.bfloat16() for name, value in module.state_dict().items() if ".lora_" not in name}
     engine = LocalEngine(
         module,
@@ -329,7 +284,7 @@ def test_an_engine_updates_fp32_adapters_on_a_frozen_16_bit_base() -> None:
 
 def test_dropout_drops_inputs_of_adapters_in_training_only() -> None:
     config = LoraConfig(rank=4, dropout=0.5)
-    transformer = _trained(LTXVideo, config)
+    transformer = adapted_transformer(LTXVideo, config)
     assert not torch.equal(_output(transformer.train()), _output(transformer))
     assert torch.equal(_output(transformer.eval()), _output(transformer))
 
