@@ -24,9 +24,11 @@ from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
 from aiprod_ds.engine.local_engine import LocalEngine
-from aiprod_ds.engine.protocol import Engine, ParameterGroup, UpdateResult
+from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import AiprodError
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.engines import UnevenBlock, distance, is_same_state, optimized_state
+from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.saving import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -136,17 +138,6 @@ def _precision(name: str) -> str:
 # Below runs on the ranks.
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.up = nn.Linear(width, 33)
-        self.down = nn.Linear(33, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.down(nn.functional.gelu(self.up(hidden * self.scale)))
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +145,7 @@ class Net(nn.Module):
         self.groups = nn.GroupNorm(2, 8)
         self.norm = nn.LayerNorm(8)
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
-        self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+        self.blocks = nn.ModuleList(UnevenBlock(8) for _ in range(2))
         self.head = nn.Linear(8, 3)
         self.shift: Tensor
         self.register_buffer("shift", torch.randn(8))
@@ -183,7 +174,7 @@ def _oracle(precision: str) -> dict[str, Any]:
     module = _module(0)
     settings = _settings(FILES[NAMES.index(f"zero2_{_suffix(precision)}")])
     engine = LocalEngine(
-        module, _groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1
     )  # fmt: skip
     return {"records": _train(engine, 0, UPDATES), "module": engine.module_state()}
 
@@ -195,7 +186,7 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
     folder = Path(dist.broadcast_object(tempfile.mkdtemp()))
     write_engine(folder, engine)
     records = first + _train(engine, UPDATES // 2, UPDATES)
-    states, module = _states(engine), engine.module_state()
+    states, module = optimized_state(engine), engine.module_state()
     references = [weakref.ref(part) for part in (engine._engine, engine._engine.optimizer, engine._engine.basic_optimizer)]
     engine.close()
     del engine
@@ -205,7 +196,7 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
     resumed = _engine(path, seed=1)
     read_engine(folder, resumed)
     resumed_records = _train(resumed, UPDATES // 2, UPDATES)
-    resumed_states, resumed_module = _states(resumed), resumed.module_state()
+    resumed_states, resumed_module = optimized_state(resumed), resumed.module_state()
     overflow = _measure_overflow(resumed)
     resumed.close()
     saved = sorted(entry.name for entry in folder.iterdir())
@@ -216,11 +207,11 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
         "loss_difference": max(abs(a[0] - b[0]) for a, b in zip(records, oracle["records"], strict=True)),
         "norm_difference": max(abs(a[1] - b[1]) for a, b in zip(records, oracle["records"], strict=True)),
         "loss_scales_equal": [record[2] for record in records] == [record[2] for record in oracle["records"]],
-        "parameter_difference": _distance(module, oracle["module"]) / _distance(module, start) if dist.is_main() else 0.0,
-        "movement": _distance(module, start) if dist.is_main() else 0.0,
+        "parameter_difference": distance(module, oracle["module"]) / distance(module, start) if dist.is_main() else 0.0,
+        "movement": distance(module, start) if dist.is_main() else 0.0,
         "steps": sorted({state["step"] for state in states.values()}),
         "resumed_losses_equal": resumed_records == records[UPDATES // 2 :],
-        "resumed_states_equal": _equal(states, resumed_states),
+        "resumed_states_equal": is_same_state(states, resumed_states),
         "resumed_module_equal": all(torch.equal(module[key], resumed_module[key]) for key in module),
         "overflow": overflow,
         "saved": saved,
@@ -232,9 +223,9 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
 
 def _measure_overflow(engine: Any) -> dict[str, Any]:
     engine.set_batch(micro_batch_size=1, accumulation=1)
-    before = _states(engine)
+    before = optimized_state(engine)
     bad = _poisoned_update(engine)
-    after = _states(engine)
+    after = optimized_state(engine)
     good = _update(engine, _batch(0)[:1])
     scaler = getattr(engine._engine.optimizer, "loss_scaler", None)
     scales: list[float] = []
@@ -244,7 +235,7 @@ def _measure_overflow(engine: Any) -> dict[str, Any]:
     return {
         "applied": [dist.gather_objects(bad.applied), dist.gather_objects(good.applied)],
         "finite_norm": bool(torch.isfinite(torch.as_tensor(bad.gradient_norm))),
-        "unchanged": _equal(before, after),
+        "unchanged": is_same_state(before, after),
         "scales": scales,
     }
 
@@ -309,7 +300,7 @@ def _engine(path: Path, *, seed: int = 0, module: nn.Module | None = None) -> An
         apply_activation_checkpointing(built, enabled=True)
     return DeepSpeedEngine(
         built,
-        _groups(built),
+        decay_groups(built),
         optimizer=OPTIMIZER,
         settings=settings,
         micro_batch_size=GLOBAL_BATCH // dist.world_size(),
@@ -330,14 +321,6 @@ def _settings(path: Path) -> DeepSpeedSettings:
 def _module(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return Net()
-
-
-def _groups(module: nn.Module) -> list[ParameterGroup]:
-    trained = [(name, parameter.dim() > 1) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if is_matrix), is_decayed=True),
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if not is_matrix), is_decayed=False),
-    ]
 
 
 def _train(engine: Engine, first: int, last: int) -> list[list[float]]:
@@ -384,24 +367,6 @@ def _poisoned_update(engine: Engine) -> UpdateResult:
     result = engine.step()
     assert result is not None
     return result
-
-
-def _states(engine: Engine) -> dict[str, Any]:
-    return {state.name: {"value": state.value, "step": state.step, **state.optimizer} for state in engine.parameter_states()}
-
-
-def _equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(
-        first[name].keys() == second[name].keys()
-        and all(torch.equal(torch.as_tensor(first[name][key]), torch.as_tensor(second[name][key])) for key in first[name])
-        for name in first
-    )
-
-
-def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Returns the L2 norm of the difference over the whole model."""
-    assert first.keys() == second.keys()
-    return torch.cat([(first[key].float() - second[key].float()).flatten() for key in first]).norm().item()
 
 
 def _suffix(precision: str) -> str:

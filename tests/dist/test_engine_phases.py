@@ -27,9 +27,11 @@ from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
 from aiprod_ds.engine.local_engine import LocalEngine
-from aiprod_ds.engine.protocol import Engine, ParameterGroup, UpdateResult
+from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.engines import UnevenBlock, distance, is_same_state, optimized_state
+from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.saving import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -144,17 +146,6 @@ def _precision(name: str) -> str:
 SWITCHES = [False, True, True, False, True, False]
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.up = nn.Linear(width, 33)
-        self.down = nn.Linear(33, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.down(nn.functional.gelu(self.up(hidden * self.scale)))
-
-
 class Net(nn.Module):
     clip = (3, 2, 4, 4)
 
@@ -163,7 +154,7 @@ class Net(nn.Module):
         self.convolution = nn.Conv3d(3, 8, 3, padding=1)
         self.norm = nn.LayerNorm(8)
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
-        self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+        self.blocks = nn.ModuleList(UnevenBlock(8) for _ in range(2))
         self.head = nn.Linear(8, 3)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -220,7 +211,7 @@ def _oracle(precision: str, story: tuple[Phase, ...]) -> dict[str, Any]:
     module = _module(0)
     path = FILES[NAMES.index(f"zero2_{'fp16_v100' if precision == 'fp16' else precision}")]
     engine = LocalEngine(
-        module, _groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=8, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=8, accumulation=1
     )  # fmt: skip
     start = engine.module_state()
     return {"records": _live(engine, story), "module": engine.module_state(), "start": start}
@@ -239,9 +230,9 @@ def _measure(path: Path, oracle: dict[str, Any]) -> dict[str, Any]:
     refused: list[str] = []
     with _folder() as folder, _engine(path) as engine:
         records = _live(engine, STORY, refused=refused, folder=folder)
-        states, module = _states(engine), engine.module_state()
+        states, module = optimized_state(engine), engine.module_state()
         engine.scale_moments(1.0)
-        kept = _equal(states, _states(engine))
+        kept = is_same_state(states, optimized_state(engine))
         resumed = {name: _measure_resume(path, folder / name, first, records, states) for name, first in SAVED_AT.items()}
     expected = oracle["records"]
     finite = [pair for pair in zip(records, expected, strict=True) if pair[0].is_applied and pair[1].is_applied]
@@ -264,7 +255,7 @@ def _measure_resume(path: Path, folder: Path, first: int, records: list[Record],
         engine.set_weight_decay(STORY[first].weight_decay)
         read_engine(folder, engine)
         again = _live(engine, STORY, first=first, is_resumed=True)
-        return {"records": again == records[len(records) - len(again) :], "states": _equal(states, _states(engine))}
+        return {"records": again == records[len(records) - len(again) :], "states": is_same_state(states, optimized_state(engine))}
 
 
 def _measure_reset(path: Path) -> bool:
@@ -276,8 +267,8 @@ def _measure_reset(path: Path) -> bool:
             for update in range(updates_before):
                 _update(engine, phase, 100 + update)  # no learning rate was set
             engine.scale_moments(0.0)
-            outcomes.append((_live(engine, (phase,)), _states(engine)))
-    return outcomes[0][0] == outcomes[1][0] and _equal(outcomes[0][1], outcomes[1][1])
+            outcomes.append((_live(engine, (phase,)), optimized_state(engine)))
+    return outcomes[0][0] == outcomes[1][0] and is_same_state(outcomes[0][1], outcomes[1][1])
 
 
 def _measure_switching(model: str, stage: int) -> dict[str, Any]:
@@ -303,11 +294,11 @@ def _measure_switching(model: str, stage: int) -> dict[str, Any]:
                 records.append(_update(engine, phase, update))
                 recomputed.append(len(forwards) > phase.accumulation)
                 stack.append(len(parameter_offload.FWD_MODULE_STACK))
-            outcomes.append((records, _states(engine)))
+            outcomes.append((records, optimized_state(engine)))
     (plain, plain_states), (switched, switched_states) = outcomes
     return {
         "records_equal": plain == switched,
-        "states_equal": _equal(plain_states, switched_states),
+        "states_equal": is_same_state(plain_states, switched_states),
         "recomputed": recomputed[len(SWITCHES) :],
         "forward_stack": stack,
     }
@@ -406,7 +397,7 @@ def _engine(path: Path, *, seed: int = 0, module: nn.Module | None = None, loss_
     built = _module(seed) if module is None else module
     settings = _settings(path, loss_scale_window)
     engine = DeepSpeedEngine(
-        built, _groups(built), optimizer=OPTIMIZER, settings=settings, micro_batch_size=4, accumulation=1
+        built, decay_groups(built), optimizer=OPTIMIZER, settings=settings, micro_batch_size=4, accumulation=1
     )  # fmt: skip
     yield engine  # after an error no collective: the launcher ends the ranks
     engine.close()
@@ -437,29 +428,6 @@ def _module(seed: int) -> nn.Module:
     return Net()
 
 
-def _groups(module: nn.Module) -> list[ParameterGroup]:
-    trained = [(name, parameter.dim() > 1) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if is_matrix), is_decayed=True),
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if not is_matrix), is_decayed=False),
-    ]
-
-
-def _states(engine: Engine) -> dict[str, Any]:
-    return {state.name: {"value": state.value, "step": state.step, **state.optimizer} for state in engine.parameter_states()}
-
-
-def _equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(
-        first[name].keys() == second[name].keys()
-        and all(torch.equal(torch.as_tensor(first[name][key]), torch.as_tensor(second[name][key])) for key in first[name])
-        for name in first
-    )
-
-
 def _relative_distance(module: dict[str, Tensor], oracle: dict[str, Any]) -> float:
     """Returns the L2 distance to the oracle's end over the distance that the oracle moved."""
-    ends = oracle["module"]
-    apart = torch.cat([(module[key].float() - ends[key].float()).flatten() for key in ends]).norm()
-    moved = torch.cat([(oracle["start"][key].float() - ends[key].float()).flatten() for key in ends]).norm()
-    return (apart / moved).item()
+    return distance(module, oracle["module"]) / distance(oracle["start"], oracle["module"])

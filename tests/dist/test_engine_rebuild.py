@@ -29,10 +29,12 @@ from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.carried import CarriedValues
 from aiprod_ds.engine.local_engine import LocalEngine
-from aiprod_ds.engine.protocol import Engine, ParameterGroup
+from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import AiprodError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.engines import UnevenBlock, distance, is_same_state, optimized_state
+from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.saving import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -154,26 +156,13 @@ def _precision(name: str) -> str:
 # Below runs on the ranks.
 
 
-class Block(nn.Module):
-    """33 is odd, so two ranks share it unevenly."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.up = nn.Linear(width, 33)
-        self.down = nn.Linear(33, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.down(nn.functional.gelu(self.up(hidden * self.scale)))
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(3, 8, 3, padding=1)
         self.frozen = nn.Linear(8, 33).requires_grad_(False)
         self.back = nn.Linear(33, 8)
-        self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+        self.blocks = nn.ModuleList(UnevenBlock(8) for _ in range(2))
         self.head = nn.Linear(8, 3)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -230,7 +219,7 @@ def _writing_oracle(precision: str) -> dict[str, Tensor]:
     module = _net(0)
     settings = _settings(FILES[NAMES.index(f"zero2_{'fp16_v100' if precision == 'fp16' else precision}")])
     engine = LocalEngine(
-        module, _groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1
     )  # fmt: skip
     _update_net(engine, 0)
     engine.write_values(_written().items())
@@ -242,7 +231,7 @@ def _writing_oracle(precision: str) -> dict[str, Tensor]:
 def _measure_writing(path: Path, oracle: dict[str, Tensor]) -> dict[str, Any]:
     written = _written()
     with _engine(_net(0), path) as engine:
-        trained = {name for group in _groups(engine.module) for name in group.names}
+        trained = {name for group in decay_groups(engine.module) for name in group.names}
         _update_net(engine, 0)
         before = {state.name: state for state in engine.parameter_states()}
         engine.write_values(iter(written.items()))
@@ -262,7 +251,7 @@ def _measure_writing(path: Path, oracle: dict[str, Tensor]) -> dict[str, Any]:
             _update_net(engine, update)
         state = engine.module_state()
     if dist.is_main():
-        found["difference"] = _distance(state, oracle) / _distance(written, oracle)
+        found["difference"] = distance(state, oracle) / distance(written, oracle)
     return found
 
 
@@ -306,7 +295,7 @@ def _measure_chain(path: Path) -> dict[str, Any]:
 def _compare(engine: Any, before: Tensor, values: dict[str, Tensor], module: nn.Module, path: Path) -> dict[str, Any]:
     """Compares an engine that was given `values` with what answered before it, and through two updates with the local engine."""
     local = LocalEngine(
-        module, _groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=GLOBAL_BATCH, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=GLOBAL_BATCH, accumulation=1
     )  # fmt: skip
     local.write_values(values.items())
     weights = {name: value.detach().clone() for name, value in module.named_parameters()}
@@ -322,7 +311,7 @@ def _compare(engine: Any, before: Tensor, values: dict[str, Tensor], module: nn.
     moved = _weights(engine)
     found["frozen"] = [name for name in frozen if not torch.equal(moved[name], weights[name])]
     state, ends = engine.module_state(), local.module_state()
-    found["updates"] = _distance(state, ends) / _distance(start, ends) if dist.is_main() else 0.0
+    found["updates"] = distance(state, ends) / distance(start, ends) if dist.is_main() else 0.0
     return found
 
 
@@ -331,16 +320,16 @@ def _measure_resuming(engine: Any, path: Path) -> dict[str, bool]:
     folder = Path(dist.broadcast_object(tempfile.mkdtemp()))
     write_engine(folder, engine)
     _update_denoiser(engine, 4, 1)
-    states = _states(engine), engine.module_state()
+    states = optimized_state(engine), engine.module_state()
     with _engine(_denoiser(1), path) as resumed:
         read_engine(folder, resumed)
         _update_denoiser(resumed, 4, 1)
-        again = _states(resumed), resumed.module_state()
+        again = optimized_state(resumed), resumed.module_state()
     dist.barrier()
     if dist.is_main():
         shutil.rmtree(folder)
     return {
-        "states": _equal(states[0], again[0]),
+        "states": is_same_state(states[0], again[0]),
         "module": all(torch.equal(value, again[1][name]) for name, value in states[1].items()),
     }
 
@@ -404,7 +393,7 @@ def _engine(module: nn.Module, path: Path) -> Iterator[Any]:
 
     engine = DeepSpeedEngine(
         module,
-        _groups(module),
+        decay_groups(module),
         optimizer=OPTIMIZER,
         settings=_settings(path),
         micro_batch_size=GLOBAL_BATCH // RANKS,
@@ -483,19 +472,6 @@ def _renamed(module: nn.Module, carried: CarriedValues) -> Iterator[tuple[str, T
         yield names[name], value
 
 
-def _groups(module: nn.Module) -> list[ParameterGroup]:
-    trained = [(name, len(_shape(parameter)) > 1) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if is_matrix), is_decayed=True),
-        ParameterGroup(names=tuple(name for name, is_matrix in trained if not is_matrix), is_decayed=False),
-    ]
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
-
-
 def _written() -> dict[str, Tensor]:
     """Returns other values than the module starts from, in the order of another module than the engine's groups."""
     generator = torch.Generator().manual_seed(7)
@@ -553,21 +529,3 @@ def _relative_difference(actual: Tensor, expected: Tensor) -> float:
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second)
-
-
-def _states(engine: Engine) -> dict[str, Any]:
-    return {state.name: {"value": state.value, "step": state.step, **state.optimizer} for state in engine.parameter_states()}
-
-
-def _equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(
-        first[name].keys() == second[name].keys()
-        and all(torch.equal(torch.as_tensor(first[name][key]), torch.as_tensor(second[name][key])) for key in first[name])
-        for name in first
-    )
-
-
-def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Returns the L2 norm of the difference over the whole model."""
-    assert first.keys() == second.keys()
-    return torch.cat([(first[key].float() - second[key].float()).flatten() for key in first]).norm().item()
