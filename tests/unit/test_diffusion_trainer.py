@@ -93,6 +93,27 @@ def test_the_loss_falls_at_every_noise_level_on_clips_that_are_alike(tmp_path: P
         assert metrics[f"video_loss_at_{level}_after"] < 0.9 * metrics[f"video_loss_at_{level}_before"]
 
 
+def test_the_held_out_loss_goes_on_where_it_was_when_all_weights_are_trained(tmp_path: Path) -> None:
+    """Phases after the first move nothing: what they measure is what the adapters have reached, through both changes."""
+    alike = [{**clip, "latents": _clips(1, seed=3)[0]["latents"]} for clip in _clips(8, seed=0)]
+    phase = {"resolution": "128x128", "duration": {"frames": 9}, "global_batch_size": 4}
+    lora = {"training_mode": "lora", "lora": {"rank": 4}}
+    phases = [
+        {**phase, **lora, "name": "adapters", "updates": 40, "learning_rate": 1e-2},
+        {**phase, "training_mode": "full", "name": "whole", "updates": 1, "learning_rate": 1e-20},
+        {**phase, **lora, "name": "new_adapters", "updates": 1, "learning_rate": 1e-20},
+    ]
+    _trainer(tmp_path, "ltx", clips=alike, curriculum={"phases": phases}).train()
+    report = json.loads((tmp_path / "report.json").read_text())
+    reached, whole, again = (phase["metrics"] for phase in report["phases"])
+    for level in LEVELS:
+        name = f"video_loss_at_{level}"
+        learned = report["metrics"][f"{name}_before"] - reached[name]
+        assert learned > 0.01, "or the adapters would not be missed"
+        assert whole[name] == pytest.approx(reached[name], rel=1e-6, abs=0)  # fp32: W x + B (A x) against (W + B A) x
+        assert again[name] == pytest.approx(reached[name], rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("form", ["peft", "comfyui.safetensors"])
 @pytest.mark.parametrize("family", ["ltx", "wan"])
 def test_a_run_goes_on_from_a_lora_merged_or_as_adapters(tmp_path: Path, family: str, form: str) -> None:
