@@ -34,8 +34,9 @@ quickstart: $(STAMP) ## Trains a tiny video VAE on the shipped samples through t
 chain: $(STAMP) ## Trains tiny video and audio VAEs, encodes with them, trains a diffusion transformer and samples clips with sound.
 	@VENV="$(VENV)" launch/chain.sh
 
+# pytest-xdist would begin with the files of most tests, and those of few tests take longest here: they would come last, one alone.
 test: $(STAMP) ## Runs every test that this machine can run.
-	@$(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile
+	@$(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 unit: $(STAMP) ## Runs the fast tests only.
 	@$(TEST_ENV) "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile tests/unit tests/contracts
