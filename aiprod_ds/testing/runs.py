@@ -6,14 +6,17 @@ Owns what tests of resuming share, of this project and of its users; records hol
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from aiprod_ds.engine import dist
 from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.train import reporting
 
 _MEASURED_TIME = ("time/", "throughput/", "memory/")
 _WRITTEN_AT_THE_END = ("export", "plots", "report.json", "report.md")
@@ -33,7 +36,7 @@ def alike_on_ranks(function: Callable[..., dict[str, Any]], *, ranks: int, folde
 def train_and_resume(
     train: Callable[[Path], dict[str, Any]], whole: Path, resumes: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """Trains once without interruption and once more from each of some checkpoints. Collective.
+    """Trains once without interruption and once more from each of some checkpoints, without plots. Collective.
 
     Args:
         train: Trains in a folder, from the newest checkpoint there if it has one, and returns a record of the run.
@@ -43,14 +46,22 @@ def train_and_resume(
     Returns:
         The records: `whole` and each name of `resumes`.
     """
-    records = {"whole": train(whole)}
-    for name, update in resumes.items():
-        copy = whole.with_name(f"{whole.name}_{name}")
-        if dist.is_main():
-            copy_as_if_stopped_at(update, whole, copy)
-        dist.barrier()
-        records[name] = train(copy)
+    with without_plots():
+        records = {"whole": train(whole)}
+        for name, update in resumes.items():
+            copy = whole.with_name(f"{whole.name}_{name}")
+            if dist.is_main():
+                copy_as_if_stopped_at(update, whole, copy)
+            dist.barrier()
+            records[name] = train(copy)
     return records
+
+
+@contextmanager
+def without_plots() -> Iterator[None]:
+    """Leaves the plots out of the reports of runs that end in the block: to draw them takes longer than a small training."""
+    with patch.object(reporting, "save_plots", lambda *_, **__: ()):
+        yield
 
 
 def copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:

@@ -30,7 +30,7 @@ from aiprod_ds.engine.protocol import Engine, ParameterGroup
 from aiprod_ds.optim.ema import Ema
 from aiprod_ds.pieces import KINDS
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.runs import copy_as_if_stopped_at, record_of, series
+from aiprod_ds.testing.runs import copy_as_if_stopped_at, record_of, series, without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.base import frozen_sha256
 from aiprod_ds.train.saving import read_engine, write_engine
@@ -294,7 +294,8 @@ def _train(folder: Path, *, stage: int) -> dict[str, Any]:
         dataset=clips,
         validation=SyntheticVideoDataset(3, 9, 24, 24, seed=1),
     )
-    summary = trainer.train()
+    with without_plots():
+        summary = trainer.train()
     assert clips.asked[:10] == list(range(10)), "the lengths of all clips are read first"
     asked, share = clips.asked[10:], 4 // dist.world_size()
     assert len(asked) % share == 0, "whole updates and nothing in advance"

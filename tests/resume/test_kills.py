@@ -84,13 +84,13 @@ def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, 
 def serve(folder: Path, stage: int, kills: int) -> None:
     """Trains a whole run, then one that dies `kills` times, and writes what was seen to `outcome.json`."""
     import torch._dynamo  # noqa: F401  the ranks are forked with everything imported
-    from matplotlib.figure import Figure
 
-    import aiprod_ds.engine.deepspeed_engine  # noqa: F401
+    import aiprod_ds.engine.deepspeed_engine
+    import aiprod_ds.testing.runs
+    import aiprod_ds.train.video_vae  # noqa: F401
     from aiprod_ds.checkpoint.store import CheckpointStore
     from aiprod_ds.testing.forked import wait_for_ranks
 
-    Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]  # plots take longer than training here
     chance = random.Random(stage)
     whole = folder / "whole"
     assert wait_for_ranks(_start(whole, stage)) == [0] * RANKS, "the run that nobody kills"
@@ -133,10 +133,11 @@ def _train(folder: Path, stage: int) -> int:
     from aiprod_ds.config.vae import VAETrainerConfig
     from aiprod_ds.data.synthetic import SyntheticVideoDataset
     from aiprod_ds.engine import dist
+    from aiprod_ds.testing.runs import without_plots
     from aiprod_ds.testing.tiny import TinyVideoVAE
     from aiprod_ds.train.video_vae import VideoVAETrainer
 
-    with dist.process_group(timeout_seconds=60, lost_rank_seconds=None):
+    with dist.process_group(timeout_seconds=60, lost_rank_seconds=None), without_plots():
         if dist.is_main():
             handler = logging.FileHandler(f"{folder}.log")
             logging.getLogger("aiprod_ds").addHandler(handler)

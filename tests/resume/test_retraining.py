@@ -25,7 +25,7 @@ from aiprod_ds.errors import EngineError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
+from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume, without_plots
 from aiprod_ds.train import retrain, run, saving
 from aiprod_ds.train.diffusion import DiffusionTrainer
 
@@ -144,7 +144,8 @@ def run_locally(folder: str) -> dict[str, Any]:
         return retrain_as_it_is(engine, *arguments, **settings)
 
     run.retrain = watch
-    record = _train("zero0_fp32", Path(folder) / "local", kind="local")
+    with without_plots():
+        record = _train("zero0_fp32", Path(folder) / "local", kind="local")
     seen.append(load_file(Path(folder) / "local" / "export" / "base" / "diffusion_pytorch_model.safetensors")[WITHOUT_ADAPTER])
     return {**record, "moved": [not torch.equal(before, after) for before, after in pairwise(seen)]}
 
@@ -164,7 +165,8 @@ def die_inside_the_change(folder: str) -> None:
 
 def finish(folder: str) -> dict[str, Any]:
     """Goes on with what is left."""
-    return _train(KILLED, Path(folder) / "run")
+    with without_plots():
+        return _train(KILLED, Path(folder) / "run")
 
 
 def _train_asynchronously(folder: Path) -> dict[str, Any]:

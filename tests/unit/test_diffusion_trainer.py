@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from aiprod_ds.errors import CheckpointError, ConfigError, PlanError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.wan import Wan
+from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.train.diffusion import DiffusionTrainer
 
 LEVELS = (0.25, 0.75)
@@ -60,6 +62,12 @@ def _trainer(
     )
     clips = clips or _clips(8, seed=0)
     return DiffusionTrainer(config, source="test.yaml", dataset=clips[:6], validation=clips[6:])
+
+
+@pytest.fixture(autouse=True)
+def _no_plots() -> Iterator[None]:
+    with without_plots():
+        yield
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from matplotlib.figure import Figure
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.ltx import LTXVideo
+from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.train.diffusion import DiffusionTrainer
 
 SOURCE = "LTXVideoTransformer3DModel"
@@ -28,8 +29,9 @@ SMALLER = {"training_mode": "lora", "lora": {"rank": 1}}
 
 
 @pytest.fixture(autouse=True)
-def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+def _no_plots() -> Iterator[None]:
+    with without_plots():
+        yield
 
 
 @pytest.fixture
