@@ -32,6 +32,7 @@ FILES = [
     "zero0_bf16", "zero1_bf16", "zero2_bf16", "zero3_bf16",
     "zero1_fp16_v100", "zero2_fp16_v100", "zero3_fp16_v100",
 ]  # fmt: skip
+RANKS = 2
 GLOBAL_BATCH = 4
 UPDATES = 4
 SAMPLES = 256
@@ -48,17 +49,18 @@ MODEL = ModelConfig(
     },
 )
 
-# Largest difference to the oracle in the losses and the gradient norms, and the L2 distance of the final fp32 parameters over the
-# distance that training moved them. fp32: sums in another order, through 4 updates. 16 bit: gradients are rounded to 8 resp. 11
-# bits before they are summed over ranks. Measured: fp32 6e-8, 4e-6, 1.2e-5; bf16 7e-4, 0.024, 0.022; fp16 5e-4, 0.008, 0.008.
-TOLERANCES = {"fp32": (1e-6, 2e-5, 1e-4), "bf16": (2e-3, 0.06, 0.06), "fp16": (2e-3, 0.02, 0.02)}
+# Largest difference to the oracle in the losses and the gradient norms (at most 9.4), and the L2 distance of the final fp32
+# parameters over the distance that training moved them. fp32: sums in another order, through 4 updates. 16 bit: gradients are
+# rounded to 8 resp. 11 bits before they are summed over ranks. Measured: fp32 6e-8, 1e-6, 2e-7; bf16 3e-4, 0.017, 0.003; fp16
+# 1.2e-3, 0.035, 0.013 (the updates are large, and the third doubles every difference).
+TOLERANCES = {"fp32": (1e-6, 1e-5, 2e-6), "bf16": (1e-3, 0.05, 0.01), "fp16": (4e-3, 0.1, 0.04)}
 
 pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=2, timeout_seconds=600)
+    results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=RANKS, timeout_seconds=600)
     assert [case["losses"] for case in results[0].values()] == [case["losses"] for case in results[1].values()]
     return results[0]
 
@@ -116,8 +118,8 @@ def _oracle(name: str) -> dict[str, Any]:
         decay_groups(module),
         optimizer=OPTIMIZER,
         settings=_settings(name),
-        micro_batch_size=GLOBAL_BATCH,
-        accumulation=1,
+        micro_batch_size=GLOBAL_BATCH // RANKS,
+        accumulation=RANKS,
     )
     start = engine.module_state()
     return {"records": _train(engine), "start": start, "module": engine.module_state()}
@@ -135,7 +137,7 @@ def _measure(name: str, oracle: dict[str, Any], *, recompute: bool) -> dict[str,
         decay_groups(module),
         optimizer=OPTIMIZER,
         settings=_settings(name),
-        micro_batch_size=GLOBAL_BATCH // dist.world_size(),
+        micro_batch_size=GLOBAL_BATCH // RANKS,
         accumulation=1,
     )
     records = _train(engine)
@@ -166,19 +168,26 @@ def _settings(name: str) -> DeepSpeedSettings:
 
 
 def _train(engine: Engine) -> list[list[float]]:
-    """Returns mean loss and gradient norm of every update."""
+    """Returns mean loss and gradient norm of every update.
+
+    One process computes the ranks' shares one after another: in 16 bits a CPU may round a whole batch otherwise than its halves.
+    """
     records = []
+    shares = range(RANKS) if engine.world_size == 1 else [engine.rank]
     for update in range(UPDATES):
         engine.set_learning_rate(1e-2)
-        share = slice(engine.rank, None, engine.world_size)
-        wave_BCN, seeds = _batch(update)[share], list(range(GLOBAL_BATCH))[share]
-        reconstruction, mean, logvar = engine(wave_BCN.to(engine.compute_dtype), seeds)
-        loss = (reconstruction.float() - wave_BCN).abs().mean() + 0.01 * (mean.square() + logvar.exp() - logvar).mean()
-        engine.backward(loss)
-        result = engine.step()
+        losses, result = [], None
+        for share in (slice(first, None, RANKS) for first in shares):
+            wave_BCN, seeds = _batch(update)[share], list(range(GLOBAL_BATCH))[share]
+            reconstruction, mean, logvar = engine(wave_BCN.to(engine.compute_dtype), seeds)
+            loss = (reconstruction.float() - wave_BCN).abs().mean() + 0.01 * (mean.square() + logvar.exp() - logvar).mean()
+            engine.backward(loss)
+            result = engine.step()
+            losses.append(loss.detach())
         assert result is not None
         assert result.applied
-        together = dist.reduce_mean(loss.detach()) if engine.world_size > 1 else loss.detach()
+        mean_loss = torch.stack(losses).mean()
+        together = dist.reduce_mean(mean_loss) if engine.world_size > 1 else mean_loss
         records.append([together.item(), float(result.gradient_norm)])
     return records
 
