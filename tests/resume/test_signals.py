@@ -231,8 +231,8 @@ def _kill_launcher(
     """Kills a process of the launcher, and later the orphans; returns whether those died inside a save.
 
     Nothing tells the ranks that their launcher is gone. They train on, to the end of the run if nobody ends them, and a second
-    start beside them would write into their folder. So this does what an operator, a service manager or a batch system does: it
-    ends what remains of the process group, and only then is the run started anew.
+    start beside them is refused. So this does what an operator, a service manager or a batch system does: it ends what remains of
+    the process group, and only then is the run started anew.
     """
     before = len(_lines(Path(f"{folder}.log")))
     command = [*launcher_command(ranks=ranks), __file__, str(folder), str(ranks), json.dumps(checkpoint)]
@@ -245,6 +245,7 @@ def _kill_launcher(
         os.kill({"runner": runner.pid, "launch": launch}[target], signal.SIGKILL)
         runner.wait(timeout=30)
         _await_rows(folder, 1)  # they train on
+        _require_refusal(folder)
         _await_moment_to_kill(folder, chance, in_save=in_save)
         inside_a_save = _is_saving(folder)
         assert len(orphans) == ranks, orphans
@@ -253,6 +254,20 @@ def _kill_launcher(
         kill_session(runner.pid)
     _await(lambda: not any(_is_running(process) for process in orphans))
     return inside_a_save
+
+
+def _require_refusal(folder: Path) -> None:
+    """Checks that a start beside the orphans would be refused."""
+    from aiprod_ds.errors import CheckpointError
+    from aiprod_ds.train.folder_lock import FolderLock
+
+    try:
+        with FolderLock(folder) as lock:
+            lock.take(within_seconds=0.0)
+    except CheckpointError as error:
+        assert "one run at a time" in str(error)
+    else:
+        raise AssertionError("a second run may begin beside the orphans")
 
 
 def _children(process: int) -> list[int]:
