@@ -261,13 +261,8 @@ def _require_refusal(folder: Path) -> None:
     from aiprod_ds.errors import CheckpointError
     from aiprod_ds.train.folder_lock import FolderLock
 
-    try:
-        with FolderLock(folder) as lock:
-            lock.take(within_seconds=0.0)
-    except CheckpointError as error:
-        assert "one run at a time" in str(error)
-    else:
-        raise AssertionError("a second run may begin beside the orphans")
+    with FolderLock(folder) as lock, pytest.raises(CheckpointError, match="one run at a time"):
+        lock.take(within_seconds=0.0)
 
 
 def _children(process: int) -> list[int]:
