@@ -119,32 +119,18 @@ def run_training(
     """
     with FolderLock(Path(config.output_dir)) as lock:
         dist.from_main(lock.take_if_used)  # before the newest checkpoint is looked for
-        return _run_training(config, unit, plan, lock, resume=resume, source=source, choose_now=choose_now, console=console)
-
-
-def _run_training(
-    config: RunConfig,
-    unit: Unit,
-    plan: RunPlan,
-    lock: FolderLock,
-    *,
-    resume: str,
-    source: str,
-    choose_now: Choose,
-    console: Console | None,
-) -> RunSummary:
-    checkpoint = _find_checkpoint(config, resume)
-    settled = _settle(config, plan, checkpoint, choose_now, source)
-    run = _new_run(config, unit, settled, source, console or Console(stderr=True))
-    default = run.settings.activation_checkpointing
-    check_checkpointing(unit.module, run.plan, default=default, source=source)
-    _require_own(run, checkpoint)
-    dist.from_main(lambda: _prepare_folder(run, checkpoint, lock, move_aside=resume == "never"))
-    require_shared(run.folder)
-    if not dist.is_main():
-        lock.share()
-    with SignalWatch() as watch:
-        return _train(run, checkpoint, watch)
+        checkpoint = _find_checkpoint(config, resume)
+        settled = _settle(config, plan, checkpoint, choose_now, source)
+        run = _new_run(config, unit, settled, source, console or Console(stderr=True))
+        default = run.settings.activation_checkpointing
+        check_checkpointing(unit.module, run.plan, default=default, source=source)
+        _require_own(run, checkpoint)
+        dist.from_main(lambda: _prepare_folder(run, checkpoint, lock, move_aside=resume == "never"))
+        require_shared(run.folder)
+        if not dist.is_main():
+            lock.share()
+        with SignalWatch() as watch:
+            return _train(run, checkpoint, watch)
 
 
 def evaluate_checkpoint(
