@@ -1,14 +1,40 @@
-"""What tests of engines train and compare: a block of uneven size, the state that an engine optimizes, distances of weights."""
+"""What tests of engines build, train and compare: an engine and its end, a block of uneven size, states, distances of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.train.parameter_groups import decay_groups
+
+
+@contextmanager
+def deepspeed_engine(
+    module: nn.Module, *, optimizer: OptimizerConfig, settings: DeepSpeedSettings, micro_batch_size: int
+) -> Iterator[Any]:
+    """Yields a DeepSpeed engine that trains `module` without accumulation, and closes it after the block. Collective.
+
+    After an error it stays open: closing is collective, and the launcher ends the ranks.
+    """
+    from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
+
+    engine = DeepSpeedEngine(
+        module,
+        decay_groups(module),
+        optimizer=optimizer,
+        settings=settings,
+        micro_batch_size=micro_batch_size,
+        accumulation=1,
+    )
+    yield engine
+    engine.close()
 
 
 class UnevenBlock(nn.Module):

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.engines import UnevenBlock, distance, is_same_state, optimized_state
+from aiprod_ds.testing.engines import UnevenBlock, deepspeed_engine, distance, is_same_state, optimized_state
 from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.saving import read_engine, write_engine
 
@@ -255,7 +255,10 @@ def _measure_resume(path: Path, folder: Path, first: int, records: list[Record],
         engine.set_weight_decay(STORY[first].weight_decay)
         read_engine(folder, engine)
         again = _live(engine, STORY, first=first, is_resumed=True)
-        return {"records": again == records[len(records) - len(again) :], "states": is_same_state(states, optimized_state(engine))}
+        return {
+            "records": again == records[len(records) - len(again) :],
+            "states": is_same_state(states, optimized_state(engine)),
+        }
 
 
 def _measure_reset(path: Path) -> bool:
@@ -390,17 +393,11 @@ def _refusal(engine: Engine) -> str:
     return "no error"
 
 
-@contextmanager
-def _engine(path: Path, *, seed: int = 0, module: nn.Module | None = None, loss_scale_window: int = 3) -> Iterator[Any]:
-    from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
-
+def _engine(
+    path: Path, *, seed: int = 0, module: nn.Module | None = None, loss_scale_window: int = 3
+) -> AbstractContextManager[Any]:
     built = _module(seed) if module is None else module
-    settings = _settings(path, loss_scale_window)
-    engine = DeepSpeedEngine(
-        built, decay_groups(built), optimizer=OPTIMIZER, settings=settings, micro_batch_size=4, accumulation=1
-    )  # fmt: skip
-    yield engine  # after an error no collective: the launcher ends the ranks
-    engine.close()
+    return deepspeed_engine(built, optimizer=OPTIMIZER, settings=_settings(path, loss_scale_window), micro_batch_size=4)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import AiprodError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.engines import UnevenBlock, distance, is_same_state, optimized_state
+from aiprod_ds.testing.engines import UnevenBlock, deepspeed_engine, distance, is_same_state, optimized_state
 from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.saving import read_engine, write_engine
 
@@ -387,20 +387,8 @@ def _message(call: Any) -> str:
     return "no error"
 
 
-@contextmanager
-def _engine(module: nn.Module, path: Path) -> Iterator[Any]:
-    from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
-
-    engine = DeepSpeedEngine(
-        module,
-        decay_groups(module),
-        optimizer=OPTIMIZER,
-        settings=_settings(path),
-        micro_batch_size=GLOBAL_BATCH // RANKS,
-        accumulation=1,
-    )
-    yield engine  # after an error no collective: the launcher ends the ranks
-    engine.close()
+def _engine(module: nn.Module, path: Path) -> AbstractContextManager[Any]:
+    return deepspeed_engine(module, optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=GLOBAL_BATCH // RANKS)
 
 
 def _settings(path: Path) -> DeepSpeedSettings:

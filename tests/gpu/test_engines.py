@@ -9,14 +9,13 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from aiprod_ds.checkpoint.host_copies import HostCopies
 from aiprod_ds.checkpoint.pieces import write_pieces
@@ -24,10 +23,10 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settin
 from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import dist
-from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.engines import deepspeed_engine, distance, is_same_state, optimized_state
 from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.saving import capture, read_engine
 
@@ -89,7 +88,6 @@ def measure() -> dict[str, Any]:
 
 
 def _measure_updates(name: str) -> dict[str, float]:
-    start = {key: value.detach().clone() for key, value in _net(0).named_parameters()}
     local = LocalEngine(
         net := _net(0),
         decay_groups(net),
@@ -98,6 +96,7 @@ def _measure_updates(name: str) -> dict[str, float]:
         micro_batch_size=GLOBAL_BATCH,
         accumulation=1,
     )
+    start = local.module_state()
     with _engine(_net(0), name) as engine:
         for each in (local, engine):
             for update in range(UPDATES):
@@ -105,8 +104,8 @@ def _measure_updates(name: str) -> dict[str, float]:
         found, expected = engine.module_state(), local.module_state()
     if not dist.is_main():
         return {}
-    moved = _distance(expected, start)
-    return {"moved": moved, "difference": _distance(found, expected) / moved}
+    moved = distance(expected, start)
+    return {"moved": moved, "difference": distance(found, expected) / moved}
 
 
 def _measure_rebuilding(name: str, kind: str) -> dict[str, Any]:
@@ -134,33 +133,24 @@ def _measure_saving(name: str) -> dict[str, bool]:
     with _engine(_net(0, width=4096), name) as engine:
         for update in range(2):
             _update(engine, update)
-        expected = _states(engine)
+        expected = optimized_state(engine)
         captured = copies.take(capture(engine))
         for update in range(2, 4):
             _update(engine, update)
-        moved_on = not _equal(_states(engine), expected)
+        moved_on = not _is_same_on_rank_0(optimized_state(engine), expected)
     write_pieces(folder, captured)
     is_pinned = all(tensor.is_pinned() for tensor in captured.tensors if tensor.numel())
     dist.barrier()
     with _engine(_net(1, width=4096), name) as resumed:
         read_engine(folder, resumed)
-        found = _states(resumed)
+        found = optimized_state(resumed)
     copies.release()
-    return {"is_pinned": is_pinned, "moved_on": moved_on, "is_equal": _equal(found, expected)}
+    return {"is_pinned": is_pinned, "moved_on": moved_on, "is_equal": _is_same_on_rank_0(found, expected)}
 
 
-@contextmanager
-def _engine(module: nn.Module, name: str) -> Iterator[DeepSpeedEngine]:
-    engine = DeepSpeedEngine(
-        module,
-        decay_groups(module),
-        optimizer=OPTIMIZER,
-        settings=_settings(name),
-        micro_batch_size=GLOBAL_BATCH // dist.world_size(),
-        accumulation=1,
-    )
-    yield engine  # after an error no collective: the launcher ends the ranks
-    engine.close()
+def _engine(module: nn.Module, name: str) -> AbstractContextManager[Any]:
+    size = GLOBAL_BATCH // dist.world_size()
+    return deepspeed_engine(module, optimizer=OPTIMIZER, settings=_settings(name), micro_batch_size=size)
 
 
 def _settings(name: str) -> DeepSpeedSettings:
@@ -214,23 +204,6 @@ def _update_transformer(engine: Any) -> None:
         engine.step()
 
 
-def _states(engine: Any) -> dict[str, Tensor]:
-    """Returns masters, moments and step counts, whole; on rank 0."""
-    return {
-        f"{state.name} {key}": torch.as_tensor(value).clone()
-        for state in engine.parameter_states()
-        for key, value in {"value": state.value, "step": state.step, **state.optimizer}.items()
-    }
-
-
-def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Returns what rank 0 finds, on all ranks."""
-    return dist.from_main(
-        lambda: first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
-    )
-
-
-def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Returns the L2 norm of the difference over the whole model."""
-    assert first.keys() == second.keys()
-    return torch.cat([(first[key].float().cpu() - second[key].float().cpu()).flatten() for key in first]).norm().item()
+def _is_same_on_rank_0(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Returns on all ranks what rank 0 finds: the others have no tensors."""
+    return dist.from_main(lambda: is_same_state(first, second))
