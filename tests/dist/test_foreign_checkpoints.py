@@ -170,7 +170,11 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda folder: (folder / "tag" / "mp_rank_00_model_states.pt").write_bytes(b"PK"),
         r"mp_rank_00_model_states\.pt: must hold tensors",
     ),
-    "latest leads out": ("zero1_fp32", lambda folder: (folder / "latest").write_text("../zero1_fp32/tag"), "must be the name of a"),
+    "latest leads out": (
+        "zero1_fp32",
+        lambda folder: (folder / "latest").write_text("../zero1_fp32/tag"),
+        "must be the name of a",
+    ),
 }
 
 
