@@ -25,15 +25,22 @@ class JsonlSink:
         path: The file; its folder must exist.
         resume_from_update: Update count of the checkpoint that the run continues from; later lines are dropped. None starts a
             new file.
+        evaluates_again: Whether the evaluation at just that update is still to come for the continued run; a line of it is
+            dropped too.
 
     Raises:
         DataError: If the file to continue is damaged anywhere but in its last line.
     """
 
-    def __init__(self, path: Path, *, resume_from_update: int | None = None) -> None:
-        kept = [] if resume_from_update is None or not path.exists() else _complete_lines(path)
-        rows = [(_parse(line, f"{path}:{number}"), line) for number, line in enumerate(kept, start=1)]
-        write_atomically(path, "".join(line for (update, _), line in rows if update <= (resume_from_update or 0)))
+    def __init__(self, path: Path, *, resume_from_update: int | None = None, evaluates_again: bool = False) -> None:
+        known = [] if resume_from_update is None or not path.exists() else _complete_lines(path)
+        rows = [(_parse(line, f"{path}:{number}"), line) for number, line in enumerate(known, start=1)]
+        last = resume_from_update or 0
+
+        def is_kept(update: int, metrics: Mapping[str, float]) -> bool:
+            return update < last or (update == last and not (evaluates_again and _is_evaluation(metrics)))
+
+        write_atomically(path, "".join(line for row, line in rows if is_kept(*row)))
         self._file: TextIO | None = path.open("a", encoding="utf-8")
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
@@ -58,6 +65,10 @@ def read_metrics(path: Path) -> list[MetricRow]:
         DataError: If a complete line is not what `JsonlSink` writes; names the line.
     """
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(_complete_lines(path), start=1)]
+
+
+def _is_evaluation(metrics: Mapping[str, float]) -> bool:
+    return all(name.startswith("evaluation/") for name in metrics)
 
 
 def _complete_lines(path: Path) -> list[str]:

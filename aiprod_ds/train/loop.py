@@ -238,6 +238,7 @@ class TrainingLoop:
         if phase.name not in self.history.phase_metrics:
             found = self._evaluate(f"after phase {phase.name}", f"phase_{phase.index + 1}_{phase.name}")
             self.history.phase_metrics[phase.name] = dict(found.metrics)
+            self._saved_updates = -1  # a request at the edge may have saved without them
         self._save()
 
     def _evaluate(self, title: str, picture: str) -> Evaluation:

@@ -210,7 +210,10 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
     if base is None or run.config.checkpoint.self_contained:
         origin, is_stored = start_in_words(run.config), checkpoint is not None  # what was restored may have been trained before
         base = base_of_phase(engine, run.plan.phases[clock.phase], run.config, origin=origin, is_stored=is_stored)
-    sinks = _open_sinks(run, clock, is_resumed=checkpoint is not None) if dist.is_main() else ()
+    # A stop at the edge of a phase saves before the phase is evaluated.
+    evaluates_again = clock.phase_updates > 0 and run.plan.phases[clock.phase].name not in history.phase_metrics
+    is_resumed = checkpoint is not None
+    sinks = _open_sinks(run, clock, is_resumed=is_resumed, evaluates_again=evaluates_again) if dist.is_main() else ()
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
     stopwatch, saver = Stopwatch(), run.saver(history)
 
@@ -336,7 +339,7 @@ def _prepare_folder(run: _Run, checkpoint: Checkpoint | None, lock: FolderLock, 
     write_atomically(run.folder / name, json.dumps(describe_environment(), indent=1) + "\n")
 
 
-def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool) -> tuple[Sink, ...]:
+def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool, evaluates_again: bool) -> tuple[Sink, ...]:
     from_update = clock.updates if is_resumed else None
     spans = [
         PhaseSpan(
@@ -348,7 +351,7 @@ def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool) -> tuple[Sink, ...
         for phase in run.plan.phases
     ]
     sinks: list[Sink] = [
-        JsonlSink(run.folder / "metrics.jsonl", resume_from_update=from_update),
+        JsonlSink(run.folder / "metrics.jsonl", resume_from_update=from_update, evaluates_again=evaluates_again),
         ConsoleSink(run.console, phases=spans, first_update=clock.updates),
     ]
     if run.config.report.tensorboard:

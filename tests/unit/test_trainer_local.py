@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError
+from aiprod_ds.report.summary import RunStatus
+from aiprod_ds.testing.runs import repeatable_rows
+from aiprod_ds.train import requests
 from aiprod_ds.train.video_vae import VideoVAETrainer
 
 LOW_UPDATES, HIGH_UPDATES = 3, 2
 ALL_UPDATES = LOW_UPDATES + HIGH_UPDATES
+LENGTHS = 6  # reads before anything else, of every clip, to learn its length
 
 
 class SmallVAE(nn.Module):
@@ -46,12 +52,13 @@ class PowerCutError(RuntimeError):
     """Stands for whatever ends a process in the middle of a run."""
 
 
-class FailingDataset(Dataset[Tensor]):
-    """The synthetic clips until `items` of them have been read."""
+class ActingDataset(Dataset[Tensor]):
+    """The synthetic clips of `seed`; from the read after `items` on, every read first does `act`."""
 
-    def __init__(self, items: int) -> None:
-        self._clips = _clips()
+    def __init__(self, seed: int, items: int, act: Callable[[], None]) -> None:
+        self._clips = _clips(seed)
         self._left = items
+        self._act = act
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -59,8 +66,12 @@ class FailingDataset(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         self._left -= 1
         if self._left < 0:
-            raise PowerCutError
+            self._act()
         return self._clips[index]
+
+
+def _lose_power(*_: object, **__: object) -> None:
+    raise PowerCutError
 
 
 def _clips(seed: int = 0) -> SyntheticVideoDataset:
@@ -68,7 +79,12 @@ def _clips(seed: int = 0) -> SyntheticVideoDataset:
 
 
 def _trainer(
-    folder: Path, *, precision: str = "fp32", dataset: Dataset[Tensor] | None = None, **sections: Any
+    folder: Path,
+    *,
+    precision: str = "fp32",
+    dataset: Dataset[Tensor] | None = None,
+    validation: Dataset[Tensor] | None = None,
+    **sections: Any,
 ) -> VideoVAETrainer:
     settings: dict[str, Any] = {"zero_optimization": {"stage": 1}}
     if precision != "fp32":
@@ -93,7 +109,7 @@ def _trainer(
     }
     torch.manual_seed(0)
     config = VAETrainerConfig.model_validate(values)
-    return VideoVAETrainer(config, model=SmallVAE(), dataset=dataset or _clips(), validation=_clips(seed=1))
+    return VideoVAETrainer(config, model=SmallVAE(), dataset=dataset or _clips(), validation=validation or _clips(seed=1))
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -198,9 +214,9 @@ def test_resume_from_a_checkpoint_repeats_the_uninterrupted_run(whole: Path, run
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_that_died_goes_on_where_it_was_saved(tmp_path: Path, precision: str) -> None:
     uninterrupted = _trainer(tmp_path / "whole", precision=precision).train()
-    # The lengths of all 6 clips are read first, then 4 for each of the first updates: this dies in the third, after the save.
+    # 4 clips are read for each of the first updates: this dies in the third, after the save.
     with pytest.raises(DataError, match="PowerCutError"):
-        _trainer(tmp_path / "died", precision=precision, dataset=FailingDataset(items=6 + 2 * 4 + 2)).train()
+        _trainer(tmp_path / "died", precision=precision, dataset=ActingDataset(0, LENGTHS + 2 * 4 + 2, _lose_power)).train()
     died = _report(tmp_path / "died")
     assert (died["status"], died["updates"], died["final_state_sha256"]) == ("failed", 2, None)
     assert "PowerCutError" in died["error"]
@@ -210,6 +226,57 @@ def test_a_run_that_died_goes_on_where_it_was_saved(tmp_path: Path, precision: s
     assert resumed.final_state_sha256 == uninterrupted.final_state_sha256
     assert _losses(tmp_path / "died") == _losses(tmp_path / "whole")
     assert len(_rows(tmp_path / "died")) == ALL_UPDATES
+
+
+class _StopAtTheEdge(logging.Handler):
+    """Asks the run to stop when a phase has ended and is not evaluated yet."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("phase_ends"):
+            (self._folder / "STOP").touch()
+
+
+@pytest.fixture
+def stopped_at_the_edge(run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
+    """The folder of a run that was asked to stop after the last update of its first phase, and saved before it was evaluated."""
+    monkeypatch.setattr(requests, "LOOK_SECONDS", 0.0)
+    asking, log = _StopAtTheEdge(run_folder), logging.getLogger("aiprod_ds.train.loop")
+    caplog.set_level(logging.INFO, log.name)
+    log.addHandler(asking)
+    assert _trainer(run_folder).train().status is RunStatus.INTERRUPTED
+    log.removeHandler(asking)
+    assert _phase_metrics_saved(run_folder) == set()
+    return run_folder
+
+
+def _phase_metrics_saved(folder: Path) -> set[str]:
+    newest = CheckpointStore(folder / "checkpoints").newest()
+    assert newest is not None
+    assert newest.state.clock.updates == LOW_UPDATES
+    return set(newest.state.history["phase_metrics"])
+
+
+def test_a_stop_during_the_evaluation_of_a_phase_saves_what_it_found(stopped_at_the_edge: Path, whole: Path) -> None:
+    evaluated = ActingDataset(1, LENGTHS, (stopped_at_the_edge / "STOP").touch)
+    assert _trainer(stopped_at_the_edge, validation=evaluated).train().status is RunStatus.INTERRUPTED
+    assert _phase_metrics_saved(stopped_at_the_edge) == {"low"}
+    assert _trainer(stopped_at_the_edge).train().status is RunStatus.COMPLETED
+    assert repeatable_rows(stopped_at_the_edge) == repeatable_rows(whole)
+
+
+def test_an_evaluation_that_was_not_saved_stands_in_the_metrics_once(
+    stopped_at_the_edge: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(PowerCutError):
+        patched.setattr(CheckpointStore, "commit", _lose_power)
+        _trainer(stopped_at_the_edge).train()
+    assert _phase_metrics_saved(stopped_at_the_edge) == set()
+    assert _trainer(stopped_at_the_edge).train().status is RunStatus.COMPLETED
+    assert repeatable_rows(stopped_at_the_edge) == repeatable_rows(whole)
 
 
 def test_resume_never_moves_the_old_run_aside(run_folder: Path) -> None:
