@@ -24,6 +24,8 @@ LOST_CODE = 1
 _PREFIX = "aiprod_ds/peers"
 _VERDICT = f"{_PREFIX}/verdict"
 _LOOK_SECONDS = 0.25
+_SILENT_BEATS = 3  # two and the slowness of a busy machine
+_PATIENCE_BEATS = 8  # reached only where the store of this process itself does not answer
 _GRACE_AFTER_LOSS_SECONDS = 5.0  # for the verdict to be read by the others, and for the main thread to end by itself
 _GRACE_AFTER_FAILURE_SECONDS = 60.0  # the main thread may be writing the report of an error that all ranks have
 
@@ -82,17 +84,24 @@ class PeerWatch:
     def blame(self) -> str | None:
         """Returns which other rank is to blame for a collective that just failed here; None if all are well.
 
-        Waits for up to three beats: that is how long a rank that just died seems alive.
+        A rank that just died seems alive for some time: its last beat may be read a whole beat late, and between two of a living
+        rank two may pass. So this waits until a rank has been silent for longer than a living one is, or every rank has shown two
+        new beats, of which it must have sent the second after the call.
         """
-        deadline = time.monotonic() + 3 * self._beat_seconds
+        before, deadline = self._counts(), time.monotonic() + _PATIENCE_BEATS * self._beat_seconds
         while self._verdict is None and time.monotonic() < deadline:
-            silent = self._silent(2.2 * self._beat_seconds)
+            silent = self._silent(_SILENT_BEATS * self._beat_seconds)
             if silent is not None:
                 self._to_post = silent
                 self._is_posted.wait(self._beat_seconds)
                 return silent
+            if all(now >= then + 2 for then, now in zip(before, self._counts(), strict=True)):
+                break
             time.sleep(_LOOK_SECONDS)
         return self._verdict
+
+    def _counts(self) -> list[int]:
+        return [int(beat or b"0") for beat in self._beats]
 
     def _talk(self) -> None:
         beat, keys = 0, [f"{_PREFIX}/beat/{rank}" for rank in range(self._world_size)]

@@ -6,29 +6,39 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as torch_dist
 
-from aiprod_ds.engine.peers import LOST_CODE, PeerWatch
+from aiprod_ds.engine.peers import _PREFIX, LOST_CODE, PeerWatch
 from aiprod_ds.testing.dist import free_port
 
 LIMIT_SECONDS = 6.0  # a beat is a sixth; the watch ends this process only after the limit and a grace, so tests are done by then
 
 
 @pytest.fixture
-def watches() -> Iterator[list[PeerWatch]]:
-    port = free_port()
-    store = torch_dist.TCPStore("127.0.0.1", port, None, True, timeout=timedelta(seconds=30), wait_for_workers=False)
-    made = [PeerWatch(rank=rank, world_size=3, address="127.0.0.1", port=port, limit_seconds=LIMIT_SECONDS) for rank in range(3)]
+def store() -> Any:
+    """The group's own, as rank 0 holds it."""
+    return torch_dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in torch's export list
+        "127.0.0.1", free_port(), None, True, timeout=timedelta(seconds=30), wait_for_workers=False
+    )
+
+
+def _watch(store: Any, *, rank: int, world_size: int) -> PeerWatch:
+    return PeerWatch(rank=rank, world_size=world_size, address="127.0.0.1", port=store.port, limit_seconds=LIMIT_SECONDS)
+
+
+@pytest.fixture
+def watches(store: Any) -> Iterator[list[PeerWatch]]:
+    made = [_watch(store, rank=rank, world_size=3) for rank in range(3)]
     for watch in made:
         watch.start()
     yield made
     for watch in made:
         watch.stop()
-    del store
 
 
 def test_nobody_is_blamed_while_all_are_well(watches: list[PeerWatch]) -> None:
@@ -42,6 +52,28 @@ def test_a_rank_that_fell_silent_is_named_with_its_host(watches: list[PeerWatch]
     assert {verdict.rpartition(" for ")[0] for verdict in verdicts} == {
         f"rank 1 on {socket.gethostname()} is gone: nothing heard"
     }
+
+
+def test_a_rank_whose_last_beat_is_read_late_is_named(store: Any) -> None:
+    """A rank dies right after a beat, and the other, which has just read the beats, finds out at once by its collective."""
+    for name, value in {"host/1": "far", "beat/1": "0"}.items():
+        store.set(f"{_PREFIX}/{name}", value)
+    own = _watch(store, rank=0, world_size=2)
+    own.start()
+    try:
+        for beat in (1, 2):
+            _await_change(lambda: store.get(f"{_PREFIX}/beat/0"))
+            time.sleep(0.1)
+            store.set(f"{_PREFIX}/beat/1", str(beat))
+        assert (own.blame() or "").startswith("rank 1 on far is gone: nothing heard")
+    finally:
+        own.stop()
+
+
+def _await_change(read: Callable[[], bytes]) -> None:
+    before = read()
+    while read() == before:
+        time.sleep(0.001)
 
 
 def test_a_rank_that_fails_tells_why(watches: list[PeerWatch]) -> None:
