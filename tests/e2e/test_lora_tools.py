@@ -1,11 +1,17 @@
-"""tools/merge_lora.py and tools/extract_lora.py as commands, on tiny folders of every family."""
+"""tools/merge_lora.py and tools/extract_lora.py, on tiny folders of every family.
+
+Once each as a process of its own; else the script runs in this process, because to start one takes most of five seconds.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +37,45 @@ WEIGHTS = "diffusion_pytorch_model"
 each_family = pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family: family.name)
 
 
-def _tool(root: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "tools" / f"{name}.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+@dataclass(frozen=True)
+class Finished:
+    """What a command did."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Tool = Callable[..., Finished]
+
+
+@pytest.fixture
+def tool(repository_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
+    """Runs a script of tools/ with arguments, in this process."""
+
+    def run(name: str, *arguments: object) -> Finished:
+        script = str(repository_root / "tools" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(script, run_name="__main__")
+        output = capsys.readouterr()
+        return Finished(int(left.value.code or 0), output.out, output.err)
+
+    return run
+
+
+@pytest.fixture
+def process(repository_root: Path) -> Tool:
+    """Runs a script of tools/ with arguments, as a user does."""
+
+    def run(name: str, *arguments: object) -> Finished:
+        command = [sys.executable, str(repository_root / "tools" / f"{name}.py"), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(repository_root), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
 
 
 def _save(transformer: Any, folder: Path, *, shard_bytes: int = 10**9) -> Path:
@@ -64,10 +105,10 @@ def _load(family_type: type[Family], folder: Path) -> Any:
 
 
 @each_family
-def test_a_lora_is_merged_between_folders(family_type: type[Family], repository_root: Path, tmp_path: Path) -> None:
+def test_a_lora_is_merged_between_folders(family_type: type[Family], tool: Tool, tmp_path: Path) -> None:
     merged = _lora(family_type, tmp_path)
     base = _save(tiny_transformer(family_type), tmp_path / "base", shard_bytes=30_000)
-    finished = _tool(repository_root, "merge_lora", base, tmp_path / "peft", tmp_path / "out", "--verify")
+    finished = tool("merge_lora", base, tmp_path / "peft", tmp_path / "out", "--verify")
     assert finished.returncode == 0, finished.stderr
     files = {path.name for path in base.iterdir()}
     assert len(files) > 4  # several files of weights, their index and the configuration
@@ -78,11 +119,11 @@ def test_a_lora_is_merged_between_folders(family_type: type[Family], repository_
     assert "rank 4, scale 1.5" in finished.stdout
 
 
-def test_the_type_of_the_weights_may_change(repository_root: Path, tmp_path: Path) -> None:
+def test_the_type_of_the_weights_may_change(process: Tool, tmp_path: Path) -> None:
     merged = _lora(LTXVideo, tmp_path).state_dict()
     base = _save(tiny_transformer(LTXVideo), tmp_path / "base")
     arguments = (base, tmp_path / "peft", tmp_path / "out", "--dtype", "bf16", "--verify")
-    finished = _tool(repository_root, "merge_lora", *arguments)
+    finished = process("merge_lora", *arguments)
     assert finished.returncode == 0, finished.stderr
     written = load_file(tmp_path / "out" / f"{WEIGHTS}.safetensors")
     assert written.keys() == merged.keys()
@@ -90,11 +131,11 @@ def test_the_type_of_the_weights_may_change(repository_root: Path, tmp_path: Pat
 
 
 @each_family
-def test_a_merged_lora_is_extracted_again(family_type: type[Family], repository_root: Path, tmp_path: Path) -> None:
+def test_a_merged_lora_is_extracted_again(family_type: type[Family], tool: Tool, tmp_path: Path) -> None:
     merged = _lora(family_type, tmp_path)
     base = _save(tiny_transformer(family_type), tmp_path / "base")
     tuned = _save(merged, tmp_path / "tuned", shard_bytes=30_000)
-    finished = _tool(repository_root, "extract_lora", base, tuned, tmp_path / "out", "--rank", 4)
+    finished = tool("extract_lora", base, tuned, tmp_path / "out", "--rank", 4)
     assert finished.returncode == 0, finished.stderr
     assert "without adapter" not in finished.stdout
     assert float(finished.stdout.split()[-1]) < 1e-5  # the difference has rank 4; weights of order 1 round at 6e-8
@@ -105,7 +146,7 @@ def test_a_merged_lora_is_extracted_again(family_type: type[Family], repository_
             torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-5, atol=2e-6)
 
 
-def test_what_an_extraction_loses_is_told(repository_root: Path, tmp_path: Path) -> None:
+def test_what_an_extraction_loses_is_told(process: Tool, tmp_path: Path) -> None:
     transformer = tiny_transformer(LTXVideo)
     base = _save(transformer, tmp_path / "base")
     layer = "transformer_blocks.1.attn1.to_q"
@@ -113,7 +154,7 @@ def test_what_an_extraction_loses_is_told(repository_root: Path, tmp_path: Path)
         transformer.get_parameter(f"{layer}.weight")[range(3), range(3)] += torch.tensor([3.0, 2.0, 1.0])
         transformer.get_parameter(f"{layer}.bias")[0] += 6.0
     tuned = _save(transformer, tmp_path / "tuned")
-    finished = _tool(repository_root, "extract_lora", base, tuned, tmp_path / "out", "--rank", 1, "--targets", "to_q")
+    finished = process("extract_lora", base, tuned, tmp_path / "out", "--rank", 1, "--targets", "to_q")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines() == [
         f"{layer}: relative error 0.598",  # sqrt(5 / 14), the worked number of `extract`
@@ -123,7 +164,7 @@ def test_what_an_extraction_loses_is_told(repository_root: Path, tmp_path: Path)
     ]
 
 
-def _refused(finished: subprocess.CompletedProcess[str], code: int, message: str) -> None:
+def _refused(finished: Finished, code: int, message: str) -> None:
     assert finished.returncode == code
     last = finished.stderr.splitlines()[-1]  # progress may stand before it
     assert last.startswith("error: ")
@@ -131,17 +172,17 @@ def _refused(finished: subprocess.CompletedProcess[str], code: int, message: str
     assert "Traceback" not in finished.stderr
 
 
-def test_what_does_not_fit_is_refused(repository_root: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(tool: Tool, tmp_path: Path) -> None:
     _lora(LTXVideo, tmp_path)
     base, out = _save(tiny_transformer(LTXVideo), tmp_path / "base"), tmp_path / "out"
     peft = tmp_path / "peft"
-    _refused(_tool(repository_root, "merge_lora", base, peft, base), 1, f"{base}: must not exist yet, got a folder")
-    _refused(_tool(repository_root, "merge_lora", base, peft, out, "--alpha", 2), 1, "alpha must not be given")
-    _refused(_tool(repository_root, "merge_lora", peft, peft, out), 1, "config.json: must be the JSON of a model of diffusers")
-    _refused(_tool(repository_root, "extract_lora", base, base, out, "--rank", 4), 1, "must differ from")
-    _refused(_tool(repository_root, "extract_lora", base, base, out, "--rank", 99), 1, "sides of at least the rank (99)")
+    _refused(tool("merge_lora", base, peft, base), 1, f"{base}: must not exist yet, got a folder")
+    _refused(tool("merge_lora", base, peft, out, "--alpha", 2), 1, "alpha must not be given")
+    _refused(tool("merge_lora", peft, peft, out), 1, "config.json: must be the JSON of a model of diffusers")
+    _refused(tool("extract_lora", base, base, out, "--rank", 4), 1, "must differ from")
+    _refused(tool("extract_lora", base, base, out, "--rank", 99), 1, "sides of at least the rank (99)")
     unknown = ("--rank", 4, "--targets", "query")
-    _refused(_tool(repository_root, "extract_lora", base, base, out, *unknown), 2, "lora.targets[0]: must match a Linear layer")
+    _refused(tool("extract_lora", base, base, out, *unknown), 2, "lora.targets[0]: must match a Linear layer")
     config = json.loads((base / "config.json").read_text())
     for changed, code, message in (
         ({"_class_name": "os:system"}, 1, "_class_name must be a model class of diffusers"),
@@ -149,5 +190,5 @@ def test_what_does_not_fit_is_refused(repository_root: Path, tmp_path: Path) -> 
         ({"out_channels": 8}, 2, "must have out_channels equal to in_channels"),
     ):
         (base / "config.json").write_text(json.dumps({**config, **changed}))
-        _refused(_tool(repository_root, "merge_lora", base, peft, out), code, message)
+        _refused(tool("merge_lora", base, peft, out), code, message)
     assert not out.exists()
