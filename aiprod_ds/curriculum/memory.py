@@ -1,7 +1,7 @@
 """How much memory of one GPU an update takes, by ZeRO stage, precision, offload and world size: sums in bytes, no measurements.
 
 With T trained and F frozen parameters, W ranks, b bytes of the engine's type, g bytes in which gradients are summed, and R
-elements of a reduction bucket, DeepSpeed 0.19.8 holds (counted on its engine, `tests/dist/test_engine_memory.py`):
+elements of a reduction bucket, DeepSpeed 0.19.8 holds (counted on its engine, `tests/distributed/test_engine_memory.py`):
 
     stage  weights        optimizer    gradients                        bucket   while it updates, beside weights and optimizer
     0      b (T + F)      12 T         b T                              0        b T + 4 T

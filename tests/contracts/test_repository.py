@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,18 @@ def _make_targets(text: str) -> list[str]:
 
 def _shell_blocks(markdown: str) -> str:
     return "\n".join(re.findall(r"^```(?:bash|sh)\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL))
+
+
+def test_pytest_and_ruff_leave_no_file_out(repository_root: Path, pytestconfig: pytest.Config) -> None:
+    """Both skip folders of certain names by default, `dist` among them, and say nothing."""
+    files = {path.relative_to(repository_root) for path in _tracked_files(repository_root) if path.suffix == ".py"}
+    tests = {path for path in files if path.parts[0] == "tests" and path.name.startswith("test_")}
+    skipped = pytestconfig.getini("norecursedirs")
+    assert len(tests) > 100
+    assert [path for path in tests for part in path.parent.parts for name in skipped if fnmatch(part, name)] == []
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
+    linted = subprocess.run(command, cwd=repository_root, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert files - {Path(name).relative_to(repository_root) for name in linted} == set()
 
 
 def test_ci_runs_the_commands_of_the_readme(repository_root: Path) -> None:

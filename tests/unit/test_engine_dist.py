@@ -1,4 +1,4 @@
-"""The process-group helpers on one process, with and without a group; two ranks are in tests/dist."""
+"""The process-group helpers on one process, with and without a group; two ranks are in tests/distributed."""
 
 from __future__ import annotations
 

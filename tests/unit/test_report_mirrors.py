@@ -88,7 +88,7 @@ def test_wandb_online_without_a_key_does_not_ask(wandb_home: Path, caplog: pytes
 def test_a_dead_wandb_costs_one_warning_and_a_bounded_wait(
     wandb_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, accepts: bool
 ) -> None:
-    """A port that nobody listens on, and one that takes connections and never answers. Pass: under 10 s for a wait of 1 s."""
+    """A port that nobody listens on, and one that takes connections and never answers. Pass: under 30 s for a wait of 1 s."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if accepts:
@@ -98,6 +98,6 @@ def test_a_dead_wandb_costs_one_warning_and_a_bounded_wait(
         started = time.monotonic()
         with caplog.at_level(logging.WARNING, logger="aiprod_ds"):
             assert open_with(wandb_home, "online", wait_seconds=1.0) is None
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
     assert [record.name for record in caplog.records if record.name.startswith("aiprod_ds")] == ["aiprod_ds.report.wandb"]
     assert "mirror=wandb mode=online not started" in caplog.text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from aiprod_ds.testing.dist import run_on_ranks
 
 RANKS, WIDTH, LAYERS, BUCKET, PARTITIONED = 2, 256, 8, 50_000, 3
 PARAMETERS = LAYERS * (WIDTH * WIDTH + WIDTH)
+_LETTING_GO_SECONDS = 0.2  # gloo's thread holds what it has summed for some moments after it is done
 FILES = Path(__file__).parents[2] / "ds_configs"
 
 pytestmark = pytest.mark.dist
@@ -85,6 +87,7 @@ def _measure(names: list[str]) -> dict[str, list[float]]:
                 held.peak = held.bytes
                 engine.backward(loss)
                 del loss
+                time.sleep(_LETTING_GO_SECONDS)
                 after_backward, peak = held.bytes, held.peak
                 engine.step()
                 sizes = [size / PARAMETERS for size in (held.bytes, after_backward, peak)]

@@ -45,7 +45,7 @@ GLOBAL_BATCH = 4
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1, epsilon=1e-6)
 
 # L2 distance of the fp32 parameters to the oracle's over the distance that the updates after writing moved them, as in
-# tests/dist/test_engine.py, which says why.
+# tests/distributed/test_engine.py, which says why.
 WRITING_TOLERANCES = {"fp32": 2e-6, "bf16": 0.1, "fp16": 0.03}
 
 CHAINS = [name for name in NAMES if name.split("_", 1)[1] in ("fp32", "bf16")]

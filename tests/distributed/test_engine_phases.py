@@ -1,8 +1,8 @@
 """What a curriculum does to a live engine: batch, weight decay, moments and activation checkpointing change between updates.
 
 One launch runs one story on two ranks for every settings file that ships, and once on one process with `LocalEngine`, the oracle,
-which takes every global batch as one micro-batch. The tests below only read the measurements. tests/dist/test_engine.py holds
-what does not change inside a run.
+which takes every global batch as one micro-batch. The tests below only read the measurements. What does not change inside a run
+is in tests/distributed/test_engine.py.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ STAGES = range(4)
 MODELS = ("plain", "diffusers")
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1)
 
-# As in tests/dist/test_engine.py, which says why: largest difference of losses and of gradient norms to the oracle, and distance
-# of the final parameters over the distance that training moved them.
+# As in tests/distributed/test_engine.py, which says why: largest difference of losses and of gradient norms to the oracle, and
+# distance of the final parameters over the distance that training moved them.
 # Measured: fp32 3e-8, 1e-7, 3e-7; bf16 1.4e-4, 7e-4, 0.015; fp16 1.5e-5, 1.4e-4, 6e-4 on one CPU and 5e-3 on
 # another.
 TOLERANCES = {"fp32": (1e-6, 1e-6, 2e-6), "bf16": (5e-4, 3e-3, 0.04), "fp16": (1e-4, 1e-3, 8e-3)}
