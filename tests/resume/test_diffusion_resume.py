@@ -122,7 +122,7 @@ def _config(case: str, mode: str, folder: Path, kind: str) -> DiffusionTrainerCo
     return DiffusionTrainerConfig.model_validate(
         {
             "output_dir": str(folder),
-            "model": {"source": "LTX2VideoTransformer3DModel", "config": LTX2.tiny_config()},
+            "model": {"source": "LTX2VideoTransformer3DModel", "config": {**LTX2.tiny_config(), "num_layers": 1}},
             "vae": {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8},
             "audio_vae": {"source": "AutoencoderKLLTX2Audio"},
             "training_mode": mode,
@@ -136,7 +136,7 @@ def _config(case: str, mode: str, folder: Path, kind: str) -> DiffusionTrainerCo
             },
             "engine": {"kind": kind, "deepspeed_config": str(_DS_CONFIGS / f"{case}.json")},
             "checkpoint": {"every_updates": 2},
-            "evaluation": {"max_clips": 3, "num_pictures": 0},
+            "evaluation": {"max_clips": 3, "noise_levels": [0.25, 0.75], "num_pictures": 0},
             "report": {"flush_updates": 2},
         }
     )

@@ -206,14 +206,14 @@ def _config(case: str, folder: Path, kind: str, *, asynchronous: bool = False) -
     return DiffusionTrainerConfig.model_validate(
         {
             "output_dir": str(folder),
-            "model": {"source": "LTXVideoTransformer3DModel", "config": LTXVideo.tiny_config()},
+            "model": {"source": "LTXVideoTransformer3DModel", "config": {**LTXVideo.tiny_config(), "num_layers": 1}},
             "vae": {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8},
             "data": {"train": "given_in_code", "num_workers": 0},
             "ema": {"half_life_samples": 8},
             "curriculum": {"phases": phases},
             "engine": {"kind": kind, "deepspeed_config": str(_DS_CONFIGS / f"{case}.json")},
             "checkpoint": {"every_updates": 1, "asynchronous": asynchronous},
-            "evaluation": {"max_clips": 2, "num_pictures": 0},
+            "evaluation": {"max_clips": 2, "noise_levels": [0.25, 0.75], "num_pictures": 0},
             "report": {"flush_updates": 2},
         }
     )
