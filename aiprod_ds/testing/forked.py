@@ -6,6 +6,7 @@ their own; whoever forks them must not have joined a group.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ def fork_ranks(work: Callable[[], int], *, ranks: int) -> list[int]:
     A single rank gets no launcher's environment.
     """
     port = free_port()
+    gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
     processes = []
     for rank in range(ranks):
         process = os.fork()
