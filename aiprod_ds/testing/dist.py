@@ -6,6 +6,7 @@ runs in fresh processes, joined in one group; it returns something that JSON can
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import importlib.util
@@ -137,6 +138,8 @@ def _main() -> None:
     dist = importlib.import_module("aiprod_ds.engine.dist")  # torch is loaded in the ranks, not in the process that starts them
     call = json.loads(sys.argv[-1])
     function = _load(call["target"])
+    cpuinfo: Any = importlib.import_module("cpuinfo")  # DeepSpeed asks it for every offloaded optimizer, a second each
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
     with dist.process_group():
         result = function(**call["arguments"])

@@ -7,7 +7,6 @@ is in tests/distributed/test_engine.py.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import shutil
@@ -192,12 +191,10 @@ class Autoencoder(nn.Module):
 
 
 def measure_everything() -> dict[str, Any]:
-    import cpuinfo
     import diffusers  # noqa: F401  # before the freeze
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # this CPU computes fp16 slowly but rightly
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # a second for every offloaded optimizer
     gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
     oracles = {precision: _oracle(precision, STORY) for precision in TOLERANCES}
     return {

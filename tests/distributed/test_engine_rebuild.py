@@ -198,11 +198,9 @@ class Denoiser(nn.Module):
 
 
 def measure_everything() -> dict[str, Any]:
-    import cpuinfo
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # this CPU computes fp16 slowly but rightly
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # a second for every offloaded optimizer
     with _engine(_add_lora(_denoiser(0), rank=4), FILES[0]):
         gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
     oracles = {precision: _writing_oracle(precision) for precision in WRITING_TOLERANCES}
