@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,12 +42,13 @@ class LatentNeeds:
     Attributes:
         strides: Of the video VAE, to know the pixels of entries that do not say them.
         with_audio: Whether every clip needs audio latents.
-        fingerprints: Of the encoders that the run names, by source; a source that is missing here is not checked.
+        fingerprints: What returns that of the encoder that the run names, by source; asked for only where an entry has one, since
+            it reads all weights. A source that is missing here is not checked.
     """
 
     strides: ModelStrides
     with_audio: bool = False
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
 
 def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
@@ -163,12 +164,12 @@ class _ClipReader:
         return header
 
     def _check_fingerprint(self, header: Header, source: str, path: Path) -> None:
-        expected, found = self.needs.fingerprints.get(source), header.metadata.get("fingerprint")
-        if expected is None:
+        ask, found = self.needs.fingerprints.get(source), header.metadata.get("fingerprint")
+        if ask is None:
             return
         if found is None:
             self.unchecked += 1
-        elif found != expected:
+        elif found != (expected := ask()):
             raise DataError(
                 f"{path}: must come from the encoder that the configuration names ({expected[:12]}), got one with fingerprint "
                 f"{found[:12]}. Name the encoder that made it, or encode again into another folder."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,8 @@ def read_empty_prompt(data: ClipData) -> dict[str, Tensor] | None:
     return read_entry(path) if path.exists() else None
 
 
-def _fingerprints(config: DiffusionTrainerConfig) -> dict[str, str]:
-    found = {LATENTS: vae_fingerprint(config.vae, seed=config.seed)}
-    if config.audio_vae is not None:
-        found[AUDIO_LATENTS] = vae_fingerprint(config.audio_vae, seed=config.seed)
-    return found
+def _fingerprints(config: DiffusionTrainerConfig) -> dict[str, Callable[[], str]]:
+    models = {LATENTS: config.vae, AUDIO_LATENTS: config.audio_vae}
+    return {
+        source: cache(partial(vae_fingerprint, model, seed=config.seed)) for source, model in models.items() if model is not None
+    }

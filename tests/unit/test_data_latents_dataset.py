@@ -177,12 +177,12 @@ def test_sound_that_does_not_last_as_long_as_its_video_is_listed(folder: Path) -
 
 def test_latents_of_another_encoder_stop_the_scan(folder: Path) -> None:
     for source in (LATENTS, AUDIO_LATENTS):
-        needs = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={source: "e" * 64})
+        needs = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={source: lambda: "e" * 64})
         with pytest.raises(
             DataError, match=rf"{source}/.*must come from the encoder .*\(eeeeeeeeeeee\).*fingerprint ffffffffffff"
         ):
             scan_latents(folder, needs)
-    right = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={LATENTS: "f" * 64, CONDITIONS: "t" * 64})
+    right = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={LATENTS: lambda: "f" * 64, CONDITIONS: lambda: "t" * 64})
     assert len(scan_latents(folder, right).records) == 3
 
 
@@ -216,8 +216,12 @@ def ltx_tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _never() -> str:
+    raise AssertionError("asked for, though no entry has one to compare")
+
+
 def test_ltx_trainers_tree_is_read_as_it_is(ltx_tree: Path, caplog: pytest.LogCaptureFixture) -> None:
-    needs = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={LATENTS: "e" * 64})
+    needs = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={LATENTS: _never})
     with caplog.at_level(logging.WARNING):
         manifest = scan_latents(ltx_tree, needs)
     assert manifest.unreadable == ()
