@@ -55,9 +55,10 @@ def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[st
         ConfigError: If a pattern matches no layer that may be wrapped; all such patterns at once.
     """
     names = choose_layers(transformer, config.targets, allowed)
+    is_plan = next(transformer.parameters()).is_meta  # PEFT would draw values and forget them
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "lora"))
-        inject_adapter_in_model(_peft_config(config, names), transformer, adapter_name=_ADAPTER)
+        inject_adapter_in_model(_peft_config(config, names), transformer, adapter_name=_ADAPTER, low_cpu_mem_usage=is_plan)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     wrapped = tuple(name for name, _ in _wrapped_layers(transformer))
