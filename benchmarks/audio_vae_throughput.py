@@ -29,19 +29,14 @@ from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _FILES = {"fp32": "zero1_fp32.json", "bf16": "zero1_bf16.json", "fp16": "zero1_fp16_v100.json"}
 _GOAL_CLIPS_PER_SECOND = 125.0
 _DROPPED = 5  # the first updates of the measured phase, in which the loader's workers start
-_TINY_MODEL = {
-    "encoder_hidden_size": 16,
-    "decoder_channels": 16,
-    "decoder_input_channels": 8,
-    "downsampling_ratios": [2, 4],
-    "channel_multiples": [1, 2],
-}
+_TINY_MODEL = tiny_oobleck(width=16, latent_channels=8)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from aiprod_ds.losses import perceptual
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.report.environment import describe_environment
-from aiprod_ds.testing.tiny import tiny_ltx_vae
+from aiprod_ds.testing.tiny import tiny_ltx_vae, tiny_oobleck
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 from aiprod_ds.train.diffusion import DiffusionTrainer
 from aiprod_ds.train.planning import estimate_run
@@ -96,13 +96,7 @@ _VAE_CASES = {
     "medium": Case(length=17, size=512, batch=2, updates=14, dropped=5),
 }
 _TINY_VIDEO_VAE = tiny_ltx_vae(width=16, latent_channels=8, patch_size=4, scaling=(True, False, False))
-_TINY_OOBLECK = {
-    "encoder_hidden_size": 16,
-    "decoder_channels": 16,
-    "decoder_input_channels": 8,
-    "downsampling_ratios": [2, 4],
-    "channel_multiples": [1, 2],
-}
+_TINY_OOBLECK = tiny_oobleck(width=16, latent_channels=8)
 MODELS = {
     "ltx": Model(
         trainer="diffusion",

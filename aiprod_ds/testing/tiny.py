@@ -32,6 +32,40 @@ def tiny_ltx_vae(
     }
 
 
+def two_width_ltx_vae() -> dict[str, Any]:
+    """Returns settings of an AutoencoderKLLTXVideo of two blocks with 8 and 16 channels and strides of 4 in space, 2 in time."""
+    return {
+        "latent_channels": 4,
+        "patch_size": 2,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("LTXVideoDownBlock3D",) * 2,
+        "layers_per_block": (1, 1, 1),
+        "spatio_temporal_scaling": (True, False),
+        "decoder_block_out_channels": (8, 16),
+        "decoder_layers_per_block": (1, 1, 1),
+        "decoder_spatio_temporal_scaling": (True, False),
+        "decoder_inject_noise": (False,) * 3,
+        "upsample_residual": (False, False),
+        "upsample_factor": (1, 1),
+    }
+
+
+def tiny_oobleck(*, width: int = 8, latent_channels: int = 4) -> dict[str, Any]:
+    """Returns settings of a small AutoencoderOobleck, JSON-ready, of which 8 samples become one latent.
+
+    Args:
+        width: Channels of encoder and decoder where they have fewest.
+        latent_channels: Channels of the latents.
+    """
+    return {
+        "encoder_hidden_size": width,
+        "downsampling_ratios": [2, 4],
+        "channel_multiples": [1, 2],
+        "decoder_channels": width,
+        "decoder_input_channels": latent_channels,
+    }
+
+
 class TinyVideoVAE(nn.Module):
     """A video VAE with strides 4 in space and 2 in time, a posterior (so that noise is drawn) and two repeated blocks.
 

@@ -24,6 +24,8 @@ from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.models.audio_vae import wrap_audio_vae
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.engines import deepspeed_engine, distance
+from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.train.parameter_groups import decay_groups
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -38,16 +40,7 @@ UPDATES = 4
 SAMPLES = 256
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1)
 # Not 8 channels: see test_models_audio_vae.py.
-MODEL = ModelConfig(
-    source="AutoencoderOobleck",
-    config={
-        "encoder_hidden_size": 16,
-        "downsampling_ratios": [2, 4],
-        "channel_multiples": [1, 2],
-        "decoder_channels": 16,
-        "decoder_input_channels": 8,
-    },
-)
+MODEL = ModelConfig(source="AutoencoderOobleck", config=tiny_oobleck(width=16, latent_channels=8))
 
 # Largest difference to the oracle in the losses and the gradient norms (at most 9.4), and the L2 distance of the final fp32
 # parameters over the distance that training moved them. fp32: sums in another order, through 4 updates. 16 bit: gradients are
@@ -126,29 +119,20 @@ def _oracle(name: str) -> dict[str, Any]:
 
 
 def _measure(name: str, oracle: dict[str, Any], *, recompute: bool) -> dict[str, Any]:
-    from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
-
     module = _module()
     forwards: list[int] = []
     module.vae.encoder.block[0].res_unit1.register_forward_hook(lambda *_: forwards.append(1))
     apply_activation_checkpointing(module, enabled=recompute)
-    engine = DeepSpeedEngine(
-        module,
-        decay_groups(module),
-        optimizer=OPTIMIZER,
-        settings=_settings(name),
-        micro_batch_size=GLOBAL_BATCH // RANKS,
-        accumulation=1,
-    )
-    records = _train(engine)
-    state = engine.module_state()
-    engine.close()
+    share = GLOBAL_BATCH // RANKS
+    with deepspeed_engine(module, optimizer=OPTIMIZER, settings=_settings(name), micro_batch_size=share) as engine:
+        records = _train(engine)
+        state = engine.module_state()
     differences = [[abs(a - b) for a, b in zip(*pair, strict=True)] for pair in zip(records, oracle["records"], strict=True)]
     return {
         "losses": [record[0] for record in records],
         "loss_difference": max(difference[0] for difference in differences),
         "norm_difference": max(difference[1] for difference in differences),
-        "parameter_difference": _distance(state, oracle["module"]) / _distance(state, oracle["start"]) if dist.is_main() else 0.0,
+        "parameter_difference": distance(state, oracle["module"]) / distance(state, oracle["start"]) if dist.is_main() else 0.0,
         "moved": _moved(state, oracle["start"]) if dist.is_main() else {},
         "block_forwards": len(forwards),
     }
@@ -201,10 +185,4 @@ def _moved(state: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, floa
     kinds: dict[str, list[str]] = {}
     for key in start:
         kinds.setdefault(key.rpartition(".")[2], []).append(key)
-    return {kind: _distance({key: state[key] for key in keys}, {key: start[key] for key in keys}) for kind, keys in kinds.items()}
-
-
-def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Returns the L2 norm of the difference over all tensors."""
-    assert first.keys() == second.keys()
-    return torch.cat([(first[key].float() - second[key].float()).flatten() for key in first]).norm().item()
+    return {kind: distance({key: state[key] for key in keys}, {key: start[key] for key in keys}) for kind, keys in kinds.items()}

@@ -30,6 +30,7 @@ from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import UnevenBlock, deepspeed_engine, distance, is_same_state, optimized_state
+from aiprod_ds.testing.tiny import two_width_ltx_vae
 from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.saving import read_engine, write_engine
 
@@ -170,20 +171,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         from diffusers import AutoencoderKLLTXVideo
 
-        self.vae = AutoencoderKLLTXVideo(
-            latent_channels=4,
-            patch_size=2,
-            block_out_channels=(8, 16),
-            down_block_types=("LTXVideoDownBlock3D",) * 2,
-            layers_per_block=(1, 1, 1),
-            spatio_temporal_scaling=(True, False),
-            decoder_block_out_channels=(8, 16),
-            decoder_layers_per_block=(1, 1, 1),
-            decoder_spatio_temporal_scaling=(True, False),
-            decoder_inject_noise=(False,) * 3,
-            upsample_residual=(False, False),
-            upsample_factor=(1, 1),
-        )
+        self.vae = AutoencoderKLLTXVideo(**two_width_ltx_vae())
 
     def forward(self, video: Tensor) -> Tensor:
         output: Tensor = self.vae(video).sample

@@ -11,7 +11,6 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,7 @@ WEIGHTS = "diffusion_pytorch_model"
 each_family = pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family: family.name)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a command did."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
+Finished = subprocess.CompletedProcess[str]
 Tool = Callable[..., Finished]
 
 
@@ -60,7 +51,7 @@ def tool(repository_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         with pytest.raises(SystemExit) as left:
             runpy.run_path(script, run_name="__main__")
         output = capsys.readouterr()
-        return Finished(int(left.value.code or 0), output.out, output.err)
+        return Finished(sys.argv, int(left.value.code or 0), output.out, output.err)
 
     return run
 
@@ -72,8 +63,7 @@ def process(repository_root: Path) -> Tool:
     def run(name: str, *arguments: object) -> Finished:
         command = [sys.executable, str(repository_root / "tools" / f"{name}.py"), *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(repository_root), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-        return Finished(done.returncode, done.stdout, done.stderr)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
     return run
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
+from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 
 CASES = tuple(f"zero{stage}_fp32" for stage in range(4))
@@ -103,15 +104,7 @@ def _config(case: str, folder: Path, kind: str) -> AudioVAETrainerConfig:
         "loss": {"spectral_weight": 0.5},
     }
     shared = {"updates": EDGE, "learning_rate": 1e-3}
-    oobleck = {
-        "encoder_hidden_size": 8,
-        "downsampling_ratios": [2, 4],
-        "channel_multiples": [1, 2],
-        "decoder_channels": 8,
-        "decoder_input_channels": 4,
-        "audio_channels": 1,
-        "sampling_rate": RATE_HZ,
-    }
+    oobleck = {**tiny_oobleck(), "audio_channels": 1, "sampling_rate": RATE_HZ}
     return AudioVAETrainerConfig.model_validate(
         {
             "output_dir": str(folder),

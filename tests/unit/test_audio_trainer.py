@@ -19,19 +19,12 @@ from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, PlanError
 from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.train.audio_vae import AudioVAETrainer
 
 RATE_HZ = 8_000
 SHORT_UPDATES, LONG_UPDATES = 3, 2
-OOBLECK = {
-    "encoder_hidden_size": 8,
-    "downsampling_ratios": [2, 4],
-    "channel_multiples": [1, 2],
-    "decoder_channels": 8,
-    "decoder_input_channels": 4,
-    "audio_channels": 1,
-    "sampling_rate": RATE_HZ,
-}
+OOBLECK = {**tiny_oobleck(), "audio_channels": 1, "sampling_rate": RATE_HZ}
 HOP_8 = {"source": "given_in_code", "temporal_stride": 8}
 MEL_MODEL = {"base_channels": 8, "ch_mult": [1, 2, 4], "num_res_blocks": 1, "latent_channels": 4}
 

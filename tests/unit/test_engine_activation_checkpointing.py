@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
 from aiprod_ds.errors import EngineError
+from aiprod_ds.testing.tiny import two_width_ltx_vae
 
 
 class Block(nn.Module):
@@ -106,20 +107,7 @@ def test_a_model_without_blocks_may_stay_off() -> None:
 def test_a_diffusers_model_inside_another_module_uses_its_own_switch() -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=4,
-        patch_size=2,
-        block_out_channels=(8, 16),
-        down_block_types=("LTXVideoDownBlock3D",) * 2,
-        layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(True, False),
-        decoder_block_out_channels=(8, 16),
-        decoder_layers_per_block=(1, 1, 1),
-        decoder_spatio_temporal_scaling=(True, False),
-        decoder_inject_noise=(False,) * 3,
-        upsample_residual=(False, False),
-        upsample_factor=(1, 1),
-    )
+    vae = diffusers.AutoencoderKLLTXVideo(**two_width_ltx_vae())
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:
