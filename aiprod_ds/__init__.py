@@ -18,12 +18,12 @@ if TYPE_CHECKING:
         PhaseResolution,
     )
     from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-    from aiprod_ds.config.vae import VAETrainerConfig
+    from aiprod_ds.config.video_vae import VAETrainerConfig
     from aiprod_ds.curriculum.scheduler import CurriculumScheduler
     from aiprod_ds.losses import AudioVAELoss, PerceptualLoss, SpectralLoss, VideoVAELoss
-    from aiprod_ds.train.audio_vae import AudioVAETrainer
-    from aiprod_ds.train.diffusion import DiffusionTrainer
-    from aiprod_ds.train.video_vae import VideoVAETrainer
+    from aiprod_ds.trainers.audio_vae import AudioVAETrainer
+    from aiprod_ds.trainers.diffusion import DiffusionTrainer
+    from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 __all__ = [
     "AudioVAELoss",
@@ -56,12 +56,12 @@ _MODULES = {
         "PhaseResolution",
     ),
     "aiprod_ds.config.diffusion": ("DiffusionTrainerConfig",),
-    "aiprod_ds.config.vae": ("VAETrainerConfig",),
+    "aiprod_ds.config.video_vae": ("VAETrainerConfig",),
     "aiprod_ds.curriculum.scheduler": ("CurriculumScheduler",),
     "aiprod_ds.losses": ("AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"),
-    "aiprod_ds.train.audio_vae": ("AudioVAETrainer",),
-    "aiprod_ds.train.diffusion": ("DiffusionTrainer",),
-    "aiprod_ds.train.video_vae": ("VideoVAETrainer",),
+    "aiprod_ds.trainers.audio_vae": ("AudioVAETrainer",),
+    "aiprod_ds.trainers.diffusion": ("DiffusionTrainer",),
+    "aiprod_ds.trainers.video_vae": ("VideoVAETrainer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

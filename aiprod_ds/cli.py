@@ -24,18 +24,18 @@ from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.encode import load_encode_config
 from aiprod_ds.config.kinds import config_kind
-from aiprod_ds.config.loader import load_config
-from aiprod_ds.config.machines import MACHINES
+from aiprod_ds.config.load import load_config
 from aiprod_ds.config.sample import load_sample_config
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
+from aiprod_ds.planner.hardware import MACHINES
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
 _TRAINERS = {
-    "video_vae": ("aiprod_ds.train.video_vae", "VideoVAETrainer"),
-    "audio_vae": ("aiprod_ds.train.audio_vae", "AudioVAETrainer"),
-    "diffusion": ("aiprod_ds.train.diffusion", "DiffusionTrainer"),
+    "video_vae": ("aiprod_ds.trainers.video_vae", "VideoVAETrainer"),
+    "audio_vae": ("aiprod_ds.trainers.audio_vae", "AudioVAETrainer"),
+    "diffusion": ("aiprod_ds.trainers.diffusion", "DiffusionTrainer"),
 }
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
@@ -136,14 +136,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _check_encode(arguments: argparse.Namespace) -> str:
     config = load_encode_config(arguments.config, arguments.overrides, arguments.output_dir)
-    from aiprod_ds.train.encode import check_encoding  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.encode.run import check_encoding  # loads torch and diffusers, which takes seconds
 
     return f", for encode: {check_encoding(config, source=str(arguments.config))}"
 
 
 def _check_sample(arguments: argparse.Namespace) -> str:
     config = load_sample_config(arguments.config, arguments.overrides, arguments.output_dir)
-    from aiprod_ds.train.sample import check_sampling  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.encode.sample import check_sampling  # loads torch and diffusers, which takes seconds
 
     return f", for sample: {check_sampling(config, source=str(arguments.config))}"
 
@@ -154,7 +154,7 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
     trainer = _trainer(arguments)
     settings = read_settings(trainer.config, source=trainer.source)
     if arguments.machine is not None:
-        from aiprod_ds.train.gpu_rules import require_runnable
+        from aiprod_ds.train.planning.gpu_rules import require_runnable
 
         require_runnable(trainer.shapes, settings, MACHINES[arguments.machine], where=trainer.source)
     plan = trainer.plan(world_size=arguments.world_size)
@@ -170,7 +170,7 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
-    from aiprod_ds.report.plan_page import PlanPage
+    from aiprod_ds.report.plan_view import PlanPage
 
     _require_machine_for_estimates(arguments)
     trainer = _trainer(arguments)
@@ -192,7 +192,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         Console(highlight=False).print(page)
         if estimate:
-            from aiprod_ds.report.cost_page import CostPage
+            from aiprod_ds.report.cost_view import CostPage
 
             Console(highlight=False).print(
                 CostPage(document=estimate["estimate"], memory_bytes=MACHINES[arguments.machine].memory_bytes)
@@ -210,7 +210,7 @@ def _estimate(arguments: argparse.Namespace, trainer: Any, plan: RunPlan) -> dic
     """Returns what the run needs and costs under the key `estimate`; nothing without --machine."""
     if arguments.machine is None:
         return {}
-    from aiprod_ds.train.planning import estimate_run
+    from aiprod_ds.train.planning.estimate import estimate_run
 
     machine = MACHINES[arguments.machine]
     found = estimate_run(trainer, plan, machine, dollars_per_gpu_hour=arguments.price_per_gpu_hour).document()
@@ -237,9 +237,9 @@ def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | 
 
 def _encode(arguments: argparse.Namespace) -> int:
     config = load_encode_config(arguments.config, arguments.overrides, arguments.output_dir)
+    from aiprod_ds.encode.run import GROUP_TIMEOUT_SECONDS, run_encoding  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.encode.summary import summary_page
     from aiprod_ds.engine import dist
-    from aiprod_ds.train.encode import GROUP_TIMEOUT_SECONDS, run_encoding  # loads torch and diffusers, which takes seconds
-    from aiprod_ds.train.encode_page import summary_page
 
     with dist.process_group(timeout_seconds=GROUP_TIMEOUT_SECONDS):
         summary = run_encoding(config, source=str(arguments.config), console=arguments.console)
@@ -271,7 +271,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     config = load_sample_config(arguments.config, arguments.overrides, arguments.output_dir)
-    from aiprod_ds.train.sample import run_sampling  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.encode.sample import run_sampling  # loads torch and diffusers, which takes seconds
 
     samples = run_sampling(config, source=str(arguments.config), console=arguments.console)
     for path in (*samples.clips, samples.contact_sheet, samples.record):
@@ -280,7 +280,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from aiprod_ds.train.conversion import convert  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.convert.run import convert  # loads torch and diffusers, which takes seconds
 
     for line in convert(request_of(arguments), verify=arguments.verify, console=arguments.console).lines:
         print(line)
@@ -288,7 +288,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from aiprod_ds.train.inspection import inspect_path  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.convert.inspect import inspect_path  # loads torch and diffusers, which takes seconds
 
     page = replace(inspect_path(arguments.path, is_trusted=arguments.trust_checkpoint), all_tensors=arguments.all)
     if arguments.json:

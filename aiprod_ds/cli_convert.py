@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aiprod_ds.train.conversion_request import Request
+    from aiprod_ds.convert.request import Request
 
 _FORMS = ("diffusers", "single-file", "safetensors", "peft", "comfyui", "diffusers-lora")
 _DTYPES = ("fp32", "bf16", "fp16")
@@ -101,7 +101,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
     """Returns what `convert` was asked for."""
     import torch  # takes seconds
 
-    from aiprod_ds.train.conversion_request import Request
+    from aiprod_ds.convert.request import Request
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return Request(

@@ -27,10 +27,10 @@ from trainer_runs import run_in_own_process
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.engine import dist
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.models.registry import build_model
-from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.testing.tiny import tiny_oobleck
-from aiprod_ds.train.audio_vae import AudioVAETrainer
+from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _FILES = {"fp32": "zero1_fp32.json", "bf16": "zero1_bf16.json", "fp16": "zero1_fp16_v100.json"}

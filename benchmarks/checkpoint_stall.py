@@ -39,9 +39,9 @@ from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.report.environment import peak_rss_bytes, rss_bytes
+from aiprod_ds.train.interrupts import Requests
 from aiprod_ds.train.parameter_groups import decay_groups
-from aiprod_ds.train.requests import Requests
-from aiprod_ds.train.saving import Saver
+from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.signal_watch import SignalWatch
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"

@@ -31,15 +31,15 @@ import torch
 from result_file import figure, write_result
 from torch import Tensor
 
-from aiprod_ds.checkpoint.checkpoint_weights import CheckpointWeights
-from aiprod_ds.checkpoint.pieces import write_pieces
+from aiprod_ds.checkpoint.shard_files import write_pieces
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
-from aiprod_ds.checkpoint.weights_folder import WeightsFolder, require_equal, write_weights
 from aiprod_ds.clock import Clock
-from aiprod_ds.pieces import Captured, Cut, EngineFacts, Whole, split_key
-from aiprod_ds.train.conversion import convert
-from aiprod_ds.train.conversion_request import Request
+from aiprod_ds.convert.checkpoint_weights import CheckpointWeights
+from aiprod_ds.convert.request import Request
+from aiprod_ds.convert.run import convert
+from aiprod_ds.convert.weights_folder import WeightsFolder, require_equal, write_weights
+from aiprod_ds.snapshot import Captured, Cut, EngineFacts, Whole, split_key
 
 _RANKS = 2
 _IN_MEMORY, _GIGABYTES_IN_MEMORY = Path("/dev/shm"), 0.5

@@ -35,10 +35,10 @@ from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
 from aiprod_ds.engine import dist
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
-from aiprod_ds.report.jsonl import read_metrics
-from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _STRIDES = ModelStrides(spatial=32, temporal=8)

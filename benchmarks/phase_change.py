@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from result_file import figure, write_result
 
-from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.metrics.jsonl import read_metrics
 
 _ROOT = Path(__file__).parents[1]
 _UPDATES = 5

@@ -32,20 +32,20 @@ from trainer_runs import measured_training, run_in_own_process, seconds_per_upda
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.machines import MACHINES
 from aiprod_ds.config.run import ModelConfig, RunConfig
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.losses import perceptual
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
+from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.testing.tiny import tiny_ltx_vae, tiny_oobleck
-from aiprod_ds.train.audio_vae import AudioVAETrainer
-from aiprod_ds.train.diffusion import DiffusionTrainer
-from aiprod_ds.train.planning import estimate_run
-from aiprod_ds.train.trainer import Trainer
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.train.planning.estimate import estimate_run
+from aiprod_ds.trainers.audio_vae import AudioVAETrainer
+from aiprod_ds.trainers.base import Trainer
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _SPATIAL, _TEMPORAL, _TEXT_TOKENS = 32, 8, 128
@@ -143,7 +143,7 @@ _CONFIGS: dict[str, type[RunConfig]] = {
     "audio_vae": AudioVAETrainerConfig,
 }
 _FITTED = {("ltx", "low"), ("ltx", "high"), ("ltx_lora", "medium"), ("video_vae", "medium"), ("audio_vae", "clips")}
-"""The cases to which the constants of `aiprod_ds.curriculum.speed` were fitted; nothing of memory was."""
+"""The cases to which the constants of `aiprod_ds.planner.roofline` were fitted; nothing of memory was."""
 _TINY_FRAMES, _TINY_SIZES, _TINY_SAMPLES = 9, {256: 64, 512: 96, 1024: 128}, 4096
 
 

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from result_file import figure, write_result
 
-from aiprod_ds.config.loader import load_config
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.load import load_config
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.video_vae import VideoVAE
-from aiprod_ds.report.jsonl import read_metrics
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 _TINY = Path(__file__).parents[1] / "configs" / "video_vae" / "tiny.yaml"
 _SETTINGS = {"zero_optimization": {"stage": 1}}

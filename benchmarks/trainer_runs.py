@@ -22,10 +22,10 @@ from torch import Tensor
 
 from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
 from aiprod_ds.engine.protocol import UpdateResult
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.report.environment import device_peak_bytes
-from aiprod_ds.report.jsonl import read_metrics
-from aiprod_ds.train.saving import Saver
-from aiprod_ds.train.trainer import Trainer
+from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.trainers.base import Trainer
 
 
 class _FinishedError(Exception):

@@ -21,7 +21,7 @@ from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.config.sample import SampleConfig
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- tools/config_reference.py: begin -->\n", "<!-- tools/config_reference.py: end -->\n"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aiprod_ds.checkpoint.convert import total_error
-from aiprod_ds.checkpoint.weights_folder import require_absent
+from aiprod_ds.convert.lora import Extraction
+from aiprod_ds.convert.weights import total_error
+from aiprod_ds.convert.weights_folder import require_absent
 from aiprod_ds.errors import AiprodError, ConfigError
-from aiprod_ds.train.lora_folders import Extraction
 
 _SHOWN = 5
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from aiprod_ds.checkpoint.weights_folder import require_absent
+from aiprod_ds.convert.lora import Merge
+from aiprod_ds.convert.weights_folder import require_absent
 from aiprod_ds.errors import AiprodError, ConfigError
-from aiprod_ds.train.lora_folders import Merge
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,8 +10,8 @@ from aiprod_ds.cluster.examine import Examiner
 from aiprod_ds.cluster.findings import judge
 from aiprod_ds.cluster.hostfile import Host, read_hostfile, select_hosts
 from aiprod_ds.cluster.options import ssh_of
-from aiprod_ds.cluster.page import DoctorPage
 from aiprod_ds.cluster.start import ranks_environment
+from aiprod_ds.cluster.view import DoctorPage
 from aiprod_ds.errors import ConfigError
 
 _CPU_RANKS = 2

@@ -35,7 +35,7 @@ from aiprod_ds.cluster.findings import Level, judge
 from aiprod_ds.cluster.hostfile import Host, num_ranks, read_hostfile, select_hosts
 from aiprod_ds.cluster.ssh import Ssh
 from aiprod_ds.cluster.supervise import Supervisor
-from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.load import load_config
 from aiprod_ds.errors import ConfigError, EngineError
 
 _LOG = logging.getLogger(__name__)

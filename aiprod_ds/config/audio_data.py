@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from aiprod_ds.config.clip_data import ClipDataConfig
-from aiprod_ds.config.model import PositiveInt
+from aiprod_ds.config.data import ClipDataConfig
+from aiprod_ds.config.schema import PositiveInt
 
 Decibels = Annotated[float, Field(ge=-120, le=0, allow_inf_nan=False)]
 

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.loss import LossConfig
-from aiprod_ds.config.model import NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.losses import LossConfig
+from aiprod_ds.config.schema import NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel
 
 FFTSize = Annotated[int, Field(ge=4, multiple_of=4)]  # the hop is a quarter of it
 

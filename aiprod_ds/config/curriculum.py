@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.model import Fraction, PositiveInt, StrictModel
 from aiprod_ds.config.phase import (
     BucketConfig,
     MomentsPolicy,
@@ -22,6 +21,7 @@ from aiprod_ds.config.phase import (
     PhaseResolution,
     PlateauConfig,
 )
+from aiprod_ds.config.schema import Fraction, PositiveInt, StrictModel
 
 __all__ = [
     "BucketConfig",

@@ -1,7 +1,7 @@
 """What `aiprod-ds encode` may be told: which clips, in which shapes, by which encoders, and where the results go.
 
 Owns the schema and its reader. Field names are the YAML keys; what needs the data or the models is checked in
-`aiprod_ds.train.encode`.
+`aiprod_ds.encode.run`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing_extensions import Self
 
 from aiprod_ds.config.audio_data import Decibels
 from aiprod_ds.config.curriculum import CurriculumConfig
-from aiprod_ds.config.document import apply_overrides, read_document
-from aiprod_ds.config.model import Fraction, FreeMapping, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.merge import apply_overrides, read_document
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
 from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.schema import Fraction, FreeMapping, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 from aiprod_ds.config.validation import validated
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -10,7 +10,7 @@ import json
 from typing import Any, cast
 
 from aiprod_ds.config.run import RunConfig
-from aiprod_ds.config.strict_yaml import write_yaml
+from aiprod_ds.config.yaml import write_yaml
 
 # Where results go, how often they are saved, measured or shown, how fast data comes, and how the state is spread over ranks: none
 # of it changes the weights by more than rounding.

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pydantic import model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.loss import LossConfig
-from aiprod_ds.config.model import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.losses import LossConfig
+from aiprod_ds.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel
 
 
 class NoiseLevelConfig(StrictModel):

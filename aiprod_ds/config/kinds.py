@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from aiprod_ds.config.document import apply_overrides, read_document
+from aiprod_ds.config.merge import apply_overrides, read_document
 
 ConfigKind = Literal["trainer", "encode", "sample"]
 # Keys that the other kinds do not have; an encode file's `curriculum` is also a trainer's section.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from aiprod_ds.config.clip_data import ClipDataConfig
-from aiprod_ds.config.model import Fraction
+from aiprod_ds.config.data import ClipDataConfig
+from aiprod_ds.config.schema import Fraction
 
 
 class LatentDataConfig(ClipDataConfig):

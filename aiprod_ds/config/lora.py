@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from aiprod_ds.config.model import PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.schema import PositiveFloat, PositiveInt, StrictModel
 
 
 class LoraConfig(StrictModel):

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.model import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 
 _RESOLUTION = re.compile(r"^(\d+)x(\d+)$")
 

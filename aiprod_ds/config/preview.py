@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import Field
 
 from aiprod_ds.config.encode import Precision
-from aiprod_ds.config.model import PositiveFloat, PositiveInt, StrictModel
 from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.schema import PositiveFloat, PositiveInt, StrictModel
 
 
 class PreviewConfig(StrictModel):

@@ -14,11 +14,13 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.clip_data import ClipDataConfig
 from aiprod_ds.config.curriculum import CurriculumConfig
-from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
+from aiprod_ds.config.data import ClipDataConfig
 from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.model import (
+from aiprod_ds.config.nearest import suggestion
+from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig
+from aiprod_ds.config.phase import BucketConfig, PhaseConfig
+from aiprod_ds.config.schema import (
     Fraction,
     FreeMapping,
     NonNegativeFloat,
@@ -27,8 +29,6 @@ from aiprod_ds.config.model import (
     PositiveInt,
     StrictModel,
 )
-from aiprod_ds.config.nearest import suggestion
-from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 
 
 class ModelConfig(StrictModel):

@@ -1,6 +1,6 @@
 """What `aiprod-ds sample` may be told: which trained model, with which encoders and VAEs, makes which clips.
 
-Owns the schema and its reader. Field names are the YAML keys; what needs the models is checked in `aiprod_ds.train.sample`.
+Owns the schema and its reader. Field names are the YAML keys; what needs the models is checked in `aiprod_ds.encode.sample`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.document import apply_overrides, read_document
 from aiprod_ds.config.encode import Precision, TextEncoderConfig
-from aiprod_ds.config.model import NonNegativeInt, StrictModel
+from aiprod_ds.config.merge import apply_overrides, read_document
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
 from aiprod_ds.config.preview import PreviewConfig
 from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.schema import NonNegativeInt, StrictModel
 from aiprod_ds.config.validation import validated
 
 

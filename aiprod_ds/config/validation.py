@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from aiprod_ds.config.document import Document
-from aiprod_ds.config.problems import problems_of
+from aiprod_ds.config.merge import Document
+from aiprod_ds.config.messages import problems_of
 from aiprod_ds.errors import ConfigError
 
 Record = TypeVar("Record", bound=BaseModel)

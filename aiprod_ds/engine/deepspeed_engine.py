@@ -34,7 +34,7 @@ from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, require_clip_norm
 from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
 from aiprod_ds.errors import EngineError
-from aiprod_ds.pieces import Captured, EngineFacts, PieceSource, Span
+from aiprod_ds.snapshot import Captured, EngineFacts, PieceSource, Span
 
 
 class DeepSpeedEngine:

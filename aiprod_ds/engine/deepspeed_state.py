@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from aiprod_ds.engine.shards import Shard
-from aiprod_ds.pieces import MOMENTS, LossScale, Span
+from aiprod_ds.snapshot import MOMENTS, LossScale, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

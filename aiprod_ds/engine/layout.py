@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aiprod_ds.config.deepspeed import Precision
 from aiprod_ds.engine.protocol import ParameterGroup, group_names
 from aiprod_ds.errors import CheckpointError, EngineError
-from aiprod_ds.pieces import EngineFacts
+from aiprod_ds.snapshot import EngineFacts
 
 TORCH_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

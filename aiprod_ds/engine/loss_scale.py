@@ -9,7 +9,7 @@ scale of an update is the one that its loss was multiplied with, also when the s
 from __future__ import annotations
 
 from aiprod_ds.config.deepspeed import LossScaleSettings
-from aiprod_ds.pieces import LossScale
+from aiprod_ds.snapshot import LossScale
 
 _SCALE_FACTOR = 2.0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.errors import EngineError
-from aiprod_ds.pieces import MOMENTS
+from aiprod_ds.snapshot import MOMENTS
 
 
 def scale_moments(states: Iterable[dict[str, Any]], factor: float) -> None:

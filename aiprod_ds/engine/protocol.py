@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.errors import EngineError
-from aiprod_ds.pieces import Captured, PieceSource, Span
+from aiprod_ds.snapshot import Captured, PieceSource, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

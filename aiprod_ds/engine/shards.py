@@ -14,7 +14,7 @@ from torch import Tensor
 from aiprod_ds.engine.layout import whole_shape
 from aiprod_ds.engine.moments import new_moments
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.pieces import MOMENTS, Captured, Cut, EngineFacts, Kind, PieceSource, Span, Whole, cuts_of, fill, tensor_key
+from aiprod_ds.snapshot import MOMENTS, Captured, Cut, EngineFacts, Kind, PieceSource, Span, Whole, cuts_of, fill, tensor_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from aiprod_ds.curriculum.footprint import Footprint, Work, WorkKind
+from aiprod_ds.planner.workload import Footprint, Work, WorkKind
 
 _ALLOCATION_BYTES = 512  # torch's caching allocator on CUDA rounds up to this
 _Note = Callable[[WorkKind, float, float, int], None]

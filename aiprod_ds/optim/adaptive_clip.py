@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aiprod_ds.config.ema import AdaptiveClipConfig
+from aiprod_ds.config.optim import AdaptiveClipConfig
 from aiprod_ds.errors import CheckpointError
 
 _FLOATS = ("mean", "variance", "weight")

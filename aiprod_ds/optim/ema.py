@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aiprod_ds.config.ema import EmaConfig
+from aiprod_ds.config.optim import EmaConfig
 from aiprod_ds.errors import EngineError
-from aiprod_ds.pieces import Captured, PieceSource, Span, fill
+from aiprod_ds.snapshot import Captured, PieceSource, Span, fill
 
 _EXCHANGED_AT_ONCE = 2**26  # elements; bounds the third copy that an exchange needs to 256 MiB
 

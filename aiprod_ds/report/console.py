@@ -20,8 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from aiprod_ds.report.metric_names import find_metric
-from aiprod_ds.report.report_page import measure_rows
+from aiprod_ds.metrics.metric_names import find_metric
+from aiprod_ds.report.report_view import measure_rows
 from aiprod_ds.report.summary import RunStatus, RunSummary
 
 _OF_NOISE_LEVEL = re.compile(r"_s\d$")  # parts of a loss by noise level: in the report, too many for a line

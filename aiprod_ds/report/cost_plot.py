@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from aiprod_ds.report.cost_page import PARTS
+from aiprod_ds.report.cost_view import PARTS
 
 _COLOURS = {
     "blue": "#4477aa",
@@ -24,7 +24,7 @@ def save_cost_plot(document: Mapping[str, Any], memory_bytes: int, path: Path) -
     """Writes a PNG: for every phase, as configured and with the fastest settings that fit, memory by part and GPU-hours.
 
     Args:
-        document: Of `aiprod_ds.train.planning.Estimate`.
+        document: Of `aiprod_ds.train.planning.estimate.Estimate`.
         memory_bytes: Of the GPU.
         path: Its folder must exist.
     """

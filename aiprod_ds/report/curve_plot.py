@@ -1,7 +1,7 @@
 """A curve in the terminal: braille dots in a frame, or ASCII where standard output takes nothing else.
 
 Draws pieces side by side, each with its name under it and a border to the next; knows nothing about what they mean. Called by
-`aiprod_ds.report.plan_page`.
+`aiprod_ds.report.plan_view`.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from aiprod_ds.report.jsonl import MetricRow
-from aiprod_ds.report.metric_names import METRICS, find_metric
+from aiprod_ds.metrics.jsonl import MetricRow
+from aiprod_ds.metrics.metric_names import METRICS, find_metric
 from aiprod_ds.report.summary import Picture
 
 Floats = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.files import write_atomically
-from aiprod_ds.report.report_page import render_page
+from aiprod_ds.report.report_view import render_page
 from aiprod_ds.report.summary import RunSummary
 
 REPORT_FORMAT = 1

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from aiprod_ds.engine import dist
-from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.train import reporting

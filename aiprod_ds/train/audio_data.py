@@ -10,7 +10,7 @@ from aiprod_ds.config.audio_data import AudioDataConfig
 from aiprod_ds.data.audio_dataset import AudioClipDataset, TensorAudioDataset, usable_sounds
 from aiprod_ds.data.manifest import Manifest, scan
 from aiprod_ds.data.probe import default_probe_cache
-from aiprod_ds.train.clip_data import ClipData, require_clips, split_manifests, unreadable_files
+from aiprod_ds.trainers.clip_data import ClipData, require_clips, split_manifests, unreadable_files
 
 
 def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:

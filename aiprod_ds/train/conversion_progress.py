@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from aiprod_ds.checkpoint.derived import Counted
+from aiprod_ds.convert.derived import Counted
 from aiprod_ds.tensor_file import TensorSource
 
 

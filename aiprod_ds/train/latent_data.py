@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from aiprod_ds.codec.encoders import vae_fingerprint
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import RunPlan
@@ -19,8 +20,7 @@ from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, read_entry
 from aiprod_ds.data.manifest import Manifest
 from aiprod_ds.data.tensor_latents import TensorLatentDataset
-from aiprod_ds.train.clip_data import ClipData, require_clips, split_manifests, unreadable_files
-from aiprod_ds.train.encode_models import vae_fingerprint
+from aiprod_ds.trainers.clip_data import ClipData, require_clips, split_manifests, unreadable_files
 
 
 class LatentData(ClipData):

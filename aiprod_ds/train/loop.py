@@ -22,19 +22,19 @@ from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, UpdateResult
+from aiprod_ds.metrics.recorder import MetricsRecorder
+from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema, evaluated_weights
-from aiprod_ds.pieces import Base
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, rss_bytes
-from aiprod_ds.report.recorder import MetricsRecorder
-from aiprod_ds.report.stopwatch import Activity, Stopwatch
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.history import History
+from aiprod_ds.snapshot import Base
+from aiprod_ds.train.interrupts import Request, Requests
 from aiprod_ds.train.overflow import OverflowWatch
-from aiprod_ds.train.requests import Request, Requests
-from aiprod_ds.train.saving import Saver
-from aiprod_ds.train.transition import begin_phase
+from aiprod_ds.train.phase_change import begin_phase
+from aiprod_ds.train.resume.history import History
+from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.unit import Evaluation, Stream, Unit
 
 _LOG = logging.getLogger(__name__)

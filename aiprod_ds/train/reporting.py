@@ -17,14 +17,14 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
-from aiprod_ds.report.jsonl import read_metrics
 from aiprod_ds.report.plots import save_plots
 from aiprod_ds.report.run_report import write_report
 from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummary
-from aiprod_ds.train.history import History
 from aiprod_ds.train.loop import TrainingLoop
+from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.unit import Unit
 
 _CLIP_SUFFIXES = (".wav", ".mp4")

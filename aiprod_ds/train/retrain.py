@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.curriculum.phase import PhasePlan
-from aiprod_ds.engine.carried import CarriedValues
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.engine.weight_handoff import CarriedValues
 from aiprod_ds.errors import EngineError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
 from aiprod_ds.train.unit import Unit

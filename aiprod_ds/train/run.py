@@ -27,31 +27,31 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.files import write_atomically
+from aiprod_ds.metrics.jsonl import JsonlSink
+from aiprod_ds.metrics.recorder import MetricsRecorder
+from aiprod_ds.metrics.sinks import MirrorSink, Sink
+from aiprod_ds.metrics.stopwatch import Stopwatch
+from aiprod_ds.metrics.wandb import open_wandb
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema, evaluated_weights
-from aiprod_ds.pieces import Base
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan, print_summary
 from aiprod_ds.report.environment import describe_environment
-from aiprod_ds.report.jsonl import JsonlSink
-from aiprod_ds.report.recorder import MetricsRecorder
-from aiprod_ds.report.sinks import MirrorSink, Sink
-from aiprod_ds.report.stopwatch import Stopwatch
 from aiprod_ds.report.summary import RunStatus, RunSummary
-from aiprod_ds.report.wandb import open_wandb
-from aiprod_ds.train.base import base_of_phase, start_in_words
-from aiprod_ds.train.belonging import change_in_words, check_belongs, run_layout
+from aiprod_ds.snapshot import Base
 from aiprod_ds.train.engines import build_engine, read_settings
-from aiprod_ds.train.folder_lock import FolderLock
-from aiprod_ds.train.history import History
+from aiprod_ds.train.interrupts import Requests
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.overflow import OverflowWatch
-from aiprod_ds.train.parallel import Choose, Settled, settle
+from aiprod_ds.train.phase_change import check_checkpointing
+from aiprod_ds.train.planning.auto import Choose, Settled, settle
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
-from aiprod_ds.train.requests import Requests
+from aiprod_ds.train.resume.compatibility import change_in_words, check_belongs, run_layout
+from aiprod_ds.train.resume.folder_lock import FolderLock
+from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
+from aiprod_ds.train.resume.history import History
+from aiprod_ds.train.resume.saver import Saver, read_engine, require_shared
 from aiprod_ds.train.retrain import retrain
-from aiprod_ds.train.saving import Saver, read_engine, require_shared
 from aiprod_ds.train.signal_watch import SignalWatch
-from aiprod_ds.train.transition import check_checkpointing
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
@@ -355,7 +355,7 @@ def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool, evaluates_again: b
         ConsoleSink(run.console, phases=spans, first_update=clock.updates),
     ]
     if run.config.report.tensorboard:
-        from aiprod_ds.report.tensorboard import TensorBoardSink  # an extra; not everybody has it
+        from aiprod_ds.metrics.tensorboard import TensorBoardSink  # an extra; not everybody has it
 
         sinks.append(MirrorSink(TensorBoardSink(run.folder / "tensorboard", resume_from_update=from_update), name="tensorboard"))
     wandb = open_wandb(run.config.report.wandb, folder=run.folder, run_config=run.config.model_dump(mode="json"))

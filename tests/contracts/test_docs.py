@@ -22,17 +22,18 @@ from aiprod_ds.cli import main
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.curriculum import default_phases
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
 from aiprod_ds.config.flow import FlowConfig, NoiseLevelConfig
-from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.load import load_config
 from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig
 from aiprod_ds.config.run import ModelConfig, OptimizerConfig
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import describe
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.losses.noise_level import noise_level_shift
+from aiprod_ds.metrics.metric_names import table_markdown
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.registry import find_family
@@ -40,12 +41,11 @@ from aiprod_ds.models.lora import add_lora
 from aiprod_ds.models.sampling import noise_levels
 from aiprod_ds.optim.adaptive_clip import NormStatistics
 from aiprod_ds.optim.ema import ema_decay
-from aiprod_ds.report.metric_names import table_markdown
 from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunSummary
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer, velocities
-from aiprod_ds.train.diffusion_export import export_transformer
 from aiprod_ds.train.parameter_groups import decay_groups
 from aiprod_ds.train.retrain import Retraining
+from aiprod_ds.trainers.diffusion_export import export_transformer
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGES = [_ROOT / "README.md", _ROOT / "ds_configs" / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
@@ -270,7 +270,7 @@ def test_large_configurations_say_how_to_use_them_and_that_they_were_not_run(pat
 
 def test_every_metric_is_documented() -> None:
     assert table_markdown() in (_ROOT / "docs" / "file_formats.md").read_text(), (
-        "Replace the table in docs/file_formats.md by what aiprod_ds.report.metric_names.table_markdown() returns."
+        "Replace the table in docs/file_formats.md by what aiprod_ds.metrics.metric_names.table_markdown() returns."
     )
 
 

@@ -16,12 +16,12 @@ DOCUMENTED = {
         "CurriculumAdapterConfig", "CurriculumConfig", "CurriculumPhase", "PhaseConfig", "PhaseDuration", "PhaseResolution",
     ],
     "aiprod_ds.config.diffusion": ["DiffusionTrainerConfig"],
-    "aiprod_ds.config.vae": ["VAETrainerConfig"],
+    "aiprod_ds.config.video_vae": ["VAETrainerConfig"],
     "aiprod_ds.curriculum.scheduler": ["CurriculumScheduler"],
     "aiprod_ds.losses": ["AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"],
-    "aiprod_ds.train.audio_vae": ["AudioVAETrainer"],
-    "aiprod_ds.train.diffusion": ["DiffusionTrainer"],
-    "aiprod_ds.train.video_vae": ["VideoVAETrainer"],
+    "aiprod_ds.trainers.audio_vae": ["AudioVAETrainer"],
+    "aiprod_ds.trainers.diffusion": ["DiffusionTrainer"],
+    "aiprod_ds.trainers.video_vae": ["VideoVAETrainer"],
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-_THE_PLACE = "aiprod_ds/checkpoint/restricted_pickle.py"
+_THE_PLACE = "aiprod_ds/convert/restricted_pickle.py"
 _FOLDERS = ("aiprod_ds", "tools", "benchmarks")
 _MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 _HARMLESS = {"UnpicklingError", "dumps", "dump"}

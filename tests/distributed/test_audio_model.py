@@ -18,9 +18,9 @@ from torch import Tensor
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.config.run import ModelConfig, OptimizerConfig
 from aiprod_ds.engine import dist
-from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.engine.recompute import apply_activation_checkpointing
 from aiprod_ds.models.audio_vae import wrap_audio_vae
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.ema import AdaptiveClipConfig, EmaConfig
+from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, ParameterGroup, UpdateResult
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema, ema_decay
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.train.saving import read_engine, write_engine
+from aiprod_ds.train.resume.saver import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 NAMES = [path.stem for path in FILES]

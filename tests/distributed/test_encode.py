@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, LATENTS, read_header
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.encode.run import run_encoding
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.train.encode import run_encoding
 
 pytestmark = pytest.mark.dist
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.checkpoint import deepspeed_folder
-from aiprod_ds.checkpoint.deepspeed_folder import DeepSpeedFolder, find_tag_folder
-from aiprod_ds.checkpoint.distributed_folder import DistributedFolder, find_distributed_folder
+from aiprod_ds.convert import deepspeed_folder
+from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder, find_tag_folder
+from aiprod_ds.convert.distributed_folder import DistributedFolder, find_distributed_folder
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.testing.dist import run_on_ranks
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from aiprod_ds.codec.decoders import LatentDecoder
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.preview import PreviewConfig
 from aiprod_ds.config.run import ModelConfig, OptimizerConfig
@@ -31,9 +32,8 @@ from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer
 from aiprod_ds.testing.tiny import TinyVideoVAE
-from aiprod_ds.train.decoding import LatentDecoder
 from aiprod_ds.train.parameter_groups import decay_groups
-from aiprod_ds.train.preview import Previews
+from aiprod_ds.trainers.preview import Previews
 
 TIMEOUT_SECONDS, WORK_SECONDS = 4.0, 9.0
 CONFIG = PreviewConfig(num_forwards=2, decode_precision="fp32")

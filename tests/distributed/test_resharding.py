@@ -18,23 +18,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.checkpoint.pieces import PieceReader
+from aiprod_ds.checkpoint.shard_files import PieceReader
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.ema import EmaConfig
+from aiprod_ds.config.optim import EmaConfig
 from aiprod_ds.config.run import OptimizerConfig
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, ParameterGroup
 from aiprod_ds.optim.ema import Ema
-from aiprod_ds.pieces import KINDS
+from aiprod_ds.snapshot import KINDS
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import copy_as_if_stopped_at, record_of, series, without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
-from aiprod_ds.train.base import frozen_sha256
-from aiprod_ds.train.saving import read_engine, write_engine
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.train.resume.frozen_base import frozen_sha256
+from aiprod_ds.train.resume.saver import read_engine, write_engine
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 BATCH = 4
 UPDATES = 3

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.dist import free_port, run_in_own_session
 
 UPDATES = (60, 4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aiprod_ds.config.strict_yaml import write_yaml
+from aiprod_ds.config.yaml import write_yaml
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.testing.dist import run_in_own_session
 

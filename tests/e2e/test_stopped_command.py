@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.checkpoint.store import CheckpointStore
-from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.dist import kill_session
 
 INTERRUPTED = 75

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.convert.request import Request
+from aiprod_ds.convert.run import convert
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.dist import free_port, run_in_own_session
-from aiprod_ds.train.conversion import convert
-from aiprod_ds.train.conversion_request import Request
 
 PHASES = ("low", "medium", "high")
 UPDATES = (3, 2, 2)

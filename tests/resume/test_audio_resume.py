@@ -17,7 +17,7 @@ from torch import Tensor
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
 from aiprod_ds.testing.tiny import tiny_oobleck
-from aiprod_ds.train.audio_vae import AudioVAETrainer
+from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 
 CASES = tuple(f"zero{stage}_fp32" for stage in range(4))
 EDGE, LAST = 3, 6  # with a checkpoint every 2 updates they stand at 2, 3 (edge), 4 and 6 (end)

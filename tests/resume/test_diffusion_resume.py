@@ -16,7 +16,7 @@ from torch import Tensor
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
-from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 MODES = ("full", "lora")
 CASES = tuple((f"zero{stage}_fp32", mode) for stage in range(4) for mode in MODES)

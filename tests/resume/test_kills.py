@@ -87,7 +87,7 @@ def serve(folder: Path, stage: int, kills: int) -> None:
 
     import aiprod_ds.engine.deepspeed_engine
     import aiprod_ds.testing.runs
-    import aiprod_ds.train.video_vae  # noqa: F401
+    import aiprod_ds.trainers.video_vae  # noqa: F401
     from aiprod_ds.checkpoint.store import CheckpointStore
     from aiprod_ds.testing.forked import wait_for_ranks
 
@@ -130,12 +130,12 @@ def _start(folder: Path, stage: int) -> list[int]:
 def _train(folder: Path, stage: int) -> int:
     import torch
 
-    from aiprod_ds.config.vae import VAETrainerConfig
+    from aiprod_ds.config.video_vae import VAETrainerConfig
     from aiprod_ds.data.synthetic import SyntheticVideoDataset
     from aiprod_ds.engine import dist
     from aiprod_ds.testing.runs import without_plots
     from aiprod_ds.testing.tiny import TinyVideoVAE
-    from aiprod_ds.train.video_vae import VideoVAETrainer
+    from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
     with dist.process_group(timeout_seconds=60, lost_rank_seconds=None), without_plots():
         if dist.is_main():
@@ -212,7 +212,7 @@ def _await(folder: Path) -> None:
 
 
 def _longest_phase_change(folder: Path) -> float:
-    from aiprod_ds.report.jsonl import read_metrics
+    from aiprod_ds.metrics.jsonl import read_metrics
 
     name = "time/phase_change_seconds"
     return max(metrics[name] for _, metrics in read_metrics(folder / "metrics.jsonl") if name in metrics)

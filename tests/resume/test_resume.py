@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
 from aiprod_ds.testing.tiny import TinyVideoVAE
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 WORLDS = (1, 2)
 CASES = tuple(f"zero{stage}_{precision}" for precision in ("fp32", "bf16") for stage in range(4))

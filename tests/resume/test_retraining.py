@@ -26,8 +26,9 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume, without_plots
-from aiprod_ds.train import retrain, run, saving
-from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.train import retrain, run
+from aiprod_ds.train.resume import saver as saving
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 CASES = ("zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32", "zero3_bf16")
 ASYNCHRONOUS = "zero3_fp32"

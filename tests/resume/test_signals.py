@@ -106,9 +106,9 @@ def serve(folder: Path, ranks: int) -> None:
 
     import aiprod_ds.engine.deepspeed_engine
     import aiprod_ds.testing.runs
-    import aiprod_ds.train.video_vae  # noqa: F401
+    import aiprod_ds.trainers.video_vae  # noqa: F401
     from aiprod_ds.testing.forked import wait_for_ranks
-    from aiprod_ds.train import requests
+    from aiprod_ds.train import interrupts as requests
 
     requests.LOOK_SECONDS = 0.1  # an update takes about 20 ms
     chance = random.Random(ranks)
@@ -259,7 +259,7 @@ def _kill_launcher(
 def _require_refusal(folder: Path) -> None:
     """Checks that a start beside the orphans would be refused."""
     from aiprod_ds.errors import CheckpointError
-    from aiprod_ds.train.folder_lock import FolderLock
+    from aiprod_ds.train.resume.folder_lock import FolderLock
 
     with FolderLock(folder) as lock, pytest.raises(CheckpointError, match="one run at a time"):
         lock.take(within_seconds=0.0)
@@ -319,13 +319,13 @@ def _start(folder: Path, ranks: int, **checkpoint: Any) -> list[int]:
 def _train(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> int:
     import torch
 
-    from aiprod_ds.config.vae import VAETrainerConfig
+    from aiprod_ds.config.video_vae import VAETrainerConfig
     from aiprod_ds.data.synthetic import SyntheticVideoDataset
     from aiprod_ds.engine import dist
     from aiprod_ds.report.summary import RunStatus
     from aiprod_ds.testing.runs import without_plots
     from aiprod_ds.testing.tiny import TinyVideoVAE
-    from aiprod_ds.train.video_vae import VideoVAETrainer
+    from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
     with dist.process_group(timeout_seconds=60), without_plots():
         if dist.is_main():
@@ -372,7 +372,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _last_update(folder: Path) -> int:
-    from aiprod_ds.report.jsonl import read_metrics
+    from aiprod_ds.metrics.jsonl import read_metrics
 
     return max((update for update, row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row), default=0)
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import record_of, series, train_and_resume
 from aiprod_ds.testing.tiny import TinyVideoVAE
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 STAGES = (0, 1, 2, 3)
 UPDATES = {"by_updates": 4, "by_epochs": 5, "by_plateau": 5, "last": 3}  # epochs: 2 passes; plateau: 1 warm-up + 1 + 3 patience

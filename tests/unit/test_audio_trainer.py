@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, PlanError
-from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.tiny import tiny_oobleck
-from aiprod_ds.train.audio_vae import AudioVAETrainer
+from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 
 RATE_HZ = 8_000
 SHORT_UPDATES, LONG_UPDATES = 3, 2

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from aiprod_ds.checkpoint import host_copies
-from aiprod_ds.checkpoint.host_copies import HostCopies
-from aiprod_ds.checkpoint.pieces import PieceReader
-from aiprod_ds.checkpoint.space import DiskFullError
+from aiprod_ds.checkpoint import staging as host_copies
+from aiprod_ds.checkpoint.disk import DiskFullError
+from aiprod_ds.checkpoint.shard_files import PieceReader
+from aiprod_ds.checkpoint.staging import HostCopies
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
@@ -28,9 +28,9 @@ from aiprod_ds.config.run import CheckpointConfig, OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.train import saving
-from aiprod_ds.train.history import History
-from aiprod_ds.train.saving import Saver
+from aiprod_ds.train.resume import saver as saving
+from aiprod_ds.train.resume.history import History
+from aiprod_ds.train.resume.saver import Saver
 
 Usage = namedtuple("Usage", "total used free")
 

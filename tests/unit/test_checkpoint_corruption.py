@@ -19,12 +19,12 @@ import torch
 from matplotlib.figure import Figure
 
 from aiprod_ds.checkpoint.store import CheckpointStore
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.testing.tiny import TinyVideoVAE
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 RANDOM_DAMAGES = 100
 NEWEST = "update_000002"

@@ -23,10 +23,10 @@ import pytest
 import torch
 from torch import nn
 
-from aiprod_ds.checkpoint.bases import commit_base, discard_pending_base, has_base, open_base
+from aiprod_ds.checkpoint.disk import DiskFullError
+from aiprod_ds.checkpoint.frozen_bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.manifest import write_manifest
-from aiprod_ds.checkpoint.pieces import PieceReader
-from aiprod_ds.checkpoint.space import DiskFullError
+from aiprod_ds.checkpoint.shard_files import PieceReader
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
@@ -35,8 +35,8 @@ from aiprod_ds.config.run import CheckpointConfig, OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.pieces import Base
-from aiprod_ds.train.saving import Saver
+from aiprod_ds.snapshot import Base
+from aiprod_ds.train.resume.saver import Saver
 
 KEEP_TWO = CheckpointConfig(keep_last=2)
 # Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may only change with the

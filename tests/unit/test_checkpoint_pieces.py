@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aiprod_ds.checkpoint.manifest import FileRecord
-from aiprod_ds.checkpoint.pieces import PieceReader, holds_moments_only, write_pieces
+from aiprod_ds.checkpoint.shard_files import PieceReader, holds_moments_only, write_pieces
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.pieces import MOMENTS, Captured, Cut, EngineFacts, LossScale, Span, Whole, fill, split_key, tensor_key
+from aiprod_ds.snapshot import MOMENTS, Captured, Cut, EngineFacts, LossScale, Span, Whole, fill, split_key, tensor_key
 
 WHOLE = {
     "master/a.weight": torch.randn(5, 7),

@@ -17,16 +17,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from aiprod_ds.checkpoint.disk import DiskFullError, write_error
 from aiprod_ds.checkpoint.retention import Standing, surplus
-from aiprod_ds.checkpoint.space import DiskFullError, write_error
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.pieces import Captured, Cut, EngineFacts, Whole
-from aiprod_ds.train.saving import Saver
+from aiprod_ds.snapshot import Captured, Cut, EngineFacts, Whole
+from aiprod_ds.train.resume.saver import Saver
 
 Usage = namedtuple("Usage", "total used free")
 BEST = {"metric": "psnr_db", "mode": "max"}

@@ -13,8 +13,8 @@ from rich.console import Console
 from aiprod_ds.cluster.examine import Examined, address_of
 from aiprod_ds.cluster.findings import Level, judge
 from aiprod_ds.cluster.hostfile import Host
-from aiprod_ds.cluster.page import DoctorPage
 from aiprod_ds.cluster.probe import has_kernels
+from aiprod_ds.cluster.view import DoctorPage
 
 GIB = 1 << 30
 GPU = {

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 
 PHASE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3}
 VALUES: dict[str, Any] = {

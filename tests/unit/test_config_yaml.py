@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiprod_ds.config.strict_yaml import read_yaml, write_yaml
+from aiprod_ds.config.yaml import read_yaml, write_yaml
 from aiprod_ds.errors import ConfigError
 
 VALUES = [

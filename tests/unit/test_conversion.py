@@ -21,14 +21,14 @@ from torch.distributed import checkpoint
 from aiprod_ds.checkpoint import manifest
 from aiprod_ds.cli import DONE, FAILED, main
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.loader import load_config
+from aiprod_ds.config.load import load_config
 from aiprod_ds.files import file_sha256
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES
 from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.testing.families import pipeline_around, tiny_transformer
-from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "temporal_stride": 8}
 LORA = {"training_mode": "lora", "lora": {"rank": 4, "alpha": 6.0, "targets": ["*"]}}

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aiprod_ds.checkpoint.convert import Extracted, extract, merge, other_differences, total_error
-from aiprod_ds.checkpoint.derived import Cast, Merged, Renamed
-from aiprod_ds.checkpoint.space import DiskFullError
-from aiprod_ds.checkpoint.weights_folder import WeightsFolder, require_equal, write_like, write_one_file, write_weights
+from aiprod_ds.checkpoint.disk import DiskFullError
+from aiprod_ds.convert.derived import Cast, Merged, Renamed
+from aiprod_ds.convert.weights import Extracted, extract, merge, other_differences, total_error
+from aiprod_ds.convert.weights_folder import WeightsFolder, require_equal, write_like, write_one_file, write_weights
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.tensor_file import TensorSource, TensorSpec
 

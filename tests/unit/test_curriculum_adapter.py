@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.errors import PlanError

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings, with_parallel
-from aiprod_ds.config.machines import MACHINES, Machine
-from aiprod_ds.curriculum.choice import ParallelChoice, choose
-from aiprod_ds.curriculum.cost import Estimator
-from aiprod_ds.curriculum.footprint import Footprint, Work, WorkKind
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
-from aiprod_ds.curriculum.speed import SECONDS_PER_UPDATE, update_seconds
 from aiprod_ds.errors import EngineError, PlanError
+from aiprod_ds.planner.cost import Estimator
+from aiprod_ds.planner.hardware import MACHINES, Machine
+from aiprod_ds.planner.roofline import SECONDS_PER_UPDATE, update_seconds
+from aiprod_ds.planner.search import ParallelChoice, choose
+from aiprod_ds.planner.workload import Footprint, Work, WorkKind
 from aiprod_ds.testing.plans import phase_plan
 
 FILES = Path(__file__).parents[2] / "ds_configs"

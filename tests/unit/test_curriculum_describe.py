@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import ClipCounts, describe, learning_rate_curve, totals
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.batch import solve_batch
 from aiprod_ds.curriculum.phase import RunPlan, UpdateRange
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiprod_ds.clock import Clock
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
 from aiprod_ds.curriculum.phase import RunPlan, UpdateRange
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run

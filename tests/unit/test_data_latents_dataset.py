@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aiprod_ds.config.latent_data import LatentDataConfig
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.data.dataset import ClipRequest
@@ -18,7 +18,7 @@ from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATENTS, LatentShape, entry_path, write_entry
 from aiprod_ds.errors import DataError, PlanError
-from aiprod_ds.train.clip_data import split_manifests
+from aiprod_ds.trainers.clip_data import split_manifests
 
 STRIDES = ModelStrides(spatial=4, temporal=2)
 SMALL, LARGE = LatentShape(frames=5, height=16, width=16), LatentShape(frames=9, height=32, width=32)

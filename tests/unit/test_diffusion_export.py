@@ -23,8 +23,8 @@ from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES, find_family
 from aiprod_ds.models.lora import add_lora
 from aiprod_ds.testing.families import pipeline_around, tiny_batch, tiny_transformer, velocities
-from aiprod_ds.train.diffusion_export import export_transformer
 from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.trainers.diffusion_export import export_transformer
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 LORA = LoraConfig(rank=4, alpha=6.0)

@@ -22,8 +22,8 @@ from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.diffusion_objective import FlowObjective
 from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.trainers.diffusion_objective import FlowObjective
 
 SEED = 7
 PLACES = [(0, 3, 0), (0, 3, 1), (0, 3, 2), (0, 3, 3)]

@@ -19,7 +19,7 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.testing.runs import without_plots
-from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 LEVELS = (0.25, 0.75)
 LTX_VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8}

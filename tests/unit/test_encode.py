@@ -18,6 +18,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from aiprod_ds.codec.encoders import AudioEncoder, AudioForm, VideoEncoder, vae_fingerprint
+from aiprod_ds.codec.normalization import LatentNormalization, normalization_of
+from aiprod_ds.codec.tiling import check_tiles
 from aiprod_ds.config.encode import AudioEncoderConfig, EncodeConfig, TilingConfig, VideoEncoderConfig
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
@@ -29,16 +32,13 @@ from aiprod_ds.data.loudness import loudness_lufs
 from aiprod_ds.data.manifest import scan
 from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.encode.media import read_pictures, read_sound, start_seconds
+from aiprod_ds.encode.reader import Failure
+from aiprod_ds.encode.run import EncodeSummary, run_encoding
+from aiprod_ds.encode.summary import summary_page
 from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_ltx_vae
-from aiprod_ds.train.encode import EncodeSummary, run_encoding
-from aiprod_ds.train.encode_media import read_pictures, read_sound, start_seconds
-from aiprod_ds.train.encode_models import AudioEncoder, AudioForm, VideoEncoder, vae_fingerprint
-from aiprod_ds.train.encode_normalization import LatentNormalization, normalization_of
-from aiprod_ds.train.encode_page import summary_page
-from aiprod_ds.train.encode_reader import Failure
-from aiprod_ds.train.encode_tiling import check_tiles
 
 STRIDES = ModelStrides(spatial=4, temporal=2)
 TINY = "aiprod_ds.testing.tiny:TinyVideoVAE"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import apply_activation_checkpointing
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.tiny import two_width_ltx_vae
 

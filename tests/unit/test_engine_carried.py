@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aiprod_ds.engine.carried import CarriedValues
+from aiprod_ds.engine.weight_handoff import CarriedValues
 from aiprod_ds.errors import EngineError
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from aiprod_ds.config.deepspeed import LossScaleSettings
 from aiprod_ds.engine.loss_scale import LossScaler
-from aiprod_ds.pieces import LossScale
+from aiprod_ds.snapshot import LossScale
 
 
 def _scales(settings: LossScaleSettings, overflows: str) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.train.folder_lock import LOCK, FolderLock
+from aiprod_ds.train.resume.folder_lock import LOCK, FolderLock
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.machines import MACHINES
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.registry import build_model
-from aiprod_ds.train.gpu_rules import prepare_gpu, require_runnable
+from aiprod_ds.planner.hardware import MACHINES
+from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
 
 FILES = Path(__file__).parents[2] / "ds_configs"
 V100, A100 = MACHINES["v100-32gb"], MACHINES["a100-80gb"]

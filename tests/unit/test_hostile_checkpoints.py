@@ -15,10 +15,10 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from aiprod_ds.checkpoint.deepspeed_folder import DeepSpeedFolder, find_tag_folder
-from aiprod_ds.checkpoint.distributed_folder import DistributedFolder
-from aiprod_ds.checkpoint.restricted_pickle import load_metadata, load_saved
-from aiprod_ds.checkpoint.weights_folder import WeightsFolder
+from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder, find_tag_folder
+from aiprod_ds.convert.distributed_folder import DistributedFolder
+from aiprod_ds.convert.restricted_pickle import load_metadata, load_saved
+from aiprod_ds.convert.weights_folder import WeightsFolder
 from aiprod_ds.data.latents import read_entry
 from aiprod_ds.errors import CheckpointError, DataError
 from aiprod_ds.models.lora_files import read_tensors

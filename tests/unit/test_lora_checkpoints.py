@@ -13,14 +13,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from aiprod_ds.checkpoint.bases import base_of
-from aiprod_ds.checkpoint.pieces import PieceReader
+from aiprod_ds.checkpoint.frozen_bases import base_of
+from aiprod_ds.checkpoint.shard_files import PieceReader
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.testing.runs import without_plots
-from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 SOURCE = "LTXVideoTransformer3DModel"
 LORA = {"training_mode": "lora", "lora": {"rank": 2}}

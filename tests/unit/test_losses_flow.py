@@ -9,7 +9,7 @@ from aiprod_ds.config.flow import FlowConfig, NoiseLevelConfig
 from aiprod_ds.errors import DataError
 from aiprod_ds.losses.flow import bucket_terms, first_frame_mask, flow_losses, noised
 from aiprod_ds.losses.noise_level import draw_noise_levels, noise_level_shift
-from aiprod_ds.report.recorder import with_quotients
+from aiprod_ds.metrics.recorder import with_quotients
 
 
 def _latents(batch=4, tokens=6, channels=8, dtype=torch.float32):

@@ -10,8 +10,8 @@ import torch
 
 from aiprod_ds.errors import DataError
 from aiprod_ds.losses.mel_vae import MelVAELoss
-from aiprod_ds.report.mel_quality import MelQuality
-from aiprod_ds.report.sounds import save_mels
+from aiprod_ds.media.sounds import save_mels
+from aiprod_ds.metrics.mel_quality import MelQuality
 
 
 def test_worked_number_of_the_docstring() -> None:

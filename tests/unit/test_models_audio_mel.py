@@ -11,7 +11,7 @@ from torchaudio.transforms import MelSpectrogram
 
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
-from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import apply_activation_checkpointing
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.audio_vae import AudioFacts, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.mel_vae import LogMel, MelVAE

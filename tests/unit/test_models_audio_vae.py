@@ -13,7 +13,7 @@ from torch.nn.utils import weight_norm
 
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.curriculum.plan import ModelStrides
-from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import apply_activation_checkpointing
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.audio_vae import AudioFacts, AudioVAE, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.posterior import draw_latent

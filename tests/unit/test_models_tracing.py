@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aiprod_ds.curriculum.footprint import Footprint, WorkKind
-from aiprod_ds.engine.activation_checkpointing import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import apply_activation_checkpointing
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.tracing import trace
+from aiprod_ds.planner.workload import Footprint, WorkKind
 
 ROWS, WIDTH = 64, 128
 

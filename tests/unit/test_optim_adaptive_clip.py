@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from aiprod_ds.config.ema import AdaptiveClipConfig
+from aiprod_ds.config.optim import AdaptiveClipConfig
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip, NormStatistics
 

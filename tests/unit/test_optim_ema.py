@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.ema import EmaConfig
+from aiprod_ds.config.optim import EmaConfig
 from aiprod_ds.config.run import OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError, EngineError
 from aiprod_ds.optim import ema as ema_module
 from aiprod_ds.optim.ema import Ema, ema_decay
-from aiprod_ds.train.saving import read_engine, write_engine
+from aiprod_ds.train.resume.saver import read_engine, write_engine
 
 CONFIG = EmaConfig(half_life_samples=64, ramp=0.5)
 PRECISIONS = ("fp32", "bf16", "fp16")

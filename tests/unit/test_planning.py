@@ -11,22 +11,22 @@ from aiprod_ds.cli import main
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings, with_parallel
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.loader import load_config
-from aiprod_ds.config.machines import MACHINES
-from aiprod_ds.config.vae import VAETrainerConfig
-from aiprod_ds.curriculum.choice import ParallelChoice, PhaseChoice
+from aiprod_ds.config.load import load_config
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
-from aiprod_ds.train.audio_vae import AudioVAETrainer
-from aiprod_ds.train.diffusion import DiffusionTrainer
+from aiprod_ds.planner.hardware import MACHINES
+from aiprod_ds.planner.search import ParallelChoice, PhaseChoice
 from aiprod_ds.train.engines import read_settings
-from aiprod_ds.train.footprints import Footprints
-from aiprod_ds.train.parallel import choose_here, settle
-from aiprod_ds.train.planning import estimate_run, estimator_of
-from aiprod_ds.train.trainer import Trainer
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.train.planning.auto import choose_here, settle
+from aiprod_ds.train.planning.estimate import estimate_run, estimator_of
+from aiprod_ds.train.planning.trace import Footprints
+from aiprod_ds.trainers.audio_vae import AudioVAETrainer
+from aiprod_ds.trainers.base import Trainer
+from aiprod_ds.trainers.diffusion import DiffusionTrainer
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 ROOT = Path(__file__).parents[2]
 VIDEO, AUDIO = ROOT / "configs/video_vae/tiny.yaml", ROOT / "configs/audio_vae/tiny.yaml"

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aiprod_ds.codec.decoders import LatentDecoder
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.preview import PreviewConfig
 from aiprod_ds.config.run import ModelConfig, OptimizerConfig
@@ -22,9 +23,8 @@ from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer
-from aiprod_ds.train.decoding import LatentDecoder
 from aiprod_ds.train.parameter_groups import decay_groups
-from aiprod_ds.train.preview import Previews
+from aiprod_ds.trainers.preview import Previews
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 VAE = ModelConfig(source="aiprod_ds.testing.tiny:TinyVideoVAE")

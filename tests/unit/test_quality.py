@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.report.quality import VideoQuality
+from aiprod_ds.metrics.quality import VideoQuality
 
 
 def _clips(batch=3, frames=3, size=16):

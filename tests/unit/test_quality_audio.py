@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.report.audio_quality import AudioQuality
+from aiprod_ds.metrics.audio_quality import AudioQuality
 
 RATE_HZ = 16000
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from aiprod_ds.metrics.metric_names import METRICS, Reduction, find_metric, table_markdown
+from aiprod_ds.metrics.sinks import MirrorSink
+from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
 from aiprod_ds.report import environment
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes, rss_bytes
-from aiprod_ds.report.metric_names import METRICS, Reduction, find_metric, table_markdown
-from aiprod_ds.report.sinks import MirrorSink
-from aiprod_ds.report.stopwatch import Activity, Stopwatch
 
 
 def test_metric_names_are_unique_and_each_has_one_row_in_the_table() -> None:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aiprod_ds.report.clips import make_clip, save_contact_sheet
-from aiprod_ds.report.mp4 import Pixels, Sound, encode_mp4
-from aiprod_ds.report.pictures import to_pixels
+from aiprod_ds.media.clips import make_clip, save_contact_sheet
+from aiprod_ds.media.mp4 import Pixels, Sound, encode_mp4
+from aiprod_ds.media.pictures import to_pixels
 
 
 def _video(frames: int, height: int, width: int) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.report.jsonl import JsonlSink, read_metrics
+from aiprod_ds.metrics.jsonl import JsonlSink, read_metrics
 
 
 def write(path: Path, updates: range, *, resume_from_update: int | None = None) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from aiprod_ds.config.run import WandbConfig
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.report.tensorboard import TensorBoardSink
-from aiprod_ds.report.wandb import open_wandb
+from aiprod_ds.metrics.tensorboard import TensorBoardSink
+from aiprod_ds.metrics.wandb import open_wandb
 
 
 def test_tensorboard_scalars_are_read_back(tmp_path: Path) -> None:
@@ -99,5 +99,5 @@ def test_a_dead_wandb_costs_one_warning_and_a_bounded_wait(
         with caplog.at_level(logging.WARNING, logger="aiprod_ds"):
             assert open_with(wandb_home, "online", wait_seconds=1.0) is None
         assert time.monotonic() - started < 30
-    assert [record.name for record in caplog.records if record.name.startswith("aiprod_ds")] == ["aiprod_ds.report.wandb"]
+    assert [record.name for record in caplog.records if record.name.startswith("aiprod_ds")] == ["aiprod_ds.metrics.wandb"]
     assert "mirror=wandb mode=online not started" in caplog.text

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import ClipCounts, describe, learning_rate_curve, totals
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.report.curve_plot import CurvePlot, Piece
-from aiprod_ds.report.plan_page import PlanPage, in_units
+from aiprod_ds.report.plan_view import PlanPage, in_units
 
 PHASE = {"resolution": "64x64", "duration": {"frames": 8}, "global_batch_size": 8, "learning_rate": 1e-3}
 COUNTED = {"name": "first", **PHASE, "updates": 10, "warmup_updates": 2}

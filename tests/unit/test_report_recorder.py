@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiprod_ds.report.recorder import MetricsRecorder
+from aiprod_ds.metrics.recorder import MetricsRecorder
 
 CPU = torch.device("cpu")
 

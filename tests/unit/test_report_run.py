@@ -18,13 +18,13 @@ from PIL import Image
 from rich.console import Console
 
 from aiprod_ds.errors import DataError
+from aiprod_ds.media.pictures import save_comparison, save_comparison_video, to_pixels
+from aiprod_ds.media.sounds import save_spectrograms, save_wav
+from aiprod_ds.metrics.jsonl import MetricRow
 from aiprod_ds.report.console import print_summary
 from aiprod_ds.report.environment import describe_environment
-from aiprod_ds.report.jsonl import MetricRow
-from aiprod_ds.report.pictures import save_comparison, save_comparison_video, to_pixels
 from aiprod_ds.report.plots import save_plots, smooth
 from aiprod_ds.report.run_report import write_report
-from aiprod_ds.report.sounds import save_spectrograms, save_wav
 from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStatus, RunSummary
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.train.requests import Request, Requests
+from aiprod_ds.train.interrupts import Request, Requests
 from aiprod_ds.train.signal_watch import SIGNALS, SignalWatch
 
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
-from aiprod_ds.report.jsonl import read_metrics
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 BATCH = 4
 HALF_LIFE = 4  # samples, so one batch halves what the average remembers

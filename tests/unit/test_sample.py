@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
+from aiprod_ds.codec.decoders import AudioDecoder, LatentDecoder, VideoDecoder
+from aiprod_ds.codec.encoders import AudioEncoder, VideoEncoder
 from aiprod_ds.config.encode import AudioEncoderConfig, VideoEncoderConfig
 from aiprod_ds.config.lora import LoraConfig
 from aiprod_ds.config.preview import PreviewConfig
 from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.config.sample import SampleConfig, load_sample_config
+from aiprod_ds.encode.sample import run_sampling
 from aiprod_ds.errors import CheckpointError, ConfigError, DataError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
@@ -26,9 +29,6 @@ from aiprod_ds.models.mel_inverse import approximate_sound
 from aiprod_ds.models.mel_vae import LogMel
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import tiny_ltx_vae
-from aiprod_ds.train.decoding import AudioDecoder, LatentDecoder, VideoDecoder
-from aiprod_ds.train.encode_models import AudioEncoder, VideoEncoder
-from aiprod_ds.train.sample import run_sampling
 
 CPU = torch.device("cpu")
 LTX = tiny_ltx_vae(patch_size=4, scaling=(True, True, True, False))

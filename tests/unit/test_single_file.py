@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
+from aiprod_ds.convert.single_file import names_for_single_file, names_in_single_file
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES
-from aiprod_ds.models.single_file import names_for_single_file, names_in_single_file
 from aiprod_ds.tensor_file import TensorSpec
 from aiprod_ds.testing.families import tiny_transformer
 

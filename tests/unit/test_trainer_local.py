@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aiprod_ds.checkpoint.store import CheckpointStore
-from aiprod_ds.config.vae import VAETrainerConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.testing.runs import repeatable_rows
-from aiprod_ds.train import requests
-from aiprod_ds.train.video_vae import VideoVAETrainer
+from aiprod_ds.train import interrupts as requests
+from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 LOW_UPDATES, HIGH_UPDATES = 3, 2
 ALL_UPDATES = LOW_UPDATES + HIGH_UPDATES

@@ -17,7 +17,7 @@ from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.testing.plans import phase_plan
-from aiprod_ds.train.transition import begin_phase, check_checkpointing
+from aiprod_ds.train.phase_change import begin_phase, check_checkpointing
 
 UPDATES_BEFORE = 3
 

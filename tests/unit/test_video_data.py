@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from aiprod_ds.clock import Clock
-from aiprod_ds.config.vae import VAETrainerConfig, VideoDataConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig, VideoDataConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import ModelStrides, plan_run
 from aiprod_ds.data import probe
 from aiprod_ds.data.synthetic import SyntheticVideoDataset, write_synthetic_clips
 from aiprod_ds.errors import PlanError
-from aiprod_ds.train.clip_data import ClipData
-from aiprod_ds.train.video_data import open_video_datasets, open_video_files
+from aiprod_ds.trainers.clip_data import ClipData
+from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
 
 _VIDEO = {"resolution": "16x16", "duration": {"frames": 5}}
 _IMAGE = {"resolution": "32x32", "duration": {"frames": 1}, "global_batch_size": 8}

@@ -1,0 +1,159 @@
+"""A configuration before validation: plain YAML values plus, for every path, the file or option that it came from.
+
+Owns `base:` files, merging and `--set`. Called by the readers of configuration files; knows nothing of the schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiprod_ds.config.yaml import read_yaml
+from aiprod_ds.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+
+_OVERRIDE = re.compile(r"^([A-Za-z_]\w*(?:\[\d+\])*(?:\.[A-Za-z_]\w*(?:\[\d+\])*)*)=(.*)$", re.DOTALL)
+_STEP = re.compile(r"[A-Za-z_]\w*|\d+")
+
+
+@dataclass(slots=True, kw_only=True)
+class Document:
+    """Merged values and their origins.
+
+    Attributes:
+        values: The merged mapping.
+        origins: Path of a value -> file or option that set it; a value without an entry has that of its nearest ancestor. The
+            root `()` always has one.
+    """
+
+    values: dict[str, Any]
+    origins: dict[KeyPath, str]
+
+    def origin(self, path: KeyPath) -> str:
+        """Returns the file or option that set the value at `path`, or that of its nearest known ancestor."""
+        while path not in self.origins:
+            path = path[:-1]
+        return self.origins[path]
+
+    def replace(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Puts `value` at `path`, making the mappings on the way.
+
+        Raises:
+            ConfigError: If the path runs through something that is neither a mapping nor a list with that index.
+        """
+        target: Any = self.values
+        for depth, step in enumerate(path[:-1]):
+            _check_step(target, path, depth, origin)
+            if isinstance(target, dict) and target.get(str(step)) is None and isinstance(path[depth + 1], str):
+                target[str(step)] = {}
+                self.origins[path[: depth + 1]] = origin
+            target = target.get(str(step)) if isinstance(target, dict) else target[step]
+        _check_step(target, path, len(path) - 1, origin)
+        target[path[-1]] = value
+        self.origins = {known: name for known, name in self.origins.items() if known[: len(path)] != path}
+        self.origins[path] = origin
+
+
+def dotted(path: KeyPath) -> str:
+    """Returns `path` as people write it, for example `curriculum.phases[2].updates`."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".")
+
+
+def read_document(path: Path) -> Document:
+    """Returns the values of the file `path` merged over its `base:` files.
+
+    `base` is a path relative to the file that names it. Mappings merge key by key, an empty mapping clears, everything else
+    (lists too) replaces.
+
+    Raises:
+        ConfigError: If a file is missing, unreadable, empty, not a mapping, or the bases form a circle.
+    """
+    return _read_chain(path, ())
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> list[str]:
+    """Applies every `a.b[2].c=value` in order; the value is YAML and replaces what stood there.
+
+    Returns:
+        One problem for each that is not of that form or names a list entry that does not exist.
+    """
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            _apply_override(document, override)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _apply_override(document: Document, override: str) -> None:
+    origin = f"--set {override if len(override) <= 100 else override[:97] + '...'}"
+    match = _OVERRIDE.match(override)
+    if match is None:
+        raise ConfigError(f"{origin}: must be of the form path.to.key[index]=value, got {override!r}. Write for example seed=1.")
+    path = tuple(int(step) if step.isdigit() else step for step in _STEP.findall(match[1]))
+    document.replace(path, read_yaml(match[2].encode(), origin), "--set")
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> Document:
+    values = _read_mapping(path)
+    if path.resolve() in [reader.resolve() for reader in seen]:
+        raise ConfigError(f"{seen[-1]}: base: must not lead back to a file that is being read, got {path}. Break the circle.")
+    if "base" not in values:
+        return Document(values=values, origins={(): str(path)})
+    base = values.pop("base")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path}: base: must be the path of a YAML file relative to this one, got {base!r}. Name one file.")
+    document = _read_chain(path.parent / base, (*seen, path))
+    _merge(document, document.values, values, (), str(path))
+    return document
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: must be a YAML file, got a folder. Name a file in it.") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: must exist, got no such file. Check the path.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: must be readable, got {error}. Check the path and its permissions.") from None
+    values = read_yaml(data, str(path))
+    if values is None:
+        raise ConfigError(f"{path}: must hold a mapping of settings, got an empty file. Start from a file in configs/.")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping of settings, got {type(values).__name__}. Write `key: value` lines.")
+    return values
+
+
+def _merge(document: Document, into: dict[str, Any], values: dict[str, Any], path: KeyPath, origin: str) -> None:
+    for key, value in values.items():
+        here = (*path, key)
+        if isinstance(value, dict) and value and isinstance(into.get(key), dict):
+            _merge(document, into[key], value, here, origin)
+        else:
+            into[key] = value
+            document.origins = {known: name for known, name in document.origins.items() if known[: len(here)] != here}
+            document.origins[here] = origin
+
+
+def _check_step(target: Any, path: KeyPath, depth: int, origin: str) -> None:
+    step, holder = path[depth], dotted(path[:depth])
+    if isinstance(step, int) and not isinstance(target, list):
+        rule = f"{holder} must be a list to take [{step}], got {_kind(target)}. Correct the path."
+    elif isinstance(step, int) and step >= len(target):
+        rule = f"{holder} must have entry [{step}], got {len(target)} counted from 0. Lower the index."
+    elif isinstance(step, str) and not isinstance(target, dict):
+        rule = f"{holder} must be a mapping to take {step!r}, got {_kind(target)}. Correct the path."
+    else:
+        return
+    raise ConfigError(f"{origin}: {dotted(path)}: {rule}")
+
+
+def _kind(value: Any) -> str:
+    return {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}.get(type(value), repr(value))

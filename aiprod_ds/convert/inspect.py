@@ -1,0 +1,141 @@
+"""What a file or folder holds, verified as far as it can be without running anything: what `aiprod-ds inspect` says.
+
+Owns the facts; how they look is `report.inspect_page`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from aiprod_ds.checkpoint.manifest import read_manifest
+from aiprod_ds.checkpoint.shard_files import PieceReader
+from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
+from aiprod_ds.convert.checkpoint_weights import CheckpointWeights
+from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder
+from aiprod_ds.convert.diffusers_config import read_diffusers_config
+from aiprod_ds.convert.distributed_folder import DistributedFolder
+from aiprod_ds.convert.identify import IN_WORDS, Found, identify
+from aiprod_ds.convert.weights_folder import CONFIG, WeightsFolder, open_tensors
+from aiprod_ds.errors import AiprodError, CheckpointError
+from aiprod_ds.models.lora_files import WEIGHTS_FILE
+from aiprod_ds.report.inspect_view import CheckpointRow, Inspection, TensorRow
+from aiprod_ds.tensor_file import TensorSource
+
+
+def inspect_path(path: Path, *, is_trusted: bool = False) -> Inspection:
+    """Returns what `path` is and holds.
+
+    Args:
+        path: Anything that `identify` knows.
+        is_trusted: Whether folders of pickles may be opened; without it they are told by their names and sizes.
+
+    Raises:
+        CheckpointError: If it is nothing that is known.
+    """
+    found = identify(path)
+    try:
+        if found.kind == "run":
+            return _run(found)
+        if found.kind == "checkpoint":
+            return _checkpoint(found)
+        return _weights(found, is_trusted=is_trusted)
+    except AiprodError as error:
+        return Inspection(kind=IN_WORDS[found.kind], path=str(found.path), facts={}, problem=str(error))
+
+
+def _run(found: Found) -> Inspection:
+    store = CheckpointStore(found.path / "checkpoints")
+    names = store.names()
+    if not names:
+        raise CheckpointError(
+            f"{found.path}: must be a run folder with checkpoints, got none. Name the folder given as --output-dir."
+        )
+    rows = tuple(_checkpoint_row(store, name) for name in names)
+    broken = [row.name for row in rows if row.problem]
+    problem = f"{len(broken)} of {len(rows)} checkpoints are not whole" if broken else None
+    return Inspection(kind=IN_WORDS["run"], path=str(found.path), facts={}, checkpoints=rows, problem=problem)
+
+
+def _checkpoint_row(store: CheckpointStore, name: str) -> CheckpointRow:
+    try:
+        checkpoint = store.read(store.folder / name)
+    except CheckpointError as error:
+        return CheckpointRow(name=name, problem=str(error))
+    return CheckpointRow(
+        name=name,
+        clock=asdict(checkpoint.state.clock),
+        layout=dict(checkpoint.state.layout),
+        num_bytes=_bytes_of(checkpoint),
+    )
+
+
+def _checkpoint(found: Found) -> Inspection:
+    checkpoint = CheckpointStore(found.path.parent).read(found.path)
+    with PieceReader(checkpoint.engine_folder) as reader:
+        kinds = {kind: len(reader.names(kind)) for kind in ("master", "exp_avg", "ema", "frozen", "buffer")}
+    weights = CheckpointWeights(checkpoint.folder)
+    facts = {**asdict(checkpoint.state.clock), **checkpoint.state.layout, "bytes": _bytes_of(checkpoint)}
+    facts |= {"trained": kinds["master"], "with moments": kinds["exp_avg"], "averaged": kinds["ema"], "frozen": kinds["frozen"]}
+    if weights.missing_base is not None:
+        facts["frozen weights"] = f"not here but of {weights.missing_base}"
+    verified = "every file has the bytes and the hash of the manifest; every tensor is whole"
+    return _with_tensors(found, weights, facts, verified=verified)
+
+
+def _bytes_of(checkpoint: Checkpoint) -> int:
+    return sum(record.bytes for record in read_manifest(checkpoint.folder).values())
+
+
+def _weights(found: Found, *, is_trusted: bool) -> Inspection:
+    if found.kind == "tensors" or (found.kind == "lora" and found.path.is_file()):
+        with open_tensors(found.path) as file:
+            return _with_tensors(found, file, {"metadata": file.metadata}, verified="the header fits the file")
+    if found.kind == "lora":
+        with open_tensors(found.path / WEIGHTS_FILE) as file:
+            return _with_tensors(found, file, _lora_facts(found.path), verified="the header fits the file")
+    if found.kind == "weights":
+        return _folder_of_weights(found)
+    files = [path for path in sorted(found.path.rglob("*")) if path.is_file()]
+    facts: dict[str, Any] = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+    if not is_trusted:
+        facts["tensors"] = "not listed: its files are pickles. If it is your own, give --trust-checkpoint"
+        return Inspection(kind=IN_WORDS[found.kind], path=str(found.path), facts=facts)
+    if found.kind == "deepspeed":
+        folder = DeepSpeedFolder(found.path, is_trusted=True)
+        stage = {0: "0", 2: "1 or 2", 3: "3"}[folder.zero_stage]
+        facts |= {"ZeRO stage": stage, "ranks": folder.world_size, "updates": folder.updates, "trained": len(folder.trained)}
+        return _with_tensors(found, folder, facts, verified="all ranks' files are there and fit")
+    sharded = DistributedFolder(found.path, is_trusted=True)
+    return _with_tensors(found, sharded, {**facts, "top level": ", ".join(sharded.top_level)}, verified="all chunks are named")
+
+
+def _folder_of_weights(found: Found) -> Inspection:
+    folder = WeightsFolder(found.path)
+    facts: dict[str, Any] = {"files": len({folder.file_of(name) for name in folder})}
+    verified = "headers fit the files, and the index"
+    if (found.path / CONFIG).is_file():
+        model = read_diffusers_config(found.path)
+        folder.require_shapes(model.shapes)
+        facts["class"] = model.class_name
+        verified += f"; names and shapes are those of {model.class_name}"
+    return _with_tensors(found, folder, facts, verified=verified)
+
+
+def _lora_facts(folder: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return {"rank": values["r"], "alpha": values["lora_alpha"], "layers": len(values["target_modules"])}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/adapter_config.json: must be PEFT's, got {error!r}. Load it again.") from error
+
+
+def _with_tensors(found: Found, source: TensorSource, facts: Mapping[str, Any], *, verified: str) -> Inspection:
+    rows = tuple(
+        TensorRow(name=name, dtype=str(spec.dtype).removeprefix("torch."), shape=spec.shape, num_bytes=spec.nbytes)
+        for name, spec in source.specs.items()
+    )
+    return Inspection(kind=IN_WORDS[found.kind], path=str(found.path), facts=dict(facts), tensors=rows, verified=verified)

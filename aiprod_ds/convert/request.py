@@ -1,0 +1,88 @@
+"""What a conversion is asked for and what it starts from: the records between the command line, sources and results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.convert.diffusers_config import DiffusersModel
+from aiprod_ds.convert.identify import Found
+from aiprod_ds.tensor_file import TensorSource
+
+Form = Literal["diffusers", "single-file", "safetensors", "peft", "comfyui", "diffusers-lora"]
+LORA_FORMS: tuple[Form, ...] = ("peft", "comfyui", "diffusers-lora")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What `aiprod-ds convert` was asked for.
+
+    Attributes:
+        source: Anything that `identify` knows.
+        out: Must not exist.
+        form: Of the result; None: what fits the source.
+        dtype: Of all floating tensors; None keeps each tensor's own.
+        ema: Whether to take the average of a run's weights.
+        checkpoint: Name of one of a run's checkpoints; None: the newest whole one.
+        config: A `config.json` or its folder, for weights that have none.
+        base: Of a LoRA, or before training.
+        alpha: Of a LoRA that does not say it.
+        rank: Of a LoRA that is extracted.
+        targets: Layers of a LoRA that is extracted.
+        prefix: Only tensors whose names begin so are taken, without it.
+        is_trusted: Whether folders of pickles may be opened.
+        shard_bytes: The most that one file holds.
+    """
+
+    source: Path
+    out: Path
+    form: Form | None = None
+    dtype: torch.dtype | None = None
+    ema: bool = False
+    checkpoint: str | None = None
+    config: Path | None = None
+    base: Path | None = None
+    alpha: float | None = None
+    rank: int | None = None
+    targets: Sequence[str] = ("*",)
+    prefix: str | None = None
+    is_trusted: bool = False
+    shard_bytes: int = 10 * 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapters:
+    """Adapters of a transformer.
+
+    Attributes:
+        tensors: A and B, by `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
+        config: Rank and alpha.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: LoraConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a conversion starts from.
+
+    Attributes:
+        found: What it is.
+        weights: Of the plain model; None of a LoRA without base.
+        adapters: Of a LoRA.
+        model: What the weights are of; None where nobody says it.
+        told: What the user should know.
+    """
+
+    found: Found
+    weights: TensorSource | None
+    adapters: Adapters | None = None
+    model: DiffusersModel | None = None
+    told: tuple[str, ...] = ()

@@ -1,0 +1,293 @@
+"""Encodes clips and captions for the diffusion trainer: `run_encoding` is what `aiprod-ds encode` calls, on any number of ranks.
+
+Owns the order of work, what a failing clip means and the result. Every entry is written whole by one rank and depends neither on
+the number of ranks nor on what else is encoded: clips go through the encoders one by one. A killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from aiprod_ds.codec.encoders import AudioForm, audio_form
+from aiprod_ds.codec.tiling import check_tiles
+from aiprod_ds.config.encode import EncodeConfig
+from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, PRECOMPUTED, entry_path, remove_parts, write_entry
+from aiprod_ds.data.manifest import require_readable, scan
+from aiprod_ds.data.probe import MediaRecord, default_probe_cache
+from aiprod_ds.encode.media import clip_rate_hz, read_pictures
+from aiprod_ds.encode.progress import EncodeProgress
+from aiprod_ds.encode.reader import Failure, Loaded, MediaReader, load_tasks
+from aiprod_ds.encode.stages import CaptionStage, Entry, MediaStage, Stage
+from aiprod_ds.encode.tasks import Task, caption_tasks, encodable, is_done, media_tasks, pending, shape_groups
+from aiprod_ds.engine import dist
+from aiprod_ds.errors import DataError, EngineError, PlanError
+from aiprod_ds.files import write_atomically
+from aiprod_ds.models.registry import build_model
+from aiprod_ds.models.video_vae import video_strides
+
+GROUP_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+"""For `dist.process_group`: a rank that is done waits for the others longer than any run takes."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeSummary:
+    """What a run did, over all ranks.
+
+    Attributes:
+        output_dir: Where the entries are.
+        written: Entries written, by source.
+        present: Entries that were there, by source.
+        failures: What could not be encoded, and why.
+        too_short: Clips that no shape takes.
+        failures_file: Holds `failures` and `too_short`.
+        seconds: Wall time.
+    """
+
+    output_dir: Path
+    written: Mapping[str, int]
+    present: Mapping[str, int]
+    failures: tuple[Failure, ...]
+    too_short: tuple[str, ...]
+    failures_file: Path
+    seconds: float
+
+
+def run_encoding(config: EncodeConfig, *, source: str = "configuration", console: Console | None = None) -> EncodeSummary:
+    """Encodes everything that is not there yet and returns the summary, the same on every rank. Collective.
+
+    Args:
+        config: What to encode.
+        source: How messages name the configuration.
+        console: Where the main rank draws progress; None draws none.
+
+    Raises:
+        ConfigError: If a model cannot be built or used, or tiles change the latents too much.
+        PlanError: If the media are missing or too many of them unreadable, or the folder cannot be written.
+        DataError: If more clips fail than may, or entries of another encoder are in the way.
+        EngineError: If an entry cannot be written or a device has too little memory.
+    """
+    began = time.monotonic()
+    work = dist.from_main(lambda: _plan(config, source))
+    dist.from_main(lambda: remove_parts(work.output))
+    result = _Result(failures=list(work.refused))
+    device = dist.choose_device()
+    shown = console if dist.is_main() else None
+    if config.text is not None:
+        captions = CaptionStage(config.text, seed=config.seed, device=device)
+        dist.from_main(lambda: _write_empty_prompt(captions, work.output))
+        result.add(_encode(captions, work.captions, work, config, shown))
+        del captions
+    media = MediaStage(config, device=device)
+    dist.from_main(lambda: _check_tiling(media, work, config))
+    result.add(_encode(media, work.media, work, config, shown))
+    summary = EncodeSummary(
+        output_dir=work.output,
+        written=result.written,
+        present=result.present,
+        failures=tuple(result.failures),
+        too_short=work.too_short,
+        failures_file=work.output / _failures_name(Path(config.data.media)),
+        seconds=time.monotonic() - began,
+    )
+    dist.from_main(lambda: _write_failures(summary))
+    _require_few_failures(summary, work, config)
+    return summary
+
+
+def check_encoding(config: EncodeConfig, *, source: str = "configuration") -> str:
+    """Checks what `run_encoding` would find before it encodes, without weights, and writes nothing.
+
+    Returns:
+        What there is to encode, in words.
+
+    Raises:
+        ConfigError: If a model cannot be built or used.
+        PlanError: As `run_encoding`.
+    """
+    work = _plan(config, source)
+    return f"{work.num_clips} clips, {len(work.media)} latents and {len(work.captions)} captions for {work.output}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What a run is asked for, whether or not it is done already."""
+
+    root: Path
+    output: Path
+    num_clips: int
+    form: AudioForm | None
+    media: tuple[Task, ...]
+    captions: tuple[Task, ...]
+    refused: tuple[Failure, ...]
+    too_short: tuple[str, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Result:
+    """What was done."""
+
+    written: Counter[str] = field(default_factory=Counter)
+    present: Counter[str] = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, other: _Result) -> None:
+        self.written += other.written
+        self.present += other.present
+        self.failures += other.failures
+
+
+def _plan(config: EncodeConfig, source: str) -> _Work:
+    media = Path(config.data.media)
+    try:
+        found = scan(media, cache=default_probe_cache(media))
+        require_readable(found, config.data.max_failed_fraction, setting="data.max_failed_fraction")
+        manifest, refused = encodable(found, media)
+    except DataError as error:
+        raise PlanError(f"{source}: data.media: {error}") from error
+    strides = video_strides(build_model(config.video.model, seed=config.seed, device="meta"), config.video.model)
+    sources = (LATENTS,) if config.audio is None else (LATENTS, AUDIO_LATENTS)
+    tasks, too_short = media_tasks(manifest, shape_groups(config, strides), sources)
+    captions = [] if config.text is None else caption_tasks(manifest, config.text.default_caption)
+    form = None if config.audio is None else audio_form(build_model(config.audio.model, seed=0, device="meta"), config.audio)
+    if form is not None:
+        _require_equal_lengths(tasks, form, source)
+    output = Path(config.data.output_dir) if config.data.output_dir is not None else found.root / PRECOMPUTED
+    _require_writable(output, source)
+    return _Work(
+        root=found.root,
+        output=output,
+        num_clips=len(found.records) + len(found.unreadable),
+        form=form,
+        media=tuple(tasks),
+        captions=tuple(captions),
+        refused=tuple(Failure(clip=path, what="media", reason=reason) for path, reason in refused),
+        too_short=tuple(too_short),
+    )
+
+
+def _require_writable(output: Path, source: str) -> None:
+    nearest = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise PlanError(f"{source}: data.output_dir: must be a folder that can be written, got {output}. Name another one.")
+
+
+def _require_equal_lengths(tasks: Sequence[Task], form: AudioForm, source: str) -> None:
+    """Clips of one shape are stacked in a batch; at their own rates they last differently."""
+    lengths: dict[str, dict[int, MediaRecord]] = {}
+    for task in tasks:
+        assert task.shape is not None, "clips have shapes"
+        count = form.num_latents(task.shape.frames / clip_rate_hz(task.record, task.shape))
+        lengths.setdefault(task.shape.tag, {}).setdefault(count, task.record)
+    problems = [
+        f"{source}: audio: clips of {tag} must have audio latents of one length, got "
+        + ", ".join(f"{count} ({record.path} at {record.fps:g} Hz)" for count, record in found.items())
+        + ". Set frame_rate_hz in the shape's duration, so that all clips have one rate."
+        for tag, found in lengths.items()
+        if len(found) > 1
+    ]
+    if problems:
+        raise PlanError(problems)
+
+
+def _write_empty_prompt(stage: CaptionStage, output: Path) -> None:
+    path, entry = output / EMPTY_PROMPT, stage.empty_prompt()
+    if not is_done(path, entry.metadata):
+        _save(path, entry)
+
+
+def _check_tiling(stage: MediaStage, work: _Work, config: EncodeConfig) -> None:
+    tiling = config.video.tiling
+    if tiling is None or not work.media:
+        return
+    task = work.media[0]  # of the largest shape
+    assert task.shape is not None, "clips have shapes"
+    video_CTHW = read_pictures(work.root, task.record, task.shape)
+    deviation = check_tiles(video_CTHW, tiling, whole=stage.video.encode_whole, tiled=stage.video.encode)
+    _log.info("tiles against whole encoding: deviation=%.3g allowed=%g clip=%s", deviation, tiling.max_deviation, task.name)
+
+
+def _encode(stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None) -> _Result:
+    """Returns what all ranks did together. Collective."""
+    todo = dist.from_main(lambda: pending(tasks, work.output, stage.encoders))
+    wanted = Counter(source for task in tasks for source in task.sources)
+    missing = Counter(source for task in todo for source in task.sources)
+    own = _encode_own(stage, todo[dist.rank() :: dist.world_size()], work, config, console)
+    together = _Result(present=wanted - missing)
+    for part in dist.gather_objects(own):
+        together.add(part)
+    return together
+
+
+def _encode_own(stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None) -> _Result:
+    result = _Result()
+    most = config.data.max_failed_fraction * work.num_clips
+    silence = config.audio is not None and config.audio.missing_sound == "silence"
+    reader = MediaReader(root=work.root, form=work.form, fill_with_silence=silence)
+    progress = EncodeProgress(console, stage.title, len(tasks))
+    for task, loaded in load_tasks(tasks, reader, num_workers=config.data.num_workers):
+        failure = loaded if isinstance(loaded, Failure) else _write(stage, task, loaded, work.output, result)
+        if failure is not None:
+            _log.warning("clip failed: clip=%s what=%s reason=%s", failure.clip, failure.what, failure.reason)
+            result.failures.append(failure)
+            if _num_clips(result.failures) > most:
+                break  # no use to go on; all ranks raise together at the end
+        progress.advance(failed=failure is not None)
+    progress.close()
+    return result
+
+
+def _write(stage: Stage, task: Task, loaded: Loaded, output: Path, result: _Result) -> Failure | None:
+    try:
+        for entry in stage.entries(task, loaded):
+            _save(entry_path(output, entry.source, task.name), entry)
+            result.written[entry.source] += 1
+    except DataError as error:
+        return Failure.of(task, error)
+    return None
+
+
+def _save(path: Path, entry: Entry) -> None:
+    try:
+        write_entry(path, entry.tensors, entry.metadata)
+    except OSError as error:
+        raise EngineError(
+            f"{path}: must be writable, got {error}. Make room or name another data.output_dir; what is encoded stays."
+        ) from error
+
+
+def _failures_name(media: Path) -> str:
+    # Tables side by side, such as train.csv and validation.csv, share one folder of entries.
+    return "failures.json" if media.is_dir() else f"failures_{media.stem}.json"
+
+
+def _write_failures(summary: EncodeSummary) -> None:
+    summary.output_dir.mkdir(parents=True, exist_ok=True)
+    document = {"failures": [asdict(failure) for failure in summary.failures], "too_short": list(summary.too_short)}
+    write_atomically(summary.failures_file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def _require_few_failures(summary: EncodeSummary, work: _Work, config: EncodeConfig) -> None:
+    failed = _num_clips(summary.failures)
+    if failed <= config.data.max_failed_fraction * work.num_clips:
+        return
+    named = "; ".join(f"{failure.clip} ({failure.reason})" for failure in summary.failures[:5])
+    more = f"; and {len(summary.failures) - 5} more" if len(summary.failures) > 5 else ""
+    raise DataError(
+        f"{config.data.media}: at most {config.data.max_failed_fraction:.0%} of the clips may fail, got {failed} of "
+        f"{work.num_clips}: {named}{more}. Repair these clips, or raise data.max_failed_fraction. "
+        f"All failures are in {summary.failures_file}."
+    )
+
+
+def _num_clips(failures: Sequence[Failure]) -> int:
+    return len({failure.clip for failure in failures})

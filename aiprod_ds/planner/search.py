@@ -1,0 +1,163 @@
+"""The fastest settings that fit: ZeRO stage and offload for the run, checkpointing for each phase, micro-batch for each bucket.
+
+Pure and deterministic. For each stage, each phase takes recomputation off before on and the largest micro-batch that fits; the
+stage with the least GPU-hours in all wins, the first of equals. `engine.parallel: auto` runs with the result, `plan --machine`
+shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.errors import EngineError, PlanError
+from aiprod_ds.planner.cost import BucketCost, Estimator, total_gpu_hours
+
+STAGES = ((1, False), (2, False), (3, False), (2, True), (3, True))
+"""ZeRO stage and whether the optimizer is offloaded, in the order in which equals are preferred."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseChoice:
+    """What one phase runs with: whether it recomputes, and the micro-batch of each bucket."""
+
+    is_checkpointed: bool
+    micro_batch_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelChoice:
+    """What a run runs with in place of what it does not say.
+
+    Attributes:
+        world_size: That it was made for.
+        reason: Why, in words; one line for each phase.
+    """
+
+    zero_stage: int
+    is_offloaded: bool
+    world_size: int
+    phases: tuple[PhaseChoice, ...]
+    reason: tuple[str, ...] = ()
+
+    def fits(self, plan: RunPlan) -> bool:
+        """Returns whether `plan` is for as many ranks and its batches can be cut like this."""
+        sizes = [phase.micro_batch_sizes for phase in self.phases]
+        own = [[bucket.global_batch_size // plan.world_size for bucket in phase.buckets] for phase in plan.phases]
+        return (
+            self.world_size == plan.world_size
+            and [len(each) for each in sizes] == [len(each) for each in own]
+            and all(
+                whole % size == 0 for some, all_ in zip(sizes, own, strict=True) for size, whole in zip(some, all_, strict=True)
+            )
+        )
+
+    def applied(self, plan: RunPlan) -> RunPlan:
+        """Returns `plan` with these micro-batches and this checkpointing."""
+        return replace(plan, phases=tuple(_applied(phase, own) for phase, own in zip(plan.phases, self.phases, strict=True)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ParallelChoice:
+        """Returns what `to_dict` gave."""
+        phases = tuple(
+            PhaseChoice(is_checkpointed=phase["is_checkpointed"], micro_batch_sizes=tuple(phase["micro_batch_sizes"]))
+            for phase in values["phases"]
+        )
+        return cls(**{**values, "phases": phases, "reason": tuple(values["reason"])})
+
+
+def choose(estimator: Estimator, settings_of: Callable[[int, bool], DeepSpeedSettings], *, where: str) -> ParallelChoice:
+    """Returns the settings with the least GPU-hours of those that fit.
+
+    Args:
+        estimator: Of the run and the GPU.
+        settings_of: Engine settings for a ZeRO stage, with or without offload.
+        where: How messages name the run.
+
+    Raises:
+        PlanError: If nothing fits.
+    """
+    found: list[tuple[float, ParallelChoice]] = []
+    smallest: list[BucketCost] = []
+    for stage, is_offloaded in STAGES:
+        settings = settings_of(stage, is_offloaded)
+        phases = [_fastest(estimator, phase, settings, smallest) for phase in estimator.plan.phases]
+        costs = [phase for phase in phases if phase is not None]
+        if len(costs) == len(phases):
+            found.append((sum(map(total_gpu_hours, costs)), _choice(stage, is_offloaded, costs, estimator)))
+    if not found:
+        least = min(smallest, key=lambda cost: cost.memory.needed)
+        machine = estimator.machine
+        raise PlanError(
+            f"{where}: must fit {machine.name} with {estimator.plan.world_size} GPUs, got phase {least.name}, which needs "
+            f"{least.memory.needed / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB at the least (ZeRO-{least.zero_stage}, "
+            f"micro-batch {least.micro_batch_size}) and "
+            f"{least.memory.host / 1e9:.1f} of {machine.host_memory_bytes / 1e9:.1f} GB of the host. "
+            "Take more or larger GPUs, smaller clips, or adapters."
+        )
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _fastest(
+    estimator: Estimator, phase: PhasePlan, settings: DeepSpeedSettings, smallest: list[BucketCost]
+) -> list[BucketCost] | None:
+    """Returns the buckets of one phase with what is fastest of that which fits; None if nothing does."""
+    candidates = []
+    for is_checkpointed in (False, True):
+        try:
+            costs = [_largest(estimator, phase, index, settings, is_checkpointed) for index in range(len(phase.buckets))]
+        except EngineError:
+            continue  # the model has no blocks to recompute
+        smallest += [cost for cost in costs if not cost.fits]
+        if all(cost.fits for cost in costs):
+            candidates.append(costs)
+    return min(candidates, key=total_gpu_hours) if candidates else None
+
+
+def _largest(
+    estimator: Estimator, phase: PhasePlan, index: int, settings: DeepSpeedSettings, is_checkpointed: bool
+) -> BucketCost:
+    """Returns the bucket with the largest micro-batch that fits, or with one clip if none does."""
+    bucket = phase.buckets[index]
+    own = bucket.global_batch_size // estimator.plan.world_size
+    for size in sorted((size for size in range(1, own + 1) if own % size == 0), reverse=True):
+        cost = estimator.cost(phase, index, settings, is_checkpointed=is_checkpointed, micro_batch_size=size)
+        if cost.fits:
+            break
+    return cost
+
+
+def _choice(stage: int, is_offloaded: bool, costs: Sequence[Sequence[BucketCost]], estimator: Estimator) -> ParallelChoice:
+    machine = estimator.machine
+    reason = tuple(
+        f"phase {buckets[0].name}: ZeRO-{stage}{' with offload' if is_offloaded else ''}, recomputation "
+        f"{'on' if buckets[0].is_checkpointed else 'off'}, micro-batch "
+        f"{' and '.join(f'{cost.micro_batch_size} x {cost.accumulation}' for cost in buckets)}: needs "
+        f"{max(cost.memory.needed for cost in buckets) / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB ({machine.name}), "
+        f"{buckets[0].seconds_per_update:.2f} s per update estimated"
+        for buckets in costs
+    )
+    phases = tuple(
+        PhaseChoice(
+            is_checkpointed=buckets[0].is_checkpointed, micro_batch_sizes=tuple(cost.micro_batch_size for cost in buckets)
+        )
+        for buckets in costs
+    )
+    return ParallelChoice(
+        zero_stage=stage, is_offloaded=is_offloaded, world_size=estimator.plan.world_size, phases=phases, reason=reason
+    )
+
+
+def _applied(phase: PhasePlan, own: PhaseChoice) -> PhasePlan:
+    buckets = tuple(
+        replace(bucket, micro_batch_size=size, accumulation=bucket.micro_batch_size * bucket.accumulation // size)
+        for bucket, size in zip(phase.buckets, own.micro_batch_sizes, strict=True)
+    )
+    return replace(phase, buckets=buckets, activation_checkpointing=own.is_checkpointed)

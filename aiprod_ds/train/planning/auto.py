@@ -1,0 +1,107 @@
+"""`engine.parallel: auto`: what a run chooses for the GPUs that it finds, and keeps from its first start to its last resume.
+
+Owns when is chosen and what is kept; how, is `aiprod_ds.planner.search`. The choice stands in the layout of every checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.config.run import RunConfig
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.engine import dist
+from aiprod_ds.planner.hardware import MACHINES, Machine
+from aiprod_ds.planner.search import ParallelChoice, PhaseChoice, choose
+from aiprod_ds.train.planning.estimate import chosen_settings, estimator_of, settings_for
+from aiprod_ds.train.planning.trace import Shaped
+
+_LOG = logging.getLogger(__name__)
+
+Choose = Callable[[RunPlan, DeepSpeedSettings], ParallelChoice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What a run really runs with; `choice` is None where the configuration says it all."""
+
+    plan: RunPlan
+    settings: DeepSpeedSettings
+    choice: ParallelChoice | None
+
+
+def settle(
+    config: RunConfig,
+    plan: RunPlan,
+    settings: DeepSpeedSettings,
+    *,
+    saved: Mapping[str, Any] | None,
+    choose_now: Choose,
+    source: str,
+) -> Settled:
+    """Returns plan and settings with what `engine.parallel: auto` chooses, or as they are. Collective.
+
+    Args:
+        config: Of the run.
+        plan: For this world size.
+        settings: As configured.
+        saved: The layout of the checkpoint that the run goes on from.
+        choose_now: Chooses for this machine; called on the main rank, unless the checkpoint's choice can be kept.
+        source: How messages name the configuration.
+
+    Raises:
+        PlanError: If nothing fits.
+    """
+    if config.engine.parallel != "auto":
+        return Settled(plan=plan, settings=settings, choice=None)
+    kept = _kept(saved, plan)
+    choice = dist.from_main(lambda: choose_now(plan, settings)) if kept is None else kept
+    for reason in choice.reason:
+        _LOG.info("parallel_chosen %s%s", reason, "" if kept is None else " (kept)")
+    own = chosen_settings(choice, settings, where=source)
+    return Settled(plan=choice.applied(plan), settings=own, choice=choice)
+
+
+def choose_here(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings) -> ParallelChoice:
+    """Returns the fastest settings that fit the GPU of this process; without one, ZeRO-1 and whole batches.
+
+    Raises:
+        PlanError: If nothing fits.
+    """
+    machine = this_machine()
+    if machine is None:
+        phases = tuple(
+            PhaseChoice(is_checkpointed=False, micro_batch_sizes=tuple(bucket.micro_batch_size for bucket in phase.buckets))
+            for phase in plan.phases
+        )
+        reason = ("no GPU: ZeRO-1, recomputation off, whole batches",)
+        return ParallelChoice(zero_stage=1, is_offloaded=False, world_size=plan.world_size, phases=phases, reason=reason)
+    estimator = estimator_of(trainer, plan, machine, settings)
+    return choose(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
+
+
+def this_machine() -> Machine | None:
+    """Returns the GPU of this process with its own memory, and the speed of the machine of the table that is most like it."""
+    device = dist.choose_device()
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    capability = (found.major, found.minor)
+    by_name = [machine for name, machine in MACHINES.items() if name.partition("-")[0] in found.name.lower()]
+    by_age = [machine for machine in MACHINES.values() if machine.compute_capability <= capability]
+    likest = next(iter(by_name), by_age[-1] if by_age else MACHINES["v100-32gb"])
+    return replace(likest, name=found.name, compute_capability=capability, memory_bytes=found.total_memory)
+
+
+def _kept(saved: Mapping[str, Any] | None, plan: RunPlan) -> ParallelChoice | None:
+    """Returns the choice of a checkpoint if it is for as many ranks and fits the phases, which may have been edited."""
+    values = None if saved is None else saved.get("parallel")
+    if values is None:
+        return None
+    choice = ParallelChoice.from_dict(values)
+    return choice if choice.fits(plan) else None

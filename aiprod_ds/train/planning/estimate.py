@@ -1,0 +1,119 @@
+"""What a trainer's run needs and costs on a kind of GPU, as it is configured and with the fastest settings that fit.
+
+Brings the pure estimates of `aiprod_ds.curriculum` and the footprints together. `plan --machine` shows it; `parallel.py` asks
+for the choice alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, with_parallel
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.errors import PlanError
+from aiprod_ds.planner.cost import BucketCost, Estimator
+from aiprod_ds.planner.hardware import Machine
+from aiprod_ds.planner.search import ParallelChoice, choose
+from aiprod_ds.train.engines import read_settings
+from aiprod_ds.train.planning.gpu_rules import require_runnable
+from aiprod_ds.train.planning.trace import Footprints, Shaped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """The costs of a run.
+
+    Attributes:
+        configured: Every bucket of every phase as the configuration says; empty under `engine.parallel: auto`.
+        choice: The fastest settings that fit; None if nothing does.
+        chosen: Every bucket with them.
+        problem: Why there is no choice.
+    """
+
+    machine: Machine
+    world_size: int
+    dollars_per_gpu_hour: float
+    configured: tuple[BucketCost, ...]
+    choice: ParallelChoice | None
+    chosen: tuple[BucketCost, ...]
+    problem: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Returns it JSON-ready."""
+        return {
+            "machine": self.machine.name,
+            "gpus": self.world_size,
+            "dollars_per_gpu_hour": self.dollars_per_gpu_hour,
+            "configured": [cost.to_dict() for cost in self.configured],
+            "choice": None if self.choice is None else self.choice.to_dict(),
+            "chosen": [cost.to_dict() for cost in self.chosen],
+            "problem": self.problem,
+        }
+
+
+def estimate_run(trainer: Shaped, plan: RunPlan, machine: Machine, *, dollars_per_gpu_hour: float | None = None) -> Estimate:
+    """Returns what the run needs and costs.
+
+    Args:
+        trainer: Of the run.
+        plan: Its phases for the GPUs in question.
+        machine: The GPU.
+        dollars_per_gpu_hour: In place of the machine's.
+
+    Raises:
+        ConfigError: If the engine's settings cannot run on that GPU.
+    """
+    settings = read_settings(trainer.config, source=trainer.source)
+    require_runnable(trainer.shapes, settings, machine, where=trainer.source)
+    estimator = estimator_of(trainer, plan, machine, settings, dollars_per_gpu_hour=dollars_per_gpu_hour)
+    is_auto = trainer.config.engine.parallel == "auto"
+    configured = () if is_auto else tuple(estimator.costs(plan, settings))
+    choice, problem = None, None
+    try:
+        choice = choose(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
+    except PlanError as error:
+        problem = str(error)
+    chosen: tuple[BucketCost, ...] = ()
+    if choice is not None:
+        chosen = tuple(estimator.costs(choice.applied(plan), chosen_settings(choice, settings, where=trainer.source)))
+    return Estimate(
+        machine=machine,
+        world_size=plan.world_size,
+        dollars_per_gpu_hour=estimator.dollars_per_gpu_hour,
+        configured=configured,
+        choice=choice,
+        chosen=chosen,
+        problem=problem,
+    )
+
+
+def estimator_of(
+    trainer: Shaped,
+    plan: RunPlan,
+    machine: Machine,
+    settings: DeepSpeedSettings,
+    *,
+    dollars_per_gpu_hour: float | None = None,
+) -> Estimator:
+    """Returns what answers for the trainer's phases."""
+    return Estimator(
+        plan=plan,
+        machine=machine,
+        trace=Footprints(trainer, plan, precision=settings.precision).of,
+        has_average=trainer.config.ema is not None,
+        dollars_per_gpu_hour=machine.price_per_gpu_hour if dollars_per_gpu_hour is None else dollars_per_gpu_hour,
+    )
+
+
+def settings_for(settings: DeepSpeedSettings, *, where: str) -> Callable[[int, bool], DeepSpeedSettings]:
+    """Returns what makes the engine's settings of a ZeRO stage, with or without offload."""
+    make = partial(with_parallel, settings, where=where)
+    return lambda zero_stage, is_offloaded: make(zero_stage=zero_stage, is_offloaded=is_offloaded)
+
+
+def chosen_settings(choice: ParallelChoice, settings: DeepSpeedSettings, *, where: str) -> DeepSpeedSettings:
+    """Returns `settings` with the stage and the offload of `choice`."""
+    return with_parallel(settings, zero_stage=choice.zero_stage, is_offloaded=choice.is_offloaded, where=where)

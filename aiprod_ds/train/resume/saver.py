@@ -1,0 +1,369 @@
+"""Saving a checkpoint from all ranks: what the ranks must agree on around `CheckpointStore`.
+
+Every rank writes into one folder that rank 0 makes and commits, so the run folder must be on a file system that all ranks share;
+a folder of the same name on each node's own disk is found out before anything is written into it.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from aiprod_ds.checkpoint.disk import DiskFullError, explained, write_error
+from aiprod_ds.checkpoint.frozen_bases import commit_base, discard_pending_base, has_base, open_base
+from aiprod_ds.checkpoint.manifest import FileRecord
+from aiprod_ds.checkpoint.shard_files import PieceReader, write_pieces
+from aiprod_ds.checkpoint.staging import HostCopies, available_bytes
+from aiprod_ds.checkpoint.state import RunState
+from aiprod_ds.checkpoint.store import CheckpointStore
+from aiprod_ds.config.run import CheckpointConfig
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.errors import AiprodError, CheckpointError
+from aiprod_ds.optim.ema import Ema
+from aiprod_ds.snapshot import Base, Captured, EngineFacts
+from aiprod_ds.train.resume.background import Background
+from aiprod_ds.train.resume.frozen_base import require_start
+
+_LOG = logging.getLogger(__name__)
+_TOKEN = ".seen_by_all_ranks"
+_ENGINE = "engine"
+_USABLE_SHARE = 0.9  # of the memory that a host has left; the rest is for what else grows
+_SEEN_WITHIN_SECONDS = 90.0  # NFS may hide a new folder from other clients for 60
+
+
+@dataclass(slots=True, kw_only=True)
+class Saver:
+    """Saves and prunes the checkpoints of one run, at most one at a time.
+
+    A save is two pieces of work: every rank writes its own pieces; when all have, rank 0 commits and prunes. With
+    `checkpoint.asynchronous` the state is copied to the host first, and the work is done while training goes on: `advance` takes
+    it further once all ranks are known to have finished a piece. Without it the same work is waited for. Memory for the copies is
+    got beside training too, if `reserve` is called early enough.
+
+    Attributes:
+        store: Where to.
+        config: What to keep, and what to do without room.
+        phase_names: Of the curriculum, by the index that the clock has.
+        on_not_saved: Called with update and reason when there was no room and the configuration says to go on.
+        on_replaced: Called with words when a save cannot be asynchronous.
+    """
+
+    store: CheckpointStore
+    config: CheckpointConfig
+    phase_names: tuple[str, ...]
+    on_not_saved: Callable[[int, str], None] = lambda _update, _reason: None
+    on_replaced: Callable[[str], None] = lambda _words: None
+    _stored: set[str] = field(default_factory=set)  # bases that are whole
+    _work: Background = field(default_factory=Background)
+    _copies: HostCopies = field(default_factory=HostCopies)
+    _reserving: Background = field(default_factory=Background)
+    _saved: RunState | None = None  # what is being saved
+    _is_written: bool = False
+    _began: float = 0.0
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._saved is not None
+
+    @property
+    def finished(self) -> int:
+        """Pieces of work that this rank has finished; the least of all ranks is what `advance` wants."""
+        return self._work.finished
+
+    def reserve(self, engine: Engine, ema: Ema | None, *, base: Base | None = None) -> None:
+        """Begins to get the memory that copies of such a state need, beside training; the first save waits for it. Collective.
+
+        Does nothing while something is being saved, without memory for the copies, or if copies are not wanted.
+        """
+        if self.config.asynchronous and not self.is_saving:
+            self._await_memory()
+            captured = capture(engine, ema, base)
+            if self._has_memory(captured):
+                self._reserving.start(self._copies.request(captured))
+
+    @property
+    def is_reserving(self) -> bool:
+        """Whether memory is still being got."""
+        return self._reserving.finished < self._reserving.started
+
+    def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> None:
+        """Saves, or copies what is to be saved, after the save under way has been finished. Collective.
+
+        Frozen weights are left out where there is a `base`; one that must be stored and is not there yet is stored first.
+
+        An error is raised on every rank, here or later in `advance` and `finish`.
+
+        Raises:
+            DiskFullError: If there is no room and the configuration says to stop then.
+            CheckpointError: If the ranks share no folder, or the disk fails.
+        """
+        self.finish()
+        self._began = time.monotonic()
+        with self._going_on_without_room(state):
+            is_waited_for = self._begin(engine, ema, state, base)
+            if is_waited_for:
+                self.finish()
+
+    def advance(self, finished: int) -> None:
+        """Goes on with the save under way if all ranks have finished what was begun. Collective, between updates.
+
+        Args:
+            finished: The least `finished` of all ranks, the same on all.
+
+        Raises:
+            DiskFullError: As `save`.
+            CheckpointError: As `save`.
+        """
+        if self._saved is not None and finished >= self._work.started:
+            with self._going_on_without_room(self._saved):
+                self._go_on(self._saved)
+
+    def finish(self) -> None:
+        """Waits until nothing is being saved any more. Collective.
+
+        Raises:
+            DiskFullError: As `save`.
+            CheckpointError: As `save`.
+        """
+        while self._saved is not None:
+            with self._going_on_without_room(self._saved):
+                self._go_on(self._saved)
+
+    def close(self) -> None:
+        """Gives memory back; nothing may be under way, unless the run has failed."""
+        if self._saved is None:
+            self._await_memory()
+            self._copies.release()
+
+    @contextmanager
+    def _going_on_without_room(self, state: RunState) -> Iterator[None]:
+        updates = state.clock.updates
+        try:
+            yield
+        except Exception as error:
+            self._saved = None
+            if dist.is_main():
+                self.store.discard_pending(updates)
+            if not isinstance(error, DiskFullError) or self.config.on_full_disk == "stop":
+                raise
+            _LOG.warning("checkpoint_not_saved update=%d reason=%s", updates, error)
+            self.on_not_saved(updates, str(error))
+
+    def _begin(self, engine: Engine, ema: Ema | None, state: RunState, base: Base | None) -> bool:
+        """Starts the writing; returns whether it must be waited for, because nothing was copied."""
+        if base is not None and base.is_stored:
+            self._store_base(engine, base.sha256)
+        self._await_memory()
+        updates, captured = state.clock.updates, capture(engine, ema, base)
+        pending = dist.from_main(lambda: self.store.open_pending(updates, num_bytes=captured.facts.num_bytes()))
+        require_shared(pending)
+        is_copied = self.config.asynchronous and self._has_memory(captured)
+        if is_copied:
+            captured = self._copies.take(captured)
+        elif engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)  # another thread's stream knows nothing of this one's
+        self._saved, self._is_written = state, False
+        self._work.start(lambda: write_pieces(pending / _ENGINE, captured))
+        return not is_copied
+
+    def _go_on(self, state: RunState) -> None:
+        """Waits for what was begun on all ranks and begins what comes next, if anything does."""
+        if not self._is_written:
+            known = _gather_records(self._work.result, self.store.pending_folder(state.clock.updates))
+            self._is_written = True
+            self._work.start(partial(self._commit, state, known) if dist.is_main() else _nothing)
+        else:
+            if not dist.is_main():
+                self._work.result()
+            dist.from_main(self._work.result)
+            self._saved = None
+
+    def _commit(self, state: RunState, known: Mapping[str, FileRecord]) -> None:
+        updates = state.clock.updates
+        self.store.commit(updates, state, {f"{_ENGINE}/{name}": record for name, record in known.items()})
+        _LOG.info("checkpoint_committed update=%d seconds=%.2f", updates, time.monotonic() - self._began)
+        self._prune(state)
+
+    def _await_memory(self) -> None:
+        if self._reserving.started:
+            self._reserving.result()
+
+    def _has_memory(self, captured: Captured) -> bool:
+        """Returns whether every host has room for the copies of its ranks; tells once if one has not. Collective."""
+        reports = dist.gather_objects((socket.gethostname(), self._copies.missing_bytes(captured), available_bytes()))
+        for host in sorted({host for host, _, _ in reports}):
+            needed = sum(missing for name, missing, _ in reports if name == host)
+            available = min(available for name, _, available in reports if name == host)
+            if needed > available * _USABLE_SHARE:
+                words = (
+                    f"checkpoints are saved while training waits: host {host} has {available:,} bytes of memory left and the "
+                    f"copies for checkpoint.asynchronous take {needed:,}"
+                )
+                self.on_replaced(words)
+                return False
+        return True
+
+    def _store_base(self, engine: Engine, sha256: str) -> None:
+        folder = self.store.folder
+        if sha256 in self._stored:
+            return
+        if dist.from_main(lambda: has_base(folder, sha256)):
+            self._stored.add(sha256)
+            return
+        frozen = engine.capture().only_frozen()
+        num_bytes = frozen.facts.num_bytes()
+        try:
+            pending = dist.from_main(lambda: open_base(folder, sha256, num_bytes=num_bytes))
+            require_shared(pending)
+            _write(pending / _ENGINE, frozen)
+            dist.from_main(lambda: commit_base(folder, sha256))
+        except Exception:
+            if dist.is_main():
+                discard_pending_base(folder, sha256)
+            raise
+        self._stored.add(sha256)
+        _LOG.info("base_stored sha256=%s bytes=%d", sha256, num_bytes)
+
+    def _prune(self, state: RunState) -> None:
+        deleted = self.store.prune(state.clock.updates, self.config, self._measure)
+        if deleted:
+            _LOG.info("checkpoints_deleted names=%s", ",".join(deleted))
+        rule, known = self.config.keep_best, state.history.get("before", {})
+        if rule is not None and known and rule.metric not in known:
+            raise CheckpointError(
+                f"checkpoint.keep_best.metric: must be one of {', '.join(sorted(known))}, got {rule.metric}. "
+                f"Correct it and resume; update {state.clock.updates} is saved."
+            )
+
+    def _measure(self, state: RunState) -> float | None:
+        """Returns the measure of `keep_best`; only the checkpoint at the end of a phase has that phase's."""
+        rule, phase = self.config.keep_best, state.clock.phase
+        if rule is None or phase >= len(self.phase_names):
+            return None
+        value = state.history.get("phase_metrics", {}).get(self.phase_names[phase], {}).get(rule.metric)
+        return float(value) if isinstance(value, int | float) else None
+
+
+def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) -> Captured:
+    """Returns what this rank writes of engine and average, not copied; without frozen weights where there is a `base`."""
+    state = engine.capture()
+    if ema is not None:
+        state = ema.capture(state)
+    return state if base is None else state.on(base)
+
+
+def write_engine(folder: Path, engine: Engine, ema: Ema | None = None, base: Base | None = None) -> None:
+    """Writes what `read_engine` needs into an existing folder, each rank its own part. Collective; nothing is committed here.
+
+    Raises:
+        DiskFullError: On every rank, if one had no room.
+        CheckpointError: On every rank, if one failed otherwise.
+    """
+    _write(folder, capture(engine, ema, base))
+
+
+def read_engine(
+    folder: Path, engine: Engine, ema: Ema | None = None, *, origin: str = "the weights that the engine was built with"
+) -> EngineFacts:
+    """Restores engine and average from what any number of ranks wrote under any ZeRO stage; returns what they were. Collective.
+
+    Args:
+        folder: Of the engine, in a checkpoint.
+        engine: As it was built: its frozen weights may be those that the checkpoint refers to.
+        ema: Its average.
+        origin: Of the engine's weights, in words.
+
+    Raises:
+        CheckpointError: If `folder` is damaged, or of another model, precision or base.
+    """
+    with PieceReader(folder) as reader:
+        base = reader.facts.base
+        if base is not None and not base.is_stored:
+            require_start(engine, base, folder=folder, origin=origin)
+        engine.restore(reader)
+        if ema is not None:
+            ema.restore(reader)
+        return reader.facts
+
+
+def require_shared(folder: Path, *, within_seconds: float = _SEEN_WITHIN_SECONDS) -> None:
+    """Checks that every rank sees in `folder` what rank 0 writes there. Collective; leaves the folder as it was.
+
+    Args:
+        folder: Exists for rank 0.
+        within_seconds: How long others look for it.
+
+    Raises:
+        CheckpointError: On every rank, if one does not see it.
+    """
+    if dist.world_size() == 1:
+        return
+    token = dist.from_main(lambda: _write_token(folder))
+    blind = [host for host, sees in dist.gather_objects((socket.gethostname(), _sees(folder, token, within_seconds))) if not sees]
+    dist.from_main(lambda: _remove_token(folder))
+    if blind:
+        raise CheckpointError(
+            f"{folder}: must be one folder for all ranks, got {len(blind)} ranks on {', '.join(sorted(set(blind)))} "
+            "that do not see what rank 0 writes there. Put output_dir on a file system that all nodes share."
+        )
+
+
+def _write_token(folder: Path) -> str:
+    token = uuid4().hex
+    with explained(folder):
+        (folder / _TOKEN).write_text(token)
+    return token
+
+
+def _remove_token(folder: Path) -> None:
+    with explained(folder):
+        (folder / _TOKEN).unlink(missing_ok=True)
+
+
+def _sees(folder: Path, token: str, within_seconds: float) -> bool:
+    deadline = time.monotonic() + within_seconds
+    while True:
+        try:
+            if (folder / _TOKEN).read_text() == token:
+                return True
+        except OSError:
+            pass  # not yet, or never
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
+
+
+def _write(folder: Path, state: Captured) -> None:
+    """Every rank writes its pieces; an error of one is raised on all."""
+    _gather_records(lambda: write_pieces(folder, state), folder)
+
+
+def _gather_records(write: Callable[[], dict[str, FileRecord]], folder: Path) -> dict[str, FileRecord]:
+    """Returns what all ranks have written; an error of one is raised on all. Collective."""
+    outcomes = dist.gather_objects(_outcome(write, folder))
+    for outcome in outcomes:
+        if isinstance(outcome, AiprodError):
+            raise outcome
+    return {name: record for outcome in outcomes if isinstance(outcome, dict) for name, record in outcome.items()}
+
+
+def _outcome(write: Callable[[], dict[str, FileRecord]], folder: Path) -> dict[str, FileRecord] | AiprodError:
+    try:
+        return write()
+    except Exception as error:  # noqa: BLE001  whatever a writer raises, the other ranks must hear of it
+        return write_error(error, folder)
+
+
+def _nothing() -> None:
+    """What ranks other than the main one do while it commits."""

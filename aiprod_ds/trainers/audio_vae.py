@@ -1,0 +1,130 @@
+"""The audio VAE trainer: what is trained, on what, and its held-out measures. The loop is `aiprod_ds.train.loop`.
+
+Shape suffixes: B batch, C channels, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.curriculum.data_rules import TooShort
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
+from aiprod_ds.data.loader import MicroBatch
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.errors import PlanError
+from aiprod_ds.losses import LossTerms
+from aiprod_ds.models.audio_vae import AudioVAE, audio_facts, audio_strides, wrap_audio_vae
+from aiprod_ds.models.mel_vae import MelVAE, is_mel_model
+from aiprod_ds.rng import stream_seed
+from aiprod_ds.train.audio_data import open_audio_datasets, open_audio_files
+from aiprod_ds.train.posterior import require_posterior
+from aiprod_ds.train.unit import Evaluation
+from aiprod_ds.trainers.audio_objective import Objective, choose_objective, objective_problems
+from aiprod_ds.trainers.base import Trainer
+from aiprod_ds.trainers.clip_data import ClipData
+from aiprod_ds.trainers.clip_unit import ClipUnit
+from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, over_ranks
+from aiprod_ds.trainers.vae_export import export_vae
+
+
+class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
+    """Trains an audio VAE through a curriculum.
+
+    A model that is passed in must offer what `AudioVAE` says, or `MelVAE` for models of mel spectrograms; items of a dataset are
+    [N] or [C, N] in [-1, 1] or dicts with 'audio' and optionally 'sample_rate_hz'. The arguments are those of `Trainer`.
+    """
+
+    @cached_property
+    def strides(self) -> ModelStrides:
+        """How many samples become one latent; found on the meta device."""
+        return audio_strides(self.shapes, self.config.model)
+
+    def plan(self, *, world_size: int = 1) -> RunPlan:
+        """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights.
+
+        Raises:
+            PlanError: With every problem found, also if the model takes another rate or number of channels than the data has.
+        """
+        plan = super().plan(world_size=world_size)
+        problems = [*self._form_problems(), *objective_problems(self.config.loss, plan, is_mel=is_mel_model(self.shapes))]
+        if problems:
+            raise PlanError([f"{self.source}: {problem}" for problem in problems])
+        return plan
+
+    def _form_problems(self) -> Iterator[str]:
+        takes, data = audio_facts(self.shapes, hop=self.config.model.temporal_stride), self.config.data
+        rate_hz, channels = takes.sample_rate_hz, takes.channels
+        if rate_hz not in {None, data.sample_rate_hz}:
+            yield f"data.sample_rate_hz: must be the model's, {rate_hz}, got {data.sample_rate_hz}. Set it; files are resampled."
+        if channels not in {None, data.channels}:
+            yield f"data.channels: must be the model's, {channels}, got {data.channels}. Set it; files are converted."
+
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns `audio` [C,N]."""
+        return {"audio": torch.empty(self.config.data.channels, bucket.frames, device="meta")}
+
+    def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
+        return open_audio_datasets(dataset, validation, self.config.data, seed=self.config.seed)
+
+    def _open_files(self) -> ClipData:
+        return open_audio_files(self.config.data, seed=self.config.seed)
+
+    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> AudioVAEUnit:
+        snapped = snap_notes(plan, self.strides)
+        module = wrap_audio_vae(model)
+        return AudioVAEUnit(config=self.config, plan=plan, data=data, too_short=too_short, snapped=snapped, module=module)
+
+
+@dataclass(slots=True, kw_only=True)
+class AudioVAEUnit(ClipUnit):
+    """What the loop trains; a `Unit`."""
+
+    config: AudioVAETrainerConfig
+    module: AudioVAE | MelVAE
+    _objective: Objective = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Builds the losses of all phases."""
+        rate_hz = self.config.data.sample_rate_hz
+        self._objective = choose_objective(self.module, self.config.loss, self.plan, sample_rate_hz=rate_hz)
+
+    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
+        """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
+        wave_BCN = batch.tensors["audio"].to(engine.device, non_blocking=True)
+        seeds = [
+            stream_seed(self.config.seed, "posterior", phase.index, batch.position, sample.ordinal) for sample in batch.samples
+        ]
+        output, mean, logvar = engine(wave_BCN.to(self._objective.input_dtype(engine.compute_dtype)), seeds)
+        return self._objective.loss(phase, output, self._objective.target(wave_BCN), mean, require_posterior(logvar, phase))
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
+        quality = self._objective.new_quality()
+        shown: dict[int, tuple[Tensor, Tensor]] = {}
+        for clip in self._held_out(engine):
+            original, output = self._objective.target(clip.original).cpu(), clip.output.cpu()
+            quality.update(original, output)
+            if clip.place < self.config.evaluation.num_pictures:
+                shown[clip.place] = (original, output)
+        metrics = over_ranks(engine, quality, self._objective.new_quality()).compute()
+        pairs = gather_shown(shown)
+        examples = self._objective.examples(*zip(*pairs, strict=True)) if pairs and engine.rank == 0 else None
+        return Evaluation(metrics=metrics, headline=self._objective.headline(metrics), examples=examples)
+
+    def export(self, engine: Engine, folder: Path) -> None:
+        """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out clips."""
+        export_vae(engine, self.module.vae, self._held_out(engine), folder)
+
+    def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:
+        bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
+        dtype = self._objective.input_dtype(engine.compute_dtype)
+        return held_out_clips(engine, self.data, bucket, name="audio", dtype=dtype, max_clips=limit)

@@ -1,0 +1,172 @@
+"""What every trainer is: a configuration, a model, data and a unit, brought together for the loop.
+
+Owns the order of preparation; `run.py` owns what happens after it. `video_vae.py` and `audio_vae.py` say how the model's strides
+are found, where clips come from and what the unit is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property, partial
+from typing import Any, Generic, TypeVar
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from aiprod_ds.config.run import RunConfig
+from aiprod_ds.curriculum.data_rules import TooShort
+from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
+from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.engine import dist
+from aiprod_ds.errors import ConfigError, DataError, PlanError
+from aiprod_ds.models.registry import build_model
+from aiprod_ds.models.shapes import on_meta
+from aiprod_ds.report.summary import RunSummary
+from aiprod_ds.train.engines import read_settings
+from aiprod_ds.train.planning.auto import choose_here, this_machine
+from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
+from aiprod_ds.train.run import evaluate_checkpoint, run_training
+from aiprod_ds.train.unit import Unit
+from aiprod_ds.trainers.clip_data import ClipData
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+class Trainer(ABC, Generic[ConfigT]):
+    """Trains a model through a curriculum.
+
+    Args:
+        config: The whole configuration.
+        model: A module to train in place of `config.model`.
+        dataset: Training clips in place of `config.data.train`, map-style.
+        validation: Held-out clips, in the same form; required with `dataset`.
+        source: How messages name the configuration.
+
+    Raises:
+        ConfigError: If `dataset` comes without `validation`.
+    """
+
+    def __init__(
+        self,
+        config: ConfigT,
+        *,
+        model: nn.Module | None = None,
+        dataset: Any = None,
+        validation: Any = None,
+        source: str = "configuration",
+    ) -> None:
+        if (dataset is None) != (validation is None):
+            name = type(self).__name__
+            raise ConfigError(f"{name}: dataset and validation go together, got one of them. Pass both or neither.")
+        self.config = config
+        self.source = source
+        self._model = model
+        self._datasets = (dataset, validation)
+
+    @cached_property
+    @abstractmethod
+    def strides(self) -> ModelStrides:
+        """How the model divides its input; found without memory for weights."""
+
+    @abstractmethod
+    def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
+        """Returns the clips of a user's own datasets."""
+
+    @abstractmethod
+    def _open_files(self) -> ClipData:
+        """Returns the clips of the files that the configuration names."""
+
+    @abstractmethod
+    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> Unit:
+        """Returns what the loop trains."""
+
+    @abstractmethod
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns what a clip of that shape consists of, on the meta device: for estimates of memory and time."""
+
+    def blank_unit(self, plan: RunPlan) -> Unit:
+        """Returns the unit without weights and data, on the meta device: for estimates of memory and time."""
+        clips = [self.blank_clip(plan.phases[-1].buckets[0])]
+        blank = type(self)(
+            blank_config(self.config), model=on_meta(self.shapes), dataset=clips, validation=clips, source=self.source
+        )
+        assert blank._model is not None, "it was passed in"
+        return blank._unit(blank._model, plan, blank.open_data(), ())
+
+    def plan(self, *, world_size: int = 1) -> RunPlan:
+        """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights.
+
+        Raises:
+            PlanError: With every problem found.
+        """
+        return plan_run(self.config, world_size=world_size, strides=self.strides, source=self.source)
+
+    def num_parameters(self) -> int:
+        """Returns the number of parameters of the model."""
+        return sum(parameter.numel() for parameter in self.shapes.parameters())
+
+    def open_data(self) -> ClipData:
+        """Reads the manifests on the main rank and gives every rank the same clips."""
+        try:
+            if self._datasets[0] is not None:
+                return self._open_datasets(*self._datasets)
+            return dist.from_main(self._open_files)
+        except DataError as error:  # before training it is the configuration's data section that must change
+            raise PlanError(f"{self.source}: data: {error}") from error
+
+    def train(self, *, resume: str = "auto", console: Console | None = None) -> RunSummary:
+        """Runs the whole training, or what is left of it.
+
+        Args:
+            resume: `auto` goes on from the newest checkpoint in `output_dir`; `never` starts anew and moves an old run aside; a
+                path names a checkpoint folder.
+            console: Where progress is drawn; standard error by default. Log through the same one, or lines tear the display.
+
+        Returns:
+            What the report says; files are in `config.output_dir`.
+        """
+        plan, unit = self._prepare()
+        choose = partial(choose_here, self)
+        return run_training(self.config, unit, plan, resume=resume, source=self.source, choose_now=choose, console=console)
+
+    def evaluate(self, *, resume: str = "auto") -> dict[str, float]:
+        """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that `resume` names.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        plan, unit = self._prepare()
+        choose = partial(choose_here, self)
+        return evaluate_checkpoint(self.config, unit, plan, resume=resume, source=self.source, choose_now=choose)
+
+    @cached_property
+    def shapes(self) -> nn.Module:
+        """The model, on the meta device unless it was passed in."""
+        if self._model is not None:
+            return self._model
+        return build_model(self.config.model, seed=self.config.seed, device="meta")
+
+    def _prepare_gpu(self) -> None:
+        machine = this_machine()
+        if machine is not None:
+            settings = read_settings(self.config, source=self.source)
+            require_runnable(self.shapes, settings, machine, where=self.source)
+            prepare_gpu(machine)
+
+    def _prepare(self) -> tuple[RunPlan, Unit]:
+        plan = self.plan(world_size=dist.world_size())
+        self._prepare_gpu()
+        data = self.open_data()
+        too_short = data.check(plan, self.source)
+        plan = data.with_lengths(plan, self.source)
+        model = self._model if self._model is not None else build_model(self.config.model, seed=self.config.seed)
+        return plan, self._unit(model, plan, data, too_short)
+
+
+def blank_config(config: ConfigT) -> ConfigT:
+    """Returns `config` without what needs weights or files and changes no shape: previews and LoRA files."""
+    evaluation = config.evaluation.model_copy(update={"num_pictures": 0})
+    model = config.model.model_copy(
+        update={key: None for key in ("lora_checkpoint", "lora_init") if key in type(config.model).model_fields}
+    )
+    return config.model_copy(update={"evaluation": evaluation, "model": model})

@@ -1,0 +1,200 @@
+"""The clips of a run, of any kind: training and held-out sets, the stream of one phase, and what could not be used.
+
+Owns how manifests and a user's own datasets become requests; what a clip holds and how it is decoded is the dataset's
+(`aiprod_ds.data`). `video_data` and `audio_data` open the two kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Self
+
+from aiprod_ds.clock import Clock
+from aiprod_ds.config.data import ClipDataConfig
+from aiprod_ds.curriculum.data_notes import data_notes
+from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data
+from aiprod_ds.curriculum.epochs import with_epoch_lengths
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.data.buckets import bucket_clips, long_enough
+from aiprod_ds.data.dataset import ClipDataset, ClipRequest, ClipSample
+from aiprod_ds.data.loader import ClipLoader, MicroBatch
+from aiprod_ds.data.manifest import Manifest, holdout, require_readable
+from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
+from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.report.summary import DataSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipStream:
+    """One phase's micro-batches; a `Stream`."""
+
+    sampler: PhaseSampler
+    loader: ClipLoader
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yields this rank's micro-batches, without end."""
+        return iter(self.loader)
+
+    def bucket_at(self, position: int) -> int:
+        """Returns which bucket of the phase the global batch at `position` is in."""
+        return self.sampler.bucket_at(position)
+
+    def epoch_at(self, position: int) -> int:
+        """Returns the completed passes over the phase's data before `position`."""
+        return self.sampler.epoch_at(position)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.loader.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipData:
+    """Training and held-out clips with what is known of each.
+
+    Attributes:
+        unreadable: Files that were left out, and why.
+    """
+
+    train: ClipDataset
+    validation: ClipDataset
+    train_clips: tuple[ClipFacts, ...]
+    validation_clips: tuple[ClipFacts, ...]
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, train: ClipDataset, validation: ClipDataset, *, unreadable: tuple[tuple[str, str], ...] = ()) -> Self:
+        """Returns both sets with their lengths read."""
+        clips, held_out = tuple(train.lengths()), tuple(validation.lengths())
+        return cls(train=train, validation=validation, train_clips=clips, validation_clips=held_out, unreadable=unreadable)
+
+    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
+        """Returns the training clips that some phase cannot use.
+
+        Raises:
+            PlanError: If a bucket has no clip, because all are too short or fit another one better, or held-out clips are too
+                short for the last phase.
+        """
+        too_short = check_data(plan, self.train_clips, self._members(plan), source)
+        bucket = plan.phases[-1].buckets[0]
+        if not self.held_out(bucket):
+            raise PlanError(
+                f"{source}: data.validation: must hold a clip of at least {bucket.length_text} (the last phase's), got none. "
+                "Add longer clips or shorten the last phase's."
+            )
+        return too_short
+
+    def with_lengths(self, plan: RunPlan, source: str) -> RunPlan:
+        """Returns `plan` with the lengths that its epochs have on these clips; call `check` first.
+
+        Raises:
+            PlanError: If the epochs of a phase are over before its warm-up is.
+        """
+        epoch_updates = {
+            phase.index: self._sampler(phase, seed=0).updates_in(phase.end.epochs)  # no length depends on the seed
+            for phase in plan.phases
+            if phase.end.epochs is not None
+        }
+        return with_epoch_lengths(plan, epoch_updates, source)
+
+    def clip_counts(self, plan: RunPlan) -> list[list[int]]:
+        """Returns how many clips each bucket of each phase draws from."""
+        return [[len(indices) for indices in members] for members in self._members(plan)]
+
+    def replacements(self, plan: RunPlan) -> tuple[str, ...]:
+        """Returns in words what is done with clips that are smaller, slower, shorter or fewer than a bucket asks for."""
+        return data_notes(plan, self.train_clips, self._members(plan))
+
+    def stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int) -> ClipStream:
+        """Returns the micro-batches of `phase` from the clock's position on, for one rank."""
+        sampler = self._sampler(phase, seed)
+        loader = ClipLoader(
+            self.train,
+            sampler,
+            phase.buckets,
+            rank=rank,
+            world_size=world_size,
+            start_position=clock.phase_position,
+            num_workers=num_workers,
+            augment=True,
+            flip=phase.random_flip,
+        )
+        return ClipStream(sampler=sampler, loader=loader)
+
+    def held_out(self, bucket: BucketPlan) -> tuple[int, ...]:
+        """Returns the indices of the held-out clips that are long enough for `bucket`."""
+        return long_enough(self.validation_clips, bucket)
+
+    def held_out_clip(self, index: int, bucket: BucketPlan) -> ClipSample:
+        """Returns the middle of one held-out clip in the bucket's shape."""
+        request = ClipRequest(
+            sample_index=index,
+            epoch=0,
+            frames=bucket.frames,
+            height=bucket.height,
+            width=bucket.width,
+            frame_rate_hz=bucket.frame_rate_hz,
+            augment=False,
+            flip=False,
+        )
+        return self.validation[request]
+
+    def summary(self, too_short: Sequence[TooShort]) -> DataSummary:
+        """Returns what the report says about the data."""
+        short = tuple(
+            (name, f"under {entry.length}, unused in phase {entry.phase}") for entry in too_short for name in entry.names
+        )
+        return DataSummary(
+            clips=len(self.train_clips), held_out_clips=len(self.validation_clips), unreadable=self.unreadable, too_short=short
+        )
+
+    def _members(self, plan: RunPlan) -> list[tuple[tuple[int, ...], ...]]:
+        return [bucket_clips(self.train_clips, phase.buckets) for phase in plan.phases]
+
+    def _sampler(self, phase: PhasePlan, seed: int) -> PhaseSampler:
+        buckets = [
+            BucketSamples(indices=indices, global_batch_size=bucket.global_batch_size, share=bucket.share)
+            for bucket, indices in zip(phase.buckets, bucket_clips(self.train_clips, phase.buckets), strict=True)
+        ]
+        return PhaseSampler(seed=seed, phase=phase.index, buckets=buckets)
+
+
+def split_manifests(config: ClipDataConfig, scan: Callable[[Path], Manifest], *, seed: int) -> tuple[Manifest, Manifest]:
+    """Returns what to train on and what is held out, from the folders or tables that `config` names.
+
+    Args:
+        config: The data section.
+        scan: Reads one of them.
+        seed: The run's seed.
+
+    Raises:
+        DataError: If one is missing or empty, or too many files cannot be read.
+    """
+    found = scan(Path(config.train))
+    require_readable(found, config.max_unreadable_fraction)
+    if config.validation is None:
+        return holdout(found, fraction=config.holdout_fraction, seed=seed)
+    validation = scan(Path(config.validation))
+    require_readable(validation, config.max_unreadable_fraction)
+    return found, validation
+
+
+def unreadable_files(*manifests: Manifest) -> tuple[tuple[str, str], ...]:
+    """Returns (path, reason) of every file that the manifests leave out."""
+    return tuple((entry.path, entry.reason) for manifest in manifests for entry in manifest.unreadable)
+
+
+def require_clips(dataset: Any, validation: Any) -> None:
+    """Checks a user's own datasets.
+
+    Raises:
+        DataError: If one is empty.
+    """
+    if len(dataset) == 0 or len(validation) == 0:
+        raise DataError(
+            f"dataset: must hold at least one clip each, got {len(dataset)} for training, {len(validation)} held out."
+        )

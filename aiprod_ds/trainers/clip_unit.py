@@ -1,0 +1,61 @@
+"""What every trainer's unit does alike: its parameters, its stream of clips, and what the report says of its data.
+
+Owns nothing that depends on what a clip holds: loss, held-out measures and export are the trainers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from aiprod_ds.clock import Clock
+from aiprod_ds.config.run import RunConfig
+from aiprod_ds.curriculum.data_rules import TooShort
+from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.engine.protocol import ParameterGroup
+from aiprod_ds.report.summary import DataSummary
+from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.trainers.clip_data import ClipData, ClipStream
+
+
+@dataclass(slots=True, kw_only=True)
+class ClipUnit:
+    """The shared part of a `Unit`; a trainer's own derives from it and narrows `config` and `module` to what it takes.
+
+    Attributes:
+        config: Of the run.
+        plan: The curriculum for this world size.
+        data: Training and held-out clips.
+        too_short: Training clips that some phase cannot use.
+        snapped: What became of lengths that the model cannot take, in words.
+        module: What the engine trains.
+    """
+
+    config: RunConfig
+    plan: RunPlan
+    data: ClipData
+    too_short: tuple[TooShort, ...]
+    snapped: tuple[str, ...]
+    module: nn.Module
+
+    def prepare(self, phase: PhasePlan) -> None:
+        """Leaves the module as it is: all phases train the same parameters."""
+
+    def parameter_groups(self) -> Sequence[ParameterGroup]:
+        """Returns matrices and kernels, which are decayed, and vectors and scalars, which are not."""
+        return decay_groups(self.module)
+
+    def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> ClipStream:
+        """Returns the data of `phase` from where `clock` stands."""
+        workers = self.config.data.num_workers
+        return self.data.stream(phase, clock, rank=rank, world_size=world_size, seed=self.config.seed, num_workers=workers)
+
+    def data_summary(self) -> DataSummary:
+        """Returns what the run trains on and what it could not use."""
+        return self.data.summary(self.too_short)
+
+    def replacements(self) -> tuple[str, ...]:
+        """Returns snapped lengths and clips that do not fit their bucket."""
+        return (*self.snapped, *self.data.replacements(self.plan))

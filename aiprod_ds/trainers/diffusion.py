@@ -1,0 +1,152 @@
+"""The trainer of latent diffusion transformers, of video or of video and sound: what belongs together, and what does not fit.
+
+What the loop trains is `diffusion_unit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.codec.encoders import audio_form
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.config.encode import AudioEncoderConfig
+from aiprod_ds.config.lora import LoraFileConfig
+from aiprod_ds.curriculum.data_rules import TooShort
+from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
+from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
+from aiprod_ds.errors import PlanError
+from aiprod_ds.models.diffusion import DiffusionModule
+from aiprod_ds.models.families.ltx2 import LTX2
+from aiprod_ds.models.families.protocol import Family, require_token_timesteps
+from aiprod_ds.models.families.registry import find_family
+from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
+from aiprod_ds.models.registry import build_model
+from aiprod_ds.models.shapes import on_meta
+from aiprod_ds.models.video_vae import video_strides
+from aiprod_ds.train.latent_data import open_latent_datasets, open_latent_files
+from aiprod_ds.trainers.base import Trainer
+from aiprod_ds.trainers.clip_data import ClipData
+from aiprod_ds.trainers.diffusion_unit import DiffusionUnit, set_adapters, start_adapters
+
+_ASSUMED_FPS = 24.0  # of clips whose rate nobody says, to estimate how much sound they have
+
+
+class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
+    """Trains a latent diffusion transformer through a curriculum, all of it or adapters.
+
+    A model that is passed in must be of a known family (`aiprod_ds.models.families`); items of a dataset are what
+    `TensorLatentDataset` says. The arguments are those of `Trainer`.
+    """
+
+    @cached_property
+    def strides(self) -> ModelStrides:
+        """How the video VAE divides height, width and frames; found on the meta device."""
+        return video_strides(build_model(self.config.vae, seed=self.config.seed, device="meta"), self.config.vae)
+
+    @cached_property
+    def family(self) -> Family:
+        """How the model is fed.
+
+        Raises:
+            ConfigError: If no family knows it.
+        """
+        return find_family(self.shapes, self.strides)
+
+    def plan(self, *, world_size: int = 1) -> RunPlan:
+        """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights.
+
+        Raises:
+            PlanError: With every problem found, also of the objective.
+            ConfigError: If the model is of no known family or the adapters do not fit it.
+        """
+        plan = super().plan(world_size=world_size)
+        problems = list(self._problems(plan))
+        if problems:
+            raise PlanError([f"{self.source}: {problem}" for problem in problems])
+        if self.config.loss.first_frame_probability > 0:
+            require_token_timesteps(self.family)
+        for phase in plan.phases:  # what does not fit is found before weights are loaded
+            transformer = on_meta(self.shapes)
+            set_adapters(transformer, self.family, phase, seed=self.config.seed)
+            if phase.index == 0:
+                self._read_lora(self.config.model.lora_checkpoint, self.shapes)
+                start_adapters(transformer, self._read_lora(self.config.model.lora_init, self.shapes))
+        return plan
+
+    def _problems(self, plan: RunPlan) -> Iterator[str]:
+        name, modalities = self.family.name, self.family.modalities
+        if "audio" in modalities and self.config.audio_vae is None:
+            yield f"audio_vae: must be given for the family {name!r}, which makes sound, got nothing. Name the latents' VAE."
+        if "audio" not in modalities and self.config.audio_vae is not None:
+            yield f"audio_vae: has no effect for the family {name!r}, which makes no sound, got a value. Remove it."
+        if "audio" not in modalities and self.config.loss.shared_noise_level:
+            yield f"loss.shared_noise_level: has no effect for the family {name!r}, which makes no sound, got true. Remove it."
+        if self._model is not None:
+            for key in ("lora_checkpoint", "lora_init"):
+                if getattr(self.config.model, key) is not None:
+                    yield f"model.{key}: has no effect for a model that is passed in, got a value. Merge it before."
+        yield from self._rate_problems()
+        for phase in plan.phases:
+            if not any(phase.loss_weights[f"{modality}_weight"] > 0 for modality in modalities):
+                weights = " or ".join(f"{modality}_weight" for modality in modalities)
+                yield f"curriculum.phases[{phase.index}].loss: {weights} must exceed 0, got 0. Raise one."
+
+    def _rate_problems(self) -> Iterator[str]:
+        """Positions of sound are in seconds, so transformer and audio VAE must agree on how long a latent lasts."""
+        expected = getattr(self.family, "audio_latents_per_second", None)
+        if self.config.audio_vae is None or expected is None:
+            return
+        vae = build_model(self.config.audio_vae, seed=self.config.seed, device="meta")
+        form = audio_form(vae, AudioEncoderConfig(model=self.config.audio_vae))
+        found = form.sample_rate_hz / form.hop
+        if abs(found - expected) > 1e-6 * expected:
+            yield (
+                f"model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be the latents per second of "
+                f"audio_vae, {found:g}, got {expected:g}. Correct them, or name the VAE that belongs to the model."
+            )
+
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns latents and a prompt of `Family.text_tokens` tokens."""
+        family, strides = self.family, self.strides
+        picture = (bucket.height // strides.spatial, bucket.width // strides.spatial)
+        shapes: dict[str, tuple[int, ...]] = {
+            "latents": (family.token_width // math.prod(family.patch), strides.latents(bucket.frames), *picture),
+            "prompt_embeds": (family.text_tokens, family.text_width),
+        }
+        if isinstance(family, LTX2):
+            seconds = bucket.frames / (bucket.frame_rate_hz or _ASSUMED_FPS)
+            shapes["audio_latents"] = (family.audio_token_width, max(1, round(seconds * family.audio_latents_per_second)))
+            shapes["audio_prompt_embeds"] = (family.text_tokens, family.audio_text_width)
+        clip = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+        return clip | {"fps": torch.tensor(_ASSUMED_FPS)}
+
+    def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
+        return open_latent_datasets(dataset, validation, strides=self.strides)
+
+    def _open_files(self) -> ClipData:
+        return open_latent_files(self.config, strides=self.strides, with_audio="audio" in self.family.modalities)
+
+    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> DiffusionUnit:
+        started_with = self._read_lora(self.config.model.lora_init, model)
+        merged = self._read_lora(self.config.model.lora_checkpoint, model)
+        if merged is not None:
+            merge_into(model, merged)
+        return DiffusionUnit(
+            config=self.config,
+            plan=plan,
+            data=data,
+            too_short=too_short,
+            snapped=snap_notes(plan, self.strides),
+            module=DiffusionModule(model, self.family),
+            started_with=started_with,
+        )
+
+    def _read_lora(self, file: LoraFileConfig | None, model: nn.Module) -> LoraWeights | None:
+        return None if file is None else read_lora(Path(file.path), model, self.family, alpha=file.alpha)

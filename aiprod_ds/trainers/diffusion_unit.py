@@ -1,0 +1,201 @@
+"""What the loop trains in a diffusion run: the transformer with or without adapters, its loss, its held-out measures and exports.
+
+`diffusion.py` brings configuration, model and data together for it; the objective on one batch is `diffusion_objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.codec.decoders import LatentDecoder
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.curriculum.phase import PhasePlan
+from aiprod_ds.data.loader import MicroBatch
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.engine.weight_handoff import CarriedValues
+from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.losses import LossTerms
+from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
+from aiprod_ds.models.families.protocol import Family
+from aiprod_ds.models.lora_files import LoraWeights
+from aiprod_ds.train.latent_data import read_empty_prompt
+from aiprod_ds.train.unit import Evaluation, Examples
+from aiprod_ds.trainers.clip_unit import ClipUnit
+from aiprod_ds.trainers.diffusion_export import export_transformer
+from aiprod_ds.trainers.diffusion_objective import FlowObjective
+from aiprod_ds.trainers.evaluation import held_out_turns
+from aiprod_ds.trainers.preview import Previews
+
+_PROBE_LEVEL = 0.5
+
+
+@dataclass(slots=True, kw_only=True)
+class DiffusionUnit(ClipUnit):
+    """What the loop trains; a `Unit`.
+
+    Attributes:
+        started_with: What the adapters of the first phase go on from; None if they start with no effect.
+    """
+
+    config: DiffusionTrainerConfig
+    module: DiffusionModule
+    started_with: LoraWeights | None = None
+    _objective: FlowObjective = field(init=False)
+    _decoder: LatentDecoder = field(init=False)
+    _previews: Previews | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Reads what can be missing before training."""
+        config, family = self.config, self.module.family
+        self._objective = FlowObjective(family=family, config=config.loss, seed=config.seed)
+        self._require_fitting_latents()
+        self._decoder = LatentDecoder(config.vae, config.audio_vae, config.preview, seed=config.seed)
+        if config.evaluation.num_pictures:
+            empty_prompt = read_empty_prompt(self.data)
+            self._previews = Previews(
+                config.preview, family=family, decoder=self._decoder, empty_prompt=empty_prompt, seed=config.seed
+            )
+
+    def prepare(self, phase: PhasePlan) -> None:
+        """Makes the transformer have the adapters that `phase` trains, or none; weights stay as they are."""
+        set_adapters(self.module.transformer, self.module.family, phase, seed=self.config.seed)
+        if phase.index == 0:
+            start_adapters(self.module.transformer, self.started_with)
+
+    def carried(self, engine: Engine) -> CarriedValues:
+        """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer. Collective."""
+        from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
+
+        values = CarriedValues()
+        for names in adapter_names(self.module.transformer):
+            base, down, up = (engine.read_value(f"{TRANSFORMER}{name}") for name in (names.base, names.down, names.up))
+            values.add(names.plain, base + names.scale * (up @ down))
+        return values
+
+    def written(self, carried: CarriedValues) -> Iterator[tuple[str, Tensor]]:
+        """Yields what was carried by the names in the module as it is now. Collective."""
+        from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
+
+        wrapped = {names.plain: names.base for names in adapter_names(self.module.transformer)}
+        for name, value in carried.whole():
+            yield f"{TRANSFORMER}{wrapped.get(name, name)}", value
+
+    def probe(self, engine: Engine) -> Tensor:
+        """Returns the velocities that the transformer predicts for the first held-out clip, half noised, in one vector."""
+        engine.eval()
+        bucket = self.plan.phases[-1].buckets[0]
+        item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
+        tensors = _on_device({name: tensor[None] for name, tensor in item.items()}, engine.device)
+        answer = self._objective.answer(engine, tensors, place=0, noise_level=_PROBE_LEVEL)
+        engine.train()
+        return torch.cat([answer[modality].float().flatten().cpu() for modality in self.module.family.modalities])
+
+    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
+        """Noises one micro-batch and compares velocities; every draw depends on a clip's place in the global order."""
+        places = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
+        tensors = _on_device(batch.tensors, engine.device)
+        return self._objective.loss(engine, tensors, places=places, weights=phase.loss_weights)
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        """Measures held-out clips in the last phase's shape at the configured noise levels, spread over ranks; makes previews."""
+        bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
+        levels, modalities = settings.noise_levels, self.module.family.modalities
+        sums_ML = torch.zeros(len(modalities), len(levels), dtype=torch.float64)
+        count = 0
+        for turn in held_out_turns(engine, self.data, bucket, max_clips=settings.max_clips):
+            tensors = _on_device({name: tensor[None] for name, tensor in turn.item.items()}, engine.device)
+            for column, level in enumerate(levels):
+                found = self._objective.held_out(engine, tensors, place=turn.place, noise_level=level)
+                if turn.is_own:
+                    sums_ML[:, column] += torch.tensor([found[modality] for modality in modalities], dtype=torch.float64)
+            count += turn.is_own
+        means_ML = _mean_over_ranks(sums_ML, count, engine)
+        metrics = _measures(means_ML, modalities, levels, self.plan.phases[-1].loss_weights)
+        return Evaluation(metrics=metrics, headline=f"loss {metrics['loss']:.4f}", examples=self._make_previews(engine))
+
+    def export(self, engine: Engine, folder: Path) -> None:
+        """Writes the trained model in diffusers' layout, or the adapters in PEFT's and ComfyUI's.
+
+        Beside adapters stands the model that they belong to if this run has changed it.
+        """
+        last = self.plan.phases[-1].adapters
+        has_new_base = self.config.model.lora_checkpoint is not None or any(phase.adapters != last for phase in self.plan.phases)
+        export_transformer(engine, self.module, folder, lora=last, with_base=has_new_base)
+
+    def replacements(self) -> tuple[str, ...]:
+        """Returns snapped frame counts, clips that do not fit their bucket, and what stands in for a missing vocoder."""
+        decoding = self._decoder.replacements() if self.config.evaluation.num_pictures else ()
+        return (*self.snapped, *decoding, *self.data.replacements(self.plan))
+
+    def _make_previews(self, engine: Engine) -> Examples | None:
+        if self._previews is None:
+            return None
+        bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
+        shown = self.data.held_out(bucket)[: min(settings.num_pictures, settings.max_clips)]
+        return self._previews.make(engine, [self.data.held_out_clip(index, bucket) for index in shown])
+
+    def _require_fitting_latents(self) -> None:
+        """Finds latents of other channels or another size than the model and the phases take, before anything is written.
+
+        Raises:
+            PlanError: If the first held-out clip does not fit.
+        """
+        bucket = self.plan.phases[-1].buckets[0]
+        try:
+            item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
+            self.module.family.tokens({name: tensor[None] for name, tensor in item.items()})
+        except DataError as error:
+            raise PlanError(f"data: {error}") from error
+
+
+def set_adapters(transformer: nn.Module, family: Family, phase: PhasePlan, *, seed: int) -> None:
+    """Makes `transformer` have the adapters that `phase` trains, or none, in place; its weights stay as they are."""
+    if phase.adapters is None and not hasattr(transformer, "peft_config"):
+        transformer.requires_grad_(True)
+        return
+    from aiprod_ds.models.lora import add_lora, remove_lora  # imports peft, which takes seconds
+
+    remove_lora(transformer)
+    if phase.adapters is not None:
+        add_lora(transformer, phase.adapters, allowed=family.lora_targets, seed=seed)
+
+
+def start_adapters(transformer: nn.Module, lora: LoraWeights | None) -> None:
+    """Gives the adapters the values of `lora`, if there is one.
+
+    Raises:
+        CheckpointError: If it is of other layers or another rank.
+    """
+    if lora is not None:
+        from aiprod_ds.models.lora import start_from  # imports peft, which takes seconds
+
+        start_from(transformer, lora)
+
+
+def _on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def _mean_over_ranks(sums_ML: Tensor, count: int, engine: Engine) -> Tensor:
+    own = torch.cat([sums_ML.flatten(), torch.tensor([count], dtype=torch.float64)]).to(engine.device)
+    *sums, total = dist.reduce_mean(own).tolist()
+    means_ML: Tensor = torch.tensor(sums, dtype=torch.float64).view_as(sums_ML) / total
+    return means_ML
+
+
+def _measures(
+    means_ML: Tensor, modalities: tuple[str, ...], levels: tuple[float, ...], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Returns the weighted loss, of each modality the mean over levels, and each level's."""
+    each = {modality: means_ML[row] for row, modality in enumerate(modalities)}
+    measures = {"loss": sum(weights[f"{modality}_weight"] * float(means.mean()) for modality, means in each.items())}
+    measures |= {f"{modality}_loss": float(means.mean()) for modality, means in each.items()}
+    for modality, means in each.items():
+        measures |= {f"{modality}_loss_at_{level:g}": float(value) for level, value in zip(levels, means, strict=True)}
+    return measures

@@ -1,0 +1,113 @@
+"""Held-out clips through the model, spread over ranks: what evaluation measures and what the latents' statistics are taken of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from aiprod_ds.curriculum.phase import BucketPlan
+from aiprod_ds.data.dataset import ClipSample
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.trainers.clip_data import ClipData
+
+
+class Quality(Protocol):
+    """An accumulator of measures whose states add up."""
+
+    def state(self) -> Tensor:
+        """Returns the sums so far."""
+
+    def merge(self, state: Tensor) -> None:
+        """Adds the sums of another accumulator."""
+
+
+_Quality = TypeVar("_Quality", bound=Quality)
+_Shown = TypeVar("_Shown")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutClip:
+    """One clip through the model, on the engine's device in fp32.
+
+    Attributes:
+        place: Its number among all that are measured.
+        original: [1, ...] in [-1, 1], as the dataset gives it.
+        output: What the module returns first, usually the reconstruction.
+        mean: The posterior's mean, [1, channels, ...].
+    """
+
+    place: int
+    original: Tensor
+    output: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutTurn:
+    """One item for this rank to run forward.
+
+    Attributes:
+        place: Its number among all that are measured.
+        item: As the dataset gives it, on the CPU.
+        is_own: Whether this rank measures it; else it is another one's, run only to keep the ranks together.
+    """
+
+    place: int
+    item: ClipSample
+    is_own: bool
+
+
+def held_out_turns(engine: Engine, data: ClipData, bucket: BucketPlan, *, max_clips: int) -> Iterator[HeldOutTurn]:
+    """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape.
+
+    As many turns on every rank, because ZeRO-3 gathers in each forward. Draws nothing from the training's random streams.
+
+    Args:
+        engine: Says which ranks there are.
+        data: Of the run.
+        bucket: The shape.
+        max_clips: The most that are measured by all ranks together.
+    """
+    clips = data.held_out(bucket)[:max_clips]
+    for turn in range(-(-len(clips) // engine.world_size)):
+        place = turn * engine.world_size + engine.rank
+        last = len(clips) - 1
+        yield HeldOutTurn(place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last)
+
+
+@torch.no_grad()
+def held_out_clips(
+    engine: Engine, data: ClipData, bucket: BucketPlan, *, name: str, dtype: torch.dtype, max_clips: int
+) -> Iterator[HeldOutClip]:
+    """Yields the clips of `held_out_turns` through a VAE, with the posterior's mode. Collective: exhaust it on every rank.
+
+    Args:
+        engine: In evaluation mode; its module returns (output, mean, logvar).
+        data: Of the run.
+        bucket: The shape.
+        name: Of the tensor in the dataset's items: `video` or `audio`.
+        dtype: In which the module wants it.
+        max_clips: The most that are measured by all ranks together.
+    """
+    for turn in held_out_turns(engine, data, bucket, max_clips=max_clips):
+        original = turn.item[name][None].to(engine.device)
+        output, mean, _ = engine(original.to(dtype))
+        if turn.is_own:
+            yield HeldOutClip(place=turn.place, original=original, output=output.float(), mean=mean.float())
+
+
+def over_ranks(engine: Engine, own: _Quality, empty: _Quality) -> _Quality:
+    """Returns `empty` filled with what all ranks have accumulated in `own`. Collective."""
+    empty.merge(dist.reduce_mean(own.state().to(engine.device)).cpu() * engine.world_size)
+    return empty
+
+
+def gather_shown(shown: dict[int, _Shown]) -> list[_Shown]:
+    """Returns what every rank wants to show, in the order of its places, on every rank. Collective."""
+    gathered: list[dict[int, Any]] = dist.gather_objects(shown)
+    return [value for _, value in sorted(item for part in gathered for item in part.items())]

@@ -1,0 +1,138 @@
+"""Clips sampled during training: what the model makes of noise and the held-out prompts, spread over ranks.
+
+Owns who samples and decodes what, and how it comes to the main rank; the mathematics is in `models.sampling`. Called by the
+diffusion trainer's evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aiprod_ds.codec.decoders import LatentDecoder
+from aiprod_ds.config.preview import PreviewConfig
+from aiprod_ds.engine import dist
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.errors import ConfigError
+from aiprod_ds.media.clips import Clip, save_contact_sheet
+from aiprod_ds.models.families.protocol import LATENTS, Family
+from aiprod_ds.models.sampling import draw_noise, noise_levels, sample_latents
+from aiprod_ds.rng import stream_seed
+from aiprod_ds.train.unit import Examples
+from aiprod_ds.trainers.evaluation import gather_shown
+
+
+class Previews:
+    """Makes previews from an engine that holds a `DiffusionModule`.
+
+    The noise of a clip depends on the seed and its place alone, so that previews compare over a run and do not depend on the
+    number of ranks.
+
+    Args:
+        config: How clips are sampled.
+        family: Of the transformer.
+        decoder: Of its latents.
+        empty_prompt: Tensors of the empty prompt, as a held-out item has them; None where there are none.
+        seed: The run's seed.
+
+    Raises:
+        ConfigError: If there is guidance and no empty prompt.
+    """
+
+    def __init__(
+        self,
+        config: PreviewConfig,
+        *,
+        family: Family,
+        decoder: LatentDecoder,
+        empty_prompt: Mapping[str, Tensor] | None,
+        seed: int,
+    ) -> None:
+        if config.guidance_scale > 1 and empty_prompt is None:
+            raise ConfigError(
+                f"preview.guidance_scale: must be 1 without embeddings of the empty prompt, got {config.guidance_scale:g}. "
+                "Encode the captions with `aiprod-ds encode`, or set it to 1."
+            )
+        self._config = config
+        self._family = family
+        self._decoder = decoder
+        self._empty_prompt = empty_prompt if config.guidance_scale > 1 else None
+        self._seed = seed
+
+    @torch.no_grad()
+    def make(self, engine: Engine, items: Sequence[Mapping[str, Tensor]]) -> Examples | None:
+        """Returns one clip for each item on the main rank, None on the others and where there is no item. Collective.
+
+        Every rank samples as many clips, because ZeRO-3 gathers in each forward, and decodes its own while it meets the others,
+        so that no collective times out however long decoding takes. Nothing is drawn from the training's random streams.
+
+        Args:
+            engine: In evaluation mode.
+            items: As a dataset of latents gives them, the same number on all ranks; their latents only say the shape.
+
+        Raises:
+            ConfigError: If a VAE cannot be built.
+            DataError: If an item does not fit the transformer or its VAE.
+            EngineError: If a device has too little memory for decoding.
+        """
+        if not items:
+            return None
+        sampled: dict[int, dict[str, Tensor]] = {}
+        for turn in range(-(-len(items) // engine.world_size)):
+            place = turn * engine.world_size + engine.rank
+            own = min(place, len(items) - 1)
+            latents = self._sample(engine, items[own], own)
+            if place == own:
+                sampled[place] = latents
+        clips = dist.together(lambda: {place: self._decode(engine, items[place], found) for place, found in sampled.items()})
+        shown = gather_shown(clips)
+        return _Shown(clips=tuple(shown)) if engine.rank == 0 else None
+
+    def _sample(self, engine: Engine, item: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+        names = {modality: LATENTS[modality] for modality in self._family.modalities}
+        shapes = {modality: tuple(item[name].shape) for modality, name in names.items()}
+        seeds = {modality: stream_seed(self._seed, "preview", place, modality) for modality in names}
+        latents = sample_latents(
+            engine,
+            self._family,
+            noise=_on_device(draw_noise(shapes, seeds), engine.device),
+            fps=item["fps"][None].to(engine.device),
+            prompt=_batch_of_one(_prompt(item), engine.device),
+            empty_prompt=None if self._empty_prompt is None else _batch_of_one(self._empty_prompt, engine.device),
+            levels=noise_levels(self._config.num_forwards, shift=self._config.time_shift),
+            guidance_scale=self._config.guidance_scale,
+        )
+        return {modality: value[0].cpu() for modality, value in latents.items()}
+
+    def _decode(self, engine: Engine, item: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Clip:
+        return self._decoder.clip(latents, frame_rate_hz=float(item["fps"]), device=engine.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """The clips of all ranks, in order; an `Examples`."""
+
+    clips: tuple[Clip, ...]
+
+    def save(self, folder: Path, name: str, *, title: str) -> None:
+        captions = [f"clip {number}" for number in range(1, len(self.clips) + 1)]
+        save_contact_sheet(self.clips, captions, folder / f"{name}.png", title=title)
+        for number, clip in enumerate(self.clips, start=1):
+            (folder / f"{name}_clip_{number}.mp4").write_bytes(clip.mp4)
+
+
+def _prompt(item: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    others = {*LATENTS.values(), "fps"}
+    return {name: tensor for name, tensor in item.items() if name not in others}
+
+
+def _batch_of_one(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor[None].to(device) for name, tensor in tensors.items()}
+
+
+def _on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -1,0 +1,146 @@
+"""The video VAE trainer: what is trained, its loss and its held-out measures. The loop is `aiprod_ds.train.loop`.
+
+Shape suffixes: B batch, C channels, T frames, H height, W width; N clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.curriculum.data_rules import TooShort
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
+from aiprod_ds.data.loader import MicroBatch
+from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
+from aiprod_ds.media.pictures import save_comparison
+from aiprod_ds.metrics.quality import VideoQuality
+from aiprod_ds.models.video_vae import VideoVAE, video_strides
+from aiprod_ds.rng import stream_seed
+from aiprod_ds.train.posterior import require_posterior
+from aiprod_ds.train.unit import Evaluation
+from aiprod_ds.trainers.base import Trainer
+from aiprod_ds.trainers.clip_data import ClipData
+from aiprod_ds.trainers.clip_unit import ClipUnit
+from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, over_ranks
+from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
+from aiprod_ds.trainers.vae_export import export_vae
+
+_SHOWN_FRAMES = 3
+
+
+class VideoVAETrainer(Trainer[VAETrainerConfig]):
+    """Trains a video VAE through a curriculum.
+
+    A model that is passed in must offer what `VideoVAE` says; items of a dataset are [3, T, H, W] in [-1, 1] or dicts with
+    'video'. The arguments are those of `Trainer`.
+    """
+
+    @cached_property
+    def strides(self) -> ModelStrides:
+        """How the model divides height, width and frames; found on the meta device."""
+        return video_strides(self.shapes, self.config.model)
+
+    def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
+        """Returns `video` [3,T,H,W]."""
+        return {"video": torch.empty(3, bucket.frames, bucket.height, bucket.width, device="meta")}
+
+    def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
+        return open_video_datasets(dataset, validation, seed=self.config.seed)
+
+    def _open_files(self) -> ClipData:
+        return open_video_files(self.config.data, seed=self.config.seed)
+
+    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> VideoVAEUnit:
+        notes = snap_notes(plan, self.strides)
+        return VideoVAEUnit(config=self.config, plan=plan, data=data, too_short=too_short, snapped=notes, module=VideoVAE(model))
+
+
+@dataclass(slots=True, kw_only=True)
+class VideoVAEUnit(ClipUnit):
+    """What the loop trains; a `Unit`."""
+
+    config: VAETrainerConfig
+    module: VideoVAE
+    _perceptual: PerceptualLoss | None = field(init=False, default=None)
+    _losses: dict[int, VideoVAELoss] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Builds the losses of all phases, so that a missing weight file is found before training."""
+        if any(phase.loss_weights["perceptual_weight"] > 0 for phase in self.plan.phases):
+            try:
+                is_blank = next(self.module.parameters()).is_meta
+                self._perceptual = PerceptualLoss(self.config.loss.perceptual, is_blank=is_blank)
+            except DataError as error:
+                raise PlanError(f"loss.perceptual: {error}") from error
+        self._losses = {
+            phase.index: VideoVAELoss(self.config.loss.model_copy(update=dict(phase.loss_weights)), self._perceptual)
+            for phase in self.plan.phases
+        }
+
+    def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
+        """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
+        video = batch.tensors["video"]
+        video_BCTHW = video.to(engine.device, engine.compute_dtype, non_blocking=True)
+        place = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
+        noise = [stream_seed(self.config.seed, "posterior", *numbers) for numbers in place]
+        frames = [stream_seed(self.config.seed, "perceptual_frames", *numbers) for numbers in place]
+        reconstruction_BCTHW, mean, logvar = engine(video_BCTHW, noise)
+        require_posterior(logvar, phase)
+        target_BCTHW = video.to(engine.device, non_blocking=True)
+        terms: LossTerms = self._losses[phase.index](reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames)
+        return terms
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
+        quality, shown = VideoQuality(), {}
+        for clip in self._held_out(engine):
+            quality.update(clip.original, clip.output)
+            if clip.place < self.config.evaluation.num_pictures:
+                shown[clip.place] = (_some_frames(clip.original), _some_frames(clip.output))
+        metrics = over_ranks(engine, quality, VideoQuality()).compute()
+        pairs = gather_shown(shown)
+        examples = None
+        if pairs and engine.rank == 0:
+            original_NCTHW, reconstruction_NCTHW = (torch.cat(side) for side in zip(*pairs, strict=True))
+            examples = _VideoExamples(original=original_NCTHW, reconstruction=reconstruction_NCTHW)
+        return Evaluation(metrics=metrics, headline=f"PSNR {metrics['psnr_db']:.1f} dB", examples=examples)
+
+    def export(self, engine: Engine, folder: Path) -> None:
+        """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out clips."""
+        export_vae(engine, self.module.vae, self._held_out(engine), folder)
+
+    def replacements(self) -> tuple[str, ...]:
+        """Returns snapped frame counts, a replaced perceptual network and clips that do not fit their bucket."""
+        is_l2 = self._perceptual is not None and self._perceptual.active_mode == "l2"
+        network = ["perceptual/mode=l2: no VGG16 weights, mean squared error in place of the network"] if is_l2 else []
+        return (*self.snapped, *network, *self.data.replacements(self.plan))
+
+    def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:
+        bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
+        return held_out_clips(engine, self.data, bucket, name="video", dtype=engine.compute_dtype, max_clips=limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _VideoExamples:
+    """Clips [N, 3, T, H, W] in [-1, 1]."""
+
+    original: Tensor
+    reconstruction: Tensor
+
+    def save(self, folder: Path, name: str, *, title: str) -> None:
+        save_comparison(self.original, self.reconstruction, folder / f"{name}.png", title=title)
+
+
+def _some_frames(video_BCTHW: Tensor) -> Tensor:
+    frames = torch.linspace(0, video_BCTHW.shape[2] - 1, min(_SHOWN_FRAMES, video_BCTHW.shape[2])).round().long()
+    return video_BCTHW[:, :, frames].cpu()
