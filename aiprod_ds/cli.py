@@ -22,10 +22,7 @@ from rich.logging import RichHandler
 
 from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
-from aiprod_ds.config.encode import load_encode_config
-from aiprod_ds.config.kinds import config_kind
-from aiprod_ds.config.load import load_config
-from aiprod_ds.config.sample import load_sample_config
+from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
 from aiprod_ds.planner.hardware import MACHINES
@@ -149,7 +146,7 @@ def _check_sample(arguments: argparse.Namespace) -> str:
 
 
 def _check_trainer(arguments: argparse.Namespace) -> str:
-    from aiprod_ds.train.engines import read_settings
+    from aiprod_ds.config.deepspeed import read_settings
 
     trainer = _trainer(arguments)
     settings = read_settings(trainer.config, source=trainer.source)

@@ -25,7 +25,7 @@ from torch import Tensor
 from trainer_runs import run_in_own_process
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.models.registry import build_model

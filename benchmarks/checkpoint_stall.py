@@ -33,16 +33,17 @@ from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.run import CheckpointConfig, ModelConfig, OptimizerConfig
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.config.optim import OptimizerConfig
+from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.report.environment import peak_rss_bytes, rss_bytes
-from aiprod_ds.train.interrupts import Requests
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
+from aiprod_ds.train.interrupts import Requests, SignalWatch
 from aiprod_ds.train.resume.saver import Saver
-from aiprod_ds.train.signal_watch import SignalWatch
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _GOAL_SECONDS = 1.0

@@ -32,7 +32,7 @@ import torch
 from result_file import figure, write_result
 
 from aiprod_ds.curriculum.phase import BucketPlan
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.latent_dataset import LatentDataset
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents

@@ -32,7 +32,8 @@ from trainer_runs import measured_training, run_in_own_process, seconds_per_upda
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.run import ModelConfig, RunConfig
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.losses import perceptual

@@ -33,7 +33,7 @@ from result_file import figure, write_result
 from torch import Tensor
 
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.models.families.ltx import LTXVideo

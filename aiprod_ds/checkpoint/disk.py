@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from aiprod_ds.errors import AiprodError, CheckpointError
+from aiprod_ds.files import sync
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_IN_WORDS = "No space left on device"  # safetensors' error, whose file is gone again by then
 _FULL_BELOW_BYTES = 1 << 20  # what is free after a write failed for want of room
+_FIX = "Free some, lower checkpoint.keep_last, or save less often."
+_LOG = logging.getLogger(__name__)
+PENDING = ".pending"  # of names: a save or a deletion that is not finished
 
 
 class DiskFullError(CheckpointError):
@@ -59,4 +64,24 @@ def _is_full(folder: Path) -> bool:
     return existing is not None and shutil.disk_usage(existing).free < _FULL_BELOW_BYTES
 
 
-_FIX = "Free some, lower checkpoint.keep_last, or save less often."
+def discard(folder: Path) -> None:
+    """Deletes a folder that counts; before anything in it goes, it has a name that does not count.
+
+    Raises:
+        OSError: If it cannot be renamed.
+    """
+    doomed = folder.with_name(f"{folder.name}.deleted{PENDING}")
+    folder.rename(doomed)
+    sync(folder.parent)
+    delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or a folder with all it holds; of what resists, as an open file on NFS does, it tells."""
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        _LOG.warning("checkpoint_not_deleted path=%s error=%s", path, error)

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from aiprod_ds.checkpoint.disk import explained, require_space
+from aiprod_ds.checkpoint.disk import PENDING, delete, discard, explained, require_space
 from aiprod_ds.checkpoint.manifest import HashCheck, read_mapping, verify_folder, write_manifest
-from aiprod_ds.checkpoint.removal import PENDING, delete, discard
 from aiprod_ds.checkpoint.shard_files import FACTS, base_folder
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import sync

@@ -21,10 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiprod_ds.checkpoint.disk import explained, require_space
+from aiprod_ds.checkpoint.disk import PENDING, delete, discard, explained, require_space
 from aiprod_ds.checkpoint.frozen_bases import delete_unfinished, delete_unreferenced, verify_base
 from aiprod_ds.checkpoint.manifest import FileRecord, HashCheck, read_manifest, read_mapping, verify_folder, write_manifest
-from aiprod_ds.checkpoint.removal import PENDING, delete, discard
 from aiprod_ds.checkpoint.retention import Standing, surplus
 from aiprod_ds.checkpoint.shard_files import FACTS, holds_moments_only
 from aiprod_ds.checkpoint.state import RunState

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from aiprod_ds.codec.encoders import DTYPES, AudioForm
 from aiprod_ds.codec.normalization import normalization_of
 from aiprod_ds.config.encode import Precision
-from aiprod_ds.config.preview import PreviewConfig
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.config.sample import PreviewConfig
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.media.clips import Clip, make_clip
 from aiprod_ds.media.mp4 import Sound

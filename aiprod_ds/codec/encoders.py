@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aiprod_ds.codec.normalization import LatentNormalization, normalization_of
 from aiprod_ds.codec.tiling import tiles_off, use_tiles
 from aiprod_ds.config.encode import AudioEncoderConfig, VideoEncoderConfig
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError, DataError, EngineError
 from aiprod_ds.models.audio_vae import audio_facts, wrap_audio_vae
 from aiprod_ds.models.fingerprint import module_fingerprint

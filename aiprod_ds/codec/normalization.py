@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import DataError
 
 _STATISTICS_FILE = "latent_statistics.json"

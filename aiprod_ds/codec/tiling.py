@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aiprod_ds.config.encode import TilingConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
 
 # diffusers 0.42.1 asks `use_framewise_decoding` before encoding too (autoencoder_kl_ltx.py, _encode), so both are set.

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.audio_data import AudioDataConfig
-from aiprod_ds.config.audio_loss import AudioVAELossConfig
+from aiprod_ds.config.data import AudioDataConfig
+from aiprod_ds.config.losses import AudioVAELossConfig
 from aiprod_ds.config.run import RunConfig
 
 

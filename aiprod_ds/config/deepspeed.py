@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Check = Callable[[object], object]  # returns the value to keep or raises ValueError with the rule
-
 _NEVER_PRINT = 10**9
 _STAGE_3 = 3
 
@@ -76,6 +76,25 @@ class DeepSpeedSettings:
     def zero_setting(self, key: str, *, default: float) -> float:
         """Returns a number of the section `zero_optimization`."""
         return float(self.dictionary.get("zero_optimization", {}).get(key, default))
+
+
+def read_settings(config: RunConfig, *, source: str) -> DeepSpeedSettings:
+    """Returns the engine settings that `engine.deepspeed_config` names; a relative path is taken from the working folder, the
+    configuration file's folder, or a folder above it.
+
+    Raises:
+        ConfigError: If the file is missing or breaks a rule.
+    """
+    given = config.engine.deepspeed_config
+    if not isinstance(given, str):
+        return parse_deepspeed_settings(given, where=f"{source}: engine.deepspeed_config")
+    folders = [Path(), *Path(source).resolve().parents]
+    found = next((folder / given for folder in folders if (folder / given).is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"{source}: engine.deepspeed_config: must name a file, got {given!r}, which is not there. Check the path."
+        )
+    return parse_deepspeed_settings(found, where=given)
 
 
 def parse_deepspeed_settings(source: Mapping[str, Any] | Path, where: str) -> DeepSpeedSettings:
@@ -335,9 +354,7 @@ _TOP_LEVEL: Mapping[str, Any] = {
     "data_types": {"grad_accum_dtype": _one_of("fp32", "bf16", "fp16"), "buffer_dtype": _one_of("fp32", "bf16", "fp16")},
     "wall_clock_breakdown": _is_bool,
 }
-
 _STAGE_3_KEYS = frozenset({"sub_group_size", "memory_efficient_linear", "leaf_module"})
-
 _PHASES = "the phases of the training configuration (global_batch_size, micro_batch_size)"
 _OWNED_ELSEWHERE: Mapping[str, str] = {
     "train_batch_size": _PHASES,
@@ -350,7 +367,6 @@ _OWNED_ELSEWHERE: Mapping[str, str] = {
     "wandb": "the training configuration (report.wandb)",
     "tensorboard": "the training configuration (report.tensorboard)",
 }
-
 _REFUSED: Mapping[str, str] = {
     "torch_autocast": "is refused: DeepSpeed 0.19.8 clips the scaled gradient with it and leaves a process-wide flag set, got it"
     " configured. Use the fp16 or the bf16 section.",

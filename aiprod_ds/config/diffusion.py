@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.flow import FlowConfig
-from aiprod_ds.config.latent_data import LatentDataConfig
-from aiprod_ds.config.lora import LoraConfig, LoraFileConfig
+from aiprod_ds.config.data import LatentDataConfig
+from aiprod_ds.config.losses import FlowConfig
+from aiprod_ds.config.model import LoraConfig, LoraFileConfig, ModelConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
-from aiprod_ds.config.preview import PreviewConfig
-from aiprod_ds.config.run import EvaluationConfig, ModelConfig, RunConfig
+from aiprod_ds.config.run import EvaluationConfig, RunConfig
+from aiprod_ds.config.sample import PreviewConfig
 
 NoiseLevel = Annotated[float, Field(gt=0, le=1)]
 

@@ -6,20 +6,16 @@ Owns the schema and its reader. Field names are the YAML keys; what needs the da
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.audio_data import Decibels
-from aiprod_ds.config.curriculum import CurriculumConfig
-from aiprod_ds.config.merge import apply_overrides, read_document
+from aiprod_ds.config.data import Decibels
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
-from aiprod_ds.config.run import ModelConfig
 from aiprod_ds.config.schema import Fraction, FreeMapping, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
-from aiprod_ds.config.validation import validated
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -189,34 +185,3 @@ class EncodeConfig(StrictModel):
         for index, shape in enumerate(self.shapes):
             if shape.duration.seconds is not None and shape.duration.frame_rate_hz is None:
                 yield f"shapes[{index}].duration.seconds: needs frame_rate_hz, got none. Add it or write frames."
-
-
-def load_encode_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> EncodeConfig:
-    """Returns the validated configuration of `path`; arguments and messages are those of `loader.load_config`.
-
-    Args:
-        path: A YAML file, which may have a `base`.
-        overrides: `data.num_workers=4` and the like.
-        output_dir: Replaces `data.output_dir`.
-
-    Raises:
-        ConfigError: With one problem for every rule that is broken.
-    """
-    document = read_document(path)
-    problems = apply_overrides(document, overrides)
-    if output_dir is not None:
-        document.replace(("data", "output_dir"), output_dir, "--output-dir")
-    return validated(document, EncodeConfig, problems)
-
-
-def read_curriculum(path: Path) -> CurriculumConfig:
-    """Returns the section `curriculum` of a trainer's YAML file; the rest of the file is not looked at.
-
-    Raises:
-        ConfigError: If the file cannot be read or has no such section, with one problem for every rule that the section breaks.
-    """
-    return validated(read_document(path), _CurriculumFile).curriculum
-
-
-class _CurriculumFile(BaseModel):
-    curriculum: CurriculumConfig

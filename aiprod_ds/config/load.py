@@ -1,22 +1,29 @@
-"""A trainer's configuration file, its bases and the command line's overrides -> one validated record, or every problem at once.
+"""A configuration file, its bases and the command line's overrides -> one validated record, or every problem at once.
 
-Owns which trainer's schema counts and the curriculum's preset. `document` merges, `validation` checks.
+Owns which kind a file is (a trainer's, of `encode` or of `sample`), which trainer's schema counts, and the curriculum's preset.
+`merge` reads and merges the values before, `messages` words what pydantic finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.config.curriculum import expand_preset
+from aiprod_ds.config.curriculum import CurriculumConfig, expand_preset
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.config.encode import (
+    EncodeConfig,
+)
 from aiprod_ds.config.merge import Document, apply_overrides, read_document
-from aiprod_ds.config.nearest import suggestion
+from aiprod_ds.config.messages import problems_of, suggestion
 from aiprod_ds.config.run import RunConfig
-from aiprod_ds.config.validation import validated
+from aiprod_ds.config.sample import SampleConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.errors import ConfigError
 
 _TRAINERS: dict[str, type[RunConfig]] = {
     "video_vae": VAETrainerConfig,
@@ -24,6 +31,14 @@ _TRAINERS: dict[str, type[RunConfig]] = {
     "diffusion": DiffusionTrainerConfig,
 }
 _DEFAULT_TRAINER = "video_vae"
+ConfigKind = Literal["trainer", "encode", "sample"]
+# Keys that the other kinds do not have; an encode file's `curriculum` is also a trainer's section.
+_OWN_KEYS: tuple[tuple[ConfigKind, frozenset[str]], ...] = (
+    ("trainer", frozenset({"trainer", "optimizer", "loss", "engine", "checkpoint", "evaluation"})),
+    ("sample", frozenset({"prompts", "sampling", "duration", "resolution"})),
+    ("encode", frozenset({"video", "audio", "text", "shapes"})),
+)
+Record = TypeVar("Record", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> RunConfig:
@@ -66,3 +81,83 @@ def _trainer(document: Document, problems: list[str]) -> type[RunConfig]:
     where = document.origin(("trainer",))
     problems.append(f"{where}: trainer: must be one of {sorted(_TRAINERS)}, got {name!r}. {suggestion(str(name), _TRAINERS)}")
     return _TRAINERS[_DEFAULT_TRAINER]
+
+
+def load_encode_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> EncodeConfig:
+    """Returns the validated configuration of `path`; arguments and messages are those of `loader.load_config`.
+
+    Args:
+        path: A YAML file, which may have a `base`.
+        overrides: `data.num_workers=4` and the like.
+        output_dir: Replaces `data.output_dir`.
+
+    Raises:
+        ConfigError: With one problem for every rule that is broken.
+    """
+    document = read_document(path)
+    problems = apply_overrides(document, overrides)
+    if output_dir is not None:
+        document.replace(("data", "output_dir"), output_dir, "--output-dir")
+    return validated(document, EncodeConfig, problems)
+
+
+def read_curriculum(path: Path) -> CurriculumConfig:
+    """Returns the section `curriculum` of a trainer's YAML file; the rest of the file is not looked at.
+
+    Raises:
+        ConfigError: If the file cannot be read or has no such section, with one problem for every rule that the section breaks.
+    """
+    return validated(read_document(path), _CurriculumFile).curriculum
+
+
+class _CurriculumFile(BaseModel):
+    curriculum: CurriculumConfig
+
+
+def load_sample_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> SampleConfig:
+    """Returns the validated configuration of `path`; arguments and messages are those of `loader.load_config`.
+
+    Args:
+        path: A YAML file, which may have a `base`.
+        overrides: `seed=4` and the like.
+        output_dir: Replaces the key of that name.
+
+    Raises:
+        ConfigError: With one problem for every rule that is broken.
+    """
+    document = read_document(path)
+    problems = apply_overrides(document, overrides)
+    if output_dir is not None:
+        document.replace(("output_dir",), output_dir, "--output-dir")
+    return validated(document, SampleConfig, problems)
+
+
+def config_kind(path: Path, overrides: Sequence[str] = ()) -> ConfigKind:
+    """Returns the kind of the file, with its `base` files and overrides.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    document = read_document(path)
+    apply_overrides(document, overrides)  # the kind's own reader tells what is wrong with them
+    return next((kind for kind, keys in _OWN_KEYS if keys & document.values.keys()), "trainer")
+
+
+def validated(document: Document, schema: type[Record], problems: Sequence[str] = ()) -> Record:
+    """Returns the record of class `schema` that `document` holds.
+
+    Args:
+        document: With the command line's overrides applied.
+        schema: The class of the record.
+        problems: What was found wrong before; it is raised together with what is wrong here.
+
+    Raises:
+        ConfigError: With `problems` and one more for every rule that is broken.
+    """
+    try:
+        record = schema.model_validate(document.values)
+    except ValidationError as error:
+        raise ConfigError([*problems, *problems_of(error, schema, document)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return record

@@ -7,14 +7,14 @@ own raise `ValueError` with one problem a line, each either `field: rule, got X.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from aiprod_ds.config.merge import Document, KeyPath, dotted
-from aiprod_ds.config.nearest import suggestion
 
 _OWN_PATH = re.compile(r"^[A-Za-z_]\w*(?:\[\d+\])*(?:\.\w+(?:\[\d+\])*)*: ")
 _NUMBER = re.compile(r"^[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?$")
@@ -41,6 +41,7 @@ _RULES = {  # kind -> rule and fix, filled with pydantic's own numbers
     "too_short": ("must have at least {min_length} entries", "Add what is missing."),
     "too_long": ("must have at most {max_length} entries", "Remove what is too much."),
 }
+_LISTED = 12  # more names than this make a message harder to read than the documentation
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], document: Document) -> list[str]:
@@ -147,3 +148,20 @@ def _records(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for argument in get_args(annotation) for found in _records(argument)]
+
+
+def suggestion(name: str, valid: Collection[str]) -> str:
+    """Returns what to write instead of `name`: the nearest of `valid`, or all of them when none is near.
+
+    Example: `suggestion("learnig_rate", ["learning_rate", "updates"])` is `"Did you mean 'learning_rate'?"`.
+    """
+    folded = {candidate.lower(): candidate for candidate in valid}
+    close = get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    started = [candidate for candidate in folded if name and candidate.startswith(name.lower())]
+    if close or len(started) == 1:
+        return f"Did you mean {folded[(close or started)[0]]!r}?"
+    if not valid:
+        return "Remove it."
+    if len(valid) > _LISTED:
+        return "Remove it or look the name up in docs/configuration.md."
+    return f"Use one of: {', '.join(sorted(valid))}."

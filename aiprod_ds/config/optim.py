@@ -1,11 +1,19 @@
-"""The two running means that a run may keep: of its weights, and of its gradient norms.
+"""How the loss is minimised: AdamW, its clipping, and the running means of weights and gradient norms that a run may keep.
 
 Owns the schema; the formulas are in `aiprod_ds.optim.ema` and `aiprod_ds.optim.adaptive_clip`. Field names are the YAML keys.
 """
 
 from __future__ import annotations
 
-from aiprod_ds.config.schema import Fraction, PositiveFloat, PositiveInt, StrictModel
+from pydantic import Field
+
+from aiprod_ds.config.schema import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+)
 
 
 class EmaConfig(StrictModel):
@@ -28,3 +36,18 @@ class AdaptiveClipConfig(StrictModel):
     """Standard deviations above the mean that are still let through."""
     warmup_updates: PositiveInt = 100
     """Norms that are only collected before the first limit."""
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW; the learning rate belongs to the phases. Vectors and biases are not decayed."""
+
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), strict=False)
+    """Decay of the first and of the second moment, per update."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay of matrices and kernels; times the learning rate in each update."""
+    gradient_clip_norm: PositiveFloat | None = 1.0
+    """Global L2 norm to which a longer gradient is scaled down. null: no clipping."""
+    adaptive_clip: AdaptiveClipConfig | None = None
+    """Also clips at a limit that follows the norms of the run. null: only `gradient_clip_norm` clips."""

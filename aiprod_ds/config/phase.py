@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 
 _RESOLUTION = re.compile(r"^(\d+)x(\d+)$")

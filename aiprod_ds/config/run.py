@@ -16,60 +16,17 @@ from typing_extensions import Self
 
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.data import ClipDataConfig
-from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.nearest import suggestion
-from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig
+from aiprod_ds.config.messages import suggestion
+from aiprod_ds.config.model import LoraConfig, ModelConfig
+from aiprod_ds.config.optim import EmaConfig, OptimizerConfig
 from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 from aiprod_ds.config.schema import (
-    Fraction,
     FreeMapping,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StrictModel,
 )
-
-
-class ModelConfig(StrictModel):
-    """Where the network comes from: random weights from `config`, or trained ones from `pretrained`."""
-
-    source: str = Field(min_length=1)
-    """A diffusers class name (`AutoencoderKLLTXVideo`) or an import path (`my_package.models:MyVAE`)."""
-    config: FreeMapping = Field(default_factory=dict)
-    """Keyword arguments of the constructor; the weights are random. No effect beside `pretrained`, so refused there."""
-    pretrained: str | None = None
-    """A local folder or a hub name for the class's `from_pretrained`."""
-    subfolder: str | None = None
-    """Folder inside `pretrained` that holds this model, e.g. `transformer` or `vae` of a pipeline. null: `pretrained` itself."""
-    spatial_stride: PositiveInt | None = None
-    """Pixels that become one latent; height and width must be multiples of it. null: measured on the model. Not for sound."""
-    temporal_stride: PositiveInt | None = None
-    """Frames that become one latent; the model takes 1 + stride * k frames. Of sound: samples, and multiples of it. null:
-    measured on the model."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if self.pretrained is not None and self.config:
-            raise ValueError("config: has no effect when pretrained is set, got both. Remove one of the two.")
-        if self.pretrained is None and self.subfolder is not None:
-            raise ValueError(f"subfolder: has no effect without pretrained, got {self.subfolder!r}. Remove it.")
-        return self
-
-
-class OptimizerConfig(StrictModel):
-    """AdamW; the learning rate belongs to the phases. Vectors and biases are not decayed."""
-
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), strict=False)
-    """Decay of the first and of the second moment, per update."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay of matrices and kernels; times the learning rate in each update."""
-    gradient_clip_norm: PositiveFloat | None = 1.0
-    """Global L2 norm to which a longer gradient is scaled down. null: no clipping."""
-    adaptive_clip: AdaptiveClipConfig | None = None
-    """Also clips at a limit that follows the norms of the run. null: only `gradient_clip_norm` clips."""
 
 
 class EngineConfig(StrictModel):

@@ -5,20 +5,33 @@ Owns the schema and its reader. Field names are the YAML keys; what needs the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.encode import Precision, TextEncoderConfig
-from aiprod_ds.config.merge import apply_overrides, read_document
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
-from aiprod_ds.config.preview import PreviewConfig
-from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.config.schema import NonNegativeInt, StrictModel
-from aiprod_ds.config.validation import validated
+from aiprod_ds.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+
+
+class PreviewConfig(StrictModel):
+    """Sampling by Euler's method with classifier-free guidance, and decoding."""
+
+    num_forwards: PositiveInt = 30
+    """Intervals between noise and clip; each takes one forward pass, two with guidance."""
+    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    """How far the prompt leads away from the empty one: v_empty + scale * (v_prompt - v_empty). 1: no guidance, and half the
+    time; above 1 the embeddings of the empty prompt are needed."""
+    time_shift: PositiveFloat = 3.0
+    """Above 1, more intervals lie near the noise: s' = shift * s / (1 + (shift - 1) * s). 1: evenly spaced."""
+    decode_precision: Precision = "bf16"
+    """Of the VAEs and the vocoder when they decode."""
+    vocoder: ModelConfig | None = None
+    """Makes sound of the mel spectrograms of LTX-2's audio VAE, e.g. `diffusers.pipelines.ltx2.vocoder:LTX2Vocoder`. null: their
+    sound is approximated without a network. Not for VAEs of waveforms."""
 
 
 class SampleConfig(StrictModel):
@@ -75,21 +88,3 @@ class SampleConfig(StrictModel):
         """Frames of the clips before they are rounded up: `frames`, or seconds times the rate, rounded."""
         seconds = self.duration.seconds
         return self.duration.frames or max(1, round((seconds or 0.0) * self.frame_rate_hz))
-
-
-def load_sample_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> SampleConfig:
-    """Returns the validated configuration of `path`; arguments and messages are those of `loader.load_config`.
-
-    Args:
-        path: A YAML file, which may have a `base`.
-        overrides: `seed=4` and the like.
-        output_dir: Replaces the key of that name.
-
-    Raises:
-        ConfigError: With one problem for every rule that is broken.
-    """
-    document = read_document(path)
-    problems = apply_overrides(document, overrides)
-    if output_dir is not None:
-        document.replace(("output_dir",), output_dir, "--output-dir")
-    return validated(document, SampleConfig, problems)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.registry import build_model, resolve
 

@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.convert.derived import Merged
+from aiprod_ds.convert.request import shown
 from aiprod_ds.convert.transformer_folder import describe_folder
 from aiprod_ds.convert.weights import Extracted, extract, other_differences
 from aiprod_ds.convert.weights_folder import WeightsFolder, new_folder, require_equal, write_like
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.lora_files import LoraWeights, read_lora
-from aiprod_ds.train.conversion_progress import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

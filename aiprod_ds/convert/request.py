@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
+from aiprod_ds.convert.derived import Counted
 from aiprod_ds.convert.diffusers_config import DiffusersModel
 from aiprod_ds.convert.identify import Found
 from aiprod_ds.tensor_file import TensorSource
@@ -86,3 +90,18 @@ class Opened:
     adapters: Adapters | None = None
     model: DiffusersModel | None = None
     told: tuple[str, ...] = ()
+
+
+@contextmanager
+def shown(source: TensorSource, title: str, console: Console | None) -> Iterator[TensorSource]:
+    """Gives `source` with a bar that moves as its tensors are read.
+
+    Args:
+        source: What is read once.
+        title: Beside the bar.
+        console: None shows nothing.
+    """
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        task = progress.add_task(title, total=sum(spec.nbytes for spec in source.specs.values()))
+        yield Counted(source, lambda num_bytes: progress.advance(task, num_bytes))

@@ -19,7 +19,7 @@ from aiprod_ds.convert.derived import Cast, Confirmed, Renamed
 from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
 from aiprod_ds.convert.identify import IN_WORDS
 from aiprod_ds.convert.lora import Extraction
-from aiprod_ds.convert.request import LORA_FORMS, Adapters, Form, Opened, Request
+from aiprod_ds.convert.request import LORA_FORMS, Adapters, Form, Opened, Request, shown
 from aiprod_ds.convert.single_file import names_for_single_file, names_in_single_file
 from aiprod_ds.convert.sources import open_source
 from aiprod_ds.convert.transformer_folder import family_of
@@ -40,7 +40,6 @@ from aiprod_ds.convert.weights_folder import (
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.models.lora_files import read_lora
 from aiprod_ds.tensor_file import TensorSource
-from aiprod_ds.train.conversion_progress import shown
 
 _SUFFIX = ".safetensors"
 
@@ -233,7 +232,7 @@ def _extract(request: Request, *, verify: bool, console: Console | None) -> Conv
     tensors = {}
     for part in parts:
         tensors[f"{part.layer}.lora_A.weight"], tensors[f"{part.layer}.lora_B.weight"] = part.down, part.up
-    from aiprod_ds.config.lora import LoraConfig
+    from aiprod_ds.config.model import LoraConfig
     from aiprod_ds.convert.weights import total_error
 
     config = LoraConfig(rank=request.rank, targets=tuple(part.layer for part in parts))

@@ -6,7 +6,7 @@ Nothing is written here. Weights stay on disk until they are asked for; adapters
 from __future__ import annotations
 
 from aiprod_ds.checkpoint.manifest import HashCheck
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder
 from aiprod_ds.convert.derived import Merged, Renamed
 from aiprod_ds.convert.diffusers_config import read_diffusers_config

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES, find_family

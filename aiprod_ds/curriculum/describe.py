@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan, UpdateRange
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 
 ClipCounts = Sequence[Sequence[int]]
 

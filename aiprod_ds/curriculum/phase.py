@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.phase import MomentsPolicy, PlateauConfig, TrainingMode
 from aiprod_ds.curriculum.lr import LearningRateSchedule
 

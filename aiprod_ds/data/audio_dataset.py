@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from aiprod_ds.config.audio_data import AudioDataConfig
+from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.data.audio import check_channels, decode_audio, fit_sound
 from aiprod_ds.data.dataset import ClipRequest, MapDataset

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.latents import (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.latents import (
     AUDIO_LATENTS,
     CONDITIONS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.curriculum.data_rules import ClipFacts
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest, MapDataset
 from aiprod_ds.errors import DataError
 

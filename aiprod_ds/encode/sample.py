@@ -19,7 +19,7 @@ from torch import Tensor
 from aiprod_ds.codec.decoders import LatentDecoder
 from aiprod_ds.codec.encoders import DTYPES
 from aiprod_ds.config.sample import SampleConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.dist import choose_device
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import write_atomically

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aiprod_ds.config.encode import EncodeConfig, EncodeShape, read_curriculum
+from aiprod_ds.config.encode import EncodeConfig, EncodeShape
+from aiprod_ds.config.load import read_curriculum
 from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.phase import BucketPlan
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
 from aiprod_ds.data.latents import CONDITIONS, LatentShape, entry_name, entry_path, read_header, require_inside
 from aiprod_ds.data.manifest import Manifest, read_table

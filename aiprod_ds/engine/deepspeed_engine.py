@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, deepspeed_dictionary
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import deepspeed_state, dist
 from aiprod_ds.engine.layout import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine.layout import (
     TORCH_DTYPES,
     find_parameter,

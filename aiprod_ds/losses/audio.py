@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.audio_loss import AudioVAELossConfig
+from aiprod_ds.config.losses import AudioVAELossConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.losses.kl import gaussian_kl, latent_statistics
 from aiprod_ds.losses.mel import MelLoss

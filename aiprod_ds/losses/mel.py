@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
-from aiprod_ds.config.audio_loss import MelConfig
+from aiprod_ds.config.losses import MelConfig
 from aiprod_ds.losses.precision import no_autocast
 from aiprod_ds.losses.spectral import magnitude
 from aiprod_ds.losses.waveform import WavePair, aligned_pair, frame_mean

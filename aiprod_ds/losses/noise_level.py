@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aiprod_ds.config.flow import NoiseLevelConfig
+from aiprod_ds.config.losses import NoiseLevelConfig
 from aiprod_ds.errors import DataError
 
 

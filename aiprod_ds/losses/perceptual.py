@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.video_vae import PerceptualConfig
+from aiprod_ds.config.losses import PerceptualConfig
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.losses.precision import no_autocast, widened
 from aiprod_ds.losses.vgg import LAYERS, MIN_SIZE, VGGFeatures, WeightsUnavailableError, locate_weights

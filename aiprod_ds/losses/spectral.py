@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.audio_loss import SpectralConfig
+from aiprod_ds.config.losses import SpectralConfig
 from aiprod_ds.losses.precision import no_autocast
 from aiprod_ds.losses.waveform import WavePair, aligned_pair, frame_mean
 

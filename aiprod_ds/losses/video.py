@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from aiprod_ds.config.video_vae import VideoVAELossConfig
+from aiprod_ds.config.losses import VideoVAELossConfig
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.losses.haar import haar_l1
 from aiprod_ds.losses.kl import gaussian_kl, latent_statistics

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model, mel_hop
 from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior

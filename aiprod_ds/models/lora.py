@@ -26,8 +26,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.nearest import suggestion
+from aiprod_ds.config.messages import suggestion
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.models.lora_files import CONFIG_FILE, WEIGHTS_FILE, LoraWeights, listed, read_tensors
 from aiprod_ds.rng import stream_seed

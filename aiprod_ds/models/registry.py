@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.rng import stream_seed
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior
 from aiprod_ds.models.shapes import declared_number, on_meta

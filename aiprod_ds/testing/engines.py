@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 
 
 @contextmanager

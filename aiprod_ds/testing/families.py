@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.models.families.protocol import Family
 
 _PIPELINES = {"ltx": "LTXPipeline", "ltx2": "LTX2Pipeline", "wan": "WanPipeline"}

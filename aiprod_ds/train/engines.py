@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
-from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
+from torch import Tensor, nn
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
+from aiprod_ds.engine.layout import whole_shape
 from aiprod_ds.engine.local_engine import LocalEngine
-from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.engine.protocol import Engine, ParameterGroup
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.train.unit import Unit
-
-
-def read_settings(config: RunConfig, *, source: str) -> DeepSpeedSettings:
-    """Returns the engine settings that `engine.deepspeed_config` names; a relative path is taken from the working folder, the
-    configuration file's folder, or a folder above it.
-
-    Raises:
-        ConfigError: If the file is missing or breaks a rule.
-    """
-    given = config.engine.deepspeed_config
-    if not isinstance(given, str):
-        return parse_deepspeed_settings(given, where=f"{source}: engine.deepspeed_config")
-    folders = [Path(), *Path(source).resolve().parents]
-    found = next((folder / given for folder in folders if (folder / given).is_file()), None)
-    if found is None:
-        raise ConfigError(
-            f"{source}: engine.deepspeed_config: must name a file, got {given!r}, which is not there. Check the path."
-        )
-    return parse_deepspeed_settings(found, where=given)
 
 
 def build_engine(config: RunConfig, settings: DeepSpeedSettings, unit: Unit, plan: RunPlan) -> Engine:
@@ -51,3 +35,20 @@ def build_engine(config: RunConfig, settings: DeepSpeedSettings, unit: Unit, pla
     from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 
     return DeepSpeedEngine(unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch)
+
+
+def decay_groups(module: nn.Module) -> Sequence[ParameterGroup]:
+    """Returns the trained parameters in at most two groups, the decayed ones first.
+
+    A tensor with at most one dimension above 1 counts as a vector: biases, gains of norms, and also the [out, 1, 1] gains of
+    weight normalisation and the [1, channels, 1] slopes of snake activations.
+    """
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    decayed = tuple(name for name, parameter in trained if not _is_vector(parameter))
+    plain = tuple(name for name, parameter in trained if _is_vector(parameter))
+    groups = (ParameterGroup(names=decayed, is_decayed=True), ParameterGroup(names=plain, is_decayed=False))
+    return [group for group in groups if group.names]
+
+
+def _is_vector(parameter: Tensor) -> bool:
+    return sum(size > 1 for size in whole_shape(parameter)) <= 1

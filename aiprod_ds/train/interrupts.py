@@ -12,18 +12,29 @@ costs nothing beside them and a request must not take two of them: the vote is r
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import socket
+import threading
 import time
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from typing_extensions import Self
 
 from aiprod_ds.checkpoint.disk import explained
 from aiprod_ds.engine import dist
-from aiprod_ds.train.signal_watch import SignalWatch
 
 LOOK_SECONDS = 1.0
 _SLOW_UPDATE_MILLISECONDS = 1000
+_LOG = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A signal to the process group reaches the ranks once more through the launcher, whose handler sends SIGTERM to each of them.
+ONE_REQUEST_SECONDS = 3.0
 
 
 class Request(IntEnum):
@@ -119,3 +130,66 @@ class Requests:
 
     def _is_asked(self, request: Request) -> bool:
         return os.path.exists(self._folder / request.name)  # noqa: PTH110  unlike `Path.exists` it never raises, as NFS may make it
+
+
+class SignalWatch:
+    """A context in which the first signal is noted and one that comes over 3 s later exits with 128 + its number.
+
+    Outside the main thread, where Python sets no handlers, signals keep their meaning and `received` stays None.
+
+    Attributes:
+        received: The signal that was noted.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        for number in SIGNALS:
+            self._handlers[number] = signal.signal(number, _leave_to_thread)
+            signal.siginterrupt(number, False)  # system calls of libraries go on
+        self._descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._read, args=(reader,), name="signal_watch", daemon=True)
+        self._thread.start()
+        # A forked process, as a worker of the loader is, would write the numbers of its own signals into this descriptor.
+        os.register_at_fork(after_in_child=self._restore)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handlers:
+            self._restore()
+            self._thread.join()
+
+    def _restore(self) -> None:
+        if not self._handlers:
+            return
+        signal.set_wakeup_fd(self._descriptor)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        self._writer.close()
+
+    def _read(self, reader: socket.socket) -> None:
+        with reader:
+            while numbers := reader.recv(64):
+                for number in numbers:
+                    if number in SIGNALS:
+                        self._meet(signal.Signals(number))
+
+    def _meet(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = number, now
+            _LOG.warning("signal_received name=%s; saving at the end of the update, once more leaves at once", number.name)
+        elif now - self._received_at > ONE_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+
+def _leave_to_thread(_number: int, _frame: FrameType | None) -> None:
+    """Keeps the signal from ending the process."""

@@ -7,16 +7,26 @@ Owns what a phase sets once: activation checkpointing, weight decay and the opti
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.weight_handoff import CarriedValues
 from aiprod_ds.errors import ConfigError, EngineError
+from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
+from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
+# What rounding may do: the merge adds fp32 products, and in 16 bits the merged weights are rounded where W and B A were before.
+MAX_DIFFERENCE = {torch.float32: 1e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
 def check_checkpointing(module: nn.Module, plan: RunPlan, *, default: bool, source: str) -> None:
@@ -56,3 +66,94 @@ def begin_phase(engine: Engine, module: nn.Module, phase: PhasePlan, clock: Cloc
 
 def _is_checkpointed(phase: PhasePlan, *, default: bool) -> bool:
     return default if phase.activation_checkpointing is None else phase.activation_checkpointing
+
+
+@runtime_checkable
+class RetrainableUnit(Unit, Protocol):
+    """A unit whose phases may train adapters."""
+
+    def carried(self, engine: Engine) -> CarriedValues:
+        """Returns what the weights are with the adapters merged, by the names of the plain module. Collective."""
+
+    def written(self, carried: CarriedValues) -> Iterable[tuple[str, Tensor]]:
+        """Yields what was carried by the names that the module has now, after `prepare`. Collective."""
+
+    def probe(self, engine: Engine) -> Tensor:
+        """Returns the module's answer to one held-out clip, fp32 on the CPU, the same on all ranks. Collective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retraining:
+    """What happened between two phases.
+
+    Attributes:
+        phase: Name of the phase that began.
+        trained: What was trained before and after, in words.
+        relative_difference: ||after - before|| / ||before|| of the module's answer to one held-out clip.
+        seconds: Wall time.
+        device_peak_bytes: Highest GPU memory of this rank's tensors meanwhile; 0 without a GPU.
+    """
+
+    phase: str
+    trained: tuple[str, str]
+    relative_difference: float
+    seconds: float
+    device_peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready mapping."""
+        return asdict(self)
+
+
+def retrain(
+    engine: Engine, unit: Unit, before: PhasePlan, after: PhasePlan, *, build: Callable[[], Engine]
+) -> tuple[Engine, Retraining]:
+    """Returns the engine that trains what `after` trains, with the function that `engine` had, and what happened. Collective.
+
+    Args:
+        engine: Closed by this.
+        unit: Whose module it holds.
+        before: The phase that has ended.
+        after: The phase that begins.
+        build: Makes the new engine of the unit's module.
+
+    Raises:
+        EngineError: If the module answers otherwise than before by more than rounding explains.
+    """
+    assert isinstance(unit, RetrainableUnit), "the configuration refuses adapters for other trainers"
+    began = time.perf_counter()
+    reset_device_peak()
+    answer = unit.probe(engine)
+    carried = unit.carried(engine)
+    engine.close()
+    unit.prepare(after)
+    new = build()
+    new.write_values(unit.written(carried))
+    difference = _relative_difference(answer, unit.probe(new))
+    done = Retraining(
+        phase=after.name,
+        trained=(_in_words(before), _in_words(after)),
+        relative_difference=difference,
+        seconds=time.perf_counter() - began,
+        device_peak_bytes=device_peak_bytes(),
+    )
+    _LOG.info(
+        "retrained phase=%s trained=%s relative_difference=%.2e seconds=%.2f device_peak_bytes=%d",
+        done.phase, " -> ".join(done.trained), difference, done.seconds, done.device_peak_bytes,
+    )  # fmt: skip
+    allowed = MAX_DIFFERENCE[new.compute_dtype]
+    if not difference <= allowed:
+        new.close()
+        raise EngineError(
+            f"phase {after.name}: the model must answer as before it was rebuilt, within {allowed:g}, got a relative difference "
+            f"of {difference:g}. Resume from the checkpoint of the phase before it, with training_mode as it was there."
+        )
+    return new, done
+
+
+def _relative_difference(before: Tensor, after: Tensor) -> float:
+    return float((after.double() - before.double()).norm() / before.double().norm())
+
+
+def _in_words(phase: PhasePlan) -> str:
+    return "all weights" if phase.adapters is None else f"adapters of rank {phase.adapters.rank}"

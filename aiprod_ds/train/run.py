@@ -17,7 +17,7 @@ from rich.console import Console
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.clock import Clock
-from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, read_settings
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints, to_yaml
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.describe import describe
@@ -38,11 +38,11 @@ from aiprod_ds.report.console import ConsoleSink, PhaseSpan, print_summary
 from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.report.summary import RunStatus, RunSummary
 from aiprod_ds.snapshot import Base
-from aiprod_ds.train.engines import build_engine, read_settings
-from aiprod_ds.train.interrupts import Requests
+from aiprod_ds.train.engines import build_engine
+from aiprod_ds.train.interrupts import Requests, SignalWatch
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.overflow import OverflowWatch
-from aiprod_ds.train.phase_change import check_checkpointing
+from aiprod_ds.train.phase_change import check_checkpointing, retrain
 from aiprod_ds.train.planning.auto import Choose, Settled, settle
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
 from aiprod_ds.train.resume.compatibility import change_in_words, check_belongs, run_layout
@@ -50,8 +50,6 @@ from aiprod_ds.train.resume.folder_lock import FolderLock
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver, read_engine, require_shared
-from aiprod_ds.train.retrain import retrain
-from aiprod_ds.train.signal_watch import SignalWatch
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aiprod_ds.config.audio_loss import AudioVAELossConfig, MelConfig, SpectralConfig
+from aiprod_ds.config.losses import AudioVAELossConfig, MelConfig, SpectralConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.losses import AudioVAELoss, LossTerms
 from aiprod_ds.losses.mel_vae import MelVAELoss

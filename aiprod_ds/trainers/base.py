@@ -13,16 +13,17 @@ from typing import Any, Generic, TypeVar
 from rich.console import Console
 from torch import Tensor, nn
 
+from aiprod_ds.config.deepspeed import read_settings
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.report.summary import RunSummary
-from aiprod_ds.train.engines import read_settings
 from aiprod_ds.train.planning.auto import choose_here, this_machine
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
 from aiprod_ds.train.run import evaluate_checkpoint, run_training

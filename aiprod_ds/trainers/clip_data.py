@@ -15,8 +15,7 @@ from typing_extensions import Self
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.data import ClipDataConfig
-from aiprod_ds.curriculum.data_notes import data_notes
-from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data
+from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data, data_notes
 from aiprod_ds.curriculum.epochs import with_epoch_lengths
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.data.buckets import bucket_clips, long_enough

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine.protocol import ParameterGroup
+from aiprod_ds.errors import ConfigError
 from aiprod_ds.report.summary import DataSummary
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.clip_data import ClipData, ClipStream
 
 
@@ -59,3 +60,17 @@ class ClipUnit:
     def replacements(self) -> tuple[str, ...]:
         """Returns snapped lengths and clips that do not fit their bucket."""
         return (*self.snapped, *self.data.replacements(self.plan))
+
+
+def require_posterior(logvar: Tensor | None, phase: PhasePlan) -> Tensor:
+    """Returns the log-variance.
+
+    Raises:
+        ConfigError: If the model is a deterministic autoencoder.
+    """
+    if logvar is None:
+        raise ConfigError(
+            f"loss.kl_weight: needs a model with a posterior, got a deterministic autoencoder in phase {phase.name}. "
+            "Use a model whose encode returns a distribution."
+        )
+    return logvar

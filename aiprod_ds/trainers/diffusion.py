@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from aiprod_ds.codec.encoders import audio_form
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import AudioEncoderConfig
-from aiprod_ds.config.lora import LoraFileConfig
+from aiprod_ds.config.model import LoraFileConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
+from aiprod_ds.curriculum.plan import snap_notes
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx2 import LTX2
@@ -30,10 +31,10 @@ from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.video_vae import video_strides
-from aiprod_ds.train.latent_data import open_latent_datasets, open_latent_files
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.diffusion_unit import DiffusionUnit, set_adapters, start_adapters
+from aiprod_ds.trainers.open_data import open_latent_datasets, open_latent_files
 
 _ASSUMED_FPS = 24.0  # of clips whose rate nobody says, to estimate how much sound they have
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule

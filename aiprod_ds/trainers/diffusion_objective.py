@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aiprod_ds.config.flow import FlowConfig
+from aiprod_ds.config.losses import FlowConfig
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.losses.flow import FlowSample, bucket_terms, first_frame_mask, flow_losses, noised
 from aiprod_ds.losses.noise_level import draw_noise_levels

@@ -24,12 +24,12 @@ from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.lora_files import LoraWeights
-from aiprod_ds.train.latent_data import read_empty_prompt
 from aiprod_ds.train.unit import Evaluation, Examples
 from aiprod_ds.trainers.clip_unit import ClipUnit
 from aiprod_ds.trainers.diffusion_export import export_transformer
 from aiprod_ds.trainers.diffusion_objective import FlowObjective
 from aiprod_ds.trainers.evaluation import held_out_turns
+from aiprod_ds.trainers.open_data import read_empty_prompt
 from aiprod_ds.trainers.preview import Previews
 
 _PROBE_LEVEL = 0.5

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from aiprod_ds.config.video_vae import VideoDataConfig
+from torch import Tensor
+
+from aiprod_ds.codec.encoders import vae_fingerprint
+from aiprod_ds.config.data import AudioDataConfig, VideoDataConfig
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.curriculum.data_rules import TooShort
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.curriculum.strides import ModelStrides
+from aiprod_ds.data.audio_dataset import AudioClipDataset, TensorAudioDataset, usable_sounds
 from aiprod_ds.data.dataset import TensorVideoDataset, VideoClipDataset
+from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
+from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
+from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, read_entry
 from aiprod_ds.data.manifest import Manifest, scan
 from aiprod_ds.data.probe import default_probe_cache
+from aiprod_ds.data.tensor_latents import TensorLatentDataset
 from aiprod_ds.trainers.clip_data import ClipData, require_clips, split_manifests, unreadable_files
 
 
@@ -18,7 +33,7 @@ def open_video_files(config: VideoDataConfig, *, seed: int) -> ClipData:
     Raises:
         DataError: If a folder is missing or empty, or too many files cannot be read.
     """
-    train, validation = split_manifests(config, _scan, seed=seed)
+    train, validation = split_manifests(config, _scan_videos, seed=seed)
     unreadable = unreadable_files(train, validation)
     return ClipData.of(VideoClipDataset(train, seed=seed), VideoClipDataset(validation, seed=seed), unreadable=unreadable)
 
@@ -33,5 +48,100 @@ def open_video_datasets(dataset: Any, validation: Any, *, seed: int) -> ClipData
     return ClipData.of(TensorVideoDataset(dataset, seed=seed), TensorVideoDataset(validation, seed=seed))
 
 
-def _scan(path: Path) -> Manifest:
+def _scan_videos(path: Path) -> Manifest:
     return scan(path, cache=default_probe_cache(path))
+
+
+def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:
+    """Reads the folders or manifests that `config` names; files that an earlier run has probed are not probed again.
+
+    Raises:
+        DataError: If a folder is missing or empty, or too many files cannot be read or used.
+    """
+    train, validation = split_manifests(config, partial(_scan_sounds, config), seed=seed)
+    return ClipData.of(
+        AudioClipDataset(train, seed=seed, config=config),
+        AudioClipDataset(validation, seed=seed, config=config),
+        unreadable=unreadable_files(train, validation),
+    )
+
+
+def open_audio_datasets(dataset: Any, validation: Any, config: AudioDataConfig, *, seed: int) -> ClipData:
+    """Takes a user's own map-style datasets; see `TensorAudioDataset` for what their items may be.
+
+    Raises:
+        DataError: If a dataset is empty or an item is not a sound.
+    """
+    require_clips(dataset, validation)
+    own, held_out = (TensorAudioDataset(items, seed=seed, config=config) for items in (dataset, validation))
+    return ClipData.of(own, held_out)
+
+
+def _scan_sounds(config: AudioDataConfig, path: Path) -> Manifest:
+    found = scan(path, cache=default_probe_cache(path, medium="sound"), medium="sound")
+    return usable_sounds(found, config)
+
+
+class LatentData(ClipData):
+    """Clips that exist in some shapes only."""
+
+    __slots__ = ()
+
+    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
+        """Returns the training clips that some phase cannot use.
+
+        Raises:
+            PlanError: As for any clips, or if a clip has no latents in the shape of a bucket that will draw it.
+        """
+        too_short = super().check(plan, source)
+        last = plan.phases[-1]
+        measured = replace(plan, phases=(replace(last, buckets=last.buckets[:1]),))
+        for dataset, asked in ((self.train, plan), (self.validation, measured)):
+            if isinstance(dataset, LatentDataset):
+                require_entries(dataset, asked, source)
+        return too_short
+
+
+def open_latent_files(config: DiffusionTrainerConfig, *, strides: ModelStrides, with_audio: bool) -> LatentData:
+    """Reads the folders or manifests that `config` names and compares their encoders with the configured VAEs.
+
+    Raises:
+        DataError: If a folder is missing or empty, too many clips cannot be used, or the latents are of another VAE.
+    """
+    needs = LatentNeeds(strides=strides, with_audio=with_audio, fingerprints=_fingerprints(config))
+
+    def scan(path: Path) -> Manifest:
+        return scan_latents(path, needs)
+
+    train, validation = split_manifests(config.data, scan, seed=config.seed)
+
+    def dataset(manifest: Manifest, caption_dropout: float) -> LatentDataset:
+        return LatentDataset(manifest, seed=config.seed, strides=strides, with_audio=with_audio, caption_dropout=caption_dropout)
+
+    unreadable = unreadable_files(train, validation)
+    return LatentData.of(dataset(train, config.data.caption_dropout), dataset(validation, 0.0), unreadable=unreadable)
+
+
+def open_latent_datasets(dataset: Any, validation: Any, *, strides: ModelStrides) -> LatentData:
+    """Takes a user's own map-style datasets; see `TensorLatentDataset` for what their items may be.
+
+    Raises:
+        DataError: If a dataset is empty or an item is no clip.
+    """
+    require_clips(dataset, validation)
+    return LatentData.of(TensorLatentDataset(dataset, strides=strides), TensorLatentDataset(validation, strides=strides))
+
+
+def read_empty_prompt(data: ClipData) -> dict[str, Tensor] | None:
+    """Returns the embedding of the empty caption that lies beside the training latents; None if there is none."""
+    if not isinstance(data.train, LatentDataset):
+        return None
+    path = data.train.root / EMPTY_PROMPT
+    return read_entry(path) if path.exists() else None
+
+
+def _fingerprints(config: DiffusionTrainerConfig) -> dict[str, Callable[[], str]]:
+    models = {LATENTS: config.vae, AUDIO_LATENTS: config.audio_vae}
+    return {
+        source: cache(partial(vae_fingerprint, model, seed=config.seed)) for source, model in models.items() if model is not None
+    }

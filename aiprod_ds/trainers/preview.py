@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.codec.decoders import LatentDecoder
-from aiprod_ds.config.preview import PreviewConfig
+from aiprod_ds.config.sample import PreviewConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import ConfigError

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, snap_notes
+from aiprod_ds.curriculum.plan import snap_notes
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError, PlanError
@@ -26,11 +27,10 @@ from aiprod_ds.media.pictures import save_comparison
 from aiprod_ds.metrics.quality import VideoQuality
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.posterior import require_posterior
 from aiprod_ds.train.unit import Evaluation
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
-from aiprod_ds.trainers.clip_unit import ClipUnit
+from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
 from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, over_ranks
 from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
 from aiprod_ds.trainers.vae_export import export_vae

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aiprod_ds.config.encode import load_encode_config
-from aiprod_ds.config.load import load_config
-from aiprod_ds.config.sample import load_sample_config
+from aiprod_ds.config.load import load_config, load_encode_config, load_sample_config
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OTHERS = {"encode": load_encode_config, "sample": load_sample_config}

@@ -22,14 +22,14 @@ from aiprod_ds.cli import main
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.curriculum import default_phases
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.flow import FlowConfig, NoiseLevelConfig
 from aiprod_ds.config.load import load_config
-from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig
-from aiprod_ds.config.run import ModelConfig, OptimizerConfig
+from aiprod_ds.config.losses import FlowConfig, NoiseLevelConfig
+from aiprod_ds.config.model import LoraConfig, ModelConfig
+from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig, OptimizerConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import describe
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.losses.noise_level import noise_level_shift
@@ -43,8 +43,8 @@ from aiprod_ds.optim.adaptive_clip import NormStatistics
 from aiprod_ds.optim.ema import ema_decay
 from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunSummary
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer, velocities
-from aiprod_ds.train.parameter_groups import decay_groups
-from aiprod_ds.train.retrain import Retraining
+from aiprod_ds.train.engines import decay_groups
+from aiprod_ds.train.phase_change import Retraining
 from aiprod_ds.trainers.diffusion_export import export_transformer
 
 _ROOT = Path(__file__).resolve().parents[2]

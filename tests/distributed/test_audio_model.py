@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.run import ModelConfig, OptimizerConfig
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine
@@ -26,7 +27,7 @@ from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import deepspeed_engine, distance
 from aiprod_ds.testing.tiny import tiny_oobleck
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 FILES = [

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import AdaptiveClipConfig, EmaConfig, OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine, ParameterGroup, UpdateResult
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip

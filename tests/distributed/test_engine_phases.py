@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, UpdateResult
@@ -31,7 +31,7 @@ from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import UnevenBlock, deepspeed_engine, distance, is_same_state, optimized_state
 from aiprod_ds.testing.tiny import two_width_ltx_vae
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.train.resume.saver import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.checkpoint.shard_files import PieceReader
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.optim import EmaConfig
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import EmaConfig, OptimizerConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist

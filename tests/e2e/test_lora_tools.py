@@ -20,8 +20,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
-from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import LoraConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES, find_family

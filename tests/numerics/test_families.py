@@ -12,7 +12,7 @@ from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.losses.flow import flow_losses, noised
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx import LTXVideo

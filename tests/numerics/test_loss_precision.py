@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from aiprod_ds.config.audio_loss import AudioVAELossConfig
-from aiprod_ds.config.video_vae import VideoVAELossConfig
+from aiprod_ds.config.losses import AudioVAELossConfig, VideoVAELossConfig
 from aiprod_ds.losses import AudioVAELoss, VideoVAELoss
 from aiprod_ds.losses.flow import flow_losses, noised
 

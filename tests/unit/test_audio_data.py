@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from aiprod_ds.clock import Clock
-from aiprod_ds.config.audio_data import AudioDataConfig
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import DataError
-from aiprod_ds.train.audio_data import open_audio_datasets, open_audio_files
+from aiprod_ds.trainers.open_data import open_audio_datasets, open_audio_files
 
 RATE_HZ = 8_000
 

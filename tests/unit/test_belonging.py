@@ -11,7 +11,8 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
 from aiprod_ds.config.video_vae import VAETrainerConfig
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.train.planning.auto import Settled
 from aiprod_ds.train.resume.compatibility import change_in_words, check_belongs, run_layout

@@ -24,7 +24,8 @@ from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.run import CheckpointConfig, OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
+from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError

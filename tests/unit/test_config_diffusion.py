@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.fingerprint import to_yaml
-from aiprod_ds.config.lora import LoraConfig
+from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.yaml import read_yaml
 
 SHAPE = {"resolution": "64x64", "duration": {"frames": 9}}

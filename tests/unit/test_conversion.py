@@ -250,7 +250,7 @@ def test_a_lora_of_several_ranks_is_merged_and_one_of_several_scales_is_written(
 
 
 def _strides(family_type: type[Family]) -> Any:
-    from aiprod_ds.curriculum.plan import ModelStrides
+    from aiprod_ds.curriculum.strides import ModelStrides
 
     return ModelStrides(spatial=32, temporal=8)
 

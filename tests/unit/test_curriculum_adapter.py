@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
 
 PHASE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 8, "updates": 10, "learning_rate": 1e-3}

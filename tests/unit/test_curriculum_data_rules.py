@@ -8,7 +8,8 @@ import pytest
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data, frames_at_rate
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
 from aiprod_ds.errors import PlanError
 

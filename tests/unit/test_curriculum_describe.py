@@ -8,7 +8,8 @@ import pytest
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import ClipCounts, describe, learning_rate_curve, totals
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 SHAPE = {"resolution": "64x64", "duration": {"frames": 9}}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.batch import solve_batch
 from aiprod_ds.curriculum.phase import RunPlan, UpdateRange
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
 
 STRIDES = ModelStrides(spatial=32, temporal=8)

@@ -16,8 +16,9 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
 from aiprod_ds.curriculum.phase import RunPlan, UpdateRange
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
+from aiprod_ds.curriculum.strides import ModelStrides
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 LIMIT = 40  # the longest phase

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision, Reason
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import CheckpointError, NonFiniteError
 
 SHAPE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 2, "learning_rate": 1e-3, "schedule": "constant"}

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
-from aiprod_ds.curriculum.data_notes import data_notes
-from aiprod_ds.curriculum.data_rules import ClipFacts, check_data
+from aiprod_ds.curriculum.data_rules import ClipFacts, check_data, data_notes
 from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run, snap_notes
+from aiprod_ds.curriculum.plan import plan_run, snap_notes
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
 from aiprod_ds.report.plan_view import PlanPage
 

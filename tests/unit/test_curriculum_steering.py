@@ -9,7 +9,7 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.fingerprint import phase_fingerprints
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.train.resume.steering import check_steering
+from aiprod_ds.train.resume.compatibility import check_steering
 
 PHASE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3}
 NOW = Clock(updates=13, phase=1, phase_updates=3)

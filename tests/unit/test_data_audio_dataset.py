@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchaudio.functional import loudness
 
-from aiprod_ds.config.audio_data import AudioDataConfig
+from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.data.audio_dataset import AudioClipDataset, TensorAudioDataset, usable_sounds
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.loudness import level_db, loudness_lufs, normalized

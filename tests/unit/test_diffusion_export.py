@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.run import OptimizerConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import LoraConfig
+from aiprod_ds.config.optim import OptimizerConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx import LTXVideo
@@ -23,7 +23,7 @@ from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES, find_family
 from aiprod_ds.models.lora import add_lora
 from aiprod_ds.testing.families import pipeline_around, tiny_batch, tiny_transformer, velocities
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.diffusion_export import export_transformer
 
 STRIDES = ModelStrides(spatial=32, temporal=8)

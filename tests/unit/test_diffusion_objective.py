@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.flow import FlowConfig
-from aiprod_ds.config.run import ModelConfig, OptimizerConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.losses import FlowConfig
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.config.optim import OptimizerConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.losses.terms import LossTerms
 from aiprod_ds.models.diffusion import DiffusionModule
@@ -22,7 +23,7 @@ from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.diffusion_objective import FlowObjective
 
 SEED = 7

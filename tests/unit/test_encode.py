@@ -22,8 +22,8 @@ from aiprod_ds.codec.encoders import AudioEncoder, AudioForm, VideoEncoder, vae_
 from aiprod_ds.codec.normalization import LatentNormalization, normalization_of
 from aiprod_ds.codec.tiling import check_tiles
 from aiprod_ds.config.encode import AudioEncoderConfig, EncodeConfig, TilingConfig, VideoEncoderConfig
-from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.latent_dataset import LatentDataset
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents

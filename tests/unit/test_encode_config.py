@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aiprod_ds.config.encode import load_encode_config, read_curriculum
+from aiprod_ds.config.load import load_encode_config, read_curriculum
 from aiprod_ds.errors import ConfigError
 
 _ROOT = Path(__file__).resolve().parents[2]

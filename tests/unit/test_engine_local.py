@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, UpdateResult

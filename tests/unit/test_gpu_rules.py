@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.planner.hardware import MACHINES

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
-from aiprod_ds.train.latent_statistics import LatentStatistics
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.evaluation import HeldOutClip
-from aiprod_ds.trainers.vae_export import export_vae
+from aiprod_ds.trainers.vae_export import LatentStatistics, export_vae
 
 LATENTS_BCT = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[3.0, 6.0], [5.0, 5.0]]])
 MEAN, STD = [3.0, 2.5], [1.8708286933869707, 2.5]  # by hand: sqrt(50/4 - 9); half of 5

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aiprod_ds.config.lora import LoraConfig, LoraFileConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import LoraConfig, LoraFileConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx import LTXVideo

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from aiprod_ds.config.audio_loss import AudioVAELossConfig, MelConfig, SpectralConfig
+from aiprod_ds.config.losses import AudioVAELossConfig, MelConfig, SpectralConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.losses import AudioVAELoss
 from aiprod_ds.losses.mel import MelLoss

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from scipy.stats import kstest, norm
 
-from aiprod_ds.config.flow import FlowConfig, NoiseLevelConfig
+from aiprod_ds.config.losses import FlowConfig, NoiseLevelConfig
 from aiprod_ds.errors import DataError
 from aiprod_ds.losses.flow import bucket_terms, first_frame_mask, flow_losses, noised
 from aiprod_ds.losses.noise_level import draw_noise_levels, noise_level_shift

@@ -19,7 +19,7 @@ from lpips import LPIPS
 from torch import nn
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from aiprod_ds.config.video_vae import PerceptualConfig
+from aiprod_ds.config.losses import PerceptualConfig
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.losses import vgg
 from aiprod_ds.losses.perceptual import PerceptualLoss, choose_frames

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from aiprod_ds.config.audio_loss import SpectralConfig
+from aiprod_ds.config.losses import SpectralConfig
 from aiprod_ds.errors import DataError
 from aiprod_ds.losses import SpectralLoss
 from aiprod_ds.losses.spectral import magnitude

@@ -5,7 +5,7 @@ import urllib.request
 import pytest
 import torch
 
-from aiprod_ds.config.video_vae import PerceptualConfig, VideoVAELossConfig
+from aiprod_ds.config.losses import PerceptualConfig, VideoVAELossConfig
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.losses import PerceptualLoss, VideoVAELoss
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm
 
-from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.recompute import apply_activation_checkpointing
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.audio_vae import AudioFacts, AudioVAE, audio_facts, audio_strides, wrap_audio_vae

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.flops import attention_flops, linear_flops

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.run import OptimizerConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import LoraConfig
+from aiprod_ds.config.optim import OptimizerConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.models.diffusion import DiffusionModule
@@ -27,7 +27,7 @@ from aiprod_ds.models.families.tokens import TokenGrid
 from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.models.lora import adapter_tensors, add_lora, load_lora, merge_lora, merged_state, save_comfyui, save_peft
 from aiprod_ds.testing.families import adapted_transformer, pipeline_around, tiny_batch, tiny_transformer, velocities
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 CONFIG = LoraConfig(rank=4, alpha=6.0, targets=("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"))

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.registry import build_model, resolve
 

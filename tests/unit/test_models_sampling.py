@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.protocol import LATENTS, Family
 from aiprod_ds.models.families.registry import FAMILIES, find_family

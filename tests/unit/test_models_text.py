@@ -10,7 +10,7 @@ import torch
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from aiprod_ds.config.encode import TextEncoderConfig
-from aiprod_ds.config.run import ModelConfig
+from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.models.text import TextEncoder, build_text_encoder
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.posterior import LOGVAR_RANGE, split_posterior
 from aiprod_ds.models.registry import build_model

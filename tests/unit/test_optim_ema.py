@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.optim import EmaConfig
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import EmaConfig, OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError, EngineError

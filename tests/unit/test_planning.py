@@ -9,7 +9,7 @@ import pytest
 
 from aiprod_ds.cli import main
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings, with_parallel
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings, read_settings, with_parallel
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.load import load_config
 from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -19,7 +19,6 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.planner.search import ParallelChoice, PhaseChoice
-from aiprod_ds.train.engines import read_settings
 from aiprod_ds.train.planning.auto import choose_here, settle
 from aiprod_ds.train.planning.estimate import estimate_run, estimator_of
 from aiprod_ds.train.planning.trace import Footprints

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from aiprod_ds.codec.decoders import LatentDecoder
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.preview import PreviewConfig
-from aiprod_ds.config.run import ModelConfig, OptimizerConfig
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.config.optim import OptimizerConfig
+from aiprod_ds.config.sample import PreviewConfig
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer
-from aiprod_ds.train.parameter_groups import decay_groups
+from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.preview import Previews
 
 STRIDES = ModelStrides(spatial=32, temporal=8)

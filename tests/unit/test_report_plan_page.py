@@ -11,7 +11,8 @@ from rich.console import Console
 
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.describe import ClipCounts, describe, learning_rate_curve, totals
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.report.curve_plot import CurvePlot, Piece
 from aiprod_ds.report.plan_view import PlanPage, in_units
 

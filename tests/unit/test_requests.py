@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.train.interrupts import Request, Requests
-from aiprod_ds.train.signal_watch import SIGNALS, SignalWatch
+from aiprod_ds.train.interrupts import SIGNALS, Request, Requests, SignalWatch
 
 
 class Time:
@@ -114,7 +113,7 @@ def test_a_signal_is_a_wantedto_stop(tmp_path: Path, number: signal.Signals) -> 
 def test_a_forked_process_has_its_own_signals() -> None:
     program = """
 import os, signal, threading
-from aiprod_ds.train.signal_watch import SignalWatch
+from aiprod_ds.train.interrupts import SignalWatch
 reader, writer = os.pipe()
 with SignalWatch() as watch:
     child = os.fork()

@@ -16,10 +16,9 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from aiprod_ds.codec.decoders import AudioDecoder, LatentDecoder, VideoDecoder
 from aiprod_ds.codec.encoders import AudioEncoder, VideoEncoder
 from aiprod_ds.config.encode import AudioEncoderConfig, VideoEncoderConfig
-from aiprod_ds.config.lora import LoraConfig
-from aiprod_ds.config.preview import PreviewConfig
-from aiprod_ds.config.run import ModelConfig
-from aiprod_ds.config.sample import SampleConfig, load_sample_config
+from aiprod_ds.config.load import load_sample_config
+from aiprod_ds.config.model import LoraConfig, ModelConfig
+from aiprod_ds.config.sample import PreviewConfig, SampleConfig
 from aiprod_ds.encode.sample import run_sampling
 from aiprod_ds.errors import CheckpointError, ConfigError, DataError
 from aiprod_ds.models.families.ltx import LTXVideo

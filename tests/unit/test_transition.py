@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
-from aiprod_ds.config.run import OptimizerConfig
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from aiprod_ds.clock import Clock
-from aiprod_ds.config.video_vae import VAETrainerConfig, VideoDataConfig
+from aiprod_ds.config.data import VideoDataConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.curriculum.plan import ModelStrides, plan_run
+from aiprod_ds.curriculum.plan import plan_run
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data import probe
 from aiprod_ds.data.synthetic import SyntheticVideoDataset, write_synthetic_clips
 from aiprod_ds.errors import PlanError

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.models.families.flops import single_stream_flops
 from aiprod_ds.models.families.inputs import frame_rates, latent_tokens, prompt, same_width_out
 from aiprod_ds.models.families.tokens import TokenGrid, Tokens

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.families.flops import attention_flops, linear_flops
 from aiprod_ds.models.families.inputs import frame_rates, latent_tokens, prompt, require, same_width_out

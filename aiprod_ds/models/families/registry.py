@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aiprod_ds.curriculum.plan import ModelStrides
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.families.flops import single_stream_flops
 from aiprod_ds.models.families.inputs import latent_tokens, prompt, same_width_out

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from aiprod_ds.config.deepspeed import DeepSpeedSettings, with_parallel
+from aiprod_ds.config.deepspeed import DeepSpeedSettings, read_settings, with_parallel
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import PlanError
 from aiprod_ds.planner.cost import BucketCost, Estimator
 from aiprod_ds.planner.hardware import Machine
 from aiprod_ds.planner.search import ParallelChoice, choose
-from aiprod_ds.train.engines import read_settings
 from aiprod_ds.train.planning.gpu_rules import require_runnable
 from aiprod_ds.train.planning.trace import Footprints, Shaped
 
