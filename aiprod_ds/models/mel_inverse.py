@@ -14,7 +14,7 @@ from torch import Tensor
 from torchaudio.functional import griffinlim
 from torchaudio.transforms import InverseMelScale
 
-_FFT_SIZE = 1024  # as in LogMel; the round trip in tests/unit/test_sample.py fails if they differ
+_FFT_SIZE = 1024  # as in LogMel; the round trip in tests/unit/encode/test_sample.py fails if they differ
 _NUM_ROUNDS = 32
 _MOMENTUM = 0.99
 _LOUDEST = math.log(_FFT_SIZE / 2)  # no mel band of a sound in [-1,1] reaches the sum of the Hann window

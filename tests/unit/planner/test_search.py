@@ -17,7 +17,7 @@ from aiprod_ds.planner.search import ParallelChoice, choose
 from aiprod_ds.planner.workload import Footprint, Work, WorkKind
 from aiprod_ds.testing.plans import phase_plan
 
-FILES = Path(__file__).parents[2] / "ds_configs"
+FILES = Path(__file__).parents[3] / "ds_configs"
 BF16 = parse_deepspeed_settings(FILES / "zero1_bf16.json", where="zero1_bf16.json")
 TRAINED, BYTES_PER_CLIP = 10**9, 10 * 10**9
 

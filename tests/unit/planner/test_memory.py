@@ -11,7 +11,7 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settin
 from aiprod_ds.planner.memory import CONTEXT_BYTES, FRAGMENTATION, WORKSPACE_BYTES, MemoryUse, memory_use
 from aiprod_ds.planner.workload import Footprint
 
-FILES = Path(__file__).parents[2] / "ds_configs"
+FILES = Path(__file__).parents[3] / "ds_configs"
 TRAINED, BUCKET = 10**9, 2 * 10**8
 
 

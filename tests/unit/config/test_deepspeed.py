@@ -10,7 +10,7 @@ import pytest
 from aiprod_ds.config.deepspeed import deepspeed_dictionary, parse_deepspeed_settings
 from aiprod_ds.errors import ConfigError
 
-FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 ZERO_1 = {"zero_optimization": {"stage": 1}}
 
 

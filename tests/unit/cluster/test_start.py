@@ -197,7 +197,7 @@ def _job(tmp_path: Path, path: Path, code: int) -> subprocess.CompletedProcess[s
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_GPUS_ON_NODE": "4",
     }
-    batch = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
+    batch = Path(__file__).resolve().parents[3] / "launch" / "slurm.sbatch"
     command = ["bash", str(batch), "c.yaml", "run", "--set", "a=b c"]
     return subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True, check=False)
 

@@ -15,7 +15,7 @@ from aiprod_ds.models.registry import build_model
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
 
-FILES = Path(__file__).parents[2] / "ds_configs"
+FILES = Path(__file__).parents[3] / "ds_configs"
 V100, A100 = MACHINES["v100-32gb"], MACHINES["a100-80gb"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from aiprod_ds.config.load import load_encode_config, read_curriculum
 from aiprod_ds.errors import ConfigError
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _SHIPPED = sorted((_ROOT / "configs" / "encode").glob("*.yaml"))
 
 

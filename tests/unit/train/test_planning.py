@@ -27,7 +27,7 @@ from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VIDEO, AUDIO = ROOT / "configs/video_vae/tiny.yaml", ROOT / "configs/audio_vae/tiny.yaml"
 AUTO = {"kind": "deepspeed", "deepspeed_config": "ds_configs/zero1_fp32.json", "parallel": "auto"}
 

@@ -111,7 +111,7 @@ def test_a_folder_with_other_weights_is_refused_by_name(tiny_vae_folder: Path, k
 
 @pytest.fixture
 def tiny_vae_folder(tmp_path: Path) -> Path:
-    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / "video_vae" / "tiny.yaml").read_text())["model"]["config"]
+    config = yaml.safe_load((Path(__file__).parents[3] / "configs" / "video_vae" / "tiny.yaml").read_text())["model"]["config"]
     model: Any = build_model(ModelConfig(source="AutoencoderKLLTXVideo", config=config), seed=1)
     model.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
