@@ -1,8 +1,8 @@
 """The state of a run as pieces of whole tensors, whoever holds them: what engines, averages and checkpoints share.
 
 A piece is a contiguous range of one flattened tensor. What an engine captures names its pieces; what it restores from is asked
-for ranges. So neither side knows by how many ranks, or under which ZeRO stage, the other one was cut. Owns the records and the
-copying between shards and ranges. Files are `aiprod_ds.checkpoint.shard_files`; how an engine cuts is its own matter.
+for ranges. So neither side knows by how many ranks, or under which ZeRO stage, the other one was chunk. Owns the records and the
+copying between shards and ranges. Files are `aiprod_ds.checkpoint.shard_files`; how an engine chunks is its own matter.
 
     master, exp_avg, exp_avg_sq, ema   of trained parameters, always fp32
     frozen                             weights of the other parameters, in their own type
@@ -30,7 +30,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class ShardSlice:
     """Where a range of one parameter lies in one flattened shard.
 
     Attributes:
@@ -47,13 +47,13 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Chunk:
     """One piece of what was captured.
 
     Attributes:
         kind: What the tensor is.
         name: Of the parameter or buffer.
-        tensor: Index in `Captured.tensors`.
+        tensor: Index in `Snapshot.tensors`.
         start: First element, in the flattened whole tensor.
         offset: Of that element in the flattened captured tensor.
         length: In elements.
@@ -68,7 +68,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
+class TensorMetadata:
     """What the pieces of one tensor make together.
 
     Attributes:
@@ -91,7 +91,7 @@ class Whole:
         return self.numel * dtype.itemsize
 
     @classmethod
-    def of(cls, shape: Sequence[int], dtype: torch.dtype) -> Whole:
+    def of(cls, shape: Sequence[int], dtype: torch.dtype) -> TensorMetadata:
         """Returns the record of a tensor."""
         return cls(shape=tuple(shape), dtype=str(dtype).removeprefix("torch."))
 
@@ -164,7 +164,7 @@ class EngineFacts:
     world_size: int
     adam_steps: Mapping[str, int]
     loss_scale: LossScale | None = None
-    tensors: Mapping[str, Whole]
+    tensors: Mapping[str, TensorMetadata]
     base: Base | None = None
 
     def names(self, kind: Kind) -> tuple[str, ...]:
@@ -207,8 +207,8 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Captured:
-    """What one rank writes of a state: tensors that still belong to the engine, and how to cut them.
+class Snapshot:
+    """What one rank writes of a state: tensors that still belong to the engine, and how to chunk them.
 
     Whoever lets training go on before they are written copies them first: `replace(captured, tensors=copies)` in the same order.
 
@@ -216,55 +216,55 @@ class Captured:
         rank: Of the process.
         facts: Of the whole state, the same on every rank.
         tensors: Not copied, on any device, of any shape; in no file as they are.
-        cuts: The pieces; together, those of all ranks are every tensor of `facts` exactly once.
+        chunks: The pieces; together, those of all ranks are every tensor of `facts` exactly once.
     """
 
     rank: int
     facts: EngineFacts
     tensors: tuple[Tensor, ...]
-    cuts: tuple[Cut, ...]
+    chunks: tuple[Chunk, ...]
 
-    def pieces(self) -> Iterator[tuple[Cut, Tensor]]:
+    def pieces(self) -> Iterator[tuple[Chunk, Tensor]]:
         """Yields every piece with its values [length], views where the captured tensor is contiguous."""
-        for cut in self.cuts:
-            yield cut, self.tensors[cut.tensor].detach().reshape(-1).narrow(0, cut.offset, cut.length)
+        for chunk in self.chunks:
+            yield chunk, self.tensors[chunk.tensor].detach().reshape(-1).narrow(0, chunk.offset, chunk.length)
 
-    def on(self, base: Base) -> Captured:
+    def on(self, base: Base) -> Snapshot:
         """Returns this without frozen weights, which are in `base`."""
         return self._only(tuple(kind for kind in KINDS if kind != "frozen"), replace(self.facts, base=base))
 
-    def only_frozen(self) -> Captured:
+    def only_frozen(self) -> Snapshot:
         """Returns the frozen weights alone."""
         tensors = {key: whole for key, whole in self.facts.tensors.items() if split_key(key)[0] == "frozen"}
         return self._only(("frozen",), replace(self.facts, tensors=tensors, adam_steps={}, loss_scale=None))
 
-    def _only(self, kinds: Sequence[Kind], facts: EngineFacts) -> Captured:
-        cuts = [cut for cut in self.cuts if cut.kind in kinds]
-        used = sorted({cut.tensor for cut in cuts})
+    def _only(self, kinds: Sequence[Kind], facts: EngineFacts) -> Snapshot:
+        chunks = [chunk for chunk in self.chunks if chunk.kind in kinds]
+        used = sorted({chunk.tensor for chunk in chunks})
         place = {tensor: index for index, tensor in enumerate(used)}
         return replace(
             self,
             facts=facts,
             tensors=tuple(self.tensors[tensor] for tensor in used),
-            cuts=tuple(replace(cut, tensor=place[cut.tensor]) for cut in cuts),
+            chunks=tuple(replace(chunk, tensor=place[chunk.tensor]) for chunk in chunks),
         )
 
-    def plus(self, kind: Kind, shards: Sequence[Tensor], spans: Sequence[Sequence[Span]]) -> Captured:
+    def plus(self, kind: Kind, shards: Sequence[Tensor], slices: Sequence[Sequence[ShardSlice]]) -> Snapshot:
         """Returns this and one more kind of the trained parameters.
 
         Args:
             kind: One of `OF_TRAINED` that is not in it.
             shards: Those that this rank writes; none where another rank writes all.
-            spans: For each shard, what lies in it.
+            slices: For each shard, what lies in it.
         """
         first = len(self.tensors)
-        own = tuple(cut for index, parts in enumerate(spans) for cut in cuts_of(kind, parts, tensor=first + index))
+        own = tuple(chunk for index, parts in enumerate(slices) for chunk in chunks_of(kind, parts, tensor=first + index))
         whole = {tensor_key(kind, name): self.facts.tensors[tensor_key("master", name)] for name in self.facts.names("master")}
         facts = replace(self.facts, tensors={**self.facts.tensors, **whole})
-        return replace(self, facts=facts, tensors=(*self.tensors, *shards), cuts=(*self.cuts, *own))
+        return replace(self, facts=facts, tensors=(*self.tensors, *shards), chunks=(*self.chunks, *own))
 
 
-class PieceSource(Protocol):
+class StateReader(Protocol):
     """What an engine or an average restores itself from."""
 
     @property
@@ -296,32 +296,32 @@ def split_key(key: str) -> tuple[Kind, str]:
     return kind, name
 
 
-def cuts_of(kind: Kind, spans: Sequence[Span], *, tensor: int) -> Iterator[Cut]:
-    """Yields the cuts of one captured shard."""
-    for span in spans:
-        yield Cut(kind=kind, name=span.name, tensor=tensor, start=span.start, offset=span.offset, length=span.length)
+def chunks_of(kind: Kind, slices: Sequence[ShardSlice], *, tensor: int) -> Iterator[Chunk]:
+    """Yields the chunks of one captured shard."""
+    for part in slices:
+        yield Chunk(kind=kind, name=part.name, tensor=tensor, start=part.start, offset=part.offset, length=part.length)
 
 
 @torch.no_grad()
-def fill(source: PieceSource, kind: Kind, shards: Sequence[Tensor], spans: Sequence[Sequence[Span]]) -> None:
-    """Copies what `spans` say from `source` into `shards`; what lies between, as padding does, stays.
+def fill(source: StateReader, kind: Kind, shards: Sequence[Tensor], slices: Sequence[Sequence[ShardSlice]]) -> None:
+    """Copies what `slices` say from `source` into `shards`; what lies between, as padding does, stays.
 
     Args:
-        source: Has the kind for every name in `spans`.
+        source: Has the kind for every name in `slices`.
         kind: Of the tensors.
         shards: On any device; each is contiguous, or one whole parameter.
-        spans: For each shard, what lies in it.
+        slices: For each shard, what lies in it.
 
     Raises:
         CheckpointError: If something is not there.
     """
-    for shard, parts in zip(shards, spans, strict=True):
-        for span in parts:
-            values = source.read(kind, span.name, span.start, span.length)
-            if span.length == shard.numel():
+    for shard, parts in zip(shards, slices, strict=True):
+        for part in parts:
+            values = source.read(kind, part.name, part.start, part.length)
+            if part.length == shard.numel():
                 shard.copy_(values.view(shard.shape))
             else:
-                shard.view(-1).narrow(0, span.offset, span.length).copy_(values)
+                shard.view(-1).narrow(0, part.offset, part.length).copy_(values)
 
 
 def _counts(name: str, values: object) -> dict[str, int]:
@@ -341,13 +341,13 @@ def _loss_scale(values: object) -> LossScale | None:
     return LossScale(scale=float(values["scale"]), **counts)
 
 
-def _tensors(values: object) -> dict[str, Whole]:
+def _tensors(values: object) -> dict[str, TensorMetadata]:
     if not isinstance(values, dict):
         raise CheckpointError(f"tensors: must be a mapping, got {str(values)[:80]}. It is damaged.")
     return {key: _whole(key, value) for key, value in values.items()}
 
 
-def _whole(key: str, value: object) -> Whole:
+def _whole(key: str, value: object) -> TensorMetadata:
     kind, _ = split_key(key)
     entry: dict[str, Any] = value if isinstance(value, dict) else {}
     shape, dtype = entry.get("shape"), entry.get("dtype")
@@ -356,4 +356,4 @@ def _whole(key: str, value: object) -> Whole:
         raise CheckpointError(f"tensors: {key[:200]} must have a shape and a dtype, got {str(value)[:80]}. It is damaged.")
     if kind in OF_TRAINED and dtype != "float32":
         raise CheckpointError(f"tensors: {key[:200]} must be float32, got {dtype}. It is damaged.")
-    return Whole(shape=tuple(cast("list[int]", shape)), dtype=str(dtype))
+    return TensorMetadata(shape=tuple(cast("list[int]", shape)), dtype=str(dtype))

@@ -31,7 +31,7 @@ import torch
 from result_file import figure, write_result
 from torch import Tensor
 
-from aiprod_ds.checkpoint.shard_files import write_pieces
+from aiprod_ds.checkpoint.shard_files import write_shards
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
@@ -39,7 +39,7 @@ from aiprod_ds.convert.checkpoint_weights import CheckpointWeights
 from aiprod_ds.convert.request import Request
 from aiprod_ds.convert.run import convert
 from aiprod_ds.convert.weights_folder import WeightsFolder, require_equal, write_weights
-from aiprod_ds.snapshot import Captured, Cut, EngineFacts, Whole, split_key
+from aiprod_ds.snapshot import Chunk, EngineFacts, Snapshot, TensorMetadata, split_key
 
 _RANKS = 2
 _IN_MEMORY, _GIGABYTES_IN_MEMORY = Path("/dev/shm"), 0.5
@@ -158,20 +158,20 @@ def _write_ours(folder: Path, names: list[str], width: int) -> Path:
         precision="bf16",
         world_size=_RANKS,
         adam_steps=dict.fromkeys(names, 1),
-        tensors={f"{kind}/{name}": Whole.of((width, width), torch.float32) for kind in kinds for name in names},
+        tensors={f"{kind}/{name}": TensorMetadata.of((width, width), torch.float32) for kind in kinds for name in names},
     )
     store = CheckpointStore(folder)
     pending = store.open_pending(1)
     half = len(names) // _RANKS
     for rank, own in enumerate((names[:half], names[half:])):
-        tensors, cuts = [], []
+        tensors, chunks = [], []
         for seed, kind in enumerate(kinds):
             for name, value in _tensors(names, width, seed):
                 if name in own:
                     found, key = split_key(f"{kind}/{name}")
-                    cuts.append(Cut(kind=found, name=key, tensor=len(tensors), start=0, offset=0, length=value.numel()))
+                    chunks.append(Chunk(kind=found, name=key, tensor=len(tensors), start=0, offset=0, length=value.numel()))
                     tensors.append(value)
-        write_pieces(pending / "engine", Captured(rank=rank, facts=facts, tensors=tuple(tensors), cuts=tuple(cuts)))
+        write_shards(pending / "engine", Snapshot(rank=rank, facts=facts, tensors=tuple(tensors), chunks=tuple(chunks)))
         del tensors
     layout = {"engine": "deepspeed", "world_size": _RANKS, "zero_stage": 2, "precision": "bf16"}
     clock = Clock(updates=1)

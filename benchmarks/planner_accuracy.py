@@ -68,7 +68,7 @@ class Case:
     batch: int
     updates: int
     dropped: int
-    is_checkpointed: bool = False
+    is_recomputed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ MODELS = {
         cases={
             "low": _LOW,
             "medium": _MEDIUM,
-            "high_checkpointed": Case(**_HIGH, is_checkpointed=True),
+            "high_checkpointed": Case(**_HIGH, is_recomputed=True),
             "high": Case(**_HIGH),
         },
     ),
@@ -196,7 +196,7 @@ def _both(name: str, case: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     trainer = _TRAINERS[kind.trainer](_config(kind, shape, Path("unused"), is_tiny=False), model=model)
     plan = trainer.plan(world_size=1)
     (cost,) = estimate_run(trainer, plan, MACHINES["h200-141gb"]).configured
-    label = f"{name} {case}: {cost.shape}{', recomputed' if shape.is_checkpointed else ''}"
+    label = f"{name} {case}: {cost.shape}{', recomputed' if shape.is_recomputed else ''}"
     fit = "in the fit" if (name, case) in _FITTED else "not in the fit"
     peak = max(row["memory/device_peak_bytes"] for row in found["rows"]) / 1e9
     seconds = seconds_per_update(found["rows"], dropped=shape.dropped)
@@ -260,7 +260,7 @@ def _source(model: Model, *, is_tiny: bool) -> ModelConfig:
 
 def _tiny(case: Case) -> Case:
     length, size = (_TINY_FRAMES, _TINY_SIZES[case.size]) if case.size else (_TINY_SAMPLES, 0)
-    return Case(length=length, size=size, batch=2, updates=3, dropped=1, is_checkpointed=case.is_checkpointed)
+    return Case(length=length, size=size, batch=2, updates=3, dropped=1, is_recomputed=case.is_recomputed)
 
 
 def _config(model: Model, case: Case, folder: Path, *, is_tiny: bool) -> RunConfig:
@@ -271,7 +271,7 @@ def _config(model: Model, case: Case, folder: Path, *, is_tiny: bool) -> RunConf
         "global_batch_size": case.batch,
         "learning_rate": 1e-5,
         "updates": case.updates,
-        "activation_checkpointing": case.is_checkpointed,
+        "activation_checkpointing": case.is_recomputed,
     }
     values: dict[str, Any] = {
         "trainer": model.trainer,

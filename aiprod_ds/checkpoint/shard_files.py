@@ -29,7 +29,7 @@ from typing_extensions import Self
 from aiprod_ds.checkpoint.manifest import FileRecord, read_mapping
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import sync
-from aiprod_ds.snapshot import MOMENTS, Base, Captured, Cut, EngineFacts, Kind, Whole, split_key, tensor_key
+from aiprod_ds.snapshot import MOMENTS, Base, Chunk, EngineFacts, Kind, Snapshot, TensorMetadata, split_key, tensor_key
 from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSpec, by_width, write_tensor_file
 
 FACTS = "engine.json"
@@ -43,7 +43,7 @@ def base_folder(checkpoints: Path, sha256: str) -> Path:
     return checkpoints / "bases" / sha256
 
 
-def write_pieces(folder: Path, state: Captured) -> dict[str, FileRecord]:
+def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
     """Writes this rank's files, each if it has pieces for it, and on rank 0 the facts, into an existing folder, down to the disk.
 
     Waits for nobody. Memory holds one tensor; its bytes are hashed as they are written.
@@ -59,8 +59,8 @@ def write_pieces(folder: Path, state: Captured) -> dict[str, FileRecord]:
         OSError: If the disk fails.
     """
     written: dict[str, FileRecord] = {}
-    pieces = {tensor_key(cut.kind, cut.name): (cut, values) for cut, values in state.pieces()}
-    assert len(pieces) == len(state.cuts), "a rank has one piece of a tensor"
+    pieces = {tensor_key(chunk.kind, chunk.name): (chunk, values) for chunk, values in state.pieces()}
+    assert len(pieces) == len(state.chunks), "a rank has one piece of a tensor"
     for suffix in (_SUFFIX, _MOMENTS_SUFFIX):
         own = {key: piece for key, piece in pieces.items() if (piece[0].kind in MOMENTS) == (suffix == _MOMENTS_SUFFIX)}
         if own:
@@ -87,8 +87,8 @@ class _Piece:
     length: int
 
 
-class PieceReader:
-    """Reads ranges of whole tensors; a `PieceSource`, and a context that closes the files.
+class ShardReader:
+    """Reads ranges of whole tensors; a `StateReader`, and a context that closes the files.
 
     Opening reads headers only and checks all of them: every tensor of `engine.json` is there exactly once, in its type, and
     nothing else is. Memory holds what is returned.
@@ -108,7 +108,7 @@ class PieceReader:
             where = "" if str(error).startswith(str(folder)) else f"{folder / FACTS}: "
             raise CheckpointError(f"{where}{error}") from error
         base, checkpoints = self.facts.base, folder.absolute().parent.parent
-        self._base = PieceReader(base_folder(checkpoints, base.sha256) / "engine") if base and base.is_stored else None
+        self._base = ShardReader(base_folder(checkpoints, base.sha256) / "engine") if base and base.is_stored else None
         self._opened: dict[str, TensorFile] = {}
         try:
             self._pieces = self._tiled()
@@ -136,7 +136,7 @@ class PieceReader:
         """Returns the names of the tensors of one kind, sorted; of moments none before the first update."""
         return self.facts.names(kind)
 
-    def whole_of(self, kind: Kind, name: str) -> Whole:
+    def metadata_of(self, kind: Kind, name: str) -> TensorMetadata:
         """Returns shape and type of a tensor.
 
         Raises:
@@ -155,7 +155,7 @@ class PieceReader:
         Raises:
             CheckpointError: If there is no such tensor or range, or it cannot be read.
         """
-        whole, key = self.whole_of(kind, name), tensor_key(kind, name)
+        whole, key = self.metadata_of(kind, name), tensor_key(kind, name)
         if kind == "frozen" and self.facts.base is not None:
             return self._read_base(self.facts.base, name, start, length)
         if not 0 <= start <= start + length <= whole.numel:
@@ -173,7 +173,7 @@ class PieceReader:
         Raises:
             CheckpointError: If there is no such tensor or it cannot be read.
         """
-        whole = self.whole_of(kind, name)
+        whole = self.metadata_of(kind, name)
         return self.read(kind, name, 0, whole.numel).view(whole.shape)
 
     def _read_base(self, base: Base, name: str, start: int, length: int) -> Tensor:
@@ -187,7 +187,7 @@ class PieceReader:
         if self._base is None:
             return
         own, stored = (
-            {name: reader.whole_of("frozen", name) for name in reader.names("frozen")} for reader in (self, self._base)
+            {name: reader.metadata_of("frozen", name) for name in reader.names("frozen")} for reader in (self, self._base)
         )
         if own != stored:
             raise CheckpointError(f"{self._base.folder}: must hold the frozen weights that {self.folder} names, got others.")
@@ -241,7 +241,7 @@ class PieceReader:
         return paths
 
 
-def _write_file(path: Path, pieces: Mapping[str, tuple[Cut, Tensor]]) -> FileRecord:
+def _write_file(path: Path, pieces: Mapping[str, tuple[Chunk, Tensor]]) -> FileRecord:
     specs = by_width({key: TensorSpec.of(values) for key, (_, values) in pieces.items()})
     tensors = ((key, pieces[key][1].cpu()) for key in specs)
     starts = {key: pieces[key][0].start for key in specs}

@@ -16,27 +16,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aiprod_ds.snapshot import Captured
+from aiprod_ds.snapshot import Snapshot
 
 _LOG = logging.getLogger(__name__)
 _ALIGNMENT = 64
 _PINNED_FROM_BYTES = 64 << 20  # smaller memory may share its pages, which cannot be locked twice
 
 
-class HostCopies:
+class StagingBuffer:
     """Memory for one copy of what one rank captures."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
         self._is_pinned = False
 
-    def missing_bytes(self, state: Captured) -> int:
+    def missing_bytes(self, state: Snapshot) -> int:
         """Returns how much memory `take` would still have to ask for."""
         held = 0 if self._memory is None else self._memory.nbytes
         needed = _offsets(state.tensors)[-1]
         return 0 if needed <= held else needed
 
-    def request(self, state: Captured) -> Callable[[], object]:
+    def request(self, state: Snapshot) -> Callable[[], object]:
         """Returns the work that gets what `take` needs for such a state. Any thread may do it, while nothing is taken.
 
         It takes a second for some 10 GB, most of it to lock pages. The work does not hold the state.
@@ -44,7 +44,7 @@ class HostCopies:
         return partial(self._memory_for, _offsets(state.tensors)[-1], _gpu_of(state))
 
     @torch.no_grad()
-    def take(self, state: Captured) -> Captured:
+    def take(self, state: Snapshot) -> Snapshot:
         """Returns the same state with all tensors copied; it is valid until the next call."""
         offsets = _offsets(state.tensors)
         memory = self._memory_for(offsets[-1], _gpu_of(state))
@@ -79,7 +79,7 @@ class HostCopies:
                     code = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
                 torch.cuda.check_error(int(code))
                 self._is_pinned = True
-            _LOG.info("host_copies bytes=%d pinned=%s", num_bytes, self._is_pinned)
+            _LOG.info("staging bytes=%d pinned=%s", num_bytes, self._is_pinned)
         return self._memory
 
 
@@ -96,7 +96,7 @@ def available_bytes() -> int:
     return available if limit == "max" else min(available, int(limit) - used + int(cached))
 
 
-def _gpu_of(state: Captured) -> torch.device | None:
+def _gpu_of(state: Snapshot) -> torch.device | None:
     return next((tensor.device for tensor in state.tensors if tensor.is_cuda), None)
 
 

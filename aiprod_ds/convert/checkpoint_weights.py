@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aiprod_ds.checkpoint.shard_files import PieceReader
+from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.checkpoint.state import tensors_sha256, weights_sha256
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.snapshot import Kind
@@ -34,7 +34,7 @@ class CheckpointWeights(TensorSource):
     """
 
     def __init__(self, folder: Path, *, ema: bool = False) -> None:
-        self._reader = PieceReader(folder / "engine")
+        self._reader = ShardReader(folder / "engine")
         trained: Kind = "ema" if ema else "master"
         if ema and not self._reader.names("ema"):
             raise CheckpointError(
@@ -77,5 +77,5 @@ class CheckpointWeights(TensorSource):
         self._reader.close()
 
     def _spec(self, kind: Kind, name: str) -> TensorSpec:
-        whole = self._reader.whole_of(kind, name)
+        whole = self._reader.metadata_of(kind, name)
         return TensorSpec(dtype=getattr(torch, whole.dtype), shape=whole.shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.checkpoint.manifest import read_manifest
-from aiprod_ds.checkpoint.shard_files import PieceReader
+from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.convert.checkpoint_weights import CheckpointWeights
 from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder
@@ -75,7 +75,7 @@ def _checkpoint_row(store: CheckpointStore, name: str) -> CheckpointRow:
 
 def _checkpoint(found: Found) -> Inspection:
     checkpoint = CheckpointStore(found.path.parent).read(found.path)
-    with PieceReader(checkpoint.engine_folder) as reader:
+    with ShardReader(checkpoint.engine_folder) as reader:
         kinds = {kind: len(reader.names(kind)) for kind in ("master", "exp_avg", "ema", "frozen", "buffer")}
     weights = CheckpointWeights(checkpoint.folder)
     facts = {**asdict(checkpoint.state.clock), **checkpoint.state.layout, "bytes": _bytes_of(checkpoint)}

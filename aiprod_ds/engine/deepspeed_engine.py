@@ -34,7 +34,7 @@ from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, require_clip_norm
 from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
 from aiprod_ds.errors import EngineError
-from aiprod_ds.snapshot import Captured, EngineFacts, PieceSource, Span
+from aiprod_ds.snapshot import EngineFacts, ShardSlice, Snapshot, StateReader
 
 
 class DeepSpeedEngine:
@@ -182,9 +182,9 @@ class DeepSpeedEngine:
         """Returns the fp32 masters that this rank owns, not copied; with an offloaded optimizer they are on the CPU."""
         return [shard.tensor for shard in self._masters]
 
-    def spans(self) -> list[tuple[Span, ...]]:
+    def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of `master_shards`, which parts of which parameters lie in it."""
-        return [shard.spans for shard in self._masters]
+        return [shard.slices for shard in self._masters]
 
     def refresh_weights(self) -> None:
         """Casts the masters into the weights of all ranks. Collective."""
@@ -245,7 +245,7 @@ class DeepSpeedEngine:
                 deepspeed_state.write_weight(parameter, value)
         self.refresh_weights()
 
-    def capture(self) -> Captured:
+    def capture(self) -> Snapshot:
         """Returns what this rank writes into a checkpoint, not copied: its partitions, and on rank 0 what nobody partitions."""
         shards = self._shards()
         facts = EngineFacts(
@@ -259,7 +259,7 @@ class DeepSpeedEngine:
         )
         return shards.capture(facts, rank=self.rank)
 
-    def restore(self, source: PieceSource) -> None:
+    def restore(self, source: StateReader) -> None:
         """Takes over what any engine of this model and precision captured, on however many ranks. Collective.
 
         Learning rate, weight decay, clipping norm and the rules of the loss scale stay those of this engine.

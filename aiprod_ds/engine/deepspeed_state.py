@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from aiprod_ds.engine.shards import Shard
-from aiprod_ds.snapshot import MOMENTS, LossScale, Span
+from aiprod_ds.snapshot import MOMENTS, LossScale, ShardSlice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ def trained_shards(engine: Any, names: Mapping[int, str]) -> list[Shard]:
         Shard(
             tensor=flat,
             names=tuple(names[id(parameter)] for parameter in group),
-            spans=tuple(span for parameter in group for span in spans_of(optimizer, parameter, names[id(parameter)])),
+            slices=tuple(part for parameter in group for part in spans_of(optimizer, parameter, names[id(parameter)])),
         )
         for flat, group in zip(flats, groups, strict=True)
     ]
@@ -80,8 +80,8 @@ def frozen_shard(parameter: Any, name: str) -> Shard:
     if not hasattr(parameter, "ds_id"):
         return Shard.whole(name, parameter.data)
     part = parameter.ds_tensor
-    spans = _own_span(name, parameter, offset=0, length=part.numel())
-    return Shard(tensor=part.data, names=(name,), spans=tuple(spans))
+    slices = _own_span(name, parameter, offset=0, length=part.numel())
+    return Shard(tensor=part.data, names=(name,), slices=tuple(slices))
 
 
 def loss_scale_state(engine: Any) -> LossScale | None:
@@ -193,25 +193,25 @@ def refresh_weights(engine: Any) -> None:
             weight.copy_(master)
 
 
-def _partition_span(optimizer: Any, parameter: Any, name: str) -> Iterator[Span]:
+def _partition_span(optimizer: Any, parameter: Any, name: str) -> Iterator[ShardSlice]:
     _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
     return _own_span(name, parameter, offset=offset, length=length)
 
 
-def _own_span(name: str, parameter: Any, *, offset: int, length: int) -> Iterator[Span]:
+def _own_span(name: str, parameter: Any, *, offset: int, length: int) -> Iterator[ShardSlice]:
     """Yields what a partition of `length` has of a parameter: less, or nothing, where the ranks share unevenly."""
     start = parameter.ds_zero_partition_rank * length
     own = min(length, parameter.ds_numel - start)
     if own > 0:
-        yield Span(name=name, start=start, offset=offset, length=own)
+        yield ShardSlice(name=name, start=start, offset=offset, length=own)
 
 
-def _fragment_span(optimizer: Any, parameter: Any, name: str) -> Iterator[Span]:
+def _fragment_span(optimizer: Any, parameter: Any, name: str) -> Iterator[ShardSlice]:
     del optimizer
     mapping = parameter._hp_mapping
     if mapping is not None:  # None: all of it is in other ranks' partitions
         whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-        yield Span(name=name, start=whole.start, offset=flat.start, length=whole.numel)
+        yield ShardSlice(name=name, start=whole.start, offset=flat.start, length=whole.numel)
 
 
 def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:

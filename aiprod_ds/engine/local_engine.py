@@ -33,7 +33,7 @@ from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names, require_clip_norm
 from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
 from aiprod_ds.errors import EngineError
-from aiprod_ds.snapshot import MOMENTS, Captured, EngineFacts, PieceSource, Span
+from aiprod_ds.snapshot import MOMENTS, EngineFacts, ShardSlice, Snapshot, StateReader
 
 
 class LocalEngine:
@@ -175,9 +175,9 @@ class LocalEngine:
         """Returns the fp32 masters, in the order of the groups, not copied."""
         return list(self._masters.values())
 
-    def spans(self) -> list[tuple[Span, ...]]:
+    def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of `master_shards`, the whole parameter that it is."""
-        return [Shard.whole(name, master).spans for name, master in self._masters.items()]
+        return [Shard.whole(name, master).slices for name, master in self._masters.items()]
 
     def refresh_weights(self) -> None:
         """Casts the masters into the module's weights."""
@@ -228,7 +228,7 @@ class LocalEngine:
                 self._masters.get(name, parameter).copy_(value)
         self.refresh_weights()
 
-    def capture(self) -> Captured:
+    def capture(self) -> Snapshot:
         """Returns what a checkpoint holds, not copied."""
         shards = self._shards()
         facts = EngineFacts(
@@ -242,7 +242,7 @@ class LocalEngine:
         )
         return shards.capture(facts, rank=0)
 
-    def restore(self, source: PieceSource) -> None:
+    def restore(self, source: StateReader) -> None:
         """Takes over what any engine of this model and precision captured.
 
         Learning rate, weight decay, clipping norm and the rules of the loss scale stay those of this engine.

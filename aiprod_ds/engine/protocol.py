@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.errors import EngineError
-from aiprod_ds.snapshot import Captured, PieceSource, Span
+from aiprod_ds.snapshot import ShardSlice, Snapshot, StateReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ class Engine(Protocol):
         Whoever writes into them, between updates and on all ranks alike, calls `refresh_weights` afterwards.
         """
 
-    def spans(self) -> list[tuple[Span, ...]]:
+    def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of `master_shards`, which parts of which parameters lie in it; what lies between is padding."""
 
     def refresh_weights(self) -> None:
@@ -175,14 +175,14 @@ class Engine(Protocol):
             EngineError: If there is no such parameter, or a shape differs; the parameters before it are set, their weights not.
         """
 
-    def capture(self) -> Captured:
+    def capture(self) -> Snapshot:
         """Returns what this rank writes into a checkpoint: masters, moments, frozen weights and buffers, not copied.
 
         Call it between updates, and write or copy the tensors before the next. No collective; all ranks together write everything
         once.
         """
 
-    def restore(self, source: PieceSource) -> None:
+    def restore(self, source: StateReader) -> None:
         """Takes over what any engine of this model and precision captured, whatever its ranks and ZeRO stage. Collective.
 
         Bit for bit: masters, moments, frozen weights, buffers, Adam's step counts and the loss scale. Learning rate, weight

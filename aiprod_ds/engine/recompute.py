@@ -19,7 +19,7 @@ from aiprod_ds.errors import EngineError
 _ORIGINAL_CLASS = "_class_without_checkpointing"
 
 
-def apply_activation_checkpointing(module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Module] | None = None) -> None:
+def set_recompute(module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Module] | None = None) -> None:
     """Switches recomputation on or off, in place; parameters, buffers and the keys of `state_dict` stay as they are.
 
     Args:

@@ -14,7 +14,19 @@ from torch import Tensor
 from aiprod_ds.engine.layout import whole_shape
 from aiprod_ds.engine.moments import new_moments
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.snapshot import MOMENTS, Captured, Cut, EngineFacts, Kind, PieceSource, Span, Whole, cuts_of, fill, tensor_key
+from aiprod_ds.snapshot import (
+    MOMENTS,
+    Chunk,
+    EngineFacts,
+    Kind,
+    ShardSlice,
+    Snapshot,
+    StateReader,
+    TensorMetadata,
+    chunks_of,
+    fill,
+    tensor_key,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,18 +36,18 @@ class Shard:
     Attributes:
         tensor: A flat partition, or one whole parameter in its own shape.
         names: Of all parameters in it, on whatever rank; one optimizer state is that of all of them.
-        spans: What lies in this rank's.
+        slices: What lies in this rank's.
     """
 
     tensor: Tensor
     names: tuple[str, ...]
-    spans: tuple[Span, ...]
+    slices: tuple[ShardSlice, ...]
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> Shard:
         """Returns the shard that is one whole tensor."""
-        spans = (Span(name=name, start=0, offset=0, length=tensor.numel()),) if tensor.numel() else ()
-        return cls(tensor=tensor, names=(name,), spans=spans)
+        slices = (ShardSlice(name=name, start=0, offset=0, length=tensor.numel()),) if tensor.numel() else ()
+        return cls(tensor=tensor, names=(name,), slices=slices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +67,7 @@ class EngineShards:
     masters: Sequence[Shard]
     frozen: Sequence[Shard]
     buffers: Sequence[Shard]
-    wholes: Mapping[str, Whole]
+    wholes: Mapping[str, TensorMetadata]
     optimizer: torch.optim.Optimizer
     writes_masters: bool
     writes_frozen: bool
@@ -68,35 +80,35 @@ class EngineShards:
             steps |= dict.fromkeys(shard.names, step)
         return steps
 
-    def all_wholes(self) -> dict[str, Whole]:
+    def all_wholes(self) -> dict[str, TensorMetadata]:
         """Returns `wholes` and those of the moments that there are."""
         started = [name for shard in self.masters if self.optimizer.state.get(shard.tensor) for name in shard.names]
         moments = {tensor_key(kind, name): self.wholes[tensor_key("master", name)] for name in started for kind in MOMENTS}
         return {**self.wholes, **moments}
 
-    def capture(self, facts: EngineFacts, *, rank: int) -> Captured:
+    def capture(self, facts: EngineFacts, *, rank: int) -> Snapshot:
         """Returns what this rank writes, not copied."""
         tensors: list[Tensor] = []
-        cuts: list[Cut] = []
+        chunks: list[Chunk] = []
 
-        def add(kind: Kind, tensor: Tensor, spans: Sequence[Span]) -> None:
-            if spans:
-                cuts.extend(cuts_of(kind, spans, tensor=len(tensors)))
+        def add(kind: Kind, tensor: Tensor, slices: Sequence[ShardSlice]) -> None:
+            if slices:
+                chunks.extend(chunks_of(kind, slices, tensor=len(tensors)))
                 tensors.append(tensor)
 
         for shard in self.masters if self.writes_masters else ():
-            add("master", shard.tensor, shard.spans)
+            add("master", shard.tensor, shard.slices)
             state = self.optimizer.state.get(shard.tensor, {})
             for kind in MOMENTS if state else ():
-                add(kind, state[kind], shard.spans)
+                add(kind, state[kind], shard.slices)
         for shard in self.frozen if self.writes_frozen else ():
-            add("frozen", shard.tensor, shard.spans)
+            add("frozen", shard.tensor, shard.slices)
         for shard in self.buffers if rank == 0 else ():
-            add("buffer", shard.tensor, shard.spans)
-        return Captured(rank=rank, facts=facts, tensors=tuple(tensors), cuts=tuple(cuts))
+            add("buffer", shard.tensor, shard.slices)
+        return Snapshot(rank=rank, facts=facts, tensors=tuple(tensors), chunks=tuple(chunks))
 
     @torch.no_grad()
-    def restore(self, source: PieceSource) -> None:
+    def restore(self, source: StateReader) -> None:
         """Sets masters, moments, frozen weights and buffers; casting masters into weights is the engine's.
 
         Frozen weights stay as they are if the source refers to those that the run started from.
@@ -105,8 +117,8 @@ class EngineShards:
             CheckpointError: If the source holds another model.
         """
         self._require_same(source.facts)
-        spans = [shard.spans for shard in self.masters]
-        fill(source, "master", [shard.tensor for shard in self.masters], spans)
+        slices = [shard.slices for shard in self.masters]
+        fill(source, "master", [shard.tensor for shard in self.masters], slices)
         started = set(source.facts.names("exp_avg"))
         for shard in self.masters:
             self.optimizer.state.pop(shard.tensor, None)
@@ -115,12 +127,12 @@ class EngineShards:
             # One count for all that share a state. Only ZeRO-0 has parameters without one, those that were never used.
             step = max(source.facts.adam_steps[name] for name in shard.names)
             state = self.optimizer.state[shard.tensor] = new_moments(self.optimizer, shard.tensor, step)
-            own = [span for span in shard.spans if span.name in started]
+            own = [part for part in shard.slices if part.name in started]
             for kind in MOMENTS:
                 fill(source, kind, [state[kind]], [own])
         if source.facts.base is None or source.facts.base.is_stored:
-            fill(source, "frozen", [shard.tensor for shard in self.frozen], [shard.spans for shard in self.frozen])
-        fill(source, "buffer", [shard.tensor for shard in self.buffers], [shard.spans for shard in self.buffers])
+            fill(source, "frozen", [shard.tensor for shard in self.frozen], [shard.slices for shard in self.frozen])
+        fill(source, "buffer", [shard.tensor for shard in self.buffers], [shard.slices for shard in self.buffers])
 
     def _require_same(self, facts: EngineFacts) -> None:
         saved = {key: whole for key, whole in facts.tensors.items() if key.split("/", 1)[0] in {"master", "frozen", "buffer"}}
@@ -140,14 +152,14 @@ class EngineShards:
 
 def describe_wholes(
     trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> dict[str, Whole]:
+) -> dict[str, TensorMetadata]:
     """Returns what all ranks together hold of a model, by `tensor_key`; masters are fp32 whatever is trained."""
     return {
-        **{tensor_key("master", name): Whole.of(whole_shape(value), torch.float32) for name, value in trained.items()},
-        **{tensor_key("frozen", name): Whole.of(whole_shape(value), value.dtype) for name, value in frozen.items()},
-        **{tensor_key("buffer", name): Whole.of(value.shape, value.dtype) for name, value in buffers.items()},
+        **{tensor_key("master", name): TensorMetadata.of(whole_shape(value), torch.float32) for name, value in trained.items()},
+        **{tensor_key("frozen", name): TensorMetadata.of(whole_shape(value), value.dtype) for name, value in frozen.items()},
+        **{tensor_key("buffer", name): TensorMetadata.of(value.shape, value.dtype) for name, value in buffers.items()},
     }
 
 
-def _words(whole: Whole | None) -> str:
+def _words(whole: TensorMetadata | None) -> str:
     return "missing" if whole is None else f"{whole.dtype} {list(whole.shape)}"

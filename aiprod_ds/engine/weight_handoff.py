@@ -17,7 +17,7 @@ from aiprod_ds.engine import dist
 from aiprod_ds.errors import EngineError
 
 
-class CarriedValues:
+class WeightHandoff:
     """fp32 tensors by name; of each, a rank keeps ceil(numel / ranks) values on the CPU.
 
     Example: of 5 values on 2 ranks, rank 0 keeps the first 3 and rank 1 the last 2 and a zero.

@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from aiprod_ds.planner.workload import Footprint, Work, WorkKind
+from aiprod_ds.planner.workload import Work, WorkKind, Workload
 
 _ALLOCATION_BYTES = 512  # torch's caching allocator on CUDA rounds up to this
 _Note = Callable[[WorkKind, float, float, int], None]
 _FORWARD_MATMULS, _BACKWARD_MATMULS = 2, 5  # of fused attention, which computes the scores again in its backward pass
 
 
-def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Footprint:
+def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
     """Returns what one micro-batch takes.
 
     Args:
@@ -60,7 +60,7 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Footprint:
     finally:
         for handle in handles:
             handle.remove()
-    return Footprint(
+    return Workload(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         trained=sum(parameter.numel() for parameter in trained.values()),
         trained_tensors=len(trained),

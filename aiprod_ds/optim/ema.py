@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aiprod_ds.config.optim import EmaConfig
 from aiprod_ds.errors import EngineError
-from aiprod_ds.snapshot import Captured, PieceSource, Span, fill
+from aiprod_ds.snapshot import ShardSlice, Snapshot, StateReader, fill
 
 _EXCHANGED_AT_ONCE = 2**26  # elements; bounds the third copy that an exchange needs to 256 MiB
 
@@ -31,7 +31,7 @@ class MasterHolder(Protocol):
     def master_shards(self) -> list[Tensor]:
         """Returns the fp32 masters that this rank owns, not copied."""
 
-    def spans(self) -> list[tuple[Span, ...]]:
+    def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of them, which parts of which parameters lie in it."""
 
     def refresh_weights(self) -> None:
@@ -96,7 +96,7 @@ class Ema:
             self._is_swapped = False
         self._holder.refresh_weights()
 
-    def capture(self, state: Captured) -> Captured:
+    def capture(self, state: Snapshot) -> Snapshot:
         """Returns what the engine captured, and the average, not copied.
 
         Raises:
@@ -104,9 +104,9 @@ class Ema:
         """
         self._require_own_place("capture")
         writes = self._holder.has_partitioned_masters or self._holder.rank == 0
-        return state.plus("ema", self._shards if writes else [], self._holder.spans() if writes else [])
+        return state.plus("ema", self._shards if writes else [], self._holder.slices() if writes else [])
 
-    def restore(self, source: PieceSource) -> None:
+    def restore(self, source: StateReader) -> None:
         """Takes over what an average of the same parameters captured, bit for bit.
 
         Raises:
@@ -114,7 +114,7 @@ class Ema:
             EngineError: If called while the average is swapped in.
         """
         self._require_own_place("restore")
-        fill(source, "ema", self._shards, self._holder.spans())
+        fill(source, "ema", self._shards, self._holder.slices())
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -1,6 +1,6 @@
 """What the phases of a run need and cost on a kind of GPU: memory, seconds per update, GPU-hours and money.
 
-Pure: footprints come in through `Trace`, so nothing here knows torch. `choice` asks the same questions to decide what fits.
+Pure: workloads come in through `Trace`, so nothing here knows torch. `choice` asks the same questions to decide what fits.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.planner.hardware import Machine
 from aiprod_ds.planner.memory import MemoryUse, memory_use
 from aiprod_ds.planner.roofline import update_seconds
-from aiprod_ds.planner.workload import Footprint
+from aiprod_ds.planner.workload import Workload
 
 _SECONDS_PER_HOUR = 3600.0
 
 
 class Trace(Protocol):
-    """Where footprints come from."""
+    """Where workloads come from."""
 
-    def __call__(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_checkpointed: bool) -> Footprint:
+    def __call__(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_recomputed: bool) -> Workload:
         """Returns what one micro-batch takes.
 
         Raises:
@@ -51,7 +51,7 @@ class BucketCost:
     trained: int
     micro_batch_size: int
     accumulation: int
-    is_checkpointed: bool
+    is_recomputed: bool
     zero_stage: int
     is_offloaded: bool
     updates: float
@@ -64,9 +64,10 @@ class BucketCost:
     dollars: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready row; of `memory` also `peak` and `needed`."""
+        """Returns a JSON-ready row, as `plan --json` prints it; of `memory` also `peak` and `needed`."""
         memory = {**asdict(self.memory), "peak": self.memory.peak, "needed": self.memory.needed}
-        return {**asdict(self), "memory": memory}
+        row = {"is_checkpointed" if key == "is_recomputed" else key: value for key, value in asdict(self).items()}
+        return {**row, "memory": memory}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ class Estimator:
     Attributes:
         plan: The run.
         machine: The GPU.
-        trace: Makes footprints.
+        trace: Makes workloads.
         has_average: Whether the run keeps an average of the weights.
         dollars_per_gpu_hour: In place of the machine's.
     """
@@ -90,7 +91,7 @@ class Estimator:
     def costs(self, plan: RunPlan, settings: DeepSpeedSettings) -> list[BucketCost]:
         """Returns every bucket of every phase of `plan`, which is the run's with its batches and checkpointing as they are."""
         return [
-            self.cost(phase, index, settings, is_checkpointed=is_checkpointed(phase, settings))
+            self.cost(phase, index, settings, is_recomputed=is_recomputed(phase, settings))
             for phase in plan.phases
             for index in range(len(phase.buckets))
         ]
@@ -101,16 +102,16 @@ class Estimator:
         index: int,
         settings: DeepSpeedSettings,
         *,
-        is_checkpointed: bool,
+        is_recomputed: bool,
         micro_batch_size: int | None = None,
     ) -> BucketCost:
         """Returns one bucket, with another micro-batch of the same global batch if one is given."""
         bucket, world_size = phase.buckets[index], self.plan.world_size
         size = micro_batch_size or bucket.micro_batch_size
         accumulation = bucket.global_batch_size // (size * world_size)
-        footprint = self.trace(phase, index, micro_batch_size=size, is_checkpointed=is_checkpointed)
-        memory = memory_use(footprint, settings, world_size=world_size, accumulation=accumulation, has_average=self.has_average)
-        seconds = update_seconds(footprint, settings, self.machine, world_size=world_size, accumulation=accumulation)
+        workload = self.trace(phase, index, micro_batch_size=size, is_recomputed=is_recomputed)
+        memory = memory_use(workload, settings, world_size=world_size, accumulation=accumulation, has_average=self.has_average)
+        seconds = update_seconds(workload, settings, self.machine, world_size=world_size, accumulation=accumulation)
         length = phase.length.maximum or phase.length.minimum
         updates = length * share_of(phase, bucket)
         gpu_hours = updates * seconds * world_size / _SECONDS_PER_HOUR
@@ -119,16 +120,16 @@ class Estimator:
             name=phase.name,
             bucket=index,
             shape=bucket.shape_text,
-            parameters=footprint.parameters,
-            trained=footprint.trained,
+            parameters=workload.parameters,
+            trained=workload.trained,
             micro_batch_size=size,
             accumulation=accumulation,
-            is_checkpointed=is_checkpointed,
+            is_recomputed=is_recomputed,
             zero_stage=settings.zero_stage,
             is_offloaded=settings.optimizer_offload,
             updates=updates,
             is_bounded=phase.length.maximum is not None,
-            flops_per_update=footprint.flops * accumulation * world_size,
+            flops_per_update=workload.flops * accumulation * world_size,
             memory=memory,
             fits=memory.needed <= self.machine.memory_bytes and memory.host <= self.machine.host_memory_bytes,
             seconds_per_update=seconds,
@@ -137,7 +138,7 @@ class Estimator:
         )
 
 
-def is_checkpointed(phase: PhasePlan, settings: DeepSpeedSettings) -> bool:
+def is_recomputed(phase: PhasePlan, settings: DeepSpeedSettings) -> bool:
     """Returns whether the phase computes its blocks again in the backward pass."""
     return settings.activation_checkpointing if phase.activation_checkpointing is None else phase.activation_checkpointing
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
-from aiprod_ds.planner.workload import Footprint
+from aiprod_ds.planner.workload import Workload
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32, _FP64, _PARTITIONED = 4, 8, 3
@@ -69,21 +69,21 @@ class MemoryUse:
 
 
 def memory_use(
-    footprint: Footprint, settings: DeepSpeedSettings, *, world_size: int, accumulation: int, has_average: bool
+    workload: Workload, settings: DeepSpeedSettings, *, world_size: int, accumulation: int, has_average: bool
 ) -> MemoryUse:
     """Returns the larger of what backward and what the update take.
 
     Args:
-        footprint: Of one micro-batch.
+        workload: Of one micro-batch.
         settings: Of the engine.
         world_size: Ranks that share optimizer state.
         accumulation: Micro-batches of an update; with more than one, gradients are there when forward runs.
         has_average: Whether the run keeps an average of the weights.
     """
-    state = _State(footprint, settings, world_size)
+    state = _State(workload, settings, world_size)
     per_gradient, fixed = state.gradients_in_backward()
-    before = footprint.trained if accumulation > 1 else 0
-    moments = [(held, fixed + per_gradient * max(done, before)) for done, held in footprint.curve]
+    before = workload.trained if accumulation > 1 else 0
+    moments = [(held, fixed + per_gradient * max(done, before)) for done, held in workload.curve]
     moments.append((0, state.gradients_after_backward()))
     held, gradients = max(moments, key=sum)
     backward = state.use("backward", activations=held, gradients=gradients, bucket=state.bucket(), has_average=has_average)
@@ -94,7 +94,7 @@ def memory_use(
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    footprint: Footprint
+    workload: Workload
     settings: DeepSpeedSettings
     world_size: int
 
@@ -109,7 +109,7 @@ class _State:
             optimizer=0.0 if is_offloaded else self._optimizer_bytes(),
             average=0.0 if is_offloaded else average,
             activations=activations,
-            buffers=bucket + self.footprint.buffer_bytes + WORKSPACE_BYTES,
+            buffers=bucket + self.workload.buffer_bytes + WORKSPACE_BYTES,
             host=on_host if is_offloaded else 0.0,
         )
 
@@ -121,13 +121,13 @@ class _State:
             return float(width), 0.0
         if stage == 1 and not self.settings.optimizer_offload:
             return float(sum_width), own if sum_width > width else 0.0
-        return 0.0, own + width * min(self._bucket_elements(), self.footprint.trained)
+        return 0.0, own + width * min(self._bucket_elements(), self.workload.trained)
 
     def gradients_after_backward(self) -> float:
         """Returns the bytes where stage 1 holds all gradients and a copy of its own, before it lets the others go."""
         if self.settings.zero_stage != 1 or self.settings.optimizer_offload:
             return 0.0
-        return self._sum_width * (self.footprint.trained + self._own)
+        return self._sum_width * (self.workload.trained + self._own)
 
     def gradients_in_update(self) -> float:
         width, own, stage = self._width, self._own, self.settings.zero_stage
@@ -138,8 +138,8 @@ class _State:
             return (width + copy) * own
         if stage == 1 and self._sum_width == width:
             return (2 * width + copy) * own
-        summed = self._sum_width * (self.footprint.trained if stage == 1 else own)
-        norm = _FP64 * self.footprint.largest_trained  # the norm of one gradient after the other is taken in fp64
+        summed = self._sum_width * (self.workload.trained if stage == 1 else own)
+        norm = _FP64 * self.workload.largest_trained  # the norm of one gradient after the other is taken in fp64
         return summed + (4.0 * own if stage == _PARTITIONED else norm)
 
     def bucket(self) -> float:
@@ -166,13 +166,13 @@ class _State:
     @property
     def _own(self) -> float:
         """Trained elements whose optimizer state is this rank's."""
-        return self.footprint.trained / (self.world_size if self.settings.zero_stage else 1)
+        return self.workload.trained / (self.world_size if self.settings.zero_stage else 1)
 
     def _weights(self) -> float:
-        whole = float(self._width * self.footprint.parameters)
+        whole = float(self._width * self.workload.parameters)
         if self.settings.zero_stage < _PARTITIONED or self.world_size == 1:
             return whole
-        live = min(self.settings.zero_setting("stage3_max_live_parameters", default=1e9), self.footprint.parameters)
+        live = min(self.settings.zero_setting("stage3_max_live_parameters", default=1e9), self.workload.parameters)
         return whole / self.world_size + self._width * live
 
     def _optimizer_bytes(self) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.planner.hardware import Machine
-from aiprod_ds.planner.workload import Footprint, Work, WorkKind
+from aiprod_ds.planner.workload import Work, WorkKind, Workload
 
 EFFICIENCY = {WorkKind.MATMUL: 0.75, WorkKind.ATTENTION: 0.29, WorkKind.CONVOLUTION: 0.35}
 """Share of the peak that a kernel reaches."""
@@ -33,24 +33,24 @@ HOST_ADAM_BYTES_PER_SECOND = 20e9
 _TENSOR_CORE_BYTES = 2
 
 
-def micro_batch_seconds(footprint: Footprint, machine: Machine) -> float:
+def micro_batch_seconds(workload: Workload, machine: Machine) -> float:
     """Returns the time of forward and backward: what the GPU or what the host takes, whichever is more."""
-    device = sum(work.count * _kernel_seconds(work, machine) for work in footprint.work)
-    return max(device, footprint.dispatched * SECONDS_PER_OPERATION)
+    device = sum(work.count * _kernel_seconds(work, machine) for work in workload.work)
+    return max(device, workload.dispatched * SECONDS_PER_OPERATION)
 
 
 def update_seconds(
-    footprint: Footprint, settings: DeepSpeedSettings, machine: Machine, *, world_size: int, accumulation: int
+    workload: Workload, settings: DeepSpeedSettings, machine: Machine, *, world_size: int, accumulation: int
 ) -> float:
     """Returns the time of one update of one rank, exchange with the others included and not hidden."""
-    own = footprint.trained / (world_size if settings.zero_stage else 1)
+    own = workload.trained / (world_size if settings.zero_stage else 1)
     optimizer = UPDATE_BYTES * own / (machine.memory_bytes_per_second * BANDWIDTH_EFFICIENCY)
     if settings.optimizer_offload:
         optimizer = 28.0 * own / HOST_ADAM_BYTES_PER_SECOND + (4.0 + 2.0) * own / machine.host_bytes_per_second
-    step = SECONDS_PER_UPDATE + max(footprint.trained_tensors * SECONDS_PER_TENSOR, optimizer)
-    exchange = _exchanged_bytes(footprint, settings, world_size, accumulation)
+    step = SECONDS_PER_UPDATE + max(workload.trained_tensors * SECONDS_PER_TENSOR, optimizer)
+    exchange = _exchanged_bytes(workload, settings, world_size, accumulation)
     link = machine.link_bytes_per_second * LINK_EFFICIENCY
-    return accumulation * micro_batch_seconds(footprint, machine) + step + exchange / link
+    return accumulation * micro_batch_seconds(workload, machine) + step + exchange / link
 
 
 def _kernel_seconds(work: Work, machine: Machine) -> float:
@@ -72,11 +72,11 @@ def _efficiency(work: Work, machine: Machine) -> float:
     return EFFICIENCY[work.kind]
 
 
-def _exchanged_bytes(footprint: Footprint, settings: DeepSpeedSettings, world_size: int, accumulation: int) -> float:
+def _exchanged_bytes(workload: Workload, settings: DeepSpeedSettings, world_size: int, accumulation: int) -> float:
     """Returns what one rank sends in an update: gradients once, weights once, and under stage 3 weights in every pass."""
     share = (world_size - 1) / world_size
     width = 4 if settings.precision == "fp32" else 2
-    gradients = width * footprint.trained * (2 if settings.zero_stage == 0 else 1)
+    gradients = width * workload.trained * (2 if settings.zero_stage == 0 else 1)
     if settings.zero_stage < 3:
-        return share * (gradients + (width * footprint.trained if settings.zero_stage else 0))
-    return share * (gradients * accumulation + 2 * width * footprint.parameters * accumulation)
+        return share * (gradients + (width * workload.trained if settings.zero_stage else 0))
+    return share * (gradients * accumulation + 2 * width * workload.parameters * accumulation)

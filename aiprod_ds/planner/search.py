@@ -24,7 +24,7 @@ STAGES = ((1, False), (2, False), (3, False), (2, True), (3, True))
 class PhaseChoice:
     """What one phase runs with: whether it recomputes, and the micro-batch of each bucket."""
 
-    is_checkpointed: bool
+    is_recomputed: bool
     micro_batch_sizes: tuple[int, ...]
 
 
@@ -60,20 +60,23 @@ class ParallelChoice:
         return replace(plan, phases=tuple(_applied(phase, own) for phase, own in zip(plan.phases, self.phases, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready mapping."""
-        return asdict(self)
+        """Returns a JSON-ready mapping; it stands in the layout of checkpoints, whose keys do not move."""
+        phases = [
+            {"is_checkpointed": phase.is_recomputed, "micro_batch_sizes": phase.micro_batch_sizes} for phase in self.phases
+        ]
+        return {**asdict(self), "phases": phases}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ParallelChoice:
         """Returns what `to_dict` gave."""
         phases = tuple(
-            PhaseChoice(is_checkpointed=phase["is_checkpointed"], micro_batch_sizes=tuple(phase["micro_batch_sizes"]))
+            PhaseChoice(is_recomputed=phase["is_checkpointed"], micro_batch_sizes=tuple(phase["micro_batch_sizes"]))
             for phase in values["phases"]
         )
         return cls(**{**values, "phases": phases, "reason": tuple(values["reason"])})
 
 
-def choose(estimator: Estimator, settings_of: Callable[[int, bool], DeepSpeedSettings], *, where: str) -> ParallelChoice:
+def search(estimator: Estimator, settings_of: Callable[[int, bool], DeepSpeedSettings], *, where: str) -> ParallelChoice:
     """Returns the settings with the least GPU-hours of those that fit.
 
     Args:
@@ -110,9 +113,9 @@ def _fastest(
 ) -> list[BucketCost] | None:
     """Returns the buckets of one phase with what is fastest of that which fits; None if nothing does."""
     candidates = []
-    for is_checkpointed in (False, True):
+    for is_recomputed in (False, True):
         try:
-            costs = [_largest(estimator, phase, index, settings, is_checkpointed) for index in range(len(phase.buckets))]
+            costs = [_largest(estimator, phase, index, settings, is_recomputed) for index in range(len(phase.buckets))]
         except EngineError:
             continue  # the model has no blocks to recompute
         smallest += [cost for cost in costs if not cost.fits]
@@ -121,14 +124,12 @@ def _fastest(
     return min(candidates, key=total_gpu_hours) if candidates else None
 
 
-def _largest(
-    estimator: Estimator, phase: PhasePlan, index: int, settings: DeepSpeedSettings, is_checkpointed: bool
-) -> BucketCost:
+def _largest(estimator: Estimator, phase: PhasePlan, index: int, settings: DeepSpeedSettings, is_recomputed: bool) -> BucketCost:
     """Returns the bucket with the largest micro-batch that fits, or with one clip if none does."""
     bucket = phase.buckets[index]
     own = bucket.global_batch_size // estimator.plan.world_size
     for size in sorted((size for size in range(1, own + 1) if own % size == 0), reverse=True):
-        cost = estimator.cost(phase, index, settings, is_checkpointed=is_checkpointed, micro_batch_size=size)
+        cost = estimator.cost(phase, index, settings, is_recomputed=is_recomputed, micro_batch_size=size)
         if cost.fits:
             break
     return cost
@@ -138,16 +139,14 @@ def _choice(stage: int, is_offloaded: bool, costs: Sequence[Sequence[BucketCost]
     machine = estimator.machine
     reason = tuple(
         f"phase {buckets[0].name}: ZeRO-{stage}{' with offload' if is_offloaded else ''}, recomputation "
-        f"{'on' if buckets[0].is_checkpointed else 'off'}, micro-batch "
+        f"{'on' if buckets[0].is_recomputed else 'off'}, micro-batch "
         f"{' and '.join(f'{cost.micro_batch_size} x {cost.accumulation}' for cost in buckets)}: needs "
         f"{max(cost.memory.needed for cost in buckets) / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB ({machine.name}), "
         f"{buckets[0].seconds_per_update:.2f} s per update estimated"
         for buckets in costs
     )
     phases = tuple(
-        PhaseChoice(
-            is_checkpointed=buckets[0].is_checkpointed, micro_batch_sizes=tuple(cost.micro_batch_size for cost in buckets)
-        )
+        PhaseChoice(is_recomputed=buckets[0].is_recomputed, micro_batch_sizes=tuple(cost.micro_batch_size for cost in buckets))
         for buckets in costs
     )
     return ParallelChoice(
@@ -160,4 +159,4 @@ def _applied(phase: PhasePlan, own: PhaseChoice) -> PhasePlan:
         replace(bucket, micro_batch_size=size, accumulation=bucket.micro_batch_size * bucket.accumulation // size)
         for bucket, size in zip(phase.buckets, own.micro_batch_sizes, strict=True)
     )
-    return replace(phase, buckets=buckets, activation_checkpointing=own.is_checkpointed)
+    return replace(phase, buckets=buckets, activation_checkpointing=own.is_recomputed)

@@ -37,7 +37,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Footprint:
+class Workload:
     """One micro-batch of one shape on one rank, forward and backward, before any sharding.
 
     Attributes:

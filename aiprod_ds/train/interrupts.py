@@ -37,7 +37,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_REQUEST_SECONDS = 3.0
 
 
-class Request(IntEnum):
+class Interrupt(IntEnum):
     """What was asked; of several the greatest counts."""
 
     NONE = 0
@@ -45,7 +45,7 @@ class Request(IntEnum):
     STOP = 2
 
 
-class Requests:
+class Interrupts:
     """The requests to one run.
 
     Args:
@@ -76,33 +76,33 @@ class Requests:
         self._are_updates_slow = False
         self._boundary_at = now()
         self._looked_at: float | None = None
-        self._in_folder = Request.NONE
+        self._in_folder = Interrupt.NONE
 
-    def agreed(self, *, at_once: bool = False) -> Request:
+    def agreed(self, *, at_once: bool = False) -> Interrupt:
         """Returns what all ranks are to do now, the same on all. Collective; called between updates.
 
         Args:
             at_once: Whether to wait for the other ranks, so that a request that any of them has is not missed.
         """
-        found = self._read() if self._is_cast else Request.NONE
-        if found is Request.NONE:
+        found = self._read() if self._is_cast else Interrupt.NONE
+        if found is Interrupt.NONE:
             self._cast()
             if at_once or self._are_updates_slow:
                 found = self._read()
         return found
 
-    def done(self, request: Request) -> None:
+    def done(self, request: Interrupt) -> None:
         """Takes away the files that asked for `request` or less, once it has been acted on. Collective.
 
         Raises:
             CheckpointError: If a file cannot be removed.
         """
         dist.from_main(lambda: self._remove(request))
-        self._in_folder = Request.NONE
+        self._in_folder = Interrupt.NONE
 
-    def _remove(self, done: Request) -> None:
+    def _remove(self, done: Interrupt) -> None:
         with explained(self._folder):
-            for request in (Request.SAVE, Request.STOP):
+            for request in (Interrupt.SAVE, Interrupt.STOP):
                 if request <= done:
                     (self._folder / request.name).unlink(missing_ok=True)
 
@@ -113,22 +113,22 @@ class Requests:
         self._ballot.cast((self._own(now), milliseconds, -self._finished()))
         self._is_cast = True
 
-    def _read(self) -> Request:
+    def _read(self) -> Interrupt:
         request, milliseconds, minus_finished = self._ballot.result()
         self.finished_by_all = -minus_finished
         self._is_cast = False
         self._are_updates_slow = milliseconds >= _SLOW_UPDATE_MILLISECONDS
-        return Request(request)
+        return Interrupt(request)
 
-    def _own(self, now: float) -> Request:
+    def _own(self, now: float) -> Interrupt:
         if self._watch.received is not None:
-            return Request.STOP
+            return Interrupt.STOP
         if dist.is_main() and (self._looked_at is None or now - self._looked_at >= LOOK_SECONDS):
             self._looked_at = now
-            self._in_folder = max(request for request in Request if request is Request.NONE or self._is_asked(request))
+            self._in_folder = max(request for request in Interrupt if request is Interrupt.NONE or self._is_asked(request))
         return self._in_folder
 
-    def _is_asked(self, request: Request) -> bool:
+    def _is_asked(self, request: Interrupt) -> bool:
         return os.path.exists(self._folder / request.name)  # noqa: PTH110  unlike `Path.exists` it never raises, as NFS may make it
 
 

@@ -30,7 +30,7 @@ from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, r
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.snapshot import Base
-from aiprod_ds.train.interrupts import Request, Requests
+from aiprod_ds.train.interrupts import Interrupt, Interrupts
 from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.phase_change import begin_phase
 from aiprod_ds.train.resume.history import History
@@ -49,9 +49,9 @@ class TrainingLoop:
         saver: What `save` begins goes on in it.
         retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by those of a new trained
             set. Collective.
-        requests: What is asked of the run from outside.
+        interrupts: What is asked of the run from outside.
         overflows: Judges updates with non-finite gradients.
-        checkpointing_default: Whether phases that do not say recompute activations.
+        recompute_default: Whether phases that do not say recompute activations.
         clock: Where the run stands; replaced, never changed.
         ema: The average of the weights that is evaluated in their place, if the run keeps one.
         clip: Finds the norm to clip each update at, if the run adapts it.
@@ -69,9 +69,9 @@ class TrainingLoop:
     save: Callable[[Clock], None]
     saver: Saver
     retrain: Callable[[TrainingLoop, PhasePlan, PhasePlan], None]
-    requests: Requests
+    interrupts: Interrupts
     overflows: OverflowWatch
-    checkpointing_default: bool
+    recompute_default: bool
     clock: Clock
     history: History
     ema: Ema | None = None
@@ -120,8 +120,8 @@ class TrainingLoop:
         _LOG.info("phase_begins name=%s update=%d", phase.name, self.clock.updates)
         with self.stopwatch.during(Activity.TRANSITION):
             reset_device_peak()
-            module, default = self.unit.module, self.checkpointing_default
-            begin_phase(self.engine, module, phase, self.clock, checkpointing_default=default)
+            module, default = self.unit.module, self.recompute_default
+            begin_phase(self.engine, module, phase, self.clock, recompute_default=default)
             stream = self.unit.open_stream(phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size)
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
@@ -258,15 +258,15 @@ class TrainingLoop:
 
     def _must_stop(self, *, at_once: bool = False) -> bool:
         """Does what is asked of the run between two updates and returns whether it is to end."""
-        request = self.requests.agreed(at_once=at_once)
+        request = self.interrupts.agreed(at_once=at_once)
         with self.stopwatch.during(Activity.CHECKPOINT):
-            self.saver.advance(self.requests.finished_by_all)
-        if request is not Request.NONE:
+            self.saver.advance(self.interrupts.finished_by_all)
+        if request is not Interrupt.NONE:
             self._save()
             self._finish_save()
-            self.requests.done(request)
+            self.interrupts.done(request)
             _LOG.warning("request_done name=%s update=%d", request.name, self.clock.updates)
-        return request is Request.STOP
+        return request is Interrupt.STOP
 
     def _finish_save(self) -> None:
         with self.stopwatch.during(Activity.CHECKPOINT):

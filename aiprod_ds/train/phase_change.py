@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from aiprod_ds.clock import Clock
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
-from aiprod_ds.engine.weight_handoff import CarriedValues
+from aiprod_ds.engine.recompute import set_recompute
+from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
 from aiprod_ds.train.unit import Unit
@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 MAX_DIFFERENCE = {torch.float32: 1e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
-def check_checkpointing(module: nn.Module, plan: RunPlan, *, default: bool, source: str) -> None:
+def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: str) -> None:
     """Makes sure that every phase finds the blocks it wants recomputed; leaves the module with checkpointing off.
 
     Args:
@@ -41,30 +41,30 @@ def check_checkpointing(module: nn.Module, plan: RunPlan, *, default: bool, sour
     Raises:
         ConfigError: If a phase recomputes and the model has no blocks for it.
     """
-    wanting = [phase for phase in plan.phases if _is_checkpointed(phase, default=default)]
+    wanting = [phase for phase in plan.phases if _is_recomputed(phase, default=default)]
     if not wanting:
         return
     try:
-        apply_activation_checkpointing(module, enabled=True)
+        set_recompute(module, enabled=True)
     except EngineError as error:
         raise ConfigError(f"{source}: curriculum.phases[{wanting[0].index}]: {error}") from error
-    apply_activation_checkpointing(module, enabled=False)
+    set_recompute(module, enabled=False)
 
 
-def begin_phase(engine: Engine, module: nn.Module, phase: PhasePlan, clock: Clock, *, checkpointing_default: bool) -> None:
+def begin_phase(engine: Engine, module: nn.Module, phase: PhasePlan, clock: Clock, *, recompute_default: bool) -> None:
     """Puts module and engine in the state that `phase` asks for. Collective.
 
     Called when a phase begins and again when a run resumes inside it: everything but the moments is set again; the moments, which
     the checkpoint already holds as scaled, are touched at the phase's first moment only.
     """
-    apply_activation_checkpointing(module, enabled=_is_checkpointed(phase, default=checkpointing_default))
+    set_recompute(module, enabled=_is_recomputed(phase, default=recompute_default))
     engine.set_weight_decay(phase.weight_decay)
     if clock.phase_position == 0 and phase.moment_scale != 1.0:
         engine.scale_moments(phase.moment_scale)
         _LOG.info("moments_scaled phase=%s policy=%s factor=%g", phase.name, phase.moments, phase.moment_scale)
 
 
-def _is_checkpointed(phase: PhasePlan, *, default: bool) -> bool:
+def _is_recomputed(phase: PhasePlan, *, default: bool) -> bool:
     return default if phase.activation_checkpointing is None else phase.activation_checkpointing
 
 
@@ -72,10 +72,10 @@ def _is_checkpointed(phase: PhasePlan, *, default: bool) -> bool:
 class RetrainableUnit(Unit, Protocol):
     """A unit whose phases may train adapters."""
 
-    def carried(self, engine: Engine) -> CarriedValues:
+    def carried(self, engine: Engine) -> WeightHandoff:
         """Returns what the weights are with the adapters merged, by the names of the plain module. Collective."""
 
-    def written(self, carried: CarriedValues) -> Iterable[tuple[str, Tensor]]:
+    def written(self, carried: WeightHandoff) -> Iterable[tuple[str, Tensor]]:
         """Yields what was carried by the names that the module has now, after `prepare`. Collective."""
 
     def probe(self, engine: Engine) -> Tensor:

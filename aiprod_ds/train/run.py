@@ -39,13 +39,13 @@ from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.report.summary import RunStatus, RunSummary
 from aiprod_ds.snapshot import Base
 from aiprod_ds.train.engines import build_engine
-from aiprod_ds.train.interrupts import Requests, SignalWatch
+from aiprod_ds.train.interrupts import Interrupts, SignalWatch
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.overflow import OverflowWatch
-from aiprod_ds.train.phase_change import check_checkpointing, retrain
-from aiprod_ds.train.planning.auto import Choose, Settled, settle
+from aiprod_ds.train.phase_change import check_recompute, retrain
+from aiprod_ds.train.planning.auto import ResolvedRun, Search, resolve
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
-from aiprod_ds.train.resume.compatibility import change_in_words, check_belongs, run_layout
+from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
 from aiprod_ds.train.resume.folder_lock import FolderLock
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
@@ -95,7 +95,7 @@ def run_training(
     *,
     resume: str,
     source: str,
-    choose_now: Choose,
+    search_now: Search,
     console: Console | None = None,
 ) -> RunSummary:
     """Trains `unit` through `plan` and writes the run folder, or saves and returns earlier if asked to (`requests.py`).
@@ -106,7 +106,7 @@ def run_training(
         plan: The curriculum for this world size.
         resume: `auto`, `never` or the path of a checkpoint folder.
         source: How messages name the configuration.
-        choose_now: What `engine.parallel: auto` asks.
+        search_now: What `engine.parallel: auto` asks.
         console: Where progress is drawn (main rank); standard error by default.
 
     Raises:
@@ -118,10 +118,10 @@ def run_training(
     with FolderLock(Path(config.output_dir)) as lock:
         dist.from_main(lock.take_if_used)  # before the newest checkpoint is looked for
         checkpoint = _find_checkpoint(config, resume)
-        settled = _settle(config, plan, checkpoint, choose_now, source)
-        run = _new_run(config, unit, settled, source, console or Console(stderr=True))
+        resolved = _resolve(config, plan, checkpoint, search_now, source)
+        run = _new_run(config, unit, resolved, source, console or Console(stderr=True))
         default = run.settings.activation_checkpointing
-        check_checkpointing(unit.module, run.plan, default=default, source=source)
+        check_recompute(unit.module, run.plan, default=default, source=source)
         _require_own(run, checkpoint)
         dist.from_main(lambda: _prepare_folder(run, checkpoint, lock, move_aside=resume == "never"))
         require_shared(run.folder)
@@ -132,7 +132,7 @@ def run_training(
 
 
 def evaluate_checkpoint(
-    config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, choose_now: Choose
+    config: RunConfig, unit: Unit, plan: RunPlan, *, resume: str, source: str, search_now: Search
 ) -> dict[str, float]:
     """Returns the held-out measures of a checkpoint; writes nothing.
 
@@ -140,8 +140,8 @@ def evaluate_checkpoint(
         CheckpointError: If there is none, or it belongs to another run.
     """
     checkpoint = _find_checkpoint(config, resume)
-    settled = _settle(config, plan, checkpoint, choose_now, source)
-    run = _new_run(config, unit, settled, source, Console(stderr=True))
+    resolved = _resolve(config, plan, checkpoint, search_now, source)
+    run = _new_run(config, unit, resolved, source, Console(stderr=True))
     _require_own(run, checkpoint)
     if checkpoint is None:
         raise CheckpointError(
@@ -158,17 +158,17 @@ def evaluate_checkpoint(
         engine.close()
 
 
-def _settle(config: RunConfig, plan: RunPlan, checkpoint: Checkpoint | None, choose_now: Choose, source: str) -> Settled:
+def _resolve(config: RunConfig, plan: RunPlan, checkpoint: Checkpoint | None, search_now: Search, source: str) -> ResolvedRun:
     saved = None if checkpoint is None else checkpoint.state.layout
     settings = read_settings(config, source=source)
-    return settle(config, plan, settings, saved=saved, choose_now=choose_now, source=source)
+    return resolve(config, plan, settings, saved=saved, search_now=search_now, source=source)
 
 
-def _new_run(config: RunConfig, unit: Unit, settled: Settled, source: str, console: Console) -> _Run:
-    layout = run_layout(config, settled, world_size=dist.world_size())
+def _new_run(config: RunConfig, unit: Unit, resolved: ResolvedRun, source: str, console: Console) -> _Run:
+    layout = run_layout(config, resolved, world_size=dist.world_size())
     parameters = sum(parameter.numel() for parameter in unit.module.parameters())  # before an engine shards them
-    facts = RunFacts(config=config, plan=settled.plan, unit=unit, parameters=parameters, layout=layout)
-    return _Run(facts=facts, source=source, settings=settled.settings, console=console)
+    facts = RunFacts(config=config, plan=resolved.plan, unit=unit, parameters=parameters, layout=layout)
+    return _Run(facts=facts, source=source, settings=resolved.settings, console=console)
 
 
 def _build(run: _Run, phase: PhasePlan) -> Engine:
@@ -239,9 +239,9 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
         save=save,
         saver=saver,
         retrain=partial(_retrain, run),
-        requests=Requests(watch, run.folder, finished=lambda: saver.finished),
+        interrupts=Interrupts(watch, run.folder, finished=lambda: saver.finished),
         overflows=OverflowWatch(lowest_scale=_lowest_scale(run.settings)),
-        checkpointing_default=run.settings.activation_checkpointing,
+        recompute_default=run.settings.activation_checkpointing,
         clock=clock,
         history=history,
         ema=ema,
@@ -309,7 +309,7 @@ def _find_checkpoint(config: RunConfig, resume: str) -> Checkpoint | None:
 def _require_own(run: _Run, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         where = f"{run.source}: --resume {checkpoint.folder}"
-        check_belongs(checkpoint.state, run.config, run.facts.layout, where=where)
+        check_compatible(checkpoint.state, run.config, run.facts.layout, where=where)
 
 
 def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:

@@ -24,7 +24,7 @@ from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.report.summary import RunSummary
-from aiprod_ds.train.planning.auto import choose_here, this_machine
+from aiprod_ds.train.planning.auto import search_here, this_machine
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
 from aiprod_ds.train.run import evaluate_checkpoint, run_training
 from aiprod_ds.train.unit import Unit
@@ -127,8 +127,8 @@ class Trainer(ABC, Generic[ConfigT]):
             What the report says; files are in `config.output_dir`.
         """
         plan, unit = self._prepare()
-        choose = partial(choose_here, self)
-        return run_training(self.config, unit, plan, resume=resume, source=self.source, choose_now=choose, console=console)
+        search = partial(search_here, self)
+        return run_training(self.config, unit, plan, resume=resume, source=self.source, search_now=search, console=console)
 
     def evaluate(self, *, resume: str = "auto") -> dict[str, float]:
         """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that `resume` names.
@@ -137,8 +137,8 @@ class Trainer(ABC, Generic[ConfigT]):
             CheckpointError: If there is none.
         """
         plan, unit = self._prepare()
-        choose = partial(choose_here, self)
-        return evaluate_checkpoint(self.config, unit, plan, resume=resume, source=self.source, choose_now=choose)
+        search = partial(search_here, self)
+        return evaluate_checkpoint(self.config, unit, plan, resume=resume, source=self.source, search_now=search)
 
     @cached_property
     def shapes(self) -> nn.Module:

@@ -18,7 +18,7 @@ from aiprod_ds.curriculum.phase import PhasePlan
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.engine.weight_handoff import CarriedValues
+from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
@@ -28,7 +28,7 @@ from aiprod_ds.train.unit import Evaluation, Examples
 from aiprod_ds.trainers.clip_unit import ClipUnit
 from aiprod_ds.trainers.diffusion_export import export_transformer
 from aiprod_ds.trainers.diffusion_objective import FlowObjective
-from aiprod_ds.trainers.evaluation import held_out_turns
+from aiprod_ds.trainers.evaluation import evaluation_slots
 from aiprod_ds.trainers.open_data import read_empty_prompt
 from aiprod_ds.trainers.preview import Previews
 
@@ -68,17 +68,17 @@ class DiffusionUnit(ClipUnit):
         if phase.index == 0:
             start_adapters(self.module.transformer, self.started_with)
 
-    def carried(self, engine: Engine) -> CarriedValues:
+    def carried(self, engine: Engine) -> WeightHandoff:
         """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer. Collective."""
         from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
 
-        values = CarriedValues()
+        values = WeightHandoff()
         for names in adapter_names(self.module.transformer):
             base, down, up = (engine.read_value(f"{TRANSFORMER}{name}") for name in (names.base, names.down, names.up))
             values.add(names.plain, base + names.scale * (up @ down))
         return values
 
-    def written(self, carried: CarriedValues) -> Iterator[tuple[str, Tensor]]:
+    def written(self, carried: WeightHandoff) -> Iterator[tuple[str, Tensor]]:
         """Yields what was carried by the names in the module as it is now. Collective."""
         from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
 
@@ -108,13 +108,13 @@ class DiffusionUnit(ClipUnit):
         levels, modalities = settings.noise_levels, self.module.family.modalities
         sums_ML = torch.zeros(len(modalities), len(levels), dtype=torch.float64)
         count = 0
-        for turn in held_out_turns(engine, self.data, bucket, max_clips=settings.max_clips):
-            tensors = _on_device({name: tensor[None] for name, tensor in turn.item.items()}, engine.device)
+        for slot in evaluation_slots(engine, self.data, bucket, max_clips=settings.max_clips):
+            tensors = _on_device({name: tensor[None] for name, tensor in slot.item.items()}, engine.device)
             for column, level in enumerate(levels):
-                found = self._objective.held_out(engine, tensors, place=turn.place, noise_level=level)
-                if turn.is_own:
+                found = self._objective.held_out(engine, tensors, place=slot.place, noise_level=level)
+                if slot.is_own:
                     sums_ML[:, column] += torch.tensor([found[modality] for modality in modalities], dtype=torch.float64)
-            count += turn.is_own
+            count += slot.is_own
         means_ML = _mean_over_ranks(sums_ML, count, engine)
         metrics = _measures(means_ML, modalities, levels, self.plan.phases[-1].loss_weights)
         return Evaluation(metrics=metrics, headline=f"loss {metrics['loss']:.4f}", examples=self._make_previews(engine))

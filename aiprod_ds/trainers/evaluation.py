@@ -48,7 +48,7 @@ class HeldOutClip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOutTurn:
+class EvaluationSlot:
     """One item for this rank to run forward.
 
     Attributes:
@@ -62,10 +62,10 @@ class HeldOutTurn:
     is_own: bool
 
 
-def held_out_turns(engine: Engine, data: ClipData, bucket: BucketPlan, *, max_clips: int) -> Iterator[HeldOutTurn]:
+def evaluation_slots(engine: Engine, data: ClipData, bucket: BucketPlan, *, max_clips: int) -> Iterator[EvaluationSlot]:
     """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape.
 
-    As many turns on every rank, because ZeRO-3 gathers in each forward. Draws nothing from the training's random streams.
+    As many slots on every rank, because ZeRO-3 gathers in each forward. Draws nothing from the training's random streams.
 
     Args:
         engine: Says which ranks there are.
@@ -74,17 +74,17 @@ def held_out_turns(engine: Engine, data: ClipData, bucket: BucketPlan, *, max_cl
         max_clips: The most that are measured by all ranks together.
     """
     clips = data.held_out(bucket)[:max_clips]
-    for turn in range(-(-len(clips) // engine.world_size)):
-        place = turn * engine.world_size + engine.rank
+    for slot in range(-(-len(clips) // engine.world_size)):
+        place = slot * engine.world_size + engine.rank
         last = len(clips) - 1
-        yield HeldOutTurn(place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last)
+        yield EvaluationSlot(place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last)
 
 
 @torch.no_grad()
 def held_out_clips(
     engine: Engine, data: ClipData, bucket: BucketPlan, *, name: str, dtype: torch.dtype, max_clips: int
 ) -> Iterator[HeldOutClip]:
-    """Yields the clips of `held_out_turns` through a VAE, with the posterior's mode. Collective: exhaust it on every rank.
+    """Yields the clips of `evaluation_slots` through a VAE, with the posterior's mode. Collective: exhaust it on every rank.
 
     Args:
         engine: In evaluation mode; its module returns (output, mean, logvar).
@@ -94,11 +94,11 @@ def held_out_clips(
         dtype: In which the module wants it.
         max_clips: The most that are measured by all ranks together.
     """
-    for turn in held_out_turns(engine, data, bucket, max_clips=max_clips):
-        original = turn.item[name][None].to(engine.device)
+    for slot in evaluation_slots(engine, data, bucket, max_clips=max_clips):
+        original = slot.item[name][None].to(engine.device)
         output, mean, _ = engine(original.to(dtype))
-        if turn.is_own:
-            yield HeldOutClip(place=turn.place, original=original, output=output.float(), mean=mean.float())
+        if slot.is_own:
+            yield HeldOutClip(place=slot.place, original=original, output=output.float(), mean=mean.float())
 
 
 def over_ranks(engine: Engine, own: _Quality, empty: _Quality) -> _Quality:

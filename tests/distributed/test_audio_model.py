@@ -21,7 +21,7 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.models.audio_vae import wrap_audio_vae
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
@@ -123,7 +123,7 @@ def _measure(name: str, oracle: dict[str, Any], *, recompute: bool) -> dict[str,
     module = _module()
     forwards: list[int] = []
     module.vae.encoder.block[0].res_unit1.register_forward_hook(lambda *_: forwards.append(1))
-    apply_activation_checkpointing(module, enabled=recompute)
+    set_recompute(module, enabled=recompute)
     share = GLOBAL_BATCH // RANKS
     with deepspeed_engine(module, optimizer=OPTIMIZER, settings=_settings(name), micro_batch_size=share) as engine:
         records = _train(engine)

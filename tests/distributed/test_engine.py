@@ -24,7 +24,7 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, UpdateResult
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.errors import AiprodError
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import UnevenBlock, distance, is_same_state, optimized_state
@@ -297,7 +297,7 @@ def _engine(path: Path, *, seed: int = 0, module: nn.Module | None = None) -> An
     built = _module(seed) if module is None else module
     settings = _settings(path)
     if settings.activation_checkpointing:
-        apply_activation_checkpointing(built, enabled=True)
+        set_recompute(built, enabled=True)
     return DeepSpeedEngine(
         built,
         decay_groups(built),

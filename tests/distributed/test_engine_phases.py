@@ -26,7 +26,7 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, UpdateResult
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import UnevenBlock, deepspeed_engine, distance, is_same_state, optimized_state
@@ -274,7 +274,7 @@ def _measure_switching(model: str, stage: int) -> dict[str, Any]:
         with _engine(path, module=module) as engine:
             records = []
             for update, is_on in enumerate(switches):
-                apply_activation_checkpointing(module, enabled=is_on)
+                set_recompute(module, enabled=is_on)
                 phase = Phase(micro_batch_size=1, accumulation=1 + update % 2)
                 engine.set_batch(micro_batch_size=1, accumulation=phase.accumulation)
                 engine.set_learning_rate(1e-2)

@@ -29,7 +29,7 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.engine.weight_handoff import CarriedValues
+from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import AiprodError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.testing.dist import run_on_ranks
@@ -260,7 +260,7 @@ def _same_moments(first: Any, second: Any) -> bool:
 
 
 def _measure_carrying() -> dict[str, Any]:
-    carried, written = CarriedValues(), _written()
+    carried, written = WeightHandoff(), _written()
     for name, value in written.items():
         carried.add(name, value)
     returned = dict(carried.whole())
@@ -436,9 +436,9 @@ def _remove_lora(module: nn.Module) -> None:
     module.requires_grad_(True)
 
 
-def _merged(engine: Any) -> CarriedValues:
+def _merged(engine: Any) -> WeightHandoff:
     """Returns the values of the plain module that computes the same as the engine's."""
-    carried = CarriedValues()
+    carried = WeightHandoff()
     names = dict(engine.module.named_parameters())
     for name in names:
         if ".lora_" in name:
@@ -451,7 +451,7 @@ def _merged(engine: Any) -> CarriedValues:
     return carried
 
 
-def _renamed(module: nn.Module, carried: CarriedValues) -> Iterator[tuple[str, Tensor]]:
+def _renamed(module: nn.Module, carried: WeightHandoff) -> Iterator[tuple[str, Tensor]]:
     """Yields what was carried by the names in a module that may have adapters."""
     names = {name.replace(".base_layer.", "."): name for name, _ in module.named_parameters()}
     for name, value in carried.whole():

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.checkpoint.shard_files import PieceReader
+from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.config.optim import EmaConfig, OptimizerConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -204,7 +204,7 @@ def _write(folder: Path, engine: Engine, ema: Ema) -> None:
 
 def _differences(source: Path, again: Path) -> list[str]:
     """`unused` has moments where a stage gives it some; they are 0 there."""
-    with PieceReader(source) as first, PieceReader(again) as second:
+    with ShardReader(source) as first, ShardReader(again) as second:
         found = [
             f"{kind}/{name}"
             for kind in KINDS

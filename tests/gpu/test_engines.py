@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from aiprod_ds.checkpoint.shard_files import write_pieces
-from aiprod_ds.checkpoint.staging import HostCopies
+from aiprod_ds.checkpoint.shard_files import write_shards
+from aiprod_ds.checkpoint.staging import StagingBuffer
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.optim import OptimizerConfig
@@ -129,7 +129,7 @@ def _measure_rebuilding(name: str, kind: str) -> dict[str, Any]:
 
 def _measure_saving(name: str) -> dict[str, bool]:
     folder = Path(dist.from_main(tempfile.mkdtemp))
-    copies = HostCopies()
+    copies = StagingBuffer()
     with _engine(_net(0, width=4096), name) as engine:
         for update in range(2):
             _update(engine, update)
@@ -138,7 +138,7 @@ def _measure_saving(name: str) -> dict[str, bool]:
         for update in range(2, 4):
             _update(engine, update)
         moved_on = not _is_same_on_rank_0(optimized_state(engine), expected)
-    write_pieces(folder, captured)
+    write_shards(folder, captured)
     is_pinned = all(tensor.is_pinned() for tensor in captured.tensors if tensor.numel())
     dist.barrier()
     with _engine(_net(1, width=4096), name) as resumed:

@@ -124,13 +124,13 @@ def test_a_run_killed_inside_a_change_repeats_it(runs: dict[str, Any], tmp_path:
 def run_every_case(folder: str) -> dict[str, Any]:
     """Returns by case the uninterrupted run and its resumed copies."""
     records = {case: train_and_resume(lambda at, c=case: _train(c, at), Path(folder) / case, RESUMES) for case in CASES}
-    write_as_it_is = saving.write_pieces
+    write_as_it_is = saving.write_shards
 
     def write_late(*arguments: Any) -> Any:
         time.sleep(WRITER_WAITS_SECONDS)
         return write_as_it_is(*arguments)
 
-    saving.write_pieces = write_late
+    saving.write_shards = write_late
     records["asynchronous"] = train_and_resume(_train_asynchronously, Path(folder) / "asynchronous", RESUMES)
     return records
 

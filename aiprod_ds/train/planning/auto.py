@@ -17,17 +17,17 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.planner.hardware import MACHINES, Machine
-from aiprod_ds.planner.search import ParallelChoice, PhaseChoice, choose
-from aiprod_ds.train.planning.estimate import chosen_settings, estimator_of, settings_for
+from aiprod_ds.planner.search import ParallelChoice, PhaseChoice, search
+from aiprod_ds.train.planning.estimate import estimator_of, resolved_settings, settings_for
 from aiprod_ds.train.planning.trace import Shaped
 
 _LOG = logging.getLogger(__name__)
 
-Choose = Callable[[RunPlan, DeepSpeedSettings], ParallelChoice]
+Search = Callable[[RunPlan, DeepSpeedSettings], ParallelChoice]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class ResolvedRun:
     """What a run really runs with; `choice` is None where the configuration says it all."""
 
     plan: RunPlan
@@ -35,15 +35,15 @@ class Settled:
     choice: ParallelChoice | None
 
 
-def settle(
+def resolve(
     config: RunConfig,
     plan: RunPlan,
     settings: DeepSpeedSettings,
     *,
     saved: Mapping[str, Any] | None,
-    choose_now: Choose,
+    search_now: Search,
     source: str,
-) -> Settled:
+) -> ResolvedRun:
     """Returns plan and settings with what `engine.parallel: auto` chooses, or as they are. Collective.
 
     Args:
@@ -51,23 +51,23 @@ def settle(
         plan: For this world size.
         settings: As configured.
         saved: The layout of the checkpoint that the run goes on from.
-        choose_now: Chooses for this machine; called on the main rank, unless the checkpoint's choice can be kept.
+        search_now: Chooses for this machine; called on the main rank, unless the checkpoint's choice can be kept.
         source: How messages name the configuration.
 
     Raises:
         PlanError: If nothing fits.
     """
     if config.engine.parallel != "auto":
-        return Settled(plan=plan, settings=settings, choice=None)
+        return ResolvedRun(plan=plan, settings=settings, choice=None)
     kept = _kept(saved, plan)
-    choice = dist.from_main(lambda: choose_now(plan, settings)) if kept is None else kept
+    choice = dist.from_main(lambda: search_now(plan, settings)) if kept is None else kept
     for reason in choice.reason:
         _LOG.info("parallel_chosen %s%s", reason, "" if kept is None else " (kept)")
-    own = chosen_settings(choice, settings, where=source)
-    return Settled(plan=choice.applied(plan), settings=own, choice=choice)
+    own = resolved_settings(choice, settings, where=source)
+    return ResolvedRun(plan=choice.applied(plan), settings=own, choice=choice)
 
 
-def choose_here(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings) -> ParallelChoice:
+def search_here(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings) -> ParallelChoice:
     """Returns the fastest settings that fit the GPU of this process; without one, ZeRO-1 and whole batches.
 
     Raises:
@@ -76,13 +76,13 @@ def choose_here(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings) -> 
     machine = this_machine()
     if machine is None:
         phases = tuple(
-            PhaseChoice(is_checkpointed=False, micro_batch_sizes=tuple(bucket.micro_batch_size for bucket in phase.buckets))
+            PhaseChoice(is_recomputed=False, micro_batch_sizes=tuple(bucket.micro_batch_size for bucket in phase.buckets))
             for phase in plan.phases
         )
         reason = ("no GPU: ZeRO-1, recomputation off, whole batches",)
         return ParallelChoice(zero_stage=1, is_offloaded=False, world_size=plan.world_size, phases=phases, reason=reason)
     estimator = estimator_of(trainer, plan, machine, settings)
-    return choose(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
+    return search(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
 
 
 def this_machine() -> Machine | None:

@@ -1,6 +1,6 @@
 """What a trainer's run needs and costs on a kind of GPU, as it is configured and with the fastest settings that fit.
 
-Brings the pure estimates of `aiprod_ds.curriculum` and the footprints together. `plan --machine` shows it; `parallel.py` asks
+Brings the pure estimates of `aiprod_ds.curriculum` and the workloads together. `plan --machine` shows it; `parallel.py` asks
 for the choice alone.
 """
 
@@ -16,9 +16,9 @@ from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import PlanError
 from aiprod_ds.planner.cost import BucketCost, Estimator
 from aiprod_ds.planner.hardware import Machine
-from aiprod_ds.planner.search import ParallelChoice, choose
+from aiprod_ds.planner.search import ParallelChoice, search
 from aiprod_ds.train.planning.gpu_rules import require_runnable
-from aiprod_ds.train.planning.trace import Footprints, Shaped
+from aiprod_ds.train.planning.trace import Shaped, Workloads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +72,12 @@ def estimate_run(trainer: Shaped, plan: RunPlan, machine: Machine, *, dollars_pe
     configured = () if is_auto else tuple(estimator.costs(plan, settings))
     choice, problem = None, None
     try:
-        choice = choose(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
+        choice = search(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
     except PlanError as error:
         problem = str(error)
     chosen: tuple[BucketCost, ...] = ()
     if choice is not None:
-        chosen = tuple(estimator.costs(choice.applied(plan), chosen_settings(choice, settings, where=trainer.source)))
+        chosen = tuple(estimator.costs(choice.applied(plan), resolved_settings(choice, settings, where=trainer.source)))
     return Estimate(
         machine=machine,
         world_size=plan.world_size,
@@ -101,7 +101,7 @@ def estimator_of(
     return Estimator(
         plan=plan,
         machine=machine,
-        trace=Footprints(trainer, plan, precision=settings.precision).of,
+        trace=Workloads(trainer, plan, precision=settings.precision).of,
         has_average=trainer.config.ema is not None,
         dollars_per_gpu_hour=machine.price_per_gpu_hour if dollars_per_gpu_hour is None else dollars_per_gpu_hour,
     )
@@ -113,6 +113,6 @@ def settings_for(settings: DeepSpeedSettings, *, where: str) -> Callable[[int, b
     return lambda zero_stage, is_offloaded: make(zero_stage=zero_stage, is_offloaded=is_offloaded)
 
 
-def chosen_settings(choice: ParallelChoice, settings: DeepSpeedSettings, *, where: str) -> DeepSpeedSettings:
+def resolved_settings(choice: ParallelChoice, settings: DeepSpeedSettings, *, where: str) -> DeepSpeedSettings:
     """Returns `settings` with the stage and the offload of `choice`."""
     return with_parallel(settings, zero_stage=choice.zero_stage, is_offloaded=choice.is_offloaded, where=where)

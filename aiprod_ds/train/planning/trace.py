@@ -17,9 +17,9 @@ from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.data.sampler import SampleRef
 from aiprod_ds.engine.layout import TORCH_DTYPES
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.models.tracing import trace
-from aiprod_ds.planner.workload import Footprint
+from aiprod_ds.planner.workload import Workload
 from aiprod_ds.train.unit import Unit
 
 
@@ -40,7 +40,7 @@ class Shaped(Protocol):
         """Returns the unit without weights and data, on the meta device."""
 
 
-class Footprints:
+class Workloads:
     """Traces of one trainer's phases; each is made once.
 
     Args:
@@ -53,25 +53,25 @@ class Footprints:
         self._trainer = trainer
         self._plan = plan
         self._dtype = TORCH_DTYPES[precision]
-        self._found: dict[tuple[int, int, int, bool], Footprint] = {}
+        self._found: dict[tuple[int, int, int, bool], Workload] = {}
         self._unit: tuple[int, Unit] | None = None
 
-    def of(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_checkpointed: bool) -> Footprint:
+    def of(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_recomputed: bool) -> Workload:
         """Returns what one micro-batch takes.
 
         Args:
             phase: One of the plan's.
             bucket: Which of its buckets.
             micro_batch_size: Clips of it, in place of the bucket's own.
-            is_checkpointed: Whether the blocks are computed again in the backward pass.
+            is_recomputed: Whether the blocks are computed again in the backward pass.
 
         Raises:
             EngineError: If the blocks are to be recomputed and the model has none.
         """
-        key = (phase.index, bucket, micro_batch_size, is_checkpointed)
+        key = (phase.index, bucket, micro_batch_size, is_recomputed)
         if key not in self._found:
             unit = self._unit_of(phase)
-            apply_activation_checkpointing(unit.module, enabled=is_checkpointed)
+            set_recompute(unit.module, enabled=is_recomputed)
             clip = self._trainer.blank_clip(phase.buckets[bucket])
             self._found[key] = _traced(unit, phase, clip, bucket, micro_batch_size, self._dtype)
         return self._found[key]
@@ -97,7 +97,7 @@ class _ShapesEngine:
         return self._module(*args, **kwargs)
 
 
-def _traced(unit: Unit, phase: PhasePlan, clip: Mapping[str, Tensor], bucket: int, size: int, dtype: torch.dtype) -> Footprint:
+def _traced(unit: Unit, phase: PhasePlan, clip: Mapping[str, Tensor], bucket: int, size: int, dtype: torch.dtype) -> Workload:
     engine = cast("Any", _ShapesEngine(unit.module, dtype))
 
     def loss() -> Tensor:

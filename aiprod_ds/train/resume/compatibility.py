@@ -14,27 +14,27 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.train.planning.auto import Settled
+from aiprod_ds.train.planning.auto import ResolvedRun
 
 _LOG = logging.getLogger(__name__)
 
 
-def run_layout(config: RunConfig, settled: Settled, *, world_size: int) -> dict[str, Any]:
+def run_layout(config: RunConfig, resolved: ResolvedRun, *, world_size: int) -> dict[str, Any]:
     """Returns what a run is on, JSON-ready: engine, ranks, ZeRO stage, precision, global batches by phase and bucket, and what
     `engine.parallel: auto` chose.
     """
-    kind, settings = config.engine.kind, settled.settings
+    kind, settings = config.engine.kind, resolved.settings
     return {
         "engine": kind,
         "world_size": world_size,
         "zero_stage": settings.zero_stage if kind == "deepspeed" else 0,
         "precision": settings.precision,
-        "global_batch_sizes": [[bucket.global_batch_size for bucket in phase.buckets] for phase in settled.plan.phases],
-        "parallel": None if settled.choice is None else settled.choice.to_dict(),
+        "global_batch_sizes": [[bucket.global_batch_size for bucket in phase.buckets] for phase in resolved.plan.phases],
+        "parallel": None if resolved.choice is None else resolved.choice.to_dict(),
     }
 
 
-def check_belongs(state: RunState, config: RunConfig, layout: Mapping[str, Any], *, where: str) -> None:
+def check_compatible(state: RunState, config: RunConfig, layout: Mapping[str, Any], *, where: str) -> None:
     """Checks that a run may go on from a checkpoint; phases that were changed are logged.
 
     Args:

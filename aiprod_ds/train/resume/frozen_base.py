@@ -52,7 +52,7 @@ def frozen_sha256(engine: Engine) -> str:
     return weights_sha256(digests)
 
 
-def require_start(engine: Engine, base: Base, *, folder: Path, origin: str) -> None:
+def require_same_base(engine: Engine, base: Base, *, folder: Path, origin: str) -> None:
     """Checks that an engine, as it was built, holds what a checkpoint refers to. Collective.
 
     Args:

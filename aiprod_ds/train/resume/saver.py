@@ -21,8 +21,8 @@ import torch
 from aiprod_ds.checkpoint.disk import DiskFullError, explained, write_error
 from aiprod_ds.checkpoint.frozen_bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.manifest import FileRecord
-from aiprod_ds.checkpoint.shard_files import PieceReader, write_pieces
-from aiprod_ds.checkpoint.staging import HostCopies, available_bytes
+from aiprod_ds.checkpoint.shard_files import ShardReader, write_shards
+from aiprod_ds.checkpoint.staging import StagingBuffer, available_bytes
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.run import CheckpointConfig
@@ -30,9 +30,9 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.optim.ema import Ema
-from aiprod_ds.snapshot import Base, Captured, EngineFacts
+from aiprod_ds.snapshot import Base, EngineFacts, Snapshot
 from aiprod_ds.train.resume.background import Background
-from aiprod_ds.train.resume.frozen_base import require_start
+from aiprod_ds.train.resume.frozen_base import require_same_base
 
 _LOG = logging.getLogger(__name__)
 _TOKEN = ".seen_by_all_ranks"
@@ -65,7 +65,7 @@ class Saver:
     on_replaced: Callable[[str], None] = lambda _words: None
     _stored: set[str] = field(default_factory=set)  # bases that are whole
     _work: Background = field(default_factory=Background)
-    _copies: HostCopies = field(default_factory=HostCopies)
+    _copies: StagingBuffer = field(default_factory=StagingBuffer)
     _reserving: Background = field(default_factory=Background)
     _saved: RunState | None = None  # what is being saved
     _is_written: bool = False
@@ -174,7 +174,7 @@ class Saver:
         elif engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)  # another thread's stream knows nothing of this one's
         self._saved, self._is_written = state, False
-        self._work.start(lambda: write_pieces(pending / _ENGINE, captured))
+        self._work.start(lambda: write_shards(pending / _ENGINE, captured))
         return not is_copied
 
     def _go_on(self, state: RunState) -> None:
@@ -199,7 +199,7 @@ class Saver:
         if self._reserving.started:
             self._reserving.result()
 
-    def _has_memory(self, captured: Captured) -> bool:
+    def _has_memory(self, captured: Snapshot) -> bool:
         """Returns whether every host has room for the copies of its ranks; tells once if one has not. Collective."""
         reports = dist.gather_objects((socket.gethostname(), self._copies.missing_bytes(captured), available_bytes()))
         for host in sorted({host for host, _, _ in reports}):
@@ -255,7 +255,7 @@ class Saver:
         return float(value) if isinstance(value, int | float) else None
 
 
-def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) -> Captured:
+def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) -> Snapshot:
     """Returns what this rank writes of engine and average, not copied; without frozen weights where there is a `base`."""
     state = engine.capture()
     if ema is not None:
@@ -287,10 +287,10 @@ def read_engine(
     Raises:
         CheckpointError: If `folder` is damaged, or of another model, precision or base.
     """
-    with PieceReader(folder) as reader:
+    with ShardReader(folder) as reader:
         base = reader.facts.base
         if base is not None and not base.is_stored:
-            require_start(engine, base, folder=folder, origin=origin)
+            require_same_base(engine, base, folder=folder, origin=origin)
         engine.restore(reader)
         if ema is not None:
             ema.restore(reader)
@@ -344,9 +344,9 @@ def _sees(folder: Path, token: str, within_seconds: float) -> bool:
         time.sleep(0.05)
 
 
-def _write(folder: Path, state: Captured) -> None:
+def _write(folder: Path, state: Snapshot) -> None:
     """Every rank writes its pieces; an error of one is raised on all."""
-    _gather_records(lambda: write_pieces(folder, state), folder)
+    _gather_records(lambda: write_shards(folder, state), folder)
 
 
 def _gather_records(write: Callable[[], dict[str, FileRecord]], folder: Path) -> dict[str, FileRecord]:

@@ -26,7 +26,7 @@ from torch import nn
 from aiprod_ds.checkpoint.disk import DiskFullError
 from aiprod_ds.checkpoint.frozen_bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.manifest import write_manifest
-from aiprod_ds.checkpoint.shard_files import PieceReader
+from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
@@ -351,7 +351,7 @@ def _value(folder: Path) -> tuple[int, float]:
     """Returns update and value of the newest checkpoint."""
     newest = CheckpointStore(folder / "checkpoints").newest()
     assert newest is not None
-    with PieceReader(newest.engine_folder) as reader:
+    with ShardReader(newest.engine_folder) as reader:
         weight, bias = reader.whole("master", "weight").item(), reader.whole("master", "bias").item()
     assert weight == bias
     return newest.state.clock.updates, weight

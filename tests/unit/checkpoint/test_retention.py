@@ -25,7 +25,7 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.snapshot import Captured, Cut, EngineFacts, Whole
+from aiprod_ds.snapshot import Chunk, EngineFacts, Snapshot, TensorMetadata
 from aiprod_ds.train.resume.saver import Saver
 
 Usage = namedtuple("Usage", "total used free")
@@ -80,7 +80,7 @@ class SmallEngine:
         self.error = error
         self.device = torch.device("cpu")
 
-    def capture(self) -> Captured:
+    def capture(self) -> Snapshot:
         return FailingCapture(
             rank=0,
             facts=EngineFacts(
@@ -89,22 +89,22 @@ class SmallEngine:
                 precision="fp32",
                 world_size=1,
                 adam_steps={},
-                tensors={"buffer/x": Whole(shape=(10,), dtype="float32")},
+                tensors={"buffer/x": TensorMetadata(shape=(10,), dtype="float32")},
             ),
             tensors=(torch.ones(10),),
-            cuts=(Cut(kind="buffer", name="x", tensor=0, start=0, offset=0, length=10),),
+            chunks=(Chunk(kind="buffer", name="x", tensor=0, start=0, offset=0, length=10),),
             error=self.error,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FailingCapture(Captured):
+class FailingCapture(Snapshot):
     """Its pieces end in an error, as a disk does while they are written."""
 
     error: Exception | None
 
-    def pieces(self) -> Iterator[tuple[Cut, torch.Tensor]]:
-        yield self.cuts[0], self.tensors[0]
+    def pieces(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        yield self.chunks[0], self.tensors[0]
         if self.error is not None:
             raise self.error
 

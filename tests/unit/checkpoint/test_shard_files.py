@@ -21,9 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aiprod_ds.checkpoint.manifest import FileRecord
-from aiprod_ds.checkpoint.shard_files import PieceReader, holds_moments_only, write_pieces
+from aiprod_ds.checkpoint.shard_files import ShardReader, holds_moments_only, write_shards
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.snapshot import MOMENTS, Captured, Cut, EngineFacts, LossScale, Span, Whole, fill, split_key, tensor_key
+from aiprod_ds.snapshot import (
+    MOMENTS,
+    Chunk,
+    EngineFacts,
+    LossScale,
+    ShardSlice,
+    Snapshot,
+    TensorMetadata,
+    fill,
+    split_key,
+    tensor_key,
+)
 
 WHOLE = {
     "master/a.weight": torch.randn(5, 7),
@@ -46,7 +57,7 @@ def _facts(world_size: int = 2) -> EngineFacts:
         world_size=world_size,
         adam_steps={"a.weight": 3},
         loss_scale=LossScale(scale=2.0, updates=3, last_overflow=-1, tolerance=1),
-        tensors={key: Whole.of(value.shape, value.dtype) for key, value in WHOLE.items()},
+        tensors={key: TensorMetadata.of(value.shape, value.dtype) for key, value in WHOLE.items()},
     )
 
 
@@ -57,15 +68,15 @@ def _write(folder: Path, *, cut_at: dict[str, int] | None = None, as_before: boo
     """
     folder.mkdir(exist_ok=True)
     for rank in range(2):
-        tensors, cuts = [], []
+        tensors, chunks = [], []
         for key, value in WHOLE.items():
             middle = (cut_at or {}).get(key, value.numel())
             start, end = (0, middle) if rank == 0 else (middle, value.numel())
             if start < end:
                 kind, name = split_key(key)
-                cuts.append(Cut(kind=kind, name=name, tensor=len(tensors), start=start, offset=start, length=end - start))
+                chunks.append(Chunk(kind=kind, name=name, tensor=len(tensors), start=start, offset=start, length=end - start))
                 tensors.append(value)
-        written = write_pieces(folder, Captured(rank=rank, facts=_facts(), tensors=tuple(tensors), cuts=tuple(cuts)))
+        written = write_shards(folder, Snapshot(rank=rank, facts=_facts(), tensors=tuple(tensors), chunks=tuple(chunks)))
         for name, record in written.items():
             content = (folder / name).read_bytes()
             assert record == FileRecord(bytes=len(content), sha256=sha256(content).hexdigest())
@@ -92,7 +103,7 @@ def test_any_cut_gives_back_any_range_bitwise(tmp_path: Path, as_before: bool) -
     draw = random.Random(0)
     for case in range(20):
         cut_at = {key: draw.randint(0, value.numel()) for key, value in WHOLE.items()}
-        with PieceReader(_write(tmp_path / str(case), cut_at=cut_at, as_before=as_before)) as reader:
+        with ShardReader(_write(tmp_path / str(case), cut_at=cut_at, as_before=as_before)) as reader:
             assert reader.facts == _facts()
             for key, value in WHOLE.items():
                 kind, name = split_key(key)
@@ -121,7 +132,7 @@ def test_what_a_rank_has_no_pieces_of_leaves_no_file(tmp_path: Path, cut_at: dic
 
 
 def test_what_is_read_outlives_the_reader(tmp_path: Path) -> None:
-    with PieceReader(_write(tmp_path)) as reader:
+    with ShardReader(_write(tmp_path)) as reader:
         value = reader.whole("master", "a.weight")
     (tmp_path / RANK_0).unlink()
     assert torch.equal(value, WHOLE["master/a.weight"])
@@ -129,21 +140,24 @@ def test_what_is_read_outlives_the_reader(tmp_path: Path) -> None:
 
 def test_fill_copies_into_shards_and_leaves_padding(tmp_path: Path) -> None:
     shard, alone = torch.full((9,), -1.0), torch.zeros(5, 7)
-    spans = [[Span(name="a.weight", start=30, offset=2, length=5)], [Span(name="a.weight", start=0, offset=0, length=35)]]
-    with PieceReader(_write(tmp_path, cut_at={"master/a.weight": 32})) as reader:
+    spans = [
+        [ShardSlice(name="a.weight", start=30, offset=2, length=5)],
+        [ShardSlice(name="a.weight", start=0, offset=0, length=35)],
+    ]
+    with ShardReader(_write(tmp_path, cut_at={"master/a.weight": 32})) as reader:
         fill(reader, "master", [shard, alone], spans)
     assert torch.equal(alone, WHOLE["master/a.weight"])
     assert torch.equal(shard, torch.cat([torch.full((2,), -1.0), alone.flatten()[30:], torch.full((2,), -1.0)]))
 
 
 def test_one_more_kind_is_cut_like_the_masters(tmp_path: Path) -> None:
-    facts = replace(_facts(1), tensors={"master/w": Whole.of((3,), torch.float32)})
+    facts = replace(_facts(1), tensors={"master/w": TensorMetadata.of((3,), torch.float32)})
     master, average = torch.arange(3.0), torch.arange(3.0) + 5
-    spans = [[Span(name="w", start=0, offset=0, length=3)]]
-    cut = Cut(kind="master", name="w", tensor=0, start=0, offset=0, length=3)
-    state = Captured(rank=0, facts=facts, tensors=(master,), cuts=(cut,)).plus("ema", [average], spans)
-    write_pieces(tmp_path, state)
-    with PieceReader(tmp_path) as reader:
+    spans = [[ShardSlice(name="w", start=0, offset=0, length=3)]]
+    cut = Chunk(kind="master", name="w", tensor=0, start=0, offset=0, length=3)
+    state = Snapshot(rank=0, facts=facts, tensors=(master,), chunks=(cut,)).plus("ema", [average], spans)
+    write_shards(tmp_path, state)
+    with ShardReader(tmp_path) as reader:
         assert torch.equal(reader.whole("ema", "w"), average)
         assert torch.equal(reader.whole("master", "w"), master)
 
@@ -156,8 +170,8 @@ def test_one_more_kind_is_cut_like_the_masters(tmp_path: Path) -> None:
         (lambda reader: reader.read("master", "a.weight", -1, 2), "has 35 elements"),
     ],
 )
-def test_what_is_not_there_cannot_be_read(tmp_path: Path, ask: Callable[[PieceReader], Tensor], message: str) -> None:
-    with PieceReader(_write(tmp_path)) as reader, pytest.raises(CheckpointError, match=message):
+def test_what_is_not_there_cannot_be_read(tmp_path: Path, ask: Callable[[ShardReader], Tensor], message: str) -> None:
+    with ShardReader(_write(tmp_path)) as reader, pytest.raises(CheckpointError, match=message):
         ask(reader)
 
 
@@ -299,10 +313,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_is_not_exactly_the_whole_is_refused(tmp_path: Path, case: str) -> None:
     change, message = WRONG[case]
     folder = _write(tmp_path / "engine", cut_at={"master/a.weight": 17, "exp_avg/a.weight": 9})
-    PieceReader(folder)
+    ShardReader(folder)
     change(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        PieceReader(folder)
+        ShardReader(folder)
     assert str(folder) in str(caught.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.tiny import two_width_ltx_vae
 
@@ -51,7 +51,7 @@ def _run(module: nn.Module) -> tuple[Tensor, dict[str, Tensor], int]:
 def test_losses_and_gradients_are_bitwise_equal_and_blocks_run_twice() -> None:
     net = Net()
     loss, gradients, forwards = _run(net)
-    apply_activation_checkpointing(net, enabled=True)
+    set_recompute(net, enabled=True)
     checkpointed_loss, checkpointed_gradients, checkpointed_forwards = _run(net)
     assert torch.equal(loss, checkpointed_loss)
     assert all(torch.equal(gradients[name], checkpointed_gradients[name]) for name in gradients)
@@ -61,18 +61,18 @@ def test_losses_and_gradients_are_bitwise_equal_and_blocks_run_twice() -> None:
 def test_it_can_be_repeated_and_undone() -> None:
     net = Net()
     keys = list(net.state_dict())
-    apply_activation_checkpointing(net, enabled=True)
-    apply_activation_checkpointing(net, enabled=True)
+    set_recompute(net, enabled=True)
+    set_recompute(net, enabled=True)
     assert list(net.state_dict()) == keys
     assert isinstance(net.blocks[0], Block)
-    apply_activation_checkpointing(net, enabled=False)
+    set_recompute(net, enabled=False)
     assert type(net.blocks[0]) is Block
     assert _run(net)[2] == 3
 
 
 def test_a_deep_copy_runs_its_own_weights() -> None:
     net = Net()
-    apply_activation_checkpointing(net, enabled=True)
+    set_recompute(net, enabled=True)
     twin = copy.deepcopy(net)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -82,7 +82,7 @@ def test_a_deep_copy_runs_its_own_weights() -> None:
 
 def test_nothing_is_recomputed_without_gradients() -> None:
     net = Net()
-    apply_activation_checkpointing(net, enabled=True)
+    set_recompute(net, enabled=True)
     Block.forwards = 0
     with torch.no_grad():
         net(torch.randn(2, 8))
@@ -91,17 +91,17 @@ def test_nothing_is_recomputed_without_gradients() -> None:
 
 def test_given_blocks_are_used_instead_of_the_search() -> None:
     net = Net()
-    apply_activation_checkpointing(net, enabled=True, blocks=[net.blocks[1]])
+    set_recompute(net, enabled=True, blocks=[net.blocks[1]])
     assert _run(net)[2] == 4
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(EngineError, match="needs repeated blocks in the model, got Linear without any"):
-        apply_activation_checkpointing(nn.Linear(2, 2), enabled=True)
+        set_recompute(nn.Linear(2, 2), enabled=True)
 
 
 def test_a_model_without_blocks_may_stay_off() -> None:
-    apply_activation_checkpointing(nn.Linear(2, 2), enabled=False)
+    set_recompute(nn.Linear(2, 2), enabled=False)
 
 
 def test_a_diffusers_model_inside_another_module_uses_its_own_switch() -> None:
@@ -126,8 +126,8 @@ def test_a_diffusers_model_inside_another_module_uses_its_own_switch() -> None:
         return [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
 
     plain = gradients()
-    apply_activation_checkpointing(net, enabled=True)
+    set_recompute(net, enabled=True)
     assert vae.is_gradient_checkpointing
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
-    apply_activation_checkpointing(net, enabled=False)
+    set_recompute(net, enabled=False)
     assert not vae.is_gradient_checkpointing

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aiprod_ds.engine.weight_handoff import CarriedValues
+from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import EngineError
 
 
 def test_one_rank_carries_everything_in_fp32_and_in_order() -> None:
-    carried = CarriedValues()
+    carried = WeightHandoff()
     given = {
         "second": torch.arange(6.0).reshape(3, 2),
         "first": torch.tensor(0.1, dtype=torch.bfloat16),
@@ -28,7 +28,7 @@ def test_one_rank_carries_everything_in_fp32_and_in_order() -> None:
 
 def test_what_is_carried_is_a_copy() -> None:
     value = torch.ones(3, requires_grad=True)
-    carried = CarriedValues()
+    carried = WeightHandoff()
     carried.add("value", value)
     with torch.no_grad():
         value.zero_()
@@ -41,7 +41,7 @@ def test_what_is_carried_is_a_copy() -> None:
 
 
 def test_a_name_is_carried_once() -> None:
-    carried = CarriedValues()
+    carried = WeightHandoff()
     carried.add("value", torch.ones(3))
     with pytest.raises(EngineError, match="value: must be carried once"):
         carried.add("value", torch.ones(3))

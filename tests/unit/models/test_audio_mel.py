@@ -11,7 +11,7 @@ from torchaudio.transforms import MelSpectrogram
 
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.audio_vae import AudioFacts, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.mel_vae import LogMel, MelVAE
@@ -87,7 +87,7 @@ def test_activation_checkpointing_finds_blocks_inside_plain_containers(wave_BCN:
 
     plain = gradients()
     assert len(forwards) == 1
-    apply_activation_checkpointing(module, enabled=True)
+    set_recompute(module, enabled=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
     assert len(forwards) == 2
 

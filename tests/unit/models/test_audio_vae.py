@@ -13,7 +13,7 @@ from torch.nn.utils import weight_norm
 
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.audio_vae import AudioFacts, AudioVAE, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.posterior import draw_latent
@@ -245,9 +245,9 @@ def test_activation_checkpointing_recomputes_the_blocks_of_oobleck_exactly(wave_
         return [parameter.grad.clone() for parameter in module.parameters()]
 
     plain, once = gradients(), len(forwards)
-    apply_activation_checkpointing(module, enabled=True)
+    set_recompute(module, enabled=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
     assert (once, len(forwards)) == (6, 12)
-    apply_activation_checkpointing(module, enabled=False)
+    set_recompute(module, enabled=False)
     gradients()
     assert len(forwards) == 6

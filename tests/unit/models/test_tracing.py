@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aiprod_ds.engine.recompute import apply_activation_checkpointing
+from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.tracing import trace
-from aiprod_ds.planner.workload import Footprint, WorkKind
+from aiprod_ds.planner.workload import WorkKind, Workload
 
 ROWS, WIDTH = 64, 128
 
@@ -37,7 +37,7 @@ class _Blocks(nn.Module):
         return values
 
 
-def _traced(module: nn.Module, rows: int = ROWS) -> Footprint:
+def _traced(module: nn.Module, rows: int = ROWS) -> Workload:
     shapes = on_meta(module)
     return trace(shapes, lambda: shapes(torch.ones(rows, WIDTH, device="meta")).square().mean())
 
@@ -79,7 +79,7 @@ def test_saved_bytes_are_what_autograd_saves_on_a_cpu() -> None:
 def test_recomputation_keeps_a_block_s_input_only() -> None:
     module = _Blocks(6)
     whole = _traced(module)
-    apply_activation_checkpointing(module, enabled=True)
+    set_recompute(module, enabled=True)
     recomputed = _traced(module)
 
     row = ROWS * WIDTH * 4

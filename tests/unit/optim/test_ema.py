@@ -81,12 +81,12 @@ def test_the_first_update_of_a_run_forgets_the_initial_weights_and_without_a_ram
 
 
 @pytest.mark.parametrize("ramp", [None, 0.05, 0.5, 3.0])
-@pytest.mark.parametrize("cuts", [(8, 9, 500), (8, 100, 128, 129, 500), tuple(range(8, 501, 4))])
-def test_decay_does_not_depend_on_how_samples_are_cut_into_batches(ramp: float | None, cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("chunks", [(8, 9, 500), (8, 100, 128, 129, 500), tuple(range(8, 501, 4))])
+def test_decay_does_not_depend_on_how_samples_are_cut_into_batches(ramp: float | None, chunks: tuple[int, ...]) -> None:
     """The product of decays is that of one batch; 1e-12: some hundred float64 roundings."""
     config = EmaConfig(half_life_samples=64, ramp=ramp)
     product = 1.0
-    for before, after in itertools.pairwise(cuts):
+    for before, after in itertools.pairwise(chunks):
         product *= ema_decay(config, samples_before=before, samples_after=after)
     assert product == pytest.approx(ema_decay(config, samples_before=8, samples_after=500), rel=1e-12)
 

@@ -9,14 +9,14 @@ import pytest
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.planner.memory import CONTEXT_BYTES, FRAGMENTATION, WORKSPACE_BYTES, MemoryUse, memory_use
-from aiprod_ds.planner.workload import Footprint
+from aiprod_ds.planner.workload import Workload
 
 FILES = Path(__file__).parents[3] / "ds_configs"
 TRAINED, BUCKET = 10**9, 2 * 10**8
 
 
-def _footprint(*, held: int = 0, frozen: int = 0, curve: tuple[tuple[int, int], ...] | None = None) -> Footprint:
-    return Footprint(
+def _footprint(*, held: int = 0, frozen: int = 0, curve: tuple[tuple[int, int], ...] | None = None) -> Workload:
+    return Workload(
         parameters=TRAINED + frozen,
         trained=TRAINED,
         trained_tensors=100,
@@ -33,8 +33,8 @@ def _settings(name: str) -> DeepSpeedSettings:
     return parse_deepspeed_settings(FILES / f"{name}.json", where=name)
 
 
-def _use(name: str, footprint: Footprint, *, world_size: int = 1, accumulation: int = 1, has_average: bool = False) -> MemoryUse:
-    return memory_use(footprint, _settings(name), world_size=world_size, accumulation=accumulation, has_average=has_average)
+def _use(name: str, workload: Workload, *, world_size: int = 1, accumulation: int = 1, has_average: bool = False) -> MemoryUse:
+    return memory_use(workload, _settings(name), world_size=world_size, accumulation=accumulation, has_average=has_average)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_measured_peaks_of_an_h200_are_met() -> None:
     """Oracle: torch.cuda.max_memory_allocated of the diffusion trainer on LTX-Video 2B, 2026-11-27; the aim is 10 %."""
     trained, measured = 1_923_385_472, {"update": 42.38e9, "medium": 49.33e9}
     values: dict[str, Any] = {"parameters": trained, "trained": trained}
-    footprint = Footprint(
+    workload = Workload(
         **values,
         trained_tensors=715,
         largest_trained=2048 * 8192,
@@ -118,8 +118,8 @@ def test_measured_peaks_of_an_h200_are_met() -> None:
         work=(),
         dispatched=0,
     )
-    assert _use("zero1_bf16", footprint).peak == pytest.approx(measured["medium"], rel=0.02)
-    small = Footprint(
+    assert _use("zero1_bf16", workload).peak == pytest.approx(measured["medium"], rel=0.02)
+    small = Workload(
         **{**values, "trained_tensors": 715, "largest_trained": 1, "buffer_bytes": 0, "saved_bytes": 0},
         curve=((0, 0),),
         work=(),

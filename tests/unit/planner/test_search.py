@@ -1,4 +1,4 @@
-"""Which settings are chosen for a run whose footprints are given, and what its hours and dollars are."""
+"""Which settings are chosen for a run whose workloads are given, and what its hours and dollars are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from aiprod_ds.errors import EngineError, PlanError
 from aiprod_ds.planner.cost import Estimator
 from aiprod_ds.planner.hardware import MACHINES, Machine
 from aiprod_ds.planner.roofline import SECONDS_PER_UPDATE, update_seconds
-from aiprod_ds.planner.search import ParallelChoice, choose
-from aiprod_ds.planner.workload import Footprint, Work, WorkKind
+from aiprod_ds.planner.search import ParallelChoice, search
+from aiprod_ds.planner.workload import Work, WorkKind, Workload
 from aiprod_ds.testing.plans import phase_plan
 
 FILES = Path(__file__).parents[3] / "ds_configs"
@@ -27,16 +27,16 @@ def _trace(
     bucket: int,
     *,
     micro_batch_size: int,
-    is_checkpointed: bool,
+    is_recomputed: bool,
     has_blocks: bool = True,
     trained: int = TRAINED,
-) -> Footprint:
+) -> Workload:
     """A model that keeps 10 GB for each clip, a tenth of it when it recomputes, which takes a third longer."""
-    if is_checkpointed and not has_blocks:
+    if is_recomputed and not has_blocks:
         raise EngineError("nothing to recompute")
-    held = BYTES_PER_CLIP * micro_batch_size * (phase.index + 1) // (10 if is_checkpointed else 1)
-    flops = 1e15 * micro_batch_size * (4 if is_checkpointed else 3)
-    return Footprint(
+    held = BYTES_PER_CLIP * micro_batch_size * (phase.index + 1) // (10 if is_recomputed else 1)
+    flops = 1e15 * micro_batch_size * (4 if is_recomputed else 3)
+    return Workload(
         parameters=trained,
         trained=trained,
         trained_tensors=100,
@@ -84,23 +84,23 @@ def _settings(stage: int, is_offloaded: bool) -> DeepSpeedSettings:
 
 
 def test_what_fits_whole_is_neither_recomputed_nor_cut() -> None:
-    choice = choose(_estimator(plan=_plan(batch=8, phases=1)), _settings, where="run")
+    choice = search(_estimator(plan=_plan(batch=8, phases=1)), _settings, where="run")
     assert (choice.zero_stage, choice.is_offloaded) == (1, False)
-    assert [(phase.is_checkpointed, phase.micro_batch_sizes) for phase in choice.phases] == [(False, (8,))]
+    assert [(phase.is_recomputed, phase.micro_batch_sizes) for phase in choice.phases] == [(False, (8,))]
     assert "ZeRO-1, recomputation off, micro-batch 8 x 1" in choice.reason[0]
 
 
 def test_a_larger_phase_is_cut_before_it_is_recomputed_where_that_is_faster() -> None:
-    choice = choose(_estimator(), _settings, where="run")
+    choice = search(_estimator(), _settings, where="run")
     # Phase 1 keeps 20 GB a clip: 8 clips are 160 of 150 GB, 4 are 80; cutting costs launches, recomputing a third of the time.
-    assert [(phase.is_checkpointed, phase.micro_batch_sizes) for phase in choice.phases] == [(False, (8,)), (False, (4,))]
+    assert [(phase.is_recomputed, phase.micro_batch_sizes) for phase in choice.phases] == [(False, (8,)), (False, (4,))]
 
 
 def test_a_phase_of_which_no_clip_fits_is_recomputed() -> None:
     plan = _plan(phases=4, batch=4)
-    choice = choose(_estimator("v100-32gb", plan), _settings, where="run")
-    assert choice.phases[0].is_checkpointed is False
-    assert choice.phases[3].is_checkpointed is True  # one clip keeps 40 GB of 34
+    choice = search(_estimator("v100-32gb", plan), _settings, where="run")
+    assert choice.phases[0].is_recomputed is False
+    assert choice.phases[3].is_recomputed is True  # one clip keeps 40 GB of 34
     applied = choice.applied(plan)
     assert applied.phases[3].activation_checkpointing is True
     for phase in applied.phases:
@@ -109,26 +109,26 @@ def test_a_phase_of_which_no_clip_fits_is_recomputed() -> None:
 
 
 def test_more_is_sharded_or_offloaded_when_optimizer_state_does_not_fit() -> None:
-    eight = choose(_estimator("v100-32gb", _plan(world_size=8), trained=7 * 10**9), _settings, where="run")
+    eight = search(_estimator("v100-32gb", _plan(world_size=8), trained=7 * 10**9), _settings, where="run")
     assert eight.zero_stage > 1
-    one = choose(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=25 * 10**8), _settings, where="run")
+    one = search(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=25 * 10**8), _settings, where="run")
     assert one.is_offloaded
 
 
 def test_what_fits_nowhere_is_refused_with_the_least_need() -> None:
     with pytest.raises(PlanError, match=r"run: must fit v100-32gb with 1 GPUs, got phase phase_0, which needs .* of 34\.0 GB"):
-        choose(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=40 * 10**9), _settings, where="run")
+        search(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=40 * 10**9), _settings, where="run")
 
 
 def test_a_model_without_blocks_is_not_recomputed() -> None:
-    choice = choose(_estimator("h200-141gb", _plan(phases=1), has_blocks=False), _settings, where="run")
-    assert not choice.phases[0].is_checkpointed
+    choice = search(_estimator("h200-141gb", _plan(phases=1), has_blocks=False), _settings, where="run")
+    assert not choice.phases[0].is_recomputed
     with pytest.raises(PlanError, match="must fit"):
-        choose(_estimator("v100-32gb", _plan(phases=4, batch=4), has_blocks=False), _settings, where="run")
+        search(_estimator("v100-32gb", _plan(phases=4, batch=4), has_blocks=False), _settings, where="run")
 
 
 def test_a_choice_is_the_same_every_time_and_survives_json() -> None:
-    first, second = (choose(_estimator(), _settings, where="run") for _ in range(2))
+    first, second = (search(_estimator(), _settings, where="run") for _ in range(2))
     assert first == second == ParallelChoice.from_dict(first.to_dict())
 
 
@@ -137,7 +137,7 @@ def test_a_choice_is_the_same_every_time_and_survives_json() -> None:
     [(_plan(), True), (_plan(batch=16), True), (_plan(batch=6), False), (_plan(phases=3), False), (_plan(world_size=2), False)],
 )
 def test_a_choice_is_kept_for_plans_that_it_can_cut(plan: RunPlan, fits: bool) -> None:
-    assert choose(_estimator(), _settings, where="run").fits(plan) is fits
+    assert search(_estimator(), _settings, where="run").fits(plan) is fits
 
 
 def test_hours_and_dollars_follow_from_seconds() -> None:
@@ -150,17 +150,17 @@ def test_hours_and_dollars_follow_from_seconds() -> None:
     assert cost.to_dict()["memory"]["needed"] == cost.memory.needed
 
 
-def _seconds(machine: Machine, footprint: Footprint, *, world_size: int = 1, accumulation: int = 1) -> float:
-    return update_seconds(footprint, BF16, machine, world_size=world_size, accumulation=accumulation)
+def _seconds(machine: Machine, workload: Workload, *, world_size: int = 1, accumulation: int = 1) -> float:
+    return update_seconds(workload, BF16, machine, world_size=world_size, accumulation=accumulation)
 
 
 def test_time_is_bounded_by_flops_by_bytes_or_by_the_host() -> None:
     h200, phase = MACHINES["h200-141gb"], _plan().phases[0]
-    large = _trace(phase, 0, micro_batch_size=8, is_checkpointed=False)
+    large = _trace(phase, 0, micro_batch_size=8, is_recomputed=False)
     step = SECONDS_PER_UPDATE + 90 * TRAINED / (4.8e12 * 0.98)
     assert _seconds(h200, large) == pytest.approx(24e15 / (989e12 * 0.75) + step)
     assert _seconds(h200, large, accumulation=2) == pytest.approx(2 * 24e15 / (989e12 * 0.75) + step)
-    small = Footprint(**{**{name: getattr(large, name) for name in Footprint.__dataclass_fields__}, "work": ()})
+    small = Workload(**{**{name: getattr(large, name) for name in Workload.__dataclass_fields__}, "work": ()})
     assert _seconds(h200, small) == pytest.approx(1000 * 17e-6 + step)
     assert _seconds(MACHINES["v100-32gb"], large) > 7 * _seconds(h200, large)
     assert _seconds(h200, small, world_size=8) > 1000 * 17e-6 + SECONDS_PER_UPDATE + 7 / 8 * 4 * TRAINED / (450e9 * 0.7)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from aiprod_ds.checkpoint import staging as host_copies
+from aiprod_ds.checkpoint import staging
 from aiprod_ds.checkpoint.disk import DiskFullError
-from aiprod_ds.checkpoint.shard_files import PieceReader
-from aiprod_ds.checkpoint.staging import HostCopies
+from aiprod_ds.checkpoint.shard_files import ShardReader
+from aiprod_ds.checkpoint.staging import StagingBuffer
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
@@ -69,7 +69,7 @@ def _saved(saver: Saver) -> tuple[int, float]:
     """Returns the update and the value of the newest checkpoint, whose hashes are compared."""
     newest = saver.store.newest()
     assert newest is not None
-    with PieceReader(newest.engine_folder) as reader:
+    with ShardReader(newest.engine_folder) as reader:
         values = torch.cat([reader.whole("master", "weight").reshape(-1), reader.whole("master", "bias")])
     assert values.unique().numel() == 1, "of one moment"
     return newest.state.clock.updates, float(values[0])
@@ -123,7 +123,7 @@ def test_an_error_of_the_writer_comes_at_a_boundary_and_the_old_one_stays(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "write_pieces", fail)
+        patch.setattr(saving, "write_shards", fail)
         saver.save(engine, None, _state(2))
         if on_full_disk == "stop":
             with pytest.raises(DiskFullError, match=r"lower checkpoint\.keep_last"):
@@ -167,7 +167,7 @@ def test_without_memory_for_the_copies_training_waits_and_the_report_says_so_onc
 
 
 def test_copies_are_apart_from_what_they_copy_and_use_the_same_memory(engine: LocalEngine) -> None:
-    copies, captured = HostCopies(), engine.capture()
+    copies, captured = StagingBuffer(), engine.capture()
     needed = copies.missing_bytes(captured)
     assert needed >= sum(tensor.nbytes for tensor in captured.tensors)
     first = copies.take(captured)
@@ -176,13 +176,13 @@ def test_copies_are_apart_from_what_they_copy_and_use_the_same_memory(engine: Lo
     for copy, tensor in zip(first.tensors, captured.tensors, strict=True):
         assert torch.equal(copy, tensor)
         assert copy.data_ptr() != tensor.data_ptr()
-    assert first.cuts == captured.cuts
+    assert first.chunks == captured.chunks
     copies.release()
     assert copies.missing_bytes(captured) == needed
 
 
 def test_memory_is_got_before_the_first_save_and_once(engine: LocalEngine, tmp_path: Path, caplog: Any) -> None:
-    caplog.set_level(logging.INFO, logger=host_copies.__name__)
+    caplog.set_level(logging.INFO, logger=staging.__name__)
     saver = _saver(tmp_path)
     for update in (1, 2):
         saver.reserve(engine, None)
@@ -192,7 +192,7 @@ def test_memory_is_got_before_the_first_save_and_once(engine: LocalEngine, tmp_p
         _set(engine, -1.0)
         saver.finish()
         assert _saved(saver) == (update, float(update))
-    assert len([record for record in caplog.records if "host_copies" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "staging" in record.getMessage()]) == 1
     saver.close()
 
 
@@ -209,14 +209,14 @@ def test_no_memory_is_got_where_nothing_is_copied(engine: LocalEngine, tmp_path:
 
 
 def test_this_machine_tells_what_memory_is_left() -> None:
-    assert 0 < host_copies.available_bytes() < 1 << 50
+    assert 0 < staging.available_bytes() < 1 << 50
 
 
 def test_a_file_that_is_shorter_than_its_writer_says_is_not_committed(
     engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a file system that loses what another node wrote."""
-    write = saving.write_pieces
+    write = saving.write_shards
 
     def lose(folder: Path, state: Any) -> Any:
         written = write(folder, state)
@@ -224,7 +224,7 @@ def test_a_file_that_is_shorter_than_its_writer_says_is_not_committed(
         path.write_bytes(path.read_bytes()[:-1])
         return written
 
-    monkeypatch.setattr(saving, "write_pieces", lose)
+    monkeypatch.setattr(saving, "write_shards", lose)
     saver = _saver(tmp_path)
     saver.save(engine, None, _state(1))
     with pytest.raises(CheckpointError, match=r"must have the \d+ bytes that were written"):

@@ -14,8 +14,8 @@ from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.train.planning.auto import Settled
-from aiprod_ds.train.resume.compatibility import change_in_words, check_belongs, run_layout
+from aiprod_ds.train.planning.auto import ResolvedRun
+from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
 
 BY_GLOBAL_BATCH = {"global_batch_size": 8}
 BY_MICRO_BATCH = {"micro_batch_size": 4}
@@ -31,8 +31,8 @@ def _config(batch: dict[str, int], **sections: Any) -> VAETrainerConfig:
 def _layout(config: VAETrainerConfig, *, ranks: int, stage: int = 1, precision: str = "bf16") -> dict[str, Any]:
     values = {"zero_optimization": {"stage": stage}, precision: {"enabled": True}}
     plan = plan_run(config, world_size=ranks, strides=ModelStrides(spatial=32, temporal=8))
-    settled = Settled(plan=plan, settings=parse_deepspeed_settings(values, "settings"), choice=None)
-    return run_layout(config, settled, world_size=ranks)
+    resolved = ResolvedRun(plan=plan, settings=parse_deepspeed_settings(values, "settings"), choice=None)
+    return run_layout(config, resolved, world_size=ranks)
 
 
 def _saved(config: VAETrainerConfig, layout: dict[str, Any], *, phase: int = 1) -> RunState:
@@ -50,26 +50,26 @@ def _saved(config: VAETrainerConfig, layout: dict[str, Any], *, phase: int = 1) 
 def test_ranks_stage_and_engine_may_change(kind: str, ranks: int, stage: int) -> None:
     config, now = _config(BY_GLOBAL_BATCH), _config(BY_GLOBAL_BATCH, engine={"kind": kind})
     state = _saved(config, _layout(config, ranks=2))
-    check_belongs(state, now, _layout(now, ranks=ranks, stage=stage), where="run")
+    check_compatible(state, now, _layout(now, ranks=ranks, stage=stage), where="run")
 
 
 def test_the_precision_must_stay() -> None:
     config = _config(BY_GLOBAL_BATCH)
     state = _saved(config, _layout(config, ranks=2))
     with pytest.raises(ConfigError, match="run: must be of this run's precision, fp16, got bf16"):
-        check_belongs(state, config, _layout(config, ranks=2, precision="fp16"), where="run")
+        check_compatible(state, config, _layout(config, ranks=2, precision="fp16"), where="run")
 
 
 def test_the_global_batch_of_the_running_phase_must_stay() -> None:
     config = _config(BY_MICRO_BATCH)
     state = _saved(config, _layout(config, ranks=2))
     with pytest.raises(ConfigError, match=r"phases\[1\], \[4\] on 1 ranks, got \[\[8\]\] on 2\. Name them in global_batch_size"):
-        check_belongs(state, config, _layout(config, ranks=1), where="run")
+        check_compatible(state, config, _layout(config, ranks=1), where="run")
 
 
 def test_that_of_a_phase_to_come_may_change() -> None:
     config = _config(BY_MICRO_BATCH)
-    check_belongs(_saved(config, _layout(config, ranks=2), phase=0), config, _layout(config, ranks=1), where="run")
+    check_compatible(_saved(config, _layout(config, ranks=2), phase=0), config, _layout(config, ranks=1), where="run")
 
 
 def test_another_configuration_is_refused() -> None:
@@ -77,7 +77,7 @@ def test_another_configuration_is_refused() -> None:
     state = _saved(config, _layout(config, ranks=2))
     other = _config(BY_GLOBAL_BATCH, seed=1)
     with pytest.raises(ConfigError, match="must be of the same configuration"):
-        check_belongs(state, other, _layout(other, ranks=2), where="run")
+        check_compatible(state, other, _layout(other, ranks=2), where="run")
 
 
 def test_a_change_is_told_in_words_and_no_change_is_none() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.train.interrupts import SIGNALS, Request, Requests, SignalWatch
+from aiprod_ds.train.interrupts import SIGNALS, Interrupt, Interrupts, SignalWatch
 
 
 class Time:
@@ -36,75 +36,75 @@ with signal_watch.SignalWatch():
 """
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("SAVE", Request.SAVE), ("STOP", Request.STOP)])
-def test_a_file_is_seen_and_taken_away_once_it_is_done(tmp_path: Path, name: str, wanted: Request) -> None:
+@pytest.mark.parametrize(("name", "wanted"), [("SAVE", Interrupt.SAVE), ("STOP", Interrupt.STOP)])
+def test_a_file_is_seen_and_taken_away_once_it_is_done(tmp_path: Path, name: str, wanted: Interrupt) -> None:
     now = Time()
-    requests = Requests(SignalWatch(), tmp_path, now=now)
-    assert requests.agreed() is Request.NONE
+    requests = Interrupts(SignalWatch(), tmp_path, now=now)
+    assert requests.agreed() is Interrupt.NONE
     (tmp_path / name).touch()
     now.seconds = 1.0
     assert requests.agreed(at_once=True) is wanted
     requests.done(wanted)
     assert list(tmp_path.iterdir()) == []
     now.seconds = 2.0
-    assert requests.agreed(at_once=True) is Request.NONE
+    assert requests.agreed(at_once=True) is Interrupt.NONE
 
 
 def test_of_both_files_stop_counts_and_a_done_save_leaves_a_later_stop(tmp_path: Path) -> None:
     now = Time()
-    requests = Requests(SignalWatch(), tmp_path, now=now)
+    requests = Interrupts(SignalWatch(), tmp_path, now=now)
     for name in ("SAVE", "STOP"):
         (tmp_path / name).touch()
-    requests.done(Request.SAVE)
+    requests.done(Interrupt.SAVE)
     assert [path.name for path in tmp_path.iterdir()] == ["STOP"]
-    assert requests.agreed(at_once=True) is Request.STOP
+    assert requests.agreed(at_once=True) is Interrupt.STOP
 
 
 def test_the_folder_is_looked_into_about_once_a_second(tmp_path: Path) -> None:
     now = Time()
-    requests = Requests(SignalWatch(), tmp_path, now=now)
-    assert requests.agreed(at_once=True) is Request.NONE
+    requests = Interrupts(SignalWatch(), tmp_path, now=now)
+    assert requests.agreed(at_once=True) is Interrupt.NONE
     (tmp_path / "SAVE").touch()
     now.seconds = 0.9
-    assert requests.agreed(at_once=True) is Request.NONE
+    assert requests.agreed(at_once=True) is Interrupt.NONE
     now.seconds = 1.0
-    assert requests.agreed(at_once=True) is Request.SAVE
+    assert requests.agreed(at_once=True) is Interrupt.SAVE
 
 
 def test_a_vote_is_read_one_boundary_later_and_at_once_where_updates_are_slow(tmp_path: Path) -> None:
     now = Time()
-    requests = Requests(SignalWatch(), tmp_path, now=now)
+    requests = Interrupts(SignalWatch(), tmp_path, now=now)
     (tmp_path / "STOP").touch()
-    assert requests.agreed() is Request.NONE
-    assert requests.agreed() is Request.STOP
+    assert requests.agreed() is Interrupt.NONE
+    assert requests.agreed() is Interrupt.STOP
 
-    requests.done(Request.STOP)
-    assert requests.agreed() is Request.NONE
+    requests.done(Interrupt.STOP)
+    assert requests.agreed() is Interrupt.NONE
     now.seconds += 1.0
-    assert requests.agreed() is Request.NONE
+    assert requests.agreed() is Interrupt.NONE
     now.seconds += 1.0
-    assert requests.agreed() is Request.NONE, "tells that the update before took a second"
+    assert requests.agreed() is Interrupt.NONE, "tells that the update before took a second"
     (tmp_path / "STOP").touch()
     now.seconds += 1.0
-    assert requests.agreed() is Request.STOP
+    assert requests.agreed() is Interrupt.STOP
 
 
 def test_a_file_that_cannot_be_removed_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "SAVE").mkdir()
     with pytest.raises(CheckpointError, match="SAVE"):
-        Requests(SignalWatch(), tmp_path).done(Request.SAVE)
+        Interrupts(SignalWatch(), tmp_path).done(Interrupt.SAVE)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_wantedto_stop(tmp_path: Path, number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
     with SignalWatch() as watch:
-        requests = Requests(watch, tmp_path)
+        requests = Interrupts(watch, tmp_path)
         os.kill(os.getpid(), number)
         while watch.received is None:
             threading.Event().wait(0.001)
         assert watch.received == number
-        assert requests.agreed(at_once=True) is Request.STOP
+        assert requests.agreed(at_once=True) is Interrupt.STOP
         os.kill(os.getpid(), number)  # as through the launcher: it belongs to the same request
     assert [signal.getsignal(each) for each in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1

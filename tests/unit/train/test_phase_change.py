@@ -17,7 +17,7 @@ from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.testing.plans import phase_plan
-from aiprod_ds.train.phase_change import begin_phase, check_checkpointing
+from aiprod_ds.train.phase_change import begin_phase, check_recompute
 
 UPDATES_BEFORE = 3
 
@@ -75,7 +75,7 @@ def _update(engine: LocalEngine, *, rate: float) -> None:
 
 
 def _begin(engine: LocalEngine, clock: Clock, *, default: bool = False, **changes: Any) -> None:
-    begin_phase(engine, engine.module, replace(PHASE, **changes), clock, checkpointing_default=default)
+    begin_phase(engine, engine.module, replace(PHASE, **changes), clock, recompute_default=default)
 
 
 def _moments(engine: LocalEngine) -> list[Tensor]:
@@ -126,12 +126,12 @@ def test_blocks_are_recomputed_as_the_phase_or_else_the_settings_say(own: bool |
 def test_a_model_without_blocks_is_refused_before_the_run() -> None:
     plan = RunPlan(phases=(replace(PHASE, index=0), replace(PHASE, activation_checkpointing=True)), world_size=1)
     with pytest.raises(ConfigError, match=r"c.yaml: curriculum.phases\[1\]: activation_checkpointing: needs repeated blocks"):
-        check_checkpointing(nn.Linear(2, 2), plan, default=False, source="c.yaml")
+        check_recompute(nn.Linear(2, 2), plan, default=False, source="c.yaml")
 
 
 def test_the_check_leaves_the_model_as_it_was() -> None:
     module = Blocks()
-    check_checkpointing(module, RunPlan(phases=(PHASE,), world_size=1), default=True, source="c.yaml")
+    check_recompute(module, RunPlan(phases=(PHASE,), world_size=1), default=True, source="c.yaml")
     Block.forwards = 0
     module(torch.ones(2, 4)).sum().backward()
     assert Block.forwards == 2

@@ -19,9 +19,9 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.planner.search import ParallelChoice, PhaseChoice
-from aiprod_ds.train.planning.auto import choose_here, settle
+from aiprod_ds.train.planning.auto import resolve, search_here
 from aiprod_ds.train.planning.estimate import estimate_run, estimator_of
-from aiprod_ds.train.planning.trace import Footprints
+from aiprod_ds.train.planning.trace import Workloads
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
@@ -87,15 +87,15 @@ def _joint() -> DiffusionTrainer:
 def test_every_trainer_has_footprints(make: Any) -> None:
     trainer: Trainer[Any] = make()
     plan = trainer.plan(world_size=1)
-    footprints = Footprints(trainer, plan, precision="bf16")
+    workloads = Workloads(trainer, plan, precision="bf16")
     for phase in plan.phases:
-        one, two = (footprints.of(phase, 0, micro_batch_size=size, is_checkpointed=False) for size in (1, 2))
+        one, two = (workloads.of(phase, 0, micro_batch_size=size, is_recomputed=False) for size in (1, 2))
         assert one.parameters >= one.trained > 0
         assert one.saved_bytes < two.saved_bytes < 2.05 * one.saved_bytes
         assert one.curve[-1][0] == one.trained
         assert one.flops > 0
     if make is _diffusion:
-        adapters, full = (footprints.of(phase, 0, micro_batch_size=1, is_checkpointed=False) for phase in plan.phases)
+        adapters, full = (workloads.of(phase, 0, micro_batch_size=1, is_recomputed=False) for phase in plan.phases)
         assert adapters.trained < full.trained == full.parameters < adapters.parameters
 
 
@@ -105,8 +105,8 @@ def test_the_perceptual_network_counts_without_its_weights() -> None:
     for changes in ({}, with_network):
         trainer = _video(**changes)
         plan = trainer.plan(world_size=1)
-        footprint = Footprints(trainer, plan, precision="fp32").of(plan.phases[0], 0, micro_batch_size=2, is_checkpointed=False)
-        saved.append(footprint.saved_bytes)
+        workload = Workloads(trainer, plan, precision="fp32").of(plan.phases[0], 0, micro_batch_size=2, is_recomputed=False)
+        saved.append(workload.saved_bytes)
     assert saved[1] > 1.5 * saved[0]
 
 
@@ -132,7 +132,7 @@ def test_the_first_estimate_of_the_project_is_met_by_the_first_phases_on_8_v100(
     trainer = VideoVAETrainer(config, source="ltx_v100.yaml")
     plan, settings = trainer.plan(world_size=8), read_settings(config, source="configs/video_vae/ltx_v100.yaml")
     estimator = estimator_of(trainer, plan, MACHINES["v100-32gb"], settings)
-    costs = [estimator.cost(phase, 0, settings, is_checkpointed=True) for phase in plan.phases[:2]]
+    costs = [estimator.cost(phase, 0, settings, is_recomputed=True) for phase in plan.phases[:2]]
     assert all(cost.fits for cost in costs)
     assert 2_300 < sum(cost.gpu_hours for cost in costs) < 5_500
     assert f"{round(sum(cost.gpu_hours for cost in costs), -2):,.0f} as configured" in (ROOT / "docs/guide.md").read_text()
@@ -168,33 +168,33 @@ def _never(_plan: RunPlan, _settings: DeepSpeedSettings) -> ParallelChoice:
 def test_a_choice_is_made_once_and_kept_by_resumed_runs() -> None:
     trainer = _auto()
     plan = trainer.plan(world_size=1)
-    phases = tuple(PhaseChoice(is_checkpointed=True, micro_batch_sizes=(1,)) for _ in plan.phases)
+    phases = tuple(PhaseChoice(is_recomputed=True, micro_batch_sizes=(1,)) for _ in plan.phases)
     chosen = ParallelChoice(zero_stage=2, is_offloaded=False, world_size=1, phases=phases, reason=("because",))
 
-    def settled(saved: Any, choose_now: Any) -> Any:
-        return settle(trainer.config, plan, _settings(), saved=saved, choose_now=choose_now, source="run.yaml")
+    def resolved(saved: Any, search_now: Any) -> Any:
+        return resolve(trainer.config, plan, _settings(), saved=saved, search_now=search_now, source="run.yaml")
 
-    first = settled(None, lambda _plan, _settings: chosen)
-    again = settled({"parallel": chosen.to_dict()}, _never)
+    first = resolved(None, lambda _plan, _settings: chosen)
+    again = resolved({"parallel": chosen.to_dict()}, _never)
     assert first == again
     assert first.settings.zero_stage == 2
     assert [phase.activation_checkpointing for phase in first.plan.phases] == [True] * len(plan.phases)
     assert [bucket.micro_batch_size for phase in first.plan.phases for bucket in phase.buckets] == [1] * len(plan.phases)
     other_world = {"parallel": {**chosen.to_dict(), "world_size": 2}}
-    assert settled(other_world, lambda _plan, _settings: chosen).choice == chosen
+    assert resolved(other_world, lambda _plan, _settings: chosen).choice == chosen
 
 
 def test_without_auto_nothing_is_chosen() -> None:
     trainer = _video()
     plan = trainer.plan(world_size=1)
-    found = settle(trainer.config, plan, _settings(), saved=None, choose_now=_never, source="run.yaml")
+    found = resolve(trainer.config, plan, _settings(), saved=None, search_now=_never, source="run.yaml")
     assert (found.plan, found.choice) == (plan, None)
 
 
 def test_without_a_gpu_whole_batches_run_at_stage_1() -> None:
     trainer = _auto()
     plan = trainer.plan(world_size=1)
-    choice = choose_here(trainer, plan, _settings())
+    choice = search_here(trainer, plan, _settings())
     assert (choice.zero_stage, choice.is_offloaded) == (1, False)
     assert choice.applied(plan).phases[0].buckets == plan.phases[0].buckets
 

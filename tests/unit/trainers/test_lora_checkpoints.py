@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from aiprod_ds.checkpoint.frozen_bases import base_of
-from aiprod_ds.checkpoint.shard_files import PieceReader
+from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.errors import CheckpointError
@@ -94,7 +94,7 @@ def test_a_checkpoint_holds_the_adapters_and_says_what_they_belong_to(tmp_path: 
     assert (base.is_stored, base.origin) == (False, str(model))
     assert base_of(holding) is None
     assert not (tmp_path / "run" / "checkpoints" / "bases").exists(), "the run can start from it again"
-    with PieceReader(referring / "engine") as short, PieceReader(holding / "engine") as whole:
+    with ShardReader(referring / "engine") as short, ShardReader(holding / "engine") as whole:
         assert all(".lora_" in name for name in short.names("master"))
         frozen = whole.names("frozen")
         assert short.names("frozen") == frozen
@@ -155,8 +155,8 @@ def test_weights_that_the_run_made_are_stored_once_and_read_through_the_checkpoi
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [path.name for path in (checkpoints / "bases").iterdir()] == [base_of(checkpoints / "update_000003").sha256]  # type: ignore[union-attr]
     with (
-        PieceReader(checkpoints / "update_000002" / "engine") as full,
-        PieceReader(checkpoints / "update_000004" / "engine") as last,
+        ShardReader(checkpoints / "update_000002" / "engine") as full,
+        ShardReader(checkpoints / "update_000004" / "engine") as last,
     ):
         assert last.facts.base is not None
         assert f"{model}, trained until phase phase1" == last.facts.base.origin
