@@ -1,7 +1,8 @@
-"""The command line: check, plan, encode, train, eval, sample, convert, inspect, launch, doctor. The only module that prints.
+"""The command line: check, plan, encode, train, eval, sample, convert, inspect, launch, doctor. The only
+module that prints.
 
-Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 75 the run was asked to stop and has saved: the same
-command goes on. A second signal ends with 128 + its number.
+Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 75 the run was asked to stop and has
+saved: the same command goes on. A second signal ends with 128 + its number.
 """
 
 from __future__ import annotations
@@ -58,15 +59,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aiprod-ds", description="Trains video and audio VAEs and latent diffusion models on DeepSpeed."
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = _configured(commands, "check", _check, "check a configuration (of train, encode or sample) and print every problem")
+    check = _configured(
+        commands,
+        "check",
+        _check,
+        "check a configuration (of train, encode or sample) and print every problem",
+    )
     plan = _configured(commands, "plan", _plan, "print the phases with every derived number; needs no GPU")
     for command in (check, plan):
-        command.add_argument("--world-size", "--gpus", type=int, default=1, metavar="N", help="ranks to plan for (default 1)")
+        command.add_argument(
+            "--world-size", "--gpus", type=int, default=1, metavar="N", help="ranks to plan for (default 1)"
+        )
         command.add_argument("--machine", choices=sorted(MACHINES), help="the GPU that it will run on")
-    plan.add_argument("--price-per-gpu-hour", type=float, metavar="DOLLARS", help="in place of the machine's; needs --machine")
-    plan.add_argument("--plot", type=Path, metavar="FILE", help="write memory and GPU-hours as a PNG; needs --machine")
+    plan.add_argument(
+        "--price-per-gpu-hour",
+        type=float,
+        metavar="DOLLARS",
+        help="in place of the machine's; needs --machine",
+    )
+    plan.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write memory and GPU-hours as a PNG; needs --machine"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     _configured(
         commands,
@@ -79,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     train = _configured(commands, "train", _train, "train, or go on with what is left")
     train.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
     evaluate = _configured(commands, "eval", _eval, "measure held-out clips with the newest checkpoint")
-    evaluate.add_argument("--resume", default="auto", help="auto (default: the newest) or a checkpoint folder")
+    evaluate.add_argument(
+        "--resume", default="auto", help="auto (default: the newest) or a checkpoint folder"
+    )
     _configured(
         commands,
         "sample",
@@ -93,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     launch = commands.add_parser("launch", help="train on the hosts of a hostfile, after checking them")
     add_launch_options(launch)
     launch.set_defaults(command=_launch)
-    doctor = commands.add_parser("doctor", help="examine this machine, or the hosts of a hostfile, before a run")
+    doctor = commands.add_parser(
+        "doctor", help="examine this machine, or the hosts of a hostfile, before a run"
+    )
     add_doctor_options(doctor)
     doctor.set_defaults(command=_doctor)
     return parser
@@ -110,7 +131,9 @@ def _configured(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=f"e.g. {example}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=f"e.g. {example}"
+    )
     parser.add_argument("--output-dir", help=output_dir)
     parser.set_defaults(command=command)
     return parser
@@ -159,7 +182,9 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
     too_short = data.check(plan, trainer.source)
     for entry in too_short:
         names = ", ".join(entry.names)
-        arguments.console.print(f"phase {entry.phase}: not used, because they have under {entry.length}: {names}")
+        arguments.console.print(
+            f"phase {entry.phase}: not used, because they have under {entry.length}: {names}"
+        )
     for note in data.replacements(data.with_lengths(plan, trainer.source)):
         arguments.console.print(note, markup=False, highlight=False)
     return ""
@@ -219,7 +244,8 @@ def _estimate(arguments: argparse.Namespace, trainer: Any, plan: RunPlan) -> dic
 
 
 def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | None, str | None]:
-    """Returns the plan with its lengths on the data and the clips of every bucket, or why the data cannot be read.
+    """Returns the plan with its lengths on the data and the clips of every bucket, or why the data cannot be
+    read.
 
     Raises:
         PlanError: If the data can be read and does not do.
@@ -234,7 +260,10 @@ def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | 
 
 def _encode(arguments: argparse.Namespace) -> int:
     config = load_encode_config(arguments.config, arguments.overrides, arguments.output_dir)
-    from aiprod_ds.encode.run import GROUP_TIMEOUT_SECONDS, run_encoding  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.encode.run import (
+        GROUP_TIMEOUT_SECONDS,
+        run_encoding,
+    )  # loads torch and diffusers, which takes seconds
     from aiprod_ds.encode.summary import summary_page
     from aiprod_ds.engine import dist
 
@@ -287,7 +316,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from aiprod_ds.convert.inspect import inspect_path  # loads torch and diffusers, which takes seconds
 
-    page = replace(inspect_path(arguments.path, is_trusted=arguments.trust_checkpoint), all_tensors=arguments.all)
+    page = replace(
+        inspect_path(arguments.path, is_trusted=arguments.trust_checkpoint), all_tensors=arguments.all
+    )
     if arguments.json:
         print(json.dumps(page.document(), indent=1))
     else:
@@ -315,7 +346,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _set_up_logging(console: Console) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     handler = RichHandler(console=console, show_path=False, markup=False)
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[handler], format="%(message)s", force=True)
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.ERROR, handlers=[handler], format="%(message)s", force=True
+    )
     for noisy in ("torch", "DeepSpeed", "deepspeed", "httpx", "huggingface_hub", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

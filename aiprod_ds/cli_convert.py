@@ -1,4 +1,5 @@
-"""The commands `convert` and `inspect`: their arguments, and the request made of them. Called by cli.py, which prints."""
+"""The commands `convert` and `inspect`: their arguments, and the request made of them. Called by cli.py,
+which prints."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ _EXAMPLES = """\
 SOURCE is looked at and need not be described. OUT must not exist; it appears when it is whole.
 
   from                                    to
-  run folder or checkpoint                diffusers, single-file, safetensors; of adapters also peft, comfyui, diffusers-lora
+  run folder or checkpoint                diffusers, single-file, safetensors; of adapters also peft, comfyui,
+                                          diffusers-lora
   diffusers folder or safetensors file    diffusers, single-file, safetensors; with --base and --rank a LoRA
-  LoRA (PEFT folder or a file)            peft, comfyui, diffusers-lora; with --base merged into diffusers or single-file
+  LoRA (PEFT folder or a file)            peft, comfyui, diffusers-lora; with --base merged into diffusers or
+                                          single-file
   DeepSpeed checkpoint folder             diffusers (--config), safetensors; both only with --trust-checkpoint
   torch.distributed.checkpoint folder     the same
 
@@ -46,25 +49,52 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="what to convert")
     parser.add_argument("out", type=Path, metavar="OUT", help="must not exist")
-    parser.add_argument("--to", choices=_FORMS, help="form of OUT (default: diffusers, or safetensors where no class is known)")
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of all floating tensors (default: fp32 of what was trained, others as is)"
+        "--to",
+        choices=_FORMS,
+        help="form of OUT (default: diffusers, or safetensors where no class is known)",
     )
-    parser.add_argument("--verify", action="store_true", help="read OUT again and compare every tensor with a second conversion")
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="of all floating tensors (default: fp32 of what was trained, others as is)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read OUT again and compare every tensor with a second conversion",
+    )
     parser.add_argument("--ema", action="store_true", help="of a run: the average of the weights")
-    parser.add_argument("--checkpoint", metavar="NAME", help="of a run: which one, e.g. update_000500 (default: the newest)")
     parser.add_argument(
-        "--config", type=Path, metavar="PATH", help="config.json of the model, or its folder, for weights without"
+        "--checkpoint", metavar="NAME", help="of a run: which one, e.g. update_000500 (default: the newest)"
     )
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="base model of a LoRA, or the model before training")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="config.json of the model, or its folder, for weights without",
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="base model of a LoRA, or the model before training"
+    )
     parser.add_argument("--alpha", type=float, help="of a LoRA that does not say it")
-    parser.add_argument("--rank", type=_positive_int, help="extract a LoRA of this rank: the difference of SOURCE and --base")
-    parser.add_argument("--targets", nargs="+", default=["*"], metavar="PATTERN", help="layers to extract, as lora.targets")
+    parser.add_argument(
+        "--rank", type=_positive_int, help="extract a LoRA of this rank: the difference of SOURCE and --base"
+    )
+    parser.add_argument(
+        "--targets", nargs="+", default=["*"], metavar="PATTERN", help="layers to extract, as lora.targets"
+    )
     parser.add_argument("--prefix", help="take only tensors whose names begin so, without it")
     parser.add_argument(
-        "--shard-gb", type=_positive, default=10.0, metavar="GB", help="the most that one file of a folder holds (10)"
+        "--shard-gb",
+        type=_positive,
+        default=10.0,
+        metavar="GB",
+        help="the most that one file of a folder holds (10)",
     )
-    parser.add_argument("--trust-checkpoint", action="store_true", help="open folders of pickles: only for your own")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="open folders of pickles: only for your own"
+    )
     return parser
 
 
@@ -73,13 +103,17 @@ def add_inspect(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
         help="say what a run folder, checkpoint, LoRA or file of weights is, verify it and list its tensors",
-        description="Says what a folder or file is, verifies it and lists its checkpoints or tensors: a run folder, one "
-        "checkpoint, an export, a safetensors file, a LoRA, a checkpoint of DeepSpeed or torch.distributed.checkpoint.",
+        description="Says what a folder or file is, verifies it and lists its checkpoints or tensors: a run "
+        "folder, one "
+        "checkpoint, an export, a safetensors file, a LoRA, a checkpoint of DeepSpeed or "
+        "torch.distributed.checkpoint.",
     )
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("--json", action="store_true", help="print JSON with every tensor")
     parser.add_argument("--all", action="store_true", help="list all tensors, not the first 40")
-    parser.add_argument("--trust-checkpoint", action="store_true", help="list tensors of folders of pickles: only of your own")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="list tensors of folders of pickles: only of your own"
+    )
     return parser
 
 

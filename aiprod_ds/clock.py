@@ -1,7 +1,7 @@
 """The clock: the only mutable time of a run, as a frozen record that is replaced at every update.
 
-Learning rate, random streams, data order and EMA decay are functions of (configuration, clock, rank), so nothing else needs
-to be saved for them and resume is exact. The loop is the only writer; everyone else reads.
+Learning rate, random streams, data order and EMA decay are functions of (configuration, clock, rank), so
+nothing else needs to be saved for them and resume is exact. The loop is the only writer; everyone else reads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Clock:
         return self.phase_updates + self.phase_skipped
 
     def after_update(self, *, micro_batches: int, samples: int, epoch: int) -> Clock:
-        """Returns the clock after one applied update of `micro_batches` per rank and `samples` over all ranks."""
+        """Returns the clock after one applied update of `micro_batches` per rank and `samples` over all
+        ranks."""
         return replace(
             self,
             updates=self.updates + 1,
@@ -63,7 +64,8 @@ class Clock:
         )
 
     def at_phase(self, phase: int) -> Clock:
-        """Returns the clock at the first moment of `phase`: its own counters are zero, those of the run go on."""
+        """Returns the clock at the first moment of `phase`: its own counters are zero, those of the run go
+        on."""
         return replace(self, phase=phase, phase_updates=0, phase_skipped=0, epoch=0)
 
     def to_dict(self) -> dict[str, int]:
@@ -80,11 +82,14 @@ class Clock:
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise CheckpointError(
-                f"clock: fields must be {sorted(names)}, got {sorted(values)}. The checkpoint is of another format."
+                f"clock: fields must be {sorted(names)}, got {sorted(values)}. The checkpoint is of another "
+                "format."
             )
         checked: dict[str, int] = {}
         for name, value in values.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise CheckpointError(f"clock.{name}: must be a non-negative integer, got {value!r}. The checkpoint is damaged.")
+                raise CheckpointError(
+                    f"clock.{name}: must be a non-negative integer, got {value!r}. The checkpoint is damaged."
+                )
             checked[name] = value
         return cls(**checked)

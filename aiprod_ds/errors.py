@@ -1,7 +1,8 @@
 """The errors that a user, a file or the cluster can cause, one class per place where the fix is.
 
-Owns the hierarchy and nothing else. Every message follows one form: where + rule + got + fix. `assert` stays for "this code
-is wrong". The command line maps `ConfigError`, `PlanError` and `DataError` raised before training to exit code 2.
+Owns the hierarchy and nothing else. Every message follows one form: where + rule + got + fix. `assert` stays
+for "this code is wrong". The command line maps `ConfigError`, `PlanError` and `DataError` raised before
+training to exit code 2.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""What several parts do with a file: replace it as a whole, hash it, bring it to the disk. Nothing about what is in it."""
+"""What several parts do with a file: replace it as a whole, hash it, bring it to the disk. Nothing about what
+is in it."""
 
 import hashlib
 import os
@@ -8,10 +9,12 @@ _BLOCK_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that `path` is either the old file or the whole new one, also after a crash of the machine.
+    """Writes `text` so that `path` is either the old file or the whole new one, also after a crash of the
+    machine.
 
-    Several processes may do so at the same time: each writes a temporary file of its own beside `path`, and the last rename wins.
-    After an error the temporary file is gone; a process that is killed leaves it, and one with the same id writes over it.
+    Several processes may do so at the same time: each writes a temporary file of its own beside `path`, and
+    the last rename wins. After an error the temporary file is gone; a process that is killed leaves it, and
+    one with the same id writes over it.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,8 +1,10 @@
-"""The state of a run as pieces of whole tensors, whoever holds them: what engines, averages and checkpoints share.
+"""The state of a run as pieces of whole tensors, whoever holds them: what engines, averages and checkpoints
+share.
 
-A piece is a contiguous range of one flattened tensor. What an engine captures names its pieces; what it restores from is asked
-for ranges. So neither side knows by how many ranks, or under which ZeRO stage, the other one was chunk. Owns the records and the
-copying between shards and ranges. Files are `aiprod_ds.checkpoint.shard_files`; how an engine chunks is its own matter.
+A piece is a contiguous range of one flattened tensor. What an engine captures names its pieces; what it
+restores from is asked for ranges. So neither side knows by how many ranks, or under which ZeRO stage, the
+other one was chunk. Owns the records and the copying between shards and ranges. Files are
+`aiprod_ds.checkpoint.shard_files`; how an engine chunks is its own matter.
 
     master, exp_avg, exp_avg_sq, ema   of trained parameters, always fp32
     frozen                             weights of the other parameters, in their own type
@@ -119,7 +121,8 @@ class Base:
 
     Attributes:
         sha256: Over all of them, from `frozen_sha256`.
-        is_stored: Whether they are stored beside the checkpoints; otherwise they are what the run started from.
+        is_stored: Whether they are stored beside the checkpoints; otherwise they are what the run started
+            from.
         origin: Where they come from, in words.
     """
 
@@ -139,7 +142,9 @@ class Base:
         kinds = {"sha256": str, "is_stored": bool, "origin": str}
         is_own = isinstance(values, dict) and {name: type(value) for name, value in values.items()} == kinds
         if not is_own or not _SHA256.fullmatch(cast("dict[str, str]", values)["sha256"]):
-            raise CheckpointError(f"base: must be null or have {', '.join(kinds)}, got {str(values)[:80]}. It is damaged.")
+            raise CheckpointError(
+                f"base: must be null or have {', '.join(kinds)}, got {str(values)[:80]}. It is damaged."
+            )
         return cls(**cast("dict[str, Any]", values))
 
 
@@ -173,7 +178,11 @@ class EngineFacts:
 
     def num_bytes(self) -> int:
         """Returns the bytes of all tensors that are here."""
-        return sum(whole.num_bytes for key, whole in self.tensors.items() if self.base is None or split_key(key)[0] != "frozen")
+        return sum(
+            whole.num_bytes
+            for key, whole in self.tensors.items()
+            if self.base is None or split_key(key)[0] != "frozen"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""
@@ -187,13 +196,17 @@ class EngineFacts:
             CheckpointError: If the format or a field is another one.
         """
         if values.get("format") != FORMAT:
-            raise CheckpointError(f"format: must be {FORMAT}, got {values.get('format')!r}. It is of another version.")
+            raise CheckpointError(
+                f"format: must be {FORMAT}, got {values.get('format')!r}. It is of another version."
+            )
         fields = {"format", *cls.__dataclass_fields__}
         if set(values) != fields:
             raise CheckpointError(f"fields: must be {sorted(fields)}, got {sorted(values)}. It is damaged.")
         for name, kind in (("engine", str), ("precision", str), ("zero_stage", int), ("world_size", int)):
             if type(values[name]) is not kind:
-                raise CheckpointError(f"{name}: must be of type {kind.__name__}, got {str(values[name])[:80]!r}. It is damaged.")
+                raise CheckpointError(
+                    f"{name}: must be of type {kind.__name__}, got {str(values[name])[:80]!r}. It is damaged."
+                )
         return cls(
             engine=values["engine"],
             zero_stage=values["zero_stage"],
@@ -210,7 +223,8 @@ class EngineFacts:
 class Snapshot:
     """What one rank writes of a state: tensors that still belong to the engine, and how to chunk them.
 
-    Whoever lets training go on before they are written copies them first: `replace(captured, tensors=copies)` in the same order.
+    Whoever lets training go on before they are written copies them first: `replace(captured, tensors=copies)`
+    in the same order.
 
     Attributes:
         rank: Of the process.
@@ -258,8 +272,15 @@ class Snapshot:
             slices: For each shard, what lies in it.
         """
         first = len(self.tensors)
-        own = tuple(chunk for index, parts in enumerate(slices) for chunk in chunks_of(kind, parts, tensor=first + index))
-        whole = {tensor_key(kind, name): self.facts.tensors[tensor_key("master", name)] for name in self.facts.names("master")}
+        own = tuple(
+            chunk
+            for index, parts in enumerate(slices)
+            for chunk in chunks_of(kind, parts, tensor=first + index)
+        )
+        whole = {
+            tensor_key(kind, name): self.facts.tensors[tensor_key("master", name)]
+            for name in self.facts.names("master")
+        }
         facts = replace(self.facts, tensors={**self.facts.tensors, **whole})
         return replace(self, facts=facts, tensors=(*self.tensors, *shards), chunks=(*self.chunks, *own))
 
@@ -292,18 +313,24 @@ def split_key(key: str) -> tuple[Kind, str]:
     """
     kind, _, name = key.partition("/")
     if kind not in KINDS or not name:
-        raise CheckpointError(f"{key[:200]!r}: must be <kind>/<name> with a kind of {', '.join(KINDS)}. It is damaged.")
+        raise CheckpointError(
+            f"{key[:200]!r}: must be <kind>/<name> with a kind of {', '.join(KINDS)}. It is damaged."
+        )
     return kind, name
 
 
 def chunks_of(kind: Kind, slices: Sequence[ShardSlice], *, tensor: int) -> Iterator[Chunk]:
     """Yields the chunks of one captured shard."""
     for part in slices:
-        yield Chunk(kind=kind, name=part.name, tensor=tensor, start=part.start, offset=part.offset, length=part.length)
+        yield Chunk(
+            kind=kind, name=part.name, tensor=tensor, start=part.start, offset=part.offset, length=part.length
+        )
 
 
 @torch.no_grad()
-def fill(source: StateReader, kind: Kind, shards: Sequence[Tensor], slices: Sequence[Sequence[ShardSlice]]) -> None:
+def fill(
+    source: StateReader, kind: Kind, shards: Sequence[Tensor], slices: Sequence[Sequence[ShardSlice]]
+) -> None:
     """Copies what `slices` say from `source` into `shards`; what lies between, as padding does, stays.
 
     Args:
@@ -326,7 +353,9 @@ def fill(source: StateReader, kind: Kind, shards: Sequence[Tensor], slices: Sequ
 
 def _counts(name: str, values: object) -> dict[str, int]:
     if not isinstance(values, dict) or any(type(value) is not int for value in values.values()):
-        raise CheckpointError(f"{name}: must be a mapping to whole numbers, got {str(values)[:80]}. It is damaged.")
+        raise CheckpointError(
+            f"{name}: must be a mapping to whole numbers, got {str(values)[:80]}. It is damaged."
+        )
     return dict(values)
 
 
@@ -334,10 +363,14 @@ def _loss_scale(values: object) -> LossScale | None:
     if values is None:
         return None
     if not isinstance(values, dict) or set(values) != set(LossScale.__dataclass_fields__):
-        raise CheckpointError(f"loss_scale: must be null or have its fields, got {str(values)[:80]}. It is damaged.")
+        raise CheckpointError(
+            f"loss_scale: must be null or have its fields, got {str(values)[:80]}. It is damaged."
+        )
     counts = _counts("loss_scale", {name: value for name, value in values.items() if name != "scale"})
     if type(values["scale"]) not in {int, float}:
-        raise CheckpointError(f"loss_scale: must be a number, got {str(values['scale'])[:80]}. It is damaged.")
+        raise CheckpointError(
+            f"loss_scale: must be a number, got {str(values['scale'])[:80]}. It is damaged."
+        )
     return LossScale(scale=float(values["scale"]), **counts)
 
 
@@ -352,8 +385,14 @@ def _whole(key: str, value: object) -> TensorMetadata:
     entry: dict[str, Any] = value if isinstance(value, dict) else {}
     shape, dtype = entry.get("shape"), entry.get("dtype")
     is_shape = isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 48 for size in shape)
-    if set(entry) != {"shape", "dtype"} or not is_shape or not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise CheckpointError(f"tensors: {key[:200]} must have a shape and a dtype, got {str(value)[:80]}. It is damaged.")
+    if (
+        set(entry) != {"shape", "dtype"}
+        or not is_shape
+        or not isinstance(getattr(torch, str(dtype), None), torch.dtype)
+    ):
+        raise CheckpointError(
+            f"tensors: {key[:200]} must have a shape and a dtype, got {str(value)[:80]}. It is damaged."
+        )
     if kind in OF_TRAINED and dtype != "float32":
         raise CheckpointError(f"tensors: {key[:200]} must be float32, got {dtype}. It is damaged.")
     return TensorMetadata(shape=tuple(cast("list[int]", shape)), dtype=str(dtype))

@@ -1,11 +1,14 @@
-"""One safetensors file: opened only if its header can be believed, read in any piece, written tensor by tensor.
+"""One safetensors file: opened only if its header can be believed, read in any piece, written tensor by
+tensor.
 
-Owns the bytes of the format and the checks that stand before them: every reader of a user's safetensors file opens it here. Knows
-nothing about what the tensors mean. The library reads out of a mapped file and writes a dictionary that is in memory as a whole;
-here memory holds what was asked for, and a file may be larger than memory.
+Owns the bytes of the format and the checks that stand before them: every reader of a user's safetensors file
+opens it here. Knows nothing about what the tensors mean. The library reads out of a mapped file and writes a
+dictionary that is in memory as a whole; here memory holds what was asked for, and a file may be larger than
+memory.
 
-The format: 8 bytes with the length of the header, little-endian; the header, JSON with `dtype`, `shape` and `data_offsets` of
-every tensor and text in `__metadata__`; the data without gaps. Source: github.com/huggingface/safetensors, README.md.
+The format: 8 bytes with the length of the header, little-endian; the header, JSON with `dtype`, `shape` and
+`data_offsets` of every tensor and text in `__metadata__`; the data without gaps. Source:
+github.com/huggingface/safetensors, README.md.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorFileError(ValueError):
-    """The file is missing, damaged or hostile; the message says what was found, and readers say whose file it is."""
+    """The file is missing, damaged or hostile; the message says what was found, and readers say whose file it
+    is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +111,8 @@ class TensorFile(TensorSource):
         metadata: Text by name.
 
     Raises:
-        TensorFileError: If it cannot be opened, its header is larger than the file or 100 MB or no such JSON, or its offsets
-            leave gaps, overlap, do not fit types and shapes or end elsewhere than the file.
+        TensorFileError: If it cannot be opened, its header is larger than the file or 100 MB or no such JSON,
+            or its offsets leave gaps, overlap, do not fit types and shapes or end elsewhere than the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -155,7 +159,9 @@ class TensorFile(TensorSource):
             TensorFileError: If the file became shorter since it was opened, or the disk fails.
         """
         spec = self.specs[name]
-        assert target.dtype == spec.dtype and target.is_contiguous(), "the target is memory of the tensor's type"
+        assert target.dtype == spec.dtype and target.is_contiguous(), (
+            "the target is memory of the tensor's type"
+        )
         assert 0 <= start <= start + target.numel() <= spec.numel, "the range lies inside the tensor"
         self._fill(_bytes_of(target), self._data_start + self._starts[name] + start * spec.dtype.itemsize)
 
@@ -182,8 +188,8 @@ def write_tensor_file(
 
     Args:
         path: Written in place; the caller renames it when it is whole.
-        specs: Of every tensor, in the order in which they come. Types should become narrower in that order, or some tensors
-            start at odd addresses, which mapped readers must copy.
+        specs: Of every tensor, in the order in which they come. Types should become narrower in that order,
+            or some tensors start at odd addresses, which mapped readers must copy.
         tensors: The same names in the same order, on the CPU.
         metadata: Text by name; `format: pt` is added.
         observe: Is given all bytes of the file, in order; a hash's `update`.
@@ -247,12 +253,18 @@ def _parse(header: bytes, *, data_bytes: int) -> tuple[dict[str, str], dict[str,
             raise TensorFileError("metadata that is not text")
         found = sorted((_range(entry), name, _spec(entry)) for name, entry in entries.items())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, TensorFileError) else f"a header that is none ({type(error).__name__})"
+        reason = (
+            str(error)
+            if isinstance(error, TensorFileError)
+            else f"a header that is none ({type(error).__name__})"
+        )
         raise TensorFileError(reason) from error
     end = 0
     for (start, stop), name, spec in found:
         if start != end or stop - start != spec.nbytes:
-            raise TensorFileError(f"offsets [{start}, {stop}) of {name}, which must be [{end}, {end + spec.nbytes})")
+            raise TensorFileError(
+                f"offsets [{start}, {stop}) of {name}, which must be [{end}, {end + spec.nbytes})"
+            )
         end = stop
     if end != data_bytes:
         raise TensorFileError(f"{data_bytes} bytes of data where the header tells of {end}")

@@ -1,14 +1,17 @@
-"""How many clips a second does the audio VAE trainer train on one GPU, and in how much memory? Eager against torch.compile.
+"""How many clips a second does the audio VAE trainer train on one GPU, and in how much memory? Eager against
+torch.compile.
 
-Every run is a process of its own that trains diffusers' AutoencoderOobleck in its default size (weight norm and channels as they
-are) with `AudioVAETrainer`: the loop, ZeRO-1, AdamW, all terms of the default loss, batch 8 x 65,536 samples in stereo, no
-activation checkpointing. `compiled` compiles the encoder and the decoder; the loss stays eager. A first phase warms up and
-compiles, a second one of the same shape is measured. Clips are noise from memory, so no decoding is measured.
+Every run is a process of its own that trains diffusers' AutoencoderOobleck in its default size (weight norm
+and channels as they are) with `AudioVAETrainer`: the loop, ZeRO-1, AdamW, all terms of the default loss,
+batch 8 x 65,536 samples in stereo, no activation checkpointing. `compiled` compiles the encoder and the
+decoder; the loss stays eager. A first phase warms up and compiles, a second one of the same shape is
+measured. Clips are noise from memory, so no decoding is measured.
 
     python benchmarks/audio_vae_throughput.py --output benchmarks/results/NAME.json
 
-`--tiny` runs a small model in fp32 and bf16 on any machine, to see that the script works. It does not show: several GPUs,
-decoding, the quality of what is learned, or all of the time of compiling, of which the first update has most.
+`--tiny` runs a small model in fp32 and bf16 on any machine, to see that the script works. It does not show:
+several GPUs, decoding, the quality of what is learned, or all of the time of compiling, of which the first
+update has most.
 """
 
 from __future__ import annotations
@@ -59,7 +62,10 @@ def main() -> None:
         arguments.batch, arguments.samples = 2, 4096
     precisions = ("fp32", "bf16") if arguments.tiny else ("bf16", "fp16")
     cases = [f"{precision}-{mode}" for precision in precisions for mode in ("eager", "compiled")]
-    options = [f"--{name}={getattr(arguments, name.replace('-', '_'))}" for name in ("updates", "warm-up", "batch", "samples")]
+    options = [
+        f"--{name}={getattr(arguments, name.replace('-', '_'))}"
+        for name in ("updates", "warm-up", "batch", "samples")
+    ]
     options += ["--tiny"] if arguments.tiny else []
     results: dict[str, list[dict[str, float]]] = {case: [] for case in arguments.only or cases}
     for _ in range(arguments.runs):
@@ -67,7 +73,9 @@ def main() -> None:
             measured.append(run_in_own_process(__file__, case, *options))
             speed, peak = measured[-1]["clips_per_second"], measured[-1]["peak_bytes"]
             print(f"{case}: {speed:.2f} clips/s, {peak / 1e9:.2f} GB", flush=True)
-    rows = [row for case, measured in results.items() for row in _rows(case, measured, is_tiny=arguments.tiny)]
+    rows = [
+        row for case, measured in results.items() for row in _rows(case, measured, is_tiny=arguments.tiny)
+    ]
     write_result(arguments.output, "audio_vae_throughput", rows)
 
 
@@ -83,7 +91,9 @@ def _rows(case: str, measured: list[dict[str, float]], *, is_tiny: bool) -> list
 
 def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     precision, _, mode = arguments.measure.partition("-")
-    model: Any = build_model(ModelConfig(source="AutoencoderOobleck", config=_TINY_MODEL if arguments.tiny else {}), seed=0)
+    model: Any = build_model(
+        ModelConfig(source="AutoencoderOobleck", config=_TINY_MODEL if arguments.tiny else {}), seed=0
+    )
     if mode == "compiled":
         model.encoder.compile()
         model.decoder.compile()
@@ -104,19 +114,27 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 def _clips(arguments: argparse.Namespace) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.rand(2, 2 * arguments.samples, generator=generator) - 0.5 for _ in range(2 * arguments.batch)]
+    return [
+        torch.rand(2, 2 * arguments.samples, generator=generator) - 0.5 for _ in range(2 * arguments.batch)
+    ]
 
 
 def _config(folder: Path, precision: str, arguments: argparse.Namespace) -> AudioVAETrainerConfig:
     settings = json.loads((_SETTINGS / _FILES[precision]).read_text())
     settings["activation_checkpointing"] = {"enabled": False}
-    phase = {"duration": {"frames": arguments.samples}, "global_batch_size": arguments.batch, "learning_rate": 1e-4}
+    phase = {
+        "duration": {"frames": arguments.samples},
+        "global_batch_size": arguments.batch,
+        "learning_rate": 1e-4,
+    }
     lengths = {"warm_up": arguments.warm_up, "measured": _DROPPED + arguments.updates}
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "model": {"source": "AutoencoderOobleck"},
         "data": {"train": "unused", "num_workers": 0 if arguments.tiny else 4},
-        "curriculum": {"phases": [{**phase, "name": name, "updates": updates} for name, updates in lengths.items()]},
+        "curriculum": {
+            "phases": [{**phase, "name": name, "updates": updates} for name, updates in lengths.items()]
+        },
         "engine": {"deepspeed_config": settings},
         "checkpoint": {"every_updates": 10_000},
         "evaluation": {"max_clips": 1, "num_pictures": 0},

@@ -1,17 +1,20 @@
-"""How long does training stand still for a checkpoint of LTX-Video 2B with its optimizer state, DeepSpeed's own against ours?
+"""How long does training stand still for a checkpoint of LTX-Video 2B with its optimizer state, DeepSpeed's
+own against ours?
 
-One process a GPU trains diffusers' LTXVideoTransformer3DModel in its default size (1.92 billion parameters, random weights,
-ZeRO-1, bf16, AdamW with fp32 masters: 23 GB of masters and moments) on one batch of noise, with the trainer's engine and saver.
-Then, in the same process: DeepSpeed's `save_checkpoint`; ours with `checkpoint.asynchronous: false`; ours with `true`, in which
-updates go on until the checkpoint is committed, and before the first while memory for the copies is got. Every figure begins on
-an idle GPU. Ours hashes every byte and brings it to the disk before it counts; DeepSpeed's does neither. Between the cases the
-files are deleted and the disk is waited for.
+One process a GPU trains diffusers' LTXVideoTransformer3DModel in its default size (1.92 billion parameters,
+random weights, ZeRO-1, bf16, AdamW with fp32 masters: 23 GB of masters and moments) on one batch of noise,
+with the trainer's engine and saver. Then, in the same process: DeepSpeed's `save_checkpoint`; ours with
+`checkpoint.asynchronous: false`; ours with `true`, in which updates go on until the checkpoint is committed,
+and before the first while memory for the copies is got. Every figure begins on an idle GPU. Ours hashes every
+byte and brings it to the disk before it counts; DeepSpeed's does neither. Between the cases the files are
+deleted and the disk is waited for.
 
     python benchmarks/checkpoint_stall.py --output benchmarks/results/NAME.json
     deepspeed --num_gpus 2 benchmarks/checkpoint_stall.py --output benchmarks/results/NAME.json
 
-`--tiny` runs a small model in fp32 on any machine, to see that the script works. It does not show: a network file system, other
-ZeRO stages, a data loader beside the writer, or a disk that is slower than what training produces between two saves.
+`--tiny` runs a small model in fp32 on any machine, to see that the script works. It does not show: a network
+file system, other ZeRO stages, a data loader beside the writer, or a disk that is slower than what training
+produces between two saves.
 """
 
 from __future__ import annotations
@@ -79,14 +82,18 @@ class _Run:
         self._arguments = arguments
         self._folder = folder
         tiny = arguments.tiny
-        model = ModelConfig(source="LTXVideoTransformer3DModel", config=LTXVideo.tiny_config() if tiny else {})
+        model = ModelConfig(
+            source="LTXVideoTransformer3DModel", config=LTXVideo.tiny_config() if tiny else {}
+        )
         device = dist.choose_device()
         module = build_model(model, seed=0, device=str(device))
         self._engine = DeepSpeedEngine(
             module,
             decay_groups(module),
             optimizer=OptimizerConfig(),
-            settings=parse_deepspeed_settings(_SETTINGS / f"zero1_{'fp32' if tiny else 'bf16'}.json", where="ds_configs"),
+            settings=parse_deepspeed_settings(
+                _SETTINGS / f"zero1_{'fp32' if tiny else 'bf16'}.json", where="ds_configs"
+            ),
             micro_batch_size=1,
             accumulation=1,
         )
@@ -172,7 +179,8 @@ class _Run:
         saver.close()
 
     def _reserve(self, saver: Saver, rate: float) -> tuple[float, float]:
-        """Trains while memory is being got; returns how many seconds more that took than at `rate`, and the longest update."""
+        """Trains while memory is being got; returns how many seconds more that took than at `rate`, and the
+        longest update."""
         before, began = self._updates, self._idle()
         longest, last = 0.0, began
         saver.reserve(self._engine, None)
@@ -183,7 +191,8 @@ class _Run:
         return last - began - (self._updates - before) / rate, longest
 
     def _ours(self, saver: Saver, *, saves: int) -> list[tuple[float, float, float]]:
-        """Returns, for each save, seconds of standing still, seconds until it is there and updates/s meanwhile."""
+        """Returns, for each save, seconds of standing still, seconds until it is there and updates/s
+        meanwhile."""
         folder, found = saver.store.folder.parent, []
         for _ in range(saves):
             if dist.is_main():

@@ -1,12 +1,15 @@
-"""How long does a checkpoint take to become fp32 safetensors, and how much memory, against DeepSpeed's zero_to_fp32?
+"""How long does a checkpoint take to become fp32 safetensors, and how much memory, against DeepSpeed's
+zero_to_fp32?
 
-The same numbers are written twice: as a checkpoint of this project (pieces of two ranks, with both moments and a manifest) and in
-DeepSpeed 0.19's layout (ZeRO-2, two ranks, bf16 model file; made with torch.save, not by its engine, so that no training has to
-fit into memory). Each conversion runs in a process of its own; its seconds begin after the imports and end when the result is on
-the disk, and the input is dropped from the page cache before. Beside it stand the same conversion without the hashes of the
-manifest, and the time of a plain copy of the result: on a slow disk it is the bound. The same is measured once more with fewer
-tensors and all files in memory (/dev/shm), where no disk counts. Peak memory is what the process had resident at most, mapped
-pages included, less what it had after the imports. In the end the results are compared: every tensor is equal.
+The same numbers are written twice: as a checkpoint of this project (pieces of two ranks, with both moments
+and a manifest) and in DeepSpeed 0.19's layout (ZeRO-2, two ranks, bf16 model file; made with torch.save, not
+by its engine, so that no training has to fit into memory). Each conversion runs in a process of its own; its
+seconds begin after the imports and end when the result is on the disk, and the input is dropped from the page
+cache before. Beside it stand the same conversion without the hashes of the manifest, and the time of a plain
+copy of the result: on a slow disk it is the bound. The same is measured once more with fewer tensors and all
+files in memory (/dev/shm), where no disk counts. Peak memory is what the process had resident at most, mapped
+pages included, less what it had after the imports. In the end the results are compared: every tensor is
+equal.
 
     python benchmarks/conversion.py --output benchmarks/results/NAME.json [--gigabytes 2] [--tiny]
 
@@ -55,11 +58,15 @@ _NAMES = {
 def main() -> None:
     """Writes both checkpoints, converts each in turn and writes one result file."""
     parser = argparse.ArgumentParser(description="Conversion to fp32 safetensors against zero_to_fp32.")
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of fp32 weights; about ten times as much is written")
+    parser.add_argument(
+        "--gigabytes", type=float, default=2.0, help="of fp32 weights; about ten times as much is written"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="few small tensors, to see that the script works")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are written (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoints are written (default: the temporary folder)"
+    )
     parser.add_argument("--child", nargs=3, metavar=("CASE", "SOURCE", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -80,7 +87,10 @@ def main() -> None:
 
 def _measure(folder: Path, where: str, *, count: int, width: int, runs: int) -> list[dict[str, Any]]:
     names = [f"blocks.{index}.weight" for index in range(count)]
-    ours, foreign = _write_ours(folder / "ours", names, width), _write_deepspeed(folder / "deepspeed", names, width)
+    ours, foreign = (
+        _write_ours(folder / "ours", names, width),
+        _write_deepspeed(folder / "deepspeed", names, width),
+    )
     results = {case: folder / f"result_{case}" for case in _NAMES}
     sources = {"ours": ours, "ours_unverified": ours, "ours_foreign": foreign, "zero_to_fp32": foreign}
     sources["copy"] = results["ours"]
@@ -137,7 +147,8 @@ def _work(case: str, source: Path, out: Path) -> Callable[[], object]:
 
 
 def _peak_bytes(*, restart: bool = False) -> int:
-    """Returns the highest resident memory of this process; getrusage's figure can be the parent's, from before the exec."""
+    """Returns the highest resident memory of this process; getrusage's figure can be the parent's, from
+    before the exec."""
     if restart:
         Path("/proc/self/clear_refs").write_text("5")
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -158,7 +169,11 @@ def _write_ours(folder: Path, names: list[str], width: int) -> Path:
         precision="bf16",
         world_size=_RANKS,
         adam_steps=dict.fromkeys(names, 1),
-        tensors={f"{kind}/{name}": TensorMetadata.of((width, width), torch.float32) for kind in kinds for name in names},
+        tensors={
+            f"{kind}/{name}": TensorMetadata.of((width, width), torch.float32)
+            for kind in kinds
+            for name in names
+        },
     )
     store = CheckpointStore(folder)
     pending = store.open_pending(1)
@@ -169,9 +184,15 @@ def _write_ours(folder: Path, names: list[str], width: int) -> Path:
             for name, value in _tensors(names, width, seed):
                 if name in own:
                     found, key = split_key(f"{kind}/{name}")
-                    chunks.append(Chunk(kind=found, name=key, tensor=len(tensors), start=0, offset=0, length=value.numel()))
+                    chunks.append(
+                        Chunk(
+                            kind=found, name=key, tensor=len(tensors), start=0, offset=0, length=value.numel()
+                        )
+                    )
                     tensors.append(value)
-        write_shards(pending / "engine", Snapshot(rank=rank, facts=facts, tensors=tuple(tensors), chunks=tuple(chunks)))
+        write_shards(
+            pending / "engine", Snapshot(rank=rank, facts=facts, tensors=tuple(tensors), chunks=tuple(chunks))
+        )
         del tensors
     layout = {"engine": "deepspeed", "world_size": _RANKS, "zero_stage": 2, "precision": "bf16"}
     clock = Clock(updates=1)
@@ -202,7 +223,10 @@ def _write_deepspeed(folder: Path, names: list[str], width: int) -> Path:
     half = len(names) // _RANKS
     for rank in range(_RANKS):
         own = set(names[:half] if rank == 0 else names[half:])
-        flats = [torch.cat([value.flatten() for name, value in _tensors(names, width, seed) if name in own]) for seed in range(3)]
+        flats = [
+            torch.cat([value.flatten() for name, value in _tensors(names, width, seed) if name in own])
+            for seed in range(3)
+        ]
         state = {
             "loss_scaler": LossScaler(scale=1.0),
             "zero_stage": ZeroStageEnum(2),
@@ -211,7 +235,8 @@ def _write_deepspeed(folder: Path, names: list[str], width: int) -> Path:
             "single_partition_of_fp32_groups": [flats[0]],
         }
         torch.save(
-            {"optimizer_state_dict": state, "ds_version": "0.19.8"}, tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            {"optimizer_state_dict": state, "ds_version": "0.19.8"},
+            tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
         )
         del flats, state
     for path in tag.iterdir():

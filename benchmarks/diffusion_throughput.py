@@ -1,17 +1,19 @@
-"""How fast does the diffusion trainer train LTX-Video 2B on one GPU in the curriculum's three phases, and in how much memory?
+"""How fast does the diffusion trainer train LTX-Video 2B on one GPU in the curriculum's three phases, and in
+how much memory?
 
-Every case is a process of its own that trains diffusers' LTXVideoTransformer3DModel in its default size (1.92 billion parameters,
-random weights) with `DiffusionTrainer`: the loop, ZeRO-1, AdamW with fp32 masters, flow matching, logging. `checkpointed`
-recomputes the blocks in the backward pass, `eager` keeps everything, `compiled` keeps everything and compiles each block. Latents
-and prompts (128 tokens) are noise from memory. After the warm-up, the runs are consecutive stretches of updates of the one
-process; then it is ended, so that nobody waits for its checkpoint. TFLOP/s are credited by `Family.flops_per_update`:
-6 N B S + 12 L B S^2 D, recomputing not counted.
+Every case is a process of its own that trains diffusers' LTXVideoTransformer3DModel in its default size (1.92
+billion parameters, random weights) with `DiffusionTrainer`: the loop, ZeRO-1, AdamW with fp32 masters, flow
+matching, logging. `checkpointed` recomputes the blocks in the backward pass, `eager` keeps everything,
+`compiled` keeps everything and compiles each block. Latents and prompts (128 tokens) are noise from memory.
+After the warm-up, the runs are consecutive stretches of updates of the one process; then it is ended, so that
+nobody waits for its checkpoint. TFLOP/s are credited by `Family.flops_per_update`: 6 N B S + 12 L B S^2 D,
+recomputing not counted.
 
     python benchmarks/diffusion_throughput.py --output benchmarks/results/NAME.json
 
-`--tiny` runs a small model in fp32 on any machine, to see that the script works. It does not show: several GPUs, reading from
-disk, LoRA, a text mask, the quality of what is learned, how far two processes differ, or all of the time of compiling, of which
-the first update has most.
+`--tiny` runs a small model in fp32 on any machine, to see that the script works. It does not show: several
+GPUs, reading from disk, LoRA, a text mask, the quality of what is learned, how far two processes differ, or
+all of the time of compiling, of which the first update has most.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ _TINY_PHASES = {"low": _Shape(frames=9, size=64, batch=4), "medium": _Shape(fram
 
 def main() -> None:
     """Measures every case in turn and writes one result file."""
-    parser = argparse.ArgumentParser(description="Speed and peak memory of the diffusion trainer on LTX-Video 2B.")
+    parser = argparse.ArgumentParser(
+        description="Speed and peak memory of the diffusion trainer on LTX-Video 2B."
+    )
     parser.add_argument("--updates", type=int, default=12, help="of a run")
     parser.add_argument("--warm-up", type=int, default=10, help="updates before the first run")
     parser.add_argument("--runs", type=int, default=3)
@@ -84,17 +88,40 @@ def main() -> None:
 
 def _rows(case: str, metrics: list[dict[str, float]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     shape = (_TINY_PHASES if arguments.tiny else _PHASES)[case.partition("-")[0]]
-    starts = range(arguments.warm_up, arguments.warm_up + arguments.runs * arguments.updates, arguments.updates)
+    starts = range(
+        arguments.warm_up, arguments.warm_up + arguments.runs * arguments.updates, arguments.updates
+    )
     runs = [metrics[start : start + arguments.updates] for start in starts]
     seconds = [sum(row["time/update_seconds"] for row in run) for run in runs]
     waited = [sum(row["time/data_wait_seconds"] for row in run) for run in runs]
     flops = _flops_per_update(shape, is_tiny=arguments.tiny) * arguments.updates
     rows = [
-        figure(case, "credited speed", "TFLOP/s", [flops / value / 1e12 for value in seconds], goal=shape.goal_tflops),
-        figure(case, "clips per second", "clips/s", [shape.batch * arguments.updates / value for value in seconds]),
-        figure(case, "peak device memory", "GB", [run[-1].get("memory/device_peak_bytes", 0.0) / 1e9 for run in runs]),
+        figure(
+            case,
+            "credited speed",
+            "TFLOP/s",
+            [flops / value / 1e12 for value in seconds],
+            goal=shape.goal_tflops,
+        ),
+        figure(
+            case,
+            "clips per second",
+            "clips/s",
+            [shape.batch * arguments.updates / value for value in seconds],
+        ),
+        figure(
+            case,
+            "peak device memory",
+            "GB",
+            [run[-1].get("memory/device_peak_bytes", 0.0) / 1e9 for run in runs],
+        ),
         figure(case, "first update", "s", [metrics[0]["time/update_seconds"]]),
-        figure(case, "waiting for data", "%", [100 * part / whole for part, whole in zip(waited, seconds, strict=True)]),
+        figure(
+            case,
+            "waiting for data",
+            "%",
+            [100 * part / whole for part, whole in zip(waited, seconds, strict=True)],
+        ),
     ]
     print(f"{case}: {rows[0]['value']:.1f} TFLOP/s, {rows[2]['value']:.1f} GB", flush=True)
     return rows
@@ -110,7 +137,15 @@ def _flops_per_update(shape: _Shape, *, is_tiny: bool) -> float:
 def _metrics_of_own_process(case: str, arguments: argparse.Namespace) -> list[dict[str, float]]:
     """Returns the metrics of as many updates as are wanted, and ends the process that trains."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--train", case, "--output", folder, *(["--tiny"] if arguments.tiny else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--train",
+            case,
+            "--output",
+            folder,
+            *(["--tiny"] if arguments.tiny else []),
+        ]
         environment = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {})}
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -158,7 +193,8 @@ def _clips(shape: _Shape, family: LTXVideo) -> list[dict[str, Tensor]]:
         "prompt_embeds": (_TEXT_TOKENS, family.text_width),
     }
     return [
-        {name: torch.randn(size, generator=generator).bfloat16() for name, size in sizes.items()} for _ in range(2 * shape.batch)
+        {name: torch.randn(size, generator=generator).bfloat16() for name, size in sizes.items()}
+        for _ in range(2 * shape.batch)
     ]
 
 
@@ -176,7 +212,11 @@ def _config(folder: Path, shape: _Shape, mode: str, *, is_tiny: bool) -> Diffusi
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "model": {"source": "LTXVideoTransformer3DModel"},
-        "vae": {"source": "AutoencoderKLLTXVideo", "spatial_stride": _STRIDES.spatial, "temporal_stride": _STRIDES.temporal},
+        "vae": {
+            "source": "AutoencoderKLLTXVideo",
+            "spatial_stride": _STRIDES.spatial,
+            "temporal_stride": _STRIDES.temporal,
+        },
         "data": {"train": "unused", "num_workers": 0 if is_tiny else 2},
         "curriculum": {"phases": [phase]},
         "engine": {"deepspeed_config": settings},

@@ -1,14 +1,16 @@
 """How long is a run between two phases, against stopping it and starting a new process for the next phase?
 
-Both sides train the quickstart's tiny LTX-Video VAE on the shipped clips, one process, ZeRO-1 fp32, 64x64 and 9 frames, then
-96x96 and 17 frames. The first changes the phase inside the run. The second trains the first phase, ends, and a new process goes
-on from its checkpoint with the second phase added. Both times are read from outside: from the moment when the row of the first
-phase's last update appears in metrics.jsonl to the row of the next update, less that update's own computing and the wait for
-its first batch. Evaluation and checkpoint at the edge are part of both.
+Both sides train the quickstart's tiny LTX-Video VAE on the shipped clips, one process, ZeRO-1 fp32, 64x64 and
+9 frames, then 96x96 and 17 frames. The first changes the phase inside the run. The second trains the first
+phase, ends, and a new process goes on from its checkpoint with the second phase added. Both times are read
+from outside: from the moment when the row of the first phase's last update appears in metrics.jsonl to the
+row of the next update, less that update's own computing and the wait for its first batch. Evaluation and
+checkpoint at the edge are part of both.
 
     python benchmarks/phase_change.py --output benchmarks/results/NAME.json
 
-It does not show GPUs, several ranks, large models (whose checkpoints take longer) or phases that rebuild the engine.
+It does not show GPUs, several ranks, large models (whose checkpoints take longer) or phases that rebuild the
+engine.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             restarted.append(_seconds(Path(folder), phases_of_each_process=(1, 2)))
     metric = "seconds between the phases"
-    rows = [figure("inside the run", metric, "s", inside, goal=_GOAL_SECONDS), figure("stop and restart", metric, "s", restarted)]
+    rows = [
+        figure("inside the run", metric, "s", inside, goal=_GOAL_SECONDS),
+        figure("stop and restart", metric, "s", restarted),
+    ]
     write_result(arguments.output, "phase_change", rows)
 
 
@@ -56,7 +61,15 @@ def _seconds(folder: Path, *, phases_of_each_process: tuple[int, ...]) -> float:
     for phases in phases_of_each_process:
         config = folder / f"{phases}_phases.yaml"
         config.write_text(yaml.safe_dump(_config(phases)))
-        command = [sys.executable, "-m", "aiprod_ds", "train", str(config), "--output-dir", str(folder / "run")]
+        command = [
+            sys.executable,
+            "-m",
+            "aiprod_ds",
+            "train",
+            str(config),
+            "--output-dir",
+            str(folder / "run"),
+        ]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"}
         log = folder / "log"
         with log.open("w") as output:
@@ -65,7 +78,9 @@ def _seconds(folder: Path, *, phases_of_each_process: tuple[int, ...]) -> float:
                 _note_new_rows(metrics, seen)
                 time.sleep(0.005)
         assert process.returncode == 0, log.read_text()
-    first = next(row for update, row in read_metrics(metrics) if update == _UPDATES + 1 and "loss/total" in row)
+    first = next(
+        row for update, row in read_metrics(metrics) if update == _UPDATES + 1 and "loss/total" in row
+    )
     return seen[_UPDATES + 1] - seen[_UPDATES] - first["time/update_seconds"]
 
 

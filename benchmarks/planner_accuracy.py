@@ -1,16 +1,17 @@
 """How much memory and time does an update take on one GPU, and what does the planner predict?
 
-Measures through the project's own trainers (ZeRO-1, bf16, AdamW with fp32 masters, eager): LTX-Video 2B in the curriculum's three
-shapes (128 text tokens; the last with and without activation checkpointing), its LoRA of rank 32, AutoencoderKLLTXVideo (419
-million parameters, without and with the perceptual loss, whose network has random weights here) and AutoencoderOobleck. One
-process for each model runs its cases; checkpoints and export are left out. The raw measurements are kept, so
-that the planner can be compared with them again without a GPU (peak of a run, mean of the updates after the warm-up; one run):
+Measures through the project's own trainers (ZeRO-1, bf16, AdamW with fp32 masters, eager): LTX-Video 2B in
+the curriculum's three shapes (128 text tokens; the last with and without activation checkpointing), its LoRA
+of rank 32, AutoencoderKLLTXVideo (419 million parameters, without and with the perceptual loss, whose network
+has random weights here) and AutoencoderOobleck. One process for each model runs its cases; checkpoints and
+export are left out. The raw measurements are kept, so that the planner can be compared with them again
+without a GPU (peak of a run, mean of the updates after the warm-up; one run):
 
     python benchmarks/planner_accuracy.py --raw RAW.json
     python benchmarks/planner_accuracy.py --raw RAW.json --compare benchmarks/results/NAME.json
 
-`--tiny` runs small models in fp32 on any machine, to see that the script works. It does not show: several GPUs, ZeRO-2 and 3,
-offload, compiled models, reading from disk, other cards.
+`--tiny` runs small models in fp32 on any machine, to see that the script works. It does not show: several
+GPUs, ZeRO-2 and 3, offload, compiled models, reading from disk, other cards.
 """
 
 from __future__ import annotations
@@ -137,13 +138,23 @@ MODELS = {
         cases=_VAE_CASES,
     ),
 }
-_TRAINERS: dict[str, Any] = {"diffusion": DiffusionTrainer, "video_vae": VideoVAETrainer, "audio_vae": AudioVAETrainer}
+_TRAINERS: dict[str, Any] = {
+    "diffusion": DiffusionTrainer,
+    "video_vae": VideoVAETrainer,
+    "audio_vae": AudioVAETrainer,
+}
 _CONFIGS: dict[str, type[RunConfig]] = {
     "diffusion": DiffusionTrainerConfig,
     "video_vae": VAETrainerConfig,
     "audio_vae": AudioVAETrainerConfig,
 }
-_FITTED = {("ltx", "low"), ("ltx", "high"), ("ltx_lora", "medium"), ("video_vae", "medium"), ("audio_vae", "clips")}
+_FITTED = {
+    ("ltx", "low"),
+    ("ltx", "high"),
+    ("ltx_lora", "medium"),
+    ("video_vae", "medium"),
+    ("audio_vae", "clips"),
+}
 """The cases to which the constants of `aiprod_ds.planner.roofline` were fitted; nothing of memory was."""
 _TINY_FRAMES, _TINY_SIZES, _TINY_SAMPLES = 9, {256: 64, 512: 96, 1024: 128}, 4096
 
@@ -153,9 +164,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time of an update, predicted and measured.")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="MODEL", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--raw", type=Path, required=True, help="where the measurements are written, or read with --compare")
-    parser.add_argument("--compare", type=Path, metavar="RESULT", help="measure nothing: predict what RAW holds and write both")
-    parser.add_argument("--measure", metavar="MODEL", help=argparse.SUPPRESS)  # the side of one model's process
+    parser.add_argument(
+        "--raw", type=Path, required=True, help="where the measurements are written, or read with --compare"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="RESULT",
+        help="measure nothing: predict what RAW holds and write both",
+    )
+    parser.add_argument(
+        "--measure", metavar="MODEL", help=argparse.SUPPRESS
+    )  # the side of one model's process
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -166,7 +186,9 @@ def main() -> None:
         return
     options = [f"--raw={arguments.raw}", *(["--tiny"] if arguments.tiny else [])]
     environment = describe_environment()
-    raw: dict[str, Any] = {key: environment[key] for key in ("hardware", "versions", "command", "git")} | {"models": {}}
+    raw: dict[str, Any] = {key: environment[key] for key in ("hardware", "versions", "command", "git")} | {
+        "models": {}
+    }
     for name in arguments.only:
         began = time.perf_counter()
         raw["models"][name] = run_in_own_process(__file__, name, *options)
@@ -175,7 +197,12 @@ def main() -> None:
 
 
 def _compare(raw: dict[str, Any], output: Path) -> None:
-    rows = [row for name, cases in raw["models"].items() for case, found in cases.items() for row in _both(name, case, found)]
+    rows = [
+        row
+        for name, cases in raw["models"].items()
+        for case, found in cases.items()
+        for row in _both(name, case, found)
+    ]
     result = {
         "name": "planner_accuracy",
         "date": raw.get("date", date.today().isoformat()),
@@ -186,7 +213,10 @@ def _compare(raw: dict[str, Any], output: Path) -> None:
     }
     output.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
-        print(f"{row['case']}: {row['metric']} {row['value']:.4g} {row['unit']}, {row['peer']} {row['peer_value']:.4g}")
+        print(
+            f"{row['case']}: {row['metric']} {row['value']:.4g} {row['unit']}, {row['peer']} "
+            f"{row['peer_value']:.4g}"
+        )
 
 
 def _both(name: str, case: str, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,7 +238,15 @@ def _both(name: str, case: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _against(case: str, metric: str, unit: str, measured: float, predicted: float) -> dict[str, Any]:
     peer = f"predicted, {100 * (predicted / measured - 1):+.1f} %"
-    row = {"case": case, "metric": metric, "value": measured, "unit": unit, "spread": None, "runs": [], "goal": None}
+    row = {
+        "case": case,
+        "metric": metric,
+        "value": measured,
+        "unit": unit,
+        "spread": None,
+        "runs": [],
+        "goal": None,
+    }
     return {**row, "peer": peer, "peer_value": predicted}
 
 
@@ -217,12 +255,18 @@ def _tell(name: str, phases: dict[str, Any], seconds: float, *, is_tiny: bool) -
     for case, found in phases.items():
         dropped = 1 if is_tiny else MODELS[name].cases[case].dropped
         peak = found["memory"].get("update_peak", 0) / 1e9
-        print(f"{name} {case}: {seconds_per_update(found['rows'], dropped=dropped):.4f} s/update, {peak:.2f} GB", flush=True)
+        print(
+            f"{name} {case}: {seconds_per_update(found['rows'], dropped=dropped):.4f} s/update, {peak:.2f} "
+            "GB",
+            flush=True,
+        )
 
 
 def _measure(name: str, *, is_tiny: bool) -> dict[str, dict[str, Any]]:
     model, found = MODELS[name], {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # random weights of 1.9 billion parameters take a CPU 15 s
+    device = (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )  # random weights of 1.9 billion parameters take a CPU 15 s
     module = build_model(_source(model, is_tiny=is_tiny), seed=0, device=device)
     with tempfile.TemporaryDirectory() as folder, dist.process_group():
         if model.trainer == "video_vae":
@@ -248,7 +292,9 @@ def trainer_for(name: str, case: str, folder: Path, *, model: nn.Module, is_tiny
         "video_vae": _video,
         "audio_vae": _sound,
     }
-    clips = [make[kind.trainer](torch.Generator().manual_seed(seed), shape) for seed in range(2 * shape.batch)]
+    clips = [
+        make[kind.trainer](torch.Generator().manual_seed(seed), shape) for seed in range(2 * shape.batch)
+    ]
     config = _config(kind, shape, folder, is_tiny=is_tiny)
     trainer: Trainer[Any] = _TRAINERS[kind.trainer](config, model=model, dataset=clips, validation=clips[-1:])
     return trainer
@@ -279,7 +325,11 @@ def _config(model: Model, case: Case, folder: Path, *, is_tiny: bool) -> RunConf
         "model": _source(model, is_tiny=is_tiny).model_dump(),
         "data": {"train": "unused", "num_workers": 0 if is_tiny else 2},
         "curriculum": {"phases": [phase]},
-        "engine": {"deepspeed_config": json.loads((_SETTINGS / f"zero1_{'fp32' if is_tiny else 'bf16'}.json").read_text())},
+        "engine": {
+            "deepspeed_config": json.loads(
+                (_SETTINGS / f"zero1_{'fp32' if is_tiny else 'bf16'}.json").read_text()
+            )
+        },
         "checkpoint": {"every_updates": 10_000},
         "evaluation": {"max_clips": 1, "num_pictures": 0},
         **model.settings,
@@ -299,9 +349,14 @@ def _video(generator: torch.Generator, case: Case) -> Tensor:
 
 
 def _latents(generator: torch.Generator, case: Case, *, config: dict[str, Any]) -> dict[str, Tensor]:
-    channels, width = (config.get(key, default) for key, default in (("in_channels", 128), ("caption_channels", 4096)))
+    channels, width = (
+        config.get(key, default) for key, default in (("in_channels", 128), ("caption_channels", 4096))
+    )
     side = case.size // _SPATIAL
-    sizes = {"latents": (channels, 1 + (case.length - 1) // _TEMPORAL, side, side), "prompt_embeds": (_TEXT_TOKENS, width)}
+    sizes = {
+        "latents": (channels, 1 + (case.length - 1) // _TEMPORAL, side, side),
+        "prompt_embeds": (_TEXT_TOKENS, width),
+    }
     return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in sizes.items()}
 
 

@@ -15,12 +15,22 @@ from typing import Any
 from aiprod_ds.report.environment import describe_environment
 
 
-def figure(case: str, metric: str, unit: str, runs: Sequence[float], *, goal: float | None = None) -> dict[str, Any]:
+def figure(
+    case: str, metric: str, unit: str, runs: Sequence[float], *, goal: float | None = None
+) -> dict[str, Any]:
     """Returns one row: the median of `runs` and their spread; a single run has no spread."""
     spread = max(runs) - min(runs) if len(runs) > 1 else None
     kept = list(runs) if len(runs) > 1 else []
     value = statistics.median(runs)
-    return {"case": case, "metric": metric, "value": value, "unit": unit, "spread": spread, "runs": kept, "goal": goal}
+    return {
+        "case": case,
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "spread": spread,
+        "runs": kept,
+        "goal": goal,
+    }
 
 
 def write_result(path: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,12 +1,15 @@
-"""What does the pure-Python part of an update cost: the scheduler's decision, the learning rate and the order of samples?
+"""What does the pure-Python part of an update cost: the scheduler's decision, the learning rate and the order
+of samples?
 
-One update asks the scheduler (in a phase with a plateau, the dearest kind) and the learning rate's schedule, then the sampler
-for bucket, pass and samples, cut into the micro-batches of one rank as the loader does. No model, no decoding, no engine, and
-the clock is made beforehand. It is processor time of one thread, so that other work on the machine counts little:
+One update asks the scheduler (in a phase with a plateau, the dearest kind) and the learning rate's schedule,
+then the sampler for bucket, pass and samples, cut into the micro-batches of one rank as the loader does. No
+model, no decoding, no engine, and the clock is made beforehand. It is processor time of one thread, so that
+other work on the machine counts little:
 
     python benchmarks/scheduling.py --output benchmarks/results/NAME.json
 
-It does not show the first update of a pass, which makes the permutation of its samples and has a row of its own.
+It does not show the first update of a pass, which makes the permutation of its samples and has a row of its
+own.
 """
 
 from __future__ import annotations
@@ -46,18 +49,29 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for batch in _BATCHES:
-        for mix, shares in (("one bucket", (None,)), ("three buckets by fit", (None,) * 3), ("three buckets by share", _SHARES)):
+        for mix, shares in (
+            ("one bucket", (None,)),
+            ("three buckets by fit", (None,) * 3),
+            ("three buckets by share", _SHARES),
+        ):
             case = f"global batch {batch}, {mix}"
             for metric, goal, make in _parts(batch, shares, arguments.updates):
                 runs = [_microseconds(make(), arguments.updates) for _ in range(arguments.runs)]
                 rows.append(figure(case, metric, "us", runs, goal=goal))
             rows.append(
-                figure(case, f"first batch of a pass over {_CLIPS} clips", "us", _first_batches(batch, shares, arguments.runs))
+                figure(
+                    case,
+                    f"first batch of a pass over {_CLIPS} clips",
+                    "us",
+                    _first_batches(batch, shares, arguments.runs),
+                )
             )
     write_result(arguments.output, "scheduling", rows)
 
 
-def _parts(batch: int, shares: tuple[float | None, ...], updates: int) -> list[tuple[str, float | None, Callable[[], Update]]]:
+def _parts(
+    batch: int, shares: tuple[float | None, ...], updates: int
+) -> list[tuple[str, float | None, Callable[[], Update]]]:
     def schedule() -> Update:
         return _schedule_update(batch, _WARM_UP + updates)
 
@@ -68,7 +82,11 @@ def _parts(batch: int, shares: tuple[float | None, ...], updates: int) -> list[t
         first, second = schedule(), draw()
         return lambda position: (first(position), second(position))
 
-    return [("scheduler and learning rate", None, schedule), ("sampler", None, draw), ("together", _GOAL_MICROSECONDS, whole)]
+    return [
+        ("scheduler and learning rate", None, schedule),
+        ("sampler", None, draw),
+        ("together", _GOAL_MICROSECONDS, whole),
+    ]
 
 
 def _schedule_update(batch: int, updates: int) -> Update:
@@ -79,7 +97,11 @@ def _schedule_update(batch: int, updates: int) -> Update:
     def update(position: int) -> object:
         before, after = clocks[position], clocks[position + 1]
         # The loss keeps falling, so that the plateau is never reached.
-        return scheduler.needs_loss(before), rate.at(before.phase_updates), scheduler.observe(after, 1.0 / (1 + position))
+        return (
+            scheduler.needs_loss(before),
+            rate.at(before.phase_updates),
+            scheduler.observe(after, 1.0 / (1 + position)),
+        )
 
     return update
 
@@ -94,7 +116,11 @@ def _clocks(batch: int, updates: int) -> Iterator[Clock]:
 def _draw_update(sampler: PhaseSampler) -> Update:
     def update(position: int) -> object:
         bucket, epoch = sampler.bucket_at(position), sampler.epoch_at(position + 1)
-        return bucket, epoch, rank_slice(sampler.batch(position), rank=0, world_size=1, micro_batch_size=_MICRO_BATCH)
+        return (
+            bucket,
+            epoch,
+            rank_slice(sampler.batch(position), rank=0, world_size=1, micro_batch_size=_MICRO_BATCH),
+        )
 
     return update
 
@@ -123,13 +149,16 @@ def _plan(batch: int) -> RunPlan:
         buckets=(bucket,),
         length=UpdateRange(minimum=1, maximum=_LIMIT),
         end=PhaseEnd(limit_updates=_LIMIT, epochs=_LIMIT, plateau=PlateauConfig(patience_updates=1000)),
-        learning_rate=LearningRateSchedule(peak=1e-4, kind="cosine", warmup_updates=0, updates=_LIMIT, final_ratio=0.1),
+        learning_rate=LearningRateSchedule(
+            peak=1e-4, kind="cosine", warmup_updates=0, updates=_LIMIT, final_ratio=0.1
+        ),
     )
     return RunPlan(phases=(phase,), world_size=1)
 
 
 def _microseconds(update: Update, updates: int) -> float:
-    """Returns microseconds per update over `updates` of them, after a warm-up; passes that begin in between are included."""
+    """Returns microseconds per update over `updates` of them, after a warm-up; passes that begin in between
+    are included."""
     for position in range(_WARM_UP):
         update(position)
     began = time.process_time()

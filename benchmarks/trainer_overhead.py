@@ -1,12 +1,14 @@
-"""What does the trainer cost over a bare DeepSpeed loop, and does its memory stay flat?
+r"""What does the trainer cost over a bare DeepSpeed loop, and does its memory stay flat?
 
-Both sides train the same tiny LTX-Video VAE on the same synthetic clips in one process, one after the other, several times in
-turn. The bare side is the shortest honest loop: L1 + KL, no metrics, no files. Run on an idle machine:
+Both sides train the same tiny LTX-Video VAE on the same synthetic clips in one process, one after the other,
+several times in turn. The bare side is the shortest honest loop: L1 + KL, no metrics, no files. Run on an
+idle machine:
 
-    python benchmarks/trainer_overhead.py --updates 60 --runs 3 --memory-updates 500 --output benchmarks/results/NAME.json
+    python benchmarks/trainer_overhead.py --updates 60 --runs 3 --memory-updates 500 \
+        --output benchmarks/results/NAME.json
 
-It does not show: several ranks, real decoding, GPUs, or memory that grows early and then stops (the long run comes last, in a
-process that has trained before).
+It does not show: several ranks, real decoding, GPUs, or memory that grows early and then stops (the long run
+comes last, in a process that has trained before).
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     clips = SyntheticVideoDataset(8, _FRAMES, _SIZE, _SIZE, 0)
-    os.environ.setdefault("LOCAL_RANK", "0")  # the bare deepspeed.initialize asks for it; one process has no launcher to set it
+    os.environ.setdefault(
+        "LOCAL_RANK", "0"
+    )  # the bare deepspeed.initialize asks for it; one process has no launcher to set it
     with dist.process_group():
         bare: list[float] = []
         trainer: list[float] = []
@@ -63,7 +67,12 @@ def _bare_seconds(clips: SyntheticVideoDataset, updates: int) -> float:
 
     module = VideoVAE(build_model(_config(Path("unused"), updates).model, seed=0))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    settings = {**_SETTINGS, "train_micro_batch_size_per_gpu": _BATCH, "gradient_clipping": 1.0, "steps_per_print": 10**9}
+    settings = {
+        **_SETTINGS,
+        "train_micro_batch_size_per_gpu": _BATCH,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+    }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     began = 0.0
     for update in range(_WARM_UP + updates):
@@ -80,7 +89,8 @@ def _bare_seconds(clips: SyntheticVideoDataset, updates: int) -> float:
 
 
 def _trainer_rows(clips: SyntheticVideoDataset, updates: int) -> tuple[float, list[float]]:
-    """Returns the trainer's seconds per update (everything between the first and the last, waiting included) and its memory."""
+    """Returns the trainer's seconds per update (everything between the first and the last, waiting included)
+    and its memory."""
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder) / "run", updates)
         summary = VideoVAETrainer(config, dataset=clips, validation=clips).train(resume="never")

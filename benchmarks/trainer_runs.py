@@ -1,7 +1,9 @@
-"""Training in a benchmark's own process, with what it leaves out and what it looks at: shared by the benchmarks of the trainers.
+"""Training in a benchmark's own process, with what it leaves out and what it looks at: shared by the
+benchmarks of the trainers.
 
-`measured_training` runs a trainer through its phase and ends it before the export; nothing is saved, because a checkpoint of
-25 GB takes longer than the updates that are measured. It also reads the memory of the device around the parts of an update.
+`measured_training` runs a trainer through its phase and ends it before the export; nothing is saved, because
+a checkpoint of 25 GB takes longer than the updates that are measured. It also reads the memory of the device
+around the parts of an update.
 """
 
 from __future__ import annotations
@@ -51,18 +53,24 @@ def run_in_own_process(script: str, case: str, *options: str) -> Any:
 
 
 def measured_training(trainer: Trainer[Any]) -> dict[str, Any]:
-    """Trains a run of one phase without saving, and returns its rows and its memory. Inside `dist.process_group`.
+    """Trains a run of one phase without saving, and returns its rows and its memory. Inside
+    `dist.process_group`.
 
     Returns:
-        `rows`: metrics of every update; `memory`: of the first update, bytes that tensors take on the device at the end of
-        forward (`forward`), backward (`backward`) and the update (`update`), and the highest since the phase began (the same
-        names with `_peak`); `reserved` by torch's allocator and `used` on the device by the end of the phase.
+        `rows`: metrics of every update; `memory`: of the first update, bytes that tensors take on the device
+        at the end of forward (`forward`), backward (`backward`) and the update (`update`), and the highest
+        since the phase began (the same names with `_peak`); `reserved` by torch's allocator and `used` on the
+        device by the end of the phase.
     """
     memory: dict[str, int] = {}
     with _watched(memory), suppress(_FinishedError):
         trainer.train(resume="never")
     gc.collect()
-    rows = [row for _, row in read_metrics(Path(trainer.config.output_dir) / "metrics.jsonl") if "loss/total" in row]
+    rows = [
+        row
+        for _, row in read_metrics(Path(trainer.config.output_dir) / "metrics.jsonl")
+        if "loss/total" in row
+    ]
     return {"rows": rows, "memory": memory}
 
 

@@ -1,4 +1,5 @@
-"""Fixtures that every folder of tests shares, and the rule for `gpu` tests. Imports nothing heavy: collection stays quick."""
+"""Fixtures that every folder of tests shares, and the rule for `gpu` tests. Imports nothing heavy: collection
+stays quick."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python tools/config_reference.py [--check]
 
-Sections that others share with the video VAE trainer stand once. The text of a key is the docstring under its field in
-`aiprod_ds/config/`. Everything outside the two marker lines of the page is written by hand and stays.
+Sections that others share with the video VAE trainer stand once. The text of a key is the docstring under its
+field in `aiprod_ds/config/`. Everything outside the two marker lines of the page is written by hand and
+stays.
 """
 
 from __future__ import annotations
@@ -49,14 +50,17 @@ def main() -> int:
         PAGE.write_text(wanted, encoding="utf-8")
     elif page != wanted:
         print(
-            f"{PAGE}: must hold what the models say, got something else. Run: python tools/config_reference.py", file=sys.stderr
+            f"{PAGE}: must hold what the models say, got something else. Run: python "
+            "tools/config_reference.py",
+            file=sys.stderr,
         )
         return 1
     return 0
 
 
 def reference(model: type[BaseModel]) -> str:
-    """Returns one heading with one table for `model` and for every section inside it, depth first, each kind of section once.
+    """Returns one heading with one table for `model` and for every section inside it, depth first, each kind
+    of section once.
 
     Raises:
         ValueError: If a key has no description.
@@ -68,19 +72,26 @@ def additions(model: type[BaseModel], base: type[BaseModel], *, kind: str) -> st
     """Returns the sections of `model` that `base` does not have, with `kind` in their headings."""
     places = _places(base)
     known = _sections(base, {}, places)
-    kinds = {path: kind for path, section in _sections(model, {}, places).items() if known.get(path) != section}
-    return _text({path: section for path, section in _sections(model, kinds, places).items() if path in kinds})
+    kinds = {
+        path: kind for path, section in _sections(model, {}, places).items() if known.get(path) != section
+    }
+    return _text(
+        {path: section for path, section in _sections(model, kinds, places).items() if path in kinds}
+    )
 
 
 _Section = tuple[str, str, str]
 
 
 def _text(sections: dict[str, _Section]) -> str:
-    return "\n".join(f"{heading}\n\n{introduction}\n\n{table}" for heading, introduction, table in sections.values())
+    return "\n".join(
+        f"{heading}\n\n{introduction}\n\n{table}" for heading, introduction, table in sections.values()
+    )
 
 
 def _places(model: type[BaseModel]) -> dict[str, str]:
-    """Returns the path at which each record of `model` has its section; of a record that stands several times, the topmost."""
+    """Returns the path at which each record of `model` has its section; of a record that stands several
+    times, the topmost."""
     schema = model.model_json_schema()
     places: dict[str, str] = {}
     waiting = [(schema, "")]
@@ -99,7 +110,8 @@ def _sections(model: type[BaseModel], kinds: dict[str, str], places: dict[str, s
     Args:
         model: The configuration.
         kinds: What stands in the heading behind a path.
-        places: The only path at which a record has a section; one without a place has a section wherever it stands.
+        places: The only path at which a record has a section; one without a place has a section wherever it
+            stands.
     """
     schema = model.model_json_schema()
     return dict(_below(schema, "", schema["$defs"], kinds, places))
@@ -114,11 +126,20 @@ def _below(
     for name, key in record["properties"].items():
         here = f"{path}.{name}".removeprefix(".")
         if "description" not in key:
-            raise ValueError(f"{here}: needs a docstring under its field in aiprod_ds/config/, got none. Add one.")
-        cells = (f"`{here}`", _words(key, here, kinds, places), _default(name, key, record), key["description"])
+            raise ValueError(
+                f"{here}: needs a docstring under its field in aiprod_ds/config/, got none. Add one."
+            )
+        cells = (
+            f"`{here}`",
+            _words(key, here, kinds, places),
+            _default(name, key, record),
+            key["description"],
+        )
         rows.append(f"| {' | '.join(map(_cell, cells))} |")
         found = ((reference, f"{here}{'[]' * is_list}") for reference, is_list in _references(key))
-        below += [(records[reference], child) for reference, child in found if places.get(reference, child) == child]
+        below += [
+            (records[reference], child) for reference, child in found if places.get(reference, child) == child
+        ]
     heading = f"### {f'`{path}`' if path else 'Top level'}" + (f" ({kinds[path]})" if path in kinds else "")
     yield path, (heading, record["description"], "\n".join(rows) + "\n")
     for child, child_path in below:
@@ -129,7 +150,7 @@ def _words(key: dict[str, Any], path: str, kinds: dict[str, str], places: dict[s
     """Returns the type of a key in words, with its bounds: `integer >= 1 or null`."""
     for reference, is_list in _references(key):
         child = places.get(reference, path + "[]" * is_list)
-        section = f"{'list of ' * is_list}[section](#{_anchor(child)}{f'-{kinds[child]}' if child in kinds else ''})"
+        section = f"{'list of ' * is_list}[section](#{_anchor(child)}{f'-{kinds[child]}' if child in kinds else ''})"  # noqa: E501
         return section + " or null" * ({"type": "null"} in key.get("anyOf", ()))
     if "anyOf" in key:
         return " or ".join(_words(choice, path, kinds, places) for choice in key["anyOf"])
@@ -150,7 +171,8 @@ def _plain(key: dict[str, Any]) -> str:
 
 
 def _references(key: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Returns the name of the record that a key holds, if it holds one, and whether it holds a list of them."""
+    """Returns the name of the record that a key holds, if it holds one, and whether it holds a list of
+    them."""
     is_list = key.get("type") == "array"
     choices = [key.get("items", {})] if is_list else [key, *key.get("anyOf", ())]
     return [(choice["$ref"].rpartition("/")[2], is_list) for choice in choices if "$ref" in choice]

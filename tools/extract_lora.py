@@ -2,8 +2,9 @@
 
     python tools/extract_lora.py BASE_FOLDER TUNED_FOLDER OUT_FOLDER --rank R [--targets PATTERN ...]
 
-Writes `peft/` and `comfyui.safetensors`. Printed are the relative error of every layer, its Frobenius norm over that of the
-layer's difference, and of the whole model, in which everything counts that differs and got no adapter.
+Writes `peft/` and `comfyui.safetensors`. Printed are the relative error of every layer, its Frobenius norm
+over that of the layer's difference, and of the whole model, in which everything counts that differs and got
+no adapter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def main() -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     require_absent(arguments.out)
-    extraction = Extraction.of(arguments.base, arguments.tuned, rank=arguments.rank, targets=arguments.targets)
+    extraction = Extraction.of(
+        arguments.base, arguments.tuned, rank=arguments.rank, targets=arguments.targets
+    )
     parts, lost = extraction.parts(console=Console(stderr=True)), extraction.lost()
     extraction.write(arguments.out, parts)
     for part in parts:
@@ -49,9 +52,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Makes a LoRA of the difference between two states of a transformer.")
-    parser.add_argument("base", type=Path, metavar="BASE_FOLDER", help="transformer in diffusers' layout, before training")
-    parser.add_argument("tuned", type=Path, metavar="TUNED_FOLDER", help="the same transformer after training")
+    parser = argparse.ArgumentParser(
+        description="Makes a LoRA of the difference between two states of a transformer."
+    )
+    parser.add_argument(
+        "base", type=Path, metavar="BASE_FOLDER", help="transformer in diffusers' layout, before training"
+    )
+    parser.add_argument(
+        "tuned", type=Path, metavar="TUNED_FOLDER", help="the same transformer after training"
+    )
     parser.add_argument("out", type=Path, metavar="OUT_FOLDER", help="must not exist")
     parser.add_argument("--rank", type=_positive, required=True, help="of every adapter")
     parser.add_argument(

@@ -1,11 +1,13 @@
 """Makes the sample clips and manifests in samples/ from two freely licensed films.
 
-Owns the list of clips: where each is cut, which part of the picture it shows and its caption. Not used by the package; a
-maintainer runs it when the samples change. samples/ATTRIBUTION.md says where the films come from and is written by hand.
+Owns the list of clips: where each is cut, which part of the picture it shows and its caption. Not used by the
+package; a maintainer runs it when the samples change. samples/ATTRIBUTION.md says where the films come from
+and is written by hand.
 
     python tools/make_samples.py --bunny bigbuckbunny.mp4 --city cityCC0.mpg --output samples
 
-Training and validation never share a moment of a film, and the city film's second shot is held out as a whole.
+Training and validation never share a moment of a film, and the city film's second shot is held out as a
+whole.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ CLIPS = (
         film="bunny",
         start_seconds=Fraction("0.6"),
         crop=Crop(left=0, top=0, width=960, height=540),
-        caption="A big grey cartoon rabbit, seen from near, gets up beside two round stones and stretches its arms.",
+        caption="A big grey cartoon rabbit, seen from near, gets up beside two round stones and stretches "
+        "its arms.",
     ),
     Clip(
         split="train",
@@ -109,14 +112,16 @@ CLIPS = (
         name="city_towers_early",
         film="city",
         start_seconds=Fraction("0"),
-        caption="Office towers at night seen from below, a wavy facade on the left and a glass tower on the right.",
+        caption="Office towers at night seen from below, a wavy facade on the left and a glass tower on the "
+        "right.",
     ),
     Clip(
         split="train",
         name="city_towers_late",
         film="city",
         start_seconds=Fraction("2.64"),
-        caption="Lit office towers against a violet night sky, a wavy facade on the left and a curved glass tower on the right.",
+        caption="Lit office towers against a violet night sky, a wavy facade on the left and a curved glass "
+        "tower on the right.",
     ),
     Clip(
         split="train",
@@ -139,7 +144,8 @@ CLIPS = (
         name="bunny_yawning",
         film="bunny",
         start_seconds=Fraction("3.32"),
-        caption="A big grey cartoon rabbit yawns with its arms out, then lowers one and lays the other paw on its head.",
+        caption="A big grey cartoon rabbit yawns with its arms out, then lowers one and lays the other paw "
+        "on its head.",
     ),
     Clip(
         split="validation",
@@ -162,8 +168,15 @@ CLIPS = (
 def main(arguments: list[str] | None = None) -> int:
     """Writes every clip and both manifests; returns the exit code."""
     parser = argparse.ArgumentParser(description="Make the sample clips and their manifests.")
-    parser.add_argument("--bunny", type=Path, required=True, help="excerpt of Big Buck Bunny, 1280x720, 25 frames/s, with sound")
-    parser.add_argument("--city", type=Path, required=True, help="cityCC0.mpg, 720x405, 25 frames/s, no sound")
+    parser.add_argument(
+        "--bunny",
+        type=Path,
+        required=True,
+        help="excerpt of Big Buck Bunny, 1280x720, 25 frames/s, with sound",
+    )
+    parser.add_argument(
+        "--city", type=Path, required=True, help="cityCC0.mpg, 720x405, 25 frames/s, no sound"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for clips and manifests")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -190,7 +203,9 @@ def write_clip(clip: Clip, *, source: Path, target: Path) -> None:
     sound = _read_sound(clip, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(target), "w") as container:
-        video_stream = container.add_stream("libx264", rate=_FRAME_RATE, options={"crf": str(_CRF), "preset": "slow"})
+        video_stream = container.add_stream(
+            "libx264", rate=_FRAME_RATE, options={"crf": str(_CRF), "preset": "slow"}
+        )
         video_stream.width, video_stream.height, video_stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
         audio_stream = None
         if sound is not None:
@@ -201,7 +216,13 @@ def write_clip(clip: Clip, *, source: Path, target: Path) -> None:
         if audio_stream is not None:
             for piece in (sound, None):
                 container.mux(audio_stream.encode(piece))
-    logger.info("clip=%s frames=%d sound=%s bytes=%d", clip.path, len(frames), sound is not None, target.stat().st_size)
+    logger.info(
+        "clip=%s frames=%d sound=%s bytes=%d",
+        clip.path,
+        len(frames),
+        sound is not None,
+        target.stat().st_size,
+    )
 
 
 def write_manifest(path: Path, clips: list[Clip]) -> None:
@@ -218,10 +239,15 @@ def _read_frames(clip: Clip, source: Path) -> list[av.VideoFrame]:
     with av.open(str(source)) as container:
         stream = container.streams.video[0]
         if stream.average_rate != _FRAME_RATE:
-            raise SampleError(f"{source}: must have {_FRAME_RATE} frames/s, got {stream.average_rate}. Give the original film.")
+            raise SampleError(
+                f"{source}: must have {_FRAME_RATE} frames/s, got {stream.average_rate}. Give the original "
+                "film."
+            )
         size = (stream.width, stream.height)
         if size != _FILM_SIZES[clip.film]:
-            raise SampleError(f"{source}: must be {_FILM_SIZES[clip.film]} pixels, got {size}. Give the original film.")
+            raise SampleError(
+                f"{source}: must be {_FILM_SIZES[clip.film]} pixels, got {size}. Give the original film."
+            )
         graph = _picture_filter(stream, clip.crop)
         # Counted, not sought: an MPEG program stream has no index and its times do not begin at 0.
         for index, decoded in enumerate(container.decode(stream)):
@@ -266,7 +292,11 @@ def _read_sound(clip: Clip, source: Path) -> av.AudioFrame | None:
         rate = stream.codec_context.sample_rate
         # The film has six channels; the mix keeps what was in all of them.
         resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
-        pieces = [piece.to_ndarray() for decoded in container.decode(stream) for piece in resampler.resample(decoded)]
+        pieces = [
+            piece.to_ndarray()
+            for decoded in container.decode(stream)
+            for piece in resampler.resample(decoded)
+        ]
     wave_CN: npt.NDArray[np.float32] = np.concatenate(pieces, axis=1)
     first = int(clip.start_seconds * rate)
     num_samples = _NUM_FRAMES * rate // _FRAME_RATE

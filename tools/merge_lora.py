@@ -1,6 +1,7 @@
-"""Merges a LoRA into a transformer's folder and writes another folder: W + scale * B A, summed in fp32.
+r"""Merges a LoRA into a transformer's folder and writes another folder: W + scale * B A, summed in fp32.
 
-    python tools/merge_lora.py BASE_FOLDER LORA OUT_FOLDER [--alpha ALPHA] [--dtype {fp32,bf16,fp16}] [--verify]
+    python tools/merge_lora.py BASE_FOLDER LORA OUT_FOLDER [--alpha ALPHA] \
+        [--dtype {fp32,bf16,fp16}] [--verify]
 
 Memory holds one file of weights and the LoRA. docs/tools.md says which files can be read.
 """
@@ -35,7 +36,9 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> None:
     require_absent(arguments.out)
     console = Console(stderr=True)
-    merge = Merge.of(arguments.base, arguments.lora, alpha=arguments.alpha, dtype=_DTYPES.get(arguments.dtype))
+    merge = Merge.of(
+        arguments.base, arguments.lora, alpha=arguments.alpha, dtype=_DTYPES.get(arguments.dtype)
+    )
     merge.write(arguments.out, console=console)
     ranks = ", ".join(map(str, merge.lora.ranks()))
     scales = ", ".join(f"{scale:g}" for scale in sorted(set(merge.lora.scales().values())))
@@ -51,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("lora", type=Path, metavar="LORA", help="PEFT folder or safetensors file")
     parser.add_argument("out", type=Path, metavar="OUT_FOLDER", help="must not exist")
     parser.add_argument("--alpha", type=float, help="for a LoRA that does not say it")
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of all weights (default: as in BASE_FOLDER)")
-    parser.add_argument("--verify", action="store_true", help="read the result again and compare every tensor")
+    parser.add_argument(
+        "--dtype", choices=sorted(_DTYPES), help="of all weights (default: as in BASE_FOLDER)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read the result again and compare every tensor"
+    )
     return parser
 
 

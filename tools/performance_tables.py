@@ -2,9 +2,9 @@
 
     python tools/performance_tables.py [--check]
 
-Of every benchmark the newest result is shown. What was asked and what the figures do not show are the first line and the
-paragraph with "does not show" of the docstring of `benchmarks/<name>.py`. Everything outside the two marker lines of the page is
-written by hand and stays.
+Of every benchmark the newest result is shown. What was asked and what the figures do not show are the first
+line and the paragraph with "does not show" of the docstring of `benchmarks/<name>.py`. Everything outside the
+two marker lines of the page is written by hand and stays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def main() -> int:
     if not arguments.check:
         PAGE.write_text(wanted, encoding="utf-8")
     elif page != wanted:
-        print(f"{PAGE}: must hold the newest results, got other text. Run: python tools/performance_tables.py", file=sys.stderr)
+        print(
+            f"{PAGE}: must hold the newest results, got other text. Run: python tools/performance_tables.py",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -68,7 +71,10 @@ def _section(result: dict[str, Any], script: Path) -> str:
             _table(result["rows"]),
             "",
             f"- Measured {result['date']} on {machine}; {software}.",
-            f"- Commit `{result['commit'][:12]}`, `{result['command']}`, [all figures](../benchmarks/results/{result['file']}).",
+            (
+                f"- Commit `{result['commit'][:12]}`, `{result['command']}`, [all "
+                f"figures](../benchmarks/results/{result['file']})."
+            ),
             f"- {limits}",
             "",
         ]
@@ -80,19 +86,39 @@ def _question_and_limits(script: Path) -> tuple[str, str]:
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     limits = next((paragraph for paragraph in paragraphs if "does not show" in paragraph), None)
     if limits is None:
-        raise ValueError(f"{script}: docstring must have a paragraph with 'does not show', got none. Say what the figures hide.")
+        raise ValueError(
+            f"{script}: docstring must have a paragraph with 'does not show', got none. Say what the "
+            "figures hide."
+        )
     return paragraphs[0], limits
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     has_peer = any(row.get("peer") for row in rows)
-    header = ["case", "metric", "value", "runs", "largest minus smallest", "goal", *(["compared with"] if has_peer else [])]
+    header = [
+        "case",
+        "metric",
+        "value",
+        "runs",
+        "largest minus smallest",
+        "goal",
+        *(["compared with"] if has_peer else []),
+    ]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        cells = [row["case"], row["metric"], _value(row["value"], row["unit"]), str(len(row["runs"] or ()) or "-")]
+        cells = [
+            row["case"],
+            row["metric"],
+            _value(row["value"], row["unit"]),
+            str(len(row["runs"] or ()) or "-"),
+        ]
         cells += [_value(row["spread"], row["unit"]), _value(row["goal"], row["unit"])]
         lines.append(
-            cells + ([f"{row['peer']}: {_value(row['peer_value'], row['unit'])}" if row.get("peer") else "-"] * has_peer)
+            cells
+            + (
+                [f"{row['peer']}: {_value(row['peer_value'], row['unit'])}" if row.get("peer") else "-"]
+                * has_peer
+            )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -32,11 +32,14 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise DiskFullError(f"{folder}: must have {num_bytes:,} bytes free for the next checkpoint, got {free:,}. {_FIX}")
+        raise DiskFullError(
+            f"{folder}: must have {num_bytes:,} bytes free for the next checkpoint, got {free:,}. {_FIX}"
+        )
 
 
 def write_error(error: Exception, folder: Path) -> AiprodError:
-    """Returns what a failed write into `folder` means: an error of this package as it is, `DiskFullError`, or `CheckpointError`.
+    """Returns what a failed write into `folder` means: an error of this package as it is, `DiskFullError`, or
+    `CheckpointError`.
 
     safetensors says in words only that the disk was full, torch not at all; what is free then decides.
     """
@@ -46,7 +49,8 @@ def write_error(error: Exception, folder: Path) -> AiprodError:
     if told in _FULL or (told is None and (_FULL_IN_WORDS in str(error) or _is_full(folder))):
         return DiskFullError(f"{folder}: must have room for the checkpoint, got {error}. {_FIX}")
     return CheckpointError(
-        f"{folder}: must take the checkpoint, got {type(error).__name__}: {error}. Check disk and permissions."
+        f"{folder}: must take the checkpoint, got {type(error).__name__}: {error}. Check disk and "
+        "permissions."
     )
 
 
@@ -77,7 +81,8 @@ def discard(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Deletes a file or a folder with all it holds; of what resists, as an open file on NFS does, it tells."""
+    """Deletes a file or a folder with all it holds; of what resists, as an open file on NFS does, it
+    tells."""
     try:
         if path.is_symlink() or path.is_file():
             path.unlink()

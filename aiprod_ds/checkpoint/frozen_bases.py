@@ -1,11 +1,12 @@
-"""The frozen weights that checkpoints of adapters refer to, where the run itself has made them: each set written once.
+"""The frozen weights that checkpoints of adapters refer to, where the run itself has made them: each set
+written once.
 
     bases/<sha256>/manifest.json      as of a checkpoint
     bases/<sha256>/engine/...         pieces, of kind `frozen` only
 
-Owns these folders: their commit, their comparison with the manifest, and the deletion of those that no checkpoint refers to.
-Knows no engine and no collectives; a base is committed before the first checkpoint that refers to it. Called by `store.py` and
-the trainer.
+Owns these folders: their commit, their comparison with the manifest, and the deletion of those that no
+checkpoint refers to. Knows no engine and no collectives; a base is committed before the first checkpoint that
+refers to it. Called by `store.py` and the trainer.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def base_of(folder: Path) -> Base | None:
 
 
 def verify_base(folder: Path, *, hashes: HashCheck | None = None) -> None:
-    """Compares the base that the checkpoint in `folder` refers to with its manifest, if this run has stored it.
+    """Compares the base that the checkpoint in `folder` refers to with its manifest, if this run has stored
+    it.
 
     Args:
         folder: Of the checkpoint.
@@ -107,7 +109,9 @@ def verify_base(folder: Path, *, hashes: HashCheck | None = None) -> None:
         return
     stored = base_folder(folder.absolute().parent, base.sha256)
     if not stored.is_dir() or stored.is_symlink():
-        raise CheckpointError(f"{folder}: needs the weights that it refers to, but {stored} is missing. Put that folder back.")
+        raise CheckpointError(
+            f"{folder}: needs the weights that it refers to, but {stored} is missing. Put that folder back."
+        )
     verify_folder(stored, hashes=hashes)
 
 
@@ -119,7 +123,9 @@ def delete_unreferenced(checkpoints: Path, names: Iterable[str]) -> list[str]:
     Raises:
         OSError: If the disk fails.
     """
-    stored = [path for path in (checkpoints / BASES).glob("*") if path.is_dir() and not path.name.endswith(PENDING)]
+    stored = [
+        path for path in (checkpoints / BASES).glob("*") if path.is_dir() and not path.name.endswith(PENDING)
+    ]
     if not stored:
         return []
     try:

@@ -1,8 +1,9 @@
-"""The manifest of a checkpoint: every file with its size and sha256, and the comparison that stands before anything is read.
+"""The manifest of a checkpoint: every file with its size and sha256, and the comparison that stands before
+anything is read.
 
-Owns `manifest.json`: writing it, reading it without trusting it, comparing a folder with it. Knows nothing about what the files
-mean. It protects against damage and against names that lead elsewhere; whoever can write the folder can also write its hashes.
-Called by `store.py`.
+Owns `manifest.json`: writing it, reading it without trusting it, comparing a folder with it. Knows nothing
+about what the files mean. It protects against damage and against names that lead elsewhere; whoever can write
+the folder can also write its hashes. Called by `store.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 64 << 20
 _MAX_THREADS = 8
 _TENSORS = ".safetensors"
-_FILE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", flags=re.ASCII)  # no "..", no absolute path, nothing hidden
+_FILE_NAME = re.compile(
+    r"\w[\w.-]*(/\w[\w.-]*)*", flags=re.ASCII
+)  # no "..", no absolute path, nothing hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -40,9 +43,11 @@ class FileRecord:
 
 
 class HashCheck:
-    """Compares files with their hashes in threads; what a caller makes of them meanwhile counts once `confirm` has returned.
+    """Compares files with their hashes in threads; what a caller makes of them meanwhile counts once
+    `confirm` has returned.
 
-    Hashing leaves the interpreter to other threads. A context: its end waits for the files that are being read.
+    Hashing leaves the interpreter to other threads. A context: its end waits for the files that are being
+    read.
 
     Args:
         spared_cores: Left to the caller, as far as there is more than one.
@@ -83,26 +88,31 @@ def write_manifest(folder: Path, known: Mapping[str, FileRecord] | None = None) 
         known: What the writers of some files, by path relative to it, say of them; those are not read again.
 
     Raises:
-        CheckpointError: If a known file has another size, or there is something that `verify_folder` would refuse: a link, a
-            device, an unusual name.
+        CheckpointError: If a known file has another size, or there is something that `verify_folder` would
+            refuse: a link, a device, an unusual name.
         OSError: If the disk fails.
     """
     names = sorted(name for name in _file_names(folder) if name != MANIFEST)
     files = {name: asdict(_describe(folder, name, (known or {}).get(name))) for name in names}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
+    (folder / MANIFEST).write_text(
+        json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """Returns what `folder` must hold, by path relative to it; opens no other file.
 
     Raises:
-        CheckpointError: If the manifest is missing, damaged, of another format, or names something outside `folder`.
+        CheckpointError: If the manifest is missing, damaged, of another format, or names something outside
+            `folder`.
     """
     path = folder / MANIFEST
     manifest = read_mapping(path)
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(files, dict):
-        raise CheckpointError(f"{path}: must be of format {FORMAT}, got {manifest.get('format')!r}. Take a whole checkpoint.")
+        raise CheckpointError(
+            f"{path}: must be of format {FORMAT}, got {manifest.get('format')!r}. Take a whole checkpoint."
+        )
     return {_own_name(path, name): _record(path, name, entry) for name, entry in files.items()}
 
 
@@ -117,8 +127,8 @@ def verify_folder(
         hashes: Is left to compare files of tensors, and the caller to confirm it; None: all is compared here.
 
     Raises:
-        CheckpointError: If a file is missing, surplus, no regular file, of another size or of other content, cannot be read, or
-            is of safetensors with a header that cannot be one.
+        CheckpointError: If a file is missing, surplus, no regular file, of another size or of other content,
+            cannot be read, or is of safetensors with a header that cannot be one.
     """
     expected = read_manifest(folder)
     try:
@@ -143,7 +153,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         if path.is_symlink():
             raise CheckpointError(f"{path}: must be a file, got a link. Take a whole checkpoint.")
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: must have at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}.")
+            raise CheckpointError(
+                f"{path}: must have at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}."
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; this is not a whole checkpoint.") from error
@@ -160,20 +172,26 @@ def _describe(folder: Path, name: str, known: FileRecord | None) -> FileRecord:
     if known is None:
         return FileRecord(bytes=num_bytes, sha256=file_sha256(folder / name))
     if num_bytes != known.bytes:
-        raise CheckpointError(f"{folder / name}: must have the {known.bytes} bytes that were written, got {num_bytes}.")
+        raise CheckpointError(
+            f"{folder / name}: must have the {known.bytes} bytes that were written, got {num_bytes}."
+        )
     return known
 
 
 def _own_name(where: Path, name: str) -> str:
     if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{where}: files must stay inside the checkpoint and have plain names, got {name!r}.")
+        raise CheckpointError(
+            f"{where}: files must stay inside the checkpoint and have plain names, got {name!r}."
+        )
     return name
 
 
 def _record(path: Path, name: str, entry: object) -> FileRecord:
     num_bytes, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(num_bytes) is not int or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-        raise CheckpointError(f"{path}: {name} must have bytes and sha256, got {str(entry)[:200]}. The manifest is damaged.")
+        raise CheckpointError(
+            f"{path}: {name} must have bytes and sha256, got {str(entry)[:200]}. The manifest is damaged."
+        )
     return FileRecord(bytes=num_bytes, sha256=sha256)
 
 
@@ -182,7 +200,9 @@ def _require_sizes(folder: Path, expected: Mapping[str, FileRecord]) -> None:
     for name in sorted(expected.keys() - found):
         raise CheckpointError(f"{folder / name}: listed in the manifest but missing.")
     for name in sorted(found - expected.keys()):
-        raise CheckpointError(f"{folder / name}: must be listed in the manifest, got a file that is not. Remove it.")
+        raise CheckpointError(
+            f"{folder / name}: must be listed in the manifest, got a file that is not. Remove it."
+        )
     for name, record in expected.items():
         if (size := (folder / name).stat().st_size) != record.bytes:
             raise CheckpointError(f"{folder / name}: must have {record.bytes} bytes, got {size}.")
@@ -202,7 +222,9 @@ def _require_headers(folder: Path, names: Iterable[str]) -> None:
         try:
             TensorFile(path).close()
         except TensorFileError as error:
-            raise CheckpointError(f"{path}: must be a safetensors file, got {error}. It is damaged.") from error
+            raise CheckpointError(
+                f"{path}: must be a safetensors file, got {error}. It is damaged."
+            ) from error
 
 
 def _unreadable(path: Path | str, error: OSError) -> CheckpointError:
@@ -217,4 +239,6 @@ def _file_names(folder: Path, prefix: str = "") -> Iterator[str]:
             elif entry.is_file(follow_symlinks=False):
                 yield prefix + entry.name
             else:  # to open a pipe would wait for ever
-                raise CheckpointError(f"{entry.path}: must be a regular file or a folder, got a link or a device. Remove it.")
+                raise CheckpointError(
+                    f"{entry.path}: must be a regular file or a folder, got a link or a device. Remove it."
+                )

@@ -48,6 +48,10 @@ def surplus(standing: Sequence[Standing], config: CheckpointConfig) -> list[str]
 
 def _best(standing: Sequence[Standing], rule: KeepBestConfig) -> set[str]:
     sign = 1.0 if rule.mode == "min" else -1.0
-    measured = [(sign * entry.value, entry.name) for entry in standing if entry.value is not None and math.isfinite(entry.value)]
+    measured = [
+        (sign * entry.value, entry.name)
+        for entry in standing
+        if entry.value is not None and math.isfinite(entry.value)
+    ]
     measured.sort(key=lambda pair: pair[0])  # stable: of equal ones the newer
     return {name for _, name in measured[: rule.count]}

@@ -1,15 +1,17 @@
-"""The tensors of a checkpoint: pieces of whole tensors, in two safetensors files for each rank that wrote some.
+"""The tensors of a checkpoint: pieces of whole tensors, in two safetensors files for each rank that wrote
+some.
 
     engine.json                             `EngineFacts`: what there is, in whole tensors
-    rank_00000_of_00002.safetensors         the pieces of rank 0, by `<kind>/<name>`; metadata `starts`: JSON {key: first element}
+    rank_00000_of_00002.safetensors         the pieces of rank 0, by `<kind>/<name>`; metadata
+                                            `starts`: JSON {key: first element}
     rank_00000_of_00002.moments.safetensors the same of `MOMENTS`, which only training needs
 
-Owns these files: writing a rank's own, and reading any range of any tensor from all of them. Who reads needs neither the number
-of ranks nor the ZeRO stage that wrote, and finds moments beside weights too, where checkpoints had them before. Nothing is
-unpickled. Commit and hashes are `store.py` and `manifest.py`.
+Owns these files: writing a rank's own, and reading any range of any tensor from all of them. Who reads needs
+neither the number of ranks nor the ZeRO stage that wrote, and finds moments beside weights too, where
+checkpoints had them before. Nothing is unpickled. Commit and hashes are `store.py` and `manifest.py`.
 
-Frozen weights may be elsewhere (`EngineFacts.base`): in `bases/<sha256>/engine` beside the checkpoints, which is read as if it
-were here, or only where the run started from.
+Frozen weights may be elsewhere (`EngineFacts.base`): in `bases/<sha256>/engine` beside the checkpoints, which
+is read as if it were here, or only where the run started from.
 """
 
 from __future__ import annotations
@@ -29,7 +31,17 @@ from typing_extensions import Self
 from aiprod_ds.checkpoint.manifest import FileRecord, read_mapping
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import sync
-from aiprod_ds.snapshot import MOMENTS, Base, Chunk, EngineFacts, Kind, Snapshot, TensorMetadata, split_key, tensor_key
+from aiprod_ds.snapshot import (
+    MOMENTS,
+    Base,
+    Chunk,
+    EngineFacts,
+    Kind,
+    Snapshot,
+    TensorMetadata,
+    split_key,
+    tensor_key,
+)
 from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSpec, by_width, write_tensor_file
 
 FACTS = "engine.json"
@@ -44,13 +56,15 @@ def base_folder(checkpoints: Path, sha256: str) -> Path:
 
 
 def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
-    """Writes this rank's files, each if it has pieces for it, and on rank 0 the facts, into an existing folder, down to the disk.
+    """Writes this rank's files, each if it has pieces for it, and on rank 0 the facts, into an existing
+    folder, down to the disk.
 
     Waits for nobody. Memory holds one tensor; its bytes are hashed as they are written.
 
     Args:
         folder: The same for all ranks.
-        state: Its tensors must not change before this returns. Those on a GPU are copied to the host one by one.
+        state: Its tensors must not change before this returns. Those on a GPU are copied to the host one by
+            one.
 
     Returns:
         Size and hash of what was written, by name.
@@ -62,21 +76,28 @@ def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
     pieces = {tensor_key(chunk.kind, chunk.name): (chunk, values) for chunk, values in state.pieces()}
     assert len(pieces) == len(state.chunks), "a rank has one piece of a tensor"
     for suffix in (_SUFFIX, _MOMENTS_SUFFIX):
-        own = {key: piece for key, piece in pieces.items() if (piece[0].kind in MOMENTS) == (suffix == _MOMENTS_SUFFIX)}
+        own = {
+            key: piece
+            for key, piece in pieces.items()
+            if (piece[0].kind in MOMENTS) == (suffix == _MOMENTS_SUFFIX)
+        }
         if own:
             name = f"rank_{state.rank:05d}_of_{state.facts.world_size:05d}{suffix}"
             written[name] = _write_file(folder / name, own)
     if state.rank == 0:
         text = json.dumps(state.facts.to_dict(), indent=1, sort_keys=True) + "\n"
         (folder / FACTS).write_text(text, encoding="utf-8")
-        written[FACTS] = FileRecord(bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest())
+        written[FACTS] = FileRecord(
+            bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest()
+        )
     for name in written:
         sync(folder / name)
     return written
 
 
 def holds_moments_only(name: str) -> bool:
-    """Returns whether a file is so called that readers of weights need not read it; one with other pieces is refused."""
+    """Returns whether a file is so called that readers of weights need not read it; one with other pieces is
+    refused."""
     return name.endswith(_MOMENTS_SUFFIX)
 
 
@@ -90,11 +111,12 @@ class _Piece:
 class ShardReader:
     """Reads ranges of whole tensors; a `StateReader`, and a context that closes the files.
 
-    Opening reads headers only and checks all of them: every tensor of `engine.json` is there exactly once, in its type, and
-    nothing else is. Memory holds what is returned.
+    Opening reads headers only and checks all of them: every tensor of `engine.json` is there exactly once, in
+    its type, and nothing else is. Memory holds what is returned.
 
     Args:
-        folder: The `engine` folder of a checkpoint whose manifest was compared; for weights, but for the hashes of moments.
+        folder: The `engine` folder of a checkpoint whose manifest was compared; for weights, but for the
+            hashes of moments.
 
     Raises:
         CheckpointError: If anything is missing, surplus, damaged or twice; names file and key.
@@ -108,7 +130,9 @@ class ShardReader:
             where = "" if str(error).startswith(str(folder)) else f"{folder / FACTS}: "
             raise CheckpointError(f"{where}{error}") from error
         base, checkpoints = self.facts.base, folder.absolute().parent.parent
-        self._base = ShardReader(base_folder(checkpoints, base.sha256) / "engine") if base and base.is_stored else None
+        self._base = (
+            ShardReader(base_folder(checkpoints, base.sha256) / "engine") if base and base.is_stored else None
+        )
         self._opened: dict[str, TensorFile] = {}
         try:
             self._pieces = self._tiled()
@@ -120,7 +144,9 @@ class ShardReader:
         """Returns itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Closes the files."""
         self.close()
 
@@ -146,11 +172,13 @@ class ShardReader:
             return self.facts.tensors[tensor_key(kind, name)]
         except KeyError as error:
             raise CheckpointError(
-                f"{self.folder}: must hold {tensor_key(kind, name)}, got no such tensor. It is of another model or run."
+                f"{self.folder}: must hold {tensor_key(kind, name)}, got no such tensor. It is of another "
+                "model or run."
             ) from error
 
     def read(self, kind: Kind, name: str, start: int, length: int) -> Tensor:
-        """Returns elements `start` to `start + length` of a flattened tensor [length] on the CPU: a new tensor.
+        """Returns elements `start` to `start + length` of a flattened tensor [length] on the CPU: a new
+        tensor.
 
         Raises:
             CheckpointError: If there is no such tensor or range, or it cannot be read.
@@ -159,7 +187,9 @@ class ShardReader:
         if kind == "frozen" and self.facts.base is not None:
             return self._read_base(self.facts.base, name, start, length)
         if not 0 <= start <= start + length <= whole.numel:
-            raise CheckpointError(f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}.")
+            raise CheckpointError(
+                f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}."
+            )
         result = torch.empty(length, dtype=getattr(torch, whole.dtype), device="cpu")
         for piece in self._pieces[key]:
             begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
@@ -179,7 +209,8 @@ class ShardReader:
     def _read_base(self, base: Base, name: str, start: int, length: int) -> Tensor:
         if self._base is None:
             raise CheckpointError(
-                f"{self.folder}: holds no {tensor_key('frozen', name)}, only what was trained on {base.origin}. Read it there."
+                f"{self.folder}: holds no {tensor_key('frozen', name)}, only what was trained on "
+                f"{base.origin}. Read it there."
             )
         return self._base.read("frozen", name, start, length)
 
@@ -187,10 +218,13 @@ class ShardReader:
         if self._base is None:
             return
         own, stored = (
-            {name: reader.metadata_of("frozen", name) for name in reader.names("frozen")} for reader in (self, self._base)
+            {name: reader.metadata_of("frozen", name) for name in reader.names("frozen")}
+            for reader in (self, self._base)
         )
         if own != stored:
-            raise CheckpointError(f"{self._base.folder}: must hold the frozen weights that {self.folder} names, got others.")
+            raise CheckpointError(
+                f"{self._base.folder}: must hold the frozen weights that {self.folder} names, got others."
+            )
 
     def _read_piece(self, piece: _Piece, key: str, first: int, target: Tensor) -> None:
         path = self.folder / piece.file
@@ -204,14 +238,20 @@ class ShardReader:
     def _tiled(self) -> dict[str, list[_Piece]]:
         """Returns the pieces of every tensor in order, after checking that they are the whole of it."""
         has_all = self.facts.base is None
-        found: dict[str, list[_Piece]] = {key: [] for key in self.facts.tensors if has_all or split_key(key)[0] != "frozen"}
+        found: dict[str, list[_Piece]] = {
+            key: [] for key in self.facts.tensors if has_all or split_key(key)[0] != "frozen"
+        }
         for path in self._rank_files():
             for key, piece, dtype in _pieces_in(path):
                 whole = self.facts.tensors.get(key)
                 if whole is None or key not in found:
-                    raise CheckpointError(f"{path}: must hold tensors of {FACTS} only, got {key[:200]!r}. It is damaged.")
+                    raise CheckpointError(
+                        f"{path}: must hold tensors of {FACTS} only, got {key[:200]!r}. It is damaged."
+                    )
                 if holds_moments_only(path.name) and split_key(key)[0] not in MOMENTS:
-                    raise CheckpointError(f"{path}: must hold {' and '.join(MOMENTS)} only, got {key[:200]}. It is damaged.")
+                    raise CheckpointError(
+                        f"{path}: must hold {' and '.join(MOMENTS)} only, got {key[:200]}. It is damaged."
+                    )
                 if dtype != whole.dtype:
                     raise CheckpointError(f"{path}: {key} must be {whole.dtype}, got {dtype}. It is damaged.")
                 found[key].append(piece)
@@ -221,13 +261,15 @@ class ShardReader:
             for piece in pieces:
                 if piece.start != end:
                     raise CheckpointError(
-                        f"{self.folder / piece.file}: {key} must go on at element {end}, got a piece from {piece.start}. "
+                        f"{self.folder / piece.file}: {key} must go on at element {end}, got a piece from "
+                        f"{piece.start}. "
                         "A piece is missing or there twice."
                     )
                 end += piece.length
             if end != self.facts.tensors[key].numel:
                 raise CheckpointError(
-                    f"{self.folder}: {key} must have {self.facts.tensors[key].numel} elements, got {end}. A piece is missing."
+                    f"{self.folder}: {key} must have {self.facts.tensors[key].numel} elements, got {end}. A "
+                    "piece is missing."
                 )
         return found
 
@@ -237,7 +279,9 @@ class ShardReader:
             match = _FILE.fullmatch(path.name)
             is_own = match is not None and int(match[1]) < int(match[2]) == self.facts.world_size
             if not is_own or path.is_symlink() or not path.is_file():
-                raise CheckpointError(f"{path}: must be a file of one of {self.facts.world_size} ranks. Remove it.")
+                raise CheckpointError(
+                    f"{path}: must be a file of one of {self.facts.world_size} ranks. Remove it."
+                )
         return paths
 
 
@@ -259,7 +303,9 @@ def _pieces_in(path: Path) -> Iterator[tuple[str, _Piece, str]]:
         raise CheckpointError(f"{path}: must be a safetensors file, got {error}. It is damaged.") from error
     for key, spec in specs.items():
         if len(spec.shape) != 1 or spec.numel == 0:
-            raise CheckpointError(f"{path}: {key[:200]} must be a range of numbers, got {list(spec.shape)}. It is damaged.")
+            raise CheckpointError(
+                f"{path}: {key[:200]} must be a range of numbers, got {list(spec.shape)}. It is damaged."
+            )
         dtype = str(spec.dtype).removeprefix("torch.")
         yield key, _Piece(file=path.name, start=starts[key], length=spec.numel), dtype
 
@@ -268,10 +314,16 @@ def _starts(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -> d
     try:
         starts = json.loads(metadata[_STARTS])
     except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: metadata must hold {_STARTS} as JSON, got {error!r}. It is damaged.") from error
+        raise CheckpointError(
+            f"{path}: metadata must hold {_STARTS} as JSON, got {error!r}. It is damaged."
+        ) from error
     if not isinstance(starts, dict) or set(starts) != set(keys):
-        raise CheckpointError(f"{path}: {_STARTS} must name the tensors of the file, got others. It is damaged.")
+        raise CheckpointError(
+            f"{path}: {_STARTS} must name the tensors of the file, got others. It is damaged."
+        )
     for key, start in starts.items():
         if type(start) is not int or start < 0:
-            raise CheckpointError(f"{path}: {key[:200]} must start at an element, got {str(start)[:80]}. It is damaged.")
+            raise CheckpointError(
+                f"{path}: {key[:200]} must start at an element, got {str(start)[:80]}. It is damaged."
+            )
     return starts

@@ -1,7 +1,7 @@
 """A copy of a captured state in memory of the host, so that training may go on while it is written.
 
-Owns the memory, kept from save to save, and how the copy is made: on a side stream, into page-locked memory, with one wait. Asks
-for no agreement between ranks. `train/saving.py` is the only caller.
+Owns the memory, kept from save to save, and how the copy is made: on a side stream, into page-locked memory,
+with one wait. Asks for no agreement between ranks. `train/saving.py` is the only caller.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class StagingBuffer:
         return 0 if needed <= held else needed
 
     def request(self, state: Snapshot) -> Callable[[], object]:
-        """Returns the work that gets what `take` needs for such a state. Any thread may do it, while nothing is taken.
+        """Returns the work that gets what `take` needs for such a state. Any thread may do it, while nothing
+        is taken.
 
         It takes a second for some 10 GB, most of it to lock pages. The work does not hold the state.
         """
@@ -73,7 +74,8 @@ class StagingBuffer:
             self.release()
             self._memory = torch.empty(num_bytes, dtype=torch.uint8)
             if gpu is not None and num_bytes >= _PINNED_FROM_BYTES:
-                # `pin_memory=True` would round up to a power of two, up to twice of what may be most of the host's memory.
+                # `pin_memory=True` would round up to a power of two, up to twice of what may be most of the
+                # host's memory.
                 self._memory.zero_()  # all cores ask for the pages, which locking would do with one
                 with torch.cuda.device(gpu):  # a new thread is at GPU 0
                     code = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
@@ -84,13 +86,16 @@ class StagingBuffer:
 
 
 def available_bytes() -> int:
-    """Returns how much memory this process may still use: what the system tells, and the limit of its control group."""
+    """Returns how much memory this process may still use: what the system tells, and the limit of its control
+    group."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        cached = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())["inactive_file"]
+        cached = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())[
+            "inactive_file"
+        ]
     except (OSError, KeyError):
         return available
     return available if limit == "max" else min(available, int(limit) - used + int(cached))

@@ -1,6 +1,7 @@
 """What a checkpoint says about the run beside the engine's own files.
 
-Owns the record, its JSON form and the hash that lets anyone compare two runs. Writing and reading folders is `store.py`.
+Owns the record, its JSON form and the hash that lets anyone compare two runs. Writing and reading folders is
+`store.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class RunState:
         scheduler: State of the curriculum scheduler.
         fingerprint: Hash of the configuration without its phases.
         phase_fingerprints: One hash per phase, so that phases not yet reached may still be edited.
-        layout: Engine, world size, ZeRO stage and precision that saved, and the global batches by phase and bucket.
+        layout: Engine, world size, ZeRO stage and precision that saved, and the global batches by phase and
+            bucket.
         history: What the report needs from before the save (evaluations, seconds per phase, resumes).
         adaptive_clip: Statistics of gradient norms; empty without an adaptive clip.
     """
@@ -43,7 +45,10 @@ class RunState:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""
-        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "clock": asdict(self.clock)}
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "clock": asdict(self.clock),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:
@@ -53,26 +58,34 @@ class RunState:
             CheckpointError: If a field is missing, unknown or of another kind.
         """
         if set(values) != set(cls.__dataclass_fields__):
-            raise CheckpointError(f"state.json: fields must be {sorted(cls.__dataclass_fields__)}, got {sorted(values)}.")
+            raise CheckpointError(
+                f"state.json: fields must be {sorted(cls.__dataclass_fields__)}, got {sorted(values)}."
+            )
         for name, value in values.items():
             kind = _KINDS.get(name, Mapping)
             if not isinstance(value, kind):
-                raise CheckpointError(f"state.json: {name} must be a {kind.__name__}, got {type(value).__name__}.")
+                raise CheckpointError(
+                    f"state.json: {name} must be a {kind.__name__}, got {type(value).__name__}."
+                )
         clock, fingerprints = Clock.from_dict(values["clock"]), tuple(values["phase_fingerprints"])
         return cls(**{**values, "clock": clock, "phase_fingerprints": fingerprints})
 
 
 def weights_sha256(digests: Mapping[str, str]) -> str:
-    """Returns the hash of a set of weights: the SHA-256 of lines `<name> <hash of that tensor>` in the order of names.
+    """Returns the hash of a set of weights: the SHA-256 of lines `<name> <hash of that tensor>` in the order
+    of names.
 
     Args:
         digests: `tensors_sha256` of each tensor alone, by its name.
     """
-    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()
+    ).hexdigest()
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Returns one hash over names, dtypes, shapes and bytes, in the order given; equal hashes mean bitwise equal states."""
+    """Returns one hash over names, dtypes, shapes and bytes, in the order given; equal hashes mean bitwise
+    equal states."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

@@ -1,15 +1,18 @@
 """A folder of checkpoints in which each one is whole or absent.
 
-Owns the commit, the search for the newest good checkpoint, and deletion. Owns no collectives: the caller lets every rank write
-into `open_pending(...)`, waits for all, and then commits on the main rank. Names say what a folder is:
+Owns the commit, the search for the newest good checkpoint, and deletion. Owns no collectives: the caller lets
+every rank write into `open_pending(...)`, waits for all, and then commits on the main rank. Names say what a
+folder is:
 
     update_000500            a checkpoint
-    update_000500.replaced   its predecessor of the same name, while the new one takes its place; it counts where the new one is
-                             not there yet
-    *.pending                a save or a deletion that is not finished; nobody reads it, and the next save removes it
+    update_000500.replaced   its predecessor of the same name, while the new one takes its place; it counts
+                             where the new one is not there yet
+    *.pending                a save or a deletion that is not finished; nobody reads it, and the next save
+                             removes it
     bases/                   frozen weights that checkpoints refer to (`bases.py`)
 
-At every moment of a save, and of the deletions after it, what stands is the old checkpoints or these and the new one.
+At every moment of a save, and of the deletions after it, what stands is the old checkpoints or these and the
+new one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ from pathlib import Path
 
 from aiprod_ds.checkpoint.disk import PENDING, delete, discard, explained, require_space
 from aiprod_ds.checkpoint.frozen_bases import delete_unfinished, delete_unreferenced, verify_base
-from aiprod_ds.checkpoint.manifest import FileRecord, HashCheck, read_manifest, read_mapping, verify_folder, write_manifest
+from aiprod_ds.checkpoint.manifest import (
+    FileRecord,
+    HashCheck,
+    read_manifest,
+    read_mapping,
+    verify_folder,
+    write_manifest,
+)
 from aiprod_ds.checkpoint.retention import Standing, surplus
 from aiprod_ds.checkpoint.shard_files import FACTS, holds_moments_only
 from aiprod_ds.checkpoint.state import RunState
@@ -62,7 +72,8 @@ class CheckpointStore:
         self.folder = folder
 
     def open_pending(self, updates: int, *, num_bytes: int = 0) -> Path:
-        """Makes and returns the empty folder that all ranks write the checkpoint of `updates` into. Main rank only.
+        """Makes and returns the empty folder that all ranks write the checkpoint of `updates` into. Main rank
+        only.
 
         First it finishes or removes what an interrupted save left, then it looks for room.
 
@@ -91,14 +102,16 @@ class CheckpointStore:
         return self.folder / f"{_name(updates)}{PENDING}"
 
     def commit(self, updates: int, state: RunState, known: Mapping[str, FileRecord] | None = None) -> Path:
-        """Turns the pending folder into the checkpoint of `updates`. Main rank only, after every rank has written its files.
+        """Turns the pending folder into the checkpoint of `updates`. Main rank only, after every rank has
+        written its files.
 
         A checkpoint that is already there under this name is replaced only once the new one is whole on disk.
 
         Args:
             updates: As in `open_pending`.
             state: Of the run at that moment.
-            known: Of files, by path in the checkpoint, that their writers have hashed and brought to the disk.
+            known: Of files, by path in the checkpoint, that their writers have hashed and brought to the
+                disk.
 
         Raises:
             DiskFullError: If there was no room.
@@ -125,13 +138,17 @@ class CheckpointStore:
         """Removes what was written of a save that failed; what cannot be removed is left to the next save."""
         delete(self.pending_folder(updates))
 
-    def prune(self, updates: int, config: CheckpointConfig, measure: Callable[[RunState], float | None]) -> list[str]:
-        """Deletes what the rules do not keep and returns the names. Main rank only, after `commit(updates, ...)`.
+    def prune(
+        self, updates: int, config: CheckpointConfig, measure: Callable[[RunState], float | None]
+    ) -> list[str]:
+        """Deletes what the rules do not keep and returns the names. Main rank only, after
+        `commit(updates, ...)`.
 
         Bases that no checkpoint refers to any more go too.
 
-        The one just written stays. Those of later updates, which a run that went back to an earlier checkpoint has, and those
-        that are not whole are neither counted nor deleted; for that all sizes are compared, but of hashes only the run state's.
+        The one just written stays. Those of later updates, which a run that went back to an earlier
+        checkpoint has, and those that are not whole are neither counted nor deleted; for that all sizes are
+        compared, but of hashes only the run state's.
 
         Args:
             updates: Of the checkpoint just written.
@@ -144,7 +161,11 @@ class CheckpointStore:
         if config.keep_last is None:
             return []
         with explained(self.folder):
-            standing = [entry for name in self.names() if (entry := self._standing(name, measure)) and entry.updates <= updates]
+            standing = [
+                entry
+                for name in self.names()
+                if (entry := self._standing(name, measure)) and entry.updates <= updates
+            ]
             if not standing or standing[0].updates != updates:  # only a newer whole one is a reason to delete
                 return []
             names = surplus(standing, config)
@@ -154,14 +175,16 @@ class CheckpointStore:
         return names
 
     def newest(self, *, weights_only: bool = False, hashes: HashCheck | None = None) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, or None when there has never been one. Changes nothing.
+        """Returns the newest checkpoint that verifies, or None when there has never been one. Changes
+        nothing.
 
         Args:
             weights_only: As of `read`.
             hashes: As of `read`.
 
         Raises:
-            CheckpointError: If checkpoints exist and none of them is good: starting over would lose them silently.
+            CheckpointError: If checkpoints exist and none of them is good: starting over would lose them
+                silently.
         """
         names = self.names()
         problems: list[str] = []
@@ -178,29 +201,39 @@ class CheckpointStore:
             )
         return None
 
-    def read(self, folder: Path, *, weights_only: bool = False, hashes: HashCheck | None = None) -> Checkpoint:
-        """Returns the checkpoint in `folder` after comparing it, and the base that it needs, with their manifests.
+    def read(
+        self, folder: Path, *, weights_only: bool = False, hashes: HashCheck | None = None
+    ) -> Checkpoint:
+        """Returns the checkpoint in `folder` after comparing it, and the base that it needs, with their
+        manifests.
 
         Args:
             folder: Of the checkpoint.
-            weights_only: Whether the caller reads no moments: then files of moments are compared but for their hashes.
-            hashes: Is left to compare files of tensors, and the caller to confirm it; None: all is compared here.
+            weights_only: Whether the caller reads no moments: then files of moments are compared but for
+                their hashes.
+            hashes: Is left to compare files of tensors, and the caller to confirm it; None: all is compared
+                here.
 
         Raises:
             CheckpointError: If `folder` is no whole checkpoint, or another one than its name says.
         """
         if folder.is_symlink():
             raise CheckpointError(f"{folder}: must be a folder, got a link. Name the folder itself.")
-        files = verify_folder(folder, is_read=lambda name: not (weights_only and holds_moments_only(name)), hashes=hashes)
+        files = verify_folder(
+            folder, is_read=lambda name: not (weights_only and holds_moments_only(name)), hashes=hashes
+        )
         if _STATE not in files:
-            raise CheckpointError(f"{folder}/manifest.json: must list {_STATE}, got no such entry. Take a whole checkpoint.")
+            raise CheckpointError(
+                f"{folder}/manifest.json: must list {_STATE}, got no such entry. Take a whole checkpoint."
+            )
         if _FACTS in files:
             verify_base(folder, hashes=hashes)
         state = _read_state(folder)
         match = _NAME.fullmatch(folder.name)
         if match and int(match[1]) != state.clock.updates:
             raise CheckpointError(
-                f"{folder}: must hold the update that its name says, got update {state.clock.updates}. Give it its own name back."
+                f"{folder}: must hold the update that its name says, got update {state.clock.updates}. Give "
+                "it its own name back."
             )
         return Checkpoint(folder=folder, state=state)
 
@@ -215,14 +248,18 @@ class CheckpointStore:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise CheckpointError(f"{self.folder}: must be a readable folder, got {error}. Check its permissions.") from error
+            raise CheckpointError(
+                f"{self.folder}: must be a readable folder, got {error}. Check its permissions."
+            ) from error
         return sorted((name for name in found if _counts(name, found)), key=_updates, reverse=True)
 
     def _standing(self, name: str, measure: Callable[[RunState], float | None]) -> Standing | None:
         folder = self.folder / name
         try:
             files = read_manifest(folder)
-            if folder.is_symlink() or any((folder / file).stat().st_size != record.bytes for file, record in files.items()):
+            if folder.is_symlink() or any(
+                (folder / file).stat().st_size != record.bytes for file, record in files.items()
+            ):
                 return None
             if _STATE not in files or file_sha256(folder / _STATE) != files[_STATE].sha256:
                 return None

@@ -1,7 +1,9 @@
-"""A short all-reduce over all hosts, with figures: whether the ranks of a run will reach each other, and how fast.
+"""A short all-reduce over all hosts, with figures: whether the ranks of a run will reach each other, and how
+fast.
 
-Run by ssh once on every host, where it starts one process per slot; each joins the group as a rank of the run would (gloo on
-CPUs, NCCL on GPUs). Before that it looks for the files that the hosts' probes left in the run folder. Prints JSON.
+Run by ssh once on every host, where it starts one process per slot; each joins the group as a rank of the run
+would (gloo on CPUs, NCCL on GPUs). Before that it looks for the files that the hosts' probes left in the run
+folder. Prints JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ _SMALL_TIMES, _LARGE_TIMES = 20, 5
 
 
 def run_host(
-    *, first_rank: int, slots: list[int], world_size: int, address: str, port: int, folder: str | None, tokens: list[str]
+    *,
+    first_rank: int,
+    slots: list[int],
+    world_size: int,
+    address: str,
+    port: int,
+    folder: str | None,
+    tokens: list[str],
 ) -> dict[str, Any]:
     """Returns what this host's ranks measured and which probes' files it does not see.
 
@@ -45,7 +54,9 @@ def run_host(
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "aiprod_ds.cluster.all_reduce"],
-            env=_environment(first_rank + index, slots, index, world_size=world_size, address=address, port=port),
+            env=_environment(
+                first_rank + index, slots, index, world_size=world_size, address=address, port=port
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -62,8 +73,8 @@ def measure() -> dict[str, float]:
     """Returns the time of a small all-reduce and the rate of a large one over all ranks. Collective.
 
     Returns:
-        `seconds`: median of 4-byte all-reduces. `bytes_per_second`: size over the median time of large ones, times
-        2 (n - 1) / n for n ranks: what every rank sends and receives.
+        `seconds`: median of 4-byte all-reduces. `bytes_per_second`: size over the median time of large ones,
+        times 2 (n - 1) / n for n ranks: what every rank sends and receives.
     """
     with dist.process_group(timeout_seconds=GROUP_SECONDS) as device:
         ranks = dist.world_size()
@@ -74,7 +85,9 @@ def measure() -> dict[str, float]:
             raise RuntimeError(f"the sum over {ranks} ranks of 1 must be {ranks}, got {small.item():g}")
         torch_dist.all_reduce(large)
         seconds = statistics.median(_timed(lambda: torch_dist.all_reduce(small)) for _ in range(_SMALL_TIMES))
-        large_seconds = statistics.median(_timed(lambda: torch_dist.all_reduce(large)) for _ in range(_LARGE_TIMES))
+        large_seconds = statistics.median(
+            _timed(lambda: torch_dist.all_reduce(large)) for _ in range(_LARGE_TIMES)
+        )
         share = 2 * (ranks - 1) / ranks
         return {"seconds": seconds, "bytes_per_second": large.numel() * 4 * share / large_seconds}
 
@@ -87,7 +100,9 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _environment(rank: int, slots: list[int], index: int, *, world_size: int, address: str, port: int) -> dict[str, str]:
+def _environment(
+    rank: int, slots: list[int], index: int, *, world_size: int, address: str, port: int
+) -> dict[str, str]:
     return {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": ",".join(str(slot) for slot in slots),

@@ -1,7 +1,8 @@
 """The deepspeed command of a run on several hosts, with every argument safe from the shells on its way.
 
-pdsh joins what it gets by spaces and hands it to a shell on each host; DeepSpeed puts double quotes around arguments with spaces
-and escapes nothing else in them (deepspeed 0.19.8, launcher/multinode_runner.py:73). With `--no_ssh` no shell is involved.
+pdsh joins what it gets by spaces and hands it to a shell on each host; DeepSpeed puts double quotes around
+arguments with spaces and escapes nothing else in them (deepspeed 0.19.8, launcher/multinode_runner.py:73).
+With `--no_ssh` no shell is involved.
 """
 
 from __future__ import annotations
@@ -64,11 +65,20 @@ def deepspeed_command(launch: Launch) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(launch.hostfile)]
     command += ["--include", launch.include] if launch.include else []
     command += ["--exclude", launch.exclude] if launch.exclude else []
-    # One host that is left over by a filter would otherwise be taken for this machine; ssh has been checked before.
-    how = ["--force_multi", "--no_ssh_check"] if launch.node_rank is None else ["--no_ssh", "--node_rank", str(launch.node_rank)]
+    # One host that is left over by a filter would otherwise be taken for this machine; ssh has been checked
+    # before.
+    how = (
+        ["--force_multi", "--no_ssh_check"]
+        if launch.node_rank is None
+        else ["--no_ssh", "--node_rank", str(launch.node_rank)]
+    )
     command += [*how, "--master_addr", launch.master_address, "--master_port", str(launch.master_port)]
     command += ["--bind_cores_to_rank"] if launch.bind_cores else []
-    arguments = launch.arguments if launch.node_rank is not None else [quote_for_pdsh(part) for part in launch.arguments]
+    arguments = (
+        launch.arguments
+        if launch.node_rank is not None
+        else [quote_for_pdsh(part) for part in launch.arguments]
+    )
     return [*command, "--no_local_rank", "--module", "aiprod_ds", *arguments]
 
 
@@ -94,7 +104,8 @@ def check_paths() -> None:
         ConfigError: If one of them holds a blank or a character that a shell would act on.
     """
     problems = [
-        f"{what}: must be of letters, digits and _@+=:,./- to be started on other hosts, got {path!r}. Work from another folder."
+        f"{what}: must be of letters, digits and _@+=:,./- to be started on other hosts, got {path!r}. Work "
+        "from another folder."
         for what, path in (("working folder", str(Path.cwd())), ("python", sys.executable))
         if not is_plain(path)
     ]
@@ -110,7 +121,8 @@ def is_plain(path: str) -> bool:
 def quote_for_pdsh(argument: str) -> str:
     r"""Returns `argument` as DeepSpeed's pdsh runner must get it, so that a rank gets it as it was.
 
-    Example: `a$b` becomes `'a$b'`; `a $b` becomes `a \$b`, because DeepSpeed puts double quotes around what has spaces.
+    Example: `a$b` becomes `'a$b'`; `a $b` becomes `a \$b`, because DeepSpeed puts double quotes around what
+    has spaces.
     """
     doubled = argument.replace("%", "%%")  # pdsh replaces %h, %n and %u
     if " " not in doubled:
@@ -122,4 +134,6 @@ def rank_pattern(launch: Launch) -> str:
     """Returns the regular expression by which `pkill -f` finds the ranks of a run, and no launcher."""
     start = " ".join(launch.arguments[:4])
     escaped = re.sub(r"[][(){}.*+?^$|\\]", r"\\\g<0>", start)
-    return f"[-]m aiprod_ds {escaped}( |$)"  # [-] keeps the pattern from finding the shell that it is written in
+    return (
+        f"[-]m aiprod_ds {escaped}( |$)"  # [-] keeps the pattern from finding the shell that it is written in
+    )

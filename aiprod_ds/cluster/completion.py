@@ -19,7 +19,8 @@ class Report:
 
     Attributes:
         path: `report.json`.
-        before: What identifies the file; None without one. Reports are replaced by rename, so every one has a new identity.
+        before: What identifies the file; None without one. Reports are replaced by rename, so every one has a
+            new identity.
     """
 
     path: Path

@@ -1,4 +1,5 @@
-"""The doctor's visit: which hosts, with which environment, and the page of what was found. Called by the command line."""
+"""The doctor's visit: which hosts, with which environment, and the page of what was found. Called by the
+command line."""
 
 from __future__ import annotations
 
@@ -49,9 +50,13 @@ def visit(arguments: argparse.Namespace) -> DoctorPage:
 
 def _hosts(arguments: argparse.Namespace) -> tuple[Host, ...]:
     if arguments.hostfile is not None:
-        return select_hosts(read_hostfile(arguments.hostfile), include=arguments.include, exclude=arguments.exclude)
+        return select_hosts(
+            read_hostfile(arguments.hostfile), include=arguments.include, exclude=arguments.exclude
+        )
     if arguments.include or arguments.exclude:
-        raise ConfigError("--include, --exclude: have no effect without --hostfile. Remove them, or name one.")
+        raise ConfigError(
+            "--include, --exclude: have no effect without --hostfile. Remove them, or name one."
+        )
     import torch
 
     from aiprod_ds.cluster.probe import uses_cpu  # loads torch, which takes seconds

@@ -1,7 +1,9 @@
-"""The examination of all hosts before a run: reach, probe, all-reduce, in this order, each on all hosts at the same time.
+"""The examination of all hosts before a run: reach, probe, all-reduce, in this order, each on all hosts at
+the same time.
 
-Owns the order and the remote command lines; measuring is done by `probe` and `all_reduce` on the hosts, judging by `findings`.
-Without a hostfile this machine is the only host and no ssh is used. Called by the command line and, shortened, by the launcher.
+Owns the order and the remote command lines; measuring is done by `probe` and `all_reduce` on the hosts,
+judging by `findings`. Without a hostfile this machine is the only host and no ssh is used. Called by the
+command line and, shortened, by the launcher.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Examiner:
     master_address: str | None = None
 
     def examine(self, *, measures: bool) -> list[Examined]:
-        """Returns what was found on every host; with `measures`, also the speed of disk, devices and network."""
+        """Returns what was found on every host; with `measures`, also the speed of disk, devices and
+        network."""
         found = [Examined(host=host) for host in self.hosts]
         token = f".doctor_{uuid4().hex}"
         tokens = [f"{token}_{index}" for index in range(len(found))]
@@ -82,7 +85,9 @@ class Examiner:
             return
         names = [one.host.name for one in found]
         for one, answer in zip(
-            found, ask_all(names, self.ssh, lambda _: ["date", "+%s.%N"], timeout_seconds=_REACH_SECONDS), strict=True
+            found,
+            ask_all(names, self.ssh, lambda _: ["date", "+%s.%N"], timeout_seconds=_REACH_SECONDS),
+            strict=True,
         ):
             if answer.code != 0:
                 one.unreachable = answer.reason
@@ -106,7 +111,11 @@ class Examiner:
     def _all_reduce(self, found: list[Examined], tokens: list[str]) -> None:
         first = found[0].probe
         assert first is not None
-        places = {one.probe["folder"]["place"] for one in found if one.probe is not None and one.probe["folder"] is not None}
+        places = {
+            one.probe["folder"]["place"]
+            for one in found
+            if one.probe is not None and one.probe["folder"] is not None
+        }
         common: dict[str, Any] = {
             "world_size": num_ranks(self.hosts),
             "address": self.master_address or address_of(first, is_local=self.ssh is None),
@@ -117,9 +126,18 @@ class Examiner:
         for one in found:
             assert one.probe is not None
             folder = None if one.probe["folder"] is None else one.probe["folder"]["place"]
-            calls.append({**common, "first_rank": rank, "slots": list(one.host.slots), "folder": folder if places else None})
+            calls.append(
+                {
+                    **common,
+                    "first_rank": rank,
+                    "slots": list(one.host.slots),
+                    "folder": folder if places else None,
+                }
+            )
             rank += len(one.host.slots)
-        for one, answer in zip(found, self._run(found, "all_reduce", calls, _ALL_REDUCE_SECONDS), strict=True):
+        for one, answer in zip(
+            found, self._run(found, "all_reduce", calls, _ALL_REDUCE_SECONDS), strict=True
+        ):
             one.all_reduce = _parsed(answer)
             one.all_reduce_failed = answer.reason if one.all_reduce is None else one.all_reduce["problem"]
 
@@ -134,14 +152,25 @@ class Examiner:
                 Path(path).unlink(missing_ok=True)
         elif written:
             names = [one.host.name for one, _ in written]
-            ask_all(names, self.ssh, lambda index: ["rm", "-f", "--", written[index][1]], timeout_seconds=_REMOVE_SECONDS)
+            ask_all(
+                names,
+                self.ssh,
+                lambda index: ["rm", "-f", "--", written[index][1]],
+                timeout_seconds=_REMOVE_SECONDS,
+            )
 
-    def _run(self, found: list[Examined], part: str, calls: list[dict[str, Any]], timeout_seconds: float) -> list[Answer]:
-        """Runs a part of the examination on the hosts, with the environment and working folder that the ranks will have."""
+    def _run(
+        self, found: list[Examined], part: str, calls: list[dict[str, Any]], timeout_seconds: float
+    ) -> list[Answer]:
+        """Runs a part of the examination on the hosts, with the environment and working folder that the ranks
+        will have."""
         commands = [[sys.executable, "-m", f"aiprod_ds.cluster.{part}", json.dumps(call)] for call in calls]
         if self.ssh is None:
             environment = {**os.environ, **self.environment}
-            return [ask_here(command, timeout_seconds=timeout_seconds, environment=environment) for command in commands]
+            return [
+                ask_here(command, timeout_seconds=timeout_seconds, environment=environment)
+                for command in commands
+            ]
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         return ask_all(
             [one.host.name for one in found],
@@ -153,11 +182,14 @@ class Examiner:
 
 
 def address_of(probe: Mapping[str, Any], *, is_local: bool) -> str:
-    """Returns an address at which other hosts reach the probed one: where ssh did, unless that was a loopback."""
+    """Returns an address at which other hosts reach the probed one: where ssh did, unless that was a
+    loopback."""
     if is_local:
         return "127.0.0.1"
     candidates = [str(probe["reached_at"]), *probe["addresses"]]
-    outside = [address for address in candidates if address and not address.startswith(("127.", "::1", "fe80:"))]
+    outside = [
+        address for address in candidates if address and not address.startswith(("127.", "::1", "fe80:"))
+    ]
     return outside[0] if outside else str(probe["hostname"])
 
 

@@ -1,6 +1,8 @@
-"""What is wrong with the hosts of a run: rules over what their examination told, each with a way out. Pure: no I/O, no torch.
+"""What is wrong with the hosts of a run: rules over what their examination told, each with a way out. Pure:
+no I/O, no torch.
 
-Errors would end or spoil a run; warnings may slow it down, or are for the user to decide. Called by the doctor and the launcher.
+Errors would end or spoil a run; warnings may slow it down, or are for the user to decide. Called by the
+doctor and the launcher.
 """
 
 from __future__ import annotations
@@ -65,38 +67,62 @@ def judge(found: Sequence[Examined]) -> list[Finding]:
 def _silent(found: Sequence[Examined]) -> Iterator[Finding]:
     for one in found:
         if one.unreachable is not None:
-            yield _error(one, f"must be reachable by ssh without a question, got: {one.unreachable}", _fix_for_ssh(one))
+            yield _error(
+                one, f"must be reachable by ssh without a question, got: {one.unreachable}", _fix_for_ssh(one)
+            )
         elif one.failed is not None:
-            fix = "The same Python and the same working folder must exist on every host: install there, or share the folder."
+            fix = (
+                "The same Python and the same working folder must exist on every host: install there, or "
+                "share the folder."
+            )
             yield _error(one, f"must run this project's Python, got: {one.failed}", fix)
 
 
 def _fix_for_ssh(one: Examined) -> str:
-    return f"`ssh -o BatchMode=yes {one.host.name} true` must work: name, network, sshd, key, known_hosts. Or --exclude it."
+    return (
+        f"`ssh -o BatchMode=yes {one.host.name} true` must work: name, network, sshd, key, known_hosts. Or "
+        "--exclude it."
+    )
 
 
 def _gpus(one: Examined, probe: dict[str, Any]) -> Iterator[Finding]:
     slots = len(one.host.slots)
     if probe["is_cpu_run"]:
         if slots > probe["cores"]:
-            yield _warning(one, f"should have a core for every rank, got {slots} ranks on {probe['cores']} cores", "Lower slots.")
+            yield _warning(
+                one,
+                f"should have a core for every rank, got {slots} ranks on {probe['cores']} cores",
+                "Lower slots.",
+            )
         return
     count = len(probe["gpus"])
     if max(one.host.slots) >= count:
-        yield _error(one, f"must have a GPU for every slot, got slots={max(one.host.slots) + 1} and {count} GPUs", "Lower slots.")
+        yield _error(
+            one,
+            f"must have a GPU for every slot, got slots={max(one.host.slots) + 1} and {count} GPUs",
+            "Lower slots.",
+        )
     for index, gpu in enumerate(probe["gpus"]):
         if not gpu["has_kernels"]:
             capability = ".".join(str(number) for number in gpu["capability"])
             problem = (
-                f"torch must be built for GPU {index} ({gpu['name']}, {capability}), got {probe['versions']['torch']} without it"
+                f"torch must be built for GPU {index} ({gpu['name']}, {capability}), got "
+                f"{probe['versions']['torch']} without it"
             )
             yield _error(one, problem, "Install a torch build for this card; the newest drop old cards.")
         if gpu["free_bytes"] < _FREE_GPU_SHARE * gpu["memory_bytes"]:
             used = _gib(gpu["memory_bytes"] - gpu["free_bytes"])
-            yield _warning(one, f"GPU {index} should be free, got {used} in use", "See `nvidia-smi` there for whose it is.")
+            yield _warning(
+                one,
+                f"GPU {index} should be free, got {used} in use",
+                "See `nvidia-smi` there for whose it is.",
+            )
     without = [str(index) for index, gpu in enumerate(probe["gpus"]) if not gpu["has_bf16"]]
     if without:
-        problem = f"GPU {', '.join(without)} ({probe['gpus'][int(without[0])]['name']}) should have bf16, got none in hardware"
+        problem = (
+            f"GPU {', '.join(without)} ({probe['gpus'][int(without[0])]['name']}) should have bf16, got "
+            "none in hardware"
+        )
         yield _warning(one, problem, "Train in fp16: ds_configs/*_fp16_v100.json.")
 
 
@@ -104,14 +130,24 @@ def _tools(one: Examined, probe: dict[str, Any]) -> Iterator[Finding]:
     tools = probe["tools"]
     needed = [name for name in ("g++", "ninja") if tools[name] is None]
     if needed:
-        fix = "Only offload to the CPU needs them: DeepSpeed then compiles its Adam. Install them if a phase offloads."
+        fix = (
+            "Only offload to the CPU needs them: DeepSpeed then compiles its Adam. Install them if a phase "
+            "offloads."
+        )
         yield _warning(one, f"should have g++ and ninja, got no {' and no '.join(needed)}", fix)
     if not probe["is_cpu_run"] and tools["nvcc"] is None:
-        fix = "Only offload to the CPU needs it, to compile as well. Install the CUDA toolkit of torch's version for it."
+        fix = (
+            "Only offload to the CPU needs it, to compile as well. Install the CUDA toolkit of torch's "
+            "version for it."
+        )
         yield _warning(one, "should have nvcc, got none", fix)
     if probe["shared_memory_bytes"] is not None and probe["shared_memory_bytes"] < _GOOD_SHARED_MEMORY_BYTES:
         problem = f"/dev/shm should have 1 GiB or more free, got {_gib(probe['shared_memory_bytes'])}"
-        yield _warning(one, problem, "Data loaders and NCCL pass data through it. In a container: --shm-size or --ipc=host.")
+        yield _warning(
+            one,
+            problem,
+            "Data loaders and NCCL pass data through it. In a container: --shm-size or --ipc=host.",
+        )
 
 
 def _disk(one: Examined, probe: dict[str, Any]) -> Iterator[Finding]:
@@ -120,7 +156,9 @@ def _disk(one: Examined, probe: dict[str, Any]) -> Iterator[Finding]:
         return
     if "problem" in folder:
         yield _error(
-            one, f"{folder['place']} must be writable, got: {folder['problem']}", "Name another run folder, or mount it there."
+            one,
+            f"{folder['place']} must be writable, got: {folder['problem']}",
+            "Name another run folder, or mount it there.",
         )
         return
     free = folder["free_bytes"]
@@ -130,24 +168,45 @@ def _disk(one: Examined, probe: dict[str, Any]) -> Iterator[Finding]:
         yield _finding(Level.ERROR if free < _MIN_FREE_BYTES else Level.WARNING, one, problem, fix)
     rate = folder.get("bytes_per_second")
     if rate is not None and rate < _GOOD_WRITE_BYTES_PER_SECOND:
-        problem = f"{folder['place']} should take {_GOOD_WRITE_BYTES_PER_SECOND / 1e6:.0f} MB/s, got {rate / 1e6:.0f} MB/s"
-        yield _warning(one, problem, "Training waits while it saves: save less often, or use a faster file system.")
+        problem = (
+            f"{folder['place']} should take {_GOOD_WRITE_BYTES_PER_SECOND / 1e6:.0f} MB/s, got "
+            f"{rate / 1e6:.0f} MB/s"
+        )
+        yield _warning(
+            one, problem, "Training waits while it saves: save less often, or use a faster file system."
+        )
 
 
 def _clock(one: Examined, _: dict[str, Any]) -> Iterator[Finding]:
     if one.skew_seconds is not None and abs(one.skew_seconds) - one.skew_error_seconds > _MAX_SKEW_SECONDS:
-        problem = f"its clock should be within {_MAX_SKEW_SECONDS:.0f} s of this machine's, got {one.skew_seconds:+.1f} s"
-        yield _warning(one, problem, "Start a time service (chrony, systemd-timesyncd) there: logs and file times do not fit.")
+        problem = (
+            f"its clock should be within {_MAX_SKEW_SECONDS:.0f} s of this machine's, got "
+            f"{one.skew_seconds:+.1f} s"
+        )
+        yield _warning(
+            one,
+            problem,
+            "Start a time service (chrony, systemd-timesyncd) there: logs and file times do not fit.",
+        )
 
 
 def _network(one: Examined, _: dict[str, Any]) -> Iterator[Finding]:
     if one.all_reduce_failed is not None:
-        fix = "Open the ports between the hosts, or name the network: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME in the env file."
-        yield _error(one, f"its ranks must finish an all-reduce with the others, got: {one.all_reduce_failed}", fix)
+        fix = (
+            "Open the ports between the hosts, or name the network: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME "
+            "in the env file."
+        )
+        yield _error(
+            one, f"its ranks must finish an all-reduce with the others, got: {one.all_reduce_failed}", fix
+        )
     if one.all_reduce is not None and one.all_reduce["missing_tokens"]:
         hosts = len(one.all_reduce["missing_tokens"])
         fix = "The run folder must be on a file system that all hosts share."
-        yield _error(one, f"must see what the others write into the run folder, got {hosts} hosts whose file is not there", fix)
+        yield _error(
+            one,
+            f"must see what the others write into the run folder, got {hosts} hosts whose file is not there",
+            fix,
+        )
 
 
 def _versions(told: Sequence[Examined]) -> Iterator[Finding]:
@@ -155,7 +214,9 @@ def _versions(told: Sequence[Examined]) -> Iterator[Finding]:
         level = Level.WARNING if name in _SHOULD_BE_EQUAL else Level.ERROR
         yield from _unequal(told, name, partial(_version, name), level, "Install the same version.")
     fix = "Bring all hosts to one commit, or share the folder."
-    yield from _unequal(told, "the code of aiprod_ds", lambda probe: str(probe["code_sha256"])[:12], Level.ERROR, fix)
+    yield from _unequal(
+        told, "the code of aiprod_ds", lambda probe: str(probe["code_sha256"])[:12], Level.ERROR, fix
+    )
     fix = "Every update waits for the slowest: a run on unlike cards is as fast as the weakest."
     yield from _unequal(told, "GPUs", _gpu_names, Level.WARNING, fix)
 
@@ -177,7 +238,9 @@ def _unequal(
     for one in told[1:]:
         got = value(one.probe or {})
         if got != expected:
-            yield _finding(level, one, f"{what} must equal {told[0].host.name}'s ({expected}), got {got}", fix)
+            yield _finding(
+                level, one, f"{what} must equal {told[0].host.name}'s ({expected}), got {got}", fix
+            )
 
 
 def _same_machine(told: Sequence[Examined]) -> Iterator[Finding]:
@@ -186,7 +249,9 @@ def _same_machine(told: Sequence[Examined]) -> Iterator[Finding]:
         probe = one.probe or {}
         key = (str(probe["boot_id"]), str(probe["hostname"]))
         if probe["boot_id"] and key in seen:
-            problem = f"must be a machine of its own, got the one that {seen[key]} names too ({probe['hostname']})"
+            problem = (
+                f"must be a machine of its own, got the one that {seen[key]} names too ({probe['hostname']})"
+            )
             yield _error(one, problem, "Remove one of the two lines: their ranks would share GPUs.")
         seen.setdefault(key, one.host.name)
 
@@ -199,7 +264,10 @@ def _slow_devices(told: Sequence[Examined]) -> Iterator[Finding]:
         usual = statistics.median(rates[_kind(one, entry)])
         if entry["flops_per_second"] < _SLOW_SHARE * usual:
             got, rest = entry["flops_per_second"] / 1e12, usual / 1e12
-            problem = f"{entry['device']} should be as fast as the others of its kind ({rest:.2f} TFLOP/s), got {got:.2f}"
+            problem = (
+                f"{entry['device']} should be as fast as the others of its kind ({rest:.2f} TFLOP/s), got "
+                f"{got:.2f}"
+            )
             yield _warning(one, problem, "Look for other work on it, heat, power limits or a slow slot.")
 
 

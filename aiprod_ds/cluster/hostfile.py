@@ -1,7 +1,9 @@
-"""Hostfiles and the choice of hosts and slots: `name slots=N` a line, `--include` and `--exclude` as DeepSpeed has them.
+"""Hostfiles and the choice of hosts and slots: `name slots=N` a line, `--include` and `--exclude` as
+DeepSpeed has them.
 
-Stricter than DeepSpeed's own parser, because the names end up on command lines: what could mean anything to a shell, to ssh or to
-pdsh is refused, and every problem is told at once. Starts nothing. Called by the launcher and the doctor.
+Stricter than DeepSpeed's own parser, because the names end up on command lines: what could mean anything to a
+shell, to ssh or to pdsh is refused, and every problem is told at once. Starts nothing. Called by the launcher
+and the doctor.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path}: must be a readable text file, got {error}. Begin with a copy of launch/hostfile.example."
+            f"{path}: must be a readable text file, got {error}. Begin with a copy of "
+            "launch/hostfile.example."
         ) from error
     return parse_hostfile(text, str(path))
 
@@ -65,13 +68,21 @@ def parse_hostfile(text: str, where: str) -> tuple[Host, ...]:
         name, rest = (found["name"], found["rest"] or "") if found is not None else (entry, "")
         problem = _problem(name, rest)
         if problem is None and name in hosts:
-            problem = f"must name every host once, got {name!r} again (first in line {lines[name]}). Remove one of the two."
+            problem = (
+                f"must name every host once, got {name!r} again (first in line {lines[name]}). Remove one "
+                "of the two."
+            )
         if problem is not None:
             problems.append(f"{where}:{number}: {problem}")
             continue
-        hosts[name], lines[name] = Host(name=name, slots=tuple(range(int(rest.removeprefix("slots="))))), number
+        hosts[name], lines[name] = (
+            Host(name=name, slots=tuple(range(int(rest.removeprefix("slots="))))),
+            number,
+        )
     if not hosts and not problems:
-        problems.append(f"{where}: must name at least one host, got none. Write lines such as `node-a slots=8`.")
+        problems.append(
+            f"{where}: must name at least one host, got none. Write lines such as `node-a slots=8`."
+        )
     if problems:
         raise ConfigError(problems)
     return tuple(hosts.values())
@@ -98,7 +109,9 @@ def select_hosts(hosts: Sequence[Host], *, include: str = "", exclude: str = "")
         raise ConfigError(problems)
     chosen = tuple(_chosen(hosts, named, is_included=bool(include)))
     if not chosen:
-        raise ConfigError(f"{option}: must leave at least one slot, got {text!r}, which leaves none. Name fewer hosts.")
+        raise ConfigError(
+            f"{option}: must leave at least one slot, got {text!r}, which leaves none. Name fewer hosts."
+        )
     return chosen
 
 
@@ -116,32 +129,53 @@ def _problem(name: str, rest: str) -> str | None:
         )
     slots = _SLOTS.fullmatch(rest)
     if slots is None:
-        return f"must have the form `{name} slots=N`, got {f'{name} {rest}'.strip()!r}. N is the number of GPUs to use there."
+        return (
+            f"must have the form `{name} slots=N`, got {f'{name} {rest}'.strip()!r}. N is the number of "
+            "GPUs to use there."
+        )
     if not 1 <= int(slots[1]) <= _MAX_SLOTS:
-        return f"slots must be between 1 and {_MAX_SLOTS}, got {slots[1]}. Comment out hosts that are not to be used."
+        return (
+            f"slots must be between 1 and {_MAX_SLOTS}, got {slots[1]}. Comment out hosts that are not to "
+            "be used."
+        )
     return None
 
 
-def _parse_filter(option: str, text: str, hosts: Mapping[str, Host]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _parse_filter(
+    option: str, text: str, hosts: Mapping[str, Host]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     named: dict[str, tuple[int, ...]] = {}
     problems: list[str] = []
     for part in text.split("@"):
         name, colon, listed = part.partition(":")
         if name not in hosts:
-            problems.append(f"{option}: must name hosts of the hostfile, got {name!r}. {suggestion(name, hosts)}")
+            problems.append(
+                f"{option}: must name hosts of the hostfile, got {name!r}. {suggestion(name, hosts)}"
+            )
             continue
         if name in named:
-            problems.append(f"{option}: must name every host once, got {name!r} again. Join its slots by commas.")
+            problems.append(
+                f"{option}: must name every host once, got {name!r} again. Join its slots by commas."
+            )
             continue
         known = hosts[name].slots
-        slots = tuple(int(slot) if re.fullmatch(r"\d{1,4}", slot) else -1 for slot in listed.split(",")) if colon else known
+        slots = (
+            tuple(int(slot) if re.fullmatch(r"\d{1,4}", slot) else -1 for slot in listed.split(","))
+            if colon
+            else known
+        )
         if not set(slots) <= set(known):
-            problems.append(f"{option}: slots of {name} must be of 0 to {known[-1]}, got {listed!r}. Write e.g. {name}:0,1.")
+            problems.append(
+                f"{option}: slots of {name} must be of 0 to {known[-1]}, got {listed!r}. Write e.g. "
+                f"{name}:0,1."
+            )
         named[name] = slots
     return named, problems
 
 
-def _chosen(hosts: Sequence[Host], named: Mapping[str, tuple[int, ...]], *, is_included: bool) -> Iterator[Host]:
+def _chosen(
+    hosts: Sequence[Host], named: Mapping[str, tuple[int, ...]], *, is_included: bool
+) -> Iterator[Host]:
     for host in hosts:
         listed = named.get(host.name, ())
         slots = tuple(slot for slot in host.slots if (slot in listed) == is_included)

@@ -1,4 +1,5 @@
-"""The options of `aiprod-ds launch` and `aiprod-ds doctor`. Loads nothing heavy: every command passes by here."""
+"""The options of `aiprod-ds launch` and `aiprod-ds doctor`. Loads nothing heavy: every command passes by
+here."""
 
 from __future__ import annotations
 
@@ -15,13 +16,25 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, help="on a file system that all hosts share")
     parser.add_argument("--hostfile", type=Path, required=True, help="lines of `name slots=N`")
     _add_hosts(parser)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as of `train`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as of `train`"
+    )
     parser.add_argument("--resume", default="auto", help="as of `train`")
-    parser.add_argument("--no-ssh", action="store_true", help="start this host's ranks only; the same command on every host")
-    parser.add_argument("--node-rank", type=int, help="with --no-ssh: index of this host; else Slurm's or by the host's name")
-    parser.add_argument("--master-addr", help="address of the first host, as the others reach it; else found out, or its name")
-    parser.add_argument("--master-port", type=int, help="free on the first host; else found out, or 29500 with --no-ssh")
-    parser.add_argument("--bind-cores", action="store_true", help="with --no-ssh: cores of its own for every rank, by numactl")
+    parser.add_argument(
+        "--no-ssh", action="store_true", help="start this host's ranks only; the same command on every host"
+    )
+    parser.add_argument(
+        "--node-rank", type=int, help="with --no-ssh: index of this host; else Slurm's or by the host's name"
+    )
+    parser.add_argument(
+        "--master-addr", help="address of the first host, as the others reach it; else found out, or its name"
+    )
+    parser.add_argument(
+        "--master-port", type=int, help="free on the first host; else found out, or 29500 with --no-ssh"
+    )
+    parser.add_argument(
+        "--bind-cores", action="store_true", help="with --no-ssh: cores of its own for every rank, by numactl"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the command")
 
 
@@ -29,8 +42,12 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `doctor`."""
     parser.add_argument("--hostfile", type=Path, help="hosts to examine through ssh; without it this machine")
     _add_hosts(parser)
-    parser.add_argument("--run-folder", type=Path, help="where a run would write: room, speed, shared by all hosts")
-    parser.add_argument("--master-addr", help="address of the first host, as the others reach it; else found out")
+    parser.add_argument(
+        "--run-folder", type=Path, help="where a run would write: room, speed, shared by all hosts"
+    )
+    parser.add_argument(
+        "--master-addr", help="address of the first host, as the others reach it; else found out"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -61,8 +78,12 @@ def ssh_of(arguments: argparse.Namespace) -> Ssh:
 
 
 def _add_hosts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--include", default="", help="only these hosts and slots: NAME[:SLOT,SLOT][@NAME...]")
+    parser.add_argument(
+        "--include", default="", help="only these hosts and slots: NAME[:SLOT,SLOT][@NAME...]"
+    )
     parser.add_argument("--exclude", default="", help="all but these")
-    parser.add_argument("--env-file", type=Path, help="NAME=VALUE lines for the ranks; else $DS_ENV_FILE or .deepspeed_env")
+    parser.add_argument(
+        "--env-file", type=Path, help="NAME=VALUE lines for the ranks; else $DS_ENV_FILE or .deepspeed_env"
+    )
     parser.add_argument("--ssh-port", type=int)
     parser.add_argument("--ssh-config", type=Path, help="in place of ~/.ssh/config")

@@ -1,7 +1,7 @@
 """What one host can tell about itself, as JSON on its standard output: run by ssh on every host before a run.
 
-Owns the measuring; what is wrong with the answers is judged in `findings`. Writes one file into the run folder, if one is named,
-and leaves it there for the other hosts to find; `examine` removes it.
+Owns the measuring; what is wrong with the answers is judged in `findings`. Writes one file into the run
+folder, if one is named, and leaves it there for the other hosts to find; `examine` removes it.
 """
 
 from __future__ import annotations
@@ -95,9 +95,11 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Returns whether a torch build for `architectures` (`sm_70`, `compute_90`, ...) runs on a GPU of this compute capability.
+    """Returns whether a torch build for `architectures` (`sm_70`, `compute_90`, ...) runs on a GPU of this
+    compute capability.
 
-    Machine code runs on GPUs of the same major and no lower minor version; `compute_` code is compiled for newer ones.
+    Machine code runs on GPUs of the same major and no lower minor version; `compute_` code is compiled for
+    newer ones.
     """
     for architecture in architectures:
         kind, _, number = architecture.partition("_")
@@ -115,8 +117,14 @@ def has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
 def _matmuls() -> list[dict[str, Any]]:
     if uses_cpu(os.environ):
         return [_matmul(torch.device("cpu"), torch.float32, 1024)]
-    kinds = [torch.bfloat16 if torch.cuda.get_device_capability(index) >= (8, 0) else torch.float16 for index in _devices()]
-    return [_matmul(torch.device("cuda", index), kind, 8192) for index, kind in zip(_devices(), kinds, strict=True)]
+    kinds = [
+        torch.bfloat16 if torch.cuda.get_device_capability(index) >= (8, 0) else torch.float16
+        for index in _devices()
+    ]
+    return [
+        _matmul(torch.device("cuda", index), kind, 8192)
+        for index, kind in zip(_devices(), kinds, strict=True)
+    ]
 
 
 def _devices() -> range:
@@ -170,7 +178,9 @@ def _free_bytes(path: Path) -> int | None:
 
 def _which(tool: str) -> str | None:
     """Returns where a tool is, first beside this Python, as the ranks find it."""
-    return shutil.which(tool, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]))
+    return shutil.which(
+        tool, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    )
 
 
 def _addresses() -> list[str]:

@@ -1,4 +1,5 @@
-"""One command on many hosts at the same time, through ssh: with time-outs, without questions, without another shell's surprises.
+"""One command on many hosts at the same time, through ssh: with time-outs, without questions, without another
+shell's surprises.
 
 Owns the ssh command line and the answers. Called by the launcher and the doctor.
 """
@@ -64,7 +65,12 @@ class Answer:
 
 
 def ask_all(
-    hosts: Sequence[str], ssh: Ssh, command: Callable[[int], Sequence[str]], *, timeout_seconds: float, shell: str = ""
+    hosts: Sequence[str],
+    ssh: Ssh,
+    command: Callable[[int], Sequence[str]],
+    *,
+    timeout_seconds: float,
+    shell: str = "",
 ) -> list[Answer]:
     """Runs a command on every host at the same time and returns the answers in the order of `hosts`.
 
@@ -89,7 +95,9 @@ def ask_here(command: Sequence[str], *, timeout_seconds: float, environment: Map
     return _run("localhost", list(command), timeout_seconds, environment)
 
 
-def _run(host: str, command: list[str], timeout_seconds: float, environment: Mapping[str, str] | None = None) -> Answer:
+def _run(
+    host: str, command: list[str], timeout_seconds: float, environment: Mapping[str, str] | None = None
+) -> Answer:
     began = time.time()
     code: int | None
     try:

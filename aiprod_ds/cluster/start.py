@@ -1,7 +1,7 @@
 """One run on several hosts: everything is checked, then one deepspeed command is started, watched and judged.
 
-Owns the order: options, files, configuration, hosts, command, end. With `node_rank` it starts this host's part only and another
-instance does the same on every other host. Called by the command line.
+Owns the order: options, files, configuration, hosts, command, end. With `node_rank` it starts this host's
+part only and another instance does the same on every other host. Called by the command line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ from aiprod_ds.cluster.command import (
     rank_pattern,
 )
 from aiprod_ds.cluster.completion import Report
-from aiprod_ds.cluster.environment import default_environment_files, exported, read_environment, render_for_pdsh
+from aiprod_ds.cluster.environment import (
+    default_environment_files,
+    exported,
+    read_environment,
+    render_for_pdsh,
+)
 from aiprod_ds.cluster.examine import Examined, Examiner, address_of
 from aiprod_ds.cluster.findings import Level, judge
 from aiprod_ds.cluster.hostfile import Host, num_ranks, read_hostfile, select_hosts
@@ -67,7 +72,8 @@ def start(request: Request, console: Console) -> int:
     """Runs `aiprod-ds train` on the hosts and returns its exit code.
 
     Returns:
-        0 only if the run's own report says that it is completed; else the launcher's code, or 1 if that was 0.
+        0 only if the run's own report says that it is completed; else the launcher's code, or 1 if that was
+        0.
 
     Raises:
         ConfigError: If anything that was given is wrong; nothing has been started.
@@ -81,7 +87,11 @@ def start(request: Request, console: Console) -> int:
         exclude=request.exclude,
         config=request.config,
         run_folder=request.run_folder.absolute(),  # ends up in what finds the ranks of this run and no other
-        options=(*(part for override in request.overrides for part in ("--set", override)), "--resume", request.resume),
+        options=(
+            *(part for override in request.overrides for part in ("--set", override)),
+            "--resume",
+            request.resume,
+        ),
         master_address=request.master_address or hosts[0].name,
         master_port=request.master_port or DEFAULT_PORT,
         node_rank=_node_rank(request, selected) if request.no_ssh else None,
@@ -92,7 +102,9 @@ def start(request: Request, console: Console) -> int:
     if launch.node_rank is None:
         first = found[0].probe or {}
         address = request.master_address or address_of(first, is_local=False)
-        launch = replace(launch, master_address=address, master_port=request.master_port or int(first["free_port"]))
+        launch = replace(
+            launch, master_address=address, master_port=request.master_port or int(first["free_port"])
+        )
     command = deepspeed_command(launch)
     listed = ", ".join(f"{host.name} ({len(host.slots)})" for host in hosts)
     console.print(f"{num_ranks(hosts)} ranks on {listed}", markup=False, highlight=False)
@@ -101,7 +113,8 @@ def start(request: Request, console: Console) -> int:
 
 
 def check(request: Request) -> tuple[tuple[Host, ...], dict[str, str]]:
-    """Returns the chosen hosts and the variables for their ranks, after checking all that can be checked without a host.
+    """Returns the chosen hosts and the variables for their ranks, after checking all that can be checked
+    without a host.
 
     Raises:
         ConfigError: With every problem of every part.
@@ -110,7 +123,9 @@ def check(request: Request) -> tuple[tuple[Host, ...], dict[str, str]]:
     hosts: tuple[Host, ...] = ()
     environment: dict[str, str] = {}
     try:
-        hosts = select_hosts(read_hostfile(request.hostfile), include=request.include, exclude=request.exclude)
+        hosts = select_hosts(
+            read_hostfile(request.hostfile), include=request.include, exclude=request.exclude
+        )
     except ConfigError as error:
         problems += error.problems
     try:
@@ -128,7 +143,8 @@ def check(request: Request) -> tuple[tuple[Host, ...], dict[str, str]]:
 
 
 def ranks_environment(env_file: Path | None, *, for_ssh: bool) -> dict[str, str]:
-    """Returns the variables that the ranks get beyond those of a login: of this process, then of files, which override.
+    """Returns the variables that the ranks get beyond those of a login: of this process, then of files, which
+    override.
 
     Args:
         env_file: None: what DeepSpeed would read.
@@ -160,15 +176,27 @@ def _check_options(request: Request) -> None:
     if not request.no_ssh:
         check_paths()
         if shutil.which("pdsh") is None:
-            problems.append("pdsh: must be installed on this machine, got none. On Debian: apt install pdsh; or use --no-ssh.")
+            problems.append(
+                "pdsh: must be installed on this machine, got none. On Debian: apt install pdsh; or use "
+                "--no-ssh."
+            )
         if request.ssh.config is not None and not is_plain(str(request.ssh.config.resolve())):
-            problems.append(f"--ssh-config: must be a path without blanks, got {str(request.ssh.config)!r}. Move the file.")
+            problems.append(
+                f"--ssh-config: must be a path without blanks, got {str(request.ssh.config)!r}. Move the "
+                "file."
+            )
         if request.bind_cores:
-            problems.append("--bind-cores: has no effect through pdsh, where DeepSpeed drops it. Remove it, or use --no-ssh.")
+            problems.append(
+                "--bind-cores: has no effect through pdsh, where DeepSpeed drops it. Remove it, or use "
+                "--no-ssh."
+            )
         if request.node_rank is not None:
             problems.append("--node-rank: has no effect without --no-ssh. Remove it, or add --no-ssh.")
     elif request.bind_cores and shutil.which("numactl") is None:
-        problems.append("--bind-cores: needs numactl, got none here. On Debian: apt install numactl; or leave the option out.")
+        problems.append(
+            "--bind-cores: needs numactl, got none here. On Debian: apt install numactl; or leave the "
+            "option out."
+        )
     address = request.master_address
     if address is not None and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.:_-]*", address) is None:
         problems.append(f"--master-addr: must be an address or a host name, got {address!r}.")
@@ -183,10 +211,15 @@ def _node_rank(request: Request, names: Sequence[str]) -> int:
         short = socket.gethostname().split(".")[0]
         own = [index for index, name in enumerate(names) if name.split(".")[0] == short]
         if len(own) != 1:
-            raise ConfigError(f"--node-rank: must be given, because {short!r} is {len(own)} times in the hostfile. Count from 0.")
+            raise ConfigError(
+                f"--node-rank: must be given, because {short!r} is {len(own)} times in the hostfile. Count "
+                "from 0."
+            )
         return own[0]
     if not str(given).isdigit() or int(given) >= len(names):
-        raise ConfigError(f"--node-rank: must be of 0 to {len(names) - 1}, one for each host, got {given}. Count from 0.")
+        raise ConfigError(
+            f"--node-rank: must be of 0 to {len(names) - 1}, one for each host, got {given}. Count from 0."
+        )
     return int(given)
 
 
@@ -203,9 +236,13 @@ def _examine(
     return found
 
 
-def _run(request: Request, launch: Launch, command: list[str], environment: Mapping[str, str], names: Sequence[str]) -> int:
+def _run(
+    request: Request, launch: Launch, command: list[str], environment: Mapping[str, str], names: Sequence[str]
+) -> int:
     report = Report.of(request.run_folder)
-    supervisor = Supervisor(pattern=rank_pattern(launch), hosts=() if request.no_ssh else names, ssh=request.ssh)
+    supervisor = Supervisor(
+        pattern=rank_pattern(launch), hosts=() if request.no_ssh else names, ssh=request.ssh
+    )
     with tempfile.TemporaryDirectory(prefix="aiprod_ds_launch_") as folder:
         variables = {**os.environ, **environment}
         if not request.no_ssh:

@@ -1,8 +1,9 @@
-"""One run under the deepspeed launcher, from start to end: signals reach the ranks, and none of them outlives the launcher.
+"""One run under the deepspeed launcher, from start to end: signals reach the ranks, and none of them outlives
+the launcher.
 
-DeepSpeed's launcher leaves its ranks running when it dies, and ends them one after another, with 30 s each, when it is told to
-stop. So a signal goes to all ranks at once, which save and leave; when the launcher has ended, ranks that are left over are
-ended too. Called by the command line.
+DeepSpeed's launcher leaves its ranks running when it dies, and ends them one after another, with 30 s each,
+when it is told to stop. So a signal goes to all ranks at once, which save and leave; when the launcher has
+ended, ranks that are left over are ended too. Called by the command line.
 """
 
 from __future__ import annotations
@@ -43,9 +44,12 @@ class Supervisor:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Runs the launcher to its end and returns its exit code, 128 + n if signal n ended it."""
-        minded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+        minded = [
+            number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+        ]  # nohup ignores one
         handlers = {number: signal.signal(number, self._note) for number in minded}
-        # A session of its own: a ctrl-C in the terminal reaches this process only, which knows what to do with it.
+        # A session of its own: a ctrl-C in the terminal reaches this process only, which knows what to do
+        # with it.
         launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
         try:
             return self._watch(launcher)
@@ -68,7 +72,11 @@ class Supervisor:
                 if told > 1 or time.monotonic() > deadline:
                     break
                 deadline = time.monotonic() + STOP_SECONDS
-                _LOG.warning("stopping signal=%s saving_within_seconds=%.0f", signal.Signals(self._signals[0]).name, STOP_SECONDS)
+                _LOG.warning(
+                    "stopping signal=%s saving_within_seconds=%.0f",
+                    signal.Signals(self._signals[0]).name,
+                    STOP_SECONDS,
+                )
                 self._signal_ranks("TERM", launcher.pid)
             if time.monotonic() > deadline:
                 break
@@ -79,7 +87,8 @@ class Supervisor:
         return code if code >= 0 else 128 - code
 
     def _end_left_over(self, session: int) -> None:
-        """Ends ranks that outlived the launcher: asks them first, because the last one may still be writing its report."""
+        """Ends ranks that outlived the launcher: asks them first, because the last one may still be writing
+        its report."""
         if not self._signal_ranks("TERM", session):
             return
         deadline = time.monotonic() + (_LEFT_OVER_SECONDS if len(self._signals) < 2 else 0.0)
@@ -87,12 +96,15 @@ class Supervisor:
             if not self._signal_ranks("0", session):
                 return
             time.sleep(_LOOK_SECONDS)
-        _LOG.error("killing reason=ranks_left_over hosts=%s", ",".join(self._signal_ranks("KILL", session)) or "none")
+        _LOG.error(
+            "killing reason=ranks_left_over hosts=%s", ",".join(self._signal_ranks("KILL", session)) or "none"
+        )
         if not self.hosts:
             _signal_group(session, signal.SIGKILL)
 
     def _signal_ranks(self, name: str, session: int) -> list[str]:
-        """Sends a signal to every rank of the run, on all hosts at once, and returns the hosts that had one."""
+        """Sends a signal to every rank of the run, on all hosts at once, and returns the hosts that had
+        one."""
         command = ["pkill", f"-{name}", "-f", "--", self.pattern]
         if not self.hosts:
             code = subprocess.run([*command[:-2], "-s", str(session), *command[-2:]], check=False).returncode
@@ -100,7 +112,9 @@ class Supervisor:
         answers = ask_all(self.hosts, self.ssh, lambda _: command, timeout_seconds=_SSH_SECONDS)
         for answer in answers:
             if answer.code not in (0, 1):
-                _LOG.error("ranks_not_signalled host=%s signal=%s reason=%s", answer.host, name, answer.reason)
+                _LOG.error(
+                    "ranks_not_signalled host=%s signal=%s reason=%s", answer.host, name, answer.reason
+                )
         return [answer.host for answer in answers if answer.code == 0]
 
 

@@ -1,4 +1,5 @@
-"""The doctor's page in a terminal: what is wrong, errors first, then the facts host by host. Prints nothing by itself."""
+"""The doctor's page in a terminal: what is wrong, errors first, then the facts host by host. Prints nothing
+by itself."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class DoctorPage:
         return any(finding.level is Level.ERROR for finding in self.findings)
 
     def document(self) -> dict[str, Any]:
-        """Returns the page JSON-ready: `healthy`, `findings` (level, host, problem, fix) and `hosts`, with all that each told."""
+        """Returns the page JSON-ready: `healthy`, `findings` (level, host, problem, fix) and `hosts`, with
+        all that each told."""
         return {
             "healthy": not self.has_errors,
             "findings": [{**asdict(finding), "level": finding.level.value} for finding in self.findings],
@@ -50,7 +52,10 @@ class DoctorPage:
         yield self._table()
         errors = sum(finding.level is Level.ERROR for finding in self.findings)
         yield Text()
-        yield Text(f"{errors} errors, {len(self.findings) - errors} warnings", style="bold red" if errors else "bold green")
+        yield Text(
+            f"{errors} errors, {len(self.findings) - errors} warnings",
+            style="bold red" if errors else "bold green",
+        )
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -88,7 +93,10 @@ def _facts(one: Examined) -> Iterator[tuple[str, str]]:
 def _measures(one: Examined, probe: dict[str, Any]) -> Iterator[tuple[str, str]]:
     folder = probe["folder"]
     if folder is not None and "problem" not in folder:
-        yield "run folder", f"{_size(folder['free_bytes'])} free, {folder.get('bytes_per_second', 0) / 1e6:.0f} MB/s"
+        yield (
+            "run folder",
+            f"{_size(folder['free_bytes'])} free, {folder.get('bytes_per_second', 0) / 1e6:.0f} MB/s",
+        )
     if one.skew_seconds is not None:
         yield "clock", f"{one.skew_seconds:+.2f} s (to {one.skew_error_seconds:.2f})"
     if probe["matmul"]:

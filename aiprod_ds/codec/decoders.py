@@ -1,7 +1,9 @@
-"""Latents to pictures and sound: the VAEs that decode, on the CPU between uses so that training has the device to itself.
+"""Latents to pictures and sound: the VAEs that decode, on the CPU between uses so that training has the
+device to itself.
 
-Owns one clip's normalised latents in, one clip out; the inverse of `encode_models`. Called by previews and by sampling.
-Shape suffixes: B batch, C channels, T frames, H height, W width, F latent frames, N samples, M mel bands.
+Owns one clip's normalised latents in, one clip out; the inverse of `encode_models`. Called by previews and by
+sampling. Shape suffixes: B batch, C channels, T frames, H height, W width, F latent frames, N samples, M mel
+bands.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class VideoDecoder:
         self._vae = _frozen(VideoVAE(vae).vae, precision)
 
     def decode(self, latents_CFHW: Tensor, *, device: torch.device) -> Tensor:
-        """Returns pictures [3,T,H,W] fp32 on the CPU, in [-1,1] as far as the VAE keeps to it, of normalised latents.
+        """Returns pictures [3,T,H,W] fp32 on the CPU, in [-1,1] as far as the VAE keeps to it, of normalised
+        latents.
 
         Raises:
             DataError: If the VAE's statistics are of another number of channels.
@@ -69,7 +72,8 @@ class VideoDecoder:
     def _decode(self, latent: Tensor) -> Tensor:
         if not declared_number(self._vae, "timestep_conditioning"):  # True counts as a number
             return decoded_sample(self._vae.decode(latent))
-        # LTX-Video 0.9.1 and later can decode what is a little noisy; 0 is the default of diffusers' pipeline.
+        # LTX-Video 0.9.1 and later can decode what is a little noisy; 0 is the default of diffusers'
+        # pipeline.
         return decoded_sample(self._vae.decode(latent, latent.new_zeros(1)))
 
 
@@ -83,10 +87,13 @@ class AudioDecoder:
         seed: Of random weights.
 
     Raises:
-        ConfigError: If a model cannot be built or does not declare its rate, or there is a vocoder for a VAE of waveforms.
+        ConfigError: If a model cannot be built or does not declare its rate, or there is a vocoder for a VAE
+            of waveforms.
     """
 
-    def __init__(self, config: ModelConfig, *, vocoder: ModelConfig | None, precision: Precision, seed: int) -> None:
+    def __init__(
+        self, config: ModelConfig, *, vocoder: ModelConfig | None, precision: Precision, seed: int
+    ) -> None:
         vae = build_model(config, seed=seed)
         self._facts = audio_facts(vae, hop=config.temporal_stride)
         self._rate_hz = _require_rate(vae, self._facts.sample_rate_hz)
@@ -95,7 +102,9 @@ class AudioDecoder:
         self._mel = wrapped.mel if isinstance(wrapped, MelVAE) else None
         self._vae = _frozen(wrapped.vae, precision)
         if self._mel is None and vocoder is not None:
-            raise ConfigError(f"vocoder: has no effect for {type(vae).__name__}, which decodes to waveforms. Remove it.")
+            raise ConfigError(
+                f"vocoder: has no effect for {type(vae).__name__}, which decodes to waveforms. Remove it."
+            )
         self._vocoder = None if vocoder is None else _frozen(build_model(vocoder, seed=seed), precision)
 
     def decode(self, latents: Tensor, *, device: torch.device) -> Sound:
@@ -106,7 +115,9 @@ class AudioDecoder:
             EngineError: If the device has too little memory.
         """
         denormalized = self._normalization.denormalize(latents[None])
-        decoded = _run(self._vae, lambda latent: decoded_sample(self._vae.decode(latent)), denormalized, device)
+        decoded = _run(
+            self._vae, lambda latent: decoded_sample(self._vae.decode(latent)), denormalized, device
+        )
         if self._mel is None:
             return Sound(samples=decoded, sample_rate_hz=self._rate_hz)
         if self._vocoder is None:
@@ -114,8 +125,12 @@ class AudioDecoder:
             assert hop is not None, "the mel front end was built with it"
             wave_CN = approximate_sound(decoded, sample_rate_hz=self._rate_hz, hop=hop)
             return Sound(samples=wave_CN, sample_rate_hz=self._rate_hz)
-        vocoder_rate_hz = _require_rate(self._vocoder, declared_number(self._vocoder, "output_sampling_rate", "sampling_rate"))
-        return Sound(samples=_run(self._vocoder, self._vocoder, decoded[None], device), sample_rate_hz=vocoder_rate_hz)
+        vocoder_rate_hz = _require_rate(
+            self._vocoder, declared_number(self._vocoder, "output_sampling_rate", "sampling_rate")
+        )
+        return Sound(
+            samples=_run(self._vocoder, self._vocoder, decoded[None], device), sample_rate_hz=vocoder_rate_hz
+        )
 
     def latent_shape(self, seconds: float) -> tuple[int, ...]:
         """Returns [C,T] or [C,T,M] of a sound that lasts so long, as encoding makes them.
@@ -125,10 +140,15 @@ class AudioDecoder:
         """
         if self._facts.channels is None:
             name = type(self._vae).__name__
-            raise ConfigError(f"audio_vae: must declare its channels as audio_channels or in_channels, got none from {name}.")
+            raise ConfigError(
+                "audio_vae: must declare its channels as audio_channels or in_channels, got none from "
+                f"{name}."
+            )
         form = AudioForm(sample_rate_hz=self._rate_hz, channels=self._facts.channels, hop=self._facts.hop)
         silence_BCN = torch.zeros(1, form.channels, form.hop * -(-_REFLECTED_SAMPLES // form.hop))
-        channels, _, *bands = _encoded(self._vae, silence_BCN if self._mel is None else self._mel(silence_BCN)).shape[1:]
+        channels, _, *bands = _encoded(
+            self._vae, silence_BCN if self._mel is None else self._mel(silence_BCN)
+        ).shape[1:]
         return channels, form.num_latents(seconds), *bands
 
 
@@ -142,7 +162,9 @@ class LatentDecoder:
         seed: Of random weights.
     """
 
-    def __init__(self, vae: ModelConfig, audio_vae: ModelConfig | None, config: PreviewConfig, *, seed: int) -> None:
+    def __init__(
+        self, vae: ModelConfig, audio_vae: ModelConfig | None, config: PreviewConfig, *, seed: int
+    ) -> None:
         self._vae = vae
         self._audio_vae = audio_vae
         self._config = config
@@ -179,7 +201,12 @@ class LatentDecoder:
             return ()
         if not is_mel_model(build_model(self._audio_vae, seed=self._seed, device="meta")):
             return ()
-        return ("sampled sound is approximated from mel spectrograms without a vocoder, by least squares and Griffin-Lim",)
+        return (
+            (
+                "sampled sound is approximated from mel spectrograms without a vocoder, by least squares and "
+                "Griffin-Lim"
+            ),
+        )
 
 
 def _frozen(module: Any, precision: Precision) -> Any:
@@ -191,12 +218,15 @@ def _frozen(module: Any, precision: Precision) -> Any:
 def _require_rate(model: nn.Module, rate_hz: int | None) -> int:
     if rate_hz is None:
         raise ConfigError(
-            f"audio_vae: sound needs a sample rate, got none declared by {type(model).__name__}. Add it to the class."
+            f"audio_vae: sound needs a sample rate, got none declared by {type(model).__name__}. Add it to "
+            "the class."
         )
     return rate_hz
 
 
-def _run(module: nn.Module, compute: Callable[[Tensor], Tensor], given: Tensor, device: torch.device) -> Tensor:
+def _run(
+    module: nn.Module, compute: Callable[[Tensor], Tensor], given: Tensor, device: torch.device
+) -> Tensor:
     """Returns `compute(given)` without the axis B, fp32 on the CPU; `module` is on the device meanwhile."""
     dtype = next(module.parameters()).dtype
     gpus = [device] if device.type == "cuda" else []
@@ -206,8 +236,10 @@ def _run(module: nn.Module, compute: Callable[[Tensor], Tensor], given: Tensor, 
             return compute(given.to(device, dtype))[0].float().cpu()
     except torch.OutOfMemoryError as error:
         raise EngineError(
-            f"decoder: {type(module).__name__} needs more memory than {device} has for {list(given.shape)}. Sample smaller or "
-            "shorter clips, use a smaller decode_precision, or train without previews (evaluation.num_pictures: 0)."
+            f"decoder: {type(module).__name__} needs more memory than {device} has for {list(given.shape)}. "
+            "Sample smaller or "
+            "shorter clips, use a smaller decode_precision, or train without previews "
+            "(evaluation.num_pictures: 0)."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The VAEs that encode: built, cast and moved, with the normalisation of their latents and their fingerprint.
 
-Owns one clip in, one normalised latent out. Called by encoding; trainers ask here for the fingerprint of their latents.
-Shape suffixes: B batch, C channels, T frames, H height, W width, N samples.
+Owns one clip in, one normalised latent out. Called by encoding; trainers ask here for the fingerprint of
+their latents. Shape suffixes: B batch, C channels, T frames, H height, W width, N samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AudioForm:
-    """What an audio encoder takes: rate, channels, the samples that become one latent, and the loudness; None leaves it."""
+    """What an audio encoder takes: rate, channels, the samples that become one latent, and the loudness; None
+    leaves it."""
 
     sample_rate_hz: int
     channels: int
@@ -39,7 +40,8 @@ class AudioForm:
     def num_latents(self, seconds: float) -> int:
         """Returns the latents nearest to a time span, at least one.
 
-        round(seconds * rate / hop). Worked number: 17 frames at 24 Hz are 31,237.5 samples at 44,100 Hz, 15 latents of 2048.
+        round(seconds * rate / hop). Worked number: 17 frames at 24 Hz are 31,237.5 samples at 44,100 Hz, 15
+        latents of 2048.
         """
         return max(1, round(seconds * self.sample_rate_hz / self.hop))
 
@@ -88,7 +90,8 @@ class AudioEncoder:
         device: Where it runs.
 
     Raises:
-        ConfigError: If the model cannot be built, or its rate or channels are neither declared nor configured.
+        ConfigError: If the model cannot be built, or its rate or channels are neither declared nor
+            configured.
     """
 
     def __init__(self, config: AudioEncoderConfig, *, seed: int, device: torch.device) -> None:
@@ -103,8 +106,8 @@ class AudioEncoder:
     def encode(self, wave_CN: Tensor) -> Tensor:
         """Returns the posterior's mode, normalised: [L,T] or [L,T,M] fp32 on the CPU, of [C,N] in [-1,1].
 
-        N must be a multiple of the hop; T is N / hop. A mel model makes one latent more, of the frame that is centred on the end
-        of the sound; it is left out.
+        N must be a multiple of the hop; T is N / hop. A mel model makes one latent more, of the frame that is
+        centred on the end of the sound; it is left out.
 
         Raises:
             DataError: If a latent is not finite.
@@ -117,14 +120,16 @@ class AudioEncoder:
         count = wave_CN.shape[1] // self.form.hop
         if latent.shape[1] < count:
             raise EngineError(
-                f"audio.model: must make {count} latents of {wave_CN.shape[1]} samples, got {latent.shape[1]}. "
+                f"audio.model: must make {count} latents of {wave_CN.shape[1]} samples, got "
+                f"{latent.shape[1]}. "
                 "Set audio.model.temporal_stride to the samples that become one latent."
             )
         return latent[:, :count]
 
 
 def audio_form(vae: nn.Module, config: AudioEncoderConfig) -> AudioForm:
-    """Returns what an audio VAE takes: as configured, else as it declares; a model on the meta device will do.
+    """Returns what an audio VAE takes: as configured, else as it declares; a model on the meta device will
+    do.
 
     Raises:
         ConfigError: If rate or channels are neither configured nor declared, or both and different.
@@ -137,7 +142,8 @@ def audio_form(vae: nn.Module, config: AudioEncoderConfig) -> AudioForm:
 
 
 def vae_fingerprint(config: ModelConfig, *, seed: int) -> str:
-    """Returns the fingerprint that latents of this VAE carry: class, configuration, fp32 weights and normalisation."""
+    """Returns the fingerprint that latents of this VAE carry: class, configuration, fp32 weights and
+    normalisation."""
     vae = build_model(config, seed=seed)
     found: LatentNormalization = normalization_of(vae, config)
     return module_fingerprint(vae, list(found.mean), list(found.std))
@@ -146,9 +152,14 @@ def vae_fingerprint(config: ModelConfig, *, seed: int) -> str:
 def _agreed(name: str, configured: int | None, declared: int | None) -> int:
     known = declared if configured is None else configured
     if known is None:
-        raise ConfigError(f"audio.{name}: must be given, because the model does not declare it. Set what it was trained with.")
+        raise ConfigError(
+            f"audio.{name}: must be given, because the model does not declare it. Set what it was trained "
+            "with."
+        )
     if declared not in {None, known}:
-        raise ConfigError(f"audio.{name}: must be the model's, {declared}, got {known}. Remove it; files are converted.")
+        raise ConfigError(
+            f"audio.{name}: must be the model's, {declared}, got {known}. Remove it; files are converted."
+        )
     return known
 
 
@@ -167,5 +178,7 @@ def _encode(vae: Any, given: Tensor, normalization: LatentNormalization) -> Tens
         ) from error
     latent = normalization.normalize(mean)[0].cpu()
     if not bool(latent.isfinite().all()):
-        raise DataError("its latents must be finite, got NaN or infinity. Use precision: fp32 or remove the clip")
+        raise DataError(
+            "its latents must be finite, got NaN or infinity. Use precision: fp32 or remove the clip"
+        )
     return latent

@@ -1,6 +1,8 @@
-"""Latents of mean 0 and standard deviation 1, as diffusion models are trained on them, and back to what the VAE decodes.
+"""Latents of mean 0 and standard deviation 1, as diffusion models are trained on them, and back to what the
+VAE decodes.
 
-Owns where the statistics come from. Encoding normalises, previews undo it. Shapes: B batch, C channels, T time, M mel bands.
+Owns where the statistics come from. Encoding normalises, previews undo it. Shapes: B batch, C channels, T
+time, M mel bands.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _STATISTICS_FILE = "latent_statistics.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentNormalization:
-    """One mean and deviation for all channels, each channel, or each channel of each mel band; empty ones change nothing.
+    """One mean and deviation for all channels, each channel, or each channel of each mel band; empty ones
+    change nothing.
 
         normalised = (latent - mean) / std
 
@@ -58,19 +61,29 @@ class LatentNormalization:
         if length in (1, channels):
             shape = [1, length] + [1] * (latent_BC.ndim - 2)
         elif latent_BC.ndim == 4 and length == channels * latent_BC.shape[3]:
-            shape = [1, channels, 1, latent_BC.shape[3]]  # LTX-2's sounds [B,C,T,M]: channel by channel, band by band
+            shape = [
+                1,
+                channels,
+                1,
+                latent_BC.shape[3],
+            ]  # LTX-2's sounds [B,C,T,M]: channel by channel, band by band
         else:
-            raise DataError(f"latent statistics: must have {channels} channels as the latents have, got {length}.")
-        mean, std = (torch.tensor(values, device=latent_BC.device).reshape(shape) for values in (self.mean, self.std))
+            raise DataError(
+                f"latent statistics: must have {channels} channels as the latents have, got {length}."
+            )
+        mean, std = (
+            torch.tensor(values, device=latent_BC.device).reshape(shape) for values in (self.mean, self.std)
+        )
         return mean, std
 
 
 def normalization_of(vae: nn.Module, config: ModelConfig) -> LatentNormalization:
     """Returns the statistics by which latents of `vae` are normalised.
 
-    The first of these: `latents_mean` and `latents_std` in the model's buffers or configuration, unless they are 0 and 1, which
-    is what diffusers puts there for a model without them; `latent_statistics.json` beside the weights, which the export of a VAE
-    writes; none. A `scaling_factor` in the configuration divides the deviation, as in diffusers' pipelines.
+    The first of these: `latents_mean` and `latents_std` in the model's buffers or configuration, unless they
+    are 0 and 1, which is what diffusers puts there for a model without them; `latent_statistics.json` beside
+    the weights, which the export of a VAE writes; none. A `scaling_factor` in the configuration divides the
+    deviation, as in diffusers' pipelines.
 
     Raises:
         DataError: If the file is malformed.
@@ -106,7 +119,12 @@ def _exported(config: ModelConfig) -> tuple[list[float], list[float]] | None:
         document = json.loads(path.read_text(encoding="utf-8"))
         mean, std = ([float(value) for value in document[name]] for name in ("latents_mean", "latents_std"))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: must hold latents_mean and latents_std, got: {error!r}. Export the VAE again.") from error
+        raise DataError(
+            f"{path}: must hold latents_mean and latents_std, got: {error!r}. Export the VAE again."
+        ) from error
     if len(mean) != len(std) or any(value <= 0 for value in std):
-        raise DataError(f"{path}: latents_std must be positive, one for each latents_mean, got {std[:5]}. Export the VAE again.")
+        raise DataError(
+            f"{path}: latents_std must be positive, one for each latents_mean, got {std[:5]}. Export the "
+            "VAE again."
+        )
     return (mean, std) if mean else None

@@ -1,10 +1,12 @@
-"""Encoding in overlapping tiles and chunks of frames by the model's own code, and how far that is from encoding the whole clip.
+"""Encoding in overlapping tiles and chunks of frames by the model's own code, and how far that is from
+encoding the whole clip.
 
-Every seam cuts the context of the convolutions around it: a tile sees zeros where its neighbour is, and a chunk of a causal model
-takes its first frame for the beginning of the clip. Blending hides the step and does not bring the context back, so the result is
-near the whole one and never equal. How near depends on the weights, so it is measured and not assumed: by default, the root mean
-square of the difference may be 0.1 of the standard deviation of the whole latents. That is 1 % of the latents' power, 20 dB below
-what a diffusion model learns and 20 dB below the noise that it sees at a level of 0.5. Shapes: C channels, T frames, H height,
+Every seam cuts the context of the convolutions around it: a tile sees zeros where its neighbour is, and a
+chunk of a causal model takes its first frame for the beginning of the clip. Blending hides the step and does
+not bring the context back, so the result is near the whole one and never equal. How near depends on the
+weights, so it is measured and not assumed: by default, the root mean square of the difference may be 0.1 of
+the standard deviation of the whole latents. That is 1 % of the latents' power, 20 dB below what a diffusion
+model learns and 20 dB below the noise that it sees at a level of 0.5. Shapes: C channels, T frames, H height,
 W width.
 """
 
@@ -21,7 +23,8 @@ from aiprod_ds.config.encode import TilingConfig
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
 
-# diffusers 0.42.1 asks `use_framewise_decoding` before encoding too (autoencoder_kl_ltx.py, _encode), so both are set.
+# diffusers 0.42.1 asks `use_framewise_decoding` before encoding too (autoencoder_kl_ltx.py, _encode), so both
+# are set.
 _SWITCHES = ("use_tiling", "use_framewise_encoding", "use_framewise_decoding")
 
 
@@ -59,16 +62,23 @@ def tiles_off(vae: nn.Module) -> Iterator[None]:
 
 
 def check_tiles(
-    video_CTHW: Tensor, tiling: TilingConfig, *, whole: Callable[[Tensor], Tensor], tiled: Callable[[Tensor], Tensor]
+    video_CTHW: Tensor,
+    tiling: TilingConfig,
+    *,
+    whole: Callable[[Tensor], Tensor],
+    tiled: Callable[[Tensor], Tensor],
 ) -> float:
-    """Returns how far tiled latents are from whole ones, on a part of a clip that has a seam in every direction.
+    """Returns how far tiled latents are from whole ones, on a part of a clip that has a seam in every
+    direction.
 
         deviation = sqrt(mean((tiled - whole)^2) / mean((whole - mean_c)^2)),  mean_c: of each channel
 
-    Worked number: latents of standard deviation 1 in each channel that are off by 0.05 everywhere deviate by 0.05.
+    Worked number: latents of standard deviation 1 in each channel that are off by 0.05 everywhere deviate by
+    0.05.
 
     Args:
-        video_CTHW: [3,T,H,W] in [-1,1]; cut to two tiles and two chunks, so that whole encoding takes a bounded memory.
+        video_CTHW: [3,T,H,W] in [-1,1]; cut to two tiles and two chunks, so that whole encoding takes a
+            bounded memory.
         tiling: What is checked.
         whole: Encodes without tiles.
         tiled: Encodes with tiles.
@@ -80,14 +90,16 @@ def check_tiles(
     expected, found = whole(part_CTHW), tiled(part_CTHW)
     if found.shape != expected.shape:
         raise ConfigError(
-            f"video.tiling: must give latents of {list(expected.shape)} as whole encoding does, got {list(found.shape)}. "
+            f"video.tiling: must give latents of {list(expected.shape)} as whole encoding does, got "
+            f"{list(found.shape)}. "
             "This model's own tiling is broken; remove tiling."
         )
     centred = expected - expected.mean(dim=(1, 2, 3), keepdim=True)
     deviation = float(((found - expected).square().mean() / centred.square().mean()).sqrt())
     if not deviation <= tiling.max_deviation:
         raise ConfigError(
-            f"video.tiling: may change latents by {tiling.max_deviation:g} of their standard deviation, got {deviation:.3g}. "
+            f"video.tiling: may change latents by {tiling.max_deviation:g} of their standard deviation, got "
+            f"{deviation:.3g}. "
             "Enlarge tile, overlap, frames and overlap_frames, or raise max_deviation."
         )
     return deviation
@@ -107,13 +119,25 @@ def _stride_problems(tiling: TilingConfig, strides: ModelStrides) -> Iterator[st
     for stride, named in ((strides.spatial, sizes), (strides.temporal, frames)):
         for name, size in named.items():
             if size is not None and size % stride:
-                yield f"video.tiling.{name}: must be a multiple of the model's stride {stride}, got {size}. Change it."
+                yield (
+                    f"video.tiling.{name}: must be a multiple of the model's stride {stride}, got {size}. "
+                    "Change it."
+                )
 
 
 def _ability_problems(vae: Any, tiling: TilingConfig) -> Iterator[str]:
     name = type(vae).__name__
     enable = getattr(vae, "enable_tiling", None)
     if enable is None or "tile_sample_stride_height" not in inspect.signature(enable).parameters:
-        yield f"video.tiling: has no effect for {name}, which cannot encode in tiles of a given size. Remove it."
-    elif tiling.frames is not None and "tile_sample_stride_num_frames" not in inspect.signature(enable).parameters:
-        yield f"video.tiling.frames: has no effect for {name}, which has no chunks of a given length. Remove it."
+        yield (
+            f"video.tiling: has no effect for {name}, which cannot encode in tiles of a given size. Remove "
+            "it."
+        )
+    elif (
+        tiling.frames is not None
+        and "tile_sample_stride_num_frames" not in inspect.signature(enable).parameters
+    ):
+        yield (
+            f"video.tiling.frames: has no effect for {name}, which has no chunks of a given length. Remove "
+            "it."
+        )

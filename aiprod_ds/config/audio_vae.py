@@ -16,7 +16,8 @@ from aiprod_ds.config.run import RunConfig
 class AudioVAETrainerConfig(RunConfig):
     """Everything that the training of an audio VAE needs.
 
-    The frames of a clip are its samples: a phase gives `duration: {seconds: 1.5}` or `{frames: 65536}` and no resolution.
+    The frames of a clip are its samples: a phase gives `duration: {seconds: 1.5}` or `{frames: 65536}` and no
+    resolution.
     """
 
     trainer: Literal["audio_vae"] = "audio_vae"
@@ -47,16 +48,22 @@ class AudioVAETrainerConfig(RunConfig):
 
     def _keys_without_effect(self) -> Iterator[str]:
         if self.model.spatial_stride is not None:
-            yield f"model.spatial_stride: has no effect for sound, got {self.model.spatial_stride}. Remove it."
+            yield (
+                f"model.spatial_stride: has no effect for sound, got {self.model.spatial_stride}. Remove it."
+            )
         for where, shape in self.phase_shapes():
             if shape.resolution is not None:
                 size = f"{shape.resolution.height}x{shape.resolution.width}"
                 yield f"{where}.resolution: has no effect for sound, got {size}. Remove it."
             if shape.duration is not None and shape.duration.frame_rate_hz is not None:
                 yield (
-                    f"{where}.duration.frame_rate_hz: has no effect for sound, got {shape.duration.frame_rate_hz:g}. "
+                    f"{where}.duration.frame_rate_hz: has no effect for sound, got "
+                    f"{shape.duration.frame_rate_hz:g}. "
                     "Remove it; data.sample_rate_hz is the rate."
                 )
         for index, phase in enumerate(self.curriculum.phases):
             if phase.augment.random_flip is not None:
-                yield f"curriculum.phases[{index}].augment.random_flip: has no effect for sound, got a value. Remove it."
+                yield (
+                    f"curriculum.phases[{index}].augment.random_flip: has no effect for sound, got a value. "
+                    "Remove it."
+                )

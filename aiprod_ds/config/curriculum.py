@@ -1,7 +1,7 @@
 """What a curriculum may say: its phases, and how they are laid over a trainer's own configuration.
 
-Owns the schema and the rules between phases; `phase` has those inside one, `aiprod_ds.curriculum.plan` those that need the
-data, the model or the world size. Field names are the YAML keys.
+Owns the schema and the rules between phases; `phase` has those inside one, `aiprod_ds.curriculum.plan` those
+that need the data, the model or the world size. Field names are the YAML keys.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class CurriculumAdapterConfig(StrictModel):
     overrides: tuple[PhaseOverride, ...] = Field(default=_OVERRIDABLE, strict=False)
     """Which of these four keys phases may set; a phase that sets another of the four is refused."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """Multiplies every learning rate by global batch / `reference_global_batch_size`, or by the square root of that."""
+    """Multiplies every learning rate by global batch / `reference_global_batch_size`, or by the square root
+    of that."""
     reference_global_batch_size: PositiveInt | None = None
     """The batch that the learning rates were chosen for, in clips. Goes with `lr_scaling`."""
     batch_scaling: Literal["none", "world_size"] = "none"
@@ -64,7 +65,8 @@ class CurriculumAdapterConfig(StrictModel):
     reference_world_size: PositiveInt | None = None
     """The number of ranks that the global batches were chosen for. Goes with `batch_scaling`."""
     moments: MomentsPolicy = "keep"
-    """What happens to the optimizer's moments at the start of every phase that does not say it itself; not of the first."""
+    """What happens to the optimizer's moments at the start of every phase that does not say it itself; not of
+    the first."""
     moment_decay: Fraction | None = None
     """Factor for both moments under `moments: decay`, and only there."""
 
@@ -73,7 +75,8 @@ class CurriculumAdapterConfig(StrictModel):
         problems = []
         if (self.reference_global_batch_size is not None) != (self.lr_scaling != "none"):
             problems.append(
-                f"reference_global_batch_size: goes with lr_scaling, got {self.reference_global_batch_size} and "
+                f"reference_global_batch_size: goes with lr_scaling, got {self.reference_global_batch_size} "
+                "and "
                 f"lr_scaling: {self.lr_scaling}. Set both or neither."
             )
         if (self.reference_world_size is not None) != (self.batch_scaling != "none"):
@@ -82,7 +85,9 @@ class CurriculumAdapterConfig(StrictModel):
                 f"batch_scaling: {self.batch_scaling}. Set both or neither."
             )
         if (self.moment_decay is not None) != (self.moments == "decay"):
-            problems.append(f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither.")
+            problems.append(
+                f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither."
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -124,11 +129,16 @@ def expand_preset(curriculum: Any) -> Any:
     if not isinstance(curriculum, dict) or "preset" not in curriculum:
         return curriculum
     if curriculum["preset"] != "default":
-        raise ValueError(f"preset: must be 'default', got {curriculum['preset']!r}. Write default or list phases.")
+        raise ValueError(
+            f"preset: must be 'default', got {curriculum['preset']!r}. Write default or list phases."
+        )
     if "phases" in curriculum:
         raise ValueError("preset: cannot stand beside phases, got both. Remove one of the two.")
     rest = {key: value for key, value in curriculum.items() if key != "preset"}
-    return {"phases": [phase.model_dump(mode="json", exclude_unset=True) for phase in default_phases()], **rest}
+    return {
+        "phases": [phase.model_dump(mode="json", exclude_unset=True) for phase in default_phases()],
+        **rest,
+    }
 
 
 class CurriculumConfig(StrictModel):
@@ -137,7 +147,8 @@ class CurriculumConfig(StrictModel):
     phases: tuple[PhaseConfig, ...] = Field(default_factory=default_phases, strict=False)
     """In the order they run; names are unique. Without it: the phases of `preset: default`."""
     frames_policy: Literal["snap", "strict"] = "snap"
-    """A frame count that the model cannot take: `snap` rounds it up and the report says so, `strict` is an error."""
+    """A frame count that the model cannot take: `snap` rounds it up and the report says so, `strict` is an
+    error."""
     adapter: CurriculumAdapterConfig = CurriculumAdapterConfig()
     """Rules that hold for all phases."""
 
@@ -152,9 +163,14 @@ class CurriculumConfig(StrictModel):
         names = [phase.name for phase in self.phases]
         for index, phase in enumerate(self.phases):
             if phase.name in names[:index]:
-                problems.append(f"phases[{index}].name: must be unique, got {phase.name!r} twice. Rename one of them.")
+                problems.append(
+                    f"phases[{index}].name: must be unique, got {phase.name!r} twice. Rename one of them."
+                )
             for key in sorted(phase.model_fields_set & (set(_OVERRIDABLE) - set(self.adapter.overrides))):
-                problems.append(f"phases[{index}].{key}: has no effect, got a value while adapter.overrides lacks it. Remove it.")
+                problems.append(
+                    f"phases[{index}].{key}: has no effect, got a value while adapter.overrides lacks it. "
+                    "Remove it."
+                )
         if not self.phases:
             problems.append("phases: must have at least one entry, got an empty list. Add a phase.")
         elif self.phases[0].moments is not None:

@@ -21,7 +21,8 @@ class ClipDataConfig(StrictModel):
     validation: str | None = None
     """Held-out clips, in the same forms. null: `holdout_fraction` of the training clips."""
     holdout_fraction: Fraction = 0.1
-    """Share of the clips that is held out, at least one; chosen by the seed and the files' content. Not beside `validation`."""
+    """Share of the clips that is held out, at least one; chosen by the seed and the files' content. Not
+    beside `validation`."""
     num_workers: NonNegativeInt = 2
     """Processes per rank that decode ahead; 0 decodes in the training process. No effect on the result."""
     max_unreadable_fraction: Fraction = 0.05
@@ -29,10 +30,15 @@ class ClipDataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _holdout_has_effect(self) -> Self:
-        # The default value is no choice, so that a resolved configuration, which states every default, loads again.
-        if self.validation is not None and self.holdout_fraction != type(self).model_fields["holdout_fraction"].default:
+        # The default value is no choice, so that a resolved configuration, which states every default, loads
+        # again.
+        if (
+            self.validation is not None
+            and self.holdout_fraction != type(self).model_fields["holdout_fraction"].default
+        ):
             raise ValueError(
-                f"holdout_fraction: has no effect when validation is set, got {self.holdout_fraction}. Remove one of the two."
+                f"holdout_fraction: has no effect when validation is set, got {self.holdout_fraction}. "
+                "Remove one of the two."
             )
         return self
 
@@ -48,25 +54,28 @@ Decibels = Annotated[float, Field(ge=-120, le=0, allow_inf_nan=False)]
 
 
 class AudioDataConfig(ClipDataConfig):
-    """Audio files and the sound of videos; a table names them in the column `audio`, `video` or `media_path`."""
+    """Audio files and the sound of videos; a table names them in the column `audio`, `video` or
+    `media_path`."""
 
     sample_rate_hz: PositiveInt = 44_100
     """Every sound is resampled to this rate."""
     channels: Literal[1, 2] = 2
-    """What the model gets: mono files are repeated for 2, stereo files averaged for 1; files of more channels are unreadable."""
+    """What the model gets: mono files are repeated for 2, stereo files averaged for 1; files of more channels
+    are unreadable."""
     loudness_lufs: Decibels | None = None
-    """Brings every clip to this loudness (-16 is common) as far as its peak stays within 1. null: as it is in the file."""
+    """Brings every clip to this loudness (-16 is common) as far as its peak stays within 1. null: as it is in
+    the file."""
     silence_threshold_db: Decibels | None = None
-    """Level in dB of full scale. A quieter training clip is drawn again, 8 times at most; if all are quieter, the loudest counts.
-    Files whose peak is below it are listed as unreadable. null: every clip counts."""
+    """Level in dB of full scale. A quieter training clip is drawn again, 8 times at most; if all are quieter,
+    the loudest counts. Files whose peak is below it are listed as unreadable. null: every clip counts."""
 
 
 class LatentDataConfig(ClipDataConfig):
     """Latents and prompt embeddings that `aiprod-ds encode` or ltx-trainer wrote."""
 
     train: str = Field(min_length=1)
-    """A folder with `latents/`, or one with `.precomputed/` in it, or the CSV, JSON or JSONL manifest beside `.precomputed/`, of
-    which only the rows' clips count; relative to the working folder."""
+    """A folder with `latents/`, or one with `.precomputed/` in it, or the CSV, JSON or JSONL manifest beside
+    `.precomputed/`, of which only the rows' clips count; relative to the working folder."""
     validation: str | None = None
     """Held-out latents, in the same forms. null: `holdout_fraction` of the training clips."""
     num_workers: int = Field(default=2, ge=0)
@@ -74,5 +83,5 @@ class LatentDataConfig(ClipDataConfig):
     max_unreadable_fraction: Fraction = 0.05
     """Share of clips that may be damaged or lack a partner file; above it the run stops before training."""
     caption_dropout: Fraction = 0.1
-    """Share of training clips whose caption is replaced by the empty one, for classifier-free guidance. Above 0 it needs
-    `empty_prompt.safetensors` beside the latents, which `aiprod-ds encode` writes."""
+    """Share of training clips whose caption is replaced by the empty one, for classifier-free guidance. Above
+    0 it needs `empty_prompt.safetensors` beside the latents, which `aiprod-ds encode` writes."""

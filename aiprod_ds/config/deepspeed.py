@@ -1,8 +1,10 @@
-"""The DeepSpeed settings of a run: strict reading of `ds_configs/*.json` and the one place where they are merged with the YAML.
+"""The DeepSpeed settings of a run: strict reading of `ds_configs/*.json` and the one place where they are
+merged with the YAML.
 
-Owns what may stand in such a file (an allow-list: DeepSpeed itself silently ignores unknown top-level keys) and the combinations
-that DeepSpeed 0.19.8 gets wrong. Imports neither torch nor deepspeed, so `check` and `plan` run anywhere. The engines read the
-typed settings; only `DeepSpeedEngine` asks for the merged dictionary.
+Owns what may stand in such a file (an allow-list: DeepSpeed itself silently ignores unknown top-level keys)
+and the combinations that DeepSpeed 0.19.8 gets wrong. Imports neither torch nor deepspeed, so `check` and
+`plan` run anywhere. The engines read the typed settings; only `DeepSpeedEngine` asks for the merged
+dictionary.
 """
 
 from __future__ import annotations
@@ -51,12 +53,16 @@ class DeepSpeedSettings:
 
     Attributes:
         zero_stage: 0 to 3.
-        precision: Type of weights and activations in forward and backward; masters and moments are always fp32.
+        precision: Type of weights and activations in forward and backward; masters and moments are always
+            fp32.
         loss_scale: The fp16 section; None in other precisions.
-        activation_checkpointing: Whether the trainer applies torch's non-reentrant checkpointing to the model.
+        activation_checkpointing: Whether the trainer applies torch's non-reentrant checkpointing to the
+            model.
         optimizer_offload: Whether master weights and moments live in host memory.
-        buffer_dtype: Type to which the module's floating-point buffers are cast; None leaves them as they are.
-        dictionary: The file without what the trainer applies itself; valid DeepSpeed configuration except for the batch.
+        buffer_dtype: Type to which the module's floating-point buffers are cast; None leaves them as they
+            are.
+        dictionary: The file without what the trainer applies itself; valid DeepSpeed configuration except for
+            the batch.
     """
 
     zero_stage: int
@@ -79,8 +85,8 @@ class DeepSpeedSettings:
 
 
 def read_settings(config: RunConfig, *, source: str) -> DeepSpeedSettings:
-    """Returns the engine settings that `engine.deepspeed_config` names; a relative path is taken from the working folder, the
-    configuration file's folder, or a folder above it.
+    """Returns the engine settings that `engine.deepspeed_config` names; a relative path is taken from the
+    working folder, the configuration file's folder, or a folder above it.
 
     Raises:
         ConfigError: If the file is missing or breaks a rule.
@@ -92,7 +98,8 @@ def read_settings(config: RunConfig, *, source: str) -> DeepSpeedSettings:
     found = next((folder / given for folder in folders if (folder / given).is_file()), None)
     if found is None:
         raise ConfigError(
-            f"{source}: engine.deepspeed_config: must name a file, got {given!r}, which is not there. Check the path."
+            f"{source}: engine.deepspeed_config: must name a file, got {given!r}, which is not there. Check "
+            "the path."
         )
     return parse_deepspeed_settings(found, where=given)
 
@@ -105,7 +112,8 @@ def parse_deepspeed_settings(source: Mapping[str, Any] | Path, where: str) -> De
         where: How messages name the source, e.g. `ds_configs/zero1_bf16.json`.
 
     Raises:
-        ConfigError: With every problem: unknown or misplaced keys, wrong types, duplicate keys, unusable combinations.
+        ConfigError: With every problem: unknown or misplaced keys, wrong types, duplicate keys, unusable
+            combinations.
     """
     problems: list[str] = []
     values = _read_json(source, where, problems) if isinstance(source, Path) else source
@@ -117,8 +125,11 @@ def parse_deepspeed_settings(source: Mapping[str, Any] | Path, where: str) -> De
     return _settings(checked)
 
 
-def with_parallel(settings: DeepSpeedSettings, *, zero_stage: int, is_offloaded: bool, where: str) -> DeepSpeedSettings:
-    """Returns `settings` with another ZeRO stage and with or without an offloaded optimizer; precision and buckets stay.
+def with_parallel(
+    settings: DeepSpeedSettings, *, zero_stage: int, is_offloaded: bool, where: str
+) -> DeepSpeedSettings:
+    """Returns `settings` with another ZeRO stage and with or without an offloaded optimizer; precision and
+    buckets stay.
 
     16-bit gradients are summed as in the shipped files: in bf16 at stage 1, in fp32 otherwise.
     """
@@ -129,7 +140,8 @@ def with_parallel(settings: DeepSpeedSettings, *, zero_stage: int, is_offloaded:
     zero = {
         key: value
         for key, value in values.get("zero_optimization", {}).items()
-        if key not in {"stage", "offload_optimizer", "overlap_comm"} and (zero_stage == _STAGE_3 or not _is_stage_3_key(key))
+        if key not in {"stage", "offload_optimizer", "overlap_comm"}
+        and (zero_stage == _STAGE_3 or not _is_stage_3_key(key))
     }
     zero |= {"stage": zero_stage, "overlap_comm": zero_stage == _STAGE_3}
     if is_offloaded:
@@ -165,18 +177,24 @@ def _read_json(path: Path, where: str, problems: list[str]) -> Mapping[str, Any]
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                problems.append(f"{where}: {key}: must stand once in its section, got it twice. Remove one of the two.")
+                problems.append(
+                    f"{where}: {key}: must stand once in its section, got it twice. Remove one of the two."
+                )
             seen[key] = value
         return seen
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
-        raise ConfigError(f"{where}: must be a readable file, got {error.strerror}. Correct engine.deepspeed_config.") from error
+        raise ConfigError(
+            f"{where}: must be a readable file, got {error.strerror}. Correct engine.deepspeed_config."
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{where}: must be JSON, got an error: {error}. Correct the file.") from error
     if not isinstance(values, dict):
-        raise ConfigError([*problems, f"{where}: must be a JSON object, got {type(values).__name__}. Use braces."])
+        raise ConfigError(
+            [*problems, f"{where}: must be a JSON object, got {type(values).__name__}. Use braces."]
+        )
     return values
 
 
@@ -184,7 +202,9 @@ def _check_top_level(values: Mapping[str, Any], where: str, problems: list[str])
     known: dict[str, Any] = {}
     for key, value in values.items():
         if key in _OWNED_ELSEWHERE:
-            problems.append(f"{where}: {key}: belongs to {_OWNED_ELSEWHERE[key]}, got {value!r} here. Move it there.")
+            problems.append(
+                f"{where}: {key}: belongs to {_OWNED_ELSEWHERE[key]}, got {value!r} here. Move it there."
+            )
         elif key in _REFUSED:
             problems.append(f"{where}: {key}: {_REFUSED[key]}")
         else:
@@ -192,16 +212,22 @@ def _check_top_level(values: Mapping[str, Any], where: str, problems: list[str])
     return _check_section(known, _TOP_LEVEL, where, "", problems)
 
 
-def _check_section(values: object, schema: Mapping[str, Any], where: str, prefix: str, problems: list[str]) -> dict[str, Any]:
+def _check_section(
+    values: object, schema: Mapping[str, Any], where: str, prefix: str, problems: list[str]
+) -> dict[str, Any]:
     """Returns the valid part of `values`; a nested mapping in `schema` describes a nested section."""
     if not isinstance(values, Mapping):
-        problems.append(f"{where}: {prefix.rstrip('.')}: must be an object, got {values!r}. Put its settings in braces.")
+        problems.append(
+            f"{where}: {prefix.rstrip('.')}: must be an object, got {values!r}. Put its settings in braces."
+        )
         return {}
     checked: dict[str, Any] = {}
     for key, value in values.items():
         rule = schema.get(key)
         if rule is None:
-            problems.append(f"{where}: {prefix}{key}: unknown key, got {value!r}. {_nearest(str(key), schema)}")
+            problems.append(
+                f"{where}: {prefix}{key}: unknown key, got {value!r}. {_nearest(str(key), schema)}"
+            )
         elif isinstance(rule, Mapping):
             checked[key] = _check_section(value, rule, where, f"{prefix}{key}.", problems)
         else:
@@ -223,10 +249,13 @@ def _check_combinations(values: Mapping[str, Any], where: str, problems: list[st
     fp16 = values.get("fp16", {}).get("enabled", False)
     bf16 = values.get("bf16", {}).get("enabled", False)
     if fp16 and bf16:
-        problems.append(f"{where}: fp16.enabled: must not be true together with bf16.enabled, got both. Disable one.")
+        problems.append(
+            f"{where}: fp16.enabled: must not be true together with bf16.enabled, got both. Disable one."
+        )
     if fp16 and stage == 0:
         problems.append(
-            f"{where}: zero_optimization.stage: must be at least 1 with fp16, got 0: DeepSpeed 0.19.8 divides gradients by a loss"
+            f"{where}: zero_optimization.stage: must be at least 1 with fp16, got 0: DeepSpeed 0.19.8 "
+            "divides gradients by a loss"
             " scale that it never multiplied in. Use stage 1, which gives the same numbers."
         )
     _check_stage_keys(zero, stage, where, problems)
@@ -239,7 +268,8 @@ def _check_combinations(values: Mapping[str, Any], where: str, problems: list[st
         )
     if stage == 1 and precision == "bf16" and accumulation_dtype == "fp32":
         problems.append(
-            f"{where}: data_types.grad_accum_dtype: must not be fp32 with bf16 at ZeRO stage 1, got 'fp32': DeepSpeed 0.19.8"
+            f"{where}: data_types.grad_accum_dtype: must not be fp32 with bf16 at ZeRO stage 1, got 'fp32': "
+            "DeepSpeed 0.19.8"
             " takes another optimizer with another checkpoint format there. Use stage 2 or remove the key."
         )
 
@@ -261,7 +291,9 @@ def _is_stage_3_key(key: str) -> bool:
 def _settings(values: Mapping[str, Any]) -> DeepSpeedSettings:
     fp16 = dict(values.get("fp16", {}))
     is_fp16 = fp16.pop("enabled", False)
-    precision: Precision = "fp16" if is_fp16 else "bf16" if values.get("bf16", {}).get("enabled", False) else "fp32"
+    precision: Precision = (
+        "fp16" if is_fp16 else "bf16" if values.get("bf16", {}).get("enabled", False) else "fp32"
+    )
     zero = values.get("zero_optimization", {})
     return DeepSpeedSettings(
         zero_stage=zero.get("stage", 0),
@@ -313,7 +345,11 @@ def _scale(value: object) -> object:
 
 
 def _names(value: object) -> object:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(name, str) for name in value):
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(isinstance(name, str) for name in value)
+    ):
         raise ValueError("a list of names")
     return list(value)
 
@@ -351,7 +387,10 @@ _TOP_LEVEL: Mapping[str, Any] = {
     "bf16": {"enabled": _is_bool},
     "activation_checkpointing": {"enabled": _is_bool},
     "communication_data_type": _one_of("fp32", "bf16", "fp16"),
-    "data_types": {"grad_accum_dtype": _one_of("fp32", "bf16", "fp16"), "buffer_dtype": _one_of("fp32", "bf16", "fp16")},
+    "data_types": {
+        "grad_accum_dtype": _one_of("fp32", "bf16", "fp16"),
+        "buffer_dtype": _one_of("fp32", "bf16", "fp16"),
+    },
     "wall_clock_breakdown": _is_bool,
 }
 _STAGE_3_KEYS = frozenset({"sub_group_size", "memory_efficient_linear", "leaf_module"})
@@ -368,7 +407,8 @@ _OWNED_ELSEWHERE: Mapping[str, str] = {
     "tensorboard": "the training configuration (report.tensorboard)",
 }
 _REFUSED: Mapping[str, str] = {
-    "torch_autocast": "is refused: DeepSpeed 0.19.8 clips the scaled gradient with it and leaves a process-wide flag set, got it"
+    "torch_autocast": "is refused: DeepSpeed 0.19.8 clips the scaled gradient with it and leaves a "
+    "process-wide flag set, got it"
     " configured. Use the fp16 or the bf16 section.",
     "amp": "was removed from DeepSpeed, got it configured. Use the fp16 or the bf16 section.",
 }

@@ -1,4 +1,5 @@
-"""The configuration of the diffusion trainer: latents, their VAEs, objective and mode, beside the shared sections of `run`."""
+"""The configuration of the diffusion trainer: latents, their VAEs, objective and mode, beside the shared
+sections of `run`."""
 
 from __future__ import annotations
 
@@ -28,9 +29,12 @@ class DiffusionModelConfig(ModelConfig):
 
 
 class DiffusionEvaluationConfig(EvaluationConfig):
-    """How held-out clips are measured: the loss at fixed noise levels, with noise that is the same in every run."""
+    """How held-out clips are measured: the loss at fixed noise levels, with noise that is the same in every
+    run."""
 
-    noise_levels: tuple[NoiseLevel, ...] = Field(default=(0.125, 0.375, 0.625, 0.875), min_length=1, strict=False)
+    noise_levels: tuple[NoiseLevel, ...] = Field(
+        default=(0.125, 0.375, 0.625, 0.875), min_length=1, strict=False
+    )
     """Levels in (0, 1] at which every held-out clip is measured, all modalities at the same level."""
 
 
@@ -47,12 +51,13 @@ class DiffusionTrainerConfig(RunConfig):
     model: DiffusionModelConfig
     """The transformer."""
     vae: ModelConfig
-    """The video VAE of the latents; its weights are compared with those that encoded, and it decodes the previews."""
+    """The video VAE of the latents; its weights are compared with those that encoded, and it decodes the
+    previews."""
     audio_vae: ModelConfig | None = None
     """The audio VAE of the latents. Required by models of video and sound, and only by them."""
     training_mode: TrainingMode = "full"
-    """`full` trains every weight of the model, `lora` only the adapters that `lora` describes. A phase may set its own; between
-    two phases that differ, adapters are merged into the weights."""
+    """`full` trains every weight of the model, `lora` only the adapters that `lora` describes. A phase may
+    set its own; between two phases that differ, adapters are merged into the weights."""
     lora: LoraConfig | None = None
     """The adapters of phases that have no own. null: the defaults; not if no phase trains adapters."""
     data: LatentDataConfig
@@ -98,16 +103,26 @@ class DiffusionTrainerConfig(RunConfig):
         for name in ("spatial_stride", "temporal_stride"):
             value = getattr(self.model, name)
             if value is not None:
-                yield f"model.{name}: has no effect for a transformer, got {value}. Set it in the section vae."
+                yield (
+                    f"model.{name}: has no effect for a transformer, got {value}. Set it in the section vae."
+                )
         yield from self._adapters_without_effect()
         for index, phase in enumerate(self.curriculum.phases):
             if phase.augment.random_flip is not None:
-                yield f"curriculum.phases[{index}].augment.random_flip: has no effect for latents, got a value. Remove it."
+                yield (
+                    f"curriculum.phases[{index}].augment.random_flip: has no effect for latents, got a "
+                    "value. Remove it."
+                )
 
     def _adapters_without_effect(self) -> Iterator[str]:
         phases = self.curriculum.phases
-        if self.lora is not None and all(self.phase_adapters(phase) != self.lora or phase.lora for phase in phases):
-            yield "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set training_mode: lora."
+        if self.lora is not None and all(
+            self.phase_adapters(phase) != self.lora or phase.lora for phase in phases
+        ):
+            yield (
+                "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set "
+                "training_mode: lora."
+            )
         if self.model.lora_init is not None and phases and self.phase_adapters(phases[0]) is None:
             yield (
                 "model.lora_init: has no effect unless the first phase trains adapters, got a value. "
@@ -123,7 +138,8 @@ class DiffusionTrainerConfig(RunConfig):
                 )
             if adapters != previous and phase.moments in {"keep", "decay"}:
                 yield (
-                    f"curriculum.phases[{index}].moments: must be reset where other parameters are trained, got {phase.moments}. "
+                    f"curriculum.phases[{index}].moments: must be reset where other parameters are trained, "
+                    f"got {phase.moments}. "
                     "Remove it: a new optimizer begins with the phase."
                 )
             previous = adapters

@@ -1,4 +1,5 @@
-"""What `aiprod-ds encode` may be told: which clips, in which shapes, by which encoders, and where the results go.
+"""What `aiprod-ds encode` may be told: which clips, in which shapes, by which encoders, and where the results
+go.
 
 Owns the schema and its reader. Field names are the YAML keys; what needs the data or the models is checked in
 `aiprod_ds.encode.run`.
@@ -15,7 +16,14 @@ from typing_extensions import Self
 from aiprod_ds.config.data import Decibels
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
-from aiprod_ds.config.schema import Fraction, FreeMapping, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.schema import (
+    Fraction,
+    FreeMapping,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -26,10 +34,11 @@ class EncodeDataConfig(StrictModel):
     media: str = Field(min_length=1)
     """A folder, searched recursively, or a CSV, JSON or JSONL manifest; relative to the working folder."""
     output_dir: str | None = None
-    """Where `latents/`, `audio_latents/` and `conditions/` are made. null: `.precomputed` in the folder of the media."""
+    """Where `latents/`, `audio_latents/` and `conditions/` are made. null: `.precomputed` in the folder of
+    the media."""
     held_out: bool = False
-    """Whether the clips are held out: with `curriculum`, each is then encoded in one shape only, the first of the last phase, in
-    which a run measures them."""
+    """Whether the clips are held out: with `curriculum`, each is then encoded in one shape only, the first of
+    the last phase, in which a run measures them."""
     num_workers: NonNegativeInt = 2
     """Processes per rank that decode ahead; 0 decodes between two encodings. No effect on the result."""
     max_failed_fraction: Fraction = 0.05
@@ -48,32 +57,44 @@ class EncodeShape(StrictModel):
 class TilingConfig(StrictModel):
     """Encodes in overlapping parts, which takes less memory and changes the latents near the seams.
 
-    Before the run, a part of the first clip is encoded both ways; the run stops if the latents differ too much.
+    Before the run, a part of the first clip is encoded both ways; the run stops if the latents differ too
+    much.
     """
 
     tile: PhaseResolution
     """Size of a tile in pixels; multiples of the model's spatial stride. Smaller clips are encoded whole."""
     overlap: PositiveInt
-    """Pixels that neighbouring tiles share, where they are blended; a multiple of the spatial stride below the tile's size."""
+    """Pixels that neighbouring tiles share, where they are blended; a multiple of the spatial stride below
+    the tile's size."""
     frames: PositiveInt | None = None
-    """Frames of a chunk, a multiple of the model's temporal stride; longer clips are cut into chunks. null: no chunks."""
+    """Frames of a chunk, a multiple of the model's temporal stride; longer clips are cut into chunks. null:
+    no chunks."""
     overlap_frames: PositiveInt | None = None
-    """Frames that neighbouring chunks share, a multiple of the temporal stride below `frames`. Goes with `frames`."""
+    """Frames that neighbouring chunks share, a multiple of the temporal stride below `frames`. Goes with
+    `frames`."""
     max_deviation: PositiveFloat = 0.1
-    """Most that tiled latents may differ: the root mean square difference over the standard deviation of whole latents."""
+    """Most that tiled latents may differ: the root mean square difference over the standard deviation of
+    whole latents."""
 
     @model_validator(mode="after")
     def _parts_overlap(self) -> Self:
         problems = []
         smallest = min(self.tile.height, self.tile.width)
         if self.overlap >= smallest:
-            problems.append(f"overlap: must be below the tile's smaller side ({smallest}), got {self.overlap}. Lower it.")
+            problems.append(
+                f"overlap: must be below the tile's smaller side ({smallest}), got {self.overlap}. Lower it."
+            )
         if (self.frames is None) != (self.overlap_frames is None):
             problems.append(
-                f"overlap_frames: goes with frames, got {self.overlap_frames} and frames: {self.frames}. Set both or neither."
+                f"overlap_frames: goes with frames, got {self.overlap_frames} and frames: {self.frames}. "
+                "Set both or neither."
             )
-        elif self.frames is not None and self.overlap_frames is not None and self.overlap_frames >= self.frames:
-            problems.append(f"overlap_frames: must be below frames ({self.frames}), got {self.overlap_frames}. Lower it.")
+        elif (
+            self.frames is not None and self.overlap_frames is not None and self.overlap_frames >= self.frames
+        ):
+            problems.append(
+                f"overlap_frames: must be below frames ({self.frames}), got {self.overlap_frames}. Lower it."
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -102,9 +123,11 @@ class AudioEncoderConfig(StrictModel):
     channels: Literal[1, 2] | None = None
     """The channels that the model takes. null: as the model declares them."""
     loudness_lufs: Decibels | None = None
-    """Brings the sound of every clip to this loudness, as `data.loudness_lufs` of the VAE's training did. null: as it is."""
+    """Brings the sound of every clip to this loudness, as `data.loudness_lufs` of the VAE's training did.
+    null: as it is."""
     missing_sound: Literal["fail", "silence"] = "fail"
-    """A clip without sound, or with more than 0.1 s of it missing: `fail` lists it as failed, `silence` fills up with zeros."""
+    """A clip without sound, or with more than 0.1 s of it missing: `fail` lists it as failed, `silence` fills
+    up with zeros."""
 
 
 class TextEncoderConfig(StrictModel):
@@ -119,11 +142,13 @@ class TextEncoderConfig(StrictModel):
     tokenizer_subfolder: str = ""
     """Folder inside that holds the tokenizer, e.g. `tokenizer`."""
     source: str | None = None
-    """A class of transformers, e.g. `T5EncoderModel`. null: the text encoder that fits `pretrained`. Required with `config`."""
+    """A class of transformers, e.g. `T5EncoderModel`. null: the text encoder that fits `pretrained`. Required
+    with `config`."""
     config: FreeMapping = Field(default_factory=dict)
     """Keyword arguments of the class's configuration; the weights are random. For tests."""
     connectors: ModelConfig | None = None
-    """LTX-2's text connectors, which turn all hidden states into embeddings for video and for audio. null: the last state."""
+    """LTX-2's text connectors, which turn all hidden states into embeddings for video and for audio. null:
+    the last state."""
     precision: Precision = "bf16"
     """Of the computation. Embeddings are kept in bf16."""
     max_tokens: PositiveInt = 128
@@ -140,11 +165,18 @@ class TextEncoderConfig(StrictModel):
         problems = []
         if (self.pretrained is None) == (not self.config):
             got = "neither" if self.pretrained is None else "both"
-            problems.append(f"pretrained: either this or config must be given, got {got}. Name a text encoder.")
+            problems.append(
+                f"pretrained: either this or config must be given, got {got}. Name a text encoder."
+            )
         if self.config and self.source is None:
-            problems.append("source: must be given with config, got nothing. Write for example T5EncoderModel.")
+            problems.append(
+                "source: must be given with config, got nothing. Write for example T5EncoderModel."
+            )
         if self.pretrained is None and self.tokenizer is None and self.tokenizer_subfolder:
-            problems.append(f"tokenizer_subfolder: has no effect without tokenizer, got {self.tokenizer_subfolder!r}. Remove it.")
+            problems.append(
+                f"tokenizer_subfolder: has no effect without tokenizer, got {self.tokenizer_subfolder!r}. "
+                "Remove it."
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -166,8 +198,8 @@ class EncodeConfig(StrictModel):
     shapes: tuple[EncodeShape, ...] = Field(default=(), strict=False)
     """The shapes to encode. Either these or `curriculum`."""
     curriculum: str | None = None
-    """A trainer's YAML file, of which only the section `curriculum` is read: every clip is encoded in the shapes in which its
-    phases will ask for it; relative to the working folder."""
+    """A trainer's YAML file, of which only the section `curriculum` is read: every clip is encoded in the
+    shapes in which its phases will ask for it; relative to the working folder."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -181,7 +213,13 @@ class EncodeConfig(StrictModel):
             yield "data.held_out: has no effect without curriculum, got true. Remove it."
         if bool(self.shapes) == (self.curriculum is not None):
             got = "both" if self.shapes else "neither"
-            yield f"shapes: either these or curriculum must be given, got {got}. List shapes or name a file with phases."
+            yield (
+                f"shapes: either these or curriculum must be given, got {got}. List shapes or name a file "
+                "with phases."
+            )
         for index, shape in enumerate(self.shapes):
             if shape.duration.seconds is not None and shape.duration.frame_rate_hz is None:
-                yield f"shapes[{index}].duration.seconds: needs frame_rate_hz, got none. Add it or write frames."
+                yield (
+                    f"shapes[{index}].duration.seconds: needs frame_rate_hz, got none. Add it or write "
+                    "frames."
+                )

@@ -1,6 +1,7 @@
 """What a configuration is, as text and as hashes: the resolved YAML, and what a resumed run must not change.
 
-The phases are hashed one by one and apart from the rest, so that phases not yet reached may be edited between two runs.
+The phases are hashed one by one and apart from the rest, so that phases not yet reached may be edited between
+two runs.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any, cast
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.yaml import write_yaml
 
-# Where results go, how often they are saved, measured or shown, how fast data comes, and how the state is spread over ranks: none
-# of it changes the weights by more than rounding.
+# Where results go, how often they are saved, measured or shown, how fast data comes, and how the state is
+# spread over ranks: none of it changes the weights by more than rounding.
 _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "output_dir": True,
     "report": True,
@@ -29,8 +30,8 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
 def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
-    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `data.num_workers` and `curriculum.phases`.
-    That the precision stays is checked with what the checkpoint says of itself.
+    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `data.num_workers` and
+    `curriculum.phases`. That the precision stays is checked with what the checkpoint says of itself.
     """
     return _sha256(config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT)))
 

@@ -1,7 +1,8 @@
-"""A configuration file, its bases and the command line's overrides -> one validated record, or every problem at once.
+"""A configuration file, its bases and the command line's overrides -> one validated record, or every problem
+at once.
 
-Owns which kind a file is (a trainer's, of `encode` or of `sample`), which trainer's schema counts, and the curriculum's preset.
-`merge` reads and merges the values before, `messages` words what pydantic finds.
+Owns which kind a file is (a trainer's, of `encode` or of `sample`), which trainer's schema counts, and the
+curriculum's preset. `merge` reads and merges the values before, `messages` words what pydantic finds.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | Non
     """Returns the validated configuration of `path` with `overrides` applied in order.
 
     Args:
-        path: A YAML file; its key `base` may name a file (relative to it) that it is merged over, recursively.
+        path: A YAML file; its key `base` may name a file (relative to it) that it is merged over,
+            recursively.
         overrides: `a.b=c` or `curriculum.phases[2].updates=5` each; values are YAML.
         output_dir: Replaces the key of that name.
 
     Raises:
-        ConfigError: With one problem for every rule that is broken, as `file: dotted.path[index]: rule, got X. Fix.`
+        ConfigError: With one problem for every rule that is broken, as
+            `file: dotted.path[index]: rule, got X. Fix.`
     """
     document = read_document(path)
     problems = _expand(document) + apply_overrides(document, overrides)
@@ -79,12 +82,18 @@ def _trainer(document: Document, problems: list[str]) -> type[RunConfig]:
     # The other sections are still checked, against the default trainer, so that one run shows every problem.
     document.values["trainer"] = _DEFAULT_TRAINER
     where = document.origin(("trainer",))
-    problems.append(f"{where}: trainer: must be one of {sorted(_TRAINERS)}, got {name!r}. {suggestion(str(name), _TRAINERS)}")
+    problems.append(
+        f"{where}: trainer: must be one of {sorted(_TRAINERS)}, got {name!r}. "
+        f"{suggestion(str(name), _TRAINERS)}"
+    )
     return _TRAINERS[_DEFAULT_TRAINER]
 
 
-def load_encode_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> EncodeConfig:
-    """Returns the validated configuration of `path`; arguments and messages are those of `loader.load_config`.
+def load_encode_config(
+    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None
+) -> EncodeConfig:
+    """Returns the validated configuration of `path`; arguments and messages are those of
+    `loader.load_config`.
 
     Args:
         path: A YAML file, which may have a `base`.
@@ -105,7 +114,8 @@ def read_curriculum(path: Path) -> CurriculumConfig:
     """Returns the section `curriculum` of a trainer's YAML file; the rest of the file is not looked at.
 
     Raises:
-        ConfigError: If the file cannot be read or has no such section, with one problem for every rule that the section breaks.
+        ConfigError: If the file cannot be read or has no such section, with one problem for every rule that
+            the section breaks.
     """
     return validated(read_document(path), _CurriculumFile).curriculum
 
@@ -114,8 +124,11 @@ class _CurriculumFile(BaseModel):
     curriculum: CurriculumConfig
 
 
-def load_sample_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> SampleConfig:
-    """Returns the validated configuration of `path`; arguments and messages are those of `loader.load_config`.
+def load_sample_config(
+    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None
+) -> SampleConfig:
+    """Returns the validated configuration of `path`; arguments and messages are those of
+    `loader.load_config`.
 
     Args:
         path: A YAML file, which may have a `base`.

@@ -10,7 +10,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.schema import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+)
 
 
 class LossConfig(StrictModel):
@@ -27,15 +34,18 @@ class PerceptualConfig(StrictModel):
     mode: Literal["lpips", "vgg"] = "lpips"
     """`lpips`: unit-normalised features with learned heads; `vgg`: plain feature distance."""
     weights: str | None = None
-    """A local copy of torchvision's VGG16 file; its hash is checked. null: the torch hub cache, else a download."""
+    """A local copy of torchvision's VGG16 file; its hash is checked. null: the torch hub cache, else a
+    download."""
     fallback: Literal["error", "l2"] = "error"
-    """What happens when there are no weights: `l2` takes the mean squared error in their place, and the report says so."""
+    """What happens when there are no weights: `l2` takes the mean squared error in their place, and the
+    report says so."""
     frames_per_clip: NonNegativeInt = 0
     """Frames of each clip that the network looks at, chosen at random; 0 takes all."""
 
 
 class VideoVAELossConfig(LossConfig):
-    """The terms of the loss and their weights; a term of weight 0 is measured where it can be, not trained."""
+    """The terms of the loss and their weights; a term of weight 0 is measured where it can be, not
+    trained."""
 
     reconstruction: Literal["l1", "mse"] = "l1"
     """Mean absolute or mean squared error; its weight is 1."""
@@ -55,9 +65,12 @@ FFTSize = Annotated[int, Field(ge=4, multiple_of=4)]  # the hop is a quarter of 
 
 
 class SpectralConfig(StrictModel):
-    """STFT distance at several resolutions; `fft_sizes: [1024]` gives the single-resolution form (hop 256)."""
+    """STFT distance at several resolutions; `fft_sizes: [1024]` gives the single-resolution form (hop
+    256)."""
 
-    fft_sizes: tuple[FFTSize, ...] = Field(default=(2048, 1024, 512, 256, 128, 64, 32), min_length=1, strict=False)
+    fft_sizes: tuple[FFTSize, ...] = Field(
+        default=(2048, 1024, 512, 256, 128, 64, 32), min_length=1, strict=False
+    )
     """Windows in samples, multiples of 4; each hops by a quarter of itself."""
     log: Literal["log", "log1p"] = "log"
     """How magnitudes m are compared beside themselves: log(m + `log_epsilon`) or log(1 + m)."""
@@ -69,23 +82,30 @@ class SpectralConfig(StrictModel):
     @model_validator(mode="after")
     def _log_epsilon_has_effect(self) -> Self:
         if self.log == "log1p" and self.log_epsilon != type(self).model_fields["log_epsilon"].default:
-            raise ValueError(f"log_epsilon: has no effect with log1p, got {self.log_epsilon}. Remove it or set log to log.")
+            raise ValueError(
+                f"log_epsilon: has no effect with log1p, got {self.log_epsilon}. Remove it or set log to log."
+            )
         return self
 
 
 class MelConfig(StrictModel):
     """Log-mel distance at several resolutions, one number of bands for each FFT size."""
 
-    fft_sizes: tuple[FFTSize, ...] = Field(default=(32, 64, 128, 256, 512, 1024, 2048), min_length=1, strict=False)
+    fft_sizes: tuple[FFTSize, ...] = Field(
+        default=(32, 64, 128, 256, 512, 1024, 2048), min_length=1, strict=False
+    )
     """Windows in samples, multiples of 4; each hops by a quarter of itself."""
-    num_bands: tuple[PositiveInt, ...] = Field(default=(5, 10, 20, 40, 80, 160, 320), min_length=1, strict=False)
+    num_bands: tuple[PositiveInt, ...] = Field(
+        default=(5, 10, 20, 40, 80, 160, 320), min_length=1, strict=False
+    )
     """Mel bands of each window, as many numbers as `fft_sizes`."""
 
     @model_validator(mode="after")
     def _one_number_for_each_size(self) -> Self:
         if len(self.num_bands) != len(self.fft_sizes):
             raise ValueError(
-                f"num_bands: must have one number for each of the {len(self.fft_sizes)} fft_sizes, got {len(self.num_bands)}. "
+                f"num_bands: must have one number for each of the {len(self.fft_sizes)} fft_sizes, got "
+                f"{len(self.num_bands)}. "
                 "Add or remove some."
             )
         return self
@@ -101,8 +121,9 @@ class AudioVAELossConfig(LossConfig):
     kl_weight: NonNegativeFloat = 1e-4
     """Weight of the posterior's divergence from the unit normal, summed over channels."""
     mel_weight: NonNegativeFloat = 0.0
-    """Weight of the log-mel distance. 0 in every phase: the term is not measured either. For a model of mel spectrograms: the
-    weight of their mean absolute error, beside which those of waveform and spectrum must be 0."""
+    """Weight of the log-mel distance. 0 in every phase: the term is not measured either. For a model of mel
+    spectrograms: the weight of their mean absolute error, beside which those of waveform and spectrum must be
+    0."""
     spectral: SpectralConfig = SpectralConfig()
     """The STFT distance."""
     mel: MelConfig = MelConfig()
@@ -112,7 +133,8 @@ class AudioVAELossConfig(LossConfig):
     def _something_is_reconstructed(self) -> Self:
         if self.waveform_weight == self.spectral_weight == self.mel_weight == 0:
             raise ValueError(
-                "waveform_weight: this, spectral_weight or mel_weight must exceed 0, got 0 for all. Raise one of them."
+                "waveform_weight: this, spectral_weight or mel_weight must exceed 0, got 0 for all. Raise "
+                "one of them."
             )
         return self
 
@@ -124,8 +146,9 @@ class AudioVAELossConfig(LossConfig):
 class NoiseLevelConfig(StrictModel):
     """Logit-normal noise levels whose mean shifts with the number of tokens.
 
-    The shift is the line through (`low_tokens`, `low_shift`) and (`high_tokens`, `high_shift`), kept within [`min_shift`,
-    `max_shift`]; null for either end takes that bound away. A `uniform_fraction` of the levels is uniform instead.
+    The shift is the line through (`low_tokens`, `low_shift`) and (`high_tokens`, `high_shift`), kept within
+    [`min_shift`, `max_shift`]; null for either end takes that bound away. A `uniform_fraction` of the levels
+    is uniform instead.
     """
 
     low_tokens: PositiveInt = 1024
@@ -139,7 +162,8 @@ class NoiseLevelConfig(StrictModel):
     min_shift: float | None = 0.5
     """The mean of the logit is not below this. null: it may be."""
     max_shift: float | None = 3.0
-    """The mean of the logit is not above this. null: it may be; from some 50,000 tokens on nearly every level is then 1."""
+    """The mean of the logit is not above this. null: it may be; from some 50,000 tokens on nearly every level
+    is then 1."""
     standard_deviation: PositiveFloat = 1.0
     """Of the logit."""
     uniform_fraction: Fraction = 0.1
@@ -149,16 +173,21 @@ class NoiseLevelConfig(StrictModel):
     def _the_line_and_the_bounds_are_ordered(self) -> Self:
         problems = []
         if self.high_tokens <= self.low_tokens:
-            problems.append(f"high_tokens: must exceed low_tokens ({self.low_tokens}), got {self.high_tokens}. Swap them.")
+            problems.append(
+                f"high_tokens: must exceed low_tokens ({self.low_tokens}), got {self.high_tokens}. Swap them."
+            )
         if self.min_shift is not None and self.max_shift is not None and self.max_shift < self.min_shift:
-            problems.append(f"max_shift: must not be below min_shift ({self.min_shift}), got {self.max_shift}. Swap them.")
+            problems.append(
+                f"max_shift: must not be below min_shift ({self.min_shift}), got {self.max_shift}. Swap them."
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
 
 class FlowConfig(LossConfig):
-    """The objective of the diffusion trainer. Modalities have their own noise level unless `shared_noise_level` is set."""
+    """The objective of the diffusion trainer. Modalities have their own noise level unless
+    `shared_noise_level` is set."""
 
     noise_level: NoiseLevelConfig = NoiseLevelConfig()
     """How noisy the samples are made."""
@@ -169,10 +198,13 @@ class FlowConfig(LossConfig):
     shared_noise_level: bool = False
     """Whether the sound of a clip has the noise level of its pictures, instead of one of its own."""
     first_frame_probability: Fraction = 0.0
-    """Share of the clips whose first latent frame is given without noise and not trained, for image-to-video."""
+    """Share of the clips whose first latent frame is given without noise and not trained, for
+    image-to-video."""
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:
         if self.video_weight == self.audio_weight == 0:
-            raise ValueError("video_weight: this or audio_weight must exceed 0, got 0 for both. Raise one of them.")
+            raise ValueError(
+                "video_weight: this or audio_weight must exceed 0, got 0 for both. Raise one of them."
+            )
         return self

@@ -1,6 +1,8 @@
-"""A configuration before validation: plain YAML values plus, for every path, the file or option that it came from.
+"""A configuration before validation: plain YAML values plus, for every path, the file or option that it came
+from.
 
-Owns `base:` files, merging and `--set`. Called by the readers of configuration files; knows nothing of the schema.
+Owns `base:` files, merging and `--set`. Called by the readers of configuration files; knows nothing of the
+schema.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class Document:
 
     Attributes:
         values: The merged mapping.
-        origins: Path of a value -> file or option that set it; a value without an entry has that of its nearest ancestor. The
-            root `()` always has one.
+        origins: Path of a value -> file or option that set it; a value without an entry has that of its
+            nearest ancestor. The root `()` always has one.
     """
 
     values: dict[str, Any]
@@ -43,12 +45,17 @@ class Document:
         """Puts `value` at `path`, making the mappings on the way.
 
         Raises:
-            ConfigError: If the path runs through something that is neither a mapping nor a list with that index.
+            ConfigError: If the path runs through something that is neither a mapping nor a list with that
+                index.
         """
         target: Any = self.values
         for depth, step in enumerate(path[:-1]):
             _check_step(target, path, depth, origin)
-            if isinstance(target, dict) and target.get(str(step)) is None and isinstance(path[depth + 1], str):
+            if (
+                isinstance(target, dict)
+                and target.get(str(step)) is None
+                and isinstance(path[depth + 1], str)
+            ):
                 target[str(step)] = {}
                 self.origins[path[: depth + 1]] = origin
             target = target.get(str(step)) if isinstance(target, dict) else target[step]
@@ -67,8 +74,8 @@ def dotted(path: KeyPath) -> str:
 def read_document(path: Path) -> Document:
     """Returns the values of the file `path` merged over its `base:` files.
 
-    `base` is a path relative to the file that names it. Mappings merge key by key, an empty mapping clears, everything else
-    (lists too) replaces.
+    `base` is a path relative to the file that names it. Mappings merge key by key, an empty mapping clears,
+    everything else (lists too) replaces.
 
     Raises:
         ConfigError: If a file is missing, unreadable, empty, not a mapping, or the bases form a circle.
@@ -95,7 +102,10 @@ def _apply_override(document: Document, override: str) -> None:
     origin = f"--set {override if len(override) <= 100 else override[:97] + '...'}"
     match = _OVERRIDE.match(override)
     if match is None:
-        raise ConfigError(f"{origin}: must be of the form path.to.key[index]=value, got {override!r}. Write for example seed=1.")
+        raise ConfigError(
+            f"{origin}: must be of the form path.to.key[index]=value, got {override!r}. Write for example "
+            "seed=1."
+        )
     path = tuple(int(step) if step.isdigit() else step for step in _STEP.findall(match[1]))
     document.replace(path, read_yaml(match[2].encode(), origin), "--set")
 
@@ -103,12 +113,18 @@ def _apply_override(document: Document, override: str) -> None:
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> Document:
     values = _read_mapping(path)
     if path.resolve() in [reader.resolve() for reader in seen]:
-        raise ConfigError(f"{seen[-1]}: base: must not lead back to a file that is being read, got {path}. Break the circle.")
+        raise ConfigError(
+            f"{seen[-1]}: base: must not lead back to a file that is being read, got {path}. Break the "
+            "circle."
+        )
     if "base" not in values:
         return Document(values=values, origins={(): str(path)})
     base = values.pop("base")
     if not isinstance(base, str) or not base:
-        raise ConfigError(f"{path}: base: must be the path of a YAML file relative to this one, got {base!r}. Name one file.")
+        raise ConfigError(
+            f"{path}: base: must be the path of a YAML file relative to this one, got {base!r}. Name one "
+            "file."
+        )
     document = _read_chain(path.parent / base, (*seen, path))
     _merge(document, document.values, values, (), str(path))
     return document
@@ -122,23 +138,33 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: must exist, got no such file. Check the path.") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: must be readable, got {error}. Check the path and its permissions.") from None
+        raise ConfigError(
+            f"{path}: must be readable, got {error}. Check the path and its permissions."
+        ) from None
     values = read_yaml(data, str(path))
     if values is None:
-        raise ConfigError(f"{path}: must hold a mapping of settings, got an empty file. Start from a file in configs/.")
+        raise ConfigError(
+            f"{path}: must hold a mapping of settings, got an empty file. Start from a file in configs/."
+        )
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a mapping of settings, got {type(values).__name__}. Write `key: value` lines.")
+        raise ConfigError(
+            f"{path}: must hold a mapping of settings, got {type(values).__name__}. Write `key: value` lines."
+        )
     return values
 
 
-def _merge(document: Document, into: dict[str, Any], values: dict[str, Any], path: KeyPath, origin: str) -> None:
+def _merge(
+    document: Document, into: dict[str, Any], values: dict[str, Any], path: KeyPath, origin: str
+) -> None:
     for key, value in values.items():
         here = (*path, key)
         if isinstance(value, dict) and value and isinstance(into.get(key), dict):
             _merge(document, into[key], value, here, origin)
         else:
             into[key] = value
-            document.origins = {known: name for known, name in document.origins.items() if known[: len(here)] != here}
+            document.origins = {
+                known: name for known, name in document.origins.items() if known[: len(here)] != here
+            }
             document.origins[here] = origin
 
 
@@ -156,4 +182,6 @@ def _check_step(target: Any, path: KeyPath, depth: int, origin: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}.get(type(value), repr(value))
+    return {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}.get(
+        type(value), repr(value)
+    )

@@ -1,7 +1,8 @@
 """Validation errors of pydantic rewritten as the project's messages: where, rule, got, fix.
 
-Called by `loader` with the model class and the document; the only place that knows pydantic's error types. Validators of our
-own raise `ValueError` with one problem a line, each either `field: rule, got X. Fix.` or `rule, got X. Fix.`.
+Called by `loader` with the model class and the document; the only place that knows pydantic's error types.
+Validators of our own raise `ValueError` with one problem a line, each either `field: rule, got X. Fix.` or
+`rule, got X. Fix.`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ def names_at(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
     for step in path:
         if isinstance(step, int):
             continue  # `_records` has already looked inside lists
-        classes = [found for cls in classes if step in cls.model_fields for found in _records(cls.model_fields[step].annotation)]
+        classes = [
+            found
+            for cls in classes
+            if step in cls.model_fields
+            for found in _records(cls.model_fields[step].annotation)
+        ]
     return [name for cls in classes for name in cls.model_fields]
 
 
@@ -109,7 +115,10 @@ def _own_messages(path: KeyPath, text: str) -> list[tuple[KeyPath, str]]:
 def _rule(path: KeyPath, details: ErrorDetails, model: type[BaseModel]) -> str:
     kind, context, got = details["type"], details.get("ctx", {}), _shown(details["input"])
     if kind == "missing":
-        return f"must be given, got nothing. {'Add it to the list.' if isinstance(path[-1], int) else f'Add `{path[-1]}:`.'}"
+        return (
+            "must be given, got nothing. "
+            f"{'Add it to the list.' if isinstance(path[-1], int) else f'Add `{path[-1]}:`.'}"
+        )
     if kind == "extra_forbidden":
         return f"is not a known key, got {got}. {suggestion(str(path[-1]), names_at(model, path[:-1]))}"
     if kind in _TYPES:

@@ -1,6 +1,7 @@
 """Where the network of a run comes from, and the low-rank adapters that may stand beside its weights.
 
-Owns the schema; building is `aiprod_ds.models.registry`, adapters are `aiprod_ds.models.lora`. Field names are the YAML keys.
+Owns the schema; building is `aiprod_ds.models.registry`, adapters are `aiprod_ds.models.lora`. Field names
+are the YAML keys.
 """
 
 from __future__ import annotations
@@ -24,23 +25,28 @@ class ModelConfig(StrictModel):
     source: str = Field(min_length=1)
     """A diffusers class name (`AutoencoderKLLTXVideo`) or an import path (`my_package.models:MyVAE`)."""
     config: FreeMapping = Field(default_factory=dict)
-    """Keyword arguments of the constructor; the weights are random. No effect beside `pretrained`, so refused there."""
+    """Keyword arguments of the constructor; the weights are random. No effect beside `pretrained`, so refused
+    there."""
     pretrained: str | None = None
     """A local folder or a hub name for the class's `from_pretrained`."""
     subfolder: str | None = None
-    """Folder inside `pretrained` that holds this model, e.g. `transformer` or `vae` of a pipeline. null: `pretrained` itself."""
+    """Folder inside `pretrained` that holds this model, e.g. `transformer` or `vae` of a pipeline. null:
+    `pretrained` itself."""
     spatial_stride: PositiveInt | None = None
-    """Pixels that become one latent; height and width must be multiples of it. null: measured on the model. Not for sound."""
+    """Pixels that become one latent; height and width must be multiples of it. null: measured on the model.
+    Not for sound."""
     temporal_stride: PositiveInt | None = None
-    """Frames that become one latent; the model takes 1 + stride * k frames. Of sound: samples, and multiples of it. null:
-    measured on the model."""
+    """Frames that become one latent; the model takes 1 + stride * k frames. Of sound: samples, and multiples
+    of it. null: measured on the model."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.pretrained is not None and self.config:
             raise ValueError("config: has no effect when pretrained is set, got both. Remove one of the two.")
         if self.pretrained is None and self.subfolder is not None:
-            raise ValueError(f"subfolder: has no effect without pretrained, got {self.subfolder!r}. Remove it.")
+            raise ValueError(
+                f"subfolder: has no effect without pretrained, got {self.subfolder!r}. Remove it."
+            )
         return self
 
 
@@ -54,8 +60,8 @@ class LoraConfig(StrictModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that is dropped in training."""
     targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, strict=False)
-    """Linear layers that get an adapter: names, ends of names (`attn1.to_q`) or patterns with `*`, `?` and `[]` (`attn*.to_?`).
-    Each must match a layer of the model's repeated blocks."""
+    """Linear layers that get an adapter: names, ends of names (`attn1.to_q`) or patterns with `*`, `?` and
+    `[]` (`attn*.to_?`). Each must match a layer of the model's repeated blocks."""
 
     @property
     def scale(self) -> float:
@@ -67,7 +73,8 @@ class LoraFileConfig(StrictModel):
     """A trained LoRA. Its forms are in docs/tools.md; reading it is `aiprod_ds.models.lora_files`."""
 
     path: str = Field(min_length=1)
-    """A PEFT folder (`adapter_config.json` and `adapter_model.safetensors`), or one safetensors file with the keys of ComfyUI or
-    diffusers."""
+    """A PEFT folder (`adapter_config.json` and `adapter_model.safetensors`), or one safetensors file with the
+    keys of ComfyUI or diffusers."""
     alpha: PositiveFloat | None = None
-    """What a layer's rank divides to give the adapter's strength. Required by a file that does not say it, and only by it."""
+    """What a layer's rank divides to give the adapter's strength. Required by a file that does not say it,
+    and only by it."""

@@ -1,6 +1,8 @@
-"""How the loss is minimised: AdamW, its clipping, and the running means of weights and gradient norms that a run may keep.
+"""How the loss is minimised: AdamW, its clipping, and the running means of weights and gradient norms that a
+run may keep.
 
-Owns the schema; the formulas are in `aiprod_ds.optim.ema` and `aiprod_ds.optim.adaptive_clip`. Field names are the YAML keys.
+Owns the schema; the formulas are in `aiprod_ds.optim.ema` and `aiprod_ds.optim.adaptive_clip`. Field names
+are the YAML keys.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ class EmaConfig(StrictModel):
     """An exponential moving average of the fp32 weights, for evaluation and export."""
 
     half_life_samples: PositiveInt = 200_000
-    """Samples after which a weight counts half in the average. A batch of 32 decays by 0.99989 with 200000."""
+    """Samples after which a weight counts half in the average. A batch of 32 decays by 0.99989 with
+    200000."""
     ramp: PositiveFloat | None = 0.05
-    """The half-life is at most this part of the samples seen so far, so that the first weights are soon forgotten. null: no
-    ramp."""
+    """The half-life is at most this part of the samples seen so far, so that the first weights are soon
+    forgotten. null: no ramp."""
 
 
 class AdaptiveClipConfig(StrictModel):

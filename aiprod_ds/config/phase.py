@@ -1,7 +1,8 @@
-"""What one phase may say: shape, batch, end, learning rate and what it overrides. Field names are the YAML keys.
+"""What one phase may say: shape, batch, end, learning rate and what it overrides. Field names are the YAML
+keys.
 
-Owns the schema and the rules inside a phase; `curriculum` puts phases together, `aiprod_ds.curriculum.plan` knows the data,
-the model and the world size.
+Owns the schema and the rules inside a phase; `curriculum` puts phases together, `aiprod_ds.curriculum.plan`
+knows the data, the model and the world size.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.model import LoraConfig
-from aiprod_ds.config.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.schema import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+)
 
 _RESOLUTION = re.compile(r"^(\d+)x(\d+)$")
 
@@ -37,7 +45,9 @@ class PhaseResolution(StrictModel):
         if match:
             return {"height": int(match[1]), "width": int(match[2])}
         if not isinstance(value, (dict, cls)):
-            raise ValueError(f"must be HEIGHTxWIDTH or a mapping with both, got {value!r}. Write for example 256x256.")  # noqa: TRY004
+            raise ValueError(  # noqa: TRY004  pydantic reports ValueError only
+                f"must be HEIGHTxWIDTH or a mapping with both, got {value!r}. Write for example 256x256."
+            )
         return value
 
 
@@ -45,10 +55,11 @@ class PhaseDuration(StrictModel):
     """Length of a clip, by `frames` or by `seconds`."""
 
     frames: PositiveInt | None = None
-    """Frames of each clip; 1 is an image. A video model takes 1 + temporal stride * k, an audio model a multiple of its hop in
-    samples; see `curriculum.frames_policy`."""
+    """Frames of each clip; 1 is an image. A video model takes 1 + temporal stride * k, an audio model a
+    multiple of its hop in samples; see `curriculum.frames_policy`."""
     seconds: PositiveFloat | None = None
-    """In place of `frames`: this times the rate, rounded. The rate is `frame_rate_hz`, or for sound `data.sample_rate_hz`."""
+    """In place of `frames`: this times the rate, rounded. The rate is `frame_rate_hz`, or for sound
+    `data.sample_rate_hz`."""
     frame_rate_hz: PositiveFloat | None = None
     """Rate to which clips are resampled, in frames per second. null: each clip's own. Not for sound."""
 
@@ -56,15 +67,17 @@ class PhaseDuration(StrictModel):
     def _one_length(self) -> Self:
         if (self.frames is None) == (self.seconds is None):
             got = "neither" if self.frames is None else "both"
-            raise ValueError(f"frames: either this or seconds must be given, got {got}. Write for example {{frames: 17}}.")
+            raise ValueError(
+                f"frames: either this or seconds must be given, got {got}. Write for example {{frames: 17}}."
+            )
         return self
 
 
 class BucketConfig(StrictModel):
     """Clips of one shape inside a phase.
 
-    A bucket that gives neither `global_batch_size` nor `micro_batch_size` takes both from the phase, and `accumulation` unless it
-    has its own; one that gives either takes no batch number from the phase.
+    A bucket that gives neither `global_batch_size` nor `micro_batch_size` takes both from the phase, and
+    `accumulation` unless it has its own; one that gives either takes no batch number from the phase.
     """
 
     resolution: PhaseResolution | None = None
@@ -72,8 +85,8 @@ class BucketConfig(StrictModel):
     duration: PhaseDuration
     """Length of the clips."""
     share: Fraction | None = None
-    """Fraction of the phase's updates that this bucket gets, above 0: all buckets of a phase have one (together 1) or none has,
-    and then every clip goes to the bucket that fits it best."""
+    """Fraction of the phase's updates that this bucket gets, above 0: all buckets of a phase have one
+    (together 1) or none has, and then every clip goes to the bucket that fits it best."""
     global_batch_size: PositiveInt | None = None
     """Clips per update over all ranks."""
     micro_batch_size: PositiveInt | None = None
@@ -83,7 +96,8 @@ class BucketConfig(StrictModel):
 
 
 class PlateauConfig(StrictModel):
-    """Ends a phase when the smoothed loss stops falling; see `aiprod_ds.curriculum.plateau` for the exact rule."""
+    """Ends a phase when the smoothed loss stops falling; see `aiprod_ds.curriculum.plateau` for the exact
+    rule."""
 
     patience_updates: PositiveInt
     """Updates without improvement that end the phase."""
@@ -103,16 +117,17 @@ class PhaseAugment(StrictModel):
 class PhaseConfig(StrictModel):
     """One phase. The batch is given by any two of its three numbers; the third follows from the world size.
 
-    Shape: `duration` and for video `resolution`, or `buckets`. End: `updates` (a fixed length), `epochs` of the phase's own data,
-    `plateau` of the loss, or several of them, of which the first that fires ends the phase; `min_updates` and `max_updates`
-    bound the last two. What is left out of `weight_decay`, `loss`, `augment` and `activation_checkpointing` stays as the
-    other sections say.
+    Shape: `duration` and for video `resolution`, or `buckets`. End: `updates` (a fixed length), `epochs` of
+    the phase's own data, `plateau` of the loss, or several of them, of which the first that fires ends the
+    phase; `min_updates` and `max_updates` bound the last two. What is left out of `weight_decay`, `loss`,
+    `augment` and `activation_checkpointing` stays as the other sections say.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     """Stands in the report and in file names; letters, digits, `_` and `-`."""
     resolution: PhaseResolution | None = None
-    """Frame size; text such as `256x256` is height x width. Required for video unless there are `buckets`, not for sound."""
+    """Frame size; text such as `256x256` is height x width. Required for video unless there are `buckets`,
+    not for sound."""
     duration: PhaseDuration | None = None
     """Length of the clips. Not beside `buckets`."""
     buckets: tuple[BucketConfig, ...] = Field(default=(), strict=False)
@@ -122,9 +137,11 @@ class PhaseConfig(StrictModel):
     micro_batch_size: PositiveInt | None = None
     """Clips per forward and backward pass on one rank."""
     accumulation: PositiveInt | None = None
-    """Micro-batches per update. null: it follows from the other two, or is 1 when only one of them is given."""
+    """Micro-batches per update. null: it follows from the other two, or is 1 when only one of them is
+    given."""
     updates: PositiveInt | None = None
-    """The phase's length; alone it is fixed, beside `epochs` or `plateau` it is the longest. Above `warmup_updates`."""
+    """The phase's length; alone it is fixed, beside `epochs` or `plateau` it is the longest. Above
+    `warmup_updates`."""
     epochs: PositiveInt | None = None
     """Ends the phase after so many passes over its own data."""
     plateau: PlateauConfig | None = None
@@ -136,7 +153,8 @@ class PhaseConfig(StrictModel):
     learning_rate: PositiveFloat
     """The highest rate, reached at the end of the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The rate after the warm-up. `linear` and `cosine` end with the first of `updates`, `max_updates` and the epochs."""
+    """The rate after the warm-up. `linear` and `cosine` end with the first of `updates`, `max_updates` and
+    the epochs."""
     warmup_updates: NonNegativeInt = 0
     """Updates over which the rate rises linearly to the highest, counted from the phase's start."""
     final_learning_rate_ratio: Fraction = 0.1
@@ -150,12 +168,13 @@ class PhaseConfig(StrictModel):
     activation_checkpointing: bool | None = None
     """On or off in this phase. null: as the DeepSpeed settings say."""
     training_mode: TrainingMode | None = None
-    """`full` trains every weight of a diffusion transformer, `lora` adapters. null: as the trainer's own section says."""
+    """`full` trains every weight of a diffusion transformer, `lora` adapters. null: as the trainer's own
+    section says."""
     lora: LoraConfig | None = None
     """The adapters of this phase, under `lora`. null: the trainer's own section `lora`."""
     moments: MomentsPolicy | None = None
-    """The optimizer's moments when the phase begins: kept, set to 0 or multiplied by `moment_decay`. null: as the adapter says.
-    Not in the first phase."""
+    """The optimizer's moments when the phase begins: kept, set to 0 or multiplied by `moment_decay`. null: as
+    the adapter says. Not in the first phase."""
     moment_decay: Fraction | None = None
     """Factor for both moments under `moments: decay`, and only there."""
 
@@ -168,7 +187,9 @@ class PhaseConfig(StrictModel):
     def _rules(self) -> Self:
         problems = [*_shape_problems(self), *_end_problems(self), *_length_problems(self)]
         if (self.moment_decay is not None) != (self.moments == "decay"):
-            problems.append(f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither.")
+            problems.append(
+                f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither."
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -183,7 +204,12 @@ def _shape_problems(phase: PhaseConfig) -> Iterator[str]:
     yield from _share_problems(phase.buckets)
     batches: tuple[BucketConfig | PhaseConfig, ...] = phase.buckets or (phase,)
     for index, bucket in enumerate(batches):
-        sizes = (bucket.global_batch_size, bucket.micro_batch_size, phase.global_batch_size, phase.micro_batch_size)
+        sizes = (
+            bucket.global_batch_size,
+            bucket.micro_batch_size,
+            phase.global_batch_size,
+            phase.micro_batch_size,
+        )
         if all(size is None for size in sizes):
             where = f"buckets[{index}].global_batch_size" if phase.buckets else "global_batch_size"
             yield f"{where}: this or micro_batch_size must be given, got neither. Set one of them."
@@ -192,7 +218,10 @@ def _shape_problems(phase: PhaseConfig) -> Iterator[str]:
 def _share_problems(buckets: tuple[BucketConfig, ...]) -> Iterator[str]:
     given = [bucket.share for bucket in buckets if bucket.share is not None]
     if given and len(given) < len(buckets):
-        yield f"buckets: must all have a share or none, got {len(given)} of {len(buckets)}. Add or remove shares."
+        yield (
+            f"buckets: must all have a share or none, got {len(given)} of {len(buckets)}. Add or remove "
+            "shares."
+        )
     elif given and abs(sum(given) - 1.0) > 1e-6:
         yield f"buckets: must have shares that sum to 1, got {sum(given):g}. Correct the shares."
     for index, bucket in enumerate(buckets):
@@ -207,7 +236,10 @@ def _end_problems(phase: PhaseConfig) -> Iterator[str]:
     if phase.updates is not None and phase.max_updates is not None:
         yield f"max_updates: has no effect beside updates, got {phase.max_updates}. Remove one of the two."
     if phase.plateau is not None and phase.limit_updates is None:
-        yield "max_updates: must be given with plateau, got nothing. A plateau may never come: set the longest length."
+        yield (
+            "max_updates: must be given with plateau, got nothing. A plateau may never come: set the "
+            "longest length."
+        )
     if not soft:
         for key in ("min_updates", "max_updates"):
             if getattr(phase, key) is not None:
@@ -217,12 +249,18 @@ def _end_problems(phase: PhaseConfig) -> Iterator[str]:
 def _length_problems(phase: PhaseConfig) -> Iterator[str]:
     limit = phase.limit_updates
     ratio = phase.final_learning_rate_ratio
-    if phase.schedule == "constant" and ratio != PhaseConfig.model_fields["final_learning_rate_ratio"].default:
+    if (
+        phase.schedule == "constant"
+        and ratio != PhaseConfig.model_fields["final_learning_rate_ratio"].default
+    ):
         yield f"final_learning_rate_ratio: has no effect with schedule: constant, got {ratio}. Remove it."
     if limit is None:
         return
     key = "updates" if phase.updates is not None else "max_updates"
     if phase.warmup_updates >= limit:
-        yield (f"{key}: must exceed warmup_updates ({phase.warmup_updates}), got {limit}. Raise {key} or lower warmup_updates.")
+        yield (
+            f"{key}: must exceed warmup_updates ({phase.warmup_updates}), got {limit}. Raise {key} or "
+            "lower warmup_updates."
+        )
     if phase.min_updates is not None and phase.min_updates > limit:
         yield f"min_updates: must be at most {key} ({limit}), got {phase.min_updates}. Lower it."

@@ -1,8 +1,8 @@
 """The sections that every trainer shares: model source, optimizer, engine, checkpoints, evaluation, report.
 
-Owns their schema and `RunConfig`, of which every trainer's configuration is one; `vae.py` and `audio_vae.py` add data and losses.
-Nothing here is derived: batch triples and phase bounds are computed in `aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in
-`aiprod_ds.config.deepspeed`.
+Owns their schema and `RunConfig`, of which every trainer's configuration is one; `vae.py` and `audio_vae.py`
+add data and losses. Nothing here is derived: batch triples and phase bounds are computed in
+`aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in `aiprod_ds.config.deepspeed`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ class EngineConfig(StrictModel):
     """Which engine owns parameters, gradients and optimizer state."""
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
-    """`local` runs the same precision and checkpointing in plain PyTorch on one process, as the control for numerics."""
+    """`local` runs the same precision and checkpointing in plain PyTorch on one process, as the control for
+    numerics."""
     deepspeed_config: str | FreeMapping = "ds_configs/zero1_bf16.json"
-    """A file (looked for in the working folder, the configuration's folder and the folders above it) or the mapping itself. It
-    holds only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing, offload, buckets."""
+    """A file (looked for in the working folder, the configuration's folder and the folders above it) or the
+    mapping itself. It holds only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing,
+    offload, buckets."""
     lost_rank_seconds: PositiveFloat | None = 60.0
-    """Silence after which a rank counts as gone and the others end with an error, instead of waiting for it. null: never."""
+    """Silence after which a rank counts as gone and the others end with an error, instead of waiting for it.
+    null: never."""
     parallel: Literal["configured", "auto"] = "configured"
-    """`auto` chooses ZeRO stage, offload, activation checkpointing and micro-batches: the fastest that fit the GPUs by the
-    estimates of `plan --machine`. Of the DeepSpeed settings then count precision, loss scale and buckets. A resumed run keeps
-    its choice."""
+    """`auto` chooses ZeRO stage, offload, activation checkpointing and micro-batches: the fastest that fit
+    the GPUs by the estimates of `plan --machine`. Of the DeepSpeed settings then count precision, loss scale
+    and buckets. A resumed run keeps its choice."""
 
 
 class KeepBestConfig(StrictModel):
@@ -62,30 +65,36 @@ class CheckpointConfig(StrictModel):
     every_updates: PositiveInt = 500
     """Updates between two saves, counted over the whole run."""
     keep_last: PositiveInt | None = None
-    """Newest checkpoints to keep; older ones are deleted once a new one is whole. null: nothing is deleted."""
+    """Newest checkpoints to keep; older ones are deleted once a new one is whole. null: nothing is
+    deleted."""
     keep_every_updates: PositiveInt | None = None
-    """Also keeps the checkpoints at multiples of it; itself a multiple of `every_updates`. Needs `keep_last`."""
+    """Also keeps the checkpoints at multiples of it; itself a multiple of `every_updates`. Needs
+    `keep_last`."""
     keep_best: KeepBestConfig | None = None
     """Also keeps the best of those that were measured. Needs `keep_last`."""
     self_contained: bool = False
-    """While adapters are trained: hold the frozen weights in every checkpoint. false: a checkpoint refers to what the run started
-    from, or to one copy in `checkpoints/bases/` if the run has changed it."""
+    """While adapters are trained: hold the frozen weights in every checkpoint. false: a checkpoint refers to
+    what the run started from, or to one copy in `checkpoints/bases/` if the run has changed it."""
     asynchronous: bool = False
-    """Copies the state to the host's memory and writes it while training goes on. It takes as much memory as all checkpoint files
-    of the ranks on one host; without room for it, a run saves as with `false` and its report says so."""
+    """Copies the state to the host's memory and writes it while training goes on. It takes as much memory as
+    all checkpoint files of the ranks on one host; without room for it, a run saves as with `false` and its
+    report says so."""
     on_full_disk: Literal["stop", "go_on"] = "stop"
-    """Without room for a checkpoint: end the run with an error, or warn, train on and try again at the next save."""
+    """Without room for a checkpoint: end the run with an error, or warn, train on and try again at the next
+    save."""
 
     @model_validator(mode="after")
     def _rules_have_an_effect(self) -> Self:
         problems = [
-            f"{key}: has no effect without keep_last, which null keeps everything, got a value. Set keep_last or remove it."
+            f"{key}: has no effect without keep_last, which null keeps everything, got a value. Set "
+            "keep_last or remove it."
             for key in ("keep_every_updates", "keep_best")
             if self.keep_last is None and getattr(self, key) is not None
         ]
         if self.keep_every_updates is not None and self.keep_every_updates % self.every_updates:
             problems.append(
-                f"keep_every_updates: must be a multiple of every_updates ({self.every_updates}), got {self.keep_every_updates}."
+                f"keep_every_updates: must be a multiple of every_updates ({self.every_updates}), got "
+                f"{self.keep_every_updates}."
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -93,7 +102,8 @@ class CheckpointConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """How held-out clips are measured: always in the shape of the last phase, so that figures compare across phases."""
+    """How held-out clips are measured: always in the shape of the last phase, so that figures compare across
+    phases."""
 
     max_clips: PositiveInt = 16
     """Held-out clips that are measured: the first that are long enough."""
@@ -118,7 +128,8 @@ class ReportConfig(StrictModel):
     """Metrics and the run report."""
 
     flush_updates: PositiveInt = 10
-    """Updates between two readings of the metrics from the device; then they are reduced over ranks and written."""
+    """Updates between two readings of the metrics from the device; then they are reduced over ranks and
+    written."""
     tensorboard: bool = False
     """Mirrors the metrics into `tensorboard/` of the run folder; needs the extra `tensorboard`."""
     wandb: WandbConfig = WandbConfig()
@@ -146,7 +157,8 @@ class RunConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     """How the loss is minimised."""
     ema: EmaConfig | None = None
-    """Keeps an average of the weights, which is evaluated and exported in their place. null: the weights themselves are."""
+    """Keeps an average of the weights, which is evaluated and exported in their place. null: the weights
+    themselves are."""
     engine: EngineConfig = EngineConfig()
     """What it runs on: ZeRO stage, precision, offload."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -160,19 +172,26 @@ class RunConfig(StrictModel):
     def _phases_weigh_known_terms(self) -> Self:
         known = self.loss_weights()
         problems = [
-            f"curriculum.phases[{index}].loss.{name}: is not a weight of the loss section, got {value}. {suggestion(name, known)}"
+            f"curriculum.phases[{index}].loss.{name}: is not a weight of the loss section, got {value}. "
+            f"{suggestion(name, known)}"
             for index, phase in enumerate(self.curriculum.phases)
             for name, value in phase.loss.items()
             if name not in known
         ]
         problems += [
-            f"curriculum.phases[{index}].{key}: has no effect for trainer {self.trainer}, got a value. Remove it."
+            f"curriculum.phases[{index}].{key}: has no effect for trainer {self.trainer}, got a value. "
+            "Remove it."
             for index, phase in enumerate(self.curriculum.phases)
             for key in ("training_mode", "lora")
             if not self.has_adapters and getattr(phase, key) is not None
         ]
-        if self.checkpoint.self_contained and all(self.phase_adapters(phase) is None for phase in self.curriculum.phases):
-            problems.append("checkpoint.self_contained: has no effect unless a phase trains adapters, got true. Remove it.")
+        if self.checkpoint.self_contained and all(
+            self.phase_adapters(phase) is None for phase in self.curriculum.phases
+        ):
+            problems.append(
+                "checkpoint.self_contained: has no effect unless a phase trains adapters, got true. Remove "
+                "it."
+            )
         problems += self._chosen_by_auto()
         if problems:
             raise ValueError("\n".join(problems))
@@ -186,9 +205,15 @@ class RunConfig(StrictModel):
         for where, shape in self.phase_shapes():
             for key in ("micro_batch_size", "accumulation"):
                 if getattr(shape, key) is not None:
-                    yield f"{where}.{key}: is chosen by engine.parallel: auto, got a value. Give global_batch_size alone."
+                    yield (
+                        f"{where}.{key}: is chosen by engine.parallel: auto, got a value. Give "
+                        "global_batch_size alone."
+                    )
         for index, phase in enumerate(self.curriculum.phases):
-            for key in ("activation_checkpointing", *(("micro_batch_size", "accumulation") if phase.buckets else ())):
+            for key in (
+                "activation_checkpointing",
+                *(("micro_batch_size", "accumulation") if phase.buckets else ()),
+            ):
                 if getattr(phase, key) is not None:
                     where = f"curriculum.phases[{index}].{key}"
                     yield f"{where}: is chosen by engine.parallel: auto, got a value. Remove it."
@@ -207,7 +232,8 @@ class RunConfig(StrictModel):
 
     @abstractmethod
     def clip_rate_hz(self) -> float | None:
-        """Returns the rate that all clips have, in frames (of sound: samples) per second; None if each has its own."""
+        """Returns the rate that all clips have, in frames (of sound: samples) per second; None if each has
+        its own."""
 
     def phase_shapes(self) -> Iterator[tuple[str, PhaseConfig | BucketConfig]]:
         """Yields every shape of every phase with the dotted path of what holds it."""

@@ -1,6 +1,7 @@
 """What `aiprod-ds sample` may be told: which trained model, with which encoders and VAEs, makes which clips.
 
-Owns the schema and its reader. Field names are the YAML keys; what needs the models is checked in `aiprod_ds.encode.sample`.
+Owns the schema and its reader. Field names are the YAML keys; what needs the models is checked in
+`aiprod_ds.encode.sample`.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ class PreviewConfig(StrictModel):
     num_forwards: PositiveInt = 30
     """Intervals between noise and clip; each takes one forward pass, two with guidance."""
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
-    """How far the prompt leads away from the empty one: v_empty + scale * (v_prompt - v_empty). 1: no guidance, and half the
-    time; above 1 the embeddings of the empty prompt are needed."""
+    """How far the prompt leads away from the empty one: v_empty + scale * (v_prompt - v_empty). 1: no
+    guidance, and half the time; above 1 the embeddings of the empty prompt are needed."""
     time_shift: PositiveFloat = 3.0
-    """Above 1, more intervals lie near the noise: s' = shift * s / (1 + (shift - 1) * s). 1: evenly spaced."""
+    """Above 1, more intervals lie near the noise: s' = shift * s / (1 + (shift - 1) * s). 1: evenly
+    spaced."""
     decode_precision: Precision = "bf16"
     """Of the VAEs and the vocoder when they decode."""
     vocoder: ModelConfig | None = None
-    """Makes sound of the mel spectrograms of LTX-2's audio VAE, e.g. `diffusers.pipelines.ltx2.vocoder:LTX2Vocoder`. null: their
-    sound is approximated without a network. Not for VAEs of waveforms."""
+    """Makes sound of the mel spectrograms of LTX-2's audio VAE, e.g.
+    `diffusers.pipelines.ltx2.vocoder:LTX2Vocoder`. null: their sound is approximated without a network. Not
+    for VAEs of waveforms."""
 
 
 class SampleConfig(StrictModel):
     """Everything that `aiprod-ds sample` needs."""
 
     output_dir: str = Field(min_length=1)
-    """Where the clips go, relative to the working folder; `--output-dir` replaces it. Clips of an earlier run are replaced."""
+    """Where the clips go, relative to the working folder; `--output-dir` replaces it. Clips of an earlier run
+    are replaced."""
     seed: NonNegativeInt = 0
     """Of the noise of every clip, and of random weights."""
     model: ModelConfig
@@ -73,9 +77,15 @@ class SampleConfig(StrictModel):
 
     def _problems(self) -> Iterator[str]:
         if self.duration.frame_rate_hz is None:
-            yield "duration.frame_rate_hz: must be given, because the clips have no rate of their own, got nothing. Add it."
+            yield (
+                "duration.frame_rate_hz: must be given, because the clips have no rate of their own, got "
+                "nothing. Add it."
+            )
         if self.sampling.guidance_scale == 1 and self.empty_prompt:
-            yield "empty_prompt: has no effect with sampling.guidance_scale: 1, got text. Remove it or raise the scale."
+            yield (
+                "empty_prompt: has no effect with sampling.guidance_scale: 1, got text. Remove it or raise "
+                "the scale."
+            )
 
     @property
     def frame_rate_hz(self) -> float:

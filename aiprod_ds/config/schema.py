@@ -26,7 +26,9 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-FreeMapping = Annotated[dict[str, Any], AfterValidator(_finite)]  # keys of a class or a file that is not ours, checked there
+FreeMapping = Annotated[
+    dict[str, Any], AfterValidator(_finite)
+]  # keys of a class or a file that is not ours, checked there
 
 
 class StrictModel(BaseModel):

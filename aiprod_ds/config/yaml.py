@@ -1,8 +1,10 @@
-"""YAML read without its traps: one document of plain values, duplicate keys refused, numbers as people write them.
+"""YAML read without its traps: one document of plain values, duplicate keys refused, numbers as people write
+them.
 
-Differences from PyYAML's YAML 1.1: `1e-4` is a number; `on`, `off`, `yes`, `no` and dates are text; `017` (octal in 1.1) is
-refused, because readers disagree about it; anchors, aliases and tags are refused, because `base:` does their work without
-hidden sharing. `1_000` and `0x10` stay integers. Called by `loader` and `overrides`; knows nothing of the schema.
+Differences from PyYAML's YAML 1.1: `1e-4` is a number; `on`, `off`, `yes`, `no` and dates are text; `017`
+(octal in 1.1) is refused, because readers disagree about it; anchors, aliases and tags are refused, because
+`base:` does their work without hidden sharing. `1_000` and `0x10` stay integers. Called by `loader` and
+`overrides`; knows nothing of the schema.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from aiprod_ds.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 64
-_NULL, _BOOL, _INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str"))
+_NULL, _BOOL, _INT, _FLOAT, _TEXT = (
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")
+)
 _INTEGER = r"[-+]?(?:0|[1-9][0-9_]*|0[xX][0-9a-fA-F]+)"
 _OCTAL = re.compile(r"^[-+]?0(?:[0-9_]+|[oO][0-7]+)$")
 _RESOLVERS = (
@@ -25,7 +29,9 @@ _RESOLVERS = (
     (_INT, re.compile(rf"^(?:{_INTEGER}|{_OCTAL.pattern[1:-1]})$"), list("-+0123456789")),
     (
         _FLOAT,
-        re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9]*|\.[0-9]+|\.(?:inf|nan))$"),
+        re.compile(
+            r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9]*|\.[0-9]+|\.(?:inf|nan))$"
+        ),
         list("-+.0123456789"),
     ),
 )
@@ -39,11 +45,13 @@ def read_yaml(data: bytes, source: str) -> Any:
         source: What to call it in messages.
 
     Raises:
-        ConfigError: If it is not UTF-8, not well-formed, too large or deep, or uses a refused feature; all that can be found
-            at once.
+        ConfigError: If it is not UTF-8, not well-formed, too large or deep, or uses a refused feature; all
+            that can be found at once.
     """
     if len(data) > _MAX_BYTES:
-        raise ConfigError(f"{source}: must be at most {_MAX_BYTES} bytes, got {len(data)}. Name a configuration file.")
+        raise ConfigError(
+            f"{source}: must be at most {_MAX_BYTES} bytes, got {len(data)}. Name a configuration file."
+        )
     try:
         node = _Reader(_decode(data, source)).get_single_node()
     except yaml.reader.ReaderError as error:
@@ -63,20 +71,24 @@ def read_yaml(data: bytes, source: str) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """Returns `value` (dicts, lists, text, numbers, bools, None) as YAML that `read_yaml` reads back equal."""
+    """Returns `value` (dicts, lists, text, numbers, bools, None) as YAML that `read_yaml` reads back
+    equal."""
     text: str = yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
 class _Reader(yaml.SafeLoader):
-    """Composes nodes with the resolvers of this module; refuses aliases while composing, before they can multiply."""
+    """Composes nodes with the resolvers of this module; refuses aliases while composing, before they can
+    multiply."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  as PyYAML declares it
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not read; use `base:`", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not read; use `base:`", problem_mark=event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -100,7 +112,8 @@ def _decode(data: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"{source}: line {line}: must be UTF-8, got byte 0x{data[error.start]:02x}. Save the file as UTF-8."
+            f"{source}: line {line}: must be UTF-8, got byte 0x{data[error.start]:02x}. Save the file as "
+            "UTF-8."
         ) from None
 
 
@@ -132,7 +145,10 @@ def _value(node: yaml.Node, source: str, problems: list[str], *, depth: int) -> 
 
 def _scalar(node: yaml.ScalarNode, where: str, problems: list[str]) -> Any:
     if node.tag == _INT and _OCTAL.match(node.value):
-        problems.append(f"{where}: an integer must not start with 0, got {node.value}. Drop the zero, or quote it as text.")
+        problems.append(
+            f"{where}: an integer must not start with 0, got {node.value}. Drop the zero, or quote it as "
+            "text."
+        )
         return None
     try:
         return _SCALARS[node.tag](node.value)
@@ -152,7 +168,8 @@ def _mapping(node: yaml.MappingNode, source: str, problems: list[str], *, depth:
             problems.append(f"{source}: line {line}: a key must be text, got {key!r}. Quote it.")
         elif key in values:
             problems.append(
-                f"{source}: line {line}: {key}: must be given once, got it on line {lines[key]} too. Remove one of the two."
+                f"{source}: line {line}: {key}: must be given once, got it on line {lines[key]} too. Remove "
+                "one of the two."
             )
         else:
             lines[key] = line

@@ -1,7 +1,7 @@
 """The weights in one of our own checkpoints, read tensor by tensor: of any ZeRO stage and number of ranks.
 
-A checkpoint of adapters may refer to its base instead of holding it; then frozen tensors are known by name and shape only, and
-`require_base` says whether weights from elsewhere are the ones that it refers to.
+A checkpoint of adapters may refer to its base instead of holding it; then frozen tensors are known by name
+and shape only, and `require_base` says whether weights from elsewhere are the ones that it refers to.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from aiprod_ds.tensor_file import TensorSource, TensorSpec
 
 
 class CheckpointWeights(TensorSource):
-    """Trained parameters in fp32, frozen ones and buffers in their own types, by their names in the module that was trained.
+    """Trained parameters in fp32, frozen ones and buffers in their own types, by their names in the module
+    that was trained.
 
     Args:
         folder: A checkpoint whose manifest was compared.
         ema: Whether trained parameters are their average and not the last ones.
 
     Attributes:
-        missing_base: Where the frozen weights come from, in words, if they are not here; None if all can be read.
+        missing_base: Where the frozen weights come from, in words, if they are not here; None if all can be
+            read.
 
     Raises:
         CheckpointError: If it is damaged, or has no average.
@@ -38,7 +40,8 @@ class CheckpointWeights(TensorSource):
         trained: Kind = "ema" if ema else "master"
         if ema and not self._reader.names("ema"):
             raise CheckpointError(
-                f"{folder}: must hold an average of the weights for --ema, got none. The run had no section ema."
+                f"{folder}: must hold an average of the weights for --ema, got none. The run had no section "
+                "ema."
             )
         kinds: tuple[Kind, ...] = (trained, "frozen", "buffer")
         base = self._reader.facts.base
@@ -49,7 +52,9 @@ class CheckpointWeights(TensorSource):
     def __getitem__(self, name: str) -> Tensor:
         return self._reader.whole(self._kinds[name], name)
 
-    def require_base(self, base: Mapping[str, Tensor], plain_name: Callable[[str], str], *, where: str) -> None:
+    def require_base(
+        self, base: Mapping[str, Tensor], plain_name: Callable[[str], str], *, where: str
+    ) -> None:
         """Checks that weights from elsewhere are those that this checkpoint refers to; reads all of them.
 
         Args:
@@ -68,7 +73,8 @@ class CheckpointWeights(TensorSource):
             digests[name] = tensors_sha256([(name, value)])
         if weights_sha256(digests) != facts.base.sha256:
             raise CheckpointError(
-                f"{where}: must be the weights that the adapters were trained on ({facts.base.origin}), got others. Name them "
+                f"{where}: must be the weights that the adapters were trained on ({facts.base.origin}), got "
+                "others. Name them "
                 "with --base."
             )
 

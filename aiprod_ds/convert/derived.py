@@ -1,7 +1,8 @@
-"""Tensors made of others one at a time: renamed, cast, merged with adapters, counted or held back as they pass.
+"""Tensors made of others one at a time: renamed, cast, merged with adapters, counted or held back as they
+pass.
 
-Pure: names and tensors, nothing about files or models. What conversions write is a chain of these over a file, a folder or a
-checkpoint.
+Pure: names and tensors, nothing about files or models. What conversions write is a chain of these over a
+file, a folder or a checkpoint.
 """
 
 from __future__ import annotations
@@ -46,15 +47,23 @@ class Cast(TensorSource):
     def __init__(self, source: TensorSource, dtype: torch.dtype | None) -> None:
         self._source = source
         self.specs = {
-            name: TensorSpec(dtype=dtype, shape=spec.shape) if dtype and spec.dtype.is_floating_point else spec
+            name: TensorSpec(dtype=dtype, shape=spec.shape)
+            if dtype and spec.dtype.is_floating_point
+            else spec
             for name, spec in source.specs.items()
         }
 
     def __getitem__(self, name: str) -> Tensor:
         value, dtype = self._source[name], self.specs[name].dtype
         cast = value.to(dtype)
-        if dtype == torch.float16 and value.dtype != dtype and not torch.equal(cast.isfinite(), value.isfinite()):
-            raise CheckpointError(f"{name}: must be within +-65504 to become fp16, got {float(value.abs().max()):g}. Use bf16.")
+        if (
+            dtype == torch.float16
+            and value.dtype != dtype
+            and not torch.equal(cast.isfinite(), value.isfinite())
+        ):
+            raise CheckpointError(
+                f"{name}: must be within +-65504 to become fp16, got {float(value.abs().max()):g}. Use bf16."
+            )
         return cast
 
 
@@ -72,7 +81,11 @@ class Merged(TensorSource):
     """
 
     def __init__(
-        self, base: TensorSource, adapters: Mapping[str, Tensor], scales: Mapping[str, float], dtype: torch.dtype | None
+        self,
+        base: TensorSource,
+        adapters: Mapping[str, Tensor],
+        scales: Mapping[str, float],
+        dtype: torch.dtype | None,
     ) -> None:
         require_layers(base, scales)
         self._base, self._adapters, self._scales = base, adapters, scales

@@ -1,4 +1,5 @@
-"""A model of diffusers as a `config.json` describes it: its class, and names and shapes of its tensors without any weights.
+"""A model of diffusers as a `config.json` describes it: its class, and names and shapes of its tensors
+without any weights.
 
 Called by the conversions, for any class of diffusers; `transformer_folder` adds the family of a transformer.
 """
@@ -64,16 +65,23 @@ def read_diffusers_config(path: Path) -> DiffusersModel:
         text = file.read_text(encoding="utf-8")
         values = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: must be the JSON of a model of diffusers, got {error}. Name its folder.") from error
+        raise CheckpointError(
+            f"{file}: must be the JSON of a model of diffusers, got {error}. Name its folder."
+        ) from error
     name = values.get("_class_name") if isinstance(values, dict) else None
     if not _is_model_class(name):
-        raise CheckpointError(f"{file}: _class_name must be a model class of diffusers, got {str(name)[:80]!r}. Name its folder.")
+        raise CheckpointError(
+            f"{file}: _class_name must be a model class of diffusers, got {str(name)[:80]!r}. Name its "
+            "folder."
+        )
     module = build_model(ModelConfig(source=str(name), pretrained=str(path)), seed=0, device="meta")
     return DiffusersModel(class_name=str(name), config=text, module=module)
 
 
 def _is_model_class(name: Any) -> bool:
-    if not isinstance(name, str) or not name.isidentifier():  # an import path would run a module of someone's choice
+    if (
+        not isinstance(name, str) or not name.isidentifier()
+    ):  # an import path would run a module of someone's choice
         return False
     import diffusers  # takes seconds to import; needed only here
 

@@ -58,7 +58,8 @@ def identify(path: Path) -> Found:
         raise CheckpointError(f"{path}: must exist, got no such file or folder. Check the path.")
     if path.suffix in _PICKLES:
         raise CheckpointError(
-            f"{path}: must be a safetensors file, got {path.suffix}, which is usually a pickle and can run any program. "
+            f"{path}: must be a safetensors file, got {path.suffix}, which is usually a pickle and can run "
+            "any program. "
             "Name the folder of a DeepSpeed checkpoint, or save the weights as safetensors."
         )
     with open_tensors(path) as file:
@@ -83,9 +84,12 @@ def _folder(path: Path) -> Found:
         return Found(kind="distributed", path=distributed)
     if (path / "model_index.json").is_file():
         raise CheckpointError(
-            f"{path}: must be one model, got a pipeline of several. Name its folder, such as {path}/transformer."
+            f"{path}: must be one model, got a pipeline of several. Name its folder, such as "
+            f"{path}/transformer."
         )
     raise CheckpointError(
-        f"{path}: must be a run folder, a checkpoint, weights (diffusers' layout or a safetensors file), a LoRA, or a checkpoint "
-        "of DeepSpeed or torch.distributed.checkpoint, got none of these. Name the folder that holds the files."
+        f"{path}: must be a run folder, a checkpoint, weights (diffusers' layout or a safetensors file), a "
+        "LoRA, or a checkpoint "
+        "of DeepSpeed or torch.distributed.checkpoint, got none of these. Name the folder that holds the "
+        "files."
     )

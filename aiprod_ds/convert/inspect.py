@@ -1,4 +1,5 @@
-"""What a file or folder holds, verified as far as it can be without running anything: what `aiprod-ds inspect` says.
+"""What a file or folder holds, verified as far as it can be without running anything: what
+`aiprod-ds inspect` says.
 
 Owns the facts; how they look is `report.inspect_page`.
 """
@@ -31,7 +32,8 @@ def inspect_path(path: Path, *, is_trusted: bool = False) -> Inspection:
 
     Args:
         path: Anything that `identify` knows.
-        is_trusted: Whether folders of pickles may be opened; without it they are told by their names and sizes.
+        is_trusted: Whether folders of pickles may be opened; without it they are told by their names and
+            sizes.
 
     Raises:
         CheckpointError: If it is nothing that is known.
@@ -52,7 +54,8 @@ def _run(found: Found) -> Inspection:
     names = store.names()
     if not names:
         raise CheckpointError(
-            f"{found.path}: must be a run folder with checkpoints, got none. Name the folder given as --output-dir."
+            f"{found.path}: must be a run folder with checkpoints, got none. Name the folder given as "
+            "--output-dir."
         )
     rows = tuple(_checkpoint_row(store, name) for name in names)
     broken = [row.name for row in rows if row.problem]
@@ -79,7 +82,12 @@ def _checkpoint(found: Found) -> Inspection:
         kinds = {kind: len(reader.names(kind)) for kind in ("master", "exp_avg", "ema", "frozen", "buffer")}
     weights = CheckpointWeights(checkpoint.folder)
     facts = {**asdict(checkpoint.state.clock), **checkpoint.state.layout, "bytes": _bytes_of(checkpoint)}
-    facts |= {"trained": kinds["master"], "with moments": kinds["exp_avg"], "averaged": kinds["ema"], "frozen": kinds["frozen"]}
+    facts |= {
+        "trained": kinds["master"],
+        "with moments": kinds["exp_avg"],
+        "averaged": kinds["ema"],
+        "frozen": kinds["frozen"],
+    }
     if weights.missing_base is not None:
         facts["frozen weights"] = f"not here but of {weights.missing_base}"
     verified = "every file has the bytes and the hash of the manifest; every tensor is whole"
@@ -93,7 +101,9 @@ def _bytes_of(checkpoint: Checkpoint) -> int:
 def _weights(found: Found, *, is_trusted: bool) -> Inspection:
     if found.kind == "tensors" or (found.kind == "lora" and found.path.is_file()):
         with open_tensors(found.path) as file:
-            return _with_tensors(found, file, {"metadata": file.metadata}, verified="the header fits the file")
+            return _with_tensors(
+                found, file, {"metadata": file.metadata}, verified="the header fits the file"
+            )
     if found.kind == "lora":
         with open_tensors(found.path / WEIGHTS_FILE) as file:
             return _with_tensors(found, file, _lora_facts(found.path), verified="the header fits the file")
@@ -107,10 +117,17 @@ def _weights(found: Found, *, is_trusted: bool) -> Inspection:
     if found.kind == "deepspeed":
         folder = DeepSpeedFolder(found.path, is_trusted=True)
         stage = {0: "0", 2: "1 or 2", 3: "3"}[folder.zero_stage]
-        facts |= {"ZeRO stage": stage, "ranks": folder.world_size, "updates": folder.updates, "trained": len(folder.trained)}
+        facts |= {
+            "ZeRO stage": stage,
+            "ranks": folder.world_size,
+            "updates": folder.updates,
+            "trained": len(folder.trained),
+        }
         return _with_tensors(found, folder, facts, verified="all ranks' files are there and fit")
     sharded = DistributedFolder(found.path, is_trusted=True)
-    return _with_tensors(found, sharded, {**facts, "top level": ", ".join(sharded.top_level)}, verified="all chunks are named")
+    return _with_tensors(
+        found, sharded, {**facts, "top level": ", ".join(sharded.top_level)}, verified="all chunks are named"
+    )
 
 
 def _folder_of_weights(found: Found) -> Inspection:
@@ -130,12 +147,20 @@ def _lora_facts(folder: Path) -> Mapping[str, Any]:
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return {"rank": values["r"], "alpha": values["lora_alpha"], "layers": len(values["target_modules"])}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json: must be PEFT's, got {error!r}. Load it again.") from error
+        raise CheckpointError(
+            f"{folder}/adapter_config.json: must be PEFT's, got {error!r}. Load it again."
+        ) from error
 
 
-def _with_tensors(found: Found, source: TensorSource, facts: Mapping[str, Any], *, verified: str) -> Inspection:
+def _with_tensors(
+    found: Found, source: TensorSource, facts: Mapping[str, Any], *, verified: str
+) -> Inspection:
     rows = tuple(
-        TensorRow(name=name, dtype=str(spec.dtype).removeprefix("torch."), shape=spec.shape, num_bytes=spec.nbytes)
+        TensorRow(
+            name=name, dtype=str(spec.dtype).removeprefix("torch."), shape=spec.shape, num_bytes=spec.nbytes
+        )
         for name, spec in source.specs.items()
     )
-    return Inspection(kind=IN_WORDS[found.kind], path=str(found.path), facts=dict(facts), tensors=rows, verified=verified)
+    return Inspection(
+        kind=IN_WORDS[found.kind], path=str(found.path), facts=dict(facts), tensors=rows, verified=verified
+    )

@@ -39,7 +39,9 @@ class Merge:
     dtype: torch.dtype | None
 
     @classmethod
-    def of(cls, base: Path, lora: Path, *, alpha: float | None = None, dtype: torch.dtype | None = None) -> Merge:
+    def of(
+        cls, base: Path, lora: Path, *, alpha: float | None = None, dtype: torch.dtype | None = None
+    ) -> Merge:
         """Reads the LoRA and checks that the folder holds the whole model.
 
         Args:
@@ -71,7 +73,8 @@ class Merge:
             write_like(self.base, folder, merged)
 
     def verify(self, folder: Path, *, console: Console | None = None) -> None:
-        """Reads what was written and compares it with the class's shapes and, bit by bit, with a second computation.
+        """Reads what was written and compares it with the class's shapes and, bit by bit, with a second
+        computation.
 
         Args:
             folder: From `write`.
@@ -92,7 +95,8 @@ class Merge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extraction:
-    """Two states of one model and the layers whose difference becomes adapters; nothing is computed before `parts`.
+    """Two states of one model and the layers whose difference becomes adapters; nothing is computed before
+    `parts`.
 
     Attributes:
         base: Before training.
@@ -116,7 +120,8 @@ class Extraction:
             base: A transformer in diffusers' layout.
             tuned: The same.
             rank: Of every adapter.
-            targets: As `lora.targets` of a configuration; every Linear layer of the repeated blocks by default.
+            targets: As `lora.targets` of a configuration; every Linear layer of the repeated blocks by
+                default.
 
         Raises:
             CheckpointError: If a folder cannot be read or is not such a model.
@@ -127,7 +132,9 @@ class Extraction:
         transformer, family = describe_folder(base)
         folders = WeightsFolder(base), WeightsFolder(tuned)
         for folder in folders:
-            folder.require_shapes({name: tuple(value.shape) for name, value in transformer.state_dict().items()})
+            folder.require_shapes(
+                {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
+            )
         layers = choose_layers(transformer, targets, family.lora_targets)
         return cls(base=folders[0], tuned=folders[1], family=family, layers=layers, rank=rank)
 
@@ -138,17 +145,21 @@ class Extraction:
             console: Shows progress; None shows nothing.
 
         Raises:
-            CheckpointError: If the rank is above a side of a weight, numbers are not finite or no layer differs.
+            CheckpointError: If the rank is above a side of a weight, numbers are not finite or no layer
+                differs.
         """
         found = extract(self.base, self.tuned, self.rank, layers=self.layers)
         shown = track(found, "extracting", total=len(self.layers), console=console, disable=console is None)
         parts = tuple(part for part in shown if part.difference_norm)
         if not parts:
-            raise CheckpointError(f"{self.tuned.folder}: must differ from {self.base.folder} in a target, got equal weights.")
+            raise CheckpointError(
+                f"{self.tuned.folder}: must differ from {self.base.folder} in a target, got equal weights."
+            )
         return parts
 
     def lost(self) -> Mapping[str, float]:
-        """Returns the tensors that no adapter holds though they differ, with the norms of their differences."""
+        """Returns the tensors that no adapter holds though they differ, with the norms of their
+        differences."""
         return dict(other_differences(self.base, self.tuned, layers=self.layers))
 
     def write(self, folder: Path, parts: Sequence[Extracted]) -> None:
@@ -166,4 +177,6 @@ class Extraction:
             adapters[f"{part.layer}.lora_B.weight"] = part.up
         with new_folder(folder) as pending:
             save_peft(adapters, config, pending / "peft")
-            save_comfyui(adapters, config, pending / "comfyui.safetensors", original_name=self.family.original_name)
+            save_comfyui(
+                adapters, config, pending / "comfyui.safetensors", original_name=self.family.original_name
+            )

@@ -1,4 +1,5 @@
-"""What a conversion is asked for and what it starts from: the records between the command line, sources and results."""
+"""What a conversion is asked for and what it starts from: the records between the command line, sources and
+results."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from torch import Tensor
 
 from aiprod_ds.config.model import LoraConfig

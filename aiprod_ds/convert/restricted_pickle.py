@@ -1,8 +1,10 @@
-"""The only place that opens pickles of others: files of `torch.save` and the `.metadata` of torch.distributed.checkpoint.
+"""The only place that opens pickles of others: files of `torch.save` and the `.metadata` of
+torch.distributed.checkpoint.
 
-A pickle can name any function of the machine and have it called. Here only the names below are resolved, everything else is an
-error before anything is called; and nothing is opened unless the user said that the folder is trusted, because torch's own reader
-of tensors is large. DeepSpeed's classes are replaced by one that keeps nothing, so that DeepSpeed is not imported.
+A pickle can name any function of the machine and have it called. Here only the names below are resolved,
+everything else is an error before anything is called; and nothing is opened unless the user said that the
+folder is trusted, because torch's own reader of tensors is large. DeepSpeed's classes are replaced by one
+that keeps nothing, so that DeepSpeed is not imported.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ from aiprod_ds.errors import CheckpointError
 _MAX_METADATA_BYTES = 1 << 30
 # What a damaged pickle, or one that is refused, ends in.
 _FAILURES = (
-    *(ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
+    *(
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+    ),
     *(ValueError, pickle.UnpicklingError),
 )
 # What DeepSpeed 0.19 saves beside tensors; none of it is needed.
@@ -59,14 +71,16 @@ class Ignored:
 
 
 def require_trust(folder: Path, *, is_trusted: bool, what: str) -> None:
-    """Refuses to go on with a folder of pickles, unless the user said that it is trusted. Call it before opening anything.
+    """Refuses to go on with a folder of pickles, unless the user said that it is trusted. Call it before
+    opening anything.
 
     Raises:
         CheckpointError: If it is not.
     """
     if not is_trusted:
         raise CheckpointError(
-            f"{folder}: is {what}, whose files are pickles, and has no manifest of ours. A pickle from someone else can run any "
+            f"{folder}: is {what}, whose files are pickles, and has no manifest of ours. A pickle from "
+            "someone else can run any "
             "program. If it is your own, give --trust-checkpoint."
         )
 
@@ -75,16 +89,21 @@ def load_saved(path: Path) -> dict[str, Any]:
     """Returns the dictionary in a file of `torch.save`, its tensors mapped and not yet read.
 
     Raises:
-        CheckpointError: If it is damaged, no dictionary, or names anything but tensors and what DeepSpeed saves beside them.
+        CheckpointError: If it is damaged, no dictionary, or names anything but tensors and what DeepSpeed
+            saves beside them.
     """
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(Ignored, name) for name in _DEEPSPEED_CLASSES]
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (Ignored, name) for name in _DEEPSPEED_CLASSES
+    ]
     try:
         with torch.serialization.safe_globals(allowed):
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _FAILURES as error:
         raise _refused(path, error) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a dictionary, got {type(value).__name__}. Take a whole checkpoint.")
+        raise CheckpointError(
+            f"{path}: must hold a dictionary, got {type(value).__name__}. Take a whole checkpoint."
+        )
     return value
 
 
@@ -102,7 +121,8 @@ def load_blob(path: Path, offset: int, length: int) -> torch.Tensor:
         raise _refused(path, error) from None
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(
-            f"{path}: must hold a tensor at byte {offset}, got {type(value).__name__}. Take a whole checkpoint."
+            f"{path}: must hold a tensor at byte {offset}, got {type(value).__name__}. Take a whole "
+            "checkpoint."
         )
     return value
 
@@ -114,7 +134,9 @@ def load_metadata(path: Path) -> Any:
         CheckpointError: If it is damaged or names anything else than that class is made of.
     """
     if path.stat().st_size > _MAX_METADATA_BYTES:
-        raise CheckpointError(f"{path}: must have at most {_MAX_METADATA_BYTES} bytes, got {path.stat().st_size}.")
+        raise CheckpointError(
+            f"{path}: must have at most {_MAX_METADATA_BYTES} bytes, got {path.stat().st_size}."
+        )
     try:
         with path.open("rb") as file:
             return _MetadataUnpickler(file).load()
@@ -141,4 +163,6 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # torch's first line advises to load it nevertheless; why it did not is further below.
     reason = next((line for line in lines if "WeightsUnpickler error" in line), lines[0])[:300].rstrip(".")
-    return CheckpointError(f"{path}: must hold tensors and nothing else that is loaded, got: {reason}. Do not use this file.")
+    return CheckpointError(
+        f"{path}: must hold tensors and nothing else that is loaded, got: {reason}. Do not use this file."
+    )

@@ -1,8 +1,9 @@
 """One conversion from its request to a verified result: what `aiprod-ds convert` does, whatever the pair.
 
-Plain weights become a folder of diffusers, a single file as the publication has it, or safetensors as they are named; adapters
-become PEFT's folder or one file. Weights pass through memory one tensor at a time. A result is whole or absent, and absent where
-the manifest's hashes are not those of the files, which are compared while tensors are written.
+Plain weights become a folder of diffusers, a single file as the publication has it, or safetensors as they
+are named; adapters become PEFT's folder or one file. Weights pass through memory one tensor at a time. A
+result is whole or absent, and absent where the manifest's hashes are not those of the files, which are
+compared while tensors are written.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def convert(request: Request, *, verify: bool = False, console: Console | None =
         console: Shows progress; None shows nothing.
 
     Raises:
-        CheckpointError: If the source cannot be read, the pair is not possible, the result exists, or it differs.
+        CheckpointError: If the source cannot be read, the pair is not possible, the result exists, or it
+            differs.
         ConfigError: If a model's configuration is not usable.
     """
     require_absent(request.out)
@@ -76,10 +78,14 @@ def convert(request: Request, *, verify: bool = False, console: Console | None =
         except AiprodError:
             if _is_confirmed(hashes):
                 raise
-    return _convert(request, None, verify=verify, console=console)  # says what is damaged, or takes an older checkpoint
+    return _convert(
+        request, None, verify=verify, console=console
+    )  # says what is damaged, or takes an older checkpoint
 
 
-def _convert(request: Request, hashes: HashCheck | None, *, verify: bool, console: Console | None) -> Converted:
+def _convert(
+    request: Request, hashes: HashCheck | None, *, verify: bool, console: Console | None
+) -> Converted:
     opened = open_source(request, hashes)
     form = request.form or _usual_form(opened)
     _require_name(request.out, form)
@@ -87,7 +93,9 @@ def _convert(request: Request, hashes: HashCheck | None, *, verify: bool, consol
         line = _write_adapters(request, opened, form, verify=verify)
     else:
         line = _write_plain(request, opened, form, hashes, verify=verify, console=console)
-    return Converted(lines=(*opened.told, line, *(("verified: read again, every tensor is equal",) if verify else ())))
+    return Converted(
+        lines=(*opened.told, line, *(("verified: read again, every tensor is equal",) if verify else ()))
+    )
 
 
 def _is_confirmed(hashes: HashCheck) -> bool:
@@ -101,7 +109,8 @@ def _is_confirmed(hashes: HashCheck) -> bool:
 def _usual_form(opened: Opened) -> Form:
     if opened.weights is None:
         raise CheckpointError(
-            f"{opened.found.path}: a LoRA needs --to with {', '.join(LORA_FORMS)}, or --base to be merged into, got neither."
+            f"{opened.found.path}: a LoRA needs --to with {', '.join(LORA_FORMS)}, or --base to be merged "
+            "into, got neither."
         )
     return "safetensors" if opened.model is None else "diffusers"
 
@@ -114,13 +123,23 @@ def _require_name(out: Path, form: Form) -> None:
 
 
 def _write_plain(
-    request: Request, opened: Opened, form: Form, hashes: HashCheck | None, *, verify: bool, console: Console | None
+    request: Request,
+    opened: Opened,
+    form: Form,
+    hashes: HashCheck | None,
+    *,
+    verify: bool,
+    console: Console | None,
 ) -> str:
     if opened.weights is None:
-        raise CheckpointError(f"{request.source}: a LoRA becomes --to {form} only inside its model, got no --base. Name it.")
+        raise CheckpointError(
+            f"{request.source}: a LoRA becomes --to {form} only inside its model, got no --base. Name it."
+        )
     named = _named(opened, form)
     tensors = Cast(named, request.dtype)
-    with shown(tensors if hashes is None else Confirmed(tensors, hashes.confirm), "converting", console) as read:
+    with shown(
+        tensors if hashes is None else Confirmed(tensors, hashes.confirm), "converting", console
+    ) as read:
         _write(read, request, form, opened.model)
     if verify:
         with shown(tensors, "verifying", console) as read:
@@ -128,7 +147,11 @@ def _write_plain(
     num_bytes = sum(spec.nbytes for spec in tensors.specs.values())
     types = sorted({str(spec.dtype).removeprefix("torch.") for spec in tensors.specs.values()})
     what = f"{IN_WORDS[opened.found.kind]} to {form}"
-    left = f"; left out: {len(opened.weights) - len(named)} tensors of no part of it" if len(opened.weights) > len(named) else ""
+    left = (
+        f"; left out: {len(opened.weights) - len(named)} tensors of no part of it"
+        if len(opened.weights) > len(named)
+        else ""
+    )
     return f"{request.out}: {what}, {len(tensors)} tensors, {num_bytes:,} bytes, {', '.join(types)}{left}"
 
 
@@ -141,20 +164,27 @@ def _named(opened: Opened, form: Form) -> TensorSource:
     model = opened.model
     if model is None:
         raise CheckpointError(
-            f"{opened.found.path}: --to {form} needs the model's class, got no {CONFIG}. Name one with --config, or write "
+            f"{opened.found.path}: --to {form} needs the model's class, got no {CONFIG}. Name one with "
+            "--config, or write "
             "--to safetensors."
         )
     shapes = model.shapes
     named = Renamed(weights, names_in_single_file(weights.specs, model.class_name, list(shapes)))
     require_shapes(named, shapes, where=str(opened.found.path))
-    return Renamed(named, names_for_single_file(named.specs, model.class_name)) if form == "single-file" else named
+    return (
+        Renamed(named, names_for_single_file(named.specs, model.class_name))
+        if form == "single-file"
+        else named
+    )
 
 
 def _write(tensors: TensorSource, request: Request, form: Form, model: DiffusersModel | None) -> None:
     if request.out.name.endswith(_SUFFIX):
         write_one_file(tensors, request.out)
     elif form == "diffusers" and model is not None:
-        write_weights(tensors, request.out, stem=DIFFUSERS_STEM, shard_bytes=request.shard_bytes, config=model.config)
+        write_weights(
+            tensors, request.out, stem=DIFFUSERS_STEM, shard_bytes=request.shard_bytes, config=model.config
+        )
     else:
         write_weights(tensors, request.out, stem=PLAIN_STEM, shard_bytes=request.shard_bytes)
 
@@ -162,7 +192,9 @@ def _write(tensors: TensorSource, request: Request, form: Form, model: Diffusers
 def _verify(expected: TensorSource, out: Path, form: Form) -> None:
     written = open_tensors(out) if out.is_file() else WeightsFolder(out)
     shapes = (
-        read_diffusers_config(out).shapes if form == "diffusers" else {name: spec.shape for name, spec in expected.specs.items()}
+        read_diffusers_config(out).shapes
+        if form == "diffusers"
+        else {name: spec.shape for name, spec in expected.specs.items()}
     )
     require_shapes(written, shapes, where=str(out))
     require_equal(written, expected.items())
@@ -172,7 +204,8 @@ def _write_adapters(request: Request, opened: Opened, form: Form, *, verify: boo
     adapters, model = opened.adapters, opened.model
     if adapters is None or model is None:
         raise CheckpointError(
-            f"{request.source}: --to {form} needs adapters, got plain weights. Give --base and --rank to extract a LoRA."
+            f"{request.source}: --to {form} needs adapters, got plain weights. Give --base and --rank to "
+            "extract a LoRA."
         )
     if request.dtype is not None:
         cast = {name: value.to(request.dtype) for name, value in adapters.tensors.items()}
@@ -181,7 +214,10 @@ def _write_adapters(request: Request, opened: Opened, form: Form, *, verify: boo
         _save_adapters(adapters, model, form, pending)
     if verify:
         _verify_adapters(adapters, model, request.out, form)
-    return f"{request.out}: {len(adapters.tensors) // 2} layers, rank {adapters.config.rank}, scale {adapters.config.scale:g}"
+    return (
+        f"{request.out}: {len(adapters.tensors) // 2} layers, rank {adapters.config.rank}, scale "
+        f"{adapters.config.scale:g}"
+    )
 
 
 @contextmanager
@@ -191,7 +227,11 @@ def _pending(out: Path, form: Form) -> Iterator[Path]:
 
 
 def _save_adapters(adapters: Adapters, model: DiffusersModel, form: Form, path: Path) -> None:
-    from aiprod_ds.models.lora import save_comfyui, save_diffusers, save_peft  # imports peft, which takes seconds
+    from aiprod_ds.models.lora import (
+        save_comfyui,
+        save_diffusers,
+        save_peft,
+    )  # imports peft, which takes seconds
 
     if form == "peft":
         save_peft(adapters.tensors, adapters.config, path)
@@ -208,7 +248,11 @@ def _verify_adapters(adapters: Adapters, model: DiffusersModel, out: Path, form:
     scale, scales = adapters.config.scale, read.scales()
     # In one file the scale is multiplied into B and rounded to its type.
     expected = {
-        name: value.float() if ".lora_A." in name else value.float() * scale if form == "peft" else (value * scale).float()
+        name: value.float()
+        if ".lora_A." in name
+        else value.float() * scale
+        if form == "peft"
+        else (value * scale).float()
         for name, value in adapters.tensors.items()
     }
     written = {
@@ -223,7 +267,8 @@ def _verify_adapters(adapters: Adapters, model: DiffusersModel, out: Path, form:
 def _extract(request: Request, *, verify: bool, console: Console | None) -> Converted:
     if request.base is None or request.rank is None or request.form not in (None, *LORA_FORMS):
         raise CheckpointError(
-            f"{request.source}: --rank extracts a LoRA: it needs --base, and --to {', '.join(LORA_FORMS)}, got others."
+            f"{request.source}: --rank extracts a LoRA: it needs --base, and --to "
+            f"{', '.join(LORA_FORMS)}, got others."
         )
     form = request.form or "peft"
     _require_name(request.out, form)
@@ -242,5 +287,8 @@ def _extract(request: Request, *, verify: bool, console: Console | None) -> Conv
     if verify:
         _verify_adapters(adapters, model, request.out, form)
     whole = total_error(parts, extraction.lost().values())
-    line = f"{request.out}: {len(parts)} layers, rank {request.rank}, of the whole model: relative error {whole:.3g}"
+    line = (
+        f"{request.out}: {len(parts)} layers, rank {request.rank}, of the whole model: relative error "
+        f"{whole:.3g}"
+    )
     return Converted(lines=(line, *(("verified: read again, every tensor is equal",) if verify else ())))

@@ -1,4 +1,5 @@
-"""Opening a run's checkpoint for a conversion: its weights without the module around them, its adapters, and their base.
+"""Opening a run's checkpoint for a conversion: its weights without the module around them, its adapters, and
+their base.
 
 The model's class comes from the run's config.yaml. Called by `conversion_sources`.
 """
@@ -47,9 +48,15 @@ def open_run(request: Request, found: Found, hashes: HashCheck | None = None) ->
     source = CheckpointWeights(checkpoint.folder, ema=request.ema)
     weights = _without_module(source)
     model, told = _model_of_run(request, config)
-    place = f"update {checkpoint.state.clock.updates} ({checkpoint.folder.name}){', average' if request.ema else ''}"
+    place = (
+        f"update {checkpoint.state.clock.updates} "
+        f"({checkpoint.folder.name}){', average' if request.ema else ''}"
+    )
     opened = Opened(
-        found=replace(found, path=checkpoint.folder), weights=weights, model=model, told=(f"{found.path}: {place}", *told)
+        found=replace(found, path=checkpoint.folder),
+        weights=weights,
+        model=model,
+        told=(f"{found.path}: {place}", *told),
     )
     if not any(".lora_A." in name for name in weights):
         return opened
@@ -63,7 +70,9 @@ def open_run(request: Request, found: Found, hashes: HashCheck | None = None) ->
         missing = f"its frozen weights are elsewhere ({source.missing_base}); --base names their folder"
         return replace(opened, weights=None, adapters=adapters, told=(*opened.told, missing))
     scales = dict.fromkeys(_layers(adapters), adapters.config.scale)
-    return replace(opened, weights=Merged(Cast(base, torch.float32), adapters.tensors, scales, None), adapters=adapters)
+    return replace(
+        opened, weights=Merged(Cast(base, torch.float32), adapters.tensors, scales, None), adapters=adapters
+    )
 
 
 def _checkpoint(request: Request, found: Found, hashes: HashCheck | None) -> tuple[Checkpoint, Path]:
@@ -74,12 +83,16 @@ def _checkpoint(request: Request, found: Found, hashes: HashCheck | None) -> tup
     names = store.names()
     named = request.checkpoint
     if named is not None and named not in names:
-        raise CheckpointError(f"{found.path}: --checkpoint must be one of {', '.join(names) or 'none'}, got {named[:80]!r}.")
+        raise CheckpointError(
+            f"{found.path}: --checkpoint must be one of {', '.join(names) or 'none'}, got {named[:80]!r}."
+        )
     if named is not None:
         return store.read(store.folder / named, weights_only=True, hashes=hashes), found.path
     newest = store.newest(weights_only=True, hashes=hashes)
     if newest is None:
-        raise CheckpointError(f"{found.path}: must hold a checkpoint, got none. Train until the first one, or take export/.")
+        raise CheckpointError(
+            f"{found.path}: must hold a checkpoint, got none. Train until the first one, or take export/."
+        )
     return newest, found.path
 
 
@@ -92,7 +105,9 @@ def _without_module(weights: CheckpointWeights) -> TensorSource:
     return weights
 
 
-def _model_of_run(request: Request, config: RunConfig | None) -> tuple[DiffusersModel | None, tuple[str, ...]]:
+def _model_of_run(
+    request: Request, config: RunConfig | None
+) -> tuple[DiffusersModel | None, tuple[str, ...]]:
     if request.config is not None:
         return read_diffusers_config(request.config), ()
     if config is None:
@@ -109,10 +124,15 @@ def _adapters(weights: TensorSource, config: RunConfig | None, checkpoint: Check
     tensors = adapter_tensors({name: weights[name] for name in weights if ".lora_" in name})
     (rank,) = {value.shape[0] for name, value in tensors.items() if name.endswith(_DOWN)}
     phase = checkpoint.state.clock.phase
-    adapters = config.phase_adapters(config.curriculum.phases[phase]) if isinstance(config, DiffusionTrainerConfig) else None
+    adapters = (
+        config.phase_adapters(config.curriculum.phases[phase])
+        if isinstance(config, DiffusionTrainerConfig)
+        else None
+    )
     if adapters is None or adapters.rank != rank:
         raise CheckpointError(
-            f"{checkpoint.folder}: must be of a phase whose adapters config.yaml describes, got adapters of rank {rank} in phase "
+            f"{checkpoint.folder}: must be of a phase whose adapters config.yaml describes, got adapters of "
+            f"rank {rank} in phase "
             f"{phase}. Take the run folder that it was saved in."
         )
     return Adapters(tensors=tensors, config=adapters)
@@ -123,9 +143,14 @@ def _layers(adapters: Adapters) -> list[str]:
 
 
 def _base(
-    request: Request, source: CheckpointWeights, weights: TensorSource, config: RunConfig | None, model: DiffusersModel | None
+    request: Request,
+    source: CheckpointWeights,
+    weights: TensorSource,
+    config: RunConfig | None,
+    model: DiffusersModel | None,
 ) -> TensorSource | None:
-    """Returns what the adapters were trained on: from the checkpoint, or from where the run started; None if it is not known."""
+    """Returns what the adapters were trained on: from the checkpoint, or from where the run started; None if
+    it is not known."""
     if source.missing_base is None:
         return Renamed(weights, {_plain(name): name for name in weights if ".lora_" not in name})
     base = _start(request, config, model)

@@ -1,8 +1,9 @@
-"""Names of tensors in a model's first publication, in one file as ComfyUI and others read it, and in diffusers.
+"""Names of tensors in a model's first publication, in one file as ComfyUI and others read it, and in
+diffusers.
 
-Reading: diffusers' own conversion functions say what becomes of a file's names; they are asked with tensors without data, so that
-weights can be read one at a time. Writing: the inverse, stated here for the transformers of the known families, and every use is
-checked against the function it inverts.
+Reading: diffusers' own conversion functions say what becomes of a file's names; they are asked with tensors
+without data, so that weights can be read one at a time. Writing: the inverse, stated here for the
+transformers of the known families, and every use is checked against the function it inverts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from aiprod_ds.models.lora_files import listed
 from aiprod_ds.tensor_file import TensorSpec
 
 _PREFIX = "model.diffusion_model."
-_LTX = ((r"\bproj_in\b", "patchify_proj"), (r"\btime_embed\b", "adaln_single"), (r"\bnorm_(q|k)\b", r"\1_norm"))
+_LTX = (
+    (r"\bproj_in\b", "patchify_proj"),
+    (r"\btime_embed\b", "adaln_single"),
+    (r"\bnorm_(q|k)\b", r"\1_norm"),
+)
 _LTX_2 = (
     (r"\bav_cross_attn_(video|audio)_scale_shift\b", r"av_ca_\1_scale_shift_adaln_single"),
     (r"\bav_cross_attn_(?:video|audio)_(a2v|v2a)_gate\b", r"av_ca_\1_gate_adaln_single"),
@@ -56,17 +61,20 @@ _WRITTEN: dict[str, tuple[str, tuple[tuple[str, str | Callable[[re.Match[str]], 
 }
 
 
-def names_in_single_file(specs: Mapping[str, TensorSpec], class_name: str, wanted: Collection[str]) -> dict[str, str]:
+def names_in_single_file(
+    specs: Mapping[str, TensorSpec], class_name: str, wanted: Collection[str]
+) -> dict[str, str]:
     """Returns the file's name of every tensor of a model, by its name in diffusers.
 
     Args:
-        specs: Of the file's tensors, by the names of the publication or those of diffusers; others beside them, as of a VAE in
-            the same file, are left out.
+        specs: Of the file's tensors, by the names of the publication or those of diffusers; others beside
+            them, as of a VAE in the same file, are left out.
         class_name: Of diffusers.
         wanted: Names of the model's tensors in diffusers.
 
     Raises:
-        CheckpointError: If tensors are missing, are cut or joined on the way, or nobody knows the publication's names.
+        CheckpointError: If tensors are missing, are cut or joined on the way, or nobody knows the
+            publication's names.
     """
     if set(wanted) <= specs.keys():
         return {name: name for name in wanted}
@@ -83,16 +91,20 @@ def names_in_single_file(specs: Mapping[str, TensorSpec], class_name: str, wante
         converted = convert(checkpoint=given, config={})
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"single file: must have the names of the publication of {class_name}, got {type(error).__name__}: {error}."
+            f"single file: must have the names of the publication of {class_name}, got "
+            f"{type(error).__name__}: {error}."
         ) from error
     missing = [name for name in wanted if name not in converted]
     if missing:
         raise CheckpointError(
-            f"single file: must hold all of {class_name}, got nothing for {listed(sorted(missing))}. Take the file of this model."
+            f"single file: must hold all of {class_name}, got nothing for {listed(sorted(missing))}. Take "
+            "the file of this model."
         )
     changed = [name for name in wanted if id(converted[name]) not in origins]
     if changed:
-        raise CheckpointError(f"single file: {listed(changed)} must be renamed only, got a tensor that is cut or joined.")
+        raise CheckpointError(
+            f"single file: {listed(changed)} must be renamed only, got a tensor that is cut or joined."
+        )
     assert kept
     return {name: origins[id(converted[name])] for name in wanted}
 
@@ -105,10 +117,13 @@ def names_for_single_file(specs: Mapping[str, TensorSpec], class_name: str) -> d
         class_name: Of diffusers.
 
     Raises:
-        CheckpointError: If nobody knows the class's names, or diffusers' own function does not lead back to every tensor.
+        CheckpointError: If nobody knows the class's names, or diffusers' own function does not lead back to
+            every tensor.
     """
     if class_name not in _WRITTEN:
-        raise CheckpointError(f"single file: must be one of {', '.join(_WRITTEN)}, got {class_name}. Write it as diffusers.")
+        raise CheckpointError(
+            f"single file: must be one of {', '.join(_WRITTEN)}, got {class_name}. Write it as diffusers."
+        )
     prefix, rules = _WRITTEN[class_name]
     written: dict[str, str] = {}
     for name in specs:
@@ -116,11 +131,14 @@ def names_for_single_file(specs: Mapping[str, TensorSpec], class_name: str) -> d
         for pattern, replacement in rules:
             original = re.sub(pattern, replacement, original)
         written[prefix + original] = name
-    back = names_in_single_file({there: specs[name] for there, name in written.items()}, class_name, list(specs))
+    back = names_in_single_file(
+        {there: specs[name] for there, name in written.items()}, class_name, list(specs)
+    )
     wrong = [name for name, there in back.items() if written[there] != name]
     if wrong or len(written) != len(specs):
         raise CheckpointError(
-            f"single file: diffusers must read back {listed(wrong) or 'every name'} of {class_name}, got others."
+            f"single file: diffusers must read back {listed(wrong) or 'every name'} of {class_name}, got "
+            "others."
         )
     return written
 
@@ -130,5 +148,7 @@ def _converter(class_name: str) -> Any:
 
     known: Any = SINGLE_FILE_LOADABLE_CLASSES
     if class_name not in known:
-        raise CheckpointError(f"single file: diffusers must know the publication of {class_name}, got no such class.")
+        raise CheckpointError(
+            f"single file: diffusers must know the publication of {class_name}, got no such class."
+        )
     return known[class_name]["checkpoint_mapping_fn"]

@@ -1,4 +1,5 @@
-"""Opening what a conversion starts from: whatever `identify` knows becomes plain weights, adapters, and the model they belong to.
+"""Opening what a conversion starts from: whatever `identify` knows becomes plain weights, adapters, and the
+model they belong to.
 
 Nothing is written here. Weights stay on disk until they are asked for; adapters, which are small, are read.
 """
@@ -26,8 +27,8 @@ def open_source(request: Request, hashes: HashCheck | None = None) -> Opened:
 
     Args:
         request: What was asked for.
-        hashes: Is left to compare a run's files of tensors, and the caller to confirm it before what it makes of the weights
-            counts; adapters are confirmed. None: all is compared here.
+        hashes: Is left to compare a run's files of tensors, and the caller to confirm it before what it makes
+            of the weights counts; adapters are confirmed. None: all is compared here.
 
     Raises:
         CheckpointError: If it cannot be read, is not trusted, or an option does not fit it.
@@ -57,14 +58,17 @@ def _require_options(request: Request, found: Found) -> None:
         if is_given and not has_effect
     ]
     if wrong:
-        raise CheckpointError(f"{request.source}: {wrong[0]} has no effect for a {IN_WORDS[found.kind]}, got it. Remove it.")
+        raise CheckpointError(
+            f"{request.source}: {wrong[0]} has no effect for a {IN_WORDS[found.kind]}, got it. Remove it."
+        )
 
 
 def _open_lora(request: Request, found: Found) -> Opened:
     described = request.config or request.base
     if described is None:
         raise CheckpointError(
-            f"{request.source}: the transformer of a LoRA must be known, got neither --base (its folder) nor --config (its "
+            f"{request.source}: the transformer of a LoRA must be known, got neither --base (its folder) "
+            "nor --config (its "
             "config.json). Name one."
         )
     model = read_diffusers_config(described)
@@ -77,11 +81,13 @@ def _open_lora(request: Request, found: Found) -> Opened:
 
 
 def _same_scale(lora: LoraWeights) -> Adapters:
-    """Returns adapters with one rank and one positive scale; where scales differ, or are not positive, they go into B."""
+    """Returns adapters with one rank and one positive scale; where scales differ, or are not positive, they
+    go into B."""
     ranks, scales = lora.ranks(), set(lora.scales().values())
     if len(ranks) > 1:
         raise CheckpointError(
-            f"{lora.source}: must have one rank in all layers to be written, got {', '.join(map(str, ranks))}. "
+            f"{lora.source}: must have one rank in all layers to be written, got "
+            f"{', '.join(map(str, ranks))}. "
             "Merge it into its base instead."
         )
     tensors, scale = lora.tensors(), scales.pop() if len(scales) == 1 and min(scales) > 0 else None
@@ -89,7 +95,9 @@ def _same_scale(lora: LoraWeights) -> Adapters:
         for name, own in lora.scales().items():
             tensors[f"{name}.lora_B.weight"] = tensors[f"{name}.lora_B.weight"] * own
     alpha = (1.0 if scale is None else scale) * ranks[0]
-    return Adapters(tensors=tensors, config=LoraConfig(rank=ranks[0], alpha=alpha, targets=tuple(lora.layers)))
+    return Adapters(
+        tensors=tensors, config=LoraConfig(rank=ranks[0], alpha=alpha, targets=tuple(lora.layers))
+    )
 
 
 def _open_weights(request: Request, found: Found) -> Opened:
@@ -110,7 +118,10 @@ def _foreign(request: Request, found: Found) -> tuple[TensorSource, tuple[str, .
         return open_tensors(found.path), ()
     if found.kind == "deepspeed":
         folder = DeepSpeedFolder(found.path, is_trusted=request.is_trusted)
-        text = f"{found.path}: update {folder.updates}, {folder.world_size} ranks, {len(folder.trained)} trained in fp32"
+        text = (
+            f"{found.path}: update {folder.updates}, {folder.world_size} ranks, {len(folder.trained)} "
+            "trained in fp32"
+        )
         if not folder.trained:
             text += ": ZeRO-0 keeps its weights as the model has them"
         return folder, (text,)
@@ -123,7 +134,8 @@ def _foreign(request: Request, found: Found) -> tuple[TensorSource, tuple[str, .
 def _only_top_level(sharded: DistributedFolder) -> TensorSource:
     if len(sharded.top_level) > 1 or not all(name.startswith(f"{sharded.top_level[0]}.") for name in sharded):
         raise CheckpointError(
-            f"{sharded.folder}: must hold one model, got {', '.join(sharded.top_level)}. Choose one with --prefix, such as "
+            f"{sharded.folder}: must hold one model, got {', '.join(sharded.top_level)}. Choose one with "
+            "--prefix, such as "
             f"--prefix {sharded.top_level[0]}."
         )
     prefix = f"{sharded.top_level[0]}."
@@ -137,6 +149,7 @@ def _with_prefix(weights: TensorSource, request: Request) -> TensorSource:
     if not names:
         tops = sorted({name.split(".")[0] for name in weights})
         raise CheckpointError(
-            f"{request.source}: --prefix must begin a name, got {prefix!r}; names begin with {', '.join(tops[:8])}."
+            f"{request.source}: --prefix must begin a name, got {prefix!r}; names begin with "
+            f"{', '.join(tops[:8])}."
         )
     return Renamed(weights, names)

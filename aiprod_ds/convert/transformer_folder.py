@@ -38,14 +38,16 @@ def family_of(model: DiffusersModel, *, where: str) -> Family:
     known = [family.transformer_class for family in FAMILIES]
     if model.class_name not in known:
         raise CheckpointError(
-            f"{where}: _class_name must be a known transformer ({', '.join(known)}), got {model.class_name!r}. "
+            f"{where}: _class_name must be a known transformer ({', '.join(known)}), got "
+            f"{model.class_name!r}. "
             "Name the folder of the transformer, not of its pipeline."
         )
     return find_family(model.module, _strides(model.module))
 
 
 def _strides(transformer: nn.Module) -> ModelStrides:
-    """Returns what the transformer believes about its VAE, for the family to compare; nothing here depends on it."""
+    """Returns what the transformer believes about its VAE, for the family to compare; nothing here depends on
+    it."""
     config: Any = transformer.config
     temporal, spatial, *_ = config.get("vae_scale_factors", (1, 1))
     return ModelStrides(spatial=spatial, temporal=temporal)

@@ -1,11 +1,12 @@
-"""Weights in diffusers' layout, read and written tensor by tensor: one safetensors file, or several and an index.
+"""Weights in diffusers' layout, read and written tensor by tensor: one safetensors file, or several and an
+index.
 
     config.json
     diffusion_pytorch_model.safetensors
     diffusion_pytorch_model-00001-of-00002.safetensors, ..., diffusion_pytorch_model.safetensors.index.json
 
-Weights without a class of diffusers are called `model` in place of `diffusion_pytorch_model`, as transformers has it. Knows
-names, tensors and files, and nothing about models. What is written is whole or absent.
+Weights without a class of diffusers are called `model` in place of `diffusion_pytorch_model`, as transformers
+has it. Knows names, tensors and files, and nothing about models. What is written is whole or absent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from torch import Tensor
 from aiprod_ds.checkpoint.disk import explained
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import sync, write_atomically
-from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSource, TensorSpec, by_width, write_tensor_file
+from aiprod_ds.tensor_file import (
+    TensorFile,
+    TensorFileError,
+    TensorSource,
+    TensorSpec,
+    by_width,
+    write_tensor_file,
+)
 
 CONFIG = "config.json"
 DIFFUSERS_STEM, PLAIN_STEM = "diffusion_pytorch_model", "model"
@@ -100,9 +108,13 @@ def require_shapes(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], 
     own = {name: spec.shape for name, spec in source.specs.items()}
     wrong = [name for name in sorted({*own, *shapes}) if own.get(name) != shapes.get(name)]
     if wrong:
-        told = "; ".join(f"{name} {own.get(name, 'none')} instead of {shapes.get(name, 'none')}" for name in wrong[:3])
+        told = "; ".join(
+            f"{name} {own.get(name, 'none')} instead of {shapes.get(name, 'none')}" for name in wrong[:3]
+        )
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{where}: must hold the weights of its {CONFIG}, got {told}{more}. Take those of this model.")
+        raise CheckpointError(
+            f"{where}: must hold the weights of its {CONFIG}, got {told}{more}. Take those of this model."
+        )
 
 
 def write_like(source: WeightsFolder, folder: Path, tensors: TensorSource) -> None:
@@ -169,7 +181,8 @@ def write_one_file(tensors: TensorSource, path: Path, *, metadata: Mapping[str, 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives `<folder>.pending` to write into, flushes it to disk and renames it at the end; after an error it is removed.
+    """Gives `<folder>.pending` to write into, flushes it to disk and renames it at the end; after an error it
+    is removed.
 
     What a killed call left there is removed by the next.
 
@@ -222,7 +235,8 @@ def require_absent(path: Path) -> None:
     """
     if path.exists():
         raise CheckpointError(
-            f"{path}: must not exist yet, got a {'folder' if path.is_dir() else 'file'}. Name another or remove it."
+            f"{path}: must not exist yet, got a {'folder' if path.is_dir() else 'file'}. Name another or "
+            "remove it."
         )
 
 
@@ -236,7 +250,8 @@ def require_equal(actual: Mapping[str, Tensor], expected: Iterable[tuple[str, Te
         written = actual[name]
         if TensorSpec.of(written) != TensorSpec.of(tensor) or not torch.equal(_bits(written), _bits(tensor)):
             raise CheckpointError(
-                f"{name}: must be what was computed, got other values in the file. Check the disk and write again."
+                f"{name}: must be what was computed, got other values in the file. Check the disk and write "
+                "again."
             )
 
 
@@ -246,12 +261,16 @@ def _write_files(pending: Path, stem: str, groups: Mapping[str, list[str]], tens
         write_tensor_file(pending / file, specs, ((name, tensors[name]) for name in specs))
     if list(groups) != [f"{stem}{_SUFFIX}"]:
         files = {name: file for file, names in groups.items() for name in names}
-        index = {"metadata": {"total_size": sum(spec.nbytes for spec in tensors.specs.values())}, "weight_map": files}
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for spec in tensors.specs.values())},
+            "weight_map": files,
+        }
         write_atomically(pending / f"{stem}{_INDEX_SUFFIX}", json.dumps(index, indent=2) + "\n")
 
 
 def _cut(specs: Mapping[str, TensorSpec], stem: str, shard_bytes: int) -> dict[str, list[str]]:
-    """Returns the names of the tensors of each file: the next file begins where a tensor does not fit into the one before."""
+    """Returns the names of the tensors of each file: the next file begins where a tensor does not fit into
+    the one before."""
     files: list[list[str]] = []
     room = 0
     for name, spec in specs.items():
@@ -262,7 +281,10 @@ def _cut(specs: Mapping[str, TensorSpec], stem: str, shard_bytes: int) -> dict[s
         room -= spec.nbytes
     if len(files) == 1:
         return {f"{stem}{_SUFFIX}": files[0]}
-    return {f"{stem}-{number:05d}-of-{len(files):05d}{_SUFFIX}": names for number, names in enumerate(files, start=1)}
+    return {
+        f"{stem}-{number:05d}-of-{len(files):05d}{_SUFFIX}": names
+        for number, names in enumerate(files, start=1)
+    }
 
 
 def _stem(folder: Path) -> str:
@@ -285,7 +307,9 @@ def _require_index(folder: Path, stem: str, found: Mapping[str, str]) -> None:
     told = _weight_map(index) if index.is_file() else found
     if found != told:
         wrong = sorted({name for name in {*found, *told} if found.get(name) != told.get(name)})
-        raise CheckpointError(f"{index}: must say what the files hold, got {', '.join(wrong[:3])}. Load it again.")
+        raise CheckpointError(
+            f"{index}: must say what the files hold, got {', '.join(wrong[:3])}. Load it again."
+        )
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -293,10 +317,16 @@ def _weight_map(path: Path) -> dict[str, str]:
         told = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in told.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: must hold a weight_map from tensors to files, got {error!r}. Load it again.") from error
-    outside = next((file for file in files.values() if Path(file).name != file or not file.endswith(_SUFFIX)), None)
+        raise CheckpointError(
+            f"{path}: must hold a weight_map from tensors to files, got {error!r}. Load it again."
+        ) from error
+    outside = next(
+        (file for file in files.values() if Path(file).name != file or not file.endswith(_SUFFIX)), None
+    )
     if outside is not None:
-        raise CheckpointError(f"{path}: must name safetensors files beside it, got {outside!r}. Do not use this folder.")
+        raise CheckpointError(
+            f"{path}: must name safetensors files beside it, got {outside!r}. Do not use this folder."
+        )
     return files
 
 

@@ -33,23 +33,32 @@ def solve_batch(
     if micro_batch_size is None:
         accumulation = accumulation or 1
         unit = accumulation * world_size
-        _check_divisible(global_batch_size, unit, f"accumulation ({accumulation}) * world size ({world_size})")
+        _check_divisible(
+            global_batch_size, unit, f"accumulation ({accumulation}) * world size ({world_size})"
+        )
         micro_batch_size = global_batch_size // unit
     elif accumulation is None:
         unit = micro_batch_size * world_size
-        _check_divisible(global_batch_size, unit, f"micro_batch_size ({micro_batch_size}) * world size ({world_size})")
+        _check_divisible(
+            global_batch_size, unit, f"micro_batch_size ({micro_batch_size}) * world size ({world_size})"
+        )
         accumulation = global_batch_size // unit
     product = micro_batch_size * accumulation * world_size
     if product != global_batch_size:
         raise ValueError(
-            f"global_batch_size: must be micro_batch_size ({micro_batch_size}) * accumulation ({accumulation}) * "
+            f"global_batch_size: must be micro_batch_size ({micro_batch_size}) * accumulation "
+            f"({accumulation}) * "
             f"world size ({world_size}) = {product}, got {global_batch_size}. Leave one of the three out."
         )
-    return BatchTriple(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, accumulation=accumulation)
+    return BatchTriple(
+        global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, accumulation=accumulation
+    )
 
 
 def _check_divisible(size: int, unit: int, words: str) -> None:
     if size % unit:
         below, above = size // unit * unit, (size // unit + 1) * unit
         nearest = f"{below} or {above}" if below else str(above)
-        raise ValueError(f"global_batch_size: must be a multiple of {words} = {unit}, got {size}. Use {nearest}.")
+        raise ValueError(
+            f"global_batch_size: must be a multiple of {words} = {unit}, got {size}. Use {nearest}."
+        )

@@ -1,8 +1,8 @@
-"""What a plan asks of the data, and what a run does with its clips that a user might not expect. Fed with plain facts;
-decodes nothing.
+"""What a plan asks of the data, and what a run does with its clips that a user might not expect. Fed with
+plain facts; decodes nothing.
 
-Rules stop a run (clips that are long enough, some for every bucket): `check`, `plan` and the trainers call them once the manifest
-is read. Notes are sentences for the report.
+Rules stop a run (clips that are long enough, some for every bucket): `check`, `plan` and the trainers call
+them once the manifest is read. Notes are sentences for the report.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _RATE_TOLERANCE = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipFacts:
-    """What the manifest knows of one clip: frames >= 1 (an image has 1), seconds > 0, height and width in pixels.
+    """What the manifest knows of one clip: frames >= 1 (an image has 1), seconds > 0, height and width in
+    pixels.
 
     Of sound: samples at the rate of the run, the seconds that these last, and 1 by 1 pixels.
     """
@@ -36,7 +37,8 @@ class ClipFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TooShort:
-    """Clips that no bucket of one phase can use, by name; `bucket` is the one that asks for the shortest: `length`, in words."""
+    """Clips that no bucket of one phase can use, by name; `bucket` is the one that asks for the shortest:
+    `length`, in words."""
 
     phase: str
     bucket: int
@@ -47,7 +49,8 @@ class TooShort:
 def check_data(
     plan: RunPlan, clips: Sequence[ClipFacts], members: Sequence[Members], source: str = "configuration"
 ) -> tuple[TooShort, ...]:
-    """Returns the clips that a phase cannot use because they are too short, by name, so that nothing is dropped in silence.
+    """Returns the clips that a phase cannot use because they are too short, by name, so that nothing is
+    dropped in silence.
 
     Args:
         plan: Of `plan_run`.
@@ -56,22 +59,29 @@ def check_data(
         source: How messages name the configuration.
 
     Raises:
-        PlanError: If there is no clip, a bucket asks for more frames than every clip has, or every clip fits another bucket of
-            the phase better; all such buckets at once.
+        PlanError: If there is no clip, a bucket asks for more frames than every clip has, or every clip fits
+            another bucket of the phase better; all such buckets at once.
     """
     if not clips:
         raise PlanError(
-            f"{source}: data.train: must hold at least one readable clip, got none. Name a folder or manifest with clips."
+            f"{source}: data.train: must hold at least one readable clip, got none. Name a folder or "
+            "manifest with clips."
         )
     problems: list[str] = []
     short: list[TooShort] = []
     for phase, buckets in zip(plan.phases, members, strict=True):
-        problems += [_no_clip(phase, index, clips, source) for index, indices in enumerate(buckets) if not indices]
+        problems += [
+            _no_clip(phase, index, clips, source) for index, indices in enumerate(buckets) if not indices
+        ]
         used = set(chain.from_iterable(buckets))
         names = tuple(clip.name for index, clip in enumerate(clips) if index not in used)
         if names:
             bucket = min(range(len(buckets)), key=lambda index: phase.buckets[index].frames)
-            short.append(TooShort(phase=phase.name, bucket=bucket, length=phase.buckets[bucket].length_text, names=names))
+            short.append(
+                TooShort(
+                    phase=phase.name, bucket=bucket, length=phase.buckets[bucket].length_text, names=names
+                )
+            )
     if problems:
         raise PlanError(problems)
     return tuple(short)
@@ -94,16 +104,22 @@ def _no_clip(phase: PhasePlan, index: int, clips: Sequence[ClipFacts], source: s
     longest, name = max((frames_at_rate(clip, bucket.frame_rate_hz), clip.name) for clip in clips)
     if longest < bucket.frames:
         return _too_long(bucket, where, longest=longest, name=name)
-    shape = bucket.length_text if bucket.is_sound else f"{bucket.height}x{bucket.width} with {bucket.length_text}"
+    shape = (
+        bucket.length_text if bucket.is_sound else f"{bucket.height}x{bucket.width} with {bucket.length_text}"
+    )
     return (
-        f"{where}: must be the best fit of at least one clip, got none for {shape}: all {len(clips)} fit another bucket of the "
-        "phase better or are too short. Remove the bucket, add clips of its shape, or give all buckets a share."
+        f"{where}: must be the best fit of at least one clip, got none for {shape}: all {len(clips)} fit "
+        "another bucket of the "
+        "phase better or are too short. Remove the bucket, add clips of its shape, or give all buckets a "
+        "share."
     )
 
 
 def _too_long(bucket: BucketPlan, where: str, *, longest: int, name: str) -> str:
     asked = (
-        f"{bucket.frames}" if bucket.frames == bucket.requested_frames else f"{bucket.frames} ({bucket.requested_frames} snapped)"
+        f"{bucket.frames}"
+        if bucket.frames == bucket.requested_frames
+        else f"{bucket.frames} ({bucket.requested_frames} snapped)"
     )
     rate = "" if bucket.frame_rate_hz is None else f" at {bucket.frame_rate_hz:g} Hz"
     return (
@@ -113,7 +129,8 @@ def _too_long(bucket: BucketPlan, where: str, *, longest: int, name: str) -> str
 
 
 def data_notes(plan: RunPlan, clips: Sequence[ClipFacts], members: Sequence[Members]) -> tuple[str, ...]:
-    """Returns one sentence for every bucket that enlarges clips, shows their frames twice, leaves out videos or repeats clips.
+    """Returns one sentence for every bucket that enlarges clips, shows their frames twice, leaves out videos
+    or repeats clips.
 
     Example: `phase high: 2 clips are smaller than 1024x1024 and enlarged: a.mp4, b.mp4`.
 
@@ -137,12 +154,18 @@ def _notes(bucket: BucketPlan, clips: Sequence[ClipFacts], indices: Sequence[int
         yield f"{_number(small, 'smaller')} than {bucket.height}x{bucket.width} and enlarged: {_names(small)}"
     slow = [clip for clip in used if _repeats_frames(clip, bucket)]
     if slow:
-        yield f"{_number(slow, 'slower')} than {bucket.frame_rate_hz:g} Hz, so some frames come twice: {_names(slow)}"
+        yield (
+            f"{_number(slow, 'slower')} than {bucket.frame_rate_hz:g} Hz, so some frames come twice: "
+            f"{_names(slow)}"
+        )
     short = [clip for clip in clips if 1 < frames_at_rate(clip, bucket.frame_rate_hz) < bucket.frames]
     if bucket.share is not None and short:
         yield f"{_number(short, 'shorter')} than {bucket.length_text} and not drawn: {_names(short)}"
     if len(used) < bucket.global_batch_size:
-        yield f"{_number(used, 'fewer')} than one global batch of {bucket.global_batch_size}, so clips repeat inside a batch"
+        yield (
+            f"{_number(used, 'fewer')} than one global batch of {bucket.global_batch_size}, so clips repeat "
+            "inside a batch"
+        )
 
 
 def _repeats_frames(clip: ClipFacts, bucket: BucketPlan) -> bool:

@@ -1,4 +1,5 @@
-"""The plan as rows, totals and points, for the `plan` command, plan.json, the report and plots. Prints nothing."""
+"""The plan as rows, totals and points, for the `plan` command, plan.json, the report and plots. Prints
+nothing."""
 
 from __future__ import annotations
 
@@ -29,35 +30,37 @@ def describe(
 ) -> list[dict[str, Any]]:
     """Returns one JSON-ready row for every bucket of every phase, in order.
 
-    `first_update`, `last_update`, `updates`, `samples` and `epochs` stand three times: exact (None when the data or the loss
-    decides), with `min_` and with `max_` (None when nothing bounds it). `samples` and `epochs` of several buckets follow their
-    shares, so a run may differ from them by an update.
+    `first_update`, `last_update`, `updates`, `samples` and `epochs` stand three times: exact (None when the
+    data or the loss decides), with `min_` and with `max_` (None when nothing bounds it). `samples` and
+    `epochs` of several buckets follow their shares, so a run may differ from them by an update.
 
     | key | meaning |
     |---|---|
     | `phase`, `name`, `bucket` | index and name of the phase, index of the bucket in it |
-    | `height`, `width`, `requested_frames`, `frames`, `frame_rate_hz` | of a clip; frames asked for and used; null: own rate |
-    | `share` | of the phase's updates; from the clips where the configuration has none; null when that is unknown |
-    | `global_batch_size`, `micro_batch_size`, `accumulation` | the batch triple; the first is the others' product x ranks |
-    | `ends_by` | the rules that end the phase, joined by `or` |
-    | `end` | `limit_updates`, `minimum_updates`, `epochs` and `plateau` as configured, null where there is none |
-    | `first_update`, `last_update` | of the phase in the run, counted from 0, so the next phase begins one later |
-    | `updates` | of the phase, all buckets together |
+    | `height`, `width`, `requested_frames`, `frames`, `frame_rate_hz` | of a clip; frames asked for and used;
+    null: own rate | | `share` | of the phase's updates; from the clips where the configuration has none; null
+    when that is unknown | | `global_batch_size`, `micro_batch_size`, `accumulation` | the batch triple; the
+    first is the others' product x ranks | | `ends_by` | the rules that end the phase, joined by `or` |
+    | `end` | `limit_updates`, `minimum_updates`, `epochs` and `plateau` as configured, null where there is
+    none | | `first_update`, `last_update` | of the phase in the run, counted from 0, so the next phase begins
+    one later | | `updates` | of the phase, all buckets together |
     | `samples` | clips that the bucket gives over all ranks |
-    | `clips`, `epochs` | clips that the bucket can use and passes over them; null when the data was not read |
-    | `pixels_per_update`, `latent_tokens_per_update` | over all ranks; tokens are null without `strides` |
-    | `learning_rate_max`, `learning_rate_final` | the peak, and the rate at the longest that the phase can be |
-    | `schedule`, `warmup_updates` | shape and warm-up of the learning rate |
-    | `weight_decay`, `loss_weights`, `random_flip`, `activation_checkpointing` | in force; null: as the engine's settings say |
-    | `training_mode`, `lora_rank` | `full` or `lora`, and the rank of the adapters; null under `full` |
-    | `moments`, `moment_scale` | what happens to the optimizer's moments at the start of the phase |
-    | `overrides` | those of the last two lines that differ from the trainer's own `config`; null without it |
+    | `clips`, `epochs` | clips that the bucket can use and passes over them; null when the data was not read
+    | | `pixels_per_update`, `latent_tokens_per_update` | over all ranks; tokens are null without `strides` |
+    | `learning_rate_max`, `learning_rate_final` | the peak, and the rate at the longest that the phase can be
+    | | `schedule`, `warmup_updates` | shape and warm-up of the learning rate |
+    | `weight_decay`, `loss_weights`, `random_flip`, `activation_checkpointing` | in force; null: as the
+    engine's settings say | | `training_mode`, `lora_rank` | `full` or `lora`, and the rank of the adapters;
+    null under `full` | | `moments`, `moment_scale` | what happens to the optimizer's moments at the start of
+    the phase | | `overrides` | those of the last two lines that differ from the trainer's own `config`; null
+    without it |
 
     Args:
         plan: The run's phases.
         config: Of the run; needed for `overrides`.
         strides: Of the model; needed for the latent tokens.
-        clips: How many clips each bucket of each phase can use; needed for `clips`, `epochs` and a share that follows from it.
+        clips: How many clips each bucket of each phase can use; needed for `clips`, `epochs` and a share that
+            follows from it.
     """
     rows = []
     for phase in plan.phases:
@@ -72,7 +75,8 @@ def describe(
 
 
 def totals(plan: RunPlan, *, clips: ClipCounts | None = None) -> dict[str, int | None]:
-    """Returns `updates`, `samples` and `pixels` of the whole run, each exact, with `min_` and with `max_`, as in `describe`."""
+    """Returns `updates`, `samples` and `pixels` of the whole run, each exact, with `min_` and with `max_`, as
+    in `describe`."""
     samples = pixels = UpdateRange(minimum=0, maximum=0)
     for phase in plan.phases:
         shares = _shares(phase, None if clips is None else clips[phase.index])
@@ -84,7 +88,8 @@ def totals(plan: RunPlan, *, clips: ClipCounts | None = None) -> dict[str, int |
 def learning_rate_curve(plan: RunPlan, points: int) -> list[CurvePoint]:
     """Returns about `points` points in order, every phase's edges and warm-up ends among them.
 
-    Phases of open length are drawn at their longest; one without a limit at its warm-up and as much again, at least 1.
+    Phases of open length are drawn at their longest; one without a limit at its warm-up and as much again, at
+    least 1.
     """
     lengths = [_drawn_length(phase) for phase in plan.phases]
     step = max(1, sum(lengths) // max(points, 1))
@@ -93,12 +98,18 @@ def learning_rate_curve(plan: RunPlan, points: int) -> list[CurvePoint]:
     for phase, length in zip(plan.phases, lengths, strict=True):
         rate = phase.learning_rate
         chosen = {*range(0, length, step), max(rate.warmup_updates - 1, 0), length - 1}
-        curve += [CurvePoint(first + update, phase.index, rate.at(update)) for update in sorted(chosen) if update < length]
+        curve += [
+            CurvePoint(first + update, phase.index, rate.at(update))
+            for update in sorted(chosen)
+            if update < length
+        ]
         first += length
     return curve
 
 
-def _shape_columns(phase: PhasePlan, index: int, bucket: BucketPlan, strides: ModelStrides | None) -> dict[str, Any]:
+def _shape_columns(
+    phase: PhasePlan, index: int, bucket: BucketPlan, strides: ModelStrides | None
+) -> dict[str, Any]:
     return {
         "phase": phase.index,
         "name": phase.name,
@@ -116,9 +127,13 @@ def _shape_columns(phase: PhasePlan, index: int, bucket: BucketPlan, strides: Mo
     }
 
 
-def _length_columns(phase: PhasePlan, bucket: BucketPlan, *, share: float | None, clips: int | None) -> dict[str, Any]:
+def _length_columns(
+    phase: PhasePlan, bucket: BucketPlan, *, share: float | None, clips: int | None
+) -> dict[str, Any]:
     after = phase.first + phase.length
-    last = UpdateRange(minimum=after.minimum - 1, maximum=None if after.maximum is None else after.maximum - 1)
+    last = UpdateRange(
+        minimum=after.minimum - 1, maximum=None if after.maximum is None else after.maximum - 1
+    )
     samples = None if share is None else _scaled(phase.length, share, bucket.global_batch_size)
     columns: dict[str, Any] = {
         "ends_by": _ends_by(phase),
@@ -129,7 +144,9 @@ def _length_columns(phase: PhasePlan, bucket: BucketPlan, *, share: float | None
             "plateau": None if phase.end.plateau is None else phase.end.plateau.model_dump(mode="json"),
         },
     }
-    columns |= _bounds("first_update", phase.first) | _bounds("last_update", last) | _bounds("updates", phase.length)
+    columns |= (
+        _bounds("first_update", phase.first) | _bounds("last_update", last) | _bounds("updates", phase.length)
+    )
     return columns | _bounds("samples", samples) | _epochs(phase, bucket, share=share, clips=clips)
 
 
@@ -152,9 +169,17 @@ def _setting_columns(phase: PhasePlan) -> dict[str, Any]:
 
 
 def _overrides(phase: PhasePlan, config: RunConfig) -> dict[str, Any]:
-    own = {"weight_decay": config.optimizer.weight_decay, "augment.random_flip": config.random_flip(), "moments": "keep"}
+    own = {
+        "weight_decay": config.optimizer.weight_decay,
+        "augment.random_flip": config.random_flip(),
+        "moments": "keep",
+    }
     own |= {f"loss.{name}": weight for name, weight in config.loss_weights().items()}
-    in_force = {"weight_decay": phase.weight_decay, "augment.random_flip": phase.random_flip, "moments": phase.moments}
+    in_force = {
+        "weight_decay": phase.weight_decay,
+        "augment.random_flip": phase.random_flip,
+        "moments": phase.moments,
+    }
     in_force |= {f"loss.{name}": weight for name, weight in phase.loss_weights.items()}
     found: dict[str, Any] = {name: value for name, value in in_force.items() if value != own[name]}
     if phase.activation_checkpointing is not None:
@@ -173,11 +198,17 @@ def _ends_by(phase: PhasePlan) -> str:
 
 def _latent_tokens(bucket: BucketPlan, strides: ModelStrides) -> int:
     frames = strides.latents(bucket.frames)
-    return bucket.global_batch_size * frames * (bucket.height // strides.spatial) * (bucket.width // strides.spatial)
+    return (
+        bucket.global_batch_size
+        * frames
+        * (bucket.height // strides.spatial)
+        * (bucket.width // strides.spatial)
+    )
 
 
 def _shares(phase: PhasePlan, clips: Sequence[int] | None) -> list[float | None]:
-    """Each bucket's part of the phase's updates; without configured shares every clip is taken once in a pass."""
+    """Each bucket's part of the phase's updates; without configured shares every clip is taken once in a
+    pass."""
     if len(phase.buckets) == 1:
         return [1.0]
     if phase.buckets[0].share is not None or clips is None:
@@ -186,7 +217,9 @@ def _shares(phase: PhasePlan, clips: Sequence[int] | None) -> list[float | None]
     return [part / sum(updates) for part in updates] if sum(updates) else [None] * len(updates)
 
 
-def _over_phase(phase: PhasePlan, shares: Sequence[float | None], amount: Callable[[BucketPlan], int]) -> UpdateRange:
+def _over_phase(
+    phase: PhasePlan, shares: Sequence[float | None], amount: Callable[[BucketPlan], int]
+) -> UpdateRange:
     """Range of the sum over all updates of the phase of what one update of a bucket brings."""
     amounts = [amount(bucket) for bucket in phase.buckets]
     known = [share for share in shares if share is not None]
@@ -202,13 +235,18 @@ def _scaled(updates: UpdateRange, share: float, amount: int) -> UpdateRange:
     return UpdateRange(minimum=round(updates.minimum * share) * amount, maximum=maximum)
 
 
-def _epochs(phase: PhasePlan, bucket: BucketPlan, *, share: float | None, clips: int | None) -> dict[str, float | None]:
+def _epochs(
+    phase: PhasePlan, bucket: BucketPlan, *, share: float | None, clips: int | None
+) -> dict[str, float | None]:
     names = ("epochs", "min_epochs", "max_epochs")
     if not clips or share is None:
         return dict.fromkeys(names)
     lengths = (phase.length.exact, phase.length.minimum, phase.length.maximum)
     per_update = share * bucket.global_batch_size / clips
-    return {name: None if length is None else length * per_update for name, length in zip(names, lengths, strict=True)}
+    return {
+        name: None if length is None else length * per_update
+        for name, length in zip(names, lengths, strict=True)
+    }
 
 
 def _bounds(name: str, number: UpdateRange | None) -> dict[str, int | None]:

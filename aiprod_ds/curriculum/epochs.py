@@ -1,4 +1,5 @@
-"""Lengths and decays of the phases that end by epochs, once the sampler knows how many updates their passes take."""
+"""Lengths and decays of the phases that end by epochs, once the sampler knows how many updates their passes
+take."""
 
 from __future__ import annotations
 
@@ -10,13 +11,17 @@ from aiprod_ds.curriculum.plateau import earliest_plateau
 from aiprod_ds.errors import PlanError
 
 
-def with_epoch_lengths(plan: RunPlan, epoch_updates: Mapping[int, int], source: str = "configuration") -> RunPlan:
-    """Returns `plan` with the bounds that follow from the data; skipped updates consume data and shorten an epoch.
+def with_epoch_lengths(
+    plan: RunPlan, epoch_updates: Mapping[int, int], source: str = "configuration"
+) -> RunPlan:
+    """Returns `plan` with the bounds that follow from the data; skipped updates consume data and shorten an
+    epoch.
 
     Args:
         plan: Of `plan_run`.
-        epoch_updates: Of every phase with `epochs`, by its index: the updates, >= 1, that these epochs take together. They are
-            counted at once because passes over the same data differ by an update where batches do not divide them.
+        epoch_updates: Of every phase with `epochs`, by its index: the updates, >= 1, that these epochs take
+            together. They are counted at once because passes over the same data differ by an update where
+            batches do not divide them.
         source: How messages name the configuration.
 
     Raises:
@@ -29,11 +34,14 @@ def with_epoch_lengths(plan: RunPlan, epoch_updates: Mapping[int, int], source: 
         length, rate = phase.length, phase.learning_rate
         if phase.end.epochs is not None:
             length = _length(phase, epoch_updates[phase.index])
-            rate = replace(rate, updates=length.maximum)  # the decay ends with the epochs, not with a later max_updates
+            rate = replace(
+                rate, updates=length.maximum
+            )  # the decay ends with the epochs, not with a later max_updates
         warmup = phase.learning_rate.warmup_updates
         if length.maximum is not None and length.maximum <= warmup:
             problems.append(
-                f"{source}: curriculum.phases[{phase.index}].epochs: must last longer than warmup_updates ({warmup}), got "
+                f"{source}: curriculum.phases[{phase.index}].epochs: must last longer than warmup_updates "
+                f"({warmup}), got "
                 f"{phase.end.epochs} epochs of {epoch_updates[phase.index]} updates together. "
                 "Raise epochs or min_updates, or lower warmup_updates."
             )

@@ -1,6 +1,7 @@
 """The learning rate inside one phase: a pure function of the update's index, so there is nothing to save.
 
-The loop writes `at(clock.phase_updates)` into the parameter groups before each update; DeepSpeed gets no scheduler.
+The loop writes `at(clock.phase_updates)` into the parameter groups before each update; DeepSpeed gets no
+scheduler.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ class LearningRateSchedule:
                    linear    peak * (1 - (1 - r) * p)
                    cosine    peak * (r + (1 - r) * (1 + cos(pi * p)) / 2)
 
-    The last warm-up update and the first after it both have `peak`; update n - 1 and all later ones have the final rate
-    (if n - 1 > w; otherwise there is no room to decay).
-    Worked number: peak 1e-4, cosine, w = 1000, n = 50001, r = 0.1: at(499) = 5e-5, at(25500) = 5.5e-5, at(50000) = 1e-5.
+    The last warm-up update and the first after it both have `peak`; update n - 1 and all later ones have the
+    final rate (if n - 1 > w; otherwise there is no room to decay).
+    Worked number: peak 1e-4, cosine, w = 1000, n = 50001, r = 0.1: at(499) = 5e-5, at(25500) = 5.5e-5,
+    at(50000) = 1e-5.
 
     Attributes:
         peak: Highest rate, > 0.
@@ -43,9 +45,12 @@ class LearningRateSchedule:
     final_ratio: float
 
     def at(self, phase_update: int) -> float:
-        """Returns the rate of the phase's update with index `phase_update`, counted from 0; the final rate after the end."""
+        """Returns the rate of the phase's update with index `phase_update`, counted from 0; the final rate
+        after the end."""
         if phase_update < self.warmup_updates:
-            return self.peak * ((phase_update + 1) / self.warmup_updates)  # in this order the last one is the peak to the bit
+            return self.peak * (
+                (phase_update + 1) / self.warmup_updates
+            )  # in this order the last one is the peak to the bit
         if self.kind == "constant" or self.updates is None:
             return self.peak
         after_warmup = phase_update - self.warmup_updates

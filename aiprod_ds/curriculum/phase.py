@@ -1,7 +1,8 @@
 """A phase as it will run: every derived number in one frozen record.
 
-`aiprod_ds.curriculum.plan` makes these from the configuration, the model's strides, the data and the world size; the loop,
-the sampler, the planner's table and the report read them. Nobody else solves a batch triple or snaps a frame count.
+`aiprod_ds.curriculum.plan` makes these from the configuration, the model's strides, the data and the world
+size; the loop, the sampler, the planner's table and the report read them. Nobody else solves a batch triple
+or snaps a frame count.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class BucketPlan:
     Attributes:
         frames: Frames per clip after snapping to what the model takes; of sound, samples of each channel.
         requested_frames: Frames that the configuration asked for.
-        frame_rate_hz: Rate to which clips are resampled; None keeps each clip's own. Of sound, the sample rate.
+        frame_rate_hz: Rate to which clips are resampled; None keeps each clip's own. Of sound, the sample
+            rate.
         share: Fraction of the phase's updates; None when every clip goes to the bucket that fits it best.
     """
 
@@ -49,13 +51,18 @@ class BucketPlan:
 
     @property
     def pixels_per_update(self) -> int:
-        """Pixels of all frames of all clips of one update over all ranks; of sound, samples of each channel."""
+        """Pixels of all frames of all clips of one update over all ranks; of sound, samples of each
+        channel."""
         return self.global_batch_size * self.frames * self.height * self.width
 
     @property
     def length_text(self) -> str:
         """The length in words: `17 frames`, or `65,536 samples (1.49 s)`."""
-        seconds = f" ({self.frames / self.frame_rate_hz:.2f} s)" if self.is_sound and self.frame_rate_hz is not None else ""
+        seconds = (
+            f" ({self.frames / self.frame_rate_hz:.2f} s)"
+            if self.is_sound and self.frame_rate_hz is not None
+            else ""
+        )
         return f"{self.frames:,} {self.unit}{seconds}"
 
     @property
@@ -119,7 +126,8 @@ class PhasePlan:
         random_flip: Whether clips are mirrored at random.
         activation_checkpointing: On or off; None as the engine's settings say.
         moments: What happens to the optimizer's moments when the phase begins; `keep` in the first.
-        moment_scale: Factor for both moments at the beginning: 1 keep, 0 reset, otherwise the configured decay.
+        moment_scale: Factor for both moments at the beginning: 1 keep, 0 reset, otherwise the configured
+            decay.
         adapters: What is trained in place of the weights; None if the weights themselves are.
     """
 

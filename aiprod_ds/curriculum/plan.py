@@ -1,7 +1,7 @@
 """Configuration + model strides + world size -> `RunPlan`: the only place that derives a phase's numbers.
 
-Pure: `plan` and `check` run it without a GPU, the trainer runs it again on every rank and gets the same. Rules that need the
-clips are in `aiprod_ds.curriculum.data_rules`.
+Pure: `plan` and `check` run it without a GPU, the trainer runs it again on every rank and gets the same.
+Rules that need the clips are in `aiprod_ds.curriculum.data_rules`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from aiprod_ds.errors import PlanError
 _WITHOUT_PICTURE = PhaseResolution(height=1, width=1)
 
 
-def plan_run(config: RunConfig, *, world_size: int, strides: ModelStrides, source: str = "configuration") -> RunPlan:
+def plan_run(
+    config: RunConfig, *, world_size: int, strides: ModelStrides, source: str = "configuration"
+) -> RunPlan:
     """Returns the phases of `config` as they run on `world_size` ranks.
 
     Args:
@@ -32,14 +34,17 @@ def plan_run(config: RunConfig, *, world_size: int, strides: ModelStrides, sourc
         source: How messages name the configuration, usually its file.
 
     Raises:
-        PlanError: With every problem: a batch that does not divide, a resolution or frame count that the model cannot take.
+        PlanError: With every problem: a batch that does not divide, a resolution or frame count that the
+            model cannot take.
     """
     problems: list[str] = []
     phases: list[PhasePlan] = []
     first = UpdateRange(minimum=0, maximum=0)
     for index, phase in enumerate(config.curriculum.phases):
         where = f"{source}: curriculum.phases[{index}]"
-        planner = _PhasePlanner(config=config, world_size=world_size, strides=strides, where=where, problems=problems)
+        planner = _PhasePlanner(
+            config=config, world_size=world_size, strides=strides, where=where, problems=problems
+        )
         buckets = planner.buckets(phase)
         if not buckets:
             continue  # its problems are collected; the plan is not returned
@@ -64,12 +69,19 @@ class _PhasePlanner:
             only = BucketConfig(resolution=phase.resolution, duration=phase.duration)
             found = self._bucket(phase, only, self.where)
             return () if found is None else (found,)
-        each = [self._bucket(phase, bucket, f"{self.where}.buckets[{index}]") for index, bucket in enumerate(phase.buckets)]
+        each = [
+            self._bucket(phase, bucket, f"{self.where}.buckets[{index}]")
+            for index, bucket in enumerate(phase.buckets)
+        ]
         return tuple(bucket for bucket in each if bucket is not None)
 
-    def plan(self, phase: PhaseConfig, *, index: int, first: UpdateRange, buckets: tuple[BucketPlan, ...]) -> PhasePlan:
+    def plan(
+        self, phase: PhaseConfig, *, index: int, first: UpdateRange, buckets: tuple[BucketPlan, ...]
+    ) -> PhasePlan:
         adapter = self.config.curriculum.adapter
-        policy, decay = (phase.moments, phase.moment_decay) if phase.moments else (adapter.moments, adapter.moment_decay)
+        policy, decay = (
+            (phase.moments, phase.moment_decay) if phase.moments else (adapter.moments, adapter.moment_decay)
+        )
         adapters = self.config.phase_adapters(phase)
         policy = policy if index else "keep"
         if index and adapters != self.config.phase_adapters(self.config.curriculum.phases[index - 1]):
@@ -89,7 +101,9 @@ class _PhasePlanner:
                 updates=phase.limit_updates,
                 final_ratio=phase.final_learning_rate_ratio,
             ),
-            weight_decay=self.config.optimizer.weight_decay if phase.weight_decay is None else phase.weight_decay,
+            weight_decay=self.config.optimizer.weight_decay
+            if phase.weight_decay is None
+            else phase.weight_decay,
             loss_weights={**self.config.loss_weights(), **phase.loss},
             random_flip=self.config.random_flip() if flip is None else flip,
             activation_checkpointing=phase.activation_checkpointing,
@@ -125,7 +139,8 @@ class _PhasePlanner:
                 below, above = size // stride * stride, (size // stride + 1) * stride
                 nearest = f"{below} or {above}" if below else str(above)
                 self.problems.append(
-                    f"{where}.resolution.{name}: must be a multiple of the model's stride {stride}, got {size}. Use {nearest}."
+                    f"{where}.resolution.{name}: must be a multiple of the model's stride {stride}, got "
+                    f"{size}. Use {nearest}."
                 )
 
     def _requested_frames(self, duration: PhaseDuration, rate_hz: float | None, where: str) -> int | None:
@@ -145,7 +160,8 @@ class _PhasePlanner:
             key = "frames" if duration.seconds is None else "seconds"
             nearest = [str(frames) for frames in (snapped - self.strides.temporal, snapped) if frames > 0]
             self.problems.append(
-                f"{where}.duration.{key}: must give {self.strides.rule} for this model (frames_policy: strict), "
+                f"{where}.duration.{key}: must give {self.strides.rule} for this model (frames_policy: "
+                "strict), "
                 f"got {requested}. Use {' or '.join(nearest)}, or frames_policy: snap."
             )
         return snapped
@@ -171,7 +187,8 @@ class _PhasePlanner:
         product = global_batch_size * self.world_size
         if product % adapter.reference_world_size:
             raise ValueError(
-                f"global_batch_size: must stay whole after batch_scaling * {self.world_size} / {adapter.reference_world_size}, "
+                f"global_batch_size: must stay whole after batch_scaling * {self.world_size} / "
+                f"{adapter.reference_world_size}, "
                 f"got {global_batch_size}. Use a multiple of {adapter.reference_world_size}."
             )
         return product // adapter.reference_world_size
@@ -181,7 +198,8 @@ class _PhasePlanner:
         sizes = sorted({bucket.global_batch_size for bucket in buckets})
         if adapter.reference_global_batch_size is not None and len(sizes) > 1:
             self.problems.append(
-                f"{self.where}.buckets: must have one global batch size with lr_scaling: {adapter.lr_scaling}, got {sizes}. "
+                f"{self.where}.buckets: must have one global batch size with lr_scaling: "
+                f"{adapter.lr_scaling}, got {sizes}. "
                 "Make them equal or use lr_scaling: none."
             )
         return rate_scale(adapter, sizes[0])
@@ -190,7 +208,8 @@ class _PhasePlanner:
 def snap_notes(plan: RunPlan, strides: ModelStrides) -> tuple[str, ...]:
     """Returns one sentence for every bucket that has other frames than the configuration asked for."""
     return tuple(
-        f"phase {phase.name}: {bucket.unit} {bucket.requested_frames:,} -> {bucket.frames:,} (the model takes {strides.rule})"
+        f"phase {phase.name}: {bucket.unit} {bucket.requested_frames:,} -> {bucket.frames:,} (the model "
+        f"takes {strides.rule})"
         for phase in plan.phases
         for bucket in phase.buckets
         if bucket.frames != bucket.requested_frames

@@ -1,7 +1,8 @@
-"""When a loss has stopped falling: an exponential mean and a patience counter, exact to the last bit after resume.
+"""When a loss has stopped falling: an exponential mean and a patience counter, exact to the last bit after
+resume.
 
-Pure state machine on Python floats; every rank feeds the same reduced loss and reaches the same answer. Used by
-`scheduler` alone.
+Pure state machine on Python floats; every rank feeds the same reduced loss and reaches the same answer. Used
+by `scheduler` alone.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ class PlateauState:
 
         average = s * average + (1 - s) * x
         weight  = s * weight + (1 - s)          (this is 1 - s^n, without a power)
-        smooth  = average / weight              (bias correction: a constant loss gives itself from the first update)
+        smooth  = average / weight              (bias correction: a constant loss gives itself at once)
 
-    The first ceil(1 / (1 - s)) losses only fill the mean, so that one lucky value cannot become the mark. Then `best` is the
-    smoothed loss of the last real improvement, which is smooth < best - threshold * |best|. The plateau is reached when
-    `patience_updates` finite losses brought no improvement. So a rising loss is no improvement and ends the phase, noise is
-    averaged out, and slow progress counts as soon as it adds up to the threshold within the patience.
+    The first ceil(1 / (1 - s)) losses only fill the mean, so that one lucky value cannot become the mark.
+    Then `best` is the smoothed loss of the last real improvement, which is smooth < best - threshold *
+    |best|. The plateau is reached when `patience_updates` finite losses brought no improvement. So a rising
+    loss is no improvement and ends the phase, noise is averaged out, and slow progress counts as soon as it
+    adds up to the threshold within the patience.
 
-    NaN and infinite losses are left out of the mean and of the patience, and counted; `patience_updates` of them in a row
-    raise `NonFiniteError`, because the phase can no longer be judged.
+    NaN and infinite losses are left out of the mean and of the patience, and counted; `patience_updates` of
+    them in a row raise `NonFiniteError`, because the phase can no longer be judged.
 
     Worked numbers: s = 0.5, losses 4, 2: average 2 then 2, weight 0.5 then 0.75, smooth 4 then 2.6667.
 
@@ -77,8 +79,11 @@ class PlateauState:
         return self.best_at > 0 and self.losses - self.best_at >= rule.patience_updates
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the state as a JSON-ready mapping; floats as hexadecimal text, so that not a bit is lost."""
-        return {name: getattr(self, name).hex() for name in _FLOATS} | {name: getattr(self, name) for name in _COUNTS}
+        """Returns the state as a JSON-ready mapping; floats as hexadecimal text, so that not a bit is
+        lost."""
+        return {name: getattr(self, name).hex() for name in _FLOATS} | {
+            name: getattr(self, name) for name in _COUNTS
+        }
 
     @classmethod
     def from_dict(cls, values: object) -> PlateauState:
@@ -88,7 +93,8 @@ class PlateauState:
             CheckpointError: If a field is missing, unknown or out of range.
         """
         damaged = CheckpointError(
-            f"curriculum.plateau: must be a saved plateau state, got {values!r}. The checkpoint is damaged; use an earlier one."
+            f"curriculum.plateau: must be a saved plateau state, got {values!r}. The checkpoint is damaged; "
+            "use an earlier one."
         )
         if not isinstance(values, Mapping) or set(values) != {*_COUNTS, *_FLOATS}:
             raise damaged
@@ -106,7 +112,8 @@ class PlateauState:
         run = self.non_finite_run + 1
         if run >= rule.patience_updates:
             raise NonFiniteError(
-                f"plateau: the loss must be finite at least once in {rule.patience_updates} updates, got {run} NaN or infinite "
+                f"plateau: the loss must be finite at least once in {rule.patience_updates} updates, got "
+                f"{run} NaN or infinite "
                 "losses in a row. Lower the learning rate or resume from an earlier checkpoint."
             )
         return replace(self, non_finite_run=run, non_finite=self.non_finite + 1)

@@ -1,7 +1,8 @@
 """When a phase is over: by updates, by epochs or by a loss plateau, whichever comes first.
 
-The loop asks `decision(clock)` before each update and reports each update with `observe`. The scheduler never moves the
-clock. All of its state is in `state_dict`; decisions are functions of (plan, state, clock), so equal on every rank.
+The loop asks `decision(clock)` before each update and reports each update with `observe`. The scheduler never
+moves the clock. All of its state is in `state_dict`; decisions are functions of (plan, state, clock), so
+equal on every rank.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class Decision:
 class CurriculumScheduler:
     """Decides phase transitions of one run.
 
-    Life: `decision(clock)` -> STAY: run an update, advance the clock, `observe(clock, loss)`; NEXT_PHASE: do the transition and
-    go on with `clock.at_phase(clock.phase + 1)`; FINISHED: stop. Observing the same clock again changes nothing.
+    Life: `decision(clock)` -> STAY: run an update, advance the clock, `observe(clock, loss)`; NEXT_PHASE: do
+    the transition and go on with `clock.at_phase(clock.phase + 1)`; FINISHED: stop. Observing the same clock
+    again changes nothing.
 
     Args:
         plan: The run's phases.
@@ -63,7 +65,8 @@ class CurriculumScheduler:
     def needs_loss(self, clock: Clock) -> bool:
         """Returns whether the next applied update must be observed with its loss, reduced over ranks.
 
-        False saves the loop a reduction and a device synchronisation: only plateau phases after warm-up need it.
+        False saves the loop a reduction and a device synchronisation: only plateau phases after warm-up need
+        it.
         """
         phase = self._phase_of(clock)
         return phase.end.plateau is not None and clock.phase_updates >= phase.learning_rate.warmup_updates
@@ -84,7 +87,11 @@ class CurriculumScheduler:
             "load_state_dict comes before a rollback"
         )
         phase, is_new = self._phases[self._phase], clock.phase_updates > self._seen[0]
-        if is_new and phase.end.plateau is not None and clock.phase_updates > phase.learning_rate.warmup_updates:
+        if (
+            is_new
+            and phase.end.plateau is not None
+            and clock.phase_updates > phase.learning_rate.warmup_updates
+        ):
             assert loss is not None, "needs_loss(clock) was True before this update"
             self._plateau = self._plateau.observe(loss, phase.end.plateau)
         self._seen = moment
@@ -117,21 +124,29 @@ class CurriculumScheduler:
             CheckpointError: If the state is of another format, damaged or of another curriculum.
         """
         if set(state) != set(self.state_dict()) or state["format"] != _FORMAT:
-            raise CheckpointError(f"curriculum: must be a scheduler state of format {_FORMAT}, got {dict(state)}. It is damaged.")
+            raise CheckpointError(
+                f"curriculum: must be a scheduler state of format {_FORMAT}, got {dict(state)}. It is "
+                "damaged."
+            )
         counts = [state[name] for name in ("phase", "seen_updates", "seen_skipped")]
         if any(type(count) is not int or count < 0 for count in counts):
-            raise CheckpointError(f"curriculum: phase and counts must be non-negative integers, got {counts}. It is damaged.")
+            raise CheckpointError(
+                f"curriculum: phase and counts must be non-negative integers, got {counts}. It is damaged."
+            )
         phase, updates, skipped = counts
         if phase >= len(self._phases) or self._phases[phase].name != state["phase_name"]:
             raise CheckpointError(
-                f"curriculum.phase: must be phase {phase} {state['phase_name']!r} of this configuration, got phases "
+                f"curriculum.phase: must be phase {phase} {state['phase_name']!r} of this configuration, "
+                "got phases "
                 f"{[known.name for known in self._phases]}. Resume with the configuration of the checkpoint."
             )
         plateau = PlateauState.from_dict(state["plateau"])
         self._phase, self._seen, self._plateau = phase, (updates, skipped), plateau
 
     def _phase_of(self, clock: Clock) -> PhasePlan:
-        assert self._phase <= clock.phase < len(self._phases), f"clock in phase {clock.phase}, scheduler in {self._phase}"
+        assert self._phase <= clock.phase < len(self._phases), (
+            f"clock in phase {clock.phase}, scheduler in {self._phase}"
+        )
         return self._phases[clock.phase]
 
     def _enter(self, clock: Clock) -> None:

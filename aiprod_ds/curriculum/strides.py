@@ -1,6 +1,7 @@
 """How a model divides its input: what a plan must know of it to snap sizes and lengths.
 
-A pure record; `aiprod_ds.models` measures it. It stands here, not there, because the curriculum reads it and knows no torch.
+A pure record; `aiprod_ds.models` measures it. It stands here, not there, because the curriculum reads it and
+knows no torch.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStrides:
-    """How many pixels and frames become one latent; from the model's own configuration. Frames of sound are its samples.
+    """How many pixels and frames become one latent; from the model's own configuration. Frames of sound are
+    its samples.
 
     Attributes:
         spatial: Height and width must be multiples of it; 1 for sound.
         temporal: Of the frames; see `is_causal`.
-        is_causal: The model takes 1 + temporal * k frames, as video models do; otherwise temporal * k, k >= 1.
+        is_causal: The model takes 1 + temporal * k frames, as video models do; otherwise temporal * k, k >=
+            1.
     """
 
     spatial: int
@@ -29,8 +32,8 @@ class ModelStrides:
     def snap(self, requested: int) -> int:
         """Returns the smallest number of frames that the model takes and that is at least `requested`.
 
-        Example: 8 -> 9 and 16 -> 17 for causal strides 4 and 8; 49 stays 49 and 1 (an image) stays 1. Sound of 66,150 samples
-        with a hop of 2048 becomes 67,584.
+        Example: 8 -> 9 and 16 -> 17 for causal strides 4 and 8; 49 stays 49 and 1 (an image) stays 1. Sound
+        of 66,150 samples with a hop of 2048 becomes 67,584.
         """
         first = 1 if self.is_causal else 0
         return first + -(-(requested - first) // self.temporal) * self.temporal

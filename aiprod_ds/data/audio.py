@@ -1,7 +1,7 @@
 """From a file to the samples of a training clip: decodes an exact part, then converts channels and rate.
 
-Owns samples and time; what a file holds is `probe.py`'s, what is asked is `audio_dataset.py`'s. PyAV's errors end here.
-Shapes: C channels, N samples.
+Owns samples and time; what a file holds is `probe.py`'s, what is asked is `audio_dataset.py`'s. PyAV's errors
+end here. Shapes: C channels, N samples.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from aiprod_ds.errors import DataError
 MAX_CHANNELS = 2
 
 
-def decode_audio(path: Path, *, start_sample: int, num_samples: int, sample_rate_hz: int, channels: int) -> Tensor:
+def decode_audio(
+    path: Path, *, start_sample: int, num_samples: int, sample_rate_hz: int, channels: int
+) -> Tensor:
     """Decodes a part of a sound file or of a video's sound.
 
-    The part is the same part of the whole file decoded and resampled, wherever it starts: bit for bit at the file's own rate,
-    within 2e-6 at another.
+    The part is the same part of the whole file decoded and resampled, wherever it starts: bit for bit at the
+    file's own rate, within 2e-6 at another.
 
     Args:
         path: The file.
@@ -36,9 +38,9 @@ def decode_audio(path: Path, *, start_sample: int, num_samples: int, sample_rate
         [channels,num_samples] float32 in [-1,1]; what a codec or the resampler puts beyond 1 is clipped.
 
     Raises:
-        DataError: If the file holds no sound or more than two channels, the part is damaged or not finite, the file ends too
-            early, or its rate has no simple ratio to `sample_rate_hz`. A codec without redundancy decodes some damage to wrong
-            samples, which nobody can see.
+        DataError: If the file holds no sound or more than two channels, the part is damaged or not finite,
+            the file ends too early, or its rate has no simple ratio to `sample_rate_hz`. A codec without
+            redundancy decodes some damage to wrong samples, which nobody can see.
     """
     try:
         with SoundFile(path) as sound:
@@ -46,18 +48,32 @@ def decode_audio(path: Path, *, start_sample: int, num_samples: int, sample_rate
             window = input_window(start_sample, num_samples, from_hz=own_hz, to_hz=sample_rate_hz)
             wave_CN = torch.from_numpy(sound.read(window.start, window.stop))
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path}: must be decodable sound, got: {error}. Repair or remove the file.") from error
+        raise DataError(
+            f"{path}: must be decodable sound, got: {error}. Repair or remove the file."
+        ) from error
     if wave_CN.shape[1] < len(window):
         total = resampled_length(window.start + wave_CN.shape[1], from_hz=own_hz, to_hz=sample_rate_hz)
         if total < start_sample + num_samples:
             raise DataError(
-                f"{path}: must have {num_samples} samples at {sample_rate_hz} Hz from sample {start_sample} on, "
-                f"got {max(0, total - start_sample)}. Ask for fewer samples, start earlier or remove the file."
+                f"{path}: must have {num_samples} samples at {sample_rate_hz} Hz from sample {start_sample} "
+                "on, "
+                f"got {max(0, total - start_sample)}. Ask for fewer samples, start earlier or remove the "
+                "file."
             )
-    return fit_sound(wave_CN, start_sample, num_samples, from_hz=own_hz, to_hz=sample_rate_hz, channels=channels, where=str(path))
+    return fit_sound(
+        wave_CN,
+        start_sample,
+        num_samples,
+        from_hz=own_hz,
+        to_hz=sample_rate_hz,
+        channels=channels,
+        where=str(path),
+    )
 
 
-def fit_sound(window_CN: Tensor, start: int, num_samples: int, *, from_hz: int, to_hz: int, channels: int, where: str) -> Tensor:
+def fit_sound(
+    window_CN: Tensor, start: int, num_samples: int, *, from_hz: int, to_hz: int, channels: int, where: str
+) -> Tensor:
     """Brings a part of a sound to the rate and channels that a model takes.
 
     Args:
@@ -73,7 +89,8 @@ def fit_sound(window_CN: Tensor, start: int, num_samples: int, *, from_hz: int, 
         [channels,num_samples] float32 in [-1,1], contiguous.
 
     Raises:
-        DataError: If a sample is not finite, there are more than two channels, or the rates have no simple ratio.
+        DataError: If a sample is not finite, there are more than two channels, or the rates have no simple
+            ratio.
     """
     if not bool(window_CN.isfinite().all()):
         raise DataError(f"{where}: samples must be finite, got NaN or infinity. Repair or remove it.")
@@ -82,7 +99,9 @@ def fit_sound(window_CN: Tensor, start: int, num_samples: int, *, from_hz: int, 
         check_rates(from_hz=from_hz, to_hz=to_hz)
     except DataError as error:
         raise DataError(f"{where}: {error}.") from error
-    wave_CN = resample_window(_with_channels(window_CN.float(), channels), start, num_samples, from_hz=from_hz, to_hz=to_hz)
+    wave_CN = resample_window(
+        _with_channels(window_CN.float(), channels), start, num_samples, from_hz=from_hz, to_hz=to_hz
+    )
     return wave_CN.clamp(-1.0, 1.0).contiguous()
 
 

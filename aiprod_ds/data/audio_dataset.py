@@ -1,8 +1,9 @@
 """Sounds that answer a `ClipRequest`: which clip, how many samples, at a random place or in the middle.
 
-Owns the choice of the place as a pure function of (seed, sample, epoch), so that a resumed run hears the clips of an
-uninterrupted one, and what is done about silence and loudness; decoding is `audio.py`'s. A sound's `frames` are its samples at
-the configured rate, its height and width are 1. Shapes: C channels, N samples.
+Owns the choice of the place as a pure function of (seed, sample, epoch), so that a resumed run hears the
+clips of an uninterrupted one, and what is done about silence and loudness; decoding is `audio.py`'s. A
+sound's `frames` are its samples at the configured rate, its height and width are 1. Shapes: C channels, N
+samples.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ _MAX_DRAWS = 8
 
 
 def usable_sounds(manifest: Manifest, config: AudioDataConfig) -> Manifest:
-    """Returns the manifest without the sounds that cannot become clips; they are listed in `unreadable`, each with its reason.
+    """Returns the manifest without the sounds that cannot become clips; they are listed in `unreadable`, each
+    with its reason.
 
-    These are sounds whose rate has no simple ratio to the configured one and sounds that nowhere reach the silence threshold.
+    These are sounds whose rate has no simple ratio to the configured one and sounds that nowhere reach the
+    silence threshold.
     """
     problems = {record.path: _problem(record, config) for record in manifest.records}
     records = tuple(record for record in manifest.records if problems[record.path] is None)
-    unusable = tuple(Unreadable(path=path, reason=reason) for path, reason in problems.items() if reason is not None)
+    unusable = tuple(
+        Unreadable(path=path, reason=reason) for path, reason in problems.items() if reason is not None
+    )
     return replace(manifest, records=records, unreadable=manifest.unreadable + unusable)
 
 
@@ -73,12 +78,22 @@ class AudioClipDataset:
                 channels=self._config.channels,
             )
 
-        return {"audio": _clip(request, _length(record, self._config), read, record.path, seed=self._seed, config=self._config)}
+        return {
+            "audio": _clip(
+                request,
+                _length(record, self._config),
+                read,
+                record.path,
+                seed=self._seed,
+                config=self._config,
+            )
+        }
 
     def lengths(self) -> list[ClipFacts]:
         """Returns what the plan's rules need to know of every sound, in order."""
         return [
-            _facts(record.path, _length(record, self._config), self._config.sample_rate_hz) for record in self._manifest.records
+            _facts(record.path, _length(record, self._config), self._config.sample_rate_hz)
+            for record in self._manifest.records
         ]
 
 
@@ -86,8 +101,8 @@ class TensorAudioDataset:
     """A user's dataset of whole sounds, answering the same requests.
 
     Args:
-        dataset: Items are floating tensors [N] or [C,N] in [-1,1], or mappings with one under `audio` and optionally its rate
-            under `sample_rate_hz`; without it the configured rate is taken for theirs.
+        dataset: Items are floating tensors [N] or [C,N] in [-1,1], or mappings with one under `audio` and
+            optionally its rate under `sample_rate_hz`; without it the configured rate is taken for theirs.
         seed: The run's seed.
         config: Rate, channels, loudness and silence.
     """
@@ -127,10 +142,12 @@ class TensorAudioDataset:
         return {"audio": _clip(request, length, read, name, seed=self._seed, config=self._config)}
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every item, in order; the first call reads each item once.
+        """Returns what the plan's rules need to know of every item, in order; the first call reads each item
+        once.
 
         Raises:
-            DataError: If an item is no sound, has more than two channels, or its rate has no simple ratio to the configured one.
+            DataError: If an item is no sound, has more than two channels, or its rate has no simple ratio to
+                the configured one.
         """
         if self._lengths is None:
             self._lengths = [self._checked_facts(index) for index in range(len(self._dataset))]
@@ -151,14 +168,19 @@ class TensorAudioDataset:
         is_mapping = isinstance(item, Mapping)
         wave = item.get("audio") if is_mapping else item
         rate_hz = item.get("sample_rate_hz") if is_mapping else None
-        is_sound = isinstance(wave, Tensor) and wave.is_floating_point() and wave.ndim in (1, 2) and wave.numel() > 0
+        is_sound = (
+            isinstance(wave, Tensor) and wave.is_floating_point() and wave.ndim in (1, 2) and wave.numel() > 0
+        )
         if not is_sound:
             got = f"{list(wave.shape)} {wave.dtype}" if isinstance(wave, Tensor) else type(wave).__name__
             raise DataError(
-                f"dataset[{index}]: must be a floating tensor [N] or [C,N] in [-1,1], or a mapping with one under 'audio', "
+                f"dataset[{index}]: must be a floating tensor [N] or [C,N] in [-1,1], or a mapping with one "
+                "under 'audio', "
                 f"got {got}. Convert the item."
             )
-        return wave.reshape(-1, wave.shape[-1]), self._config.sample_rate_hz if rate_hz is None else int(rate_hz)
+        return wave.reshape(-1, wave.shape[-1]), self._config.sample_rate_hz if rate_hz is None else int(
+            rate_hz
+        )
 
 
 def _problem(record: MediaRecord, config: AudioDataConfig) -> str | None:
@@ -170,7 +192,10 @@ def _problem(record: MediaRecord, config: AudioDataConfig) -> str | None:
         return str(error)
     threshold_db = config.silence_threshold_db
     if threshold_db is not None and record.audio_peak < 10 ** (threshold_db / 20):
-        return f"is nowhere as loud as data.silence_threshold_db ({threshold_db:g} dB), its peak is {record.audio_peak:.3g}"
+        return (
+            f"is nowhere as loud as data.silence_threshold_db ({threshold_db:g} dB), its peak is "
+            f"{record.audio_peak:.3g}"
+        )
     return None
 
 
@@ -184,17 +209,28 @@ def _facts(name: str, length: int, rate_hz: int) -> ClipFacts:
 
 
 def _clip(
-    request: ClipRequest, length: int, read: Callable[[int], Tensor], name: str, *, seed: int, config: AudioDataConfig
+    request: ClipRequest,
+    length: int,
+    read: Callable[[int], Tensor],
+    name: str,
+    *,
+    seed: int,
+    config: AudioDataConfig,
 ) -> Tensor:
     rate_hz = config.sample_rate_hz
-    assert request.frame_rate_hz in (None, rate_hz), f"sounds have {rate_hz} Hz, a plan must ask for no other rate"
+    assert request.frame_rate_hz in (None, rate_hz), (
+        f"sounds have {rate_hz} Hz, a plan must ask for no other rate"
+    )
     latest = length - request.frames
     if latest < 0:
         raise DataError(
-            f"{name}: must have {request.frames} samples at {rate_hz} Hz, got {length}. Ask for shorter clips or remove it."
+            f"{name}: must have {request.frames} samples at {rate_hz} Hz, got {length}. Ask for shorter "
+            "clips or remove it."
         )
     wave_CN = (
-        _sounding(_starts(request, latest, seed), read, config.silence_threshold_db) if request.augment else read(latest // 2)
+        _sounding(_starts(request, latest, seed), read, config.silence_threshold_db)
+        if request.augment
+        else read(latest // 2)
     )
     if config.loudness_lufs is None:
         return wave_CN

@@ -1,16 +1,20 @@
-"""From which bucket each update of a phase comes, and when a pass over the phase's data is complete. `sampler` picks the samples.
+"""From which bucket each update of a phase comes, and when a pass over the phase's data is complete.
+`sampler` picks the samples.
 
-Without shares every sample is in one bucket. Bucket b with n_b samples in batches of B_b has read them e times after
-ceil(e * n_b / B_b) updates, so pass e of the phase ends after the sum of these over b. Inside a pass the buckets are shuffled.
-Worked number: 10 samples in batches of 4 and 6 in batches of 3 end their passes after 3 + 2, 5 + 4, 8 + 6 updates.
+Without shares every sample is in one bucket. Bucket b with n_b samples in batches of B_b has read them e
+times after ceil(e * n_b / B_b) updates, so pass e of the phase ends after the sum of these over b. Inside a
+pass the buckets are shuffled. Worked number: 10 samples in batches of 4 and 6 in batches of 3 end their
+passes after 3 + 2, 5 + 4, 8 + 6 updates.
 
-With shares every bucket has its own endless stream and the order follows the shares alone: after any n updates bucket b has had
-n * share_b of them, less than one off. Passes count samples: with N samples in the phase, pass e ends after
-ceil(e * N / sum_b(share_b * B_b)) updates.
-Worked number: shares 0.2 and 0.8 with batches of 16 and 4 take 6.4 samples an update; 64 samples last 10 updates.
+With shares every bucket has its own endless stream and the order follows the shares alone: after any n
+updates bucket b has had n * share_b of them, less than one off. Passes count samples: with N samples in the
+phase, pass e ends after ceil(e * N / sum_b(share_b * B_b)) updates.
+Worked number: shares 0.2 and 0.8 with batches of 16 and 4 take 6.4 samples an update; 64 samples last 10
+updates.
 
-Nothing is left out: what does not fill a batch at the end of a pass is completed with the first samples of the next one.
-Everything is a function of (seed, phase, position); caches only make neighbouring positions cheap.
+Nothing is left out: what does not fill a batch at the end of a pass is completed with the first samples of
+the next one. Everything is a function of (seed, phase, position); caches only make neighbouring positions
+cheap.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ class BucketOrder(Protocol):
         """Returns how many updates the first `passes` passes take."""
 
     def passes_before(self, position: int) -> int:
-        """Returns how many passes are complete before the update at `position`; the update belongs to the next one."""
+        """Returns how many passes are complete before the update at `position`; the update belongs to the
+        next one."""
 
 
 class PassOrder:
@@ -75,7 +80,8 @@ class PassOrder:
         return Turn(bucket, current.before[bucket] + current.places[offset])
 
     def updates_in(self, passes: int) -> int:
-        """Returns how many updates the first `passes` passes take: the sum of ceil(passes * samples / batch)."""
+        """Returns how many updates the first `passes` passes take: the sum of ceil(passes * samples /
+        batch)."""
         return sum(_updates(passes, samples, batch) for samples, batch in self._sizes)
 
     def passes_before(self, position: int) -> int:
@@ -92,16 +98,19 @@ class PassOrder:
         buckets = np.repeat(np.arange(len(turns)), turns)
         if len(turns) > 1:
             np.random.default_rng(stream_seed(*self._names, index)).shuffle(buckets)
-        return _Pass(index=index, first=sum(before), buckets=buckets.tolist(), places=_places(buckets), before=before)
+        return _Pass(
+            index=index, first=sum(before), buckets=buckets.tolist(), places=_places(buckets), before=before
+        )
 
 
 class ShareOrder:
     """Buckets with shares: the same mix at every moment.
 
-    The shares are taken as weights w_b / D with the smallest common D (0.2 and 0.8: 1 and 4 of 5). Earliest deadline first
-    spreads w_b updates of every bucket over D, and each such block runs forwards or backwards, as the seed says: a fixed
-    alternation could keep step with something else that alternates.
-    Source: Baruah, Cohen, Plaxton and Varvel 1996, Proportionate progress, Algorithmica 15, for one processor.
+    The shares are taken as weights w_b / D with the smallest common D (0.2 and 0.8: 1 and 4 of 5). Earliest
+    deadline first spreads w_b updates of every bucket over D, and each such block runs forwards or backwards,
+    as the seed says: a fixed alternation could keep step with something else that alternates.
+    Source: Baruah, Cohen, Plaxton and Varvel 1996, Proportionate progress, Algorithmica 15, for one
+    processor.
 
     Args:
         sizes: Of every bucket, samples and global batch size.
@@ -112,14 +121,22 @@ class ShareOrder:
     """
 
     def __init__(
-        self, sizes: Sequence[tuple[int, int]], shares: Sequence[float], *, num_samples: int, seed: int, phase: int
+        self,
+        sizes: Sequence[tuple[int, int]],
+        shares: Sequence[float],
+        *,
+        num_samples: int,
+        seed: int,
+        phase: int,
     ) -> None:
         self._weights = _weights(shares)
         self._names = (seed, "buckets", phase)
         forwards = _spread(self._weights)
         self._patterns = tuple((order, _places(np.asarray(order))) for order in (forwards, forwards[::-1]))
         self._pattern = (-1, self._patterns[0])
-        samples_per_block = sum(weight * batch for weight, (_, batch) in zip(self._weights, sizes, strict=True))
+        samples_per_block = sum(
+            weight * batch for weight, (_, batch) in zip(self._weights, sizes, strict=True)
+        )
         self._updates_per_pass = Fraction(num_samples * len(forwards), samples_per_block)
 
     def turn(self, position: int) -> Turn:
@@ -172,7 +189,8 @@ def _weights(shares: Sequence[float]) -> list[int]:
     for total in count(len(shares)):
         weights = [max(1, round(share / whole * total)) for share in shares]
         is_close = all(
-            abs(share / whole - weight / total) <= _SHARE_TOLERANCE for share, weight in zip(shares, weights, strict=True)
+            abs(share / whole - weight / total) <= _SHARE_TOLERANCE
+            for share, weight in zip(shares, weights, strict=True)
         )
         if is_close and sum(weights) == total:
             return weights
@@ -180,7 +198,8 @@ def _weights(shares: Sequence[float]) -> list[int]:
 
 
 def _spread(weights: Sequence[int]) -> list[int]:
-    """Returns each bucket as often as its weight says, so that no part from the start is one update off its share."""
+    """Returns each bucket as often as its weight says, so that no part from the start is one update off its
+    share."""
     total = sum(weights)
     given = [0] * len(weights)
     order: list[int] = []

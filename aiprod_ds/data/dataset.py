@@ -1,7 +1,7 @@
 """Map-style datasets that answer a `ClipRequest`: which clip, how long, how large, augmented or not.
 
-Owns the choice of start, crop and flip as pure functions of (seed, sample, epoch), so that a resumed run sees the clips of an
-uninterrupted one; decoding is `video.py`'s, the order of requests the sampler's.
+Owns the choice of start, crop and flip as pure functions of (seed, sample, epoch), so that a resumed run sees
+the clips of an uninterrupted one; decoding is `video.py`'s, the order of requests the sampler's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipRequest:
-    """One clip to deliver: frames, pixels and rate (None keeps the clip's own). Without `augment` it is the centre clip."""
+    """One clip to deliver: frames, pixels and rate (None keeps the clip's own). Without `augment` it is the
+    centre clip."""
 
     sample_index: int
     epoch: int
@@ -91,7 +92,8 @@ class VideoClipDataset:
             DataError: If the file is too short for the request or cannot be decoded.
         """
         record = self._manifest.records[request.sample_index]
-        # Resampling at the file's own rate yields its frames one by one, and is right for files of variable rate too.
+        # Resampling at the file's own rate yields its frames one by one, and is right for files of variable
+        # rate too.
         rate_hz = record.fps if request.frame_rate_hz is None else request.frame_rate_hz
         latest_frame = int(max_start_seconds(record, request.frames, rate_hz) * record.fps + _EPSILON)
         frames_THWC = decode_clip(
@@ -105,7 +107,13 @@ class VideoClipDataset:
     def lengths(self) -> list[ClipFacts]:
         """Returns what the plan's rules need to know of every file, in order."""
         return [
-            ClipFacts(name=record.path, frames=record.frames, seconds=record.seconds, height=record.height, width=record.width)
+            ClipFacts(
+                name=record.path,
+                frames=record.frames,
+                seconds=record.seconds,
+                height=record.height,
+                width=record.width,
+            )
             for record in self._manifest.records
         ]
 
@@ -114,8 +122,8 @@ class TensorVideoDataset:
     """A user's dataset of whole clips, answering the same requests.
 
     Args:
-        dataset: Items are floating tensors [3,T,H,W] in [-1,1], or mappings with one under `video` and optionally its rate
-            under `fps`, which requests with a `frame_rate_hz` need.
+        dataset: Items are floating tensors [3,T,H,W] in [-1,1], or mappings with one under `video` and
+            optionally its rate under `fps`, which requests with a `frame_rate_hz` need.
         seed: The run's seed.
     """
 
@@ -143,11 +151,14 @@ class TensorVideoDataset:
                 f"got {int(video_CTHW.shape[1] / step + _EPSILON)}. Ask for fewer frames or drop the item."
             )
         start = _start(self._seed, request, latest_frame)
-        indices = [min(int(start + index * step + 0.5), video_CTHW.shape[1] - 1) for index in range(request.frames)]
+        indices = [
+            min(int(start + index * step + 0.5), video_CTHW.shape[1] - 1) for index in range(request.frames)
+        ]
         return _sample(video_CTHW[:, indices], self._seed, request)
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every item, in order; the first call reads each item once.
+        """Returns what the plan's rules need to know of every item, in order; the first call reads each item
+        once.
 
         An item without `fps` counts as one frame a second.
         """
@@ -158,17 +169,29 @@ class TensorVideoDataset:
     def _facts(self, index: int) -> ClipFacts:
         video_CTHW, fps = self._item(index)
         _, frames, height, width = video_CTHW.shape
-        return ClipFacts(name=f"dataset[{index}]", frames=frames, seconds=frames / (fps or 1.0), height=height, width=width)
+        return ClipFacts(
+            name=f"dataset[{index}]", frames=frames, seconds=frames / (fps or 1.0), height=height, width=width
+        )
 
     def _item(self, index: int) -> tuple[torch.Tensor, float | None]:
         item = self._dataset[index]
         is_mapping = isinstance(item, Mapping)
         video = item.get("video") if is_mapping else item
         fps = item.get("fps") if is_mapping else None
-        if not isinstance(video, torch.Tensor) or not video.is_floating_point() or video.ndim != 4 or video.shape[0] != 3:
-            got = f"{list(video.shape)} {video.dtype}" if isinstance(video, torch.Tensor) else type(video).__name__
+        if (
+            not isinstance(video, torch.Tensor)
+            or not video.is_floating_point()
+            or video.ndim != 4
+            or video.shape[0] != 3
+        ):
+            got = (
+                f"{list(video.shape)} {video.dtype}"
+                if isinstance(video, torch.Tensor)
+                else type(video).__name__
+            )
             raise DataError(
-                f"dataset[{index}]: must be a floating tensor [3,T,H,W] in [-1,1], or a mapping with one under 'video', "
+                f"dataset[{index}]: must be a floating tensor [3,T,H,W] in [-1,1], or a mapping with one "
+                "under 'video', "
                 f"got {got}. Convert the item."
             )
         return video, None if fps is None else float(fps)
@@ -179,7 +202,8 @@ class TensorVideoDataset:
             return 1.0
         if fps is None:
             raise DataError(
-                f"dataset[{request.sample_index}]: must state its rate under 'fps' for clips at {request.frame_rate_hz:g} Hz, "
+                f"dataset[{request.sample_index}]: must state its rate under 'fps' for clips at "
+                f"{request.frame_rate_hz:g} Hz, "
                 "got none. Add 'fps' to the item or remove frame_rate_hz."
             )
         return fps / request.frame_rate_hz
@@ -198,5 +222,7 @@ def _start(seed: int, request: ClipRequest, latest_frame: int) -> int:
 
 def _sample(frames: Any, seed: int, request: ClipRequest) -> ClipSample:
     crop_seed = _clip_seed(seed, request, "crop") if request.augment else None
-    video_CTHW = fit_clip(frames, height=request.height, width=request.width, seed=crop_seed, flip=request.flip)
+    video_CTHW = fit_clip(
+        frames, height=request.height, width=request.width, seed=crop_seed, flip=request.flip
+    )
     return {"video": video_CTHW}

@@ -1,8 +1,9 @@
-"""Latents and prompt embeddings that answer a `ClipRequest`: the clip's entry of exactly the shape that is asked for.
+"""Latents and prompt embeddings that answer a `ClipRequest`: the clip's entry of exactly the shape that is
+asked for.
 
-Owns reading and caption dropout, a pure function of (seed, sample, epoch); which clips there are is `latent_index.py`'s. Nothing
-is cropped or mirrored: a latent has one shape. Shapes: C channels, F frames, H height, W width, T audio positions, M mel bands,
-S tokens, D width.
+Owns reading and caption dropout, a pure function of (seed, sample, epoch); which clips there are is
+`latent_index.py`'s. Nothing is cropped or mirrored: a latent has one shape. Shapes: C channels, F frames, H
+height, W width, T audio positions, M mel bands, S tokens, D width.
 """
 
 from __future__ import annotations
@@ -52,7 +53,13 @@ class LatentDataset:
     """
 
     def __init__(
-        self, manifest: Manifest, *, seed: int, strides: ModelStrides, with_audio: bool = False, caption_dropout: float = 0.0
+        self,
+        manifest: Manifest,
+        *,
+        seed: int,
+        strides: ModelStrides,
+        with_audio: bool = False,
+        caption_dropout: float = 0.0,
     ) -> None:
         self._manifest = manifest
         self._seed = seed
@@ -73,14 +80,18 @@ class LatentDataset:
     def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
         """Returns the tensors of one clip, as the files hold them (bf16 if `aiprod-ds encode` wrote them).
 
-        `latents` [C,F,H,W], `audio_latents` [C,T] or [C,T,M] with audio, `prompt_embeds` [S,D], `prompt_attention_mask` [S] bool,
-        `audio_prompt_embeds` [S,D'] where the files have them, and `fps`, a fp32 scalar.
+        `latents` [C,F,H,W], `audio_latents` [C,T] or [C,T,M] with audio, `prompt_embeds` [S,D],
+        `prompt_attention_mask` [S] bool, `audio_prompt_embeds` [S,D'] where the files have them, and `fps`, a
+        fp32 scalar.
 
         Raises:
-            DataError: If the clip has no entry of that shape, a file is damaged, or a mirrored clip is asked for.
+            DataError: If the clip has no entry of that shape, a file is damaged, or a mirrored clip is asked
+                for.
         """
         if request.flip:
-            raise DataError("latents: cannot be mirrored, got random_flip. Remove augment.random_flip from the phases.")
+            raise DataError(
+                "latents: cannot be mirrored, got random_flip. Remove augment.random_flip from the phases."
+            )
         record = self._manifest.records[request.sample_index]
         shape = _shape(request)
         name = self._name(record.path, shape)
@@ -97,12 +108,19 @@ class LatentDataset:
     def lengths(self) -> list[ClipFacts]:
         """Returns what the plan's rules need to know of every clip, in order."""
         return [
-            ClipFacts(name=record.path, frames=record.frames, seconds=record.seconds, height=record.height, width=record.width)
+            ClipFacts(
+                name=record.path,
+                frames=record.frames,
+                seconds=record.seconds,
+                height=record.height,
+                width=record.width,
+            )
             for record in self._manifest.records
         ]
 
     def without_entry(self, indices: Sequence[int], bucket: BucketPlan) -> tuple[str, ...]:
-        """Returns the clips among `indices` that have no entry of the bucket's shape; reads headers of untagged entries only."""
+        """Returns the clips among `indices` that have no entry of the bucket's shape; reads headers of
+        untagged entries only."""
         shape = _shape(bucket)
         clips = (self._manifest.records[index].path for index in indices)
         return tuple(clip for clip in clips if not self._has(clip, shape))
@@ -133,13 +151,17 @@ class LatentDataset:
     def _tensor(self, source: str, name: str) -> Tensor:
         tensors = self._read(source, name)
         if "latents" not in tensors:
-            raise DataError(f"{self._manifest.root / source / name}: must hold a tensor 'latents', got {sorted(tensors)}.")
+            raise DataError(
+                f"{self._manifest.root / source / name}: must hold a tensor 'latents', got {sorted(tensors)}."
+            )
         return tensors["latents"]
 
     def _read(self, source: str, name: str) -> dict[str, Tensor]:
         path = find_entry(self._manifest.root, source, name)
         if path is None:
-            raise DataError(f"{self._manifest.root / source / name}: must exist, got no such file. Encode again.")
+            raise DataError(
+                f"{self._manifest.root / source / name}: must exist, got no such file. Encode again."
+            )
         return read_entry(path)
 
     def _drops_caption(self, request: ClipRequest) -> bool:
@@ -172,7 +194,9 @@ def require_entries(dataset: LatentDataset, plan: RunPlan, source: str) -> None:
 
 
 def _shape(asked: ClipRequest | BucketPlan) -> LatentShape:
-    return LatentShape(frames=asked.frames, height=asked.height, width=asked.width, frame_rate_hz=asked.frame_rate_hz)
+    return LatentShape(
+        frames=asked.frames, height=asked.height, width=asked.width, frame_rate_hz=asked.frame_rate_hz
+    )
 
 
 def _empty_prompt(root: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """What latents there are: a `.precomputed` folder becomes a `Manifest` of clips that can be trained on.
 
-Owns finding entries and the checks that need no tensor: partner files, fingerprints, lengths that fit each other. Reads headers
-only (of ltx-trainer's files, which have none, the whole file). Called before training; `latent_dataset.py` reads the tensors.
+Owns finding entries and the checks that need no tensor: partner files, fingerprints, lengths that fit each
+other. Reads headers only (of ltx-trainer's files, which have none, the whole file). Called before training;
+`latent_dataset.py` reads the tensors.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class LatentNeeds:
     Attributes:
         strides: Of the video VAE, to know the pixels of entries that do not say them.
         with_audio: Whether every clip needs audio latents.
-        fingerprints: What returns that of the encoder that the run names, by source; asked for only where an entry has one, since
-            it reads all weights. A source that is missing here is not checked.
+        fingerprints: What returns that of the encoder that the run names, by source; asked for only where an
+            entry has one, since it reads all weights. A source that is missing here is not checked.
     """
 
     strides: ModelStrides
@@ -52,13 +53,15 @@ class LatentNeeds:
 
 
 def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
-    """Returns the clips of `source` whose files are complete and fit each other; the others are listed in `unreadable`.
+    """Returns the clips of `source` whose files are complete and fit each other; the others are listed in
+    `unreadable`.
 
-    A clip's record states the frames, rate and size of its media where its entries do, so that buckets choose as they did when it
-    was encoded; for ltx-trainer's entries, those of its latents.
+    A clip's record states the frames, rate and size of its media where its entries do, so that buckets choose
+    as they did when it was encoded; for ltx-trainer's entries, those of its latents.
 
     Args:
-        source: A folder with `latents/`, a folder with `.precomputed/`, or the table beside it, whose rows choose the clips.
+        source: A folder with `latents/`, a folder with `.precomputed/`, or the table beside it, whose rows
+            choose the clips.
         needs: Of the run.
 
     Raises:
@@ -71,13 +74,19 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
     for clip in wanted:
-        known = clip if clip in found else str(Path(clip).with_suffix(""))  # ltx-trainer leaves the suffix of the media out
+        known = (
+            clip if clip in found else str(Path(clip).with_suffix(""))
+        )  # ltx-trainer leaves the suffix of the media out
         try:
             records.append(reader.record(known, found.get(known, [])))
         except _UnusableError as error:
             unreadable.append(Unreadable(path=clip, reason=str(error)))
     if reader.unchecked:
-        _log.warning("latents without fingerprint are not compared with the encoders: folder=%s files=%d", root, reader.unchecked)
+        _log.warning(
+            "latents without fingerprint are not compared with the encoders: folder=%s files=%d",
+            root,
+            reader.unchecked,
+        )
     return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable))
 
 
@@ -91,7 +100,8 @@ def _root(source: Path) -> Path:
         if (root / LATENTS).is_dir():
             return root
     raise DataError(
-        f"{source}: must be a folder with {LATENTS}/ or {PRECOMPUTED}/{LATENTS}/, or a manifest beside {PRECOMPUTED}/, got none. "
+        f"{source}: must be a folder with {LATENTS}/ or {PRECOMPUTED}/{LATENTS}/, or a manifest beside "
+        f"{PRECOMPUTED}/, got none. "
         "Run `aiprod-ds encode` first."
     )
 
@@ -99,7 +109,11 @@ def _root(source: Path) -> Path:
 def _entries(root: Path) -> dict[str, list[LatentShape | None]]:
     """Returns the shapes of every clip, sorted by clip."""
     folder = root / LATENTS
-    names = {path.relative_to(folder).as_posix()[: -len(path.suffix)] for path in folder.rglob("*") if _is_entry(path)}
+    names = {
+        path.relative_to(folder).as_posix()[: -len(path.suffix)]
+        for path in folder.rglob("*")
+        if _is_entry(path)
+    }
     found: dict[str, list[LatentShape | None]] = {}
     for name in sorted(names):
         clip, shape = split_name(name)
@@ -126,7 +140,9 @@ class _ClipReader:
         records = {self._entry(clip, shape) for shape in shapes}
         self._condition(clip)
         if len(records) > 1:
-            raise _UnusableError("its shapes were encoded from different media, or one of them by ltx-trainer")
+            raise _UnusableError(
+                "its shapes were encoded from different media, or one of them by ltx-trainer"
+            )
         return records.pop()
 
     def _entry(self, clip: str, shape: LatentShape | None) -> MediaRecord:
@@ -171,7 +187,8 @@ class _ClipReader:
             self.unchecked += 1
         elif found != (expected := ask()):
             raise DataError(
-                f"{path}: must come from the encoder that the configuration names ({expected[:12]}), got one with fingerprint "
+                f"{path}: must come from the encoder that the configuration names ({expected[:12]}), got "
+                "one with fingerprint "
                 f"{found[:12]}. Name the encoder that made it, or encode again into another folder."
             )
 
@@ -181,7 +198,9 @@ class _ClipReader:
             raise _UnusableError(f"{what} must be {list(first)} as in {other}, got {list(shape)}")
 
 
-def _record(clip: str, name: str, header: Header, latent_CFHW: tuple[int, ...], strides: ModelStrides) -> MediaRecord:
+def _record(
+    clip: str, name: str, header: Header, latent_CFHW: tuple[int, ...], strides: ModelStrides
+) -> MediaRecord:
     if "media_sha256" in header.metadata:
         return MediaRecord(
             path=clip,
@@ -197,7 +216,9 @@ def _record(clip: str, name: str, header: Header, latent_CFHW: tuple[int, ...], 
     frames = 1 + (latent_frames - 1) * strides.temporal
     return MediaRecord(
         path=clip,
-        sha256=hashlib.sha256(name.encode()).hexdigest(),  # the media is not at hand; its name decides who is held out
+        sha256=hashlib.sha256(
+            name.encode()
+        ).hexdigest(),  # the media is not at hand; its name decides who is held out
         frames=frames,
         fps=fps,
         height=latent_height * strides.spatial,
@@ -229,4 +250,6 @@ def _number(header: Header, name: str) -> float:
 def _check_duration(audio: Header, *, seconds: float) -> None:
     duration = _number(audio, "duration")
     if abs(duration - seconds) > _DURATION_TOLERANCE_SECONDS:
-        raise _UnusableError(f"{AUDIO_LATENTS} must last {seconds:.3f} s as its video does, got {duration:.3f} s")
+        raise _UnusableError(
+            f"{AUDIO_LATENTS} must last {seconds:.3f} s as its video does, got {duration:.3f} s"
+        )

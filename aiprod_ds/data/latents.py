@@ -1,4 +1,5 @@
-"""Files of latents and prompt embeddings: their names, how one is written whole or not at all, and how one is read.
+"""Files of latents and prompt embeddings: their names, how one is written whole or not at all, and how one is
+read.
 
 Owns the layout of a `.precomputed` folder:
 
@@ -7,9 +8,10 @@ Owns the layout of a `.precomputed` folder:
     conditions/<clip>.safetensors                               prompt_embeds [S,D], prompt_attention_mask [S]
     empty_prompt.safetensors                                    the same of the empty caption
 
-`<clip>` is the media file's path in its manifest with its suffix; the shape is the clip's in pixels, with `@<rate>hz` behind it
-where clips are resampled. ltx-trainer keeps one entry a clip, named without a shape, as `.pt`; such names are read too. Encoding
-writes here, `latent_index.py` lists what there is and `latent_dataset.py` reads it.
+`<clip>` is the media file's path in its manifest with its suffix; the shape is the clip's in pixels, with
+`@<rate>hz` behind it where clips are resampled. ltx-trainer keeps one entry a clip, named without a shape, as
+`.pt`; such names are read too. Encoding writes here, `latent_index.py` lists what there is and
+`latent_dataset.py` reads it.
 """
 
 from __future__ import annotations
@@ -34,12 +36,15 @@ SUFFIX, FOREIGN_SUFFIX = ".safetensors", ".pt"
 PRECOMPUTED = ".precomputed"
 EMPTY_PROMPT = f"empty_prompt{SUFFIX}"
 TEMPORARY_SUFFIX = ".part"
-_TAGGED = re.compile(r"^(?P<clip>.+)@(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)(?:@(?P<rate>[0-9.e+-]+)hz)?$")
+_TAGGED = re.compile(
+    r"^(?P<clip>.+)@(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)(?:@(?P<rate>[0-9.e+-]+)hz)?$"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentShape:
-    """The shape of a clip before it is encoded: frames and pixels, and the rate it is resampled to; None keeps its own."""
+    """The shape of a clip before it is encoded: frames and pixels, and the rate it is resampled to; None
+    keeps its own."""
 
     frames: int
     height: int
@@ -77,7 +82,12 @@ def split_name(name: str) -> tuple[str, LatentShape | None]:
     if match is None:
         return name, None
     rate = None if match["rate"] is None else float(match["rate"])
-    shape = LatentShape(frames=int(match["frames"]), height=int(match["height"]), width=int(match["width"]), frame_rate_hz=rate)
+    shape = LatentShape(
+        frames=int(match["frames"]),
+        height=int(match["height"]),
+        width=int(match["width"]),
+        frame_rate_hz=rate,
+    )
     return match["clip"], shape
 
 
@@ -103,13 +113,17 @@ def require_inside(clip: str) -> None:
     """
     path = PurePosixPath(clip)
     if path.is_absolute() or ".." in path.parts:
-        raise DataError("its path must be relative and lead into the manifest's folder. Move the file or the manifest")
+        raise DataError(
+            "its path must be relative and lead into the manifest's folder. Move the file or the manifest"
+        )
 
 
 def write_entry(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a file so that `path` is either absent, the old file or the whole new one, also after a crash of the machine.
+    """Writes a file so that `path` is either absent, the old file or the whole new one, also after a crash of
+    the machine.
 
-    A killed process leaves at most a file that ends in `.part`, which nothing reads and `remove_parts` deletes.
+    A killed process leaves at most a file that ends in `.part`, which nothing reads and `remove_parts`
+    deletes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -137,10 +151,14 @@ def read_header(path: Path) -> Header:
         values = _read_foreign(path)
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         metadata = {name: f"{float(value):.17g}" for name, value in values.items() if _is_number(value)}
-        return Header(metadata=metadata, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        return Header(
+            metadata=metadata, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        )
     try:
         with TensorFile(path) as file:
-            return Header(metadata=file.metadata, shapes={name: spec.shape for name, spec in file.specs.items()})
+            return Header(
+                metadata=file.metadata, shapes={name: spec.shape for name, spec in file.specs.items()}
+            )
     except TensorFileError as error:
         raise _damaged(path, error) from error
 
@@ -166,7 +184,9 @@ def _read_foreign(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         # torch's first line advises to load it nevertheless; why it did not is further below.
-        raise _damaged(path, next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])) from None
+        raise _damaged(
+            path, next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
+        ) from None
     if not isinstance(values, dict):
         raise _damaged(path, f"a {type(values).__name__}")
     return values

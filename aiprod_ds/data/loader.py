@@ -1,7 +1,8 @@
 """Micro-batches of one rank, decoded ahead by worker processes, from any position on.
 
-Owns the worker processes and how their failures surface. The sampler decides what comes when and the dataset how a clip is
-read, so the number of workers changes neither the order nor a single value. The training loop calls it.
+Owns the worker processes and how their failures surface. The sampler decides what comes when and the dataset
+how a clip is read, so the number of workers changes neither the order nor a single value. The training loop
+calls it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class MicroBatch:
     """What one rank trains on in one micro-step.
 
     Attributes:
-        tensors: The items of the dataset, stacked name by name: `video` [B,3,T,H,W] or `audio` [B,C,N], float32 in [-1,1], or
-            latents and embeddings in the types of their files.
+        tensors: The items of the dataset, stacked name by name: `video` [B,3,T,H,W] or `audio` [B,C,N],
+            float32 in [-1,1], or latents and embeddings in the types of their files.
         samples: Where each of the B clips comes from.
         bucket: Which of the phase's buckets all of them belong to.
         position: The update of the phase to which the micro-step belongs.
@@ -63,8 +64,8 @@ class ClipLoader:
         flip: Whether clips are mirrored at random.
 
     Raises:
-        DataError: When iterating, if a clip cannot be read or has another shape than its bucket; when starting or iterating,
-            if a worker dies.
+        DataError: When iterating, if a clip cannot be read or has another shape than its bucket; when
+            starting or iterating, if a worker dies.
     """
 
     def __init__(  # noqa: PLR0913  each argument is one independent fact of the run
@@ -84,7 +85,9 @@ class ClipLoader:
         loader: DataLoader[MicroBatch | _Failure] = DataLoader(
             _Clips(dataset, buckets, augment=augment, flip=flip),
             batch_size=None,
-            sampler=_MicroBatches(sampler, buckets, rank=rank, world_size=world_size, start_position=start_position),
+            sampler=_MicroBatches(
+                sampler, buckets, rank=rank, world_size=world_size, start_position=start_position
+            ),
             num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
@@ -111,7 +114,8 @@ class ClipLoader:
         except RuntimeError as error:
             batch = _lost_worker(error)
         if isinstance(batch, _Failure):
-            # Raised outside of the handler: an exception that holds the iterator's frames would keep the other workers alive.
+            # Raised outside of the handler: an exception that holds the iterator's frames would keep the
+            # other workers alive.
             self.close()
             raise DataError(batch.message)
         return batch
@@ -142,7 +146,13 @@ class _MicroBatches:
     """Describes the micro-batches of one rank in order; runs in the process that trains."""
 
     def __init__(
-        self, sampler: PhaseSampler, buckets: Sequence[BucketPlan], *, rank: int, world_size: int, start_position: int
+        self,
+        sampler: PhaseSampler,
+        buckets: Sequence[BucketPlan],
+        *,
+        rank: int,
+        world_size: int,
+        start_position: int,
     ) -> None:
         self._sampler = sampler
         self._buckets = buckets
@@ -155,7 +165,9 @@ class _MicroBatches:
         while True:
             batch = self._sampler.batch(position)
             size = self._buckets[batch.bucket].micro_batch_size
-            for samples in rank_slice(batch, rank=self._rank, world_size=self._world_size, micro_batch_size=size):
+            for samples in rank_slice(
+                batch, rank=self._rank, world_size=self._world_size, micro_batch_size=size
+            ):
                 yield _Description(samples=samples, bucket=batch.bucket, position=position)
             position += 1
 
@@ -163,7 +175,9 @@ class _MicroBatches:
 class _Clips(Dataset["MicroBatch | _Failure"]):
     """Reads described micro-batches; runs in the workers."""
 
-    def __init__(self, dataset: ClipSource, buckets: Sequence[BucketPlan], *, augment: bool, flip: bool) -> None:
+    def __init__(
+        self, dataset: ClipSource, buckets: Sequence[BucketPlan], *, augment: bool, flip: bool
+    ) -> None:
         self._dataset = dataset
         self._buckets = buckets
         self._augment = augment
@@ -178,7 +192,12 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
             return _Failure(message=str(error))
         except Exception as error:  # noqa: BLE001  the training process raises it again
             return _Failure(message=f"data loader: {type(error).__name__}: {error}")
-        return MicroBatch(tensors=tensors, samples=description.samples, bucket=description.bucket, position=description.position)
+        return MicroBatch(
+            tensors=tensors,
+            samples=description.samples,
+            bucket=description.bucket,
+            position=description.position,
+        )
 
     def _read(self, sample: SampleRef, bucket: BucketPlan) -> ClipSample:
         request = ClipRequest(
@@ -196,14 +215,16 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
             expected = _expected_shape(name, tensor, bucket)
             if expected is not None and (tensor.shape != expected or tensor.dtype != torch.float32):
                 raise DataError(
-                    f"sample {sample.sample_index}: {name} must be float32 of shape {expected}, got {tensor.dtype} of "
+                    f"sample {sample.sample_index}: {name} must be float32 of shape {expected}, got "
+                    f"{tensor.dtype} of "
                     f"{tuple(tensor.shape)}. Make the dataset return what the request asks for."
                 )
         return item
 
 
 def _expected_shape(name: str, tensor: Tensor, bucket: BucketPlan) -> tuple[int, ...] | None:
-    """What a tensor of this name must have; the channels of sound are the dataset's own. None: any, as of latents."""
+    """What a tensor of this name must have; the channels of sound are the dataset's own. None: any, as of
+    latents."""
     if name == "video":
         return (3, bucket.frames, bucket.height, bucket.width)
     if name == "audio":
@@ -226,8 +247,8 @@ def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group; the training process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # So do the signals that make it save, which needs the batches of the update under way; only its own SIGTERM ends a worker.
-    # A handler in Python cannot tell who sent it, `sigwaitinfo` can.
+    # So do the signals that make it save, which needs the batches of the update under way; only its own
+    # SIGTERM ends a worker. A handler in Python cannot tell who sent it, `sigwaitinfo` can.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     threading.Thread(target=_obey_parent, daemon=True).start()
 

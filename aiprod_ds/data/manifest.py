@@ -1,7 +1,8 @@
-"""What media there is: a folder or table becomes a `Manifest` of probed, hashed, readable clips. An image is a clip of one frame;
-where sound is asked for, a clip is the sound of an audio file or a video.
+"""What media there is: a folder or table becomes a `Manifest` of probed, hashed, readable clips. An image is
+a clip of one frame; where sound is asked for, a clip is the sound of an audio file or a video.
 
-Owns finding files, reading tables and splitting; `probe.py` looks into files. Called by `check`, `plan` and the trainers.
+Owns finding files, reading tables and splitting; `probe.py` looks into files. Called by `check`, `plan` and
+the trainers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,21 @@ from aiprod_ds.rng import stream_seed
 IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
 AUDIO_EXTENSIONS = frozenset(
-    {".aac", ".ac3", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"}
+    {
+        ".aac",
+        ".ac3",
+        ".aif",
+        ".aiff",
+        ".flac",
+        ".m4a",
+        ".mka",
+        ".mp3",
+        ".oga",
+        ".ogg",
+        ".opus",
+        ".wav",
+        ".wma",
+    }
 )
 TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
 
@@ -32,7 +47,10 @@ _EXTENSIONS: Mapping[Medium, frozenset[str]] = {
     "sound": AUDIO_EXTENSIONS | VIDEO_EXTENSIONS,
 }
 # The first of these columns that a row fills names its clip.
-_COLUMNS: Mapping[Medium, tuple[str, ...]] = {"video": ("video", "media_path"), "sound": ("audio", "video", "media_path")}
+_COLUMNS: Mapping[Medium, tuple[str, ...]] = {
+    "video": ("video", "media_path"),
+    "sound": ("audio", "video", "media_path"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +73,8 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedClip:
-    """A clip as a folder or a table lists it, before any file is opened; paths are relative to the folder of the list.
+    """A clip as a folder or a table lists it, before any file is opened; paths are relative to the folder of
+    the list.
 
     Attributes:
         path: Of the media.
@@ -72,9 +91,10 @@ def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -
     """Probes every clip of `source`; a clip that cannot be read is listed in `unreadable`, not raised.
 
     Args:
-        source: A folder, searched recursively and sorted by path, or a CSV, JSON or JSONL table with the column `video` or
-            `media_path` and optionally `audio` and `caption`; its paths are relative to the table's folder. For sounds, `audio`
-            comes first: a file named there is taken in place of the video's own sound.
+        source: A folder, searched recursively and sorted by path, or a CSV, JSON or JSONL table with the
+            column `video` or `media_path` and optionally `audio` and `caption`; its paths are relative to the
+            table's folder. For sounds, `audio` comes first: a file named there is taken in place of the
+            video's own sound.
         cache: File in which probes are kept between runs (`ProbeCache`); None probes every clip.
         medium: `sound` takes audio files and the sound of videos, and decodes each once to the end.
 
@@ -82,7 +102,10 @@ def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -
         DataError: If `source` does not exist or the table is malformed.
     """
     if not source.exists():
-        raise DataError(f"{source}: must be a folder or a CSV, JSON or JSONL manifest, got nothing there. Correct the path.")
+        raise DataError(
+            f"{source}: must be a folder or a CSV, JSON or JSONL manifest, got nothing there. Correct the "
+            "path."
+        )
     root = source if source.is_dir() else source.parent
     listed = _clips_of_folder(source, medium) if source.is_dir() else read_table(source, medium)
     probes = ProbeCache(cache, medium=medium)
@@ -108,11 +131,16 @@ def read_table(table: Path, medium: Medium = "video") -> list[ListedClip]:
         DataError: If the table cannot be read, or a row names no file.
     """
     if table.suffix.lower() not in TABLE_EXTENSIONS:
-        raise DataError(f"{table}: a manifest must end in .csv, .json or .jsonl, got {table.suffix!r}. Rename or convert it.")
+        raise DataError(
+            f"{table}: a manifest must end in .csv, .json or .jsonl, got {table.suffix!r}. Rename or "
+            "convert it."
+        )
     try:
         rows = list(_rows(table))
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file.") from error
+        raise DataError(
+            f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file."
+        ) from error
     return [_listed(table, number, row, medium) for number, row in enumerate(rows, start=1)]
 
 
@@ -127,39 +155,50 @@ def require_readable(
         setting: How the message names that share.
 
     Raises:
-        DataError: If no clip is readable, or the unreadable share is over `max_unreadable_fraction`; names the files.
+        DataError: If no clip is readable, or the unreadable share is over `max_unreadable_fraction`; names
+            the files.
     """
     broken, total = len(manifest.unreadable), len(manifest.unreadable) + len(manifest.records)
     if total == 0:
         raise DataError(
             f"{manifest.root}: must hold at least one {manifest.medium} clip, got none. "
-            f"Add files ending in {', '.join(sorted(_EXTENSIONS[manifest.medium]))} or name another folder or manifest."
+            f"Add files ending in {', '.join(sorted(_EXTENSIONS[manifest.medium]))} or name another folder "
+            "or manifest."
         )
     if manifest.records and broken <= max_unreadable_fraction * total:
         return
     named = "; ".join(f"{item.path} ({item.reason})" for item in manifest.unreadable[:5])
     more = f"; and {broken - 5} more" if broken > 5 else ""
-    rule = f"at most {max_unreadable_fraction:.0%} of the clips may be unreadable" if manifest.records else "no clip is readable"
+    rule = (
+        f"at most {max_unreadable_fraction:.0%} of the clips may be unreadable"
+        if manifest.records
+        else "no clip is readable"
+    )
     raise DataError(
-        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. Repair or remove these files, or raise {setting}."
+        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. Repair or remove these files, or "
+        f"raise {setting}."
     )
 
 
 def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
     """Splits into (train, validation) by content: byte-identical files never stand on both sides.
 
-    `round(fraction * clips)` clips are held out, at least one and never all; copies of one file may make it more. The choice
-    depends on `seed` and the content, not on names or order. Among images and videos only videos count and are held out, because
-    an image cannot be measured in a video's shape; images alone are split like videos. Unreadable files stay with train.
+    `round(fraction * clips)` clips are held out, at least one and never all; copies of one file may make it
+    more. The choice depends on `seed` and the content, not on names or order. Among images and videos only
+    videos count and are held out, because an image cannot be measured in a video's shape; images alone are
+    split like videos. Unreadable files stay with train.
 
     Raises:
         DataError: If there are fewer than two different clips.
     """
     candidates = _videos_or_all(manifest.records)
-    contents = sorted({record.sha256 for record in candidates}, key=lambda sha: (stream_seed(seed, "holdout", sha), sha))
+    contents = sorted(
+        {record.sha256 for record in candidates}, key=lambda sha: (stream_seed(seed, "holdout", sha), sha)
+    )
     if len(contents) < 2:
         raise DataError(
-            f"{manifest.root}: holding out validation clips needs at least 2 different clips, got {len(contents)}. "
+            f"{manifest.root}: holding out validation clips needs at least 2 different clips, got "
+            f"{len(contents)}. "
             "Add clips or set data.validation."
         )
     wanted = max(1, round(fraction * len(candidates)))
@@ -218,7 +257,9 @@ def _listed(table: Path, number: int, row: Any, medium: Medium) -> ListedClip:
     path = next((columns[name] for name in _COLUMNS[medium] if columns.get(name)), None)
     if not isinstance(path, str):
         names = " or ".join(repr(name) for name in _COLUMNS[medium])
-        raise DataError(f"{table}: row {number}: must name a file in column {names}, got {row!r}. Add it or drop the row.")
+        raise DataError(
+            f"{table}: row {number}: must name a file in column {names}, got {row!r}. Add it or drop the row."
+        )
     audio = columns.get("audio") or None if medium == "video" else None
     return ListedClip(path=path, audio=audio, caption=columns.get("caption") or None)
 

@@ -1,4 +1,5 @@
-"""What one media file holds: probed once, remembered while the file's size and modification time stay as they were.
+"""What one media file holds: probed once, remembered while the file's size and modification time stay as they
+were.
 
 Owns facts about files; `manifest.py` decides which files there are, `video.py` and `audio.py` decode them.
 """
@@ -26,7 +27,8 @@ _CACHE_VARIABLE = "AIPROD_DS_CACHE_DIR"
 # What probed the files: a cache of another format, or of another FFmpeg, is not believed.
 _PROBED_BY = f"2, PyAV {av.__version__}"
 _RATE_TOLERANCE = 0.01
-# Codecs overshoot full scale by a few dB; beyond 12 dB the samples are integers that somebody stored as floats.
+# Codecs overshoot full scale by a few dB; beyond 12 dB the samples are integers that somebody stored as
+# floats.
 _MAX_PEAK = 4.0
 Medium = Literal["video", "sound"]
 """What of a file counts: its pictures, or its sound alone."""
@@ -36,10 +38,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRecord:
-    """One readable clip: `path` relative to the manifest's root, frames >= 1, seconds = frames / fps, pixels as displayed.
+    """One readable clip: `path` relative to the manifest's root, frames >= 1, seconds = frames / fps, pixels
+    as displayed.
 
-    An image has one frame; its `fps` is what FFmpeg assumes and means nothing. A sound is a clip of 1x1 whose frames are its
-    samples and whose `fps` is its sample rate; `audio_peak` is its largest absolute sample, known of sounds only.
+    An image has one frame; its `fps` is what FFmpeg assumes and means nothing. A sound is a clip of 1x1 whose
+    frames are its samples and whose `fps` is its sample rate; `audio_peak` is its largest absolute sample,
+    known of sounds only.
     """
 
     path: str
@@ -59,8 +63,9 @@ class ProbeCache:
     """Probes files that it does not know yet.
 
     Args:
-        file: JSON in which probes are kept between runs; None keeps none. If it cannot be read or written, the log says so and
-            the files are probed. One file is for one medium: probes of the other are not believed.
+        file: JSON in which probes are kept between runs; None keeps none. If it cannot be read or written,
+            the log says so and the files are probed. One file is for one medium: probes of the other are not
+            believed.
         medium: What of the files counts.
     """
 
@@ -91,19 +96,25 @@ class ProbeCache:
         """Keeps the probes of this scan; those of files that it did not ask for are forgotten."""
         if self._file is None or self._seen == self._known:
             return
-        content = {"probed_by": self._probed_by, "probes": {key: asdict(probe) for key, probe in self._seen.items()}}
+        content = {
+            "probed_by": self._probed_by,
+            "probes": {key: asdict(probe) for key, probe in self._seen.items()},
+        }
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, json.dumps(content))
         except OSError as error:
-            _log.warning("probe cache is not written, the next run probes again: file=%s error=%s", self._file, error)
+            _log.warning(
+                "probe cache is not written, the next run probes again: file=%s error=%s", self._file, error
+            )
 
 
 def default_probe_cache(source: Path, *, medium: Medium = "video") -> Path | None:
-    """Returns where the probes of `source` are kept between runs: one file a source and medium in the user's cache folder.
+    """Returns where the probes of `source` are kept between runs: one file a source and medium in the user's
+    cache folder.
 
-    That is `$AIPROD_DS_CACHE_DIR`, else `$XDG_CACHE_HOME/aiprod_ds`, else `~/.cache/aiprod_ds`, never beside the data, which may
-    be shared or read-only. None when there is no home either.
+    That is `$AIPROD_DS_CACHE_DIR`, else `$XDG_CACHE_HOME/aiprod_ds`, else `~/.cache/aiprod_ds`, never beside
+    the data, which may be shared or read-only. None when there is no home either.
     """
     own, shared = os.environ.get(_CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
@@ -182,7 +193,8 @@ def _probe_video(file: Path) -> MediaRecord:
 
 
 def _frames_per_second(stream: av.VideoStream, times: list[int | None]) -> float:
-    """Returns the stated average rate, or the rate of the timestamps where that is missing or more than 1 % off."""
+    """Returns the stated average rate, or the rate of the timestamps where that is missing or more than 1 %
+    off."""
     stated = float(stream.average_rate) if stream.average_rate else None
     known = [time for time in times if time is not None]
     measured = None
@@ -212,7 +224,8 @@ def _probe_audio(file: Path) -> tuple[int, int]:
 
 
 def _probe_sound(file: Path) -> MediaRecord:
-    """Decodes the whole sound: headers lie about lengths, and a NaN or damage in the middle must be found before training."""
+    """Decodes the whole sound: headers lie about lengths, and a NaN or damage in the middle must be found
+    before training."""
     samples, peak = 0, 0.0
     with SoundFile(file) as sound:
         for piece in sound.pieces():

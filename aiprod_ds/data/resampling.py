@@ -1,11 +1,12 @@
-"""A part of a resampled sound from a part of the sound itself: the same samples as cutting the whole, resampled file.
+"""A part of a resampled sound from a part of the sound itself: the same samples as cutting the whole,
+resampled file.
 
-Owns which input samples an output needs and how they line up; the filter is torchaudio's. Called by `audio.py` and
-`audio_dataset.py`. Shapes: C channels, N samples.
+Owns which input samples an output needs and how they line up; the filter is torchaudio's. Called by
+`audio.py` and `audio_dataset.py`. Shapes: C channels, N samples.
 
-With rates in lowest terms from : to, output sample n stands at n * from / to in the input, so every `to` outputs the pattern
-repeats `from` inputs later. A window that starts at a multiple of `from` therefore sees the filter in the same phase as the
-whole file.
+With rates in lowest terms from : to, output sample n stands at n * from / to in the input, so every `to`
+outputs the pattern repeats `from` inputs later. A window that starts at a multiple of `from` therefore sees
+the filter in the same phase as the whole file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from aiprod_ds.errors import DataError
 
 # resampy's "kaiser_best", as the documentation of torchaudio spells it: the stop band is below -100 dB.
 _ZERO_CROSSINGS, _ROLLOFF, _BETA = 64, 0.9475937167399596, 14.769656459379492
-# Elements of the filter bank. All usual rates need under 0.3 million; 11,024 to 44,100 Hz needs 32 million, 2 s and 500 MB.
+# Elements of the filter bank. All usual rates need under 0.3 million; 11,024 to 44,100 Hz needs 32 million, 2
+# s and 500 MB.
 _MAX_FILTER_ELEMENTS = 2**22
 
 
@@ -37,19 +39,22 @@ def check_rates(*, from_hz: int, to_hz: int) -> None:
     """Checks that sounds can be resampled between two rates.
 
     Raises:
-        DataError: If the ratio in lowest terms has such large numbers that its filters would not fit; names no file.
+        DataError: If the ratio in lowest terms has such large numbers that its filters would not fit; names
+            no file.
     """
     source, target = _lowest_terms(from_hz, to_hz)
     elements = target * (2 * _reach(source, target) + source)
     if elements > _MAX_FILTER_ELEMENTS:
         raise DataError(
-            f"its sample rate must be a simple ratio to data.sample_rate_hz ({to_hz}), got {from_hz} Hz ({source}:{target}). "
+            f"its sample rate must be a simple ratio to data.sample_rate_hz ({to_hz}), got {from_hz} Hz "
+            f"({source}:{target}). "
             "Convert the file to 44,100, 48,000 or another common rate"
         )
 
 
 def input_window(start: int, num_samples: int, *, from_hz: int, to_hz: int) -> range:
-    """Returns the input samples that `num_samples` outputs from `start` on depend on; it may reach beyond the sound's end."""
+    """Returns the input samples that `num_samples` outputs from `start` on depend on; it may reach beyond the
+    sound's end."""
     source, target = _lowest_terms(from_hz, to_hz)
     if source == target:
         return range(start, start + num_samples)
@@ -69,7 +74,8 @@ def resample_window(window_CN: Tensor, start: int, num_samples: int, *, from_hz:
         to_hz: Rate of the output.
 
     Returns:
-        [C,num_samples] float32. For any two windows, what they share differs by less than 2e-6 (sums in another order).
+        [C,num_samples] float32. For any two windows, what they share differs by less than 2e-6 (sums in
+        another order).
     """
     if from_hz == to_hz:
         return window_CN

@@ -1,10 +1,12 @@
 """Which samples make which update: a pure function of (seed, phase, position), the same for every world size.
 
-Every bucket is an infinite stream, one seeded permutation of its samples after the other. Update k of a bucket takes the
-samples [k*B, (k+1)*B) of its stream, so nothing is dropped: what does not fill a batch at the end of a permutation opens a
-batch that the next one completes. `bucket_order` says which bucket has its turn and when a pass over the data is complete.
+Every bucket is an infinite stream, one seeded permutation of its samples after the other. Update k of a
+bucket takes the samples [k*B, (k+1)*B) of its stream, so nothing is dropped: what does not fill a batch at
+the end of a permutation opens a batch that the next one completes. `bucket_order` says which bucket has its
+turn and when a pass over the data is complete.
 
-There is no state to save. The caches below only make neighbouring positions cheap. The loader turns samples into clips.
+There is no state to save. The caches below only make neighbouring positions cheap. The loader turns samples
+into clips.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class SampleRef(NamedTuple):
 
     Attributes:
         sample_index: In the dataset.
-        epoch: Which permutation of its bucket it comes from; with `sample_index` it names the sample's random streams.
+        epoch: Which permutation of its bucket it comes from; with `sample_index` it names the sample's random
+            streams.
         ordinal: Its place in the global batch, 0 <= ordinal < global_batch_size.
     """
 
@@ -41,7 +44,8 @@ class SampleRef(NamedTuple):
 class Samples(Sequence[SampleRef]):
     """Samples of one update in three columns; each becomes a `SampleRef` when it is looked at.
 
-    The training process only cuts and sends them, which is much cheaper than making every `SampleRef`; the workers look.
+    The training process only cuts and sends them, which is much cheaper than making every `SampleRef`; the
+    workers look.
 
     Args:
         indices: `sample_index` of each.
@@ -85,9 +89,11 @@ class Samples(Sequence[SampleRef]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketSamples:
-    """The samples of one bucket: `indices` into the dataset, each once, and how many of them one update takes.
+    """The samples of one bucket: `indices` into the dataset, each once, and how many of them one update
+    takes.
 
-    `share` is the fraction of the phase's updates; None in all buckets of a phase whose samples are in one bucket each.
+    `share` is the fraction of the phase's updates; None in all buckets of a phase whose samples are in one
+    bucket each.
     """
 
     indices: tuple[int, ...]
@@ -102,7 +108,8 @@ class GlobalBatch:
     Attributes:
         position: Updates of the phase that came before, skipped ones included.
         bucket: Which of the phase's buckets it comes from.
-        epoch: Pass over the phase's data to which the update belongs; its last samples may be the first of the next one.
+        epoch: Pass over the phase's data to which the update belongs; its last samples may be the first of
+            the next one.
     """
 
     position: int
@@ -114,8 +121,8 @@ class GlobalBatch:
 class PhaseSampler:
     """Random access to the updates of a phase.
 
-    Example: 10 samples in batches of 4 give 3 updates in pass 0, whose last takes 2 samples of the next permutation, and 2
-    updates in pass 1.
+    Example: 10 samples in batches of 4 give 3 updates in pass 0, whose last takes 2 samples of the next
+    permutation, and 2 updates in pass 1.
 
     Args:
         seed: The run's.
@@ -130,7 +137,8 @@ class PhaseSampler:
         _check(phase, buckets)
         self._batch_sizes = tuple(bucket.global_batch_size for bucket in buckets)
         self._streams = tuple(
-            _Stream(bucket.indices, names=("order", phase, number), seed=seed) for number, bucket in enumerate(buckets)
+            _Stream(bucket.indices, names=("order", phase, number), seed=seed)
+            for number, bucket in enumerate(buckets)
         )
         self._order = _order(buckets, seed=seed, phase=phase)
 
@@ -155,15 +163,20 @@ class PhaseSampler:
         return self._order.updates_in(epochs)
 
 
-def rank_slice(batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[Samples, ...]:
+def rank_slice(
+    batch: GlobalBatch, *, rank: int, world_size: int, micro_batch_size: int
+) -> tuple[Samples, ...]:
     """Returns the micro-batches of one rank, in the order in which it accumulates them.
 
-    Micro-step i of all ranks together takes the i-th run of `world_size * micro_batch_size` samples, and rank r the r-th part
-    of that run; the ranks' slices are disjoint and their union is the batch, whatever the world size.
+    Micro-step i of all ranks together takes the i-th run of `world_size * micro_batch_size` samples, and rank
+    r the r-th part of that run; the ranks' slices are disjoint and their union is the batch, whatever the
+    world size.
     """
     run = world_size * micro_batch_size
     count = len(batch.samples)
-    assert count % run == 0, f"global batch {count} must be a multiple of world_size * micro_batch_size = {run}"
+    assert count % run == 0, (
+        f"global batch {count} must be a multiple of world_size * micro_batch_size = {run}"
+    )
     offset = rank * micro_batch_size
     return tuple(batch.samples[start : start + micro_batch_size] for start in range(offset, count, run))
 
@@ -178,7 +191,8 @@ def _order(buckets: Sequence[BucketSamples], *, seed: int, phase: int) -> Bucket
 
 
 class _Stream:
-    """The infinite sequence of one bucket's samples; keeps only the permutations that the last request touched."""
+    """The infinite sequence of one bucket's samples; keeps only the permutations that the last request
+    touched."""
 
     def __init__(self, indices: Sequence[int], *, names: tuple[str | int, ...], seed: int) -> None:
         self._indices = np.asarray(indices, dtype=np.int64)
@@ -214,14 +228,18 @@ def _check(phase: int, buckets: Sequence[BucketSamples]) -> None:
             "Add clips that are long and large enough, or lower the bucket's frames and resolution."
         )
     for number, bucket in enumerate(buckets):
-        assert bucket.global_batch_size >= 1, f"global_batch_size must be >= 1, got {bucket.global_batch_size}"
+        assert bucket.global_batch_size >= 1, (
+            f"global_batch_size must be >= 1, got {bucket.global_batch_size}"
+        )
         if bucket.share is not None and not bucket.indices:
             raise DataError(
-                f"{where}, bucket {number}: must have at least one sample for its share of {bucket.share:g}, got none. "
+                f"{where}, bucket {number}: must have at least one sample for its share of "
+                f"{bucket.share:g}, got none. "
                 "Add clips that are long enough, or remove the bucket."
             )
         repeated = len(bucket.indices) - len(set(bucket.indices))
         if repeated:
             raise DataError(
-                f"{where}, bucket {number}: must list every sample once, got {repeated} repeated. Remove the repetitions."
+                f"{where}, bucket {number}: must list every sample once, got {repeated} repeated. Remove "
+                "the repetitions."
             )

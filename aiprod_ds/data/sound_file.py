@@ -1,10 +1,12 @@
-"""Reads samples of a sound file by exact position: the same part is the same samples wherever decoding starts.
+"""Reads samples of a sound file by exact position: the same part is the same samples wherever decoding
+starts.
 
-Owns FFmpeg's decoding of sound and its traps; resampling and channels are `audio.py`'s, facts about files `probe.py`'s. Raises
-PyAV's errors and `ValueError` without the file's name, which the callers add. Shapes: C channels, N samples.
+Owns FFmpeg's decoding of sound and its traps; resampling and channels are `audio.py`'s, facts about files
+`probe.py`'s. Raises PyAV's errors and `ValueError` without the file's name, which the callers add. Shapes: C
+channels, N samples.
 
-Damage that the format shows is an error. PCM and MP3 carry no check sums that FFmpeg looks at: there, some damage becomes wrong
-samples, and an MP3 frame with a damaged header is left out.
+Damage that the format shows is an error. PCM and MP3 carry no check sums that FFmpeg looks at: there, some
+damage becomes wrong samples, and an MP3 frame with a damaged header is left out.
 """
 
 from __future__ import annotations
@@ -20,20 +22,22 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-# Decoders that, a second after an arbitrary start, give bit for bit what they give from the beginning; measured in
-# `test_a_part_is_the_same_part_of_the_whole`. AAC is not among them: FFmpeg fills its noise bands from a generator that runs
-# through the file, so it is decoded from the beginning (a minute of sound in about 40 ms).
+# Decoders that, a second after an arbitrary start, give bit for bit what they give from the beginning;
+# measured in `test_a_part_is_the_same_part_of_the_whole`. AAC is not among them: FFmpeg fills its noise bands
+# from a generator that runs through the file, so it is decoded from the beginning (a minute of sound in about
+# 40 ms).
 _FORGETFUL_CODECS = frozenset({"alac", "flac", "mp3", "opus", "vorbis"})
 _WARM_UP_SECONDS = 1
-# Demuxers that find a time by an index or by arithmetic. In others the packets before it are read and not decoded: after a seek,
-# the timestamps of MP3 with variable bit rate are guesses.
+# Demuxers that find a time by an index or by arithmetic. In others the packets before it are read and not
+# decoded: after a seek, the timestamps of MP3 with variable bit rate are guesses.
 _EXACT_SEEK = frozenset({"aiff", "flac", "mov", "mp4", "wav"})
 # Demuxers that drop damaged data and show it in nothing but the number of samples.
 _STATING = frozenset({"flac"})
 # Without it FFmpeg leaves out what it cannot decode.
 _STRICT_DECODING = {"err_detect": "crccheck+explode"}
 
-# FFmpeg looks through 5 MB of every 16-bit WAV for hidden DTS, which takes 25 ms. 32 KiB still hold several frames of it.
+# FFmpeg looks through 5 MB of every 16-bit WAV for hidden DTS, which takes 25 ms. 32 KiB still hold several
+# frames of it.
 _SHORT_PROBE = {"probesize": "32768"}
 
 
@@ -131,7 +135,11 @@ class SoundFile:
     def _stated_samples(self) -> int | None:
         """Returns the length that the header states, where that is a count and not a guess."""
         duration = self._stream.duration
-        return duration if duration is not None and self._is_among(_STATING) and self._ticks_per_sample() == 1 else None
+        return (
+            duration
+            if duration is not None and self._is_among(_STATING) and self._ticks_per_sample() == 1
+            else None
+        )
 
     def _is_among(self, demuxers: frozenset[str]) -> bool:
         return not demuxers.isdisjoint(self._container.format.name.split(","))

@@ -1,6 +1,7 @@
 """Video made from formulas: data for tests, benchmarks and first steps, with nothing to download.
 
-A clip is a drifting colour gradient with a disc and a square that move over it. It depends on (seed, index) only.
+A clip is a drifting colour gradient with a disc and a square that move over it. It depends on (seed, index)
+only.
 """
 
 from __future__ import annotations
@@ -56,7 +57,14 @@ class SyntheticVideoDataset(Dataset[Tensor]):
 
 
 def write_synthetic_clips(
-    folder: Path, *, num_clips: int, frames: int, height: int, width: int, seed: int = 0, with_sound: bool = True
+    folder: Path,
+    *,
+    num_clips: int,
+    frames: int,
+    height: int,
+    width: int,
+    seed: int = 0,
+    with_sound: bool = True,
 ) -> list[Path]:
     """Writes `clip_00000.mp4` and so on (H.264, AAC) and returns their paths.
 
@@ -73,7 +81,10 @@ def write_synthetic_clips(
         DataError: If height or width is odd.
     """
     if height % 2 or width % 2:
-        raise DataError(f"{folder}: height and width must be even for H.264 in 4:2:0, got {height}x{width}. Round them up.")
+        raise DataError(
+            f"{folder}: height and width must be even for H.264 in 4:2:0, got {height}x{width}. Round them "
+            "up."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     clips = SyntheticVideoDataset(num_clips, frames, height, width, seed)
     paths = [folder / f"clip_{index:05d}.mp4" for index in range(num_clips)]
@@ -110,7 +121,9 @@ def _write(path: Path, video_CTHW: Tensor, *, pitch_hz: float | None) -> None:
     with av.open(str(path), "w") as container:
         picture = container.add_stream("libx264", rate=FRAME_RATE_HZ)
         picture.height, picture.width, picture.pix_fmt = height, width, "yuv420p"
-        sound = None if pitch_hz is None else container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="stereo")
+        sound = (
+            None if pitch_hz is None else container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="stereo")
+        )
         for pixels_HWC in pixels_THWC:
             container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
         container.mux(picture.encode(None))

@@ -23,8 +23,9 @@ class TensorLatentDataset:
     """Map-style items whose latents all have the shape that the phases ask for.
 
     Args:
-        dataset: Items are mappings with normalised `latents` [C,F,H,W], `prompt_embeds` [S,D], and where the model takes them
-            `audio_latents`, `prompt_attention_mask` [S] bool and `audio_prompt_embeds`; `fps` is 24 where it is missing.
+        dataset: Items are mappings with normalised `latents` [C,F,H,W], `prompt_embeds` [S,D], and where the
+            model takes them `audio_latents`, `prompt_attention_mask` [S] bool and `audio_prompt_embeds`;
+            `fps` is 24 where it is missing.
         strides: Of the video VAE.
     """
 
@@ -44,11 +45,17 @@ class TensorLatentDataset:
         """
         item = self._item(request.sample_index)
         strides = self._strides
-        wanted = (strides.latents(request.frames), request.height // strides.spatial, request.width // strides.spatial)
+        wanted = (
+            strides.latents(request.frames),
+            request.height // strides.spatial,
+            request.width // strides.spatial,
+        )
         if tuple(item["latents"].shape[1:]) != wanted:
             raise DataError(
-                f"dataset[{request.sample_index}]: must have latents of {wanted[0]} frames of {wanted[1]}x{wanted[2]} for this "
-                f"phase, got {list(item['latents'].shape)}. Choose resolution and duration to fit, or other items."
+                f"dataset[{request.sample_index}]: must have latents of {wanted[0]} frames of "
+                f"{wanted[1]}x{wanted[2]} for this "
+                f"phase, got {list(item['latents'].shape)}. Choose resolution and duration to fit, or other "
+                "items."
             )
         return item
 
@@ -74,7 +81,8 @@ class TensorLatentDataset:
         if not isinstance(latents, Tensor) or latents.dim() != 4:
             raise DataError(
                 f"dataset[{index}]: must be a mapping with latents [C,F,H,W], got "
-                f"{type(found).__name__ if latents is None else list(getattr(latents, 'shape', ()))}. Return one."
+                f"{type(found).__name__ if latents is None else list(getattr(latents, 'shape', ()))}. "
+                "Return one."
             )
         fps = torch.as_tensor(found.get("fps", _DEFAULT_FPS), dtype=torch.float32)
         return {**{name: value for name, value in found.items() if isinstance(value, Tensor)}, "fps": fps}

@@ -1,7 +1,7 @@
 """From a file to a training clip: decodes exact frames, then resizes, crops and flips them.
 
-Owns pixels and time; what a file holds is `probe.py`'s, what is asked is `dataset.py`'s. PyAV's errors end here.
-Shapes: B batch, C channels, T frames, H height, W width.
+Owns pixels and time; what a file holds is `probe.py`'s, what is asked is `dataset.py`'s. PyAV's errors end
+here. Shapes: B batch, C channels, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from aiprod_ds.errors import DataError
 
 _DEFAULT_RATE_HZ = 25.0
 _EPSILON = 1e-6
-# Demuxers that seek by an index or exact timestamps. After a seek in MPEG program or transport streams the timestamps are
-# FFmpeg's guesses, one frame off in `test_every_container_gives_the_same_frames`, so those are decoded from the beginning.
+# Demuxers that seek by an index or exact timestamps. After a seek in MPEG program or transport streams the
+# timestamps are FFmpeg's guesses, one frame off in `test_every_container_gives_the_same_frames`, so those are
+# decoded from the beginning.
 _EXACT_SEEK = frozenset({"mov", "mp4", "matroska", "webm"})
-# AVI holds frames at one rate and no display times; FFmpeg's guesses are out of order where there are B-frames.
+# AVI holds frames at one rate and no display times; FFmpeg's guesses are out of order where there are
+# B-frames.
 _CONSTANT_RATE = frozenset({"avi"})
 # Without it FFmpeg repairs damaged H.264 and drops damaged HEVC frames, and neither shows.
 _STRICT_DECODING = {"err_detect": "explode"}
@@ -42,26 +44,31 @@ class _UndecodableError(ValueError):
     """A frame cannot be had; says which and why, without the file's name."""
 
 
-def decode_clip(path: Path, *, start_seconds: float, num_frames: int, frame_rate_hz: float | None) -> NDArray[np.uint8]:
+def decode_clip(
+    path: Path, *, start_seconds: float, num_frames: int, frame_rate_hz: float | None
+) -> NDArray[np.uint8]:
     """Decodes `num_frames` frames from `start_seconds` on, counted from the stream's first timestamp.
 
     Args:
         path: The file.
         start_seconds: Where to start; the first frame is the one nearest to it.
         num_frames: How many frames, at least 1.
-        frame_rate_hz: Frame i is the one nearest to `start_seconds + i / frame_rate_hz`; None takes consecutive frames.
+        frame_rate_hz: Frame i is the one nearest to `start_seconds + i / frame_rate_hz`; None takes
+            consecutive frames.
 
     Returns:
         [T,H,W,3] uint8 RGB, as displayed (rotation metadata applied).
 
     Raises:
-        DataError: If the file ends too early, or a frame that the clip needs is damaged. A codec that carries no redundancy
-            (VP8, VP9) decodes some damage to wrong pixels, which nobody can see.
+        DataError: If the file ends too early, or a frame that the clip needs is damaged. A codec that carries
+            no redundancy (VP8, VP9) decodes some damage to wrong pixels, which nobody can see.
     """
     try:
         frames = _decode(path, start_seconds, num_frames, frame_rate_hz)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path}: must be a decodable video, got: {error}. Repair or remove the file.") from error
+        raise DataError(
+            f"{path}: must be a decodable video, got: {error}. Repair or remove the file."
+        ) from error
     if len(frames) < num_frames:
         rate = "" if frame_rate_hz is None else f" at {frame_rate_hz:g} Hz"
         raise DataError(
@@ -74,8 +81,8 @@ def decode_clip(path: Path, *, start_seconds: float, num_frames: int, frame_rate
 def max_start_seconds(record: MediaRecord, num_frames: int, frame_rate_hz: float | None) -> float:
     """Returns the latest start that leaves `num_frames` frames.
 
-    `seconds - num_frames / rate`, with the clip's own rate for None and for a single frame, which has no rate. Worked number: 2 s
-    at 24 Hz and 24 frames leave 1.0 s.
+    `seconds - num_frames / rate`, with the clip's own rate for None and for a single frame, which has no
+    rate. Worked number: 2 s at 24 Hz and 24 frames leave 1.0 s.
 
     Raises:
         DataError: If the clip is too short.
@@ -84,13 +91,16 @@ def max_start_seconds(record: MediaRecord, num_frames: int, frame_rate_hz: float
     latest = record.seconds - num_frames / rate_hz
     if latest < -_EPSILON:
         raise DataError(
-            f"{record.path}: must have {num_frames} frames at {rate_hz:g} Hz, got {int(record.seconds * rate_hz + _EPSILON)}. "
+            f"{record.path}: must have {num_frames} frames at {rate_hz:g} Hz, got "
+            f"{int(record.seconds * rate_hz + _EPSILON)}. "
             "Ask for fewer frames or remove the clip."
         )
     return max(0.0, latest)
 
 
-def fit_clip(frames: NDArray[np.uint8] | torch.Tensor, *, height: int, width: int, seed: int | None, flip: bool) -> torch.Tensor:
+def fit_clip(
+    frames: NDArray[np.uint8] | torch.Tensor, *, height: int, width: int, seed: int | None, flip: bool
+) -> torch.Tensor:
     """Scales a clip with antialiasing until it just covers `height` x `width`, then crops it.
 
     Args:
@@ -149,7 +159,9 @@ def _scaled(frame_CHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(frame_CHW[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def _decode(path: Path, start_seconds: float, num_frames: int, frame_rate_hz: float | None) -> list[NDArray[np.uint8]]:
+def _decode(
+    path: Path, start_seconds: float, num_frames: int, frame_rate_hz: float | None
+) -> list[NDArray[np.uint8]]:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise DataError(f"{path}: must hold a video stream, got none. Remove the file.")
@@ -158,10 +170,16 @@ def _decode(path: Path, start_seconds: float, num_frames: int, frame_rate_hz: fl
         stream.codec_context.options = _STRICT_DECODING
         if _seek(container, stream, start_seconds):
             try:
-                return _chosen(_reaching(_timed(container, stream), start_seconds), start_seconds, num_frames, frame_rate_hz)
+                return _chosen(
+                    _reaching(_timed(container, stream), start_seconds),
+                    start_seconds,
+                    num_frames,
+                    frame_rate_hz,
+                )
             except _UndecodableError:
-                # Not always damage: after a seek, H.264 with intra refresh is incomplete for some frames, and an index may be
-                # wrong. From the beginning, what fails is damaged and the frames are counted truly.
+                # Not always damage: after a seek, H.264 with intra refresh is incomplete for some frames, and
+                # an index may be wrong. From the beginning, what fails is damaged and the frames are counted
+                # truly.
                 container.seek(stream.start_time or 0, stream=stream)
         return _chosen(_timed(container, stream), start_seconds, num_frames, frame_rate_hz)
 
@@ -232,7 +250,11 @@ def _consecutive(timed: Iterable[_Timed], start_seconds: float, num_frames: int)
         if not chosen and item.seconds < start_seconds:
             before = item
             continue
-        if not chosen and before is not None and start_seconds - before.seconds <= item.seconds - start_seconds:
+        if (
+            not chosen
+            and before is not None
+            and start_seconds - before.seconds <= item.seconds - start_seconds
+        ):
             chosen.append(_pixels(before.frame))
         if len(chosen) < num_frames:
             chosen.append(_pixels(item.frame))
@@ -242,7 +264,8 @@ def _consecutive(timed: Iterable[_Timed], start_seconds: float, num_frames: int)
 
 
 def _nearest(timed: Iterable[_Timed], targets: list[float]) -> list[NDArray[np.uint8]]:
-    """Returns the frame nearest to each of the rising `targets`, up to one frame's period after the last frame."""
+    """Returns the frame nearest to each of the rising `targets`, up to one frame's period after the last
+    frame."""
     chosen: list[NDArray[np.uint8]] = []
     before: _Timed | None = None
     for item in timed:
@@ -256,7 +279,9 @@ def _nearest(timed: Iterable[_Timed], targets: list[float]) -> list[NDArray[np.u
     return chosen
 
 
-def _repeat(chosen: list[NDArray[np.uint8]], frame: av.VideoFrame, targets: list[float], *, until: float) -> None:
+def _repeat(
+    chosen: list[NDArray[np.uint8]], frame: av.VideoFrame, targets: list[float], *, until: float
+) -> None:
     last = len(chosen)
     while last < len(targets) and targets[last] <= until:
         last += 1

@@ -1,7 +1,8 @@
-"""The pictures and the sound of one clip for encoding: its middle, in a shape, and exactly the same span of time in both.
+"""The pictures and the sound of one clip for encoding: its middle, in a shape, and exactly the same span of
+time in both.
 
-Owns where a clip begins and how its sound is cut and filled up; decoding is `aiprod_ds.data`'s. Runs in worker processes.
-Shapes: C channels, T frames, H height, W width, N samples.
+Owns where a clip begins and how its sound is cut and filled up; decoding is `aiprod_ds.data`'s. Runs in
+worker processes. Shapes: C channels, T frames, H height, W width, N samples.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from aiprod_ds.data.sound_file import SoundFile
 from aiprod_ds.data.video import decode_clip, fit_clip, max_start_seconds
 from aiprod_ds.errors import DataError
 
-# An MP3 or AAC frame is 26 ms at most, so that encoders may end a sound up to two of them before the pictures.
+# An MP3 or AAC frame is 26 ms at most, so that encoders may end a sound up to two of them before the
+# pictures.
 _MISSING_TOLERANCE_SECONDS = 0.1
 _EPSILON = 1e-6
 
@@ -39,7 +41,9 @@ def start_seconds(record: MediaRecord, shape: LatentShape) -> float:
     Raises:
         DataError: If the media is too short.
     """
-    latest_frame = int(max_start_seconds(record, shape.frames, clip_rate_hz(record, shape)) * record.fps + _EPSILON)
+    latest_frame = int(
+        max_start_seconds(record, shape.frames, clip_rate_hz(record, shape)) * record.fps + _EPSILON
+    )
     return latest_frame // 2 / record.fps
 
 
@@ -58,12 +62,14 @@ def read_pictures(root: Path, record: MediaRecord, shape: LatentShape) -> Tensor
     return fit_clip(frames_THWC, height=shape.height, width=shape.width, seed=None, flip=False)
 
 
-def read_sound(root: Path, record: MediaRecord, shape: LatentShape, form: AudioForm, *, fill_with_silence: bool) -> Tensor:
+def read_sound(
+    root: Path, record: MediaRecord, shape: LatentShape, form: AudioForm, *, fill_with_silence: bool
+) -> Tensor:
     """Returns the sound of the clip's span, [C,N] float32 in [-1,1].
 
-    The span is frames / rate seconds from the first frame on, in the clock of the pictures. N is the multiple of the hop that is
-    nearest to it: latents come whole, so the sound ends within half a latent of the last frame. What the file's sound does not
-    reach is silent, as in a player.
+    The span is frames / rate seconds from the first frame on, in the clock of the pictures. N is the multiple
+    of the hop that is nearest to it: latents come whole, so the sound ends within half a latent of the last
+    frame. What the file's sound does not reach is silent, as in a player.
 
     Args:
         root: The manifest's.
@@ -80,15 +86,20 @@ def read_sound(root: Path, record: MediaRecord, shape: LatentShape, form: AudioF
     if record.audio_rate_hz is None:
         if fill_with_silence:
             return torch.zeros(form.channels, num_samples)
-        raise DataError(f"{path}: must have sound, got none. Set audio.missing_sound to silence or remove the clip.")
+        raise DataError(
+            f"{path}: must have sound, got none. Set audio.missing_sound to silence or remove the clip."
+        )
     try:
         begin = round((start_seconds(record, shape) - _delay_seconds(path)) * form.sample_rate_hz)
         wave_CN, missing = _part(path, begin, num_samples, form)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path}: must be decodable sound, got: {error}. Repair or remove the file.") from error
+        raise DataError(
+            f"{path}: must be decodable sound, got: {error}. Repair or remove the file."
+        ) from error
     if missing > _MISSING_TOLERANCE_SECONDS * form.sample_rate_hz and not fill_with_silence:
         raise DataError(
-            f"{path}: must have sound for all of its pictures, got {missing / form.sample_rate_hz:.3f} s less. "
+            f"{path}: must have sound for all of its pictures, got {missing / form.sample_rate_hz:.3f} s "
+            "less. "
             "Set audio.missing_sound to silence or remove the clip."
         )
     if form.loudness_lufs is None:
@@ -118,6 +129,12 @@ def _part(path: Path, begin: int, num_samples: int, form: AudioForm) -> tuple[Te
     late = min(wanted, max(0, begin + wanted - held))
     filled_CN = F.pad(window_CN, (0, len(window) - window_CN.shape[1]))
     wave_CN = fit_sound(
-        filled_CN, begin, wanted, from_hz=own_hz, to_hz=form.sample_rate_hz, channels=form.channels, where=str(path)
+        filled_CN,
+        begin,
+        wanted,
+        from_hz=own_hz,
+        to_hz=form.sample_rate_hz,
+        channels=form.channels,
+        where=str(path),
     )
     return F.pad(wave_CN, (early, 0)), early + late

@@ -33,7 +33,12 @@ class EncodeProgress:
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if console is not None and console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=console, auto_refresh=False)
             self._bar.start()
             self._bar.add_task(title, total=total)
@@ -44,11 +49,15 @@ class EncodeProgress:
         self._failed += failed
         if self._bar is not None:
             description = f"{self._title}, {self._failed} failed" if self._failed else self._title
-            self._bar.update(self._bar.task_ids[0], completed=self._done, description=description, refresh=True)
+            self._bar.update(
+                self._bar.task_ids[0], completed=self._done, description=description, refresh=True
+            )
         is_due = time.monotonic() - self._last_line >= _LINE_SECONDS or self._done == self._total
         if self._shows_lines and is_due:
             self._last_line = time.monotonic()
-            _log.info("encoding %s: done=%d of=%d failed=%d", self._title, self._done, self._total, self._failed)
+            _log.info(
+                "encoding %s: done=%d of=%d failed=%d", self._title, self._done, self._total, self._failed
+            )
 
     def close(self) -> None:
         """Leaves the bar as it is."""

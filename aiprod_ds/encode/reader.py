@@ -1,4 +1,5 @@
-"""Reads the clips of tasks ahead of the encoders, in worker processes; a clip that cannot be read becomes a `Failure`.
+"""Reads the clips of tasks ahead of the encoders, in worker processes; a clip that cannot be read becomes a
+`Failure`.
 
 Owns the worker processes; what a clip is is `encode_media.py`'s.
 """
@@ -36,7 +37,11 @@ class Failure:
     @classmethod
     def of(cls, task: Task, error: DataError) -> Failure:
         """Returns the failure of a task."""
-        what = ", ".join(task.sources) if task.shape is None else f"{', '.join(task.sources)} of {task.shape.tag}"
+        what = (
+            ", ".join(task.sources)
+            if task.shape is None
+            else f"{', '.join(task.sources)} of {task.shape.tag}"
+        )
         return cls(clip=task.record.path, what=what, reason=str(error))
 
 
@@ -55,7 +60,8 @@ class MediaReader:
     fill_with_silence: bool
 
     def __call__(self, task: Task) -> Loaded:
-        """Returns `latents` [3,T,H,W] and `audio_latents` [C,N] as far as the task writes them: what is to be encoded.
+        """Returns `latents` [3,T,H,W] and `audio_latents` [C,N] as far as the task writes them: what is to be
+        encoded.
 
         Raises:
             DataError: If one of them cannot be read.
@@ -68,7 +74,9 @@ class MediaReader:
             assert task.shape is not None, "clips have shapes"
             assert self.form is not None, "sounds need an encoder"
             silence = self.fill_with_silence
-            loaded[AUDIO_LATENTS] = read_sound(self.root, task.record, task.shape, self.form, fill_with_silence=silence)
+            loaded[AUDIO_LATENTS] = read_sound(
+                self.root, task.record, task.shape, self.form, fill_with_silence=silence
+            )
         return loaded
 
 
@@ -86,7 +94,11 @@ def load_tasks(
         DataError: If a worker dies.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Tasks(tasks, read), batch_size=None, num_workers=num_workers, collate_fn=_unchanged, worker_init_fn=_start_worker
+        _Tasks(tasks, read),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_start_worker,
     )
     try:
         yield from zip(tasks, loader, strict=True)
@@ -94,7 +106,8 @@ def load_tasks(
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"encode: worker processes must stay alive, got {error} Raise the machine's memory or lower data.num_workers."
+            f"encode: worker processes must stay alive, got {error} Raise the machine's memory or lower "
+            "data.num_workers."
         ) from error
 
 

@@ -1,7 +1,9 @@
-"""Encodes clips and captions for the diffusion trainer: `run_encoding` is what `aiprod-ds encode` calls, on any number of ranks.
+"""Encodes clips and captions for the diffusion trainer: `run_encoding` is what `aiprod-ds encode` calls, on
+any number of ranks.
 
-Owns the order of work, what a failing clip means and the result. Every entry is written whole by one rank and depends neither on
-the number of ranks nor on what else is encoded: clips go through the encoders one by one. A killed run goes on where it was.
+Owns the order of work, what a failing clip means and the result. Every entry is written whole by one rank and
+depends neither on the number of ranks nor on what else is encoded: clips go through the encoders one by one.
+A killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from rich.console import Console
 from aiprod_ds.codec.encoders import AudioForm, audio_form
 from aiprod_ds.codec.tiling import check_tiles
 from aiprod_ds.config.encode import EncodeConfig
-from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, PRECOMPUTED, entry_path, remove_parts, write_entry
+from aiprod_ds.data.latents import (
+    AUDIO_LATENTS,
+    EMPTY_PROMPT,
+    LATENTS,
+    PRECOMPUTED,
+    entry_path,
+    remove_parts,
+    write_entry,
+)
 from aiprod_ds.data.manifest import require_readable, scan
 from aiprod_ds.data.probe import MediaRecord, default_probe_cache
 from aiprod_ds.encode.media import clip_rate_hz, read_pictures
@@ -62,7 +72,9 @@ class EncodeSummary:
     seconds: float
 
 
-def run_encoding(config: EncodeConfig, *, source: str = "configuration", console: Console | None = None) -> EncodeSummary:
+def run_encoding(
+    config: EncodeConfig, *, source: str = "configuration", console: Console | None = None
+) -> EncodeSummary:
     """Encodes everything that is not there yet and returns the summary, the same on every rank. Collective.
 
     Args:
@@ -115,7 +127,10 @@ def check_encoding(config: EncodeConfig, *, source: str = "configuration") -> st
         PlanError: As `run_encoding`.
     """
     work = _plan(config, source)
-    return f"{work.num_clips} clips, {len(work.media)} latents and {len(work.captions)} captions for {work.output}"
+    return (
+        f"{work.num_clips} clips, {len(work.media)} latents and {len(work.captions)} captions for "
+        f"{work.output}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +169,17 @@ def _plan(config: EncodeConfig, source: str) -> _Work:
         manifest, refused = encodable(found, media)
     except DataError as error:
         raise PlanError(f"{source}: data.media: {error}") from error
-    strides = video_strides(build_model(config.video.model, seed=config.seed, device="meta"), config.video.model)
+    strides = video_strides(
+        build_model(config.video.model, seed=config.seed, device="meta"), config.video.model
+    )
     sources = (LATENTS,) if config.audio is None else (LATENTS, AUDIO_LATENTS)
     tasks, too_short = media_tasks(manifest, shape_groups(config, strides), sources)
     captions = [] if config.text is None else caption_tasks(manifest, config.text.default_caption)
-    form = None if config.audio is None else audio_form(build_model(config.audio.model, seed=0, device="meta"), config.audio)
+    form = (
+        None
+        if config.audio is None
+        else audio_form(build_model(config.audio.model, seed=0, device="meta"), config.audio)
+    )
     if form is not None:
         _require_equal_lengths(tasks, form, source)
     output = Path(config.data.output_dir) if config.data.output_dir is not None else found.root / PRECOMPUTED
@@ -178,7 +199,10 @@ def _plan(config: EncodeConfig, source: str) -> _Work:
 def _require_writable(output: Path, source: str) -> None:
     nearest = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise PlanError(f"{source}: data.output_dir: must be a folder that can be written, got {output}. Name another one.")
+        raise PlanError(
+            f"{source}: data.output_dir: must be a folder that can be written, got {output}. Name "
+            "another one."
+        )
 
 
 def _require_equal_lengths(tasks: Sequence[Task], form: AudioForm, source: str) -> None:
@@ -213,10 +237,17 @@ def _check_tiling(stage: MediaStage, work: _Work, config: EncodeConfig) -> None:
     assert task.shape is not None, "clips have shapes"
     video_CTHW = read_pictures(work.root, task.record, task.shape)
     deviation = check_tiles(video_CTHW, tiling, whole=stage.video.encode_whole, tiled=stage.video.encode)
-    _log.info("tiles against whole encoding: deviation=%.3g allowed=%g clip=%s", deviation, tiling.max_deviation, task.name)
+    _log.info(
+        "tiles against whole encoding: deviation=%.3g allowed=%g clip=%s",
+        deviation,
+        tiling.max_deviation,
+        task.name,
+    )
 
 
-def _encode(stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None) -> _Result:
+def _encode(
+    stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None
+) -> _Result:
     """Returns what all ranks did together. Collective."""
     todo = dist.from_main(lambda: pending(tasks, work.output, stage.encoders))
     wanted = Counter(source for task in tasks for source in task.sources)
@@ -228,7 +259,9 @@ def _encode(stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConf
     return together
 
 
-def _encode_own(stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None) -> _Result:
+def _encode_own(
+    stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None
+) -> _Result:
     result = _Result()
     most = config.data.max_failed_fraction * work.num_clips
     silence = config.audio is not None and config.audio.missing_sound == "silence"
@@ -261,7 +294,8 @@ def _save(path: Path, entry: Entry) -> None:
         write_entry(path, entry.tensors, entry.metadata)
     except OSError as error:
         raise EngineError(
-            f"{path}: must be writable, got {error}. Make room or name another data.output_dir; what is encoded stays."
+            f"{path}: must be writable, got {error}. Make room or name another data.output_dir; what is "
+            "encoded stays."
         ) from error
 
 
@@ -272,7 +306,10 @@ def _failures_name(media: Path) -> str:
 
 def _write_failures(summary: EncodeSummary) -> None:
     summary.output_dir.mkdir(parents=True, exist_ok=True)
-    document = {"failures": [asdict(failure) for failure in summary.failures], "too_short": list(summary.too_short)}
+    document = {
+        "failures": [asdict(failure) for failure in summary.failures],
+        "too_short": list(summary.too_short),
+    }
     write_atomically(summary.failures_file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -283,7 +320,8 @@ def _require_few_failures(summary: EncodeSummary, work: _Work, config: EncodeCon
     named = "; ".join(f"{failure.clip} ({failure.reason})" for failure in summary.failures[:5])
     more = f"; and {len(summary.failures) - 5} more" if len(summary.failures) > 5 else ""
     raise DataError(
-        f"{config.data.media}: at most {config.data.max_failed_fraction:.0%} of the clips may fail, got {failed} of "
+        f"{config.data.media}: at most {config.data.max_failed_fraction:.0%} of the clips may fail, got "
+        f"{failed} of "
         f"{work.num_clips}: {named}{more}. Repair these clips, or raise data.max_failed_fraction. "
         f"All failures are in {summary.failures_file}."
     )

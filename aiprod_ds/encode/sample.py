@@ -1,4 +1,5 @@
-"""Samples clips from an exported diffusion model: `run_sampling` is what `aiprod-ds sample` calls, on one process.
+"""Samples clips from an exported diffusion model: `run_sampling` is what `aiprod-ds sample` calls, on one
+process.
 
 Owns the loading of a whole model and the files that are written; the mathematics is in `models.sampling`.
 """
@@ -52,8 +53,11 @@ class Samples:
     record: Path
 
 
-def run_sampling(config: SampleConfig, *, source: str = "configuration", console: Console | None = None) -> Samples:
-    """Writes one clip for each prompt (`01.mp4` and so on), a contact sheet and a record into the output folder.
+def run_sampling(
+    config: SampleConfig, *, source: str = "configuration", console: Console | None = None
+) -> Samples:
+    """Writes one clip for each prompt (`01.mp4` and so on), a contact sheet and a record into the output
+    folder.
 
     The noise of a clip depends on the seed and the number of its prompt alone.
 
@@ -80,7 +84,9 @@ def run_sampling(config: SampleConfig, *, source: str = "configuration", console
     output.mkdir(parents=True, exist_ok=True)
     clips: list[Clip] = []
     paths: list[Path] = []
-    for number in track(range(1, len(config.prompts) + 1), "sampling", console=console, disable=console is None):
+    for number in track(
+        range(1, len(config.prompts) + 1), "sampling", console=console, disable=console is None
+    ):
         latents = sampler.latents(number, prompts[number - 1], prompts[-1])
         clips.append(decoder.clip(latents, frame_rate_hz=config.frame_rate_hz, device=device))
         paths.append(output / f"{number:02d}.mp4")
@@ -88,7 +94,9 @@ def run_sampling(config: SampleConfig, *, source: str = "configuration", console
     samples = Samples(clips=tuple(paths), contact_sheet=output / CONTACT_SHEET, record=output / RECORD)
     title = f"{frames} frames {config.resolution.height}x{config.resolution.width}, seed {config.seed}"
     save_contact_sheet(clips, config.prompts, samples.contact_sheet, title=title)
-    write_atomically(samples.record, json.dumps(_record(config, frames, paths), indent=1, ensure_ascii=False) + "\n")
+    write_atomically(
+        samples.record, json.dumps(_record(config, frames, paths), indent=1, ensure_ascii=False) + "\n"
+    )
     return samples
 
 
@@ -103,33 +111,54 @@ def check_sampling(config: SampleConfig, *, source: str = "configuration") -> st
     """
     strides, _ = _planned(config, source)
     size = f"{config.resolution.height}x{config.resolution.width}"
-    return f"{len(config.prompts)} clips of {strides.snap(config.requested_frames)} frames {size} for {config.output_dir}"
+    return (
+        f"{len(config.prompts)} clips of {strides.snap(config.requested_frames)} frames {size} for "
+        f"{config.output_dir}"
+    )
 
 
 class _Sampler:
     """A transformer on the device, with its adapter, for clips of one shape."""
 
-    def __init__(self, config: SampleConfig, family: Family, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: SampleConfig,
+        family: Family,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+    ) -> None:
         transformer = build_model(config.model, seed=config.seed)
         if config.lora is not None:
             from aiprod_ds.models.lora import load_lora  # imports peft, which takes seconds
 
             load_lora(transformer, Path(config.lora), allowed=family.lora_targets)
-        self._module = DiffusionModule(transformer, family).eval().requires_grad_(False).to(device, DTYPES[config.precision])
+        self._module = (
+            DiffusionModule(transformer, family)
+            .eval()
+            .requires_grad_(False)
+            .to(device, DTYPES[config.precision])
+        )
         self._config = config
         self._family = family
         self._shapes = shapes
         self._device = device
 
     @torch.inference_mode()
-    def latents(self, number: int, prompt: Mapping[str, Tensor], empty_prompt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def latents(
+        self, number: int, prompt: Mapping[str, Tensor], empty_prompt: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Returns normalised latents [C,...] by modality of one clip."""
         settings = self._config.sampling
-        seeds = {modality: stream_seed(self._config.seed, "sample", number, modality) for modality in self._shapes}
+        seeds = {
+            modality: stream_seed(self._config.seed, "sample", number, modality) for modality in self._shapes
+        }
         latents = sample_latents(
             self._module,
             self._family,
-            noise={modality: value.to(self._device) for modality, value in draw_noise(self._shapes, seeds).items()},
+            noise={
+                modality: value.to(self._device)
+                for modality, value in draw_noise(self._shapes, seeds).items()
+            },
             fps=torch.tensor([self._config.frame_rate_hz], device=self._device),
             prompt=prompt,
             empty_prompt=empty_prompt if settings.guidance_scale > 1 else None,
@@ -152,18 +181,28 @@ def _planned(config: SampleConfig, source: str) -> tuple[ModelStrides, Family]:
 def _problems(config: SampleConfig, strides: ModelStrides, family: Family) -> Iterator[str]:
     height, width = config.resolution.height, config.resolution.width
     if height % strides.spatial or width % strides.spatial:
-        yield f"resolution: must be a multiple of the VAE's stride {strides.spatial} both ways, got {height}x{width}. Change it."
+        yield (
+            f"resolution: must be a multiple of the VAE's stride {strides.spatial} both ways, got "
+            f"{height}x{width}. Change it."
+        )
     makes_sound = "audio" in family.modalities
     if makes_sound and config.audio_vae is None:
-        yield f"audio_vae: must be given for the family {family.name!r}, which makes sound, got nothing. Name its VAE."
+        yield (
+            f"audio_vae: must be given for the family {family.name!r}, which makes sound, got nothing. Name "
+            "its VAE."
+        )
     if not makes_sound and config.audio_vae is not None:
-        yield f"audio_vae: has no effect for the family {family.name!r}, which makes no sound, got a value. Remove it."
+        yield (
+            f"audio_vae: has no effect for the family {family.name!r}, which makes no sound, got a value. "
+            "Remove it."
+        )
     if config.sampling.vocoder is not None and config.audio_vae is None:
         yield "sampling.vocoder: has no effect without audio_vae, got a value. Remove it."
 
 
 def _embeddings(config: SampleConfig, device: torch.device) -> list[dict[str, Tensor]]:
-    """Returns the tensors of every prompt and, last, of the empty one, each with the axis B; the encoder is gone afterwards."""
+    """Returns the tensors of every prompt and, last, of the empty one, each with the axis B; the encoder is
+    gone afterwards."""
     encoder = build_text_encoder(config.text, seed=config.seed).to(device)
     embeds = [encoder.encode([text]).tensors(0) for text in (*config.prompts, config.empty_prompt)]
     return [{name: tensor[None].to(device) for name, tensor in tensors.items()} for tensors in embeds]
@@ -179,7 +218,9 @@ def _latent_shapes(config: SampleConfig, decoder: LatentDecoder, frames: int) ->
 
 def _record(config: SampleConfig, frames: int, paths: Sequence[Path]) -> dict[str, object]:
     return {
-        "samples": [{"file": path.name, "prompt": prompt} for path, prompt in zip(paths, config.prompts, strict=True)],
+        "samples": [
+            {"file": path.name, "prompt": prompt} for path, prompt in zip(paths, config.prompts, strict=True)
+        ],
         "seed": config.seed,
         "shape": {
             "frames": frames,

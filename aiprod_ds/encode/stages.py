@@ -1,6 +1,7 @@
 """The two kinds of tasks: captions become prompt embeddings, clips become latents of pictures and sound.
 
-Owns what stands in an entry. Each stage holds its networks, so that those of the first are gone when the second begins.
+Owns what stands in an entry. Each stage holds its networks, so that those of the first are gone when the
+second begins.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class CaptionStage:
         self.title = "captions"
         encoder = build_text_encoder(config, seed=seed)
         fingerprint = dist.from_main(encoder.fingerprint)
-        self.encoders = Encoders(fingerprints={CONDITIONS: fingerprint}, settings={CONDITIONS: config.precision})
+        self.encoders = Encoders(
+            fingerprints={CONDITIONS: fingerprint}, settings={CONDITIONS: config.precision}
+        )
         self._encoder = encoder.to(device)
 
     def entries(self, task: Task, loaded: Loaded) -> Iterator[Entry]:  # noqa: ARG002  # a caption needs no reading
@@ -75,9 +78,13 @@ class CaptionStage:
         """
         caption = task.record.caption
         if caption is None:
-            raise DataError("it must have a caption, got none. Add one to the manifest or set text.default_caption")
+            raise DataError(
+                "it must have a caption, got none. Add one to the manifest or set text.default_caption"
+            )
         tensors = self._encoder.encode([caption]).tensors(0)
-        yield Entry(source=CONDITIONS, tensors=_stored(tensors), metadata=self.encoders.identity(task, CONDITIONS))
+        yield Entry(
+            source=CONDITIONS, tensors=_stored(tensors), metadata=self.encoders.identity(task, CONDITIONS)
+        )
 
     def empty_prompt(self) -> Entry:
         """Returns the embeddings of the empty caption, which stands in where a caption is left out."""
@@ -95,9 +102,13 @@ class MediaStage:
 
     def __init__(self, config: EncodeConfig, *, device: torch.device) -> None:
         self.title = "clips"
-        self.encoders = Encoders(fingerprints=dist.from_main(lambda: media_fingerprints(config)), settings=_settings(config))
+        self.encoders = Encoders(
+            fingerprints=dist.from_main(lambda: media_fingerprints(config)), settings=_settings(config)
+        )
         self.video = VideoEncoder(config.video, seed=config.seed, device=device)
-        self.audio = None if config.audio is None else AudioEncoder(config.audio, seed=config.seed, device=device)
+        self.audio = (
+            None if config.audio is None else AudioEncoder(config.audio, seed=config.seed, device=device)
+        )
 
     def entries(self, task: Task, loaded: Loaded) -> Iterator[Entry]:
         """Yields the latents of what was loaded.
@@ -139,7 +150,8 @@ def _settings(config: EncodeConfig) -> dict[str, str]:
 
 
 def _video_facts(task: Task, latents_CFHW: Tensor) -> dict[str, str]:
-    """Returns the sizes in latent units, as ltx-trainer has them, and what the media is, for buckets and held-out clips."""
+    """Returns the sizes in latent units, as ltx-trainer has them, and what the media is, for buckets and
+    held-out clips."""
     assert task.shape is not None, "clips have shapes"
     record = task.record
     numbers = {
@@ -159,4 +171,6 @@ def _video_facts(task: Task, latents_CFHW: Tensor) -> dict[str, str]:
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns floating tensors in bf16: three digits, far below what a VAE loses; the range of fp32."""
-    return {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }

@@ -11,8 +11,15 @@ _MOST_NAMES = 5
 
 
 def summary_page(summary: EncodeSummary) -> str:
-    """Returns a table of the entries by source, and the clips that have none: five of them by name, the rest in a file."""
-    return "\n".join([f"Encoded into {summary.output_dir} in {summary.seconds:.1f} s.", *_table(summary), *_left_out(summary)])
+    """Returns a table of the entries by source, and the clips that have none: five of them by name, the rest
+    in a file."""
+    return "\n".join(
+        [
+            f"Encoded into {summary.output_dir} in {summary.seconds:.1f} s.",
+            *_table(summary),
+            *_left_out(summary),
+        ]
+    )
 
 
 def _table(summary: EncodeSummary) -> Iterator[str]:
@@ -25,9 +32,15 @@ def _table(summary: EncodeSummary) -> Iterator[str]:
 def _left_out(summary: EncodeSummary) -> Iterator[str]:
     if summary.too_short:
         named = ", ".join(summary.too_short[:_MOST_NAMES])
-        yield f"Too short for every shape: {len(summary.too_short)}, {named}{', ...' * (len(summary.too_short) > _MOST_NAMES)}"
+        yield (
+            f"Too short for every shape: {len(summary.too_short)}, "
+            f"{named}{', ...' * (len(summary.too_short) > _MOST_NAMES)}"
+        )
     if summary.failures:
         yield f"Failed: {len(summary.failures)}"
-        yield from (f"  {failure.clip}: {failure.what}: {failure.reason}" for failure in summary.failures[:_MOST_NAMES])
+        yield from (
+            f"  {failure.clip}: {failure.what}: {failure.reason}"
+            for failure in summary.failures[:_MOST_NAMES]
+        )
     if summary.too_short or summary.failures:
         yield f"All of them: {summary.failures_file}"

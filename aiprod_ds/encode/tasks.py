@@ -1,6 +1,7 @@
 """What is to be encoded: every clip in every shape that training will ask for, without what is already there.
 
-Owns the choice of shapes and the comparison with existing files. Runs on the main rank; every rank gets the same list.
+Owns the choice of shapes and the comparison with existing files. Runs on the main rank; every rank gets the
+same list.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
-from aiprod_ds.data.latents import CONDITIONS, LatentShape, entry_name, entry_path, read_header, require_inside
+from aiprod_ds.data.latents import (
+    CONDITIONS,
+    LatentShape,
+    entry_name,
+    entry_path,
+    read_header,
+    require_inside,
+)
 from aiprod_ds.data.manifest import Manifest, read_table
 from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.errors import ConfigError, DataError
@@ -70,7 +78,8 @@ class Encoders:
 
 
 def encodable(manifest: Manifest, media: Path) -> tuple[Manifest, list[tuple[str, str]]]:
-    """Returns the clips that can have entries of their own, and (path, reason) of all others, unreadable files among them.
+    """Returns the clips that can have entries of their own, and (path, reason) of all others, unreadable
+    files among them.
 
     Raises:
         DataError: If `media` is a table that names sounds apart from the pictures.
@@ -85,7 +94,9 @@ def encodable(manifest: Manifest, media: Path) -> tuple[Manifest, list[tuple[str
             refused.append((record.path, str(error)))
             continue
         if record.path in kept:
-            refused.append((record.path, "it stands in the manifest more than once; only the first row is encoded"))
+            refused.append(
+                (record.path, "it stands in the manifest more than once; only the first row is encoded")
+            )
         kept.setdefault(record.path, record)
     return replace(manifest, records=tuple(kept.values())), refused
 
@@ -93,7 +104,8 @@ def encodable(manifest: Manifest, media: Path) -> tuple[Manifest, list[tuple[str
 def media_tasks(
     manifest: Manifest, shapes: Sequence[tuple[BucketPlan, ...]], sources: tuple[str, ...]
 ) -> tuple[list[Task], list[str]]:
-    """Returns one task for every clip and shape, and the clips that no shape takes because they are too short.
+    """Returns one task for every clip and shape, and the clips that no shape takes because they are too
+    short.
 
     Args:
         manifest: The clips.
@@ -114,7 +126,10 @@ def media_tasks(
 
 def caption_tasks(manifest: Manifest, default: str | None) -> list[Task]:
     """Returns one task for the caption of every clip; one without a caption has `default`."""
-    captioned = (replace(record, caption=default if record.caption is None else record.caption) for record in manifest.records)
+    captioned = (
+        replace(record, caption=default if record.caption is None else record.caption)
+        for record in manifest.records
+    )
     return [Task(record=record, shape=None, sources=(CONDITIONS,)) for record in captioned]
 
 
@@ -125,14 +140,18 @@ def shape_groups(config: EncodeConfig, strides: ModelStrides) -> list[tuple[Buck
         ConfigError: If a resolution is no multiple of the stride, or the file of the curriculum is wrong.
     """
     problems: list[str] = []
-    planned = [tuple(_planned(shape, strides, where, problems) for shape in group) for where, group in _groups(config)]
+    planned = [
+        tuple(_planned(shape, strides, where, problems) for shape in group)
+        for where, group in _groups(config)
+    ]
     if problems:
         raise ConfigError(problems)
     return planned
 
 
 def pending(tasks: Iterable[Task], root: Path, encoders: Encoders) -> list[Task]:
-    """Returns the tasks with those of their sources that are not done: absent, damaged, or of another media or caption.
+    """Returns the tasks with those of their sources that are not done: absent, damaged, or of another media
+    or caption.
 
     Raises:
         DataError: If an entry was made by another encoder.
@@ -140,7 +159,9 @@ def pending(tasks: Iterable[Task], root: Path, encoders: Encoders) -> list[Task]
     left = []
     for task in tasks:
         sources = tuple(
-            source for source in task.sources if not is_done(entry_path(root, source, task.name), encoders.identity(task, source))
+            source
+            for source in task.sources
+            if not is_done(entry_path(root, source, task.name), encoders.identity(task, source))
         )
         if sources:
             left.append(replace(task, sources=sources))
@@ -169,20 +190,31 @@ def is_done(path: Path, identity: Mapping[str, str]) -> bool:
 
 
 def _require_own_sound(media: Path) -> None:
-    apart = [] if media.is_dir() else [listed.audio for listed in read_table(media) if listed.audio is not None]
+    apart = (
+        [] if media.is_dir() else [listed.audio for listed in read_table(media) if listed.audio is not None]
+    )
     if apart:
         raise DataError(
-            f"{media}: sounds must be in the video files, got {len(apart)} in the column audio, e.g. {apart[0]}. "
+            f"{media}: sounds must be in the video files, got {len(apart)} in the column audio, e.g. "
+            f"{apart[0]}. "
             "Put them into the videos and remove the column."
         )
 
 
 def _facts(record: MediaRecord) -> ClipFacts:
-    return ClipFacts(name=record.path, frames=record.frames, seconds=record.seconds, height=record.height, width=record.width)
+    return ClipFacts(
+        name=record.path,
+        frames=record.frames,
+        seconds=record.seconds,
+        height=record.height,
+        width=record.width,
+    )
 
 
 def _shape(bucket: BucketPlan) -> LatentShape:
-    return LatentShape(frames=bucket.frames, height=bucket.height, width=bucket.width, frame_rate_hz=bucket.frame_rate_hz)
+    return LatentShape(
+        frames=bucket.frames, height=bucket.height, width=bucket.width, frame_rate_hz=bucket.frame_rate_hz
+    )
 
 
 def _groups(config: EncodeConfig) -> list[tuple[str, tuple[EncodeShape | BucketConfig, ...]]]:
@@ -190,7 +222,10 @@ def _groups(config: EncodeConfig) -> list[tuple[str, tuple[EncodeShape | BucketC
     if config.curriculum is None:
         return [(f"shapes[{index}]", (shape,)) for index, shape in enumerate(config.shapes)]
     phases = read_curriculum(Path(config.curriculum)).phases
-    groups = [(f"{config.curriculum}: curriculum.phases[{index}]", _buckets(phase)) for index, phase in enumerate(phases)]
+    groups = [
+        (f"{config.curriculum}: curriculum.phases[{index}]", _buckets(phase))
+        for index, phase in enumerate(phases)
+    ]
     if not config.data.held_out:
         return list(groups)
     where, buckets = groups[-1]
@@ -204,18 +239,23 @@ def _buckets(phase: PhaseConfig) -> tuple[BucketConfig, ...]:
     return (BucketConfig(resolution=phase.resolution, duration=phase.duration),)
 
 
-def _planned(shape: EncodeShape | BucketConfig, strides: ModelStrides, where: str, problems: list[str]) -> BucketPlan:
+def _planned(
+    shape: EncodeShape | BucketConfig, strides: ModelStrides, where: str, problems: list[str]
+) -> BucketPlan:
     duration, resolution = shape.duration, shape.resolution
     height, width = (0, 0) if resolution is None else (resolution.height, resolution.width)
     if resolution is None or height % strides.spatial or width % strides.spatial:
         problems.append(
-            f"{where}.resolution: must be a multiple of the VAE's stride {strides.spatial} both ways, got {height}x{width}. "
+            f"{where}.resolution: must be a multiple of the VAE's stride {strides.spatial} both ways, got "
+            f"{height}x{width}. "
             "Change it."
         )
     requested = duration.frames
     if requested is None:
         if duration.frame_rate_hz is None:
-            problems.append(f"{where}.duration.seconds: needs frame_rate_hz, got none. Add it or write frames.")
+            problems.append(
+                f"{where}.duration.seconds: needs frame_rate_hz, got none. Add it or write frames."
+            )
         requested = max(1, round((duration.seconds or 0.0) * (duration.frame_rate_hz or 0.0)))
     return BucketPlan(
         frames=strides.snap(requested),

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO 0 to 3 in fp32, bf16 and fp16 behind the protocol that the loop knows.
 
-Owns how DeepSpeed is configured, stepped, captured and restored; its own checkpoints are not used. What DeepSpeed does not
-document is in `deepspeed_internals` and `deepspeed_state`. There is no scheduler: the loop writes the learning rate. DeepSpeed's
-own counters serve nothing; the clock is the truth.
+Owns how DeepSpeed is configured, stepped, captured and restored; its own checkpoints are not used. What
+DeepSpeed does not document is in `deepspeed_internals` and `deepspeed_state`. There is no scheduler: the loop
+writes the learning rate. DeepSpeed's own counters serve nothing; the clock is the truth.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from aiprod_ds.snapshot import EngineFacts, ShardSlice, Snapshot, StateReader
 
 
 class DeepSpeedEngine:
-    """`aiprod_ds.engine.protocol.Engine` on DeepSpeed; every rank constructs it with the same module and arguments.
+    """`aiprod_ds.engine.protocol.Engine` on DeepSpeed; every rank constructs it with the same module and
+    arguments.
 
     Args:
-        module: Moved to the device, cast to the precision and, under ZeRO-3, partitioned: all in place. Rank 0's parameters and
-            buffers are the ones that count. After `close` it stays partitioned, so only a ZeRO-3 engine of the same precision
-            can take it; parameters may be added and removed before that.
+        module: Moved to the device, cast to the precision and, under ZeRO-3, partitioned: all in place. Rank
+            0's parameters and buffers are the ones that count. After `close` it stays partitioned, so only a
+            ZeRO-3 engine of the same precision can take it; parameters may be added and removed before that.
         groups: Every trainable parameter once.
         optimizer: AdamW settings; the learning rate is 0 until `set_learning_rate`.
         settings: ZeRO stage, precision, offload.
@@ -73,7 +74,9 @@ class DeepSpeedEngine:
         self.compute_dtype = TORCH_DTYPES[settings.precision]
         self.has_partitioned_masters = settings.zero_stage > 0
         self._settings = settings
-        self._groups = tuple(group for group in groups if group.names)  # as DeepSpeed 0.19.8, runtime/engine.py:2348
+        self._groups = tuple(
+            group for group in groups if group.names
+        )  # as DeepSpeed 0.19.8, runtime/engine.py:2348
         parameters = group_parameters(module, groups)
         self._trained = {
             name: parameter
@@ -95,7 +98,9 @@ class DeepSpeedEngine:
             ),
         )
         internals.prepare(self._engine)
-        self._masters = deepspeed_state.trained_shards(self._engine, {id(value): name for name, value in self._trained.items()})
+        self._masters = deepspeed_state.trained_shards(
+            self._engine, {id(value): name for name, value in self._trained.items()}
+        )
         self.set_weight_decay(optimizer.weight_decay)
         internals.count_overflows_at_minimum(self._engine)
         _broadcast_buffers(module)
@@ -105,11 +110,13 @@ class DeepSpeedEngine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the accumulation."""
+        """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the
+        accumulation."""
         self._engine.backward(loss)
 
     def step(self) -> UpdateResult | None:
-        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its end."""
+        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its
+        end."""
         engine = self._engine
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
@@ -137,7 +144,8 @@ class DeepSpeedEngine:
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
     def set_clip_norm(self, clip_norm: float | None) -> None:
-        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are not.
+        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are
+        not.
 
         Raises:
             EngineError: If it is not a positive finite number.
@@ -146,7 +154,8 @@ class DeepSpeedEngine:
         internals.set_clip_norm(self._engine, clip_norm)
 
     def scale_moments(self, factor: float) -> None:
-        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer. Collective.
+        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new
+        optimizer. Collective.
 
         Raises:
             EngineError: If `factor` is out of range.
@@ -163,12 +172,15 @@ class DeepSpeedEngine:
         done = engine.micro_steps % engine.gradient_accumulation_steps()
         if done:
             raise EngineError(
-                f"set_batch: must be called between updates, got {done} of {engine.gradient_accumulation_steps()} micro-batches"
+                f"set_batch: must be called between updates, got {done} of "
+                f"{engine.gradient_accumulation_steps()} micro-batches"
                 " done. Finish the window first."
             )
         engine.set_train_micro_batch_size(micro_batch_size)
         engine.set_train_batch_size(micro_batch_size * accumulation * self.world_size)
-        engine.micro_steps = 0  # the boundary is (micro_steps + 1) % accumulation: an old count would shorten the next window
+        engine.micro_steps = (
+            0  # the boundary is (micro_steps + 1) % accumulation: an old count would shorten the next window
+        )
 
     def train(self) -> None:
         """Puts the module in training mode."""
@@ -179,7 +191,8 @@ class DeepSpeedEngine:
         self._engine.eval()
 
     def master_shards(self) -> list[Tensor]:
-        """Returns the fp32 masters that this rank owns, not copied; with an offloaded optimizer they are on the CPU."""
+        """Returns the fp32 masters that this rank owns, not copied; with an offloaded optimizer they are on
+        the CPU."""
         return [shard.tensor for shard in self._masters]
 
     def slices(self) -> list[tuple[ShardSlice, ...]]:
@@ -191,7 +204,8 @@ class DeepSpeedEngine:
         deepspeed_state.refresh_weights(self._engine)
 
     def parameter_states(self) -> Iterator[ParameterState]:
-        """Yields every trained parameter in name order. Collective; rank 0 gets the tensors, others get empty ones."""
+        """Yields every trained parameter in name order. Collective; rank 0 gets the tensors, others get empty
+        ones."""
         deepspeed_state.prepare_to_gather(self._engine)
         for name in sorted(self._trained):
             gathered = deepspeed_state.gather_state(self._engine, self._trained[name])
@@ -203,12 +217,14 @@ class DeepSpeedEngine:
             )
 
     def module_state(self) -> dict[str, Tensor]:
-        """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict on the others.
-        Collective."""
+        """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict
+        on the others. Collective."""
         values = {state.name: state.value for state in self.parameter_states()}
         for name, parameter in self.module.named_parameters():
             if name not in values:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=deepspeed_state.is_partitioned(self._engine)):
+                with deepspeed.zero.GatheredParameters(
+                    [parameter], enabled=deepspeed_state.is_partitioned(self._engine)
+                ):
                     values[name] = self._on_rank_0(parameter)
         if self.rank != 0:
             return {}
@@ -217,8 +233,8 @@ class DeepSpeedEngine:
         return state | {key: self._on_rank_0(buffer) for key, buffer in buffers.items()}
 
     def read_value(self, name: str) -> Tensor:
-        """Returns one parameter, whole and in fp32, on every rank: the master of a trained one, the weight of a frozen one.
-        Collective.
+        """Returns one parameter, whole and in fp32, on every rank: the master of a trained one, the weight of
+        a frozen one. Collective.
 
         Raises:
             EngineError: If there is no such parameter.
@@ -226,12 +242,14 @@ class DeepSpeedEngine:
         parameter = find_parameter(self._parameters, name, where="read_value")
         if name in self._trained:
             return deepspeed_state.gather_master(self._engine, parameter).to(self.device, copy=True)
-        with deepspeed.zero.GatheredParameters([parameter], enabled=deepspeed_state.is_partitioned(self._engine)):
+        with deepspeed.zero.GatheredParameters(
+            [parameter], enabled=deepspeed_state.is_partitioned(self._engine)
+        ):
             return parameter.detach().to(self.device, torch.float32, copy=True)
 
     def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Sets masters of trained parameters and weights of frozen ones, each rank its own part of them; the optimizer's state
-        stays as it is. Collective.
+        """Sets masters of trained parameters and weights of frozen ones, each rank its own part of them; the
+        optimizer's state stays as it is. Collective.
 
         Raises:
             EngineError: If there is no such parameter, or a shape differs.
@@ -246,7 +264,8 @@ class DeepSpeedEngine:
         self.refresh_weights()
 
     def capture(self) -> Snapshot:
-        """Returns what this rank writes into a checkpoint, not copied: its partitions, and on rank 0 what nobody partitions."""
+        """Returns what this rank writes into a checkpoint, not copied: its partitions, and on rank 0 what
+        nobody partitions."""
         shards = self._shards()
         facts = EngineFacts(
             engine="deepspeed",
@@ -282,7 +301,9 @@ class DeepSpeedEngine:
             self._masters = []
 
     def _shards(self) -> EngineShards:
-        frozen = {name: parameter for name, parameter in self._parameters.items() if name not in self._trained}
+        frozen = {
+            name: parameter for name, parameter in self._parameters.items() if name not in self._trained
+        }
         _, buffers = persistent_tensors(self.module)
         return EngineShards(
             masters=self._masters,
@@ -295,7 +316,8 @@ class DeepSpeedEngine:
         )
 
     def _replicated_norm(self) -> Tensor:
-        """ZeRO-0 in fp32 reports no norm and applies non-finite gradients; here gradients are already averaged over ranks."""
+        """ZeRO-0 in fp32 reports no norm and applies non-finite gradients; here gradients are already
+        averaged over ranks."""
         return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
 
     def _skip(self, norm: Tensor) -> UpdateResult:
@@ -315,12 +337,24 @@ def _device_for(settings: DeepSpeedSettings, device: torch.device | None) -> tor
         raise EngineError(f"device: must be this rank's device {chosen}, got {device}. Leave it out.")
     accelerator = get_accelerator().device_name()
     if accelerator != chosen.type:
-        raise EngineError(f"device: DeepSpeed must run on {chosen.type}, got {accelerator}. Set DS_ACCELERATOR={chosen.type}.")
+        raise EngineError(
+            f"device: DeepSpeed must run on {chosen.type}, got {accelerator}. Set "
+            f"DS_ACCELERATOR={chosen.type}."
+        )
     if settings.precision == "fp16" and not get_accelerator().is_fp16_supported():
-        raise EngineError("precision: fp16 needs a device that computes in it, got one that does not. Use bf16 or fp32 here.")
+        raise EngineError(
+            "precision: fp16 needs a device that computes in it, got one that does not. Use bf16 or fp32 "
+            "here."
+        )
     # torch reports bf16 as supported on a V100 through emulation, so the compute capability decides.
-    if settings.precision == "bf16" and chosen.type == "cuda" and torch.cuda.get_device_capability(chosen)[0] < 8:
-        raise EngineError("precision: bf16 needs compute capability 8.0 or higher, got a lower one. Use an fp16 file.")
+    if (
+        settings.precision == "bf16"
+        and chosen.type == "cuda"
+        and torch.cuda.get_device_capability(chosen)[0] < 8
+    ):
+        raise EngineError(
+            "precision: bf16 needs compute capability 8.0 or higher, got a lower one. Use an fp16 file."
+        )
     return chosen
 
 
@@ -336,15 +370,21 @@ def _adamw(
             groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, adamw_mode=True
         )
         return offloaded
-    return torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, fused=device.type == "cuda")
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, fused=device.type == "cuda"
+    )
 
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, dictionary: dict[str, Any]) -> Any:
     internals.quiet_logs()
     internals.leave_out_shared_memory_op()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a single process without a launcher
+    os.environ.setdefault(
+        "LOCAL_RANK", "0"
+    )  # DeepSpeed insists on it, also for a single process without a launcher
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
-    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=dictionary, dist_init_required=False)
+    engine, _, _, _ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=dictionary, dist_init_required=False
+    )
     return engine
 
 

@@ -1,8 +1,10 @@
-"""Every touch of what DeepSpeed does not document, each with the version and the place that make it necessary.
+"""Every touch of what DeepSpeed does not document, each with the version and the place that make it
+necessary.
 
-Owns workarounds for DeepSpeed 0.19.8 and nothing else: no policy, no state. Where DeepSpeed keeps the state of a run is in
-`deepspeed_state`. Called by `deepspeed_engine` alone. The behaviours are pinned by tests/upstream, so that an upgrade says which
-of them can go. Places are relative to the installed `deepspeed/`.
+Owns workarounds for DeepSpeed 0.19.8 and nothing else: no policy, no state. Where DeepSpeed keeps the state
+of a run is in `deepspeed_state`. Called by `deepspeed_engine` alone. The behaviours are pinned by
+tests/upstream, so that an upgrade says which of them can go. Places are relative to the installed
+`deepspeed/`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import (
+    InsertPostInitMethodToModuleSubClasses,
+    ZeroParamStatus,
+)
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
@@ -33,22 +38,26 @@ _PARAMETER_STATE = ("_z3_optimizer", "_zero_optimizer")
 
 
 def quiet_logs() -> None:
-    """Keeps DeepSpeed's own logger to warnings, and its use of renamed torch collectives (comm/torch.py) to itself."""
+    """Keeps DeepSpeed's own logger to warnings, and its use of renamed torch collectives (comm/torch.py) to
+    itself."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
 
 
 def leave_out_shared_memory_op() -> None:
-    """Keeps DeepSpeed from building its shared-memory all-reduce for CPUs; call it before `deepspeed.init_distributed`.
+    """Keeps DeepSpeed from building its shared-memory all-reduce for CPUs; call it before
+    `deepspeed.init_distributed`.
 
-    comm/torch.py:47 compiles the op for a minute, though only `inference_all_reduce` uses it, which training never calls. Every
-    rank then leaves 66 MiB in /dev/shm behind (ops/csrc/cpu/comm/shm.cpp:79: nothing calls `shared_close`), until memory is full.
+    comm/torch.py:47 compiles the op for a minute, though only `inference_all_reduce` uses it, which training
+    never calls. Every rank then leaves 66 MiB in /dev/shm behind (ops/csrc/cpu/comm/shm.cpp:79: nothing calls
+    `shared_close`), until memory is full.
     """
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
 def cast_added_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Casts what was added to a module that an earlier ZeRO-3 engine has partitioned; call it before the next engine is made.
+    """Casts what was added to a module that an earlier ZeRO-3 engine has partitioned; call it before the next
+    engine is made.
 
     runtime/engine.py:1859 casts nothing in a module of which any parameter is partitioned.
     """
@@ -62,12 +71,14 @@ def cast_added_parameters(module: nn.Module, dtype: torch.dtype) -> None:
 def prepare(engine: Any) -> None:
     """Corrects a new engine before its first update."""
     if is_partitioned(engine) and engine._config.zero_config.memory_efficient_linear:
-        # runtime/zero/parameter_offload.py:263: an engine puts its `linear` in place only for a module without any partitioned
-        # parameter. With torch's own, a rebuilt engine would keep every gathered weight from forward to backward.
+        # runtime/zero/parameter_offload.py:263: an engine puts its `linear` in place only for a module
+        # without any partitioned parameter. With torch's own, a rebuilt engine would keep every gathered
+        # weight from forward to backward.
         torch.nn.functional.linear = zero3_linear_wrap
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        # runtime/fp16/unfused_optimizer.py, initialize_optimizer_states: construction takes a real optimizer step on zero
-        # gradients, which leaves Adam's step count one ahead, so the first update is smaller than AdamW's.
+        # runtime/fp16/unfused_optimizer.py, initialize_optimizer_states: construction takes a real optimizer
+        # step on zero gradients, which leaves Adam's step count one ahead, so the first update is smaller
+        # than AdamW's.
         engine.optimizer.optimizer.state.clear()
 
 
@@ -90,8 +101,8 @@ def count_overflows_at_minimum(engine: Any) -> None:
 def set_clip_norm(engine: Any, clip_norm: float | None) -> None:
     """Applies a clipping norm to the updates that follow.
 
-    ZeRO's optimizers and the one of 16-bit ZeRO-0 read their own `clip_grad` in each step; ZeRO-0 in fp32 has a plain optimizer
-    and reads the configuration (runtime/engine.py:3506).
+    ZeRO's optimizers and the one of 16-bit ZeRO-0 read their own `clip_grad` in each step; ZeRO-0 in fp32 has
+    a plain optimizer and reads the configuration (runtime/engine.py:3506).
     """
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = clip_norm or 0.0
@@ -103,8 +114,8 @@ def set_clip_norm(engine: Any, clip_norm: float | None) -> None:
 def scale_growth_after_update(engine: Any) -> Iterator[None]:
     """Lets the loss scale double after the update instead of inside it.
 
-    runtime/zero/stage_1_and_2.py:3047 and stage3.py:2826 double the scale before gradients are divided by it, so that one update
-    in every window would be half as large as it should be.
+    runtime/zero/stage_1_and_2.py:3047 and stage3.py:2826 double the scale before gradients are divided by it,
+    so that one update in every window would be half as large as it should be.
     """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not scaler.dynamic:
@@ -130,25 +141,29 @@ def scale_growth_after_update(engine: Any) -> Iterator[None]:
 def restart_bias_correction(engine: Any) -> None:
     """Lets the coming update compute Adam's bias correction from the step count alone.
 
-    ops/csrc/includes/cpu_adam.h:71 multiplies the powers of beta that it keeps by beta once more, but calls pow for a step that
-    does not follow the one before. A resumed optimizer would call pow where the saved one multiplied, and differ from it in the
-    last bits. After an update of nothing, numbered 0, every step calls pow (or is the first, where both give beta).
+    ops/csrc/includes/cpu_adam.h:71 multiplies the powers of beta that it keeps by beta once more, but calls
+    pow for a step that does not follow the one before. A resumed optimizer would call pow where the saved one
+    multiplied, and differ from it in the last bits. After an update of nothing, numbered 0, every step calls
+    pow (or is the first, where both give beta).
     """
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, DeepSpeedCPUAdam):
         return
     nothing = torch.empty(0)
     beta1, beta2 = optimizer.param_groups[0]["betas"]
-    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, 0.0, beta1, beta2, 1.0, 0.0, False, nothing, nothing, nothing, nothing)
+    optimizer.ds_opt_adam.adam_update(
+        optimizer.opt_id, 0, 0.0, beta1, beta2, 1.0, 0.0, False, nothing, nothing, nothing, nothing
+    )
 
 
 def clean_up_after_update(engine: Any) -> None:
     """Drops what DeepSpeed keeps of an update that is over.
 
-    runtime/zero/stage_1_and_2.py:3056 leaves the gradients of an overflowed update in place when the optimizer is offloaded and
-    gradients are accumulated in fp32, so that no later update would ever be finite again. runtime/zero/parameter_offload.py:536
-    pushes every module onto a global list in its forward and pops it in its forward hook, which torch's checkpointing never
-    reaches when it stops a recomputation early: the list would grow with every update.
+    runtime/zero/stage_1_and_2.py:3056 leaves the gradients of an overflowed update in place when the
+    optimizer is offloaded and gradients are accumulated in fp32, so that no later update would ever be finite
+    again. runtime/zero/parameter_offload.py:536 pushes every module onto a global list in its forward and
+    pops it in its forward hook, which torch's checkpointing never reaches when it stops a recomputation
+    early: the list would grow with every update.
     """
     optimizer = engine.optimizer
     if not engine.was_step_applied() and getattr(optimizer, "cpu_offload", False):
@@ -159,16 +174,18 @@ def clean_up_after_update(engine: Any) -> None:
 
 
 def full_teardown(engine: Any) -> None:
-    """Takes an engine apart so that nothing in the process refers to it, its optimizer or its module any more.
+    """Takes an engine apart so that nothing in the process refers to it, its optimizer or its module any
+    more.
 
-    `DeepSpeedEngine.destroy` (runtime/engine.py:1243) leaves: the root forward hooks (runtime/engine.py:624); backward functions
-    on every module that call the old coordinator after a new engine took the module (runtime/zero/parameter_offload.py:444, 483);
-    the optimizer on every parameter (runtime/zero/stage3.py:807, stage_1_and_2.py:822);
-    the module in a global list (parameter_offload.py:315); an unbounded class-level cache (partitioned_param_coordinator.py:633);
-    parameters as they are, all of them gathered if a forward without a backward was last, and gatherings under way on the module
-    (parameter_offload.py:199); a process-wide autocast flag (runtime/torch_autocast.py:28); and the replaced
-    `torch.nn.functional.linear` (runtime/zero/partition_parameters.py:419), which would change speed and memory of every later
-    engine.
+    `DeepSpeedEngine.destroy` (runtime/engine.py:1243) leaves: the root forward hooks (runtime/engine.py:624);
+    backward functions on every module that call the old coordinator after a new engine took the module
+    (runtime/zero/parameter_offload.py:444, 483); the optimizer on every parameter
+    (runtime/zero/stage3.py:807, stage_1_and_2.py:822); the module in a global list
+    (parameter_offload.py:315); an unbounded class-level cache (partitioned_param_coordinator.py:633);
+    parameters as they are, all of them gathered if a forward without a backward was last, and gatherings
+    under way on the module (parameter_offload.py:199); a process-wide autocast flag
+    (runtime/torch_autocast.py:28); and the replaced `torch.nn.functional.linear`
+    (runtime/zero/partition_parameters.py:419), which would change speed and memory of every later engine.
     """
     module = engine.module
     engine.destroy()
@@ -200,7 +217,8 @@ def _remove_from_forward_stack(modules: set[nn.Module]) -> None:
 
 
 def _forget_gathered(module: nn.Module) -> None:
-    """Leaves of every parameter the partition alone, and waits for no gathering: after an error other ranks may be gone."""
+    """Leaves of every parameter the partition alone, and waits for no gathering: after an error other ranks
+    may be gone."""
     in_flight = getattr(module, "ds_inflight_param_registry", {})
     for parameter in in_flight:
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE

@@ -1,8 +1,9 @@
-"""Where DeepSpeed keeps fp32 masters, Adam's state and frozen weights, and how they are read and set from outside.
+"""Where DeepSpeed keeps fp32 masters, Adam's state and frozen weights, and how they are read and set from
+outside.
 
-Owns every touch of DeepSpeed 0.19.8's optimizers that concerns the state and not the course of an update; that is
-`deepspeed_internals`. No policy, no state of its own. The behaviours are pinned by tests/upstream. Places are relative to the
-installed `deepspeed/`.
+Owns every touch of DeepSpeed 0.19.8's optimizers that concerns the state and not the course of an update;
+that is `deepspeed_internals`. No policy, no state of its own. The behaviours are pinned by tests/upstream.
+Places are relative to the installed `deepspeed/`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def is_partitioned(engine: Any) -> bool:
 def trained_shards(engine: Any, names: Mapping[int, str]) -> list[Shard]:
     """Returns the fp32 tensors that this rank's optimizer updates, and what lies in them.
 
-    ZeRO-1/2 has one flat partition for each parameter group, of which runtime/zero/stage_1_and_2.py:825 links to each parameter
-    the fragment that lies in it (`_hp_mapping`; utils/mixed_precision_linkage.py). ZeRO-3 has one for each sub-group of a group,
-    and in it an equal part of every parameter (runtime/zero/stage3.py:830, `grad_position`), padded on the last rank. ZeRO-0 has
-    whole parameters.
+    ZeRO-1/2 has one flat partition for each parameter group, of which runtime/zero/stage_1_and_2.py:825 links
+    to each parameter the fragment that lies in it (`_hp_mapping`; utils/mixed_precision_linkage.py). ZeRO-3
+    has one for each sub-group of a group, and in it an equal part of every parameter
+    (runtime/zero/stage3.py:830, `grad_position`), padded on the last rank. ZeRO-0 has whole parameters.
 
     Args:
         engine: Whose.
@@ -66,7 +67,9 @@ def trained_shards(engine: Any, names: Mapping[int, str]) -> list[Shard]:
         Shard(
             tensor=flat,
             names=tuple(names[id(parameter)] for parameter in group),
-            slices=tuple(part for parameter in group for part in spans_of(optimizer, parameter, names[id(parameter)])),
+            slices=tuple(
+                part for parameter in group for part in spans_of(optimizer, parameter, names[id(parameter)])
+            ),
         )
         for flat, group in zip(flats, groups, strict=True)
     ]
@@ -85,7 +88,8 @@ def frozen_shard(parameter: Any, name: str) -> Shard:
 
 
 def loss_scale_state(engine: Any) -> LossScale | None:
-    """Returns where the dynamic loss scale stands (runtime/fp16/loss_scaler.py, DynamicLossScaler); None without one."""
+    """Returns where the dynamic loss scale stands (runtime/fp16/loss_scaler.py, DynamicLossScaler); None
+    without one."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not scaler.dynamic:
         return None
@@ -102,15 +106,20 @@ def restore_loss_scale(engine: Any, state: LossScale | None) -> None:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if state is None or scaler is None or not scaler.dynamic:
         return
-    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state.scale, state.updates, state.last_overflow
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = (
+        state.scale,
+        state.updates,
+        state.last_overflow,
+    )
     scaler.cur_hysteresis = min(state.tolerance, scaler.delayed_shift)
 
 
 def prepare_to_gather(engine: Any) -> None:
     """Links parameters to their optimizer state as it is now.
 
-    runtime/zero/stage_1_and_2.py:2986 links once, after the first group's first step, so that later groups and everything that
-    a loaded checkpoint replaced stay unlinked and `safe_get_full_optimizer_state` raises or returns old values.
+    runtime/zero/stage_1_and_2.py:2986 links once, after the first group's first step, so that later groups
+    and everything that a loaded checkpoint replaced stay unlinked and `safe_get_full_optimizer_state` raises
+    or returns old values.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "_hp_optimizer_states_linked") and optimizer.optimizer.state:
@@ -119,7 +128,8 @@ def prepare_to_gather(engine: Any) -> None:
 
 
 def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
-    """Returns one trained parameter's master and Adam state, whole. Collective; call `prepare_to_gather` first."""
+    """Returns one trained parameter's master and Adam state, whole. Collective; call `prepare_to_gather`
+    first."""
     optimizer = engine.optimizer
     if is_partitioned(engine):
         group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -147,13 +157,15 @@ def gather_master(engine: Any, parameter: nn.Parameter) -> Tensor:
 def write_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
     """Sets one trained parameter's fp32 master to the whole `value`; `refresh_weights` must follow.
 
-    runtime/zero/stage3.py:3183 takes a slice of a partition's length from `value`, which is shorter on the last rank if the
-    ranks share the parameter unevenly, so that the setter of ZeRO-3 fails there.
+    runtime/zero/stage3.py:3183 takes a slice of a partition's length from `value`, which is shorter on the
+    last rank if the ranks share the parameter unevenly, so that the setter of ZeRO-3 fails there.
     """
     optimizer = engine.optimizer
     if is_partitioned(engine):
         group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        _write_own_part(optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, length), parameter, value)
+        _write_own_part(
+            optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, length), parameter, value
+        )
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         safe_set_full_fp32_param(parameter, value)
     else:
@@ -164,7 +176,8 @@ def write_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
 def write_weight(parameter: Any, value: Tensor) -> None:
     """Sets one frozen parameter to the whole `value`, in its own type; `refresh_weights` must follow.
 
-    `deepspeed.zero.GatheredParameters` would gather what is about to be overwritten and broadcast what every rank has.
+    `deepspeed.zero.GatheredParameters` would gather what is about to be overwritten and broadcast what every
+    rank has.
     """
     if hasattr(parameter, "ds_id"):
         _write_own_part(parameter.ds_tensor, parameter, value)
@@ -176,8 +189,8 @@ def write_weight(parameter: Any, value: Tensor) -> None:
 def refresh_weights(engine: Any) -> None:
     """Does what ends an update: masters are cast into the weights of all ranks. Collective.
 
-    ZeRO-3 keeps small parameters gathered (`stage3_param_persistence_threshold`), with the numbers of their last gathering; so
-    they are released and gathered anew, as in runtime/zero/stage3.py:2878 and 2841.
+    ZeRO-3 keeps small parameters gathered (`stage3_param_persistence_threshold`), with the numbers of their
+    last gathering; so they are released and gathered anew, as in runtime/zero/stage3.py:2878 and 2841.
     """
     optimizer = engine.optimizer
     if is_partitioned(engine):
@@ -199,7 +212,8 @@ def _partition_span(optimizer: Any, parameter: Any, name: str) -> Iterator[Shard
 
 
 def _own_span(name: str, parameter: Any, *, offset: int, length: int) -> Iterator[ShardSlice]:
-    """Yields what a partition of `length` has of a parameter: less, or nothing, where the ranks share unevenly."""
+    """Yields what a partition of `length` has of a parameter: less, or nothing, where the ranks share
+    unevenly."""
     start = parameter.ds_zero_partition_rank * length
     own = min(length, parameter.ds_numel - start)
     if own > 0:
@@ -215,7 +229,9 @@ def _fragment_span(optimizer: Any, parameter: Any, name: str) -> Iterator[ShardS
 
 
 def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    for partition, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+    for partition, group in zip(
+        optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+    ):
         if any(parameter is member for member in group):
             result: Tensor = partition
             return result
@@ -243,6 +259,7 @@ def _replicated_master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def _write_own_part(part: Tensor, parameter: Any, value: Tensor) -> None:
-    """Copies this rank's part of `value` into a partition, which is longer than it where ranks share unevenly."""
+    """Copies this rank's part of `value` into a partition, which is longer than it where ranks share
+    unevenly."""
     own = value.flatten()[parameter.ds_zero_partition_rank * part.numel() :][: part.numel()]
     part[: own.numel()].copy_(own)

@@ -1,7 +1,8 @@
 """The process group: set up from the launcher's environment, a few collectives on it, and its end.
 
-Owns rank, world size, device and backend. One process needs no launcher and no environment. Nothing here knows DeepSpeed, which
-adopts the group that it finds. Called by the command line, the loop, the engines and the checkpoint store.
+Owns rank, world size, device and backend. One process needs no launcher and no environment. Nothing here
+knows DeepSpeed, which adopts the group that it finds. Called by the command line, the loop, the engines and
+the checkpoint store.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTE
 
 
 def choose_device() -> torch.device:
-    """Returns this rank's GPU, or the CPU without one or with `DS_ACCELERATOR=cpu` (DeepSpeed's own switch)."""
+    """Returns this rank's GPU, or the CPU without one or with `DS_ACCELERATOR=cpu` (DeepSpeed's own
+    switch)."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def initialize(*, timeout_seconds: float = 1800.0) -> torch.device:
-    """Joins the process group of the launcher, or makes one of a single process, and returns this rank's device.
+    """Joins the process group of the launcher, or makes one of a single process, and returns this rank's
+    device.
 
     Calling it again changes nothing. NCCL is used for GPUs, gloo for CPUs.
 
@@ -45,7 +48,8 @@ def initialize(*, timeout_seconds: float = 1800.0) -> torch.device:
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise EngineError(
-                f"LOCAL_RANK: must be below the number of GPUs ({torch.cuda.device_count()}), got {device.index}. Start fewer."
+                f"LOCAL_RANK: must be below the number of GPUs ({torch.cuda.device_count()}), got "
+                f"{device.index}. Start fewer."
             )
         torch.cuda.set_device(device)
     if torch_dist.is_initialized():
@@ -57,11 +61,16 @@ def initialize(*, timeout_seconds: float = 1800.0) -> torch.device:
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(present):
         store = torch_dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's export list
-        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        torch_dist.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
         return device
     missing = sorted(set(_LAUNCHER_VARIABLES) - set(present))
     if missing:
-        raise EngineError(f"environment: the launcher must set {', '.join(_LAUNCHER_VARIABLES)}, got no {', '.join(missing)}.")
+        raise EngineError(
+            f"environment: the launcher must set {', '.join(_LAUNCHER_VARIABLES)}, got no "
+            f"{', '.join(missing)}."
+        )
     torch_dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     return device
 
@@ -77,13 +86,16 @@ def shutdown() -> None:
 
 
 @contextmanager
-def process_group(*, timeout_seconds: float = 1800.0, lost_rank_seconds: float | None = 60.0) -> Iterator[torch.device]:
+def process_group(
+    *, timeout_seconds: float = 1800.0, lost_rank_seconds: float | None = 60.0
+) -> Iterator[torch.device]:
     """Joins the group, yields the device, and leaves the group unless the body raised.
 
     Args:
         timeout_seconds: How long a rank waits for the others in a collective.
-        lost_rank_seconds: A rank of which nothing is heard for this long is gone, and this process ends with exit code 1, even in
-            a collective; about ten seconds suffice where a connection closed. None: only the time-out ends it.
+        lost_rank_seconds: A rank of which nothing is heard for this long is gone, and this process ends with
+            exit code 1, even in a collective; about ten seconds suffice where a connection closed. None: only
+            the time-out ends it.
 
     Raises:
         EngineError: In place of what the body raised, if another rank is the cause.
@@ -107,7 +119,8 @@ def process_group(*, timeout_seconds: float = 1800.0, lost_rank_seconds: float |
 
 
 def caused_by_peer(error: BaseException) -> EngineError | None:
-    """Returns what to report in place of `error`, if it came from a collective that failed because another rank is gone.
+    """Returns what to report in place of `error`, if it came from a collective that failed because another
+    rank is gone.
 
     The second call for one error returns the same. Waits for a few seconds to be sure.
     """
@@ -120,7 +133,8 @@ def caused_by_peer(error: BaseException) -> EngineError | None:
         if verdict is None:
             return None
         known = EngineError(
-            f"the run cannot go on without all ranks: {verdict}. Start it again when the host is well; it resumes."
+            f"the run cannot go on without all ranks: {verdict}. Start it again when the host is well; it "
+            "resumes."
         )
         error._caused_by_peer = known  # type: ignore[attr-defined]
     return cast("EngineError", known)
@@ -133,7 +147,9 @@ def _watch_peers(limit_seconds: float) -> PeerWatch | None:
     if world_size() == 1:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    watch = PeerWatch(rank=rank(), world_size=world_size(), address=address, port=port, limit_seconds=limit_seconds)
+    watch = PeerWatch(
+        rank=rank(), world_size=world_size(), address=address, port=port, limit_seconds=limit_seconds
+    )
     watch.start()
     _PEERS["watch"] = watch
     return watch
@@ -163,11 +179,14 @@ def is_main() -> bool:
 def barrier() -> None:
     """Waits for all ranks."""
     if world_size() > 1:
-        torch_dist.barrier(device_ids=[torch.cuda.current_device()] if torch_dist.get_backend() == "nccl" else None)
+        torch_dist.barrier(
+            device_ids=[torch.cuda.current_device()] if torch_dist.get_backend() == "nccl" else None
+        )
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
-    """Returns the mean of `tensor` (any shape, floating point) over all ranks, as a new tensor of the same type."""
+    """Returns the mean of `tensor` (any shape, floating point) over all ranks, as a new tensor of the same
+    type."""
     result = tensor.detach().clone()
     if world_size() > 1:
         torch_dist.all_reduce(result)
@@ -220,7 +239,8 @@ def all_agree(flag: bool) -> bool:
 class Ballot:
     """The greatest of each of a few integers over all ranks, asked for at one moment and read at a later one.
 
-    Between `cast` and `result` nobody waits, neither the host nor the GPU's own work. Every rank calls both in the same order.
+    Between `cast` and `result` nobody waits, neither the host nor the GPU's own work. Every rank calls both
+    in the same order.
 
     Args:
         size: How many integers.
@@ -262,12 +282,15 @@ class Ballot:
 def together(work: Callable[[], T]) -> T:
     """Returns this rank's `work()` once all ranks have finished theirs. Collective.
 
-    For work that takes ranks differently long, as decoding and writing do: `work` runs in a thread of its own while the ranks
-    meet about once a second, so that none waits in a collective until the group's time-out. `work` must not use collectives.
+    For work that takes ranks differently long, as decoding and writing do: `work` runs in a thread of its own
+    while the ranks meet about once a second, so that none waits in a collective until the group's time-out.
+    `work` must not use collectives.
 
     Raises:
-        AiprodError: On every rank, if the work of one raised it; of several, a rank raises its own, others that of the lowest.
-        EngineError: The same on the other ranks if it raised anything else, which goes on as it is on its own.
+        AiprodError: On every rank, if the work of one raised it; of several, a rank raises its own, others
+            that of the lowest.
+        EngineError: The same on the other ranks if it raised anything else, which goes on as it is on its
+            own.
     """
     if world_size() == 1:
         return work()
@@ -301,8 +324,14 @@ def _failure(outcome: Future[Any]) -> AiprodError | None:
     error = outcome.exception()
     if error is None or isinstance(error, AiprodError):
         return error
-    return EngineError(f"rank {rank()}: must finish its part of the work, got {type(error).__name__}: {error}. Read its log.")
+    return EngineError(
+        f"rank {rank()}: must finish its part of the work, got {type(error).__name__}: {error}. Read its log."
+    )
 
 
 def _collective_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch_dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

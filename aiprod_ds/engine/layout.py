@@ -1,7 +1,7 @@
 """What an engine trains; the same rules for every engine.
 
-Owns the lookup of parameters in a module, alone and in groups, and what is asked of values for them. Called by the engines;
-`whole_shape` also by the trainers.
+Owns the lookup of parameters in a module, alone and in groups, and what is asked of values for them. Called
+by the engines; `whole_shape` also by the trainers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from aiprod_ds.engine.protocol import ParameterGroup, group_names
 from aiprod_ds.errors import CheckpointError, EngineError
 from aiprod_ds.snapshot import EngineFacts
 
-TORCH_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Returns the shape of a parameter, also of one that ZeRO-3 has partitioned, which has one dimension until it is gathered."""
+    """Returns the shape of a parameter, also of one that ZeRO-3 has partitioned, which has one dimension
+    until it is gathered."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
@@ -42,22 +47,29 @@ def group_parameters(module: nn.Module, groups: Sequence[ParameterGroup]) -> lis
     """Returns the parameters of each group, in the order of its names.
 
     Raises:
-        EngineError: If the groups do not name every trainable parameter of `module` exactly once, or name a frozen one.
+        EngineError: If the groups do not name every trainable parameter of `module` exactly once, or name a
+            frozen one.
     """
     by_name = dict(module.named_parameters())
     names = group_names(groups)
     trainable = {name for name, parameter in by_name.items() if parameter.requires_grad}
     unknown = sorted(set(names) - trainable)
     if unknown:
-        raise EngineError(f"parameter groups: must name trainable parameters of the module, got {unknown[:5]}. Correct them.")
+        raise EngineError(
+            f"parameter groups: must name trainable parameters of the module, got {unknown[:5]}. Correct "
+            "them."
+        )
     if len(names) != len(trainable):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise EngineError(
             "parameter groups: must name every trainable parameter once, got"
-            f" missing {sorted(trainable - set(names))[:5]}, repeated {twice[:5]}. Correct the groups or freeze the parameters."
+            f" missing {sorted(trainable - set(names))[:5]}, repeated {twice[:5]}. Correct the groups or "
+            "freeze the parameters."
         )
     if not names:
-        raise EngineError("parameter groups: must name at least one parameter, got none. The module has nothing to train.")
+        raise EngineError(
+            "parameter groups: must name at least one parameter, got none. The module has nothing to train."
+        )
     return [[by_name[name] for name in group.names] for group in groups]
 
 
@@ -73,7 +85,9 @@ def find_parameter(parameters: Mapping[str, nn.Parameter], name: str, *, where: 
         EngineError: If there is none.
     """
     if name not in parameters:
-        raise EngineError(f"{where}: must name a parameter of the module, got {name!r}. Use a name of `named_parameters()`.")
+        raise EngineError(
+            f"{where}: must name a parameter of the module, got {name!r}. Use a name of `named_parameters()`."
+        )
     return parameters[name]
 
 
@@ -84,7 +98,10 @@ def require_shape(value: Tensor, shape: torch.Size, *, name: str) -> None:
         EngineError: If the shapes differ.
     """
     if value.shape != shape:
-        raise EngineError(f"write_values: {name} must have the shape {list(shape)}, got {list(value.shape)}. Give all of it.")
+        raise EngineError(
+            f"write_values: {name} must have the shape {list(shape)}, got {list(value.shape)}. Give all of "
+            "it."
+        )
 
 
 def persistent_tensors(module: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:

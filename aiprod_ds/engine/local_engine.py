@@ -1,13 +1,16 @@
 """The control engine: the numerics of mixed-precision training in plain PyTorch, on one process.
 
-Owns fp32 master weights, loss scale, clipping and AdamW, written so that each line can be read against the DeepSpeed engine. No
-sharding: the ZeRO stage of the settings has no effect on one process, the precision does.
+Owns fp32 master weights, loss scale, clipping and AdamW, written so that each line can be read against the
+DeepSpeed engine. No sharding: the ZeRO stage of the settings has no effect on one process, the precision
+does.
 
 One update over K micro-batches, with L the loss scale (1 outside fp16) and m the master weights:
-    g = sum_k float(dL_k/dw * L / K) / L;  norm = ||g||_2;  g *= min(1, clip / (norm + 1e-6));  m = AdamW(m, g);  w = cast(m)
+    g = sum_k float(dL_k/dw * L / K) / L;  norm = ||g||_2
+    g *= min(1, clip / (norm + 1e-6));  m = AdamW(m, g);  w = cast(m)
 A non-finite norm skips the update in every precision.
 
-Deviation from DeepSpeed: gradients of a window are added up in fp32, as DeepSpeed does with `data_types.grad_accum_dtype: fp32`.
+Deviation from DeepSpeed: gradients of a window are added up in fp32, as DeepSpeed does with
+`data_types.grad_accum_dtype: fp32`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,13 @@ from aiprod_ds.engine.layout import (
 )
 from aiprod_ds.engine.loss_scale import LossScaler
 from aiprod_ds.engine.moments import scale_moments
-from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, group_names, require_clip_norm
+from aiprod_ds.engine.protocol import (
+    ParameterGroup,
+    ParameterState,
+    UpdateResult,
+    group_names,
+    require_clip_norm,
+)
 from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
 from aiprod_ds.errors import EngineError
 from aiprod_ds.snapshot import MOMENTS, EngineFacts, ShardSlice, Snapshot, StateReader
@@ -40,7 +49,8 @@ class LocalEngine:
     """`aiprod_ds.engine.protocol.Engine` on one process, without DeepSpeed.
 
     Args:
-        module: Moved to `device` and cast in place: parameters to the precision, buffers only if `buffer_dtype` says so.
+        module: Moved to `device` and cast in place: parameters to the precision, buffers only if
+            `buffer_dtype` says so.
         groups: Every trainable parameter once.
         optimizer: AdamW settings; the learning rate is 0 until `set_learning_rate`.
         settings: Precision and loss scale; ZeRO stage and offload have no meaning here.
@@ -76,7 +86,12 @@ class LocalEngine:
         self._micro_batch_size = micro_batch_size
         self._micro_batches = 0
         self._scaler = LossScaler(settings.loss_scale)
-        _cast(module, self.device, self.compute_dtype, settings.buffer_dtype and TORCH_DTYPES[settings.buffer_dtype])
+        _cast(
+            module,
+            self.device,
+            self.compute_dtype,
+            settings.buffer_dtype and TORCH_DTYPES[settings.buffer_dtype],
+        )
         names = group_names(groups)
         flat = [parameter for group in parameters for parameter in group]
         self._weights = dict(zip(names, flat, strict=True))
@@ -96,7 +111,8 @@ class LocalEngine:
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates gradients of `loss` (0-dim fp32, the mean over the micro-batch), divided by the accumulation."""
+        """Accumulates gradients of `loss` (0-dim fp32, the mean over the micro-batch), divided by the
+        accumulation."""
         (loss * (self._scaler.scale / self._accumulation)).backward()  # type: ignore[no-untyped-call]
         for name, weight in self._weights.items():
             master = self._masters[name]
@@ -107,7 +123,8 @@ class LocalEngine:
             weight.grad = None
 
     def step(self) -> UpdateResult | None:
-        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its end."""
+        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its
+        end."""
         self._micro_batches += 1
         if self._micro_batches < self._accumulation:
             return None
@@ -133,7 +150,8 @@ class LocalEngine:
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
     def set_clip_norm(self, clip_norm: float | None) -> None:
-        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are not.
+        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are
+        not.
 
         Raises:
             EngineError: If it is not a positive finite number.
@@ -142,7 +160,8 @@ class LocalEngine:
         self._clip_norm = clip_norm
 
     def scale_moments(self, factor: float) -> None:
-        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer.
+        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new
+        optimizer.
 
         Raises:
             EngineError: If `factor` is out of range.
@@ -157,7 +176,8 @@ class LocalEngine:
         """
         if self._micro_batches:
             raise EngineError(
-                f"set_batch: must be called between updates, got {self._micro_batches} of {self._accumulation} micro-batches"
+                f"set_batch: must be called between updates, got {self._micro_batches} of "
+                f"{self._accumulation} micro-batches"
                 " done. Finish the window first."
             )
         self._micro_batch_size = micro_batch_size
@@ -202,11 +222,14 @@ class LocalEngine:
         """Returns the whole model: trained parameters in fp32, frozen ones and buffers as they are."""
         own_names, buffers = persistent_tensors(self.module)
         parameters = dict(self.module.named_parameters())
-        state = {key: _host_copy(self._masters.get(name, parameters[name])) for key, name in own_names.items()}
+        state = {
+            key: _host_copy(self._masters.get(name, parameters[name])) for key, name in own_names.items()
+        }
         return state | {key: _host_copy(buffer) for key, buffer in buffers.items()}
 
     def read_value(self, name: str) -> Tensor:
-        """Returns one parameter in fp32: the master of a trained one, the weight of a frozen one; a new tensor.
+        """Returns one parameter in fp32: the master of a trained one, the weight of a frozen one; a new
+        tensor.
 
         Raises:
             EngineError: If there is no such parameter.
@@ -215,7 +238,8 @@ class LocalEngine:
         return self._masters.get(name, parameter).detach().to(torch.float32, copy=True)
 
     def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Sets masters of trained parameters and weights of frozen ones; the optimizer's state stays as it is.
+        """Sets masters of trained parameters and weights of frozen ones; the optimizer's state stays as it
+        is.
 
         Raises:
             EngineError: If there is no such parameter, or a shape differs.
@@ -258,7 +282,8 @@ class LocalEngine:
         self.refresh_weights()
 
     def close(self) -> None:
-        """Drops gradients and optimizer state; the module stays usable, with its weights in the precision of this engine."""
+        """Drops gradients and optimizer state; the module stays usable, with its weights in the precision of
+        this engine."""
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.state.clear()
 
@@ -294,7 +319,9 @@ class LocalEngine:
         self.refresh_weights()
 
 
-def _cast(module: nn.Module, device: torch.device, dtype: torch.dtype, buffer_dtype: torch.dtype | None) -> None:
+def _cast(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, buffer_dtype: torch.dtype | None
+) -> None:
     module.to(device)
     for parameter in module.parameters():
         if parameter.is_floating_point():

@@ -1,9 +1,12 @@
-"""Dynamic loss scaling for fp16, with the rules of DeepSpeed 0.19.8 (`runtime/fp16/loss_scaler.py`, DynamicLossScaler).
+"""Dynamic loss scaling for fp16, with the rules of DeepSpeed 0.19.8 (`runtime/fp16/loss_scaler.py`,
+DynamicLossScaler).
 
-Owns when the scale doubles and halves, nothing about tensors. `LocalEngine` uses it; `DeepSpeedEngine` uses DeepSpeed's own.
+Owns when the scale doubles and halves, nothing about tensors. `LocalEngine` uses it; `DeepSpeedEngine` uses
+DeepSpeed's own.
 
-Two deviations on purpose: an overflow at the minimum scale is not an exception (it is reported as a skipped update), and the
-scale of an update is the one that its loss was multiplied with, also when the scale doubles at that update.
+Two deviations on purpose: an overflow at the minimum scale is not an exception (it is reported as a skipped
+update), and the scale of an update is the one that its loss was multiplied with, also when the scale doubles
+at that update.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ _SCALE_FACTOR = 2.0
 class LossScaler:
     """The scale of the next backward pass.
 
-    scale -> max(scale / 2, min) after `hysteresis` overflows, scale -> 2 * scale after `loss_scale_window` updates without one.
-    Worked example: power 4, window 2, hysteresis 1: scale 16; an overflow gives 8; two good updates later it stays 8 (the window
-    counts whole updates after the one that follows the overflow) and the third makes it 16.
+    scale -> max(scale / 2, min) after `hysteresis` overflows, scale -> 2 * scale after `loss_scale_window`
+    updates without one. Worked example: power 4, window 2, hysteresis 1: scale 16; an overflow gives 8; two
+    good updates later it stays 8 (the window counts whole updates after the one that follows the overflow)
+    and the third makes it 16.
     """
 
     def __init__(self, settings: LossScaleSettings | None) -> None:
@@ -57,10 +61,16 @@ class LossScaler:
         """Returns what changes over time; None if nothing does."""
         if self._dynamic is None:
             return None
-        return LossScale(scale=self.scale, updates=self._updates, last_overflow=self._last_overflow, tolerance=self._tolerance)
+        return LossScale(
+            scale=self.scale,
+            updates=self._updates,
+            last_overflow=self._last_overflow,
+            tolerance=self._tolerance,
+        )
 
     def restore(self, state: LossScale | None) -> None:
-        """Goes on from what `state` returned, under the rules of its own settings; if one of the two has none, as it is."""
+        """Goes on from what `state` returned, under the rules of its own settings; if one of the two has
+        none, as it is."""
         if self._dynamic is None or state is None:
             return
         self.scale, self._updates, self._last_overflow = state.scale, state.updates, state.last_overflow

@@ -16,12 +16,14 @@ from aiprod_ds.snapshot import MOMENTS
 
 
 def scale_moments(states: Iterable[dict[str, Any]], factor: float) -> None:
-    """Multiplies both moments of each state by `factor`, in place: whoever holds a view of them sees the change.
+    """Multiplies both moments of each state by `factor`, in place: whoever holds a view of them sees the
+    change.
 
         exp_avg *= factor;  exp_avg_sq *= factor;  step *= 0 if factor == 0
 
-    Worked example: factor 0.25 turns a state with exp_avg 4, exp_avg_sq 16 and step 7 into 1, 4 and 7; factor 0 into 0, 0 and 0,
-    so that bias correction starts anew. What the moments alone do next, exp_avg / sqrt(exp_avg_sq), shrinks to sqrt(factor).
+    Worked example: factor 0.25 turns a state with exp_avg 4, exp_avg_sq 16 and step 7 into 1, 4 and 7; factor
+    0 into 0, 0 and 0, so that bias correction starts anew. What the moments alone do next, exp_avg /
+    sqrt(exp_avg_sq), shrinks to sqrt(factor).
 
     Args:
         states: `optimizer.state.values()`; before the first update there are none.
@@ -31,7 +33,9 @@ def scale_moments(states: Iterable[dict[str, Any]], factor: float) -> None:
         EngineError: If `factor` is out of range.
     """
     if not 0.0 <= factor <= 1.0:
-        raise EngineError(f"scale_moments: factor must lie in [0, 1], got {factor}. 0 resets the moments and 1 keeps them.")
+        raise EngineError(
+            f"scale_moments: factor must lie in [0, 1], got {factor}. 0 resets the moments and 1 keeps them."
+        )
     for state in states:
         for name in MOMENTS:
             if factor == 0.0:
@@ -45,8 +49,8 @@ def scale_moments(states: Iterable[dict[str, Any]], factor: float) -> None:
 def new_moments(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> dict[str, Any]:
     """Returns a state of zeros after `step` updates, as the optimizer itself begins it at its first.
 
-    torch counts in a 0-dim tensor, on the device if it is fused and on the CPU otherwise (torch/optim/adam.py, `_init_group`);
-    DeepSpeedCPUAdam in an int (ops/adam/cpu_adam.py, `step`).
+    torch counts in a 0-dim tensor, on the device if it is fused and on the CPU otherwise
+    (torch/optim/adam.py, `_init_group`); DeepSpeedCPUAdam in an int (ops/adam/cpu_adam.py, `step`).
     """
     count: Tensor | int = step
     if isinstance(optimizer, torch.optim.AdamW):

@@ -1,10 +1,12 @@
 """Whether the other ranks are alive, and why this one cannot go on if they are not.
 
-A rank that dies while others wait for it in a collective shows there as a closed connection, as a time-out much later, or, if its
-host vanished from the network, not at all. So every rank shows a beat in the group's own store and looks at the others'. Owns the
-beats, the verdict and the end of this process; `dist` starts and stops it.
+A rank that dies while others wait for it in a collective shows there as a closed connection, as a time-out
+much later, or, if its host vanished from the network, not at all. So every rank shows a beat in the group's
+own store and looks at the others'. Owns the beats, the verdict and the end of this process; `dist` starts and
+stops it.
 
-One thread talks to the store and may be held up by a dead network; another one judges. Neither uses collectives.
+One thread talks to the store and may be held up by a dead network; another one judges. Neither uses
+collectives.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ _VERDICT = f"{_PREFIX}/verdict"
 _LOOK_SECONDS = 0.25
 _SILENT_BEATS = 3  # two and the slowness of a busy machine
 _PATIENCE_BEATS = 8  # reached only where the store of this process itself does not answer
-_GRACE_AFTER_LOSS_SECONDS = 5.0  # for the verdict to be read by the others, and for the main thread to end by itself
-_GRACE_AFTER_FAILURE_SECONDS = 60.0  # the main thread may be writing the report of an error that all ranks have
+_GRACE_AFTER_LOSS_SECONDS = (
+    5.0  # for the verdict to be read by the others, and for the main thread to end by itself
+)
+_GRACE_AFTER_FAILURE_SECONDS = (
+    60.0  # the main thread may be writing the report of an error that all ranks have
+)
 
 
 class PeerWatch:
@@ -43,7 +49,9 @@ class PeerWatch:
 
     def __init__(self, *, rank: int, world_size: int, address: str, port: int, limit_seconds: float) -> None:
         self._rank, self._world_size, self._limit = rank, world_size, limit_seconds
-        self._beat_seconds = min(max(2.0, world_size / 32), limit_seconds / 6)  # every rank reads all: n^2 reads a beat
+        self._beat_seconds = min(
+            max(2.0, world_size / 32), limit_seconds / 6
+        )  # every rank reads all: n^2 reads a beat
         self._timeout = timedelta(seconds=limit_seconds)
         self._store: Any = torch_dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in torch's export list
             address, port, None, False, timeout=self._timeout, wait_for_workers=False
@@ -69,7 +77,8 @@ class PeerWatch:
             thread.start()
 
     def stop(self) -> None:
-        """Ends the watch; no thread of it is inside torch when this returns, unless the network holds it up."""
+        """Ends the watch; no thread of it is inside torch when this returns, unless the network holds it
+        up."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(timeout=self._beat_seconds + 5.0)
@@ -84,9 +93,10 @@ class PeerWatch:
     def blame(self) -> str | None:
         """Returns which other rank is to blame for a collective that just failed here; None if all are well.
 
-        A rank that just died seems alive for some time: its last beat may be read a whole beat late, and between two of a living
-        rank two may pass. So this waits until a rank has been silent for longer than a living one is, or every rank has shown two
-        new beats, of which it must have sent the second after the call.
+        A rank that just died seems alive for some time: its last beat may be read a whole beat late, and
+        between two of a living rank two may pass. So this waits until a rank has been silent for longer than
+        a living one is, or every rank has shown two new beats, of which it must have sent the second after
+        the call.
         """
         before, deadline = self._counts(), time.monotonic() + _PATIENCE_BEATS * self._beat_seconds
         while self._verdict is None and time.monotonic() < deadline:
@@ -120,7 +130,9 @@ class PeerWatch:
                     self._is_posted.set()
                 if self._store.check([_VERDICT]):
                     self._verdict = self._store.get(_VERDICT).decode()
-                self._stopped.wait(self._beat_seconds if self._to_post is None or self._is_posted.is_set() else 0.0)
+                self._stopped.wait(
+                    self._beat_seconds if self._to_post is None or self._is_posted.is_set() else 0.0
+                )
         except RuntimeError:  # DistNetworkError, DistStoreError: rank 0, which holds the store, is gone
             self._store_is_lost = not self._stopped.is_set()
 
@@ -137,7 +149,9 @@ class PeerWatch:
         looked_at = time.monotonic()
         while not self._stopped.wait(_LOOK_SECONDS):
             now = time.monotonic()
-            if now - looked_at > 20 * _LOOK_SECONDS:  # this process was itself stopped; silence during that time says nothing
+            if (
+                now - looked_at > 20 * _LOOK_SECONDS
+            ):  # this process was itself stopped; silence during that time says nothing
                 self._contact_at = now
                 self._changed_at = [now] * len(self._changed_at)
             looked_at = now
@@ -156,7 +170,11 @@ class PeerWatch:
                 return None  # the store is in this process: it is only slow
             where = f" on {self._hosts[0]}" if self._hosts else ""
             return f"rank 0{where} is gone: it cannot be reached from {self._own_host}"
-        silent = [rank for rank, changed_at in enumerate(self._changed_at) if now - changed_at > seconds and rank != self._rank]
+        silent = [
+            rank
+            for rank, changed_at in enumerate(self._changed_at)
+            if now - changed_at > seconds and rank != self._rank
+        ]
         if not silent:
             return None
         listed = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in silent[:4])
@@ -166,7 +184,11 @@ class PeerWatch:
 
     def _end(self, verdict: str, grace_seconds: float) -> None:
         _LOG.error(
-            "peer_lost rank=%d host=%s reason=%s; ending within_seconds=%.0f", self._rank, self._own_host, verdict, grace_seconds
+            "peer_lost rank=%d host=%s reason=%s; ending within_seconds=%.0f",
+            self._rank,
+            self._own_host,
+            verdict,
+            grace_seconds,
         )
         if not self._stopped.wait(grace_seconds):
             os._exit(LOST_CODE)  # the main thread waits in a collective that nothing interrupts

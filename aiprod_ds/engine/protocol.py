@@ -1,7 +1,7 @@
 """What the training loop asks of an engine: the thing that owns parameters, gradients and optimizer state.
 
-Two implementations: `deepspeed_engine.DeepSpeedEngine` and `local_engine.LocalEngine` (plain PyTorch, one process, the
-control for numerics). The loop knows only this file.
+Two implementations: `deepspeed_engine.DeepSpeedEngine` and `local_engine.LocalEngine` (plain PyTorch, one
+process, the control for numerics). The loop knows only this file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class ParameterGroup:
 
     Attributes:
         names: As in `module.named_parameters()`.
-        is_decayed: Whether the weight decay of the configuration, and later of the phase, applies; otherwise it is always 0.
+        is_decayed: Whether the weight decay of the configuration, and later of the phase, applies; otherwise
+            it is always 0.
     """
 
     names: tuple[str, ...]
@@ -36,9 +37,10 @@ class UpdateResult:
     """What one update did.
 
     Attributes:
-        applied: False when the update was skipped for a non-finite gradient (fp16 overflow). Equal on all ranks.
-        gradient_norm: Global L2 norm before clipping, unscaled; a float or a 0-dim device tensor (read it late); NaN or inf
-            when the update was skipped.
+        applied: False when the update was skipped for a non-finite gradient (fp16 overflow). Equal on all
+            ranks.
+        gradient_norm: Global L2 norm before clipping, unscaled; a float or a 0-dim device tensor (read it
+            late); NaN or inf when the update was skipped.
         loss_scale: The scale that this update's backward used; 1.0 outside fp16.
     """
 
@@ -84,13 +86,16 @@ class Engine(Protocol):
     has_partitioned_masters: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs `module` forward with whatever gathering the sharding needs. Floating-point inputs are cast by the caller."""
+        """Runs `module` forward with whatever gathering the sharding needs. Floating-point inputs are cast by
+        the caller."""
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the accumulation."""
+        """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the
+        accumulation."""
 
     def step(self) -> UpdateResult | None:
-        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its end."""
+        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its
+        end."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the rate that the next update uses, in every parameter group."""
@@ -99,16 +104,19 @@ class Engine(Protocol):
         """Sets the decay that the next update uses, in the groups that are decayed."""
 
     def set_clip_norm(self, clip_norm: float | None) -> None:
-        """Sets the global L2 norm to which the gradients of the updates that follow are scaled down; None: they are not.
+        """Sets the global L2 norm to which the gradients of the updates that follow are scaled down; None:
+        they are not.
 
-        It may be called between `backward` and the `step` that ends the window. Every rank must give the same value.
+        It may be called between `backward` and the `step` that ends the window. Every rank must give the same
+        value.
 
         Raises:
             EngineError: If it is not a positive finite number.
         """
 
     def scale_moments(self, factor: float) -> None:
-        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new optimizer. Collective.
+        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new
+        optimizer. Collective.
 
         Raises:
             EngineError: If `factor` is out of range.
@@ -128,25 +136,29 @@ class Engine(Protocol):
         """Puts the module in evaluation mode."""
 
     def master_shards(self) -> list[Tensor]:
-        """Returns the fp32 masters that this rank owns, in the order and the shapes of the optimizer state, not copied.
+        """Returns the fp32 masters that this rank owns, in the order and the shapes of the optimizer state,
+        not copied.
 
-        Number, order, shapes and devices stay the same for the life of the engine and are those of any engine of the same layout.
-        Whoever writes into them, between updates and on all ranks alike, calls `refresh_weights` afterwards.
+        Number, order, shapes and devices stay the same for the life of the engine and are those of any engine
+        of the same layout. Whoever writes into them, between updates and on all ranks alike, calls
+        `refresh_weights` afterwards.
         """
 
     def slices(self) -> list[tuple[ShardSlice, ...]]:
-        """Returns, for each of `master_shards`, which parts of which parameters lie in it; what lies between is padding."""
+        """Returns, for each of `master_shards`, which parts of which parameters lie in it; what lies between
+        is padding."""
 
     def refresh_weights(self) -> None:
-        """Casts the masters into the weights that `module` computes with, as an update does at its end. Collective."""
+        """Casts the masters into the weights that `module` computes with, as an update does at its end.
+        Collective."""
 
     def parameter_states(self) -> Iterator[ParameterState]:
-        """Yields every trained parameter in name order. Collective: all ranks iterate to the end; rank 0 gets the tensors,
-        other ranks may get empty ones."""
+        """Yields every trained parameter in name order. Collective: all ranks iterate to the end; rank 0 gets
+        the tensors, other ranks may get empty ones."""
 
     def module_state(self) -> dict[str, Tensor]:
-        """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict on the others.
-        Collective."""
+        """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict
+        on the others. Collective."""
 
     def read_value(self, name: str) -> Tensor:
         """Returns one parameter, whole and in fp32, on every rank. Collective.
@@ -162,31 +174,35 @@ class Engine(Protocol):
         """
 
     def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Sets parameters to whole tensors, taken one at a time; the optimizer's state stays as it is. Collective.
+        """Sets parameters to whole tensors, taken one at a time; the optimizer's state stays as it is.
+        Collective.
 
-        The fp32 master of a trained parameter is set, and at the end all weights are cast from their masters; of a frozen
-        parameter the weight is set, in its own type. Call it between updates.
+        The fp32 master of a trained parameter is set, and at the end all weights are cast from their masters;
+        of a frozen parameter the weight is set, in its own type. Call it between updates.
 
         Args:
-            values: Name and fp32 tensor, on the CPU or `device`; the same on every rank, in the same order. They may be made by
-                collectives.
+            values: Name and fp32 tensor, on the CPU or `device`; the same on every rank, in the same order.
+                They may be made by collectives.
 
         Raises:
-            EngineError: If there is no such parameter, or a shape differs; the parameters before it are set, their weights not.
+            EngineError: If there is no such parameter, or a shape differs; the parameters before it are set,
+                their weights not.
         """
 
     def capture(self) -> Snapshot:
-        """Returns what this rank writes into a checkpoint: masters, moments, frozen weights and buffers, not copied.
+        """Returns what this rank writes into a checkpoint: masters, moments, frozen weights and buffers, not
+        copied.
 
-        Call it between updates, and write or copy the tensors before the next. No collective; all ranks together write everything
-        once.
+        Call it between updates, and write or copy the tensors before the next. No collective; all ranks
+        together write everything once.
         """
 
     def restore(self, source: StateReader) -> None:
-        """Takes over what any engine of this model and precision captured, whatever its ranks and ZeRO stage. Collective.
+        """Takes over what any engine of this model and precision captured, whatever its ranks and ZeRO stage.
+        Collective.
 
-        Bit for bit: masters, moments, frozen weights, buffers, Adam's step counts and the loss scale. Learning rate, weight
-        decay, clipping norm and the rules of the loss scale stay those of this engine.
+        Bit for bit: masters, moments, frozen weights, buffers, Adam's step counts and the loss scale.
+        Learning rate, weight decay, clipping norm and the rules of the loss scale stay those of this engine.
 
         Raises:
             CheckpointError: If it is of another model or precision, or cannot be read.
@@ -203,7 +219,9 @@ def require_clip_norm(clip_norm: float | None) -> None:
         EngineError: If it is not a positive finite number or None.
     """
     if clip_norm is not None and not (clip_norm > 0.0 and math.isfinite(clip_norm)):
-        raise EngineError(f"set_clip_norm: must be positive and finite, got {clip_norm}. None turns clipping off.")
+        raise EngineError(
+            f"set_clip_norm: must be positive and finite, got {clip_norm}. None turns clipping off."
+        )
 
 
 def group_names(groups: Sequence[ParameterGroup]) -> list[str]:

@@ -1,7 +1,8 @@
 """Activation checkpointing: which parts of a model are recomputed in the backward pass.
 
-Owns the switch and nothing about engines; it is applied to the module before an engine takes it. It is always torch's
-non-reentrant kind: the reentrant one loses the gradient behind frozen inputs (LoRA), and DeepSpeed's own fails under ZeRO-3.
+Owns the switch and nothing about engines; it is applied to the module before an engine takes it. It is always
+torch's non-reentrant kind: the reentrant one loses the gradient behind frozen inputs (LoRA), and DeepSpeed's
+own fails under ZeRO-3.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ _ORIGINAL_CLASS = "_class_without_checkpointing"
 
 
 def set_recompute(module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Module] | None = None) -> None:
-    """Switches recomputation on or off, in place; parameters, buffers and the keys of `state_dict` stay as they are.
+    """Switches recomputation on or off, in place; parameters, buffers and the keys of `state_dict` stay as
+    they are.
 
     Args:
-        module: The whole model. Models of diffusers inside it are switched by their own `enable_gradient_checkpointing`.
+        module: The whole model. Models of diffusers inside it are switched by their own
+            `enable_gradient_checkpointing`.
         enabled: Off undoes what on did, and is allowed at any time.
-        blocks: The parts to recompute, each on its own, in place of that search. Without them and without a model of diffusers,
-            every member of the outermost `nn.ModuleList`s of at least two modules of one class is a block. Members that only
-            hold other modules and have no forward of their own are searched inside.
+        blocks: The parts to recompute, each on its own, in place of that search. Without them and without a
+            model of diffusers, every member of the outermost `nn.ModuleList`s of at least two modules of one
+            class is a block. Members that only hold other modules and have no forward of their own are
+            searched inside.
 
     Raises:
         EngineError: If `enabled` and there is nothing to recompute.
@@ -47,11 +51,13 @@ def set_recompute(module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Modul
     chosen = list(blocks) if blocks is not None else list(_repeated_blocks(module))
     if not chosen:
         raise EngineError(
-            f"activation_checkpointing: needs repeated blocks in the model, got {type(module).__name__} without any."
+            f"activation_checkpointing: needs repeated blocks in the model, got {type(module).__name__} "
+            "without any."
             " Set activation_checkpointing.enabled to false."
         )
     for block in chosen:
-        # A subclass, not a wrapper module or an instance attribute: keys stay, and a deep copy calls itself and not the original.
+        # A subclass, not a wrapper module or an instance attribute: keys stay, and a deep copy calls itself
+        # and not the original.
         block.__class__ = _checkpointed(_original_class(block))  # type: ignore[arg-type]  # mypy: a class is hashable
 
 
@@ -66,7 +72,9 @@ def _recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _diffusers_models(module: nn.Module) -> Iterable[nn.Module]:
     """Yields the outermost models that bring their own switch."""
-    if getattr(module, "_supports_gradient_checkpointing", False) and hasattr(module, "enable_gradient_checkpointing"):
+    if getattr(module, "_supports_gradient_checkpointing", False) and hasattr(
+        module, "enable_gradient_checkpointing"
+    ):
         yield module
         return
     for child in module.children():
@@ -83,7 +91,9 @@ def _repeated_blocks(module: nn.Module) -> Iterable[nn.Module]:
 
 def _is_row_of_blocks(members: nn.ModuleList) -> bool:
     return (
-        len(members) > 1 and len({type(member) for member in members}) == 1 and type(members[0]).forward is not nn.Module.forward
+        len(members) > 1
+        and len({type(member) for member in members}) == 1
+        and type(members[0]).forward is not nn.Module.forward
     )
 
 

@@ -1,6 +1,8 @@
-"""The state of an engine as pieces: what a shard holds of which parameter, and how both engines capture and restore it.
+"""The state of an engine as pieces: what a shard holds of which parameter, and how both engines capture and
+restore it.
 
-Owns the cutting, not where an engine keeps its shards: an engine describes them, once for its own kind. No collectives here.
+Owns the cutting, not where an engine keeps its shards: an engine describes them, once for its own kind. No
+collectives here.
 """
 
 from __future__ import annotations
@@ -82,8 +84,14 @@ class EngineShards:
 
     def all_wholes(self) -> dict[str, TensorMetadata]:
         """Returns `wholes` and those of the moments that there are."""
-        started = [name for shard in self.masters if self.optimizer.state.get(shard.tensor) for name in shard.names]
-        moments = {tensor_key(kind, name): self.wholes[tensor_key("master", name)] for name in started for kind in MOMENTS}
+        started = [
+            name for shard in self.masters if self.optimizer.state.get(shard.tensor) for name in shard.names
+        ]
+        moments = {
+            tensor_key(kind, name): self.wholes[tensor_key("master", name)]
+            for name in started
+            for kind in MOMENTS
+        }
         return {**self.wholes, **moments}
 
     def capture(self, facts: EngineFacts, *, rank: int) -> Snapshot:
@@ -124,40 +132,72 @@ class EngineShards:
             self.optimizer.state.pop(shard.tensor, None)
             if started.isdisjoint(shard.names):
                 continue
-            # One count for all that share a state. Only ZeRO-0 has parameters without one, those that were never used.
+            # One count for all that share a state. Only ZeRO-0 has parameters without one, those that were
+            # never used.
             step = max(source.facts.adam_steps[name] for name in shard.names)
             state = self.optimizer.state[shard.tensor] = new_moments(self.optimizer, shard.tensor, step)
             own = [part for part in shard.slices if part.name in started]
             for kind in MOMENTS:
                 fill(source, kind, [state[kind]], [own])
         if source.facts.base is None or source.facts.base.is_stored:
-            fill(source, "frozen", [shard.tensor for shard in self.frozen], [shard.slices for shard in self.frozen])
-        fill(source, "buffer", [shard.tensor for shard in self.buffers], [shard.slices for shard in self.buffers])
+            fill(
+                source,
+                "frozen",
+                [shard.tensor for shard in self.frozen],
+                [shard.slices for shard in self.frozen],
+            )
+        fill(
+            source,
+            "buffer",
+            [shard.tensor for shard in self.buffers],
+            [shard.slices for shard in self.buffers],
+        )
 
     def _require_same(self, facts: EngineFacts) -> None:
-        saved = {key: whole for key, whole in facts.tensors.items() if key.split("/", 1)[0] in {"master", "frozen", "buffer"}}
+        saved = {
+            key: whole
+            for key, whole in facts.tensors.items()
+            if key.split("/", 1)[0] in {"master", "frozen", "buffer"}
+        }
         wrong = sorted(key for key in {*saved, *self.wholes} if saved.get(key) != self.wholes.get(key))
         if wrong:
-            told = "; ".join(f"{key} {_words(saved.get(key))} there, {_words(self.wholes.get(key))} here" for key in wrong[:3])
+            told = "; ".join(
+                f"{key} {_words(saved.get(key))} there, {_words(self.wholes.get(key))} here"
+                for key in wrong[:3]
+            )
             raise CheckpointError(
                 f"engine state: must hold this model, got {len(wrong)} tensors that differ: {told}."
                 " Resume with the settings of the saved run."
             )
         names = set(facts.names("master"))
-        if set(facts.adam_steps) != names or set(facts.names("exp_avg")) != set(facts.names("exp_avg_sq")) <= names:
+        if (
+            set(facts.adam_steps) != names
+            or set(facts.names("exp_avg")) != set(facts.names("exp_avg_sq")) <= names
+        ):
             raise CheckpointError(
-                "engine state: must hold both moments and a step of what is trained, got others. It is damaged."
+                "engine state: must hold both moments and a step of what is trained, got others. It is "
+                "damaged."
             )
 
 
 def describe_wholes(
     trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> dict[str, TensorMetadata]:
-    """Returns what all ranks together hold of a model, by `tensor_key`; masters are fp32 whatever is trained."""
+    """Returns what all ranks together hold of a model, by `tensor_key`; masters are fp32 whatever is
+    trained."""
     return {
-        **{tensor_key("master", name): TensorMetadata.of(whole_shape(value), torch.float32) for name, value in trained.items()},
-        **{tensor_key("frozen", name): TensorMetadata.of(whole_shape(value), value.dtype) for name, value in frozen.items()},
-        **{tensor_key("buffer", name): TensorMetadata.of(value.shape, value.dtype) for name, value in buffers.items()},
+        **{
+            tensor_key("master", name): TensorMetadata.of(whole_shape(value), torch.float32)
+            for name, value in trained.items()
+        },
+        **{
+            tensor_key("frozen", name): TensorMetadata.of(whole_shape(value), value.dtype)
+            for name, value in frozen.items()
+        },
+        **{
+            tensor_key("buffer", name): TensorMetadata.of(value.shape, value.dtype)
+            for name, value in buffers.items()
+        },
     }
 
 

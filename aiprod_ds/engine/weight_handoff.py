@@ -1,7 +1,9 @@
-"""Parameter values on their way from one engine to the next, shared out so that no rank holds the whole model.
+"""Parameter values on their way from one engine to the next, shared out so that no rank holds the whole
+model.
 
-Owns the parts and how they are put together again, not what the values are: whoever closes an engine adds what its
-`Engine.read_value` returned, or something computed from it, and gives it to `Engine.write_values` of the next.
+Owns the parts and how they are put together again, not what the values are: whoever closes an engine adds
+what its `Engine.read_value` returned, or something computed from it, and gives it to `Engine.write_values` of
+the next.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class WeightHandoff:
         self._parts[name] = (whole.shape, part)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields names and whole fp32 tensors on this rank's device, one at a time in the order of `add`. Collective: all ranks
-        iterate to the end."""
+        """Yields names and whole fp32 tensors on this rank's device, one at a time in the order of `add`.
+        Collective: all ranks iterate to the end."""
         device = dist.choose_device()
         for name, (shape, part) in self._parts.items():
             gathered = torch.empty(part.numel() * dist.world_size(), device=device)

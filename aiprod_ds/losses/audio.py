@@ -1,7 +1,7 @@
 """The loss of the audio VAE: waveform, spectral distance, KL and mel distance, each under its own name.
 
-Owns which terms there are and their weights; the formulas are in `spectral.py`, `mel.py` and `kl.py`. Called by the audio VAE
-trainer. Shapes: B batch, C channels, N samples, L latent positions.
+Owns which terms there are and their weights; the formulas are in `spectral.py`, `mel.py` and `kl.py`. Called
+by the audio VAE trainer. Shapes: B batch, C channels, N samples, L latent positions.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from aiprod_ds.losses.waveform import WavePair, aligned_pair, sample_mean
 class AudioVAELoss(nn.Module):
     """Sums the weighted terms of an audio VAE in fp32.
 
-        L = lambda_w * mean|x - y| + lambda_s * SpectralLoss(x, y) + lambda_kl * KL + lambda_mel * MelLoss(x, y)
+        L = lambda_w * mean|x - y| + lambda_s * SpectralLoss(x, y) + lambda_kl * KL
+            + lambda_mel * MelLoss(x, y)
         KL = mean over clips and latent positions of the sum over channels
 
     Every clip weighs the same and counts only its true samples, frames and latent positions.
 
-    Worked number: y equal to x but for one sample of 1024 that is 1 instead of 0, x silent, fft size 256, mean 2 and logvar 0
-    in 3 latent channels: L1 1/1024, spectral 1.644620, KL 6; with the default weights 0.0000977 + 1.644620 + 0.0006 = 1.645318.
+    Worked number: y equal to x but for one sample of 1024 that is 1 instead of 0, x silent, fft size 256,
+    mean 2 and logvar 0 in 3 latent channels: L1 1/1024, spectral 1.644620, KL 6; with the default weights
+    0.0000977 + 1.644620 + 0.0006 = 1.645318.
 
-    Holds no parameters. Logged: `loss/total`, `loss/waveform_l1`, `loss/spectral`, `loss/kl`, `loss/mel` (if there is a sample
-    rate), `latent/mean`, `latent/std`, `latent/collapsed_share`.
+    Holds no parameters. Logged: `loss/total`, `loss/waveform_l1`, `loss/spectral`, `loss/kl`, `loss/mel` (if
+    there is a sample rate), `latent/mean`, `latent/std`, `latent/collapsed_share`.
 
     Args:
         config: Weights and resolutions.
@@ -47,13 +49,22 @@ class AudioVAELoss(nn.Module):
     def __init__(self, config: AudioVAELossConfig, *, sample_rate_hz: int | None = None) -> None:
         super().__init__()
         if sample_rate_hz is None and config.mel_weight > 0:
-            raise ConfigError(f"loss.mel_weight: must be 0 without a sample rate, got {config.mel_weight}. Pass sample_rate_hz.")
+            raise ConfigError(
+                f"loss.mel_weight: must be 0 without a sample rate, got {config.mel_weight}. Pass "
+                "sample_rate_hz."
+            )
         self.config = config
         self.spectral = SpectralLoss(config.spectral)
         self.mel = None if sample_rate_hz is None else MelLoss(config.mel, sample_rate_hz=sample_rate_hz)
 
     def forward(
-        self, reconstruction: Tensor, target: Tensor, mean: Tensor, logvar: Tensor, *, num_samples: Sequence[int] | None = None
+        self,
+        reconstruction: Tensor,
+        target: Tensor,
+        mean: Tensor,
+        logvar: Tensor,
+        *,
+        num_samples: Sequence[int] | None = None,
     ) -> LossTerms:
         """Returns the terms of one micro-batch.
 
@@ -62,8 +73,8 @@ class AudioVAELoss(nn.Module):
             target: [B,C,N] or [B,N]: the clip.
             mean: [B,channels,L] posterior mean.
             logvar: Posterior log-variance, the mean's shape or broadcastable to it.
-            num_samples: True length of each clip in samples, if padded. A clip of n samples owns the first ceil(n * L / N')
-                latent positions.
+            num_samples: True length of each clip in samples, if padded. A clip of n samples owns the first
+                ceil(n * L / N') latent positions.
 
         Raises:
             DataError: If the shapes do not fit.
@@ -90,18 +101,26 @@ def _waveform_l1(pair: WavePair) -> Tensor:
     return sample_mean((pair.reconstruction - pair.target).abs(), pair)
 
 
-def _true_posteriors(mean: Tensor, logvar: Tensor, num_samples: Sequence[int] | None, *, padded_samples: int) -> list[_Posterior]:
-    """Returns the posteriors without padding, one for each clip; a single one for the whole batch if nothing is padded."""
+def _true_posteriors(
+    mean: Tensor, logvar: Tensor, num_samples: Sequence[int] | None, *, padded_samples: int
+) -> list[_Posterior]:
+    """Returns the posteriors without padding, one for each clip; a single one for the whole batch if nothing
+    is padded."""
     if num_samples is None:
         return [(mean, logvar)]
     length = mean.shape[-1]
     owned = [-(-int(samples) * length // padded_samples) for samples in num_samples]
     expanded = torch.broadcast_to(logvar, mean.shape)
-    return [(mean[clip : clip + 1, ..., :end], expanded[clip : clip + 1, ..., :end]) for clip, end in enumerate(owned)]
+    return [
+        (mean[clip : clip + 1, ..., :end], expanded[clip : clip + 1, ..., :end])
+        for clip, end in enumerate(owned)
+    ]
 
 
 def _mean_kl(posteriors: Sequence[_Posterior]) -> Tensor:
-    return torch.stack([gaussian_kl(mean, logvar, reduction="per_position") for mean, logvar in posteriors]).mean()
+    return torch.stack(
+        [gaussian_kl(mean, logvar, reduction="per_position") for mean, logvar in posteriors]
+    ).mean()
 
 
 def _statistics(posteriors: Sequence[_Posterior]) -> dict[str, Tensor]:

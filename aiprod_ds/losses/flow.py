@@ -1,7 +1,7 @@
 """Flow matching on latents: what the transformer is given, what it should answer, and how far off it was.
 
-Owns noising, clean conditioning tokens, per-token timesteps and the velocity loss; levels are drawn in `noise_level.py`. Called
-by the diffusion trainer, once per modality. Shapes: B batch, L tokens, C channels.
+Owns noising, clean conditioning tokens, per-token timesteps and the velocity loss; levels are drawn in
+`noise_level.py`. Called by the diffusion trainer, once per modality. Shapes: B batch, L tokens, C channels.
 """
 
 from __future__ import annotations
@@ -49,20 +49,22 @@ def noised(
 
         x_s = (1 - s) * x0 + s * eps,   v = eps - x0,   eps normal
 
-    Worked number: x0 = 2, eps = -1, s = 0.25: x_s = 1.25, v = -3; following v back from x_s for s gives x0 = x_s - s * v = 2.
+    Worked number: x0 = 2, eps = -1, s = 0.25: x_s = 1.25, v = -3; following v back from x_s for s gives x0 =
+    x_s - s * v = 2.
 
     Args:
         latent_BLC: [B,L,C] any float type, normalised latents.
         noise_levels_B: [B] in [0,1].
-        seeds: One per sample, `stream_seed(seed, "noise", modality, sample_index, update)`. Noise is drawn in fp32 on the CPU, so
-            that it is the same on every device and for every batch.
+        seeds: One per sample, `stream_seed(seed, "noise", modality, sample_index, update)`. Noise is drawn in
+            fp32 on the CPU, so that it is the same on every device and for every batch.
         is_clean_BL: [B,L] bool, tokens that stay clean (a given first frame); None: none.
         is_token_BL: [B,L] bool, False in padding; None: all are tokens.
 
     Raises:
         DataError: If the shapes do not fit or there is not one seed per sample.
 
-    Source: Lipman et al. 2023, rectified-flow form of Liu et al. 2022; per-token timesteps after LTX-Video (HaCohen et al. 2024).
+    Source: Lipman et al. 2023, rectified-flow form of Liu et al. 2022; per-token timesteps after LTX-Video
+    (HaCohen et al. 2024).
     """
     _check_inputs(latent_BLC, noise_levels_B, seeds, {"is_clean_BL": is_clean_BL, "is_token_BL": is_token_BL})
     with torch.no_grad(), no_autocast(latent_BLC):
@@ -70,7 +72,11 @@ def noised(
         eps_BLC = _noise_like(x0_BLC, seeds)
         levels_B = noise_levels_B.to(x0_BLC)
         timesteps_BL = levels_B.unsqueeze(1).expand(x0_BLC.shape[:2])
-        has_loss_BL = torch.ones_like(timesteps_BL, dtype=torch.bool) if is_token_BL is None else is_token_BL.to(x0_BLC.device)
+        has_loss_BL = (
+            torch.ones_like(timesteps_BL, dtype=torch.bool)
+            if is_token_BL is None
+            else is_token_BL.to(x0_BLC.device)
+        )
         if is_clean_BL is not None:
             is_clean_BL = is_clean_BL.to(x0_BLC.device)
             timesteps_BL = timesteps_BL.masked_fill(is_clean_BL, 0.0)
@@ -85,11 +91,15 @@ def noised(
         )
 
 
-def first_frame_mask(probability: float, *, num_frames: int, tokens_per_frame: int, seeds: Sequence[int]) -> Tensor:
-    """Returns which tokens are a given, clean first frame, [B,L] bool on the CPU with L = num_frames * tokens_per_frame.
+def first_frame_mask(
+    probability: float, *, num_frames: int, tokens_per_frame: int, seeds: Sequence[int]
+) -> Tensor:
+    """Returns which tokens are a given, clean first frame, [B,L] bool on the CPU with L = num_frames *
+    tokens_per_frame.
 
-    Each sample is conditioned with `probability`, drawn from its seed (`stream_seed(seed, "first_frame", sample_index, update)`).
-    A clip of one latent frame never is: nothing would be left to generate.
+    Each sample is conditioned with `probability`, drawn from its seed
+    (`stream_seed(seed, "first_frame", sample_index, update)`). A clip of one latent frame never is: nothing
+    would be left to generate.
     """
     mask_BL = torch.zeros(len(seeds), num_frames * tokens_per_frame, dtype=torch.bool)
     if num_frames > 1:
@@ -102,8 +112,8 @@ def first_frame_mask(probability: float, *, num_frames: int, tokens_per_frame: i
 def flow_losses(prediction_BLC: Tensor, sample: FlowSample) -> Tensor:
     """Returns each sample's loss, [B] fp32: the mean over its generated tokens and channels of (v_hat - v)^2.
 
-    The batch loss is their mean, so that samples weigh the same however many tokens they have. A sample without a generated
-    token has loss 0. Padding may hold anything, NaN included.
+    The batch loss is their mean, so that samples weigh the same however many tokens they have. A sample
+    without a generated token has loss 0. Padding may hold anything, NaN included.
 
     Args:
         prediction_BLC: [B,L,C] any float type: the transformer's answer.
@@ -119,18 +129,21 @@ def flow_losses(prediction_BLC: Tensor, sample: FlowSample) -> Tensor:
         )
     with no_autocast(prediction_BLC):
         ignored_BL1 = ~sample.has_loss.unsqueeze(2)
-        error_BLC = widened(prediction_BLC).masked_fill(ignored_BL1, 0.0) - sample.velocity.masked_fill(ignored_BL1, 0.0)
+        error_BLC = widened(prediction_BLC).masked_fill(ignored_BL1, 0.0) - sample.velocity.masked_fill(
+            ignored_BL1, 0.0
+        )
         tokens_B = sample.has_loss.sum(dim=1).clamp(min=1)
         return error_BLC.square().sum(dim=(1, 2)) / (tokens_B * prediction_BLC.shape[2])
 
 
 def bucket_terms(name: str, losses_B: Tensor, noise_levels_B: Tensor) -> dict[str, Tensor]:
-    """Returns the loss split by noise level into [0,1/4), [1/4,1/2), [1/2,3/4), [3/4,1], as numbers that ranks may average.
+    """Returns the loss split by noise level into [0,1/4), [1/4,1/2), [1/2,3/4), [3/4,1], as numbers that
+    ranks may average.
 
-    A bucket is empty on many updates and its mean then undefined, so each bucket gives two parts that always exist:
-    `loss/{name}_s{k}_part` (its losses over the batch size; the four add up to the loss) and `loss/{name}_s{k}_share` (its
-    samples over the batch size). Averaged over ranks and micro-batches, part over share is the bucket's mean, which the recorder
-    writes as `loss/{name}_s{k}`.
+    A bucket is empty on many updates and its mean then undefined, so each bucket gives two parts that always
+    exist: `loss/{name}_s{k}_part` (its losses over the batch size; the four add up to the loss) and
+    `loss/{name}_s{k}_share` (its samples over the batch size). Averaged over ranks and micro-batches, part
+    over share is the bucket's mean, which the recorder writes as `loss/{name}_s{k}`.
     """
     losses_B = losses_B.detach()
     buckets_B = (noise_levels_B.to(losses_B.device) * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
@@ -148,15 +161,21 @@ def _noise_like(latent_BLC: Tensor, seeds: Sequence[int]) -> Tensor:
     return torch.stack(draws).to(latent_BLC)
 
 
-def _check_inputs(latent: Tensor, noise_levels: Tensor, seeds: Sequence[int], masks: Mapping[str, Tensor | None]) -> None:
+def _check_inputs(
+    latent: Tensor, noise_levels: Tensor, seeds: Sequence[int], masks: Mapping[str, Tensor | None]
+) -> None:
     if latent.dim() != 3 or latent.numel() == 0:
         raise DataError(f"flow matching: latents must be [B,L,C] and not empty, got {list(latent.shape)}.")
     batch = latent.shape[0]
     if list(noise_levels.shape) != [batch] or len(seeds) != batch:
         raise DataError(
-            f"flow matching: needs one noise level and one seed for each of {batch} samples, got {list(noise_levels.shape)} and "
+            f"flow matching: needs one noise level and one seed for each of {batch} samples, got "
+            f"{list(noise_levels.shape)} and "
             f"{len(seeds)}."
         )
     for name, mask in masks.items():
         if mask is not None and (mask.shape != latent.shape[:2] or mask.dtype != torch.bool):
-            raise DataError(f"flow matching: {name} must be bool {list(latent.shape[:2])}, got {mask.dtype} {list(mask.shape)}.")
+            raise DataError(
+                f"flow matching: {name} must be bool {list(latent.shape[:2])}, got {mask.dtype} "
+                f"{list(mask.shape)}."
+            )

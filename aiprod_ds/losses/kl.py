@@ -1,7 +1,7 @@
 """Divergence of a diagonal Gaussian posterior from the unit normal, and what to watch about it.
 
-Owns the formula, its three reductions and the latent statistics; the weights are those of the losses that call it
-(`video.py`, `audio.py`). Latents are [B, C, ...]: channels second, any positions after.
+Owns the formula, its three reductions and the latent statistics; the weights are those of the losses that
+call it (`video.py`, `audio.py`). Latents are [B, C, ...]: channels second, any positions after.
 """
 
 from __future__ import annotations
@@ -16,31 +16,37 @@ from aiprod_ds.losses.precision import no_autocast, widened
 
 KLReduction = Literal["per_input_element", "mean", "per_position"]
 
-LOGVAR_MIN, LOGVAR_MAX = -30.0, 10.0  # exp(11.09) is the largest fp16 number; the usual bound of 20 overflows there
+LOGVAR_MIN, LOGVAR_MAX = (
+    -30.0,
+    10.0,
+)  # exp(11.09) is the largest fp16 number; the usual bound of 20 overflows there
 COLLAPSED_NATS = 0.01
 
 
-def gaussian_kl(mean: Tensor, logvar: Tensor, *, reduction: KLReduction, input_elements: int | None = None) -> Tensor:
+def gaussian_kl(
+    mean: Tensor, logvar: Tensor, *, reduction: KLReduction, input_elements: int | None = None
+) -> Tensor:
     """Returns KL(N(mean, exp(logvar)) || N(0, 1)), reduced.
 
         KL_i = 0.5 * (mean_i^2 + exp(logvar_i) - 1 - logvar_i),   logvar clamped to [-30, 10]
 
-    Worked number: mean 2, logvar 0 gives 2.0 nats in every element; with 3 channels and 4 positions per sample of 48 input
-    elements: `mean` 2.0, `per_position` 6.0, `per_input_element` 2 * 12 / 48 = 0.5.
+    Worked number: mean 2, logvar 0 gives 2.0 nats in every element; with 3 channels and 4 positions per
+    sample of 48 input elements: `mean` 2.0, `per_position` 6.0, `per_input_element` 2 * 12 / 48 = 0.5.
 
     Args:
         mean: [B, C, ...] any float type.
         logvar: Same shape, or broadcastable to it (some models share one value between channels).
-        reduction: `per_input_element`: sum over the sample's latents divided by `input_elements`, mean over the batch, so that
-            the weight does not depend on resolution or duration. `mean`: over all latent elements. `per_position`: sum over
-            channels, mean over batch and positions.
+        reduction: `per_input_element`: sum over the sample's latents divided by `input_elements`, mean over
+            the batch, so that the weight does not depend on resolution or duration. `mean`: over all latent
+            elements. `per_position`: sum over channels, mean over batch and positions.
         input_elements: Elements of one input sample (C*T*H*W of a clip); needed by `per_input_element` only.
 
     Returns:
         0-dim fp32 (fp64 for fp64 inputs), nats.
 
-    Source: Kingma and Welling 2013, appendix B; the first reduction is that of latent-diffusion `contperceptual.py`
-    (KL sum over the batch size beside a summed reconstruction), with both sides divided by the input elements.
+    Source: Kingma and Welling 2013, appendix B; the first reduction is that of latent-diffusion
+    `contperceptual.py` (KL sum over the batch size beside a summed reconstruction), with both sides divided
+    by the input elements.
     """
     with no_autocast(mean):
         kl = _elementwise_kl(mean, logvar)
@@ -56,10 +62,12 @@ def gaussian_kl(mean: Tensor, logvar: Tensor, *, reduction: KLReduction, input_e
 def latent_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
     """Returns `latent/mean`, `latent/std` and `latent/collapsed_share`, 0-dim fp32.
 
-    Mean and (biased) standard deviation are those of the posterior mean over all elements; noise that the posterior adds would
-    hide a collapse from them. A channel is collapsed when its KL, averaged over batch and positions, is below 0.01 nats.
+    Mean and (biased) standard deviation are those of the posterior mean over all elements; noise that the
+    posterior adds would hide a collapse from them. A channel is collapsed when its KL, averaged over batch
+    and positions, is below 0.01 nats.
 
-    Worked number: two channels, of means +3 and 0, logvar 0: `latent/mean` 1.5, `latent/std` 1.5, `latent/collapsed_share` 0.5.
+    Worked number: two channels, of means +3 and 0, logvar 0: `latent/mean` 1.5, `latent/std` 1.5,
+    `latent/collapsed_share` 0.5.
     """
     with no_autocast(mean):
         channel_kl = _elementwise_kl(mean, logvar).transpose(0, 1).flatten(1).mean(dim=1)
@@ -73,18 +81,23 @@ def latent_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
 
 def _elementwise_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     wide_mean, wide_logvar = _widened_pair(mean, logvar)
-    # expm1 keeps the digits that exp(logvar) - 1 loses where logvar is near 0, which is where a collapsing posterior goes.
+    # expm1 keeps the digits that exp(logvar) - 1 loses where logvar is near 0, which is where a collapsing
+    # posterior goes.
     return 0.5 * (wide_mean.square() + torch.expm1(wide_logvar) - wide_logvar)
 
 
 def _widened_pair(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     if mean.dim() < 2 or mean.numel() == 0:
-        raise DataError(f"posterior mean: must be [B, C, ...] and not empty, got {list(mean.shape)}. Check the model's encoder.")
+        raise DataError(
+            f"posterior mean: must be [B, C, ...] and not empty, got {list(mean.shape)}. Check the model's "
+            "encoder."
+        )
     try:
         expanded = logvar.expand_as(mean)
     except RuntimeError as error:
         raise DataError(
-            f"posterior logvar: must have the mean's shape {list(mean.shape)} or broadcast to it, got {list(logvar.shape)}. "
+            f"posterior logvar: must have the mean's shape {list(mean.shape)} or broadcast to it, got "
+            f"{list(logvar.shape)}. "
             "Check the model's encoder."
         ) from error
     return widened(mean), widened(expanded).clamp(LOGVAR_MIN, LOGVAR_MAX)

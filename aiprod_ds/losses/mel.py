@@ -1,7 +1,7 @@
 """MelLoss: how far apart two waveforms are in log-mel bands, at several resolutions.
 
-Owns the distance; the STFT is that of `spectral.py`, the filters are torchaudio's. Called by `audio.py`. Shapes: B batch,
-C channels, N samples, F frequency bins, M mel bands, T frames.
+Owns the distance; the STFT is that of `spectral.py`, the filters are torchaudio's. Called by `audio.py`.
+Shapes: B batch, C channels, N samples, F frequency bins, M mel bands, T frames.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class MelLoss(nn.Module):
 
     Worked number: y = 10 * x, loud in every band, gives 1.0 per resolution: 7.0 with the default seven.
 
-    Source: DAC's training configuration (windows 32 to 2048, 5 to 320 bands, power 1, log term only), where its weight is 15;
-    the sum over resolutions is part of that convention. Deviations: zeros beyond the ends, as in SpectralLoss; bands too narrow
-    for their FFT are left out of the mean instead of counting as zero.
+    Source: DAC's training configuration (windows 32 to 2048, 5 to 320 bands, power 1, log term only), where
+    its weight is 15; the sum over resolutions is part of that convention. Deviations: zeros beyond the ends,
+    as in SpectralLoss; bands too narrow for their FFT are left out of the mean instead of counting as zero.
 
     Args:
         config: Resolutions and bands.
@@ -46,8 +46,11 @@ class MelLoss(nn.Module):
         # A plain dict and not buffers: a cast of the module around must not make the filters half precision.
         self._filters_MF = {size: _filters(size, bands, sample_rate_hz) for size, bands in pairs}
 
-    def forward(self, reconstruction: Tensor, target: Tensor, *, num_samples: Sequence[int] | None = None) -> Tensor:
-        """Returns the distance, 0-dim fp32 (fp64 for fp64 inputs). Arguments and errors are those of `SpectralLoss.forward`."""
+    def forward(
+        self, reconstruction: Tensor, target: Tensor, *, num_samples: Sequence[int] | None = None
+    ) -> Tensor:
+        """Returns the distance, 0-dim fp32 (fp64 for fp64 inputs). Arguments and errors are those of
+        `SpectralLoss.forward`."""
         with no_autocast(reconstruction):
             pair = aligned_pair(reconstruction, target, num_samples)
             return torch.stack([self._resolution(pair, size) for size in self._filters_MF]).sum()
@@ -66,7 +69,13 @@ def _filters(fft_size: int, num_bands: int, sample_rate_hz: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the empty bands that are dropped below
         filters_FM = melscale_fbanks(
-            fft_size // 2 + 1, 0.0, sample_rate_hz / 2, num_bands, sample_rate_hz, norm="slaney", mel_scale="slaney"
+            fft_size // 2 + 1,
+            0.0,
+            sample_rate_hz / 2,
+            num_bands,
+            sample_rate_hz,
+            norm="slaney",
+            mel_scale="slaney",
         )
     filters_MF: Tensor = filters_FM.T
     return filters_MF[filters_MF.sum(dim=1) > 0].contiguous()

@@ -1,7 +1,7 @@
 """The loss of a VAE of log-mel spectrograms: L1 and KL, each under its own name.
 
-Called by the audio VAE trainer for models that take spectrograms; waveforms have `audio.py`. Shapes: B batch, C channels,
-T frames, M mel bands.
+Called by the audio VAE trainer for models that take spectrograms; waveforms have `audio.py`. Shapes: B batch,
+C channels, T frames, M mel bands.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ class MelVAELoss(nn.Module):
         L = lambda_mel * mean|X - Y| + lambda_kl * KL      X, Y natural logarithms of mel magnitudes
         KL = mean over clips and latent positions of the sum over channels
 
-    Worked number: Y louder than X by a factor of e everywhere, mean 2 and logvar 0 in 3 latent channels: 1 + lambda_kl * 6 with
-    lambda_mel = 1, so 1.0006 with lambda_kl = 1e-4.
+    Worked number: Y louder than X by a factor of e everywhere, mean 2 and logvar 0 in 3 latent channels: 1 +
+    lambda_kl * 6 with lambda_mel = 1, so 1.0006 with lambda_kl = 1e-4.
 
-    Holds no parameters. Logged: `loss/total`, `loss/mel`, `loss/kl`, `latent/mean`, `latent/std`, `latent/collapsed_share`.
+    Holds no parameters. Logged: `loss/total`, `loss/mel`, `loss/kl`, `latent/mean`, `latent/std`,
+    `latent/collapsed_share`.
 
     Args:
         mel_weight: lambda_mel, above 0.
@@ -35,7 +36,9 @@ class MelVAELoss(nn.Module):
         self._mel_weight = mel_weight
         self._kl_weight = kl_weight
 
-    def forward(self, reconstruction_BCTM: Tensor, target_BCTM: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
+    def forward(
+        self, reconstruction_BCTM: Tensor, target_BCTM: Tensor, mean: Tensor, logvar: Tensor
+    ) -> LossTerms:
         """Returns the terms of one micro-batch.
 
         Args:

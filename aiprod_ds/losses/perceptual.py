@@ -1,7 +1,8 @@
 """Perceptual distance of video frames: how far apart VGG16 sees them.
 
-Owns the two distances (`lpips`, `vgg`), the choice of frames and the explicit L2 fallback; the network is `vgg.py`. Called by
-`video.py`, and by the evaluation for LPIPS. Shapes: B batch, C channels, T frames, H height, W width, N images.
+Owns the two distances (`lpips`, `vgg`), the choice of frames and the explicit L2 fallback; the network is
+`vgg.py`. Called by `video.py`, and by the evaluation for LPIPS. Shapes: B batch, C channels, T frames, H
+height, W width, N images.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ _HEADS_FILE = "lpips_models/vgg.pth"
 class PerceptualLoss(nn.Module):
     """Distance between two videos in the features of a frozen VGG16, in fp32.
 
-        lpips:  P = sum_l mean_hw sum_c w_lc * (n(f_l(x)) - n(f_l(y)))_c^2,   n(f) = f * rsqrt(sum_c f_c^2 + 1e-8)
+        lpips:  P = sum_l mean_hw sum_c w_lc * (n(f_l(x)) - n(f_l(y)))_c^2
+                n(f) = f * rsqrt(sum_c f_c^2 + 1e-8)
         vgg:    P = mean_l mean_chw (f_l(x) - f_l(y))^2
 
     over the layers relu1_2, relu2_2, relu3_3, relu4_3, relu5_3; mean over frames and batch.
 
-    The network is reachable but not registered: this module has no parameters and no state, so that no engine, optimizer,
-    checkpoint, cast or `train()` can touch it, wherever the loss is put. It moves to the device of its input by itself.
+    The network is reachable but not registered: this module has no parameters and no state, so that no
+    engine, optimizer, checkpoint, cast or `train()` can touch it, wherever the loss is put. It moves to the
+    device of its input by itself.
 
     Args:
         config: Mode, weight file, fallback, frames per clip.
@@ -45,12 +48,13 @@ class PerceptualLoss(nn.Module):
 
     Raises:
         ConfigError: If `layers` names an unknown layer, or is given where it has no effect.
-        DataError: If the weights cannot be had and `config.fallback` is `error`, or a given or cached file is damaged (a
-            damaged file is an error under `l2` as well: only absence is replaced).
+        DataError: If the weights cannot be had and `config.fallback` is `error`, or a given or cached file is
+            damaged (a damaged file is an error under `l2` as well: only absence is replaced).
 
-    Source: Zhang et al. 2018 (LPIPS 0.1, net `vgg`), linear heads from the file that torchmetrics ships; Johnson et al. 2016,
-    equation 2 for `vgg`. Deviations: epsilon inside the root (`sqrt(sum f^2) + eps` has NaN gradients where all features are
-    zero; torchmetrics agrees), dropout of the heads left out (it is inactive in evaluation), several layers in `vgg` mode.
+    Source: Zhang et al. 2018 (LPIPS 0.1, net `vgg`), linear heads from the file that torchmetrics ships;
+    Johnson et al. 2016, equation 2 for `vgg`. Deviations: epsilon inside the root (`sqrt(sum f^2) + eps` has
+    NaN gradients where all features are zero; torchmetrics agrees), dropout of the heads left out (it is
+    inactive in evaluation), several layers in `vgg` mode.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class PerceptualLoss(nn.Module):
         self._frames_per_clip = config.frames_per_clip
         self._layers = _chosen_layers(config, layers)
         self._active_mode: Literal["lpips", "vgg", "l2"] = config.mode
-        self._hidden: dict[str, VGGFeatures] = {}  # a dict, because nn.Module would register the module itself
+        self._hidden: dict[
+            str, VGGFeatures
+        ] = {}  # a dict, because nn.Module would register the module itself
         self._heads = _lpips_heads() if config.mode == "lpips" else {}
         if is_blank:
             self._hidden["network"] = VGGFeatures(None)
@@ -90,15 +96,18 @@ class PerceptualLoss(nn.Module):
         """The frozen network, None under the fallback."""
         return self._hidden.get("network")
 
-    def forward(self, reconstruction_BCTHW: Tensor, target_BCTHW: Tensor, *, frame_seeds: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, reconstruction_BCTHW: Tensor, target_BCTHW: Tensor, *, frame_seeds: Sequence[int] | None = None
+    ) -> Tensor:
         """Returns the distance, 0-dim fp32 (fp64 for fp64 inputs under `l2`).
 
         Args:
             reconstruction_BCTHW: [B,3,T,H,W] in [-1,1], any float type, H and W at least 16 (any
                 size under `l2`). Gradient flows to this one only.
             target_BCTHW: Same shape.
-            frame_seeds: One seed per clip, to choose `frames_per_clip` frames; needed when that is above 0 and below T. A seed
-                made of the sample's global index keeps the choice independent of the world size.
+            frame_seeds: One seed per clip, to choose `frames_per_clip` frames; needed when that is above 0
+                and below T. A seed made of the sample's global index keeps the choice independent of the
+                world size.
 
         Raises:
             DataError: If the shapes differ or do not suit the network.
@@ -108,8 +117,12 @@ class PerceptualLoss(nn.Module):
             reconstruction, target = widened(reconstruction_BCTHW), widened(target_BCTHW)
             if self._active_mode == "l2":
                 return (reconstruction - target.detach()).square().mean()
-            frames = choose_frames(reconstruction.shape[0], reconstruction.shape[2], self._frames_per_clip, frame_seeds)
-            return self._feature_distance(_images(reconstruction, frames).float(), _images(target, frames).float())
+            frames = choose_frames(
+                reconstruction.shape[0], reconstruction.shape[2], self._frames_per_clip, frame_seeds
+            )
+            return self._feature_distance(
+                _images(reconstruction, frames).float(), _images(target, frames).float()
+            )
 
     def _feature_distance(self, reconstruction_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
         network = self._hidden["network"].to(reconstruction_NCHW.device)
@@ -117,19 +130,28 @@ class PerceptualLoss(nn.Module):
             targets = network(target_NCHW)
         outputs = network(reconstruction_NCHW)
         if self._active_mode == "vgg":
-            return torch.stack([(outputs[name] - targets[name]).square().mean() for name in self._layers]).mean()
+            return torch.stack(
+                [(outputs[name] - targets[name]).square().mean() for name in self._layers]
+            ).mean()
         heads = {name: head.to(reconstruction_NCHW.device) for name, head in self._heads.items()}
-        return torch.stack([_lpips_layer(outputs[name], targets[name], heads[name]) for name in self._layers]).sum()
+        return torch.stack(
+            [_lpips_layer(outputs[name], targets[name], heads[name]) for name in self._layers]
+        ).sum()
 
 
-def choose_frames(num_clips: int, num_frames: int, frames_per_clip: int, seeds: Sequence[int] | None) -> Tensor | None:
-    """Returns the frame indices to look at, [B,k] int64 ascending without repeats; None for all of them (k 0 or not below T)."""
+def choose_frames(
+    num_clips: int, num_frames: int, frames_per_clip: int, seeds: Sequence[int] | None
+) -> Tensor | None:
+    """Returns the frame indices to look at, [B,k] int64 ascending without repeats; None for all of them (k 0
+    or not below T)."""
     if frames_per_clip == 0 or frames_per_clip >= num_frames:
         return None
     if seeds is None or len(seeds) != num_clips:
         raise DataError(
-            f"perceptual.frames_per_clip: choosing {frames_per_clip} of {num_frames} frames needs {num_clips} seeds, "
-            f"got {None if seeds is None else len(seeds)}. Pass one of frame_seeds per clip, or set frames_per_clip to 0."
+            f"perceptual.frames_per_clip: choosing {frames_per_clip} of {num_frames} frames needs "
+            f"{num_clips} seeds, "
+            f"got {None if seeds is None else len(seeds)}. Pass one of frame_seeds per clip, or set "
+            "frames_per_clip to 0."
         )
     draws = [torch.randperm(num_frames, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack([draw[:frames_per_clip].sort().values for draw in draws])
@@ -155,7 +177,10 @@ def _unit_channels(features_NCHW: Tensor) -> Tensor:
 def _lpips_heads() -> Mapping[str, Tensor]:
     resource = files(_HEADS_PACKAGE).joinpath(_HEADS_FILE)
     if not resource.is_file():
-        raise DataError(f"PerceptualLoss: the LPIPS heads must be in {resource}, got no such file. Reinstall torchmetrics.")
+        raise DataError(
+            f"PerceptualLoss: the LPIPS heads must be in {resource}, got no such file. Reinstall "
+            "torchmetrics."
+        )
     with as_file(resource) as path:
         state = torch.load(path, map_location="cpu", weights_only=True)
     return {name: state[f"lin{index}.model.1.weight"].flatten().float() for index, name in enumerate(LAYERS)}
@@ -165,7 +190,10 @@ def _chosen_layers(config: PerceptualConfig, layers: Sequence[str] | None) -> tu
     if layers is None:
         return tuple(LAYERS)
     if config.mode == "lpips":
-        raise ConfigError("PerceptualLoss: layers has no effect in lpips mode, whose heads take all five. Remove it or use vgg.")
+        raise ConfigError(
+            "PerceptualLoss: layers has no effect in lpips mode, whose heads take all five. Remove it or "
+            "use vgg."
+        )
     if not layers or set(layers) - set(LAYERS):
         raise ConfigError(f"PerceptualLoss: layers must be some of {', '.join(LAYERS)}, got {list(layers)}.")
     return tuple(layers)
@@ -174,9 +202,12 @@ def _chosen_layers(config: PerceptualConfig, layers: Sequence[str] | None) -> tu
 def _check_videos(reconstruction: Tensor, target: Tensor, *, for_network: bool) -> None:
     shape = tuple(reconstruction.shape)
     if shape != tuple(target.shape):
-        raise DataError(f"PerceptualLoss: both videos must have one shape, got {list(shape)} and {list(target.shape)}.")
+        raise DataError(
+            f"PerceptualLoss: both videos must have one shape, got {list(shape)} and {list(target.shape)}."
+        )
     if for_network and (len(shape) != 5 or shape[1] != 3 or min(shape[3:]) < MIN_SIZE):
         raise DataError(
-            f"PerceptualLoss: videos must be [B,3,T,H,W] with H and W at least {MIN_SIZE}, got {list(shape)}. "
+            f"PerceptualLoss: videos must be [B,3,T,H,W] with H and W at least {MIN_SIZE}, got "
+            f"{list(shape)}. "
             "Raise the resolution, or set perceptual_weight to 0."
         )

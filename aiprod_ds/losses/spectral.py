@@ -1,7 +1,8 @@
-"""SpectralLoss: how far apart two waveforms are in magnitude and log-magnitude, at several time and frequency resolutions.
+"""SpectralLoss: how far apart two waveforms are in magnitude and log-magnitude, at several time and frequency
+resolutions.
 
-Owns the STFT magnitude and the distance. Called by `audio.py`; `mel.py` uses the magnitude. Shapes: B batch, C channels,
-N samples, F frequency bins, T frames.
+Owns the STFT magnitude and the distance. Called by `audio.py`; `mel.py` uses the magnitude. Shapes: B batch,
+C channels, N samples, F frequency bins, T frames.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ class SpectralLoss(nn.Module):
         S(x) = sqrt(re^2 + im^2 + 1e-8)
         L = mean_r [ mean|S_r(x) - S_r(y)| + mean|log(S_r(x) + eps) - log(S_r(y) + eps)| ]
 
-    with r over `config.fft_sizes`, hop n/4, periodic Hann window, frames centred, zeros beyond the ends; `log1p` replaces
-    log(S + eps) by log(1 + S). Stereo adds (L+R)/sqrt(2) and (L-R)/sqrt(2) to the channels that are averaged.
+    with r over `config.fft_sizes`, hop n/4, periodic Hann window, frames centred, zeros beyond the ends;
+    `log1p` replaces log(S + eps) by log(1 + S). Stereo adds (L+R)/sqrt(2) and (L-R)/sqrt(2) to the channels
+    that are averaged.
 
-    Worked number: silence against one sample of height 1 in the middle of 1024, fft size 256: the sample has window weight 1,
-    0.5 and 0.5 in three of 17 frames, alike in all bins, so the magnitude term is (1 + 0.5 + 0.5 - 3e-4)/17 = 0.117629 and the
-    log term (log(1.00001/1.1e-4) + 2*log(0.50001/1.1e-4))/17 = 1.526991; L = 1.644620.
+    Worked number: silence against one sample of height 1 in the middle of 1024, fft size 256: the sample has
+    window weight 1, 0.5 and 0.5 in three of 17 frames, alike in all bins, so the magnitude term is (1 + 0.5 +
+    0.5 - 3e-4)/17 = 0.117629 and the log term (log(1.00001/1.1e-4) + 2*log(0.50001/1.1e-4))/17 = 1.526991; L
+    = 1.644620.
 
-    Source: losses of stable-audio-tools (resolutions, after Yamamoto et al. 2020), EnCodec and DAC (both terms, epsilon).
-    Deviations: no spectral convergence term; zeros instead of reflection at the ends, so that a clip in a padded batch gives
-    the same number as alone and clips may be shorter than the window; sum and difference keep the energy, so that the
-    magnitude of a centred sound is not counted twice.
+    Source: losses of stable-audio-tools (resolutions, after Yamamoto et al. 2020), EnCodec and DAC (both
+    terms, epsilon). Deviations: no spectral convergence term; zeros instead of reflection at the ends, so
+    that a clip in a padded batch gives the same number as alone and clips may be shorter than the window; sum
+    and difference keep the energy, so that the magnitude of a centred sound is not counted twice.
 
     Args:
         config: Resolutions, logarithm, stereo.
@@ -44,11 +47,14 @@ class SpectralLoss(nn.Module):
         super().__init__()
         self.config = config or SpectralConfig()
 
-    def forward(self, reconstruction: Tensor, target: Tensor, *, num_samples: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, reconstruction: Tensor, target: Tensor, *, num_samples: Sequence[int] | None = None
+    ) -> Tensor:
         """Returns the distance, 0-dim fp32 (fp64 for fp64 inputs).
 
         Args:
-            reconstruction: [B,C,N] or [B,N] in [-1,1], any float type, at least as long as the target. Has the gradient.
+            reconstruction: [B,C,N] or [B,N] in [-1,1], any float type, at least as long as the target. Has
+                the gradient.
             target: [B,C,N] or [B,N].
             num_samples: True length of each clip; what lies beyond has no effect.
 
@@ -73,7 +79,8 @@ class SpectralLoss(nn.Module):
 
 
 def magnitude(wave_BCN: Tensor, fft_size: int) -> Tensor:
-    """Returns sqrt(re^2 + im^2 + 1e-8) of the STFT, [B, C, fft_size/2 + 1, 1 + N // (fft_size/4)], in the input's type.
+    """Returns sqrt(re^2 + im^2 + 1e-8) of the STFT, [B, C, fft_size/2 + 1, 1 + N // (fft_size/4)], in the
+    input's type.
 
     Not normalised by the window: a sine of amplitude a at the centre of a bin reads a * fft_size/4 there.
     """

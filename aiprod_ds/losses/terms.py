@@ -18,7 +18,8 @@ class LossTerms:
 
     Attributes:
         total: 0-dim fp32 (fp64 for fp64 inputs), with gradient: the weighted sum that is trained.
-        terms: Metric name -> 0-dim detached value, unweighted. Terms of weight 0 are here too: measured, not trained.
+        terms: Metric name -> 0-dim detached value, unweighted. Terms of weight 0 are here too: measured, not
+            trained.
     """
 
     total: Tensor
@@ -28,7 +29,8 @@ class LossTerms:
 class LossSum:
     """Adds weighted terms up to a `LossTerms`.
 
-    Worked number: terms 2.0 of weight 0.5 and 7.0 of weight 0 give a total of 1.0 and both raw values in `terms`.
+    Worked number: terms 2.0 of weight 0.5 and 7.0 of weight 0 give a total of 1.0 and both raw values in
+    `terms`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,8 @@ class LossSum:
         self._terms: dict[str, Tensor] = {}
 
     def add(self, name: str, weight: float, term: Callable[[], Tensor]) -> None:
-        """Evaluates `term` (0-dim) and adds `weight` times it; without a graph, and not added at all, when the weight is 0.
+        """Evaluates `term` (0-dim) and adds `weight` times it; without a graph, and not added at all, when
+        the weight is 0.
 
         The product is skipped rather than taken with 0, because 0 * NaN would poison the total.
         """

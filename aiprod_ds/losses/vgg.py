@@ -1,7 +1,7 @@
 """The frozen VGG16 that `perceptual.py` looks through, and where its weights come from.
 
-Owns the search for the weight file (configured path, torch hub cache, download), its check, and the five-layer feature
-network. Does not know any loss.
+Owns the search for the weight file (configured path, torch hub cache, download), its check, and the
+five-layer feature network. Does not know any loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from torchvision.models import VGG16_Weights, vgg16
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import file_sha256
 
-LAYERS = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22, "relu5_3": 29}  # index in torchvision's `features`
+LAYERS = {
+    "relu1_2": 3,
+    "relu2_2": 8,
+    "relu3_3": 15,
+    "relu4_3": 22,
+    "relu5_3": 29,
+}  # index in torchvision's `features`
 MIN_SIZE = 16  # four poolings before relu5_3
 
 WEIGHTS_URL: str = VGG16_Weights.IMAGENET1K_V1.url
@@ -38,7 +44,8 @@ class VGGFeatures(nn.Module):
     """The convolutions of VGG16 in fp32, frozen and in evaluation mode for good.
 
     Args:
-        weights_file: A torchvision VGG16 state dictionary, read with `weights_only`; None leaves all on the meta device.
+        weights_file: A torchvision VGG16 state dictionary, read with `weights_only`; None leaves all on the
+            meta device.
 
     Raises:
         DataError: If the file is not such a dictionary.
@@ -52,7 +59,9 @@ class VGGFeatures(nn.Module):
         with torch.device("meta"):  # shapes only: the classifier's 123 million numbers are never allocated
             self.features = vgg16(weights=None).features
         if weights_file is not None:
-            self.features.load_state_dict(_read_features(weights_file, list(self.features.state_dict())), assign=True)
+            self.features.load_state_dict(
+                _read_features(weights_file, list(self.features.state_dict())), assign=True
+            )
         self.requires_grad_(False)
         device = "cpu" if weights_file is not None else "meta"
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1))
@@ -79,10 +88,11 @@ class VGGFeatures(nn.Module):
 
 
 def locate_weights(configured: str | None, *, allow_unverified: bool = False) -> Path:
-    """Returns the checked weight file: the configured one, else that of the torch hub cache, else downloads it there.
+    """Returns the checked weight file: the configured one, else that of the torch hub cache, else downloads
+    it there.
 
-    A configured file is never replaced by another one. The download is atomic, so that several processes may race for it,
-    and gives up after 10 seconds without an answer.
+    A configured file is never replaced by another one. The download is atomic, so that several processes may
+    race for it, and gives up after 10 seconds without an answer.
 
     Args:
         configured: A local path, or None.
@@ -95,7 +105,10 @@ def locate_weights(configured: str | None, *, allow_unverified: bool = False) ->
     if configured is not None:
         path = Path(configured).expanduser()
         if not path.is_file():
-            raise DataError(f"perceptual.weights: must be a file (torchvision's {WEIGHTS_NAME}), got {configured!r}.{_WAYS_OUT}")
+            raise DataError(
+                f"perceptual.weights: must be a file (torchvision's {WEIGHTS_NAME}), got "
+                f"{configured!r}.{_WAYS_OUT}"
+            )
         if not allow_unverified:
             _check_hash(path, _REPLACE)
         return path
@@ -111,9 +124,12 @@ def _read_features(weights_file: Path, names: list[str]) -> dict[str, Tensor]:
     try:
         state = torch.load(weights_file, map_location="cpu", weights_only=True)
         return {name: state[f"features.{name}"].float() for name in names}
-    except Exception as error:  # torch.load raises anything from UnpicklingError to EOFError on a file that is something else
+    # torch.load raises anything from UnpicklingError to EOFError on a file that is something else
+    except Exception as error:
         found = f"{type(error).__name__}: {error}"
-        raise DataError(f"{weights_file}: must be torchvision's VGG16 state dictionary, got {found}. {_REPLACE}") from error
+        raise DataError(
+            f"{weights_file}: must be torchvision's VGG16 state dictionary, got {found}. {_REPLACE}"
+        ) from error
 
 
 def _check_hash(path: Path, fix: str) -> None:
@@ -133,7 +149,11 @@ def _download(destination: Path) -> None:
             tempfile.NamedTemporaryFile(dir=destination.parent, suffix=".partial", delete=False) as file,
         ):
             _commit(response, file, destination)
-    except (OSError, HTTPException, DataError) as error:  # DataError: another hash, such as the log-in page of a proxy
+    except (
+        OSError,
+        HTTPException,
+        DataError,
+    ) as error:  # DataError: another hash, such as the log-in page of a proxy
         raise WeightsUnavailableError(
             f"PerceptualLoss: needs VGG16 weights; not configured, not in {destination.parent}, "
             f"download failed ({error}).{_WAYS_OUT}"
@@ -155,7 +175,8 @@ def _commit(response: IO[bytes], file: IO[bytes], destination: Path) -> None:
 
 _REPLACE = "Download the file again, or remove perceptual.weights."
 _WAYS_OUT = (
-    f" Ways out: set perceptual.weights to a local copy of {WEIGHTS_NAME}; put that file into the torch hub cache"
+    f" Ways out: set perceptual.weights to a local copy of {WEIGHTS_NAME}; put that file into the torch hub "
+    "cache"
     f" (TORCH_HOME/hub/checkpoints); or allow network access to {urlparse(WEIGHTS_URL).hostname}."
     " To train with mean squared error in its place, set perceptual.fallback: l2."
 )

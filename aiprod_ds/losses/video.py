@@ -1,7 +1,7 @@
 """The loss of the video VAE: reconstruction, perceptual distance, KL and Haar bands, each under its own name.
 
-Owns which terms there are and their weights; the formulas are in `kl.py`, `perceptual.py` and `haar.py`. Called by the video
-VAE trainer. Shapes: B batch, C channels, T frames, H height, W width.
+Owns which terms there are and their weights; the formulas are in `kl.py`, `perceptual.py` and `haar.py`.
+Called by the video VAE trainer. Shapes: B batch, C channels, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from aiprod_ds.losses.terms import LossSum, LossTerms
 class VideoVAELoss(nn.Module):
     """Sums the weighted terms of a video VAE in fp32.
 
-        L = R(x, y) + lambda_p * P(x, y) + lambda_kl * KL + lambda_dwt * Haar(x, y),   R = mean|x - y| or mean (x - y)^2
+        L = R(x, y) + lambda_p * P(x, y) + lambda_kl * KL + lambda_dwt * Haar(x, y)
+        R = mean|x - y| or mean (x - y)^2
 
-    Worked number: one clip of 3x2x4x4 (96 elements), y = x + 0.5 everywhere, a latent of 8 elements with mean 2 and logvar 0,
-    kl_weight 0.1, no perceptual network, haar_weight 1: L1 0.5; KL 8 * 2 / 96 = 0.166667; Haar 0.353553 * 0.5 = 0.176777;
-    total 0.5 + 0.016667 + 0.176777 = 0.693443.
+    Worked number: one clip of 3x2x4x4 (96 elements), y = x + 0.5 everywhere, a latent of 8 elements with mean
+    2 and logvar 0, kl_weight 0.1, no perceptual network, haar_weight 1: L1 0.5; KL 8 * 2 / 96 = 0.166667;
+    Haar 0.353553 * 0.5 = 0.176777; total 0.5 + 0.016667 + 0.176777 = 0.693443.
 
-    Holds no parameters. Logged: `loss/total`, `loss/reconstruction_l1` (or `_mse`), `loss/perceptual`, `loss/kl`,
-    `loss/haar`, `latent/mean`, `latent/std`, `latent/collapsed_share`.
+    Holds no parameters. Logged: `loss/total`, `loss/reconstruction_l1` (or `_mse`), `loss/perceptual`,
+    `loss/kl`, `loss/haar`, `latent/mean`, `latent/std`, `latent/collapsed_share`.
 
     Args:
         config: Weights and reductions.
@@ -44,7 +45,8 @@ class VideoVAELoss(nn.Module):
         super().__init__()
         if perceptual is None and config.perceptual_weight > 0:
             raise ConfigError(
-                f"loss.perceptual_weight: must be 0 without a perceptual network, got {config.perceptual_weight}. "
+                "loss.perceptual_weight: must be 0 without a perceptual network, got "
+                f"{config.perceptual_weight}. "
                 "Pass a PerceptualLoss, or set the weight to 0."
             )
         self.config = config
@@ -75,7 +77,11 @@ class VideoVAELoss(nn.Module):
         config, perceptual, total = self.config, self.perceptual, LossSum()
         with no_autocast(reconstruction_BCTHW):
             y_BCTHW, x_BCTHW = widened(reconstruction_BCTHW), widened(target_BCTHW)
-            total.add(f"loss/reconstruction_{config.reconstruction}", 1.0, lambda: _reconstruction(y_BCTHW, x_BCTHW, config))
+            total.add(
+                f"loss/reconstruction_{config.reconstruction}",
+                1.0,
+                lambda: _reconstruction(y_BCTHW, x_BCTHW, config),
+            )
             if perceptual is not None:
                 distance = partial(perceptual, y_BCTHW, x_BCTHW, frame_seeds=frame_seeds)
                 total.add("loss/perceptual", config.perceptual_weight, distance)
@@ -98,6 +104,7 @@ def _reconstruction(y_BCTHW: Tensor, x_BCTHW: Tensor, config: VideoVAELossConfig
 def _check_shapes(reconstruction: Tensor, target: Tensor) -> None:
     if target.dim() != 5 or reconstruction.shape != target.shape:
         raise DataError(
-            f"VideoVAELoss: reconstruction and target must be [B,C,T,H,W] of one shape, got {list(reconstruction.shape)} and "
+            "VideoVAELoss: reconstruction and target must be [B,C,T,H,W] of one shape, got "
+            f"{list(reconstruction.shape)} and "
             f"{list(target.shape)}. Check the frame count and frame size against the model's strides."
         )

@@ -1,7 +1,7 @@
 """Two waveforms made comparable: same shape, same length, silence where there is only padding.
 
-Owns shapes, cropping and the true lengths, and averages that count true samples alone. Called by `spectral.py`, `mel.py` and
-`audio.py`. Shapes: B batch, C channels, N samples, F frequency bins, T frames.
+Owns shapes, cropping and the true lengths, and averages that count true samples alone. Called by
+`spectral.py`, `mel.py` and `audio.py`. Shapes: B batch, C channels, N samples, F frequency bins, T frames.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ class WavePair:
     num_samples: Tensor
 
 
-def aligned_pair(reconstruction: Tensor, target: Tensor, num_samples: Sequence[int] | None = None) -> WavePair:
+def aligned_pair(
+    reconstruction: Tensor, target: Tensor, num_samples: Sequence[int] | None = None
+) -> WavePair:
     """Returns the pair in full precision, the reconstruction cropped to the target and padding zeroed.
 
     Args:
-        reconstruction: [B,C,N'] or [B,N'] (mono), any float type, N' at least N: codecs pad to whole latent frames.
+        reconstruction: [B,C,N'] or [B,N'] (mono), any float type, N' at least N: codecs pad to whole latent
+            frames.
         target: [B,C,N] or [B,N].
-        num_samples: True length of each clip, 1 to N; None: all N. Host numbers, so that nothing waits for the device.
+        num_samples: True length of each clip, 1 to N; None: all N. Host numbers, so that nothing waits for
+            the device.
 
     Raises:
         DataError: If shapes or lengths do not fit.
@@ -46,7 +50,8 @@ def aligned_pair(reconstruction: Tensor, target: Tensor, num_samples: Sequence[i
     batch, _, length = x_BCN.shape
     if y_BCN.shape[:2] != x_BCN.shape[:2] or y_BCN.shape[2] < length:
         raise DataError(
-            f"audio loss: reconstruction must have the target's batch and channels and at least its length, got "
+            "audio loss: reconstruction must have the target's batch and channels and at least its length, "
+            "got "
             f"{list(y_BCN.shape)} for {list(x_BCN.shape)}. Check the model's channels and strides."
         )
     lengths = _checked_lengths(num_samples, batch, length)
@@ -59,7 +64,8 @@ def aligned_pair(reconstruction: Tensor, target: Tensor, num_samples: Sequence[i
 
 
 def sample_mean(values_BCN: Tensor, pair: WavePair) -> Tensor:
-    """Returns the mean of each clip's true samples, averaged over clips, 0-dim; `values_BCN` must be 0 in the padding."""
+    """Returns the mean of each clip's true samples, averaged over clips, 0-dim; `values_BCN` must be 0 in the
+    padding."""
     return (values_BCN.sum(dim=(1, 2)) / (values_BCN.shape[1] * pair.num_samples)).mean()
 
 
@@ -85,5 +91,8 @@ def _checked_lengths(num_samples: Sequence[int] | None, batch: int, length: int)
         return [length] * batch
     lengths = [int(number) for number in num_samples]
     if len(lengths) != batch or not all(1 <= number <= length for number in lengths):
-        raise DataError(f"audio loss: num_samples must be {batch} numbers from 1 to {length}, got {lengths}. Check the loader.")
+        raise DataError(
+            f"audio loss: num_samples must be {batch} numbers from 1 to {length}, got {lengths}. Check the "
+            "loader."
+        )
     return lengths

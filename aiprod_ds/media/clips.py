@@ -1,4 +1,5 @@
-"""Clips that a model has made, to look at and to listen to: each as an MP4, and some frames of all on one contact sheet.
+"""Clips that a model has made, to look at and to listen to: each as an MP4, and some frames of all on one
+contact sheet.
 
 Takes what was sampled and decoded. Shapes: N stills, T frames, H x W pixels.
 """
@@ -39,7 +40,8 @@ class Clip:
 def make_clip(video_CTHW: Tensor, *, frame_rate_hz: float, sound: Sound | None = None) -> Clip:
     """Returns a clip to write.
 
-    Frames smaller than 160 pixels are enlarged with nearest-neighbour. Pixels that are not finite are magenta.
+    Frames smaller than 160 pixels are enlarged with nearest-neighbour. Pixels that are not finite are
+    magenta.
 
     Args:
         video_CTHW: [3, T, H, W] in [-1, 1]; values outside are clipped.
@@ -50,7 +52,9 @@ def make_clip(video_CTHW: Tensor, *, frame_rate_hz: float, sound: Sound | None =
     scale = enlargement(*frames_THWC.shape[1:3])
     enlarged_THWC = frames_THWC.repeat(scale, axis=1).repeat(scale, axis=2)
     shown = np.unique(np.linspace(0, len(frames_THWC) - 1, _NUM_STILLS).round().astype(int))
-    return Clip(mp4=encode_mp4(enlarged_THWC, frame_rate_hz=frame_rate_hz, sound=sound), stills=enlarged_THWC[shown])
+    return Clip(
+        mp4=encode_mp4(enlarged_THWC, frame_rate_hz=frame_rate_hz, sound=sound), stills=enlarged_THWC[shown]
+    )
 
 
 def save_contact_sheet(clips: Sequence[Clip], captions: Sequence[str], path: Path, *, title: str) -> None:
@@ -91,7 +95,9 @@ def _still(pixels_HWC: Pixels) -> Image.Image:
     return still.resize(size, Image.Resampling.LANCZOS)
 
 
-def _cut(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, max_width: int) -> str:
+def _cut(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, max_width: int
+) -> str:
     line = " ".join(text.split())
     if draw.textlength(line, font=font) <= max_width:
         return line

@@ -1,7 +1,7 @@
 """Pictures and sound as an MP4 that any player opens: H.264 in 4:2:0, and AAC.
 
-Owns the encoding and nothing of what is shown; the bytes can travel between processes. Shapes: T frames, H x W pixels, C
-channels, N samples.
+Owns the encoding and nothing of what is shown; the bytes can travel between processes. Shapes: T frames, H x
+W pixels, C channels, N samples.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Sound:
 def encode_mp4(frames_THWC: Pixels, *, frame_rate_hz: float, sound: Sound | None = None) -> bytes:
     """Returns the file's bytes.
 
-    A last row or column is doubled where height or width are odd, because 4:2:0 has no odd sizes. Samples outside [-1, 1] are
-    clipped. A sound with samples that are not finite is left out, and the log says so.
+    A last row or column is doubled where height or width are odd, because 4:2:0 has no odd sizes. Samples
+    outside [-1, 1] are clipped. A sound with samples that are not finite is left out, and the log says so.
 
     Args:
         frames_THWC: [T, H, W, 3] RGB.
@@ -51,7 +51,11 @@ def encode_mp4(frames_THWC: Pixels, *, frame_rate_hz: float, sound: Sound | None
     Raises:
         ValueError: If the sound has more than two channels or no sample.
     """
-    even_THWC = np.pad(frames_THWC, ((0, 0), (0, frames_THWC.shape[1] % 2), (0, frames_THWC.shape[2] % 2), (0, 0)), mode="edge")
+    even_THWC = np.pad(
+        frames_THWC,
+        ((0, 0), (0, frames_THWC.shape[1] % 2), (0, frames_THWC.shape[2] % 2), (0, 0)),
+        mode="edge",
+    )
     samples_CN = None if sound is None else _finite(sound)
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
@@ -60,9 +64,13 @@ def encode_mp4(frames_THWC: Pixels, *, frame_rate_hz: float, sound: Sound | None
         picture.height, picture.width, picture.pix_fmt = even_THWC.shape[1], even_THWC.shape[2], "yuv420p"
         voice = None
         if sound is not None and samples_CN is not None:
-            voice = container.add_stream("aac", rate=_aac_rate_hz(sound.sample_rate_hz), layout=_LAYOUTS[len(samples_CN)])
+            voice = container.add_stream(
+                "aac", rate=_aac_rate_hz(sound.sample_rate_hz), layout=_LAYOUTS[len(samples_CN)]
+            )
         for image in even_THWC:
-            container.mux(picture.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            container.mux(
+                picture.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
+            )
         container.mux(picture.encode(None))
         if sound is not None and samples_CN is not None and voice is not None:
             container.mux(voice.encode(_audio_frame(samples_CN, sound.sample_rate_hz)))
@@ -73,7 +81,9 @@ def encode_mp4(frames_THWC: Pixels, *, frame_rate_hz: float, sound: Sound | None
 def _finite(sound: Sound) -> npt.NDArray[np.float32] | None:
     samples_CN = sound.samples.detach().to("cpu", torch.float32)
     if samples_CN.ndim != 2 or samples_CN.shape[0] not in _LAYOUTS or samples_CN.shape[1] == 0:
-        raise ValueError(f"sound: must be [1 or 2, N] with N above 0, got {list(samples_CN.shape)}. Mix it down to stereo.")
+        raise ValueError(
+            f"sound: must be [1 or 2, N] with N above 0, got {list(samples_CN.shape)}. Mix it down to stereo."
+        )
     if not bool(samples_CN.isfinite().all()):
         _LOG.warning("sound_not_written reason=samples_not_finite")
         return None

@@ -1,6 +1,7 @@
 """Pictures of what a video model does: originals over reconstructions, as a PNG and as a film.
 
-Takes what the trainer has decoded and measured; computes no measures of its own. Shapes: N clips, T frames, H x W pixels.
+Takes what the trainer has decoded and measured; computes no measures of its own. Shapes: N clips, T frames, H
+x W pixels.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ _NOT_A_NUMBER = (255, 0, 255)
 
 
 def save_comparison(
-    original_NCTHW: Tensor, reconstruction_NCTHW: Tensor, path: Path, *, title: str, psnr_db: Sequence[float] | None = None
+    original_NCTHW: Tensor,
+    reconstruction_NCTHW: Tensor,
+    path: Path,
+    *,
+    title: str,
+    psnr_db: Sequence[float] | None = None,
 ) -> None:
     """Writes a PNG with the first, middle and last frame of every clip, originals over reconstructions.
 
-    Small frames are enlarged to at least 160 pixels with nearest-neighbour, so that every pixel shown is a pixel of the clip.
-    Pixels that are not finite are magenta.
+    Small frames are enlarged to at least 160 pixels with nearest-neighbour, so that every pixel shown is a
+    pixel of the clip. Pixels that are not finite are magenta.
 
     Args:
         original_NCTHW: [N, 3, T, H, W] in [-1, 1].
@@ -53,8 +59,12 @@ def save_comparison(
     for clip in range(num_clips):
         left, top = sheet.corner(clip)
         measure = f"  {psnr_db[clip]:.1f} dB" if psnr_db is not None else ""
-        draw.text((left, top + _LABEL_HEIGHT // 2), f"clip {clip + 1}{measure}", fill=_INK, font=font, anchor="lm")
-        for line, (name, video) in enumerate((("original", original_NCTHW), ("reconstruction", reconstruction_NCTHW))):
+        draw.text(
+            (left, top + _LABEL_HEIGHT // 2), f"clip {clip + 1}{measure}", fill=_INK, font=font, anchor="lm"
+        )
+        for line, (name, video) in enumerate(
+            (("original", original_NCTHW), ("reconstruction", reconstruction_NCTHW))
+        ):
             y = top + _LABEL_HEIGHT + line * (sheet.tile_height + _GAP)
             if clip % sheet.columns == 0:
                 draw.text((_LEFT - 10, y + sheet.tile_height // 2), name, fill=_GREY, font=font, anchor="rm")
@@ -82,7 +92,11 @@ class _Sheet:
         fitting = (_MAX_WIDTH - _LEFT - _MARGIN + 3 * _GAP) // (clip_width + 3 * _GAP)
         columns = max(1, min(num_clips, fitting))
         return cls(
-            num_clips=num_clips, columns=columns, tile_width=width * scale, tile_height=height * scale, clip_width=clip_width
+            num_clips=num_clips,
+            columns=columns,
+            tile_width=width * scale,
+            tile_height=height * scale,
+            clip_width=clip_width,
         )
 
     @property
@@ -102,7 +116,12 @@ class _Sheet:
 
 
 def save_comparison_video(
-    original_NCTHW: Tensor, reconstruction_NCTHW: Tensor, path: Path, *, frame_rate_hz: float = 12.0, num_loops: int = 3
+    original_NCTHW: Tensor,
+    reconstruction_NCTHW: Tensor,
+    path: Path,
+    *,
+    frame_rate_hz: float = 12.0,
+    num_loops: int = 3,
 ) -> None:
     """Writes an MP4 with originals on the left and reconstructions on the right, one clip below the other.
 
@@ -117,7 +136,10 @@ def save_comparison_video(
         ValueError: If the shapes differ or are not [N, 3, T, H, W].
     """
     _check_pair(original_NCTHW, reconstruction_NCTHW)
-    sides = [np.concatenate([to_pixels(clip) for clip in video], axis=1) for video in (original_NCTHW, reconstruction_NCTHW)]
+    sides = [
+        np.concatenate([to_pixels(clip) for clip in video], axis=1)
+        for video in (original_NCTHW, reconstruction_NCTHW)
+    ]
     film_THWC = np.concatenate(sides, axis=2)
     scale = enlargement(*original_NCTHW.shape[-2:])
     film_THWC = film_THWC.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -125,7 +147,8 @@ def save_comparison_video(
 
 
 def to_pixels(video_CTHW: Tensor) -> Pixels:
-    """Returns [3, T, H, W] in [-1, 1] as [T, H, W, 3] bytes: -1 is 0, 1 is 255, anything not finite is magenta."""
+    """Returns [3, T, H, W] in [-1, 1] as [T, H, W, 3] bytes: -1 is 0, 1 is 255, anything not finite is
+    magenta."""
     video_THWC = video_CTHW.detach().to("cpu", torch.float32).permute(1, 2, 3, 0)
     pixels: Pixels = ((video_THWC.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
     pixels[~video_THWC.isfinite().all(dim=-1).numpy()] = _NOT_A_NUMBER

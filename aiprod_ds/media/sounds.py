@@ -1,4 +1,5 @@
-"""What an audio model does, to see and to hear: spectrograms of originals over reconstructions, and WAV files.
+"""What an audio model does, to see and to hear: spectrograms of originals over reconstructions, and WAV
+files.
 
 Shapes: N clips, C channels, L samples.
 """
@@ -23,10 +24,14 @@ _RANGE_DB = 80.0
 _DECIBELS_PER_NEPER = 20 / math.log(10)
 
 
-def save_spectrograms(original_NCL: Tensor, reconstruction_NCL: Tensor, path: Path, *, sample_rate_hz: int, title: str) -> None:
-    """Writes a PNG with one column per clip: log-magnitude STFT of the original over that of the reconstruction.
+def save_spectrograms(
+    original_NCL: Tensor, reconstruction_NCL: Tensor, path: Path, *, sample_rate_hz: int, title: str
+) -> None:
+    """Writes a PNG with one column per clip: log-magnitude STFT of the original over that of the
+    reconstruction.
 
-    Both pictures of a clip share one colour scale: 80 dB down from the loudest point of the original. Channels are averaged.
+    Both pictures of a clip share one colour scale: 80 dB down from the loudest point of the original.
+    Channels are averaged.
 
     Args:
         original_NCL: [N, C, L] in [-1, 1].
@@ -48,13 +53,17 @@ def save_spectrograms(original_NCL: Tensor, reconstruction_NCL: Tensor, path: Pa
         for original, reconstruction in zip(original_NCL, reconstruction_NCL, strict=True)
     ]
     extent = (0.0, original_NCL.shape[2] / sample_rate_hz, 0.0, sample_rate_hz / 2000)
-    _save_columns(pairs, path, title=title, extent=extent, labels=("time [s]", "frequency [kHz]", "level [dB]"))
+    _save_columns(
+        pairs, path, title=title, extent=extent, labels=("time [s]", "frequency [kHz]", "level [dB]")
+    )
 
 
 def save_mels(original_NCTM: Tensor, reconstruction_NCTM: Tensor, path: Path, *, title: str) -> None:
-    """Writes a PNG with one column per clip: the log-mel spectrogram of the original over that of the reconstruction.
+    """Writes a PNG with one column per clip: the log-mel spectrogram of the original over that of the
+    reconstruction.
 
-    Both pictures of a clip share one colour scale: 80 dB down from the loudest point of the original. Channels are averaged.
+    Both pictures of a clip share one colour scale: 80 dB down from the loudest point of the original.
+    Channels are averaged.
 
     Args:
         original_NCTM: [N, C, T, M] natural logarithms of mel magnitudes.
@@ -74,7 +83,9 @@ def save_mels(original_NCTM: Tensor, reconstruction_NCTM: Tensor, path: Path, *,
         mels.detach().to("cpu", torch.float32).nan_to_num().mean(1) * _DECIBELS_PER_NEPER
         for mels in (original_NCTM, reconstruction_NCTM)
     ]
-    pairs = [(original_TM.T, reconstruction_TM.T) for original_TM, reconstruction_TM in zip(*both, strict=True)]
+    pairs = [
+        (original_TM.T, reconstruction_TM.T) for original_TM, reconstruction_TM in zip(*both, strict=True)
+    ]
     extent = (0.0, float(original_NCTM.shape[2]), 0.0, float(original_NCTM.shape[3]))
     _save_columns(pairs, path, title=title, extent=extent, labels=("frame", "mel band", "level [dB]"))
 
@@ -92,7 +103,9 @@ def save_wav(sound_CL: Tensor, path: Path, *, sample_rate_hz: int) -> None:
     """
     sound = sound_CL.detach().to("cpu", torch.float32)
     if not bool(sound.isfinite().all()):
-        raise DataError(f"{path}: samples must be finite, got NaN or infinity from the model. Nothing was written.")
+        raise DataError(
+            f"{path}: samples must be finite, got NaN or infinity from the model. Nothing was written."
+        )
     samples_LC = (sound.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().numpy()
     with wave.open(str(path), "wb") as file:
         file.setnchannels(sound.shape[0])
@@ -109,7 +122,8 @@ def _save_columns(
     extent: tuple[float, float, float, float],
     labels: tuple[str, str, str],
 ) -> None:
-    """Draws pairs (original, reconstruction) [frequencies, times] in dB; `labels` are of time, frequency and colour."""
+    """Draws pairs (original, reconstruction) [frequencies, times] in dB; `labels` are of time, frequency and
+    colour."""
     figure = Figure(figsize=(max(5.0, 0.9 + 3.4 * len(pairs)), 5.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(pairs), sharex=True, sharey=True, squeeze=False)
@@ -117,7 +131,9 @@ def _save_columns(
         loudest = float(pair[0].max())
         for row, levels_FT in enumerate(pair):
             scale = {"vmin": loudest - _RANGE_DB, "vmax": loudest}
-            image = axes[row, clip].imshow(levels_FT.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", **scale)
+            image = axes[row, clip].imshow(
+                levels_FT.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", **scale
+            )
         axes[0, clip].set_title(f"clip {clip + 1}", fontsize=10)
         axes[1, clip].set_xlabel(labels[0])
         figure.colorbar(image, ax=axes[:, clip], label=labels[2] if clip == len(pairs) - 1 else "", pad=0.02)
@@ -128,7 +144,8 @@ def _save_columns(
 
 
 def _decibels(sound_CL: Tensor) -> Tensor:
-    """Returns the level [frequencies, times] in dB of full scale, averaged over channels in power; -120 dB is the floor."""
+    """Returns the level [frequencies, times] in dB of full scale, averaged over channels in power; -120 dB is
+    the floor."""
     sound = sound_CL.detach().to("cpu", torch.float32).nan_to_num()
     window = torch.hann_window(_FFT_SIZE)
     spectrum = torch.stft(sound, _FFT_SIZE, _HOP, window=window, return_complex=True, pad_mode="constant")

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object per update, the truth that all other sinks mirror.
 
-A line is written and flushed at once, so a killed run loses at most the line it was writing. A resumed run first drops what
-the lost run wrote beyond the checkpoint, so that every update stands in the file exactly once.
+A line is written and flushed at once, so a killed run loses at most the line it was writing. A resumed run
+first drops what the lost run wrote beyond the checkpoint, so that every update stands in the file exactly
+once.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ MetricRow = tuple[int, dict[str, float]]
 
 
 class JsonlSink:
-    """Appends `{"update": 12, "loss/total": 0.31, ...}` per update; NaN and infinity stand as "nan", "inf" and "-inf".
+    """Appends `{"update": 12, "loss/total": 0.31, ...}` per update; NaN and infinity stand as "nan", "inf"
+    and "-inf".
 
     Args:
         path: The file; its folder must exist.
-        resume_from_update: Update count of the checkpoint that the run continues from; later lines are dropped. None starts a
-            new file.
-        evaluates_again: Whether the evaluation at just that update is still to come for the continued run; a line of it is
-            dropped too.
+        resume_from_update: Update count of the checkpoint that the run continues from; later lines are
+            dropped. None starts a new file.
+        evaluates_again: Whether the evaluation at just that update is still to come for the continued run; a
+            line of it is dropped too.
 
     Raises:
         DataError: If the file to continue is damaged anywhere but in its last line.
     """
 
-    def __init__(self, path: Path, *, resume_from_update: int | None = None, evaluates_again: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, resume_from_update: int | None = None, evaluates_again: bool = False
+    ) -> None:
         known = [] if resume_from_update is None or not path.exists() else _complete_lines(path)
         rows = [(_parse(line, f"{path}:{number}"), line) for number, line in enumerate(known, start=1)]
         last = resume_from_update or 0
@@ -84,7 +88,8 @@ def _parse(line: str, where: str) -> MetricRow:
         return int(record.pop("update")), {str(name): float(value) for name, value in record.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"{where}: must be a JSON object with an update and numbers, got {line[:80]!r}. Remove the line or restore the file."
+            f"{where}: must be a JSON object with an update and numbers, got {line[:80]!r}. Remove the line "
+            "or restore the file."
         ) from error
 
 

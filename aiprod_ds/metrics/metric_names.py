@@ -1,7 +1,8 @@
 """The one table of metrics: name, unit, meaning and how ranks are put together.
 
-The recorder, the console, the plots and the reference in the documentation all read it. A metric that is not here is refused,
-except `loss/<term>` and `evaluation/<measure>`, which trainers with their own losses and measures may add.
+The recorder, the console, the plots and the reference in the documentation all read it. A metric that is not
+here is refused, except `loss/<term>` and `evaluation/<measure>`, which trainers with their own losses and
+measures may add.
 """
 
 from __future__ import annotations
@@ -45,41 +46,151 @@ _MEAN, _SUM, _SAME = Reduction.MEAN, Reduction.SUM, Reduction.SAME
 
 METRICS: tuple[Metric, ...] = (
     _metric("loss/total", "1", _MEAN, "loss", "Weighted sum of all terms: what the gradient is taken of."),
-    _metric("loss/reconstruction_l1", "1", _MEAN, "L1", "Mean absolute error between input and reconstruction."),
-    _metric("loss/reconstruction_mse", "1", _MEAN, "MSE", "Mean squared error between input and reconstruction."),
-    _metric("loss/kl", "nat", _MEAN, "KL", "Divergence of the posterior from a unit Gaussian, before its weight."),
+    _metric(
+        "loss/reconstruction_l1", "1", _MEAN, "L1", "Mean absolute error between input and reconstruction."
+    ),
+    _metric(
+        "loss/reconstruction_mse", "1", _MEAN, "MSE", "Mean squared error between input and reconstruction."
+    ),
+    _metric(
+        "loss/kl", "nat", _MEAN, "KL", "Divergence of the posterior from a unit Gaussian, before its weight."
+    ),
     _metric("loss/perceptual", "1", _MEAN, "perceptual", "Distance of VGG16 features, before its weight."),
     _metric("loss/haar", "1", _MEAN, "Haar", "L1 between one-level 3-D Haar sub-bands, before its weight."),
-    _metric("loss/waveform_l1", "1", _MEAN, "waveform", "Mean absolute error between input and decoded waveform."),
-    _metric("loss/spectral", "1", _MEAN, "spectral", "Magnitude plus log-magnitude L1 of STFTs, before its weight."),
+    _metric(
+        "loss/waveform_l1", "1", _MEAN, "waveform", "Mean absolute error between input and decoded waveform."
+    ),
+    _metric(
+        "loss/spectral",
+        "1",
+        _MEAN,
+        "spectral",
+        "Magnitude plus log-magnitude L1 of STFTs, before its weight.",
+    ),
     _metric("loss/mel", "1", _MEAN, "mel", "L1 between log-mel spectrograms, before its weight."),
-    _metric("loss/video", "1", _MEAN, "video", "Mean squared error of the velocity of video latents, before its weight."),
-    _metric("loss/audio", "1", _MEAN, "audio", "Mean squared error of the velocity of audio latents, before its weight."),
+    _metric(
+        "loss/video",
+        "1",
+        _MEAN,
+        "video",
+        "Mean squared error of the velocity of video latents, before its weight.",
+    ),
+    _metric(
+        "loss/audio",
+        "1",
+        _MEAN,
+        "audio",
+        "Mean squared error of the velocity of audio latents, before its weight.",
+    ),
     _metric("latent/mean", "1", _MEAN, "latent mean", "Mean of the posterior mean over all latent elements."),
-    _metric("latent/std", "1", _MEAN, "latent std", "Standard deviation of the posterior mean over all elements."),
-    _metric("latent/collapsed_share", "1", _MEAN, "collapsed", "Share of latent channels with less than 0.01 nat of KL."),
-    _metric("gradient/norm", "1", _SAME, "gradient norm", "Global L2 norm of the gradient before clipping, unscaled."),
-    _metric("gradient/clip_norm", "1", _SAME, "clip norm", "Norm at which this update was clipped, with an adaptive clip."),
-    _metric("gradient/loss_scale", "1", _SAME, "loss scale", "Scale of the loss in the backward pass; 1 outside fp16."),
+    _metric(
+        "latent/std", "1", _MEAN, "latent std", "Standard deviation of the posterior mean over all elements."
+    ),
+    _metric(
+        "latent/collapsed_share",
+        "1",
+        _MEAN,
+        "collapsed",
+        "Share of latent channels with less than 0.01 nat of KL.",
+    ),
+    _metric(
+        "gradient/norm",
+        "1",
+        _SAME,
+        "gradient norm",
+        "Global L2 norm of the gradient before clipping, unscaled.",
+    ),
+    _metric(
+        "gradient/clip_norm",
+        "1",
+        _SAME,
+        "clip norm",
+        "Norm at which this update was clipped, with an adaptive clip.",
+    ),
+    _metric(
+        "gradient/loss_scale",
+        "1",
+        _SAME,
+        "loss scale",
+        "Scale of the loss in the backward pass; 1 outside fp16.",
+    ),
     _metric("learning_rate", "1", _SAME, "learning rate", "Learning rate of this update."),
-    _metric("time/update_seconds", "s", _MEAN, "update time", "Wall time of one update, without pauses between updates."),
-    _metric("time/data_wait_seconds", "s", _MEAN, "data wait", "Part of the update spent waiting for the loader."),
-    _metric("time/phase_change_seconds", "s", _MEAN, "phase change", "From a phase's last update to the next one's first."),
-    _metric("throughput/clips_per_second", "clips/s", _SUM, "clips/s", "Training clips per second over all ranks."),
+    _metric(
+        "time/update_seconds",
+        "s",
+        _MEAN,
+        "update time",
+        "Wall time of one update, without pauses between updates.",
+    ),
+    _metric(
+        "time/data_wait_seconds", "s", _MEAN, "data wait", "Part of the update spent waiting for the loader."
+    ),
+    _metric(
+        "time/phase_change_seconds",
+        "s",
+        _MEAN,
+        "phase change",
+        "From a phase's last update to the next one's first.",
+    ),
+    _metric(
+        "throughput/clips_per_second", "clips/s", _SUM, "clips/s", "Training clips per second over all ranks."
+    ),
     _metric("memory/rss_bytes", "B", _MEAN, "host memory", "Resident memory of a rank's process."),
-    _metric("memory/device_peak_bytes", "B", _MEAN, "device memory", "Highest device memory of a rank in this phase."),
+    _metric(
+        "memory/device_peak_bytes",
+        "B",
+        _MEAN,
+        "device memory",
+        "Highest device memory of a rank in this phase.",
+    ),
     _metric("clock/phase", "1", _SAME, "phase", "Index of the curriculum phase, from 0."),
     _metric("clock/epoch", "1", _SAME, "epoch", "Completed passes over this phase's data."),
-    _metric("clock/samples", "clips", _SAME, "samples", "Clips seen by all ranks together in applied updates."),
-    _metric("clock/skipped_updates", "updates", _SAME, "skipped", "Updates computed but not applied (fp16 overflow)."),
-    _metric("evaluation/psnr_db", "dB", _SAME, "PSNR", "Peak signal-to-noise ratio on held-out clips, peak 1 on [0, 1]."),
+    _metric(
+        "clock/samples", "clips", _SAME, "samples", "Clips seen by all ranks together in applied updates."
+    ),
+    _metric(
+        "clock/skipped_updates",
+        "updates",
+        _SAME,
+        "skipped",
+        "Updates computed but not applied (fp16 overflow).",
+    ),
+    _metric(
+        "evaluation/psnr_db",
+        "dB",
+        _SAME,
+        "PSNR",
+        "Peak signal-to-noise ratio on held-out clips, peak 1 on [0, 1].",
+    ),
     _metric("evaluation/ssim", "1", _SAME, "SSIM", "Structural similarity on held-out clips."),
     _metric(
-        "evaluation/mel_distance", "1", _SAME, "mel distance", "Distance of mel bands on held-out sounds, as DAC measures it."
+        "evaluation/mel_distance",
+        "1",
+        _SAME,
+        "mel distance",
+        "Distance of mel bands on held-out sounds, as DAC measures it.",
     ),
-    _metric("evaluation/stft_distance", "1", _SAME, "STFT distance", "Distance of STFTs on held-out sounds, as DAC measures it."),
-    _metric("evaluation/si_sdr_db", "dB", _SAME, "SI-SDR", "Scale-invariant signal-to-distortion ratio on held-out sounds."),
-    _metric("evaluation/log_mel_l1", "1", _SAME, "log-mel error", "Mean error of log-mel spectrograms (mel models)."),
+    _metric(
+        "evaluation/stft_distance",
+        "1",
+        _SAME,
+        "STFT distance",
+        "Distance of STFTs on held-out sounds, as DAC measures it.",
+    ),
+    _metric(
+        "evaluation/si_sdr_db",
+        "dB",
+        _SAME,
+        "SI-SDR",
+        "Scale-invariant signal-to-distortion ratio on held-out sounds.",
+    ),
+    _metric(
+        "evaluation/log_mel_l1",
+        "1",
+        _SAME,
+        "log-mel error",
+        "Mean error of log-mel spectrograms (mel models).",
+    ),
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
@@ -96,9 +207,12 @@ def find_metric(name: str) -> Metric:
         return _BY_NAME[name]
     group, _, term = name.partition("/")
     if group in _OPEN_GROUPS and term:
-        return _metric(name, "1", _OPEN_GROUPS[group], term.replace("_", " "), "Added by the trainer of this run.")
+        return _metric(
+            name, "1", _OPEN_GROUPS[group], term.replace("_", " "), "Added by the trainer of this run."
+        )
     raise ValueError(
-        f"metrics: a name must stand in aiprod_ds.metrics.metric_names or be loss/<term> or evaluation/<measure>, got {name!r}. "
+        "metrics: a name must stand in aiprod_ds.metrics.metric_names or be loss/<term> or "
+        f"evaluation/<measure>, got {name!r}. "
         "Add a row."
     )
 

@@ -1,6 +1,7 @@
 """How close reconstructed clips are to their originals: PSNR, SSIM, flicker and, with a network, LPIPS.
 
-Owns the measures of one clip; measured, never trained. Called by evaluation. Shapes: B batch, T frames, H height, W width.
+Owns the measures of one clip; measured, never trained. Called by evaluation. Shapes: B batch, T frames, H
+height, W width.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ _FIELDS = ("clips", "psnr_db", "ssim", "original_change", "reconstruction_change
 class VideoQuality(QualitySums):
     """Accumulates clip by clip; every clip has the same weight whatever its size.
 
-    Values are mapped from [-1,1] to [0,1] and the reconstruction is clipped to it, as saving a picture would. Per clip:
+    Values are mapped from [-1,1] to [0,1] and the reconstruction is clipped to it, as saving a picture would.
+    Per clip:
 
-        psnr_db = min(10 * log10(1 / mean (x - y)^2), 100)         peak 1.0; the mean over clips of per-clip PSNR
-        ssim    = mean over frames of SSIM (11x11 Gaussian window, sigma 1.5, mirrored borders, data range 1.0)
-        flicker_ratio = sum over clips of mean|y_t+1 - y_t| / sum over clips of mean|x_t+1 - x_t|   (1.0: motion as filmed)
+        psnr_db = min(10 * log10(1 / mean (x - y)^2), 100)   peak 1.0; the mean over clips of per-clip PSNR
+        ssim    = mean over frames of SSIM (11x11 Gaussian window, sigma 1.5, mirrored borders, range 1.0)
+        flicker_ratio = sum over clips of mean|y_t+1 - y_t| / sum over clips of mean|x_t+1 - x_t|
+                        (1.0: motion as filmed)
 
-    Worked number: a reconstruction 0.2 too bright everywhere in [-1,1] is 0.1 off in [0,1]: 20 dB, flicker ratio 1.
+    Worked number: a reconstruction 0.2 too bright everywhere in [-1,1] is 0.1 off in [0,1]: 20 dB, flicker
+    ratio 1.
 
     Args:
-        lpips: Distance of two videos [1,3,T,H,W] in [-1,1], averaged over frames (the LPIPS mode of the perceptual loss);
-            None leaves the metric out.
+        lpips: Distance of two videos [1,3,T,H,W] in [-1,1], averaged over frames (the LPIPS mode of the
+            perceptual loss); None leaves the metric out.
     """
 
     def __init__(self, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
@@ -56,7 +60,8 @@ class VideoQuality(QualitySums):
             self._add(self._clip(original_CTHW.float(), reconstruction_CTHW.float()))
 
     def compute(self) -> dict[str, float]:
-        """Returns `psnr_db`, `ssim`, and where defined `flicker_ratio` (some original moves) and `lpips_vgg` (network given).
+        """Returns `psnr_db`, `ssim`, and where defined `flicker_ratio` (some original moves) and `lpips_vgg`
+        (network given).
 
         Raises:
             DataError: If no clip was added.
@@ -70,10 +75,14 @@ class VideoQuality(QualitySums):
         return result
 
     def _clip(self, original_CTHW: Tensor, reconstruction_CTHW: Tensor) -> list[float]:
-        x_TCHW, y_TCHW = (((video + 1) / 2).clamp(0, 1).transpose(0, 1) for video in (original_CTHW, reconstruction_CTHW))
+        x_TCHW, y_TCHW = (
+            ((video + 1) / 2).clamp(0, 1).transpose(0, 1) for video in (original_CTHW, reconstruction_CTHW)
+        )
         lpips = 0.0
         if self._lpips is not None:
-            lpips = float(self._lpips(reconstruction_CTHW.clamp(-1, 1).unsqueeze(0), original_CTHW.unsqueeze(0)))
+            lpips = float(
+                self._lpips(reconstruction_CTHW.clamp(-1, 1).unsqueeze(0), original_CTHW.unsqueeze(0))
+            )
         return [1.0, _psnr_db(x_TCHW, y_TCHW), _ssim(x_TCHW, y_TCHW), _change(x_TCHW), _change(y_TCHW), lpips]
 
 
@@ -87,7 +96,9 @@ def _ssim(x_TCHW: Tensor, y_TCHW: Tensor) -> float:
     for first in range(0, len(x_TCHW), _SSIM_FRAMES):
         x, y = x_TCHW[first : first + _SSIM_FRAMES], y_TCHW[first : first + _SSIM_FRAMES]
         piece = structural_similarity_index_measure(y, x, data_range=1.0)
-        assert isinstance(piece, Tensor), "a pair comes only with return_full_image or return_contrast_sensitivity"
+        assert isinstance(piece, Tensor), (
+            "a pair comes only with return_full_image or return_contrast_sensitivity"
+        )
         total += float(piece) * len(x)
     return total / len(x_TCHW)
 
@@ -99,8 +110,11 @@ def _change(video_TCHW: Tensor) -> float:
 def _check_shapes(original: Tensor, reconstruction: Tensor) -> None:
     shape = list(original.shape)
     if shape != list(reconstruction.shape):
-        raise DataError(f"video quality: both videos must have one shape, got {shape} and {list(reconstruction.shape)}.")
+        raise DataError(
+            f"video quality: both videos must have one shape, got {shape} and {list(reconstruction.shape)}."
+        )
     if len(shape) != 5 or min(shape[3:]) < _SSIM_WINDOW:
         raise DataError(
-            f"video quality: videos must be [B,3,T,H,W] with H and W at least {_SSIM_WINDOW} (SSIM's window), got {shape}."
+            f"video quality: videos must be [B,3,T,H,W] with H and W at least {_SSIM_WINDOW} (SSIM's "
+            f"window), got {shape}."
         )

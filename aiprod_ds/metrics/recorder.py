@@ -1,7 +1,9 @@
-"""Collects the metrics of every update without waiting for the device, and hands them out one window at a time.
+"""Collects the metrics of every update without waiting for the device, and hands them out one window at a
+time.
 
-Reading a device tensor stops the host until the device has caught up. The recorder keeps 0-dim tensors as they are; `flush`
-moves a whole window in one transfer, with one collective over the ranks. The loop owns the only recorder.
+Reading a device tensor stops the host until the device has caught up. The recorder keeps 0-dim tensors as
+they are; `flush` moves a whole window in one transfer, with one collective over the ranks. The loop owns the
+only recorder.
 """
 
 from __future__ import annotations
@@ -38,27 +40,30 @@ class MetricsRecorder:
 
         Args:
             update: Applied updates so far.
-            metrics: Names from `metric_names` with floats or 0-dim tensors. The names are the same on all ranks; device tensors
-                must not be written to afterwards.
+            metrics: Names from `metric_names` with floats or 0-dim tensors. The names are the same on all
+                ranks; device tensors must not be written to afterwards.
         """
         for name in metrics:
             find_metric(name)
         self._window.append((update, {name: _detached(value) for name, value in metrics.items()}))
 
     def flush(self, reduce: Callable[[Tensor], Tensor]) -> list[MetricRow]:
-        """Reads, reduces and logs the window, and begins a new one. Collective: every rank calls it at the same updates.
+        """Reads, reduces and logs the window, and begins a new one. Collective: every rank calls it at the
+        same updates.
 
         Args:
-            reduce: Mean over ranks of a float64 tensor on `device`, in its shape. Called once, not at all if there is nothing to
-                reduce.
+            reduce: Mean over ranks of a float64 tensor on `device`, in its shape. Called once, not at all if
+                there is nothing to reduce.
 
         Returns:
-            (update, metrics) in the order of recording; the same on all ranks up to metrics that are not reduced.
+            (update, metrics) in the order of recording; the same on all ranks up to metrics that are not
+            reduced.
         """
         window, self._window = self._window, []
         rows: list[MetricRow] = [(update, dict.fromkeys(metrics, 0.0)) for update, metrics in window]
         cells = [(row, name) for row, (_, metrics) in enumerate(window) for name in metrics]
-        # What is the same everywhere stays out of the collective: a mean of three equal float64 need not be the same float64.
+        # What is the same everywhere stays out of the collective: a mean of three equal float64 need not be
+        # the same float64.
         own = [(row, name) for row, name in cells if find_metric(name).reduction is Reduction.SAME]
         shared = [(row, name) for row, name in cells if find_metric(name).reduction is not Reduction.SAME]
         stacked = _stack([window[row][1][name] for row, name in shared + own], self._device)
@@ -72,7 +77,8 @@ class MetricsRecorder:
         return rows
 
     def log_now(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Sends already reduced metrics (an evaluation) straight to the sinks; `flush` comes first, so that lines keep order."""
+        """Sends already reduced metrics (an evaluation) straight to the sinks; `flush` comes first, so that
+        lines keep order."""
         self._send([(update, {name: float(value) for name, value in metrics.items()})])
 
     def close(self) -> None:
@@ -89,13 +95,20 @@ class MetricsRecorder:
 def with_quotients(metrics: Mapping[str, float]) -> dict[str, float]:
     """Returns `metrics` with `<name>` = part / share in place of every pair `<name>_part` and `<name>_share`.
 
-    That is how a mean over a part of the samples is put together from ranks that had more and less of them. Without any (share 0)
-    there is no mean and no entry. Worked number: part 0.3 and share 0.25 are a mean of 1.2.
+    That is how a mean over a part of the samples is put together from ranks that had more and less of them.
+    Without any (share 0) there is no mean and no entry. Worked number: part 0.3 and share 0.25 are a mean of
+    1.2.
     """
     names = {
-        part.removesuffix(_PART) for part in metrics if part.endswith(_PART) and part.removesuffix(_PART) + _SHARE in metrics
+        part.removesuffix(_PART)
+        for part in metrics
+        if part.endswith(_PART) and part.removesuffix(_PART) + _SHARE in metrics
     }
-    kept = {name: value for name, value in metrics.items() if name.removesuffix(_PART).removesuffix(_SHARE) not in names}
+    kept = {
+        name: value
+        for name, value in metrics.items()
+        if name.removesuffix(_PART).removesuffix(_SHARE) not in names
+    }
     pairs = {name: (metrics[name + _PART], metrics[name + _SHARE]) for name in sorted(names)}
     return kept | {name: part / share for name, (part, share) in pairs.items() if share > 0}
 
@@ -108,7 +121,8 @@ def _detached(value: float | Tensor) -> float | Tensor:
 
 
 def _stack(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Returns `values` as one float64 vector [len(values)] on `device`, in order, without reading the device."""
+    """Returns `values` as one float64 vector [len(values)] on `device`, in order, without reading the
+    device."""
     on_device = [value for value in values if isinstance(value, Tensor)]
     on_host = [value for value in values if not isinstance(value, Tensor)]
     parts = [torch.tensor(on_host, dtype=torch.float64, device=device)]

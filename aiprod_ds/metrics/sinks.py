@@ -1,7 +1,8 @@
 """What every destination of metrics offers, and the guard around those that may fail.
 
-JSON lines are the truth and their errors are raised. Mirrors (TensorBoard, Weights & Biases) stand behind `MirrorSink`: their
-first failure is logged once and ends them, never the training. The recorder calls sinks on the main rank only.
+JSON lines are the truth and their errors are raised. Mirrors (TensorBoard, Weights & Biases) stand behind
+`MirrorSink`: their first failure is logged once and ends them, never the training. The recorder calls sinks
+on the main rank only.
 """
 
 from __future__ import annotations
@@ -56,4 +57,9 @@ class MirrorSink:
 
     def _give_up(self, where: str, error: Exception) -> None:
         self._sink = None
-        _log.warning("mirror=%s %s disabled after error=%r; metrics.jsonl still holds everything", self._name, where, error)
+        _log.warning(
+            "mirror=%s %s disabled after error=%r; metrics.jsonl still holds everything",
+            self._name,
+            where,
+            error,
+        )

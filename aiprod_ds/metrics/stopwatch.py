@@ -1,4 +1,5 @@
-"""Wall-clock accounting: every second of a run belongs to exactly one activity, so paused time is not training time."""
+"""Wall-clock accounting: every second of a run belongs to exactly one activity, so paused time is not
+training time."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Stopwatch:
 
     @contextmanager
     def during(self, activity: Activity) -> Iterator[None]:
-        """Counts the block as `activity` and then returns to what was going on before, also after an error."""
+        """Counts the block as `activity` and then returns to what was going on before, also after an
+        error."""
         before = self._activity
         self.switch(activity)
         try:

@@ -13,7 +13,8 @@ class TensorBoardSink:
 
     Args:
         folder: Where the event files go.
-        resume_from_update: Update count of the checkpoint that the run continues from; TensorBoard hides what was written later.
+        resume_from_update: Update count of the checkpoint that the run continues from; TensorBoard hides what
+            was written later.
 
     Raises:
         ConfigError: If TensorBoard is not installed.

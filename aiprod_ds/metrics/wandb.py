@@ -1,7 +1,8 @@
 """Weights & Biases as a mirror of metrics.jsonl; the only importer of wandb.
 
-Every wait is bounded and every failure costs one warning: training neither stops nor stands for a logging service. wandb is
-imported when a run asks for it, gets no terminal output of the run, and never asks for a key.
+Every wait is bounded and every failure costs one warning: training neither stops nor stands for a logging
+service. wandb is imported when a run asks for it, gets no terminal output of the run, and never asks for a
+key.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from aiprod_ds.metrics.sinks import MirrorSink, Sink
 _log = logging.getLogger(__name__)
 
 
-def open_wandb(config: WandbConfig, *, folder: Path, run_config: Mapping[str, Any], wait_seconds: float = 15.0) -> Sink | None:
+def open_wandb(
+    config: WandbConfig, *, folder: Path, run_config: Mapping[str, Any], wait_seconds: float = 15.0
+) -> Sink | None:
     """Returns the sink for this run, or None if it is off or could not be started (one warning).
 
     Args:
         config: Mode, project, name and tags.
-        folder: The run folder; wandb keeps its files in `folder/wandb`, and the run's id, so that a resumed run goes on in the
-            same wandb run.
+        folder: The run folder; wandb keeps its files in `folder/wandb`, and the run's id, so that a resumed
+            run goes on in the same wandb run.
         run_config: The resolved configuration, shown beside the run.
         wait_seconds: Longest wait for the service at the start, and again at the end.
     """
@@ -33,19 +36,25 @@ def open_wandb(config: WandbConfig, *, folder: Path, run_config: Mapping[str, An
     try:
         return MirrorSink(_WandbSink(config, folder, run_config, wait_seconds), name="wandb")
     except Exception as error:  # noqa: BLE001 whatever a logging service raises, training goes on
-        _log.warning("mirror=wandb mode=%s not started error=%r; metrics.jsonl holds everything", config.mode, error)
+        _log.warning(
+            "mirror=wandb mode=%s not started error=%r; metrics.jsonl holds everything", config.mode, error
+        )
         return None
 
 
 class _WandbSink:
     """One wandb run; raises what wandb raises."""
 
-    def __init__(self, config: WandbConfig, folder: Path, run_config: Mapping[str, Any], wait_seconds: float) -> None:
+    def __init__(
+        self, config: WandbConfig, folder: Path, run_config: Mapping[str, Any], wait_seconds: float
+    ) -> None:
         import wandb
 
         if config.mode == "online" and not wandb.login(prompt=False, verify=False):
             # wandb.init would ask at the terminal; a job that nobody watches would stand still.
-            raise RuntimeError("wandb: online needs an API key, found none. Run `wandb login` or set mode to offline.")
+            raise RuntimeError(
+                "wandb: online needs an API key, found none. Run `wandb login` or set mode to offline."
+            )
         run_folder = folder / "wandb"
         run_folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(

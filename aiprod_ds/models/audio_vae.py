@@ -1,7 +1,7 @@
 """What an audio VAE must offer, and the one module that the engine trains.
 
-Shape suffixes: B batch, C channels, N samples, L latent channels (time follows). `AudioVAE` holds a model of waveforms; models of
-mel spectrograms are in `mel_vae.py`. `wrap_audio_vae` chooses.
+Shape suffixes: B batch, C channels, N samples, L latent channels (time follows). `AudioVAE` holds a model of
+waveforms; models of mel spectrograms are in `mel_vae.py`. `wrap_audio_vae` chooses.
 """
 
 from __future__ import annotations
@@ -42,26 +42,28 @@ class AudioFacts:
 class AudioVAE(nn.Module):
     """Wraps any VAE of waveforms for training.
 
-    The model must offer `encode(wave_BCN)`, which returns an object with `latent_dist` (diffusers), a `(mean, logvar)` pair or a
-    plain latent tensor, and `decode(latent)`, which returns a tensor or an object with `sample`. Its hooks of weight
-    normalisation are replaced (`compute_weights_in_forward`).
+    The model must offer `encode(wave_BCN)`, which returns an object with `latent_dist` (diffusers), a
+    `(mean, logvar)` pair or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object
+    with `sample`. Its hooks of weight normalisation are replaced (`compute_weights_in_forward`).
     """
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = prepare_vae(vae)
 
-    def forward(self, wave_BCN: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, wave_BCN: Tensor, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encodes, draws a latent and decodes.
 
         Args:
             wave_BCN: [B,C,N] in [-1,1], in the module's dtype.
-            seeds: One seed per sample for the posterior's noise, so that a draw does not depend on the rank or the batch it
-                falls in; None takes the posterior's mode, as evaluation does.
+            seeds: One seed per sample for the posterior's noise, so that a draw does not depend on the rank
+                or the batch it falls in; None takes the posterior's mode, as evaluation does.
 
         Returns:
-            (reconstruction_BCN, mean, logvar): the first cropped to N where the codec pads, the last two [B,L,T] fp32; logvar is
-            None for a deterministic autoencoder.
+            (reconstruction_BCN, mean, logvar): the first cropped to N where the codec pads, the last two
+            [B,L,T] fp32; logvar is None for a deterministic autoencoder.
 
         Raises:
             EngineError: If the model returns fewer samples than it was given, or another number of channels.
@@ -71,7 +73,8 @@ class AudioVAE(nn.Module):
         if decoded_BCN.shape[:2] != wave_BCN.shape[:2] or decoded_BCN.shape[2] < wave_BCN.shape[2]:
             raise EngineError(
                 f"model: the reconstruction must have the input's batch and channels and at least its length "
-                f"{tuple(wave_BCN.shape)}, got {tuple(decoded_BCN.shape)}. Set data.channels to the model's own and "
+                f"{tuple(wave_BCN.shape)}, got {tuple(decoded_BCN.shape)}. Set data.channels to the model's "
+                "own and "
                 "model.temporal_stride to the samples that become one latent."
             )
         return decoded_BCN[..., : wave_BCN.shape[2]], mean, logvar
@@ -87,7 +90,8 @@ def wrap_audio_vae(vae: nn.Module) -> AudioVAE | MelVAE:
 
 
 def audio_facts(vae: nn.Module, *, hop: int | None = None) -> AudioFacts:
-    """Returns what the model takes; the hop is the given one, else measured by encoding shapes, else the declared one.
+    """Returns what the model takes; the hop is the given one, else measured by encoding shapes, else the
+    declared one.
 
     Raises:
         ConfigError: If the hop is neither declared nor measurable.
@@ -128,5 +132,6 @@ def _measured_hop(vae: nn.Module) -> int | None:
             latent, _ = split_posterior(shapes_only.encode(probe_BCN))  # type: ignore[operator]
     except (RuntimeError, ValueError, NotImplementedError):
         return None  # some models make tensors on the CPU inside forward
-    # A codec may cut off or add a few latents at the ends, so the quotient is rounded to one that divides the probe.
+    # A codec may cut off or add a few latents at the ends, so the quotient is rounded to one that divides the
+    # probe.
     return round(_PROBE_SAMPLES / latent.shape[-1])

@@ -17,7 +17,8 @@ TRANSFORMER = "transformer."
 
 
 class DiffusionModule(nn.Module):
-    """Holds a diffusion transformer as `transformer`, so that everything trained is reached through `engine(...)`.
+    """Holds a diffusion transformer as `transformer`, so that everything trained is reached through
+    `engine(...)`.
 
     Args:
         transformer: Of the family's class, with or without adapters.

@@ -1,13 +1,14 @@
-"""Low-rank adapters (LoRA) on Linear layers: wrapping, merging, and two file forms that others read. The only importer of peft.
+"""Low-rank adapters (LoRA) on Linear layers: wrapping, merging, and two file forms that others read. The only
+importer of peft.
 
     y = W x + b + scale * B (A x),   scale = alpha / rank,   A random, B zero at the start
 
-Precision: an engine casts the whole module to its compute type and keeps fp32 masters of what is trained. So the frozen base
-exists in the compute type only, and "fp32 adapters" are the optimizer's masters: they, and not their 16-bit copies, are updated,
-saved and exported.
+Precision: an engine casts the whole module to its compute type and keeps fp32 masters of what is trained. So
+the frozen base exists in the compute type only, and "fp32 adapters" are the optimizer's masters: they, and
+not their 16-bit copies, are updated, saved and exported.
 
-Names: functions take the names of the transformer's own state, without the prefix of a module around it. An adapter's tensors are
-called `<layer>.lora_A.weight` [rank,in] and `<layer>.lora_B.weight` [out,rank].
+Names: functions take the names of the transformer's own state, without the prefix of a module around it. An
+adapter's tensors are called `<layer>.lora_A.weight` [rank,in] and `<layer>.lora_B.weight` [out,rank].
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _PEFT_PREFIX = "base_model.model."
 _COMFYUI_PREFIX, _DIFFUSERS_PREFIX = "diffusion_model.", "transformer."
 
 
-def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[str], seed: int) -> tuple[str, ...]:
+def add_lora(
+    transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[str], seed: int
+) -> tuple[str, ...]:
     """Wraps the Linear layers that `config.targets` name, in place; afterwards only adapters are trained.
 
     The function of the model does not change. A depends on `seed` alone, so that all ranks draw the same.
@@ -58,7 +61,9 @@ def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[st
     is_plan = next(transformer.parameters()).is_meta  # PEFT would draw values and forget them
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "lora"))
-        inject_adapter_in_model(_peft_config(config, names), transformer, adapter_name=_ADAPTER, low_cpu_mem_usage=is_plan)
+        inject_adapter_in_model(
+            _peft_config(config, names), transformer, adapter_name=_ADAPTER, low_cpu_mem_usage=is_plan
+        )
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     wrapped = tuple(name for name, _ in _wrapped_layers(transformer))
@@ -67,7 +72,8 @@ def add_lora(transformer: nn.Module, config: LoraConfig, *, allowed: Sequence[st
 
 
 def choose_layers(transformer: nn.Module, targets: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of the Linear layers that match one of `targets` and one of `allowed`, in the model's order.
+    """Returns the names of the Linear layers that match one of `targets` and one of `allowed`, in the model's
+    order.
 
     Raises:
         ConfigError: If a target matches none; all such targets at once.
@@ -80,9 +86,15 @@ def choose_layers(transformer: nn.Module, targets: Sequence[str], allowed: Seque
             continue
         elsewhere = next((name for name in linear if _matches(name, pattern)), None)
         if elsewhere is not None:
-            rule, fix = f"inside {', '.join(allowed)}", f"It only matches layers like {elsewhere}. Take it out."
+            rule, fix = (
+                f"inside {', '.join(allowed)}",
+                f"It only matches layers like {elsewhere}. Take it out.",
+            )
         else:
-            rule, fix = f"of {type(transformer).__name__}", suggestion(pattern, {_end(name) for name in usable})
+            rule, fix = (
+                f"of {type(transformer).__name__}",
+                suggestion(pattern, {_end(name) for name in usable}),
+            )
         problems.append(f"lora.targets[{index}]: must match a Linear layer {rule}, got {pattern!r}. {fix}")
     if problems:
         raise ConfigError(problems)
@@ -99,7 +111,8 @@ def adapter_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Returns the state of the plain model that computes the same: W + scale * B A for each wrapped layer, in fp32.
+    """Returns the state of the plain model that computes the same: W + scale * B A for each wrapped layer, in
+    fp32.
 
     Worked number: W = 1, A = 2, B = 3, scale 0.5: 4.
 
@@ -123,7 +136,8 @@ def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
 
 
 def merge_lora(transformer: nn.Module) -> None:
-    """Merges the adapters into their layers and takes them away, in place: a plain model in fp32, all of it trainable.
+    """Merges the adapters into their layers and takes them away, in place: a plain model in fp32, all of it
+    trainable.
 
     Weights must be whole: not partitioned by ZeRO-3, where `AdapterNames` says what to read and to write.
     """
@@ -132,12 +146,15 @@ def merge_lora(transformer: nn.Module) -> None:
         base: Any = layer.get_base_layer()
         parts: Any = layer
         with torch.no_grad():
-            base.weight += parts.scaling[_ADAPTER] * (parts.lora_B[_ADAPTER].weight @ parts.lora_A[_ADAPTER].weight)
+            base.weight += parts.scaling[_ADAPTER] * (
+                parts.lora_B[_ADAPTER].weight @ parts.lora_A[_ADAPTER].weight
+            )
     remove_lora(transformer)
 
 
 def remove_lora(transformer: nn.Module) -> None:
-    """Takes the adapters away without merging them, in place: the plain model, all of it trainable, its weights untouched.
+    """Takes the adapters away without merging them, in place: the plain model, all of it trainable, its
+    weights untouched.
 
     Weights may be partitioned by ZeRO-3. A model without adapters becomes trainable.
     """
@@ -193,9 +210,11 @@ def adapter_names(transformer: nn.Module) -> tuple[AdapterNames, ...]:
 
 
 def start_from(transformer: nn.Module, lora: LoraWeights) -> None:
-    """Gives the adapters of a wrapped transformer the values that `lora` has, in place, to go on training them.
+    """Gives the adapters of a wrapped transformer the values that `lora` has, in place, to go on training
+    them.
 
-    Where the scales differ, B is multiplied by theirs over the model's, so that the function is that of `lora`.
+    Where the scales differ, B is multiplied by theirs over the model's, so that the function is that of
+    `lora`.
 
     Worked number: scale 1.5 in the file and 0.5 in the model: B is multiplied by 3.
 
@@ -212,14 +231,17 @@ def start_from(transformer: nn.Module, lora: LoraWeights) -> None:
         surplus = listed(sorted(theirs - own)) or "none"
         missing = listed(sorted(own - theirs)) or "none"
         raise CheckpointError(
-            f"{lora.source}: must adapt the layers that lora.targets name, got {surplus} beside them and without {missing}. "
+            f"{lora.source}: must adapt the layers that lora.targets name, got {surplus} beside them and "
+            f"without {missing}. "
             "Set lora.targets to the file's layers."
         )
     ranks = {transformer.get_parameter(name.down).shape[0] for name in names}
     if set(lora.ranks()) != ranks:
         raise CheckpointError(
-            f"{lora.source}: must have the rank of the configuration ({', '.join(map(str, ranks))}) in every layer, got "
-            f"{', '.join(map(str, lora.ranks()))}. Set lora.rank, or merge the file with model.lora_checkpoint."
+            f"{lora.source}: must have the rank of the configuration ({', '.join(map(str, ranks))}) in "
+            "every layer, got "
+            f"{', '.join(map(str, lora.ranks()))}. Set lora.rank, or merge the file with "
+            "model.lora_checkpoint."
         )
     for name in names:
         layer = lora.layers[name.layer]
@@ -244,11 +266,16 @@ def save_peft(adapters: Mapping[str, Tensor], config: LoraConfig, folder: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     peft_config.save_pretrained(str(folder))
     tensors = {f"{_PEFT_PREFIX}{name}": value.contiguous() for name, value in adapters.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "lora_adapter_metadata": _for_diffusers(peft_config)})
+    save_file(
+        tensors,
+        folder / WEIGHTS_FILE,
+        metadata={"format": "pt", "lora_adapter_metadata": _for_diffusers(peft_config)},
+    )
 
 
 def save_diffusers(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path) -> None:
-    """Writes one file as `save_comfyui`, with keys `transformer.<layer>.lora_A|lora_B.weight`, as diffusers' pipelines save them.
+    """Writes one file as `save_comfyui`, with keys `transformer.<layer>.lora_A|lora_B.weight`, as diffusers'
+    pipelines save them.
 
     Args:
         adapters: From `adapter_tensors`.
@@ -258,11 +285,14 @@ def save_diffusers(adapters: Mapping[str, Tensor], config: LoraConfig, path: Pat
     _save_one_file(adapters, config, path, key_of=lambda layer: f"{_DIFFUSERS_PREFIX}{layer}")
 
 
-def save_comfyui(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path, *, original_name: Callable[[str], str]) -> None:
-    """Writes one file with keys `diffusion_model.<original layer>.lora_A|lora_B.weight`, for ComfyUI and diffusers' pipelines.
+def save_comfyui(
+    adapters: Mapping[str, Tensor], config: LoraConfig, path: Path, *, original_name: Callable[[str], str]
+) -> None:
+    """Writes one file with keys `diffusion_model.<original layer>.lora_A|lora_B.weight`, for ComfyUI and
+    diffusers' pipelines.
 
-    alpha / rank is multiplied into lora_B, so that readers that ignore alpha get the right sum; the metadata hold `rank`, `alpha`
-    as trained, and `alpha_is_folded`.
+    alpha / rank is multiplied into lora_B, so that readers that ignore alpha get the right sum; the metadata
+    hold `rank`, `alpha` as trained, and `alpha_is_folded`.
 
     Args:
         adapters: From `adapter_tensors`.
@@ -273,7 +303,9 @@ def save_comfyui(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path,
     _save_one_file(adapters, config, path, key_of=lambda layer: f"{_COMFYUI_PREFIX}{original_name(layer)}")
 
 
-def _save_one_file(adapters: Mapping[str, Tensor], config: LoraConfig, path: Path, *, key_of: Callable[[str], str]) -> None:
+def _save_one_file(
+    adapters: Mapping[str, Tensor], config: LoraConfig, path: Path, *, key_of: Callable[[str], str]
+) -> None:
     tensors = {}
     for layer in _layers_of(adapters):
         key = key_of(layer)
@@ -295,7 +327,8 @@ def load_lora(transformer: nn.Module, folder: Path, *, allowed: Sequence[str]) -
         What the adapters were trained with; its targets are whole names.
 
     Raises:
-        CheckpointError: If the folder is not readable, holds another kind of adapter, or tensors that do not fit the model.
+        CheckpointError: If the folder is not readable, holds another kind of adapter, or tensors that do not
+            fit the model.
     """
     config, adapters = _read_peft(folder)
     try:
@@ -308,7 +341,8 @@ def load_lora(transformer: nn.Module, folder: Path, *, allowed: Sequence[str]) -
     if wrong:
         found = [f"{name} {_shape(adapters, name)} instead of {_shape(own, name)}" for name in wrong[:3]]
         raise CheckpointError(
-            f"{folder}: must hold the adapters' shapes in {type(transformer).__name__}, got {'; '.join(found)}. "
+            f"{folder}: must hold the adapters' shapes in {type(transformer).__name__}, got "
+            f"{'; '.join(found)}. "
             "Take the base model that they were trained on."
         )
     with torch.no_grad():
@@ -344,7 +378,11 @@ def _peft_config(config: LoraConfig, layers: Sequence[str]) -> PeftConfig:
 
 
 def _for_diffusers(config: PeftConfig) -> str:
-    facts = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules or ())}
+    facts = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules or ()),
+    }
     return json.dumps({f"{_PEFT_PREFIX}{key}": value for key, value in facts.items()})
 
 
@@ -359,11 +397,22 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
 def _read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        adapters = {name.removeprefix(_PEFT_PREFIX): value for name, value in read_tensors(folder / WEIGHTS_FILE)[0].items()}
+        adapters = {
+            name.removeprefix(_PEFT_PREFIX): value
+            for name, value in read_tensors(folder / WEIGHTS_FILE)[0].items()
+        }
         rank, alpha, dropout = int(values["r"]), float(values["lora_alpha"]), float(values["lora_dropout"])
     except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
-        raise CheckpointError(f"{folder}: must hold {CONFIG_FILE} and {WEIGHTS_FILE} of a LoRA adapter ({error}).") from error
-    other = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias") if values.get(key)]
+        raise CheckpointError(
+            f"{folder}: must hold {CONFIG_FILE} and {WEIGHTS_FILE} of a LoRA adapter ({error})."
+        ) from error
+    other = [
+        key
+        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
+        if values.get(key)
+    ]
     if other:
-        raise CheckpointError(f"{folder}: must be a plain LoRA adapter of one rank, got {', '.join(other)}. Convert it first.")
+        raise CheckpointError(
+            f"{folder}: must be a plain LoRA adapter of one rank, got {', '.join(other)}. Convert it first."
+        )
     return LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(_layers_of(adapters))), adapters

@@ -1,12 +1,13 @@
 """LoRA files of any common form, read for one transformer, and their merging into a plain model.
 
-Owns keys, alpha and checks; adapters inside a model that trains them are `lora.py`. Forms, all safetensors, never pickle:
+Owns keys, alpha and checks; adapters inside a model that trains them are `lora.py`. Forms, all safetensors,
+never pickle:
 
 - a PEFT folder: `adapter_config.json` beside `adapter_model.safetensors`;
-- one file whose keys are `<prefix><layer>.<part>`. The prefix is `diffusion_model.` (ComfyUI), `transformer.` (diffusers),
-  `base_model.model.` (PEFT) or none. The layer has its name in diffusers or in the model's first publication, or either with
-  `lora_unet_` before it and `_` for every dot. The part is `lora_A.weight` and `lora_B.weight`, or `lora_down.weight` and
-  `lora_up.weight`, and `alpha`.
+- one file whose keys are `<prefix><layer>.<part>`. The prefix is `diffusion_model.` (ComfyUI), `transformer.`
+  (diffusers), `base_model.model.` (PEFT) or none. The layer has its name in diffusers or in the model's first
+  publication, or either with `lora_unet_` before it and `_` for every dot. The part is `lora_A.weight` and
+  `lora_B.weight`, or `lora_down.weight` and `lora_up.weight`, and `alpha`.
 
 Shapes: A [rank,in], B [out,rank], W [out,in].
 """
@@ -88,11 +89,14 @@ class LoraWeights:
         return {name: layer.scale for name, layer in self.layers.items()}
 
 
-def read_lora(path: Path, transformer: nn.Module, family: Family, *, alpha: float | None = None) -> LoraWeights:
-    """Reads a LoRA of any form that the head of this file names. The scale of a layer is alpha / rank, with its own rank.
+def read_lora(
+    path: Path, transformer: nn.Module, family: Family, *, alpha: float | None = None
+) -> LoraWeights:
+    """Reads a LoRA of any form that the head of this file names. The scale of a layer is alpha / rank, with
+    its own rank.
 
-    Alpha is, in this order: the layer's `alpha` tensor; `lora_alpha` of PEFT's settings; in the metadata `alpha_is_folded` (the
-    scale is then 1) or `alpha`; the argument.
+    Alpha is, in this order: the layer's `alpha` tensor; `lora_alpha` of PEFT's settings; in the metadata
+    `alpha_is_folded` (the scale is then 1) or `alpha`; the argument.
 
     Worked number: alpha 6 and A with 4 rows make the scale 1.5.
 
@@ -103,8 +107,8 @@ def read_lora(path: Path, transformer: nn.Module, family: Family, *, alpha: floa
         alpha: For a file that does not say it.
 
     Raises:
-        CheckpointError: If the file cannot be read, is of another kind, has layers or shapes that the transformer has not, or
-            alpha is missing or told twice.
+        CheckpointError: If the file cannot be read, is of another kind, has layers or shapes that the
+            transformer has not, or alpha is missing or told twice.
     """
     opened = _open(path)
     linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
@@ -121,7 +125,8 @@ def read_lora(path: Path, transformer: nn.Module, family: Family, *, alpha: floa
 
 
 def merge_into(transformer: nn.Module, lora: LoraWeights) -> None:
-    """Adds scale * B A to the weights W of a plain transformer, in place; the sum is made in fp32 and rounded to W's type.
+    """Adds scale * B A to the weights W of a plain transformer, in place; the sum is made in fp32 and rounded
+    to W's type.
 
     Weights must be whole: not partitioned by ZeRO-3.
     """
@@ -148,7 +153,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with TensorFile(path) as file:
             return dict(file), dict(file.metadata)
     except TensorFileError as error:
-        raise CheckpointError(f"{path}: must be a safetensors file, got {error}. Convert it or load it again.") from error
+        raise CheckpointError(
+            f"{path}: must be a safetensors file, got {error}. Convert it or load it again."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +178,9 @@ def _open(path: Path) -> _Opened:
     kind = str(settings.get("peft_type") or "LORA")
     other = [key for key in _OTHER_KINDS if settings.get(key)] or ([kind] if kind != "LORA" else [])
     if other:
-        raise CheckpointError(f"{path}: must be a plain LoRA, got {', '.join(other)}. Merge it with its own tool.")
+        raise CheckpointError(
+            f"{path}: must be a plain LoRA, got {', '.join(other)}. Merge it with its own tool."
+        )
     return _Opened(path=path, tensors=tensors, metadata=metadata, settings=settings)
 
 
@@ -193,7 +202,9 @@ def _settings_of_diffusers(path: Path, metadata: Mapping[str, str]) -> dict[str,
         values = json.loads(metadata.get(_DIFFUSERS_SETTINGS, "{}"))
         return {_PREFIX.sub("", key): value for key, value in values.items() if _PREFIX.match(key)}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: metadata {_DIFFUSERS_SETTINGS} must be a JSON object, got {error}.") from error
+        raise CheckpointError(
+            f"{path}: metadata {_DIFFUSERS_SETTINGS} must be a JSON object, got {error}."
+        ) from error
 
 
 def _names_in_files(linear: Collection[str], family: Family) -> dict[str, str]:
@@ -212,8 +223,10 @@ def _by_layer(opened: _Opened, known: Mapping[str, str], model: str) -> dict[str
     other = [key for key, match in matched.items() if match is None]
     if other or not matched:
         raise CheckpointError(
-            f"{opened.path}: must hold nothing but lora_A and lora_B (or lora_down and lora_up) and alpha of Linear layers, got "
-            f"{listed(other) or 'no tensors'}. DoRA, LoHa, LoKr, biases and whole differences are not read: merge such a file "
+            f"{opened.path}: must hold nothing but lora_A and lora_B (or lora_down and lora_up) and alpha "
+            "of Linear layers, got "
+            f"{listed(other) or 'no tensors'}. DoRA, LoHa, LoKr, biases and whole differences are not read: "
+            "merge such a file "
             "with its own tool."
         )
     parts: dict[str, dict[str, Tensor]] = {}
@@ -230,39 +243,52 @@ def _by_layer(opened: _Opened, known: Mapping[str, str], model: str) -> dict[str
             parts[name][match.lastgroup] = opened.tensors[key]
     if unknown:
         names = listed(sorted(set(unknown)))
-        raise CheckpointError(f"{opened.path}: must adapt Linear layers of {model}, got {names}. Take the LoRA of this model.")
+        raise CheckpointError(
+            f"{opened.path}: must adapt Linear layers of {model}, got {names}. Take the LoRA of this model."
+        )
     if twice:
         raise CheckpointError(
-            f"{opened.path}: must name every tensor once, got a second one in {listed(twice)}. Keep one of them."
+            f"{opened.path}: must name every tensor once, got a second one in {listed(twice)}. Keep one of "
+            "them."
         )
     return parts
 
 
 def _require_fitting(path: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear) -> None:
     if not {"down", "up"} <= parts.keys():
-        raise CheckpointError(f"{path}: must hold A and B of {name}, got {' and '.join(sorted(parts))} alone. Load it again.")
+        raise CheckpointError(
+            f"{path}: must hold A and B of {name}, got {' and '.join(sorted(parts))} alone. Load it again."
+        )
     down, up = list(parts["down"].shape), list(parts["up"].shape)
     rank = down[0] if down else 0
     if rank < 1 or (down, up) != ([rank, module.in_features], [module.out_features, rank]):
         raise CheckpointError(
-            f"{path}: A and B of {name} must be [rank, {module.in_features}] and [{module.out_features}, rank], got {down} and "
+            f"{path}: A and B of {name} must be [rank, {module.in_features}] and [{module.out_features}, "
+            f"rank], got {down} and "
             f"{up}. Take the LoRA of this model."
         )
     if not all(value.is_floating_point() and bool(value.isfinite().all()) for value in parts.values()):
-        raise CheckpointError(f"{path}: must hold finite floating-point numbers, got others for {name}. Load it again.")
+        raise CheckpointError(
+            f"{path}: must hold finite floating-point numbers, got others for {name}. Load it again."
+        )
 
 
-def _scales(opened: _Opened, parts: Mapping[str, Mapping[str, Tensor]], given: float | None) -> dict[str, float]:
+def _scales(
+    opened: _Opened, parts: Mapping[str, Mapping[str, Tensor]], given: float | None
+) -> dict[str, float]:
     own = {name: _own_alpha(opened, name, part) for name, part in parts.items()}
     ranks = {name: part["down"].shape[0] for name, part in parts.items()}
     common, is_folded = _common_alpha(opened, ranks)
     silent = [name for name in parts if own[name] is None and common is None and not is_folded]
     if given is not None and not silent:
-        raise CheckpointError(f"{opened.path}: alpha must not be given for a file that says its own, got {given:g}. Remove it.")
+        raise CheckpointError(
+            f"{opened.path}: alpha must not be given for a file that says its own, got {given:g}. Remove it."
+        )
     if given is None and silent:
         usual = f"{ranks[silent[0]]}, the rank of {silent[0]}, makes the factor 1"
         raise CheckpointError(
-            f"{opened.path}: must say alpha, got none for {listed(silent)}. Give the one that it was trained with as `alpha` "
+            f"{opened.path}: must say alpha, got none for {listed(silent)}. Give the one that it was "
+            "trained with as `alpha` "
             f"({usual}, which is what readers that know no alpha use)."
         )
     scales = {}
@@ -276,7 +302,9 @@ def _own_alpha(opened: _Opened, name: str, part: Mapping[str, Tensor]) -> float 
     if "alpha" not in part:
         return None
     if part["alpha"].numel() != 1:
-        raise CheckpointError(f"{opened.path}: alpha of {name} must be one number, got {list(part['alpha'].shape)}.")
+        raise CheckpointError(
+            f"{opened.path}: alpha of {name} must be one number, got {list(part['alpha'].shape)}."
+        )
     return float(part["alpha"])
 
 
@@ -286,7 +314,8 @@ def _common_alpha(opened: _Opened, ranks: Mapping[str, int]) -> tuple[float | No
     if "lora_alpha" in settings:
         if not settings.get("rank_pattern") and set(ranks.values()) != {settings.get("r")}:
             raise CheckpointError(
-                f"{opened.path}: r must be the rank of all adapters {sorted(set(ranks.values()))}, got {settings.get('r')!r}."
+                f"{opened.path}: r must be the rank of all adapters {sorted(set(ranks.values()))}, got "
+                f"{settings.get('r')!r}."
             )
         return _finite(opened, "lora_alpha", settings["lora_alpha"]), False
     if opened.metadata.get("alpha_is_folded") == "true":

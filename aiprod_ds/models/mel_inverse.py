@@ -1,4 +1,5 @@
-"""A waveform that fits a log-mel spectrogram, where there is no vocoder: approximate, but it can be listened to.
+"""A waveform that fits a log-mel spectrogram, where there is no vocoder: approximate, but it can be listened
+to.
 
 Owns the inverse of `LogMel` in `mel_vae.py`. Called where latents of a mel VAE are decoded for a preview.
 Shape suffixes: C channels, N samples, F frequency bins, T frames, M mel bands.
@@ -22,10 +23,12 @@ _FLOOR = math.log(1e-5)
 
 
 def approximate_sound(mel_CTM: Tensor, *, sample_rate_hz: int, hop: int) -> Tensor:
-    """Returns a sound whose log-mel spectrogram is near the given one: least squares for the bins, then Griffin-Lim.
+    """Returns a sound whose log-mel spectrogram is near the given one: least squares for the bins, then
+    Griffin-Lim.
 
-    Mel bands say nothing of phases and little of high frequencies, so it sounds hollow even for the spectrogram of a real sound.
-    The phases start at 0: nothing is drawn, and the same spectrogram makes the same sound.
+    Mel bands say nothing of phases and little of high frequencies, so it sounds hollow even for the
+    spectrogram of a real sound. The phases start at 0: nothing is drawn, and the same spectrogram makes the
+    same sound.
 
     Source: Griffin and Lim 1984 with the momentum of Perraudin et al. 2013, as in torchaudio.
 

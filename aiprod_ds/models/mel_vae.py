@@ -1,4 +1,5 @@
-"""A VAE of log-mel spectrograms behind the face of a VAE of waveforms: the front end, and the module that the engine trains.
+"""A VAE of log-mel spectrograms behind the face of a VAE of waveforms: the front end, and the module that the
+engine trains.
 
 Shape suffixes: B batch, C channels, N samples, F frequency bins, T frames, M mel bands, L latent channels.
 """
@@ -25,14 +26,15 @@ class LogMel:
 
         mel = ln(max(M |STFT(x)|, 1e-5))
 
-    with a periodic Hann window of the FFT's size, frames centred on multiples of the hop, reflected ends, and M a Slaney filter
-    bank from 0 to half the sample rate. A clip of n samples has 1 + n // hop frames.
+    with a periodic Hann window of the FFT's size, frames centred on multiples of the hop, reflected ends, and
+    M a Slaney filter bank from 0 to half the sample rate. A clip of n samples has 1 + n // hop frames.
 
     Worked number: silence is ln(1e-5) = -11.512925 in every band.
 
     Source: the magnitude, the natural logarithm and the floor are those of `MelSTFT` in diffusers 0.42.1
-    (pipelines/ltx2/vocoder.py), with FFT size 1024 and hop 160 in place of its 512 and 80. diffusers keeps no front end for
-    AutoencoderKLLTX2Audio, so that published weights expect exactly these numbers is not proven.
+    (pipelines/ltx2/vocoder.py), with FFT size 1024 and hop 160 in place of its 512 and 80. diffusers keeps no
+    front end for AutoencoderKLLTX2Audio, so that published weights expect exactly these numbers is not
+    proven.
 
     Args:
         sample_rate_hz: Of the waveforms.
@@ -44,7 +46,13 @@ class LogMel:
         self._hop = hop
         self._window = torch.hann_window(_FFT_SIZE)
         filters_FM: Tensor = melscale_fbanks(
-            _FFT_SIZE // 2 + 1, 0.0, sample_rate_hz / 2, num_bands, sample_rate_hz, norm="slaney", mel_scale="slaney"
+            _FFT_SIZE // 2 + 1,
+            0.0,
+            sample_rate_hz / 2,
+            num_bands,
+            sample_rate_hz,
+            norm="slaney",
+            mel_scale="slaney",
         )
         self._filters_FM = filters_FM
 
@@ -61,8 +69,9 @@ class LogMel:
 class MelVAE(nn.Module):
     """Wraps a VAE of log-mel spectrograms, such as diffusers' AutoencoderKLLTX2Audio, for training.
 
-    The model must offer `encode(mel_BCTM)` and `decode(latent)` as `AudioVAE` asks for them, and a configuration with
-    `sample_rate`, `mel_hop_length` and `mel_bins`. What is reconstructed is the spectrogram; a vocoder is not part of it.
+    The model must offer `encode(mel_BCTM)` and `decode(latent)` as `AudioVAE` asks for them, and a
+    configuration with `sample_rate`, `mel_hop_length` and `mel_bins`. What is reconstructed is the
+    spectrogram; a vocoder is not part of it.
     """
 
     def __init__(self, vae: nn.Module) -> None:
@@ -75,16 +84,20 @@ class MelVAE(nn.Module):
             num_bands=_declared(vae, "mel_bins"),
         )
 
-    def forward(self, wave_BCN: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, wave_BCN: Tensor, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes the spectrogram, encodes, draws a latent and decodes.
 
         Args:
-            wave_BCN: [B,C,N] in [-1,1]; fp32 even when the module is not, because 16 bits bury quiet bands in rounding noise.
+            wave_BCN: [B,C,N] in [-1,1]; fp32 even when the module is not, because 16 bits bury quiet bands in
+                rounding noise.
             seeds: One seed per sample for the posterior's noise; None takes the posterior's mode.
 
         Returns:
-            (mel_BCTM, mean, logvar): the reconstructed spectrogram, of which `self.mel(wave_BCN)` is the original, in the
-            module's dtype and as many frames; the last two fp32; logvar is None for a deterministic autoencoder.
+            (mel_BCTM, mean, logvar): the reconstructed spectrogram, of which `self.mel(wave_BCN)` is the
+            original, in the module's dtype and as many frames; the last two fp32; logvar is None for a
+            deterministic autoencoder.
 
         Raises:
             EngineError: If the model returns a smaller spectrogram than it was given.
@@ -94,10 +107,16 @@ class MelVAE(nn.Module):
         latent, mean, logvar = draw_latent(self.vae.encode(mel_BCTM.to(dtype)), seeds)
         decoded_BCTM = decoded_sample(self.vae.decode(latent.to(dtype)))
         batch, channels, frames, bands = mel_BCTM.shape
-        if decoded_BCTM.shape[:2] != (batch, channels) or decoded_BCTM.shape[2] < frames or decoded_BCTM.shape[3] != bands:
+        if (
+            decoded_BCTM.shape[:2] != (batch, channels)
+            or decoded_BCTM.shape[2] < frames
+            or decoded_BCTM.shape[3] != bands
+        ):
             raise EngineError(
-                f"model: the reconstruction must have at least the frames of the spectrogram {tuple(mel_BCTM.shape)}, "
-                f"got {tuple(decoded_BCTM.shape)}. Set model.temporal_stride to the samples that become one latent."
+                "model: the reconstruction must have at least the frames of the spectrogram "
+                f"{tuple(mel_BCTM.shape)}, "
+                f"got {tuple(decoded_BCTM.shape)}. Set model.temporal_stride to the samples that become one "
+                "latent."
             )
         return decoded_BCTM[:, :, :frames], mean, logvar
 
@@ -108,9 +127,11 @@ def is_mel_model(vae: nn.Module) -> bool:
 
 
 def mel_hop(vae: nn.Module) -> int:
-    """Returns the samples that become one latent: the hop of the spectrogram times the frames that become one.
+    """Returns the samples that become one latent: the hop of the spectrogram times the frames that become
+    one.
 
-    Worked number: hop 160 and 4 frames make 640 samples; 640 * k samples have 1 + 4 * k frames, which a causal model takes.
+    Worked number: hop 160 and 4 frames make 640 samples; 640 * k samples have 1 + 4 * k frames, which a
+    causal model takes.
 
     Raises:
         ConfigError: If the model's configuration lacks one of them.
@@ -121,5 +142,7 @@ def mel_hop(vae: nn.Module) -> int:
 def _declared(vae: nn.Module, name: str) -> int:
     number = declared_number(vae, name)
     if number is None:
-        raise ConfigError(f"model: a mel VAE must say {name} in its configuration, got none from {type(vae).__name__}.")
+        raise ConfigError(
+            f"model: a mel VAE must say {name} in its configuration, got none from {type(vae).__name__}."
+        )
     return number

@@ -1,4 +1,5 @@
-"""The latent between an encoder and a decoder: finding the posterior, drawing from it, and drawing the same on every rank.
+"""The latent between an encoder and a decoder: finding the posterior, drawing from it, and drawing the same
+on every rank.
 
 Called by the modules that wrap VAEs. L stands for latent channels; time and space follow.
 """
@@ -27,7 +28,10 @@ def split_posterior(encoded: Any) -> tuple[Tensor, Tensor | None]:
     if not hasattr(posterior, "logvar") and hasattr(posterior, "mode"):
         return posterior.mode(), None  # diffusers' IdentityDistribution: a deterministic autoencoder
     if not (hasattr(posterior, "mean") and hasattr(posterior, "logvar")):
-        raise ConfigError(f"model: encode must return latent_dist, (mean, logvar) or a tensor, got {type(encoded).__name__}.")
+        raise ConfigError(
+            "model: encode must return latent_dist, (mean, logvar) or a tensor, got "
+            f"{type(encoded).__name__}."
+        )
     if hasattr(posterior, "scale"):
         return posterior.mean, _oobleck_logvar(posterior.scale)
     return posterior.mean, posterior.logvar
@@ -40,11 +44,12 @@ def draw_latent(encoded: Any, seeds: Sequence[int] | None) -> tuple[Tensor, Tens
 
     Args:
         encoded: What `encode` returned.
-        seeds: One seed per sample for the noise, so that a draw does not depend on the rank or the batch it falls in; None takes
-            the mean.
+        seeds: One seed per sample for the noise, so that a draw does not depend on the rank or the batch it
+            falls in; None takes the mean.
 
     Returns:
-        (latent, mean, logvar), all fp32; logvar is clamped to `LOGVAR_RANGE`, or None for a deterministic autoencoder.
+        (latent, mean, logvar), all fp32; logvar is clamped to `LOGVAR_RANGE`, or None for a deterministic
+        autoencoder.
 
     Raises:
         ConfigError: If `encoded` is nothing known.
@@ -64,8 +69,9 @@ def decoded_sample(decoded: Any) -> Tensor:
 
 
 def _oobleck_logvar(scale: Tensor) -> Tensor:
-    # Its own logvar is the logarithm of (softplus + 1e-4)^2 in the model's precision: in fp16 that is 0 below a deviation of
-    # 1.7e-4, and its gradient NaN (diffusers 0.42.1, autoencoder_oobleck.py, OobleckDiagonalGaussianDistribution).
+    # Its own logvar is the logarithm of (softplus + 1e-4)^2 in the model's precision: in fp16 that is 0 below
+    # a deviation of 1.7e-4, and its gradient NaN (diffusers 0.42.1, autoencoder_oobleck.py,
+    # OobleckDiagonalGaussianDistribution).
     return 2 * (F.softplus(scale.float()) + 1e-4).log()
 
 

@@ -1,7 +1,7 @@
 """Turns `model.source` into a module: a diffusers class by name, or any import path.
 
-Owns name resolution and construction; knows nothing about what the model is for. Called by the trainers and by `plan`, which
-builds on the meta device so that no memory is taken.
+Owns name resolution and construction; knows nothing about what the model is for. Called by the trainers and
+by `plan`, which builds on the meta device so that no memory is taken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> nn.Mo
         device: `"meta"` builds shapes only, for planning.
 
     Raises:
-        ConfigError: If the source does not resolve, its constructor refuses the arguments or the weights cannot be loaded.
+        ConfigError: If the source does not resolve, its constructor refuses the arguments or the weights
+            cannot be loaded.
     """
     factory = resolve(config.source)
     with torch.random.fork_rng(devices=[]), torch.device(device), warnings.catch_warnings():
@@ -40,12 +41,15 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> nn.Mo
         torch.manual_seed(stream_seed(seed, "weights"))
         module = _construct(factory, config, is_plan=device == "meta")
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"model.source: must make a torch module, got {type(module).__name__} from {config.source!r}.")
+        raise ConfigError(
+            f"model.source: must make a torch module, got {type(module).__name__} from {config.source!r}."
+        )
     return module.train()
 
 
 def resolve(source: str) -> Callable[..., Any]:
-    """Returns the class or function that `source` names: `AutoencoderKLWan` in diffusers, or `package.module:Name`."""
+    """Returns the class or function that `source` names: `AutoencoderKLWan` in diffusers, or
+    `package.module:Name`."""
     if ":" in source:
         return _import_path(source)
     import diffusers  # takes seconds to import; needed only here
@@ -55,7 +59,8 @@ def resolve(source: str) -> Callable[..., Any]:
         near = difflib.get_close_matches(source, dir(diffusers), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"model.source: must name a diffusers class or an import path 'package.module:Name', got {source!r}.{hint}"
+            "model.source: must name a diffusers class or an import path 'package.module:Name', got "
+            f"{source!r}.{hint}"
         )
     return found  # type: ignore[no-any-return]  # diffusers resolves names lazily and is untyped
 
@@ -89,7 +94,8 @@ def _place(config: ModelConfig) -> dict[str, str]:
 
 
 def _pretrained(factory: Any, folder: str, place: dict[str, str]) -> Any:
-    """Returns the model with all its weights: diffusers only logs those that are missing, surplus or of another shape."""
+    """Returns the model with all its weights: diffusers only logs those that are missing, surplus or of
+    another shape."""
     from diffusers import ModelMixin  # takes seconds to import; needed only here
 
     if not (isinstance(factory, type) and issubclass(factory, ModelMixin)):
@@ -98,9 +104,12 @@ def _pretrained(factory: Any, folder: str, place: dict[str, str]) -> Any:
     module, found = from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True, **place)
     problems = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if problems:
-        told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in sorted(problems.items()))
+        told = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in sorted(problems.items())
+        )
         raise ConfigError(
-            f"model.pretrained: must hold exactly the weights of {factory.__name__}, got {folder!r} with {told}. "
+            f"model.pretrained: must hold exactly the weights of {factory.__name__}, got {folder!r} with "
+            f"{told}. "
             "Name the folder of this very model."
         )
     return module

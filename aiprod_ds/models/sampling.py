@@ -1,7 +1,8 @@
-"""From noise to latents: noise levels, Euler's method along the learned velocity, and classifier-free guidance.
+"""From noise to latents: noise levels, Euler's method along the learned velocity, and classifier-free
+guidance.
 
-Owns the mathematics of sampling and knows no engine, no VAE and no file. Previews and the command that samples call it.
-Shapes: B batch, C channels, L tokens, D values per token.
+Owns the mathematics of sampling and knows no engine, no VAE and no file. Previews and the command that
+samples call it. Shapes: B batch, C channels, L tokens, D values per token.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ Predict = Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]
 
 
 def noise_levels(num_forwards: int, *, shift: float) -> Tensor:
-    """Returns the levels between which `num_forwards` intervals lie, [num_forwards + 1] fp32, from 1 down to 0.
+    """Returns the levels between which `num_forwards` intervals lie, [num_forwards + 1] fp32, from 1 down to
+    0.
 
         s' = shift * s / (1 + (shift - 1) * s),   s = 1, 1 - 1/n, ..., 1/n, 0
 
-    A shift above 1 spends more of the intervals on noisy states, where large pictures are decided; 1 leaves the levels evenly
-    spaced. It is exp(mu) of a logit-normal distribution: the logit of every level grows by ln(shift).
+    A shift above 1 spends more of the intervals on noisy states, where large pictures are decided; 1 leaves
+    the levels evenly spaced. It is exp(mu) of a logit-normal distribution: the logit of every level grows by
+    ln(shift).
 
     Worked number: 4 forwards with shift 3 are at 1, 0.9, 0.75, 0.5, 0.
 
-    Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23; diffusers 0.42.1, schedulers/scheduling_flow_match_euler_discrete.py.
+    Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23; diffusers 0.42.1,
+    schedulers/scheduling_flow_match_euler_discrete.py.
     """
     even = torch.linspace(1.0, 0.0, num_forwards + 1, dtype=torch.float64)
     return (shift * even / (1.0 + (shift - 1.0) * even)).float()
@@ -40,8 +44,8 @@ def integrate(predict: Predict, start: Mapping[str, Tensor], levels: Tensor) -> 
 
         x_{s'} = x_s + (s' - s) * v(x_s, s)
 
-    Exact in one interval where v does not change along the way, as between one noise and one sample: x_s = (1-s)*x0 + s*eps has
-    v = eps - x0. Otherwise the error falls with the number of intervals.
+    Exact in one interval where v does not change along the way, as between one noise and one sample: x_s =
+    (1-s)*x0 + s*eps has v = eps - x0. Otherwise the error falls with the number of intervals.
 
     Worked number: x = 5 and v = 3 from level 1 to 0: x = 2.
 
@@ -56,11 +60,16 @@ def integrate(predict: Predict, start: Mapping[str, Tensor], levels: Tensor) -> 
     state = {modality: value.float() for modality, value in start.items()}
     for level, next_level in pairwise(levels.tolist()):
         velocity = predict(state, level)
-        state = {modality: value + (next_level - level) * velocity[modality].float() for modality, value in state.items()}
+        state = {
+            modality: value + (next_level - level) * velocity[modality].float()
+            for modality, value in state.items()
+        }
     return state
 
 
-def guided(with_prompt: Mapping[str, Tensor], with_empty: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
+def guided(
+    with_prompt: Mapping[str, Tensor], with_empty: Mapping[str, Tensor], *, scale: float
+) -> dict[str, Tensor]:
     """Returns the velocity of classifier-free guidance, fp32 of each modality.
 
         v = v_empty + scale * (v_prompt - v_empty)
@@ -76,7 +85,8 @@ def guided(with_prompt: Mapping[str, Tensor], with_empty: Mapping[str, Tensor], 
 
 
 def draw_noise(shapes: Mapping[str, tuple[int, ...]], seeds: Mapping[str, int]) -> dict[str, Tensor]:
-    """Returns normal noise for one clip, [1, *shape] fp32 of each modality, drawn on the CPU so that devices agree."""
+    """Returns normal noise for one clip, [1, *shape] fp32 of each modality, drawn on the CPU so that devices
+    agree."""
     return {
         modality: torch.randn(1, *shape, generator=torch.Generator().manual_seed(seeds[modality]))
         for modality, shape in shapes.items()
@@ -97,8 +107,8 @@ def sample_latents(
     """Returns the latents that a transformer makes of noise.
 
     Args:
-        module: Called as `DiffusionModule.forward` is: that module or the engine that holds it. Once for each interval, twice
-            with an empty prompt.
+        module: Called as `DiffusionModule.forward` is: that module or the engine that holds it. Once for each
+            interval, twice with an empty prompt.
         family: Of the transformer.
         noise: [B,C,...] of each modality, on the module's device.
         fps: [B] frames per second.
@@ -117,11 +127,15 @@ def sample_latents(
     grids = {modality: cut.grid for modality, cut in tokens.items()}
 
     def predict(state: Mapping[str, Tensor], level: float) -> Mapping[str, Tensor]:
-        timesteps = {modality: value.new_full((value.shape[0], 1), level) for modality, value in state.items()}
+        timesteps = {
+            modality: value.new_full((value.shape[0], 1), level) for modality, value in state.items()
+        }
         velocity = module(state, timesteps, {"fps": fps, **prompt}, grids)
         if empty_prompt is None:
             return velocity
-        return guided(velocity, module(state, timesteps, {"fps": fps, **empty_prompt}, grids), scale=guidance_scale)
+        return guided(
+            velocity, module(state, timesteps, {"fps": fps, **empty_prompt}, grids), scale=guidance_scale
+        )
 
     final = integrate(predict, {modality: cut.values for modality, cut in tokens.items()}, levels)
     return {modality: latents_of(value, grids[modality]) for modality, value in final.items()}

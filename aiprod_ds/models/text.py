@@ -1,7 +1,7 @@
 """Captions to embeddings by any text encoder of transformers: T5, UMT5, Gemma, CLIP and others.
 
-Owns tokens, padding and which hidden states count. Knows nothing of files; called by encoding and by samplers of prompts.
-Shape suffixes: B captions, S tokens, D width, K layers.
+Owns tokens, padding and which hidden states count. Knows nothing of files; called by encoding and by samplers
+of prompts. Shape suffixes: B captions, S tokens, D width, K layers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class TextEncoder:
         config: Tokens, precision and padding.
     """
 
-    def __init__(self, tokenizer: Any, model: nn.Module, connectors: nn.Module | None, config: TextEncoderConfig) -> None:
+    def __init__(
+        self, tokenizer: Any, model: nn.Module, connectors: nn.Module | None, config: TextEncoderConfig
+    ) -> None:
         self._tokenizer = tokenizer
         self._model = model.eval().requires_grad_(False)
         self._connectors = None if connectors is None else connectors.eval().requires_grad_(False)
@@ -67,7 +69,8 @@ class TextEncoder:
         positions = getattr(model.config, "max_position_embeddings", None)  # CLIP has a table of 77
         if positions is not None and config.max_tokens > positions:
             raise ConfigError(
-                f"text.max_tokens: must be at most what {type(model).__name__} takes ({positions}), got {config.max_tokens}."
+                f"text.max_tokens: must be at most what {type(model).__name__} takes ({positions}), got "
+                f"{config.max_tokens}."
             )
 
     def to(self, device: torch.device) -> TextEncoder:
@@ -78,7 +81,8 @@ class TextEncoder:
         return self
 
     def fingerprint(self) -> str:
-        """Returns the hash of everything that decides the embeddings: networks, vocabulary, tokens and padding."""
+        """Returns the hash of everything that decides the embeddings: networks, vocabulary, tokens and
+        padding."""
         vocabulary = sorted(self._tokenizer.get_vocab().items())
         kind = type(self._tokenizer).__name__
         settings = [kind, vocabulary, self._config.max_tokens, self._config.mask_padding]
@@ -100,15 +104,23 @@ class TextEncoder:
         for caption in captions:
             self._check_length(caption)
         tokens = self._tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self._config.max_tokens, return_tensors="pt"
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=self._config.max_tokens,
+            return_tensors="pt",
         )
         device = next(self._model.parameters()).device
         ids_BS, mask_BS = tokens.input_ids.to(device), tokens.attention_mask.to(device)
         seen_BS = mask_BS if self._config.mask_padding else None
-        output = self._model(input_ids=ids_BS, attention_mask=seen_BS, output_hidden_states=self._connectors is not None)
+        output = self._model(
+            input_ids=ids_BS, attention_mask=seen_BS, output_hidden_states=self._connectors is not None
+        )
         if self._connectors is not None:
             return self._connected(torch.stack(output.hidden_states, dim=-1), mask_BS)
-        return PromptEmbeds(prompt_embeds=_kept(output.last_hidden_state, mask_BS), prompt_attention_mask=mask_BS.bool().cpu())
+        return PromptEmbeds(
+            prompt_embeds=_kept(output.last_hidden_state, mask_BS), prompt_attention_mask=mask_BS.bool().cpu()
+        )
 
     def _connected(self, hidden_BSDK: Tensor, mask_BS: Tensor) -> PromptEmbeds:
         assert self._connectors is not None, "called where there are connectors"
@@ -123,16 +135,19 @@ class TextEncoder:
         limit, count = self._config.max_tokens, self.num_tokens(caption)
         if self._config.long_captions == "fail" and count > limit:
             raise DataError(
-                f"caption: must have at most {limit} tokens (text.max_tokens), got {count}: {caption[:60]!r}. "
+                f"caption: must have at most {limit} tokens (text.max_tokens), got {count}: "
+                f"{caption[:60]!r}. "
                 "Shorten it, raise text.max_tokens or set text.long_captions to truncate."
             )
 
 
 def build_text_encoder(config: TextEncoderConfig, *, seed: int) -> TextEncoder:
-    """Returns the encoder that `config` names, on the CPU in its precision; random weights depend on `seed` alone.
+    """Returns the encoder that `config` names, on the CPU in its precision; random weights depend on `seed`
+    alone.
 
     Raises:
-        ConfigError: If a name does not resolve, a constructor refuses its arguments or files cannot be loaded.
+        ConfigError: If a name does not resolve, a constructor refuses its arguments or files cannot be
+            loaded.
     """
     dtype = _DTYPES[config.precision]
     try:
@@ -140,7 +155,9 @@ def build_text_encoder(config: TextEncoderConfig, *, seed: int) -> TextEncoder:
         tokenizer = _tokenizer(config)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         got = config.pretrained or config.source
-        raise ConfigError(f"text: must name a text encoder of transformers and its tokenizer, got {got!r} ({error}).") from error
+        raise ConfigError(
+            f"text: must name a text encoder of transformers and its tokenizer, got {got!r} ({error})."
+        ) from error
     connectors = None if config.connectors is None else build_model(config.connectors, seed=seed).to(dtype)
     return TextEncoder(tokenizer, model, connectors, config)
 

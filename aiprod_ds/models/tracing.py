@@ -1,8 +1,9 @@
-"""Counts what forward and backward hold, compute and move, by running them on the meta device, where nothing takes memory.
+"""Counts what forward and backward hold, compute and move, by running them on the meta device, where nothing
+takes memory.
 
-Owns the counting and the stand-ins for kernels that a GPU has and the meta device has not; what is run is the caller's. Bytes are
-those that torch's allocator hands out on a GPU (multiples of 512) for tensors that are alive at the same time; a kernel's own
-workspace is not seen.
+Owns the counting and the stand-ins for kernels that a GPU has and the meta device has not; what is run is the
+caller's. Bytes are those that torch's allocator hands out on a GPU (multiples of 512) for tensors that are
+alive at the same time; a kernel's own workspace is not seen.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from aiprod_ds.planner.workload import Work, WorkKind, Workload
 
 _ALLOCATION_BYTES = 512  # torch's caching allocator on CUDA rounds up to this
 _Note = Callable[[WorkKind, float, float, int], None]
-_FORWARD_MATMULS, _BACKWARD_MATMULS = 2, 5  # of fused attention, which computes the scores again in its backward pass
+_FORWARD_MATMULS, _BACKWARD_MATMULS = (
+    2,
+    5,
+)  # of fused attention, which computes the scores again in its backward pass
 
 
 def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
@@ -42,7 +46,9 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
 
     def take(parameter: nn.Parameter) -> None:
         nonlocal done
-        parameter.grad = None  # as engines do that reduce gradients; those that keep them are the estimate's business
+        parameter.grad = (
+            None  # as engines do that reduce gradients; those that keep them are the estimate's business
+        )
         done += parameter.numel()
         curve.append((done, counter.take_peak()))
 
@@ -77,7 +83,8 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
 def _fused_kernels(note: _Note) -> Iterator[None]:
     """Lets attention and RMS norm save for the backward pass what the kernels of a GPU save.
 
-    Without it both fall apart into their formulas on the meta device, which keep every score and every fp32 copy.
+    Without it both fall apart into their formulas on the meta device, which keep every score and every fp32
+    copy.
     """
 
     def attention(
@@ -86,7 +93,12 @@ def _fused_kernels(note: _Note) -> Iterator[None]:
         out: Tensor = _Attention.apply(query, key, value, attn_mask, note)
         return out
 
-    def rms_norm(values: Tensor, _normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:  # noqa: ARG001
+    def rms_norm(
+        values: Tensor,
+        _normalized_shape: Any,
+        weight: Tensor | None = None,
+        eps: float | None = None,  # noqa: ARG001
+    ) -> Tensor:
         out: Tensor = _RmsNorm.apply(values, weight, note)
         return out
 
@@ -147,16 +159,30 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _release(self, key: int) -> None:
         self.held -= self._sizes.pop(key)
 
-    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _count(
+        self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         count_flops = flop_registry.get(func.overloadpacket)
         flops = 0.0 if count_flops is None else float(count_flops(*args, **kwargs, out_val=out))
         is_convolution = "conv" in func.overloadpacket.__name__
-        kind = WorkKind.OTHER if count_flops is None else WorkKind.CONVOLUTION if is_convolution else WorkKind.MATMUL
-        self.note(kind, flops, _moved(*inputs, *outputs), max((tensor.element_size() for tensor in inputs), default=0))
+        kind = (
+            WorkKind.OTHER
+            if count_flops is None
+            else WorkKind.CONVOLUTION
+            if is_convolution
+            else WorkKind.MATMUL
+        )
+        self.note(
+            kind,
+            flops,
+            _moved(*inputs, *outputs),
+            max((tensor.element_size() for tensor in inputs), default=0),
+        )
 
 
 def _is_kernel(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Returns whether the operation does anything on a GPU: not if it only looks at memory in another way, or reserves it."""
+    """Returns whether the operation does anything on a GPU: not if it only looks at memory in another way, or
+    reserves it."""
     if func.overloadpacket in _RESERVES or not any(tensor.device.type == "meta" for tensor in outputs):
         return False
     own = {_key(tensor) for tensor in inputs}
@@ -168,7 +194,8 @@ def _key(tensor: Tensor) -> int:
 
 
 def _moved(*tensors: Tensor) -> float:
-    """Returns the bytes of the elements that are different in memory: of a broadcast tensor each is read once."""
+    """Returns the bytes of the elements that are different in memory: of a broadcast tensor each is read
+    once."""
     total = 0
     for tensor in tensors:
         sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
@@ -180,7 +207,9 @@ class _Attention(torch.autograd.Function):
     """Saves queries, keys, values, output and one fp32 number for each row, as the fused kernels do."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, note: _Note) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, note: _Note
+    ) -> Tensor:
         # Laid out in memory as the queries are, so that joining the heads again is a view.
         out = (
             torch.empty_like(query)
@@ -190,7 +219,12 @@ class _Attention(torch.autograd.Function):
         row = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, out, row, mask)
         ctx.note = note
-        note(WorkKind.ATTENTION, _flops(query, key, _FORWARD_MATMULS), _moved(query, key, value, out), query.element_size())
+        note(
+            WorkKind.ATTENTION,
+            _flops(query, key, _FORWARD_MATMULS),
+            _moved(query, key, value, out),
+            query.element_size(),
+        )
         return out
 
     @staticmethod
@@ -202,7 +236,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Saves its input, the weight and one fp32 number for each row, as the fused kernel of torch 2.9 and later does."""
+    """Saves its input, the weight and one fp32 number for each row, as the fused kernel of torch 2.9 and
+    later does."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor | None, note: _Note) -> Tensor:

@@ -14,13 +14,16 @@ from aiprod_ds.models.weight_norm import compute_weights_in_forward
 
 
 def prepare_vae(vae: nn.Module) -> Any:
-    """Returns the same module, with its hooks of weight normalisation replaced (`compute_weights_in_forward`).
+    """Returns the same module, with its hooks of weight normalisation replaced
+    (`compute_weights_in_forward`).
 
     Raises:
         ConfigError: If it lacks `encode` or `decode`.
     """
     for method in ("encode", "decode"):
         if not callable(getattr(vae, method, None)):
-            raise ConfigError(f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}.")
+            raise ConfigError(
+                f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}."
+            )
     compute_weights_in_forward(vae)
     return vae

@@ -1,8 +1,8 @@
 """What a video VAE must offer, and the one module that the engine trains.
 
-Shape suffixes: B batch, C channels, T frames, H height, W width, L latent channels (time and space follow), as in
-`video_BCTHW`. `VideoVAE` holds the model and runs encode, sample and decode in one forward, so that everything the engine
-trains is reached through `engine(...)`.
+Shape suffixes: B batch, C channels, T frames, H height, W width, L latent channels (time and space follow),
+as in `video_BCTHW`. `VideoVAE` holds the model and runs encode, sample and decode in one forward, so that
+everything the engine trains is reached through `engine(...)`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ _PROBE_FRAMES, _PROBE_SIZE = 49, 128  # 48 and 128 are multiples of every publis
 class VideoVAE(nn.Module):
     """Wraps any video VAE for training.
 
-    The model must offer `encode(video_BCTHW)`, which returns an object with `latent_dist` (diffusers), a `(mean, logvar)` pair
-    or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object with `sample`. Its hooks of weight
-    normalisation are replaced (`compute_weights_in_forward`).
+    The model must offer `encode(video_BCTHW)`, which returns an object with `latent_dist` (diffusers), a
+    `(mean, logvar)` pair or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object
+    with `sample`. Its hooks of weight normalisation are replaced (`compute_weights_in_forward`).
     """
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = prepare_vae(vae)
 
-    def forward(self, video_BCTHW: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, video_BCTHW: Tensor, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encodes, draws a latent and decodes.
 
         Args:
             video_BCTHW: [B, 3, T, H, W] in [-1, 1], in the module's dtype.
-            seeds: One seed per sample for the posterior's noise, so that a draw does not depend on the rank or the batch it
-                falls in; None takes the posterior's mode, as evaluation does.
+            seeds: One seed per sample for the posterior's noise, so that a draw does not depend on the rank
+                or the batch it falls in; None takes the posterior's mode, as evaluation does.
 
         Returns:
-            (reconstruction_BCTHW, mean, logvar), the last two fp32; logvar is None for a deterministic autoencoder.
+            (reconstruction_BCTHW, mean, logvar), the last two fp32; logvar is None for a deterministic
+            autoencoder.
 
         Raises:
             EngineError: If the model returns another shape than it was given.
@@ -60,10 +63,11 @@ class VideoVAE(nn.Module):
 
 
 def video_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
-    """Returns the strides: those of the configuration, else measured by encoding shapes, else as the model declares them.
+    """Returns the strides: those of the configuration, else measured by encoding shapes, else as the model
+    declares them.
 
-    Measuring comes before the model's word because diffusers 0.42.1 declares 64 and 16 for AutoencoderKLLTX2Video, whose
-    encoder has 32 and 8. It runs on the meta device and costs no memory.
+    Measuring comes before the model's word because diffusers 0.42.1 declares 64 and 16 for
+    AutoencoderKLLTX2Video, whose encoder has 32 and 8. It runs on the meta device and costs no memory.
 
     Raises:
         ConfigError: If a stride is neither given nor to be found.
@@ -76,7 +80,9 @@ def video_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
             f"model: the strides of {type(vae).__name__} are neither declared nor measurable. "
             "Set model.spatial_stride and model.temporal_stride."
         )
-    return ModelStrides(spatial=config.spatial_stride or found.spatial, temporal=config.temporal_stride or found.temporal)
+    return ModelStrides(
+        spatial=config.spatial_stride or found.spatial, temporal=config.temporal_stride or found.temporal
+    )
 
 
 def _measure(vae: nn.Module) -> ModelStrides | None:

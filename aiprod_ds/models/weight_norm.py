@@ -13,14 +13,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def compute_weights_in_forward(module: nn.Module) -> None:
-    """Replaces the hooks of `torch.nn.utils.weight_norm` in all parts of `module`, in place, by a property that computes
+    """Replaces the hooks of `torch.nn.utils.weight_norm` in all parts of `module`, in place, by a property
+    that computes
 
         weight = weight_g * weight_v / ||weight_v||
 
-    wherever the forward reads it. Parameters, keys of `state_dict` and values stay as they are; a second call changes nothing.
+    wherever the forward reads it. Parameters, keys of `state_dict` and values stay as they are; a second call
+    changes nothing.
 
-    The hook leaves the weight behind as an attribute: another copy of the model in memory, whole on every rank even where ZeRO-3
-    shards the parameters, which no cast reaches and which makes `copy.deepcopy` fail. The numbers are the same.
+    The hook leaves the weight behind as an attribute: another copy of the model in memory, whole on every
+    rank even where ZeRO-3 shards the parameters, which no cast reaches and which makes `copy.deepcopy` fail.
+    The numbers are the same.
     """
     for part in module.modules():
         for key, hook in list(part._forward_pre_hooks.items()):

@@ -1,15 +1,18 @@
-"""A gradient clip that follows the norms of the run: mean + deviations * standard deviation, never above the fixed one.
+"""A gradient clip that follows the norms of the run: mean + deviations * standard deviation, never above the
+fixed one.
 
-Owns the statistics of past norms and the limit that follows from them, not the clipping. The loop, once per update:
+Owns the statistics of past norms and the limit that follows from them, not the clipping. The loop, once per
+update:
 
     engine.backward(...)                            # of the last micro-batch
     engine.set_clip_norm(clip.limit())
     result = engine.step()
     clip.observe(result.gradient_norm)
 
-Cost: a few additions in Python. The norm of an update is copied to pinned memory without waiting and read by the next `limit`,
-when a whole forward and backward of work is queued behind it, so the device does not idle. (Both engines wait for each norm
-anyway, inside `step`, to learn whether it is finite: DeepSpeed 0.19.8 in runtime/utils.py:231.)
+Cost: a few additions in Python. The norm of an update is copied to pinned memory without waiting and read by
+the next `limit`, when a whole forward and backward of work is queued behind it, so the device does not idle.
+(Both engines wait for each norm anyway, inside `step`, to learn whether it is finite: DeepSpeed 0.19.8 in
+runtime/utils.py:231.)
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ _FLOATS = ("mean", "variance", "weight")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormStatistics:
-    """Weighted mean and variance of the finite norms seen so far; the newest weighs 1, the one before it s, then s^2, ...
+    """Weighted mean and variance of the finite norms seen so far; the newest weighs 1, the one before it s,
+    then s^2, ...
 
     With s = smoothing, after each finite norm x, in float64:
 
@@ -39,12 +43,13 @@ class NormStatistics:
         mean     = mean + change / weight
         variance = (1 - 1 / weight) * (variance + change^2 / weight)
 
-    which are exactly sum(w x) / sum(w) and sum(w (x - mean)^2) / sum(w), from the first norm on and without bias correction (West
-    1979, Communications of the ACM 22, 9). Norms are those before clipping, so a lasting rise is followed; the price is that one
-    spike lifts the limit for about 1 / (1 - s) updates, where the fixed norm alone bounds it.
+    which are exactly sum(w x) / sum(w) and sum(w (x - mean)^2) / sum(w), from the first norm on and without
+    bias correction (West 1979, Communications of the ACM 22, 9). Norms are those before clipping, so a
+    lasting rise is followed; the price is that one spike lifts the limit for about 1 / (1 - s) updates, where
+    the fixed norm alone bounds it.
 
-    Worked numbers: s = 0.5, norms 1, 4: weights 1 and 1.5, mean 1 then 3, variance 0 then 2, limit at 3 deviations
-    3 + 3 * 1.41421 = 7.24264.
+    Worked numbers: s = 0.5, norms 1, 4: weights 1 and 1.5, mean 1 then 3, variance 0 then 2, limit at 3
+    deviations 3 + 3 * 1.41421 = 7.24264.
 
     Attributes:
         mean: Of the norms.
@@ -73,7 +78,8 @@ class NormStatistics:
         )
 
     def limit(self, config: AdaptiveClipConfig, fixed: float | None) -> float | None:
-        """Returns the norm to clip at: `fixed` through the warm-up, then the lower of it and mean + deviations * deviation."""
+        """Returns the norm to clip at: `fixed` through the warm-up, then the lower of it and mean +
+        deviations * deviation."""
         if self.norms < config.warmup_updates:
             return fixed
         adaptive = self.mean + config.deviations * math.sqrt(self.variance)
@@ -93,7 +99,8 @@ class NormStatistics:
             CheckpointError: If a field is missing, unknown or out of range.
         """
         damaged = CheckpointError(
-            f"adaptive_clip: must be saved statistics, got {values!r}. The checkpoint is damaged; use an earlier one."
+            f"adaptive_clip: must be saved statistics, got {values!r}. The checkpoint is damaged; use an "
+            "earlier one."
         )
         if not isinstance(values, Mapping) or set(values) != {*_FLOATS, "norms"}:
             raise damaged
@@ -113,7 +120,8 @@ class AdaptiveClip:
 
     Args:
         config: Smoothing, deviations, warm-up.
-        fixed: `optimizer.gradient_clip_norm`, which the limit never exceeds; None: nothing but the statistics bounds it.
+        fixed: `optimizer.gradient_clip_norm`, which the limit never exceeds; None: nothing but the statistics
+            bounds it.
     """
 
     def __init__(self, config: AdaptiveClipConfig, *, fixed: float | None) -> None:
@@ -127,7 +135,8 @@ class AdaptiveClip:
         return self._read().limit(self._config, self._fixed)
 
     def observe(self, gradient_norm: float | Tensor) -> None:
-        """Takes the norm of an update, before clipping; that of a skipped update is not finite and changes nothing.
+        """Takes the norm of an update, before clipping; that of a skipped update is not finite and changes
+        nothing.
 
         Args:
             gradient_norm: `UpdateResult.gradient_norm`.

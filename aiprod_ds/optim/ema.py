@@ -1,8 +1,10 @@
-"""An exponential moving average (EMA) of the fp32 master weights, kept by each rank for the masters that it owns.
+"""An exponential moving average (EMA) of the fp32 master weights, kept by each rank for the masters that it
+owns.
 
-Owns the average: its decay, its part in a checkpoint and its exchange with the weights. Owns neither the masters nor when an
-update counts: the loop calls `update` after every applied update, with the clock's samples, and `swapped` around evaluation and
-export. Memory: 4 bytes for every element of the rank's masters, on their device; with an offloaded optimizer that is the CPU.
+Owns the average: its decay, its part in a checkpoint and its exchange with the weights. Owns neither the
+masters nor when an update counts: the loop calls `update` after every applied update, with the clock's
+samples, and `swapped` around evaluation and export. Memory: 4 bytes for every element of the rank's masters,
+on their device; with an offloaded optimizer that is the CPU.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ class Ema:
 
         ema += (1 - decay) * (master - ema),  decay = ema_decay(n, m)
 
-    in fp32, one lerp. Since fp32 cannot add less than half an ulp, the average stops following a weight that differs by less than
-    6e-8 / (1 - decay) of its value: 0.05% at 0.99989; choose the half-life no more than some ten thousand updates long.
+    in fp32, one lerp. Since fp32 cannot add less than half an ulp, the average stops following a weight that
+    differs by less than 6e-8 / (1 - decay) of its value: 0.05% at 0.99989; choose the half-life no more than
+    some ten thousand updates long.
 
     Args:
         holder: The engine; a new engine needs a new average.
@@ -76,11 +79,12 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Lets the engine hold the average for evaluation and export, and then its own weights again, bit for bit. Collective.
+        """Lets the engine hold the average for evaluation and export, and then its own weights again, bit for
+        bit. Collective.
 
-        Inside, forward uses the average in the compute type, and `parameter_states` and `module_state` return it in fp32. If the
-        body raises, masters and average return to their places, but the weights are refreshed by the next update only: that
-        would be a collective, which other ranks may never reach.
+        Inside, forward uses the average in the compute type, and `parameter_states` and `module_state` return
+        it in fp32. If the body raises, masters and average return to their places, but the weights are
+        refreshed by the next update only: that would be a collective, which other ranks may never reach.
 
         Raises:
             EngineError: If the average is swapped in already.
@@ -126,32 +130,38 @@ class Ema:
 
     def _require_own_place(self, where: str) -> None:
         if self._is_swapped:
-            raise EngineError(f"ema.{where}: must be called outside `swapped`, got a call inside. Leave the block first.")
+            raise EngineError(
+                f"ema.{where}: must be called outside `swapped`, got a call inside. Leave the block first."
+            )
 
 
 def evaluated_weights(ema: Ema | None) -> AbstractContextManager[None]:
-    """Returns the block inside which the engine holds what is evaluated and exported: the average if the run keeps one."""
+    """Returns the block inside which the engine holds what is evaluated and exported: the average if the run
+    keeps one."""
     return nullcontext() if ema is None else ema.swapped()
 
 
 def ema_decay(config: EmaConfig, *, samples_before: int, samples_after: int) -> float:
     """Returns what the average keeps of itself in an update, a function of samples alone.
 
-    The half-life at t samples is h(t) = min(half_life_samples, ramp * t). With T = half_life_samples / ramp, where the ramp ends,
+    The half-life at t samples is h(t) = min(half_life_samples, ramp * t). With T = half_life_samples / ramp,
+    where the ramp ends,
 
         decay = 0.5 ** integral of dt / h(t) from n to m
               = (n / m) ** (ln 2 / ramp)              if m <= T, so 0 for the first update of a run
               = 0.5 ** ((m - n) / half_life_samples)  if n >= T
 
-    and the product of both parts across T. So the decays of consecutive updates multiply to the decay over all of them: how long
-    the average remembers does not depend on how samples are cut into batches, nor does it jump where a phase changes the batch.
+    and the product of both parts across T. So the decays of consecutive updates multiply to the decay over
+    all of them: how long the average remembers does not depend on how samples are cut into batches, nor does
+    it jump where a phase changes the batch.
 
-    Worked numbers: half-life 200000, ramp 0.05, batch 32. From 320 to 352 samples (320 / 352) ** 13.863 = 0.266794; from 4000000
-    samples on 0.5 ** (32 / 200000) = 0.99988910.
+    Worked numbers: half-life 200000, ramp 0.05, batch 32. From 320 to 352 samples (320 / 352) ** 13.863 =
+    0.266794; from 4000000 samples on 0.5 ** (32 / 200000) = 0.99988910.
 
-    Source: the ramp is that of EDM (Karras et al. 2022; NVlabs/edm, training/training_loop.py, ema_rampup_ratio), there evaluated
-    once per batch, here integrated. The usual min(decay, (1 + k) / (10 + k)) after k updates is nearly the same ramp,
-    (n / m) ** 9 or ramp = 0.077, but it counts updates and so depends on the batch size.
+    Source: the ramp is that of EDM (Karras et al. 2022; NVlabs/edm, training/training_loop.py,
+    ema_rampup_ratio), there evaluated once per batch, here integrated. The usual min(decay, (1 + k) / (10 +
+    k)) after k updates is nearly the same ramp, (n / m) ** 9 or ramp = 0.077, but it counts updates and so
+    depends on the batch size.
 
     Args:
         config: Half-life and ramp.
@@ -173,4 +183,6 @@ def ema_decay(config: EmaConfig, *, samples_before: int, samples_after: int) -> 
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(tensor, _EXCHANGED_AT_ONCE) if tensor.dim() == 1 else (tensor,)  # large shards are flat
+    return (
+        torch.split(tensor, _EXCHANGED_AT_ONCE) if tensor.dim() == 1 else (tensor,)
+    )  # large shards are flat

@@ -1,6 +1,7 @@
 """What the phases of a run need and cost on a kind of GPU: memory, seconds per update, GPU-hours and money.
 
-Pure: workloads come in through `Trace`, so nothing here knows torch. `choice` asks the same questions to decide what fits.
+Pure: workloads come in through `Trace`, so nothing here knows torch. `choice` asks the same questions to
+decide what fits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _SECONDS_PER_HOUR = 3600.0
 class Trace(Protocol):
     """Where workloads come from."""
 
-    def __call__(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_recomputed: bool) -> Workload:
+    def __call__(
+        self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_recomputed: bool
+    ) -> Workload:
         """Returns what one micro-batch takes.
 
         Raises:
@@ -66,7 +69,9 @@ class BucketCost:
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready row, as `plan --json` prints it; of `memory` also `peak` and `needed`."""
         memory = {**asdict(self.memory), "peak": self.memory.peak, "needed": self.memory.needed}
-        row = {"is_checkpointed" if key == "is_recomputed" else key: value for key, value in asdict(self).items()}
+        row = {
+            "is_checkpointed" if key == "is_recomputed" else key: value for key, value in asdict(self).items()
+        }
         return {**row, "memory": memory}
 
 
@@ -89,7 +94,8 @@ class Estimator:
     dollars_per_gpu_hour: float
 
     def costs(self, plan: RunPlan, settings: DeepSpeedSettings) -> list[BucketCost]:
-        """Returns every bucket of every phase of `plan`, which is the run's with its batches and checkpointing as they are."""
+        """Returns every bucket of every phase of `plan`, which is the run's with its batches and
+        checkpointing as they are."""
         return [
             self.cost(phase, index, settings, is_recomputed=is_recomputed(phase, settings))
             for phase in plan.phases
@@ -110,8 +116,12 @@ class Estimator:
         size = micro_batch_size or bucket.micro_batch_size
         accumulation = bucket.global_batch_size // (size * world_size)
         workload = self.trace(phase, index, micro_batch_size=size, is_recomputed=is_recomputed)
-        memory = memory_use(workload, settings, world_size=world_size, accumulation=accumulation, has_average=self.has_average)
-        seconds = update_seconds(workload, settings, self.machine, world_size=world_size, accumulation=accumulation)
+        memory = memory_use(
+            workload, settings, world_size=world_size, accumulation=accumulation, has_average=self.has_average
+        )
+        seconds = update_seconds(
+            workload, settings, self.machine, world_size=world_size, accumulation=accumulation
+        )
         length = phase.length.maximum or phase.length.minimum
         updates = length * share_of(phase, bucket)
         gpu_hours = updates * seconds * world_size / _SECONDS_PER_HOUR
@@ -140,7 +150,11 @@ class Estimator:
 
 def is_recomputed(phase: PhasePlan, settings: DeepSpeedSettings) -> bool:
     """Returns whether the phase computes its blocks again in the backward pass."""
-    return settings.activation_checkpointing if phase.activation_checkpointing is None else phase.activation_checkpointing
+    return (
+        settings.activation_checkpointing
+        if phase.activation_checkpointing is None
+        else phase.activation_checkpointing
+    )
 
 
 def share_of(phase: PhasePlan, bucket: BucketPlan) -> float:

@@ -1,8 +1,10 @@
-"""The GPUs that estimates are made for: one table of facts and assumptions, and the rules that a GPU sets for the settings.
+"""The GPUs that estimates are made for: one table of facts and assumptions, and the rules that a GPU sets for
+the settings.
 
-Pure data. Peaks, memory and bandwidths are those of the vendor's data sheets (V100 SXM2 32 GB, A100 SXM 80 GB, H100 SXM 80 GB,
-H200 SXM 141 GB, dense, without sparsity); usable memory is what torch reports of such a card, a little less than its name says.
-Host memory, the speed to the host and prices are assumptions of ours, to be replaced by the user's own.
+Pure data. Peaks, memory and bandwidths are those of the vendor's data sheets (V100 SXM2 32 GB, A100 SXM 80
+GB, H100 SXM 80 GB, H200 SXM 141 GB, dense, without sparsity); usable memory is what torch reports of such a
+card, a little less than its name says. Host memory, the speed to the host and prices are assumptions of ours,
+to be replaced by the user's own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Machine:
         compute_capability: Of the vendor; 7.0 has no bf16 and no flash attention.
         memory_bytes: Usable by torch.
         half_flops: Peak per second in fp16, and in bf16 where it has that, with fp32 sums.
-        convolution_fp32_flops: Peak per second of fp32 convolutions: TF32 where the GPU has it, as torch allows by default.
+        convolution_fp32_flops: Peak per second of fp32 convolutions: TF32 where the GPU has it, as torch
+            allows by default.
         fp32_flops: Peak per second of fp32 matrix products outside tensor cores.
         memory_bytes_per_second: To the GPU's own memory.
         link_bytes_per_second: Between GPUs of one host, one direction.
@@ -120,6 +123,7 @@ def settings_problems(settings: DeepSpeedSettings, machine: Machine, *, where: s
     if settings.precision == "bf16" and not machine.has_bf16:
         major, minor = machine.compute_capability
         yield (
-            f"{where}: bf16.enabled: needs compute capability 8.0 or higher, got {machine.name} with {major}.{minor}, on which "
+            f"{where}: bf16.enabled: needs compute capability 8.0 or higher, got {machine.name} with "
+            f"{major}.{minor}, on which "
             "torch emulates it slowly. Use a file such as ds_configs/zero1_fp16_v100.json."
         )

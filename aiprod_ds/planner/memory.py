@@ -1,17 +1,19 @@
-"""How much memory of one GPU an update takes, by ZeRO stage, precision, offload and world size: sums in bytes, no measurements.
+"""How much memory of one GPU an update takes, by ZeRO stage, precision, offload and world size: sums in
+bytes, no measurements.
 
-With T trained and F frozen parameters, W ranks, b bytes of the engine's type, g bytes in which gradients are summed, and R
-elements of a reduction bucket, DeepSpeed 0.19.8 holds (counted on its engine, `tests/distributed/test_engine_memory.py`):
+With T trained and F frozen parameters, W ranks, b bytes of the engine's type, g bytes in which gradients are
+summed, and R elements of a reduction bucket, DeepSpeed 0.19.8 holds (counted on its engine,
+`tests/distributed/test_engine_memory.py`):
 
-    stage  weights        optimizer    gradients                        bucket   while it updates, beside weights and optimizer
-    0      b (T + F)      12 T         b T                              0        b T + 4 T
-    1      b (T + F)      12 T / W     g T; at the end and g T / W      g R      2 b T / W + 4 T / W, or g T if g > b
-    2      b (T + F)      12 T / W     g T / W; and b R in flight       b R      g T / W
-    3      b (T + F) / W  12 T / W     g T / W; and b R in flight       b R      g T / W + 4 T / W
+    stage  weights        optimizer  gradients                    bucket  while it updates, beside both
+    0      b (T + F)      12 T       b T                          0       b T + 4 T
+    1      b (T + F)      12 T / W   g T; at the end and g T / W  g R     2 b T / W + 4 T / W, or g T if g > b
+    2      b (T + F)      12 T / W   g T / W; and b R in flight   b R     g T / W
+    3      b (T + F) / W  12 T / W   g T / W; and b R in flight   b R     g T / W + 4 T / W
 
-In fp32 (b = 4) the last copies to fp32 are left out, and stage 0 has no masters beside the weights: 8 T. Stage 3 gathers up to
-`max_live` parameters of b bytes at a time. With an offloaded optimizer masters, moments and
-their gradients are on the host. Worked number: LTX-Video 2B, stage 1, bf16, one rank, while it updates:
+In fp32 (b = 4) the last copies to fp32 are left out, and stage 0 has no masters beside the weights: 8 T.
+Stage 3 gathers up to `max_live` parameters of b bytes at a time. With an offloaded optimizer masters, moments
+and their gradients are on the host. Worked number: LTX-Video 2B, stage 1, bf16, one rank, while it updates:
 (2 + 12 + 4 + 4) * 1.923e9 = 42.3 GB; measured 42.4 on an H200.
 """
 
@@ -29,8 +31,8 @@ WORKSPACE_BYTES = 70e6
 CONTEXT_BYTES = 1.8e9
 """Of CUDA, cuDNN and NCCL outside torch's allocator: measured 1.8 GB on an H200."""
 FRAGMENTATION = 0.05
-"""Share of the peak that torch's allocator cannot use. Assumed: a run that needs 127.7 GB fits into 150 GB, which proves no more
-than 16 %."""
+"""Share of the peak that torch's allocator cannot use. Assumed: a run that needs 127.7 GB fits into 150 GB,
+which proves no more than 16 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +88,13 @@ def memory_use(
     moments = [(held, fixed + per_gradient * max(done, before)) for done, held in workload.curve]
     moments.append((0, state.gradients_after_backward()))
     held, gradients = max(moments, key=sum)
-    backward = state.use("backward", activations=held, gradients=gradients, bucket=state.bucket(), has_average=has_average)
+    backward = state.use(
+        "backward", activations=held, gradients=gradients, bucket=state.bucket(), has_average=has_average
+    )
     copies = state.gradients_in_update()
-    update = state.use("update", activations=0.0, gradients=copies, bucket=state.bucket_in_update(), has_average=has_average)
+    update = state.use(
+        "update", activations=0.0, gradients=copies, bucket=state.bucket_in_update(), has_average=has_average
+    )
     return max(backward, update, key=lambda use: use.peak)
 
 
@@ -98,7 +104,9 @@ class _State:
     settings: DeepSpeedSettings
     world_size: int
 
-    def use(self, moment: str, *, activations: float, gradients: float, bucket: float, has_average: bool) -> MemoryUse:
+    def use(
+        self, moment: str, *, activations: float, gradients: float, bucket: float, has_average: bool
+    ) -> MemoryUse:
         average = 4.0 * self._own if has_average else 0.0
         is_offloaded = self.settings.optimizer_offload
         on_host = (12.0 + 4.0 + self._width) * self._own + average
@@ -124,7 +132,8 @@ class _State:
         return 0.0, own + width * min(self._bucket_elements(), self.workload.trained)
 
     def gradients_after_backward(self) -> float:
-        """Returns the bytes where stage 1 holds all gradients and a copy of its own, before it lets the others go."""
+        """Returns the bytes where stage 1 holds all gradients and a copy of its own, before it lets the
+        others go."""
         if self.settings.zero_stage != 1 or self.settings.optimizer_offload:
             return 0.0
         return self._sum_width * (self.workload.trained + self._own)
@@ -139,7 +148,9 @@ class _State:
         if stage == 1 and self._sum_width == width:
             return (2 * width + copy) * own
         summed = self._sum_width * (self.workload.trained if stage == 1 else own)
-        norm = _FP64 * self.workload.largest_trained  # the norm of one gradient after the other is taken in fp64
+        norm = (
+            _FP64 * self.workload.largest_trained
+        )  # the norm of one gradient after the other is taken in fp64
         return summed + (4.0 * own if stage == _PARTITIONED else norm)
 
     def bucket(self) -> float:
@@ -172,7 +183,9 @@ class _State:
         whole = float(self._width * self.workload.parameters)
         if self.settings.zero_stage < _PARTITIONED or self.world_size == 1:
             return whole
-        live = min(self.settings.zero_setting("stage3_max_live_parameters", default=1e9), self.workload.parameters)
+        live = min(
+            self.settings.zero_setting("stage3_max_live_parameters", default=1e9), self.workload.parameters
+        )
         return whole / self.world_size + self._width * live
 
     def _optimizer_bytes(self) -> float:

@@ -1,8 +1,9 @@
-"""The fastest settings that fit: ZeRO stage and offload for the run, checkpointing for each phase, micro-batch for each bucket.
+"""The fastest settings that fit: ZeRO stage and offload for the run, checkpointing for each phase,
+micro-batch for each bucket.
 
-Pure and deterministic. For each stage, each phase takes recomputation off before on and the largest micro-batch that fits; the
-stage with the least GPU-hours in all wins, the first of equals. `engine.parallel: auto` runs with the result, `plan --machine`
-shows it.
+Pure and deterministic. For each stage, each phase takes recomputation off before on and the largest
+micro-batch that fits; the stage with the least GPU-hours in all wins, the first of equals.
+`engine.parallel: auto` runs with the result, `plan --machine` shows it.
 """
 
 from __future__ import annotations
@@ -46,23 +47,31 @@ class ParallelChoice:
     def fits(self, plan: RunPlan) -> bool:
         """Returns whether `plan` is for as many ranks and its batches can be cut like this."""
         sizes = [phase.micro_batch_sizes for phase in self.phases]
-        own = [[bucket.global_batch_size // plan.world_size for bucket in phase.buckets] for phase in plan.phases]
+        own = [
+            [bucket.global_batch_size // plan.world_size for bucket in phase.buckets] for phase in plan.phases
+        ]
         return (
             self.world_size == plan.world_size
             and [len(each) for each in sizes] == [len(each) for each in own]
             and all(
-                whole % size == 0 for some, all_ in zip(sizes, own, strict=True) for size, whole in zip(some, all_, strict=True)
+                whole % size == 0
+                for some, all_ in zip(sizes, own, strict=True)
+                for size, whole in zip(some, all_, strict=True)
             )
         )
 
     def applied(self, plan: RunPlan) -> RunPlan:
         """Returns `plan` with these micro-batches and this checkpointing."""
-        return replace(plan, phases=tuple(_applied(phase, own) for phase, own in zip(plan.phases, self.phases, strict=True)))
+        return replace(
+            plan,
+            phases=tuple(_applied(phase, own) for phase, own in zip(plan.phases, self.phases, strict=True)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping; it stands in the layout of checkpoints, whose keys do not move."""
         phases = [
-            {"is_checkpointed": phase.is_recomputed, "micro_batch_sizes": phase.micro_batch_sizes} for phase in self.phases
+            {"is_checkpointed": phase.is_recomputed, "micro_batch_sizes": phase.micro_batch_sizes}
+            for phase in self.phases
         ]
         return {**asdict(self), "phases": phases}
 
@@ -70,13 +79,17 @@ class ParallelChoice:
     def from_dict(cls, values: Mapping[str, Any]) -> ParallelChoice:
         """Returns what `to_dict` gave."""
         phases = tuple(
-            PhaseChoice(is_recomputed=phase["is_checkpointed"], micro_batch_sizes=tuple(phase["micro_batch_sizes"]))
+            PhaseChoice(
+                is_recomputed=phase["is_checkpointed"], micro_batch_sizes=tuple(phase["micro_batch_sizes"])
+            )
             for phase in values["phases"]
         )
         return cls(**{**values, "phases": phases, "reason": tuple(values["reason"])})
 
 
-def search(estimator: Estimator, settings_of: Callable[[int, bool], DeepSpeedSettings], *, where: str) -> ParallelChoice:
+def search(
+    estimator: Estimator, settings_of: Callable[[int, bool], DeepSpeedSettings], *, where: str
+) -> ParallelChoice:
     """Returns the settings with the least GPU-hours of those that fit.
 
     Args:
@@ -99,8 +112,10 @@ def search(estimator: Estimator, settings_of: Callable[[int, bool], DeepSpeedSet
         least = min(smallest, key=lambda cost: cost.memory.needed)
         machine = estimator.machine
         raise PlanError(
-            f"{where}: must fit {machine.name} with {estimator.plan.world_size} GPUs, got phase {least.name}, which needs "
-            f"{least.memory.needed / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB at the least (ZeRO-{least.zero_stage}, "
+            f"{where}: must fit {machine.name} with {estimator.plan.world_size} GPUs, got phase "
+            f"{least.name}, which needs "
+            f"{least.memory.needed / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB at the least "
+            f"(ZeRO-{least.zero_stage}, "
             f"micro-batch {least.micro_batch_size}) and "
             f"{least.memory.host / 1e9:.1f} of {machine.host_memory_bytes / 1e9:.1f} GB of the host. "
             "Take more or larger GPUs, smaller clips, or adapters."
@@ -115,7 +130,10 @@ def _fastest(
     candidates = []
     for is_recomputed in (False, True):
         try:
-            costs = [_largest(estimator, phase, index, settings, is_recomputed) for index in range(len(phase.buckets))]
+            costs = [
+                _largest(estimator, phase, index, settings, is_recomputed)
+                for index in range(len(phase.buckets))
+            ]
         except EngineError:
             continue  # the model has no blocks to recompute
         smallest += [cost for cost in costs if not cost.fits]
@@ -124,7 +142,9 @@ def _fastest(
     return min(candidates, key=total_gpu_hours) if candidates else None
 
 
-def _largest(estimator: Estimator, phase: PhasePlan, index: int, settings: DeepSpeedSettings, is_recomputed: bool) -> BucketCost:
+def _largest(
+    estimator: Estimator, phase: PhasePlan, index: int, settings: DeepSpeedSettings, is_recomputed: bool
+) -> BucketCost:
     """Returns the bucket with the largest micro-batch that fits, or with one clip if none does."""
     bucket = phase.buckets[index]
     own = bucket.global_batch_size // estimator.plan.world_size
@@ -135,28 +155,40 @@ def _largest(estimator: Estimator, phase: PhasePlan, index: int, settings: DeepS
     return cost
 
 
-def _choice(stage: int, is_offloaded: bool, costs: Sequence[Sequence[BucketCost]], estimator: Estimator) -> ParallelChoice:
+def _choice(
+    stage: int, is_offloaded: bool, costs: Sequence[Sequence[BucketCost]], estimator: Estimator
+) -> ParallelChoice:
     machine = estimator.machine
     reason = tuple(
         f"phase {buckets[0].name}: ZeRO-{stage}{' with offload' if is_offloaded else ''}, recomputation "
         f"{'on' if buckets[0].is_recomputed else 'off'}, micro-batch "
         f"{' and '.join(f'{cost.micro_batch_size} x {cost.accumulation}' for cost in buckets)}: needs "
-        f"{max(cost.memory.needed for cost in buckets) / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB ({machine.name}), "
+        f"{max(cost.memory.needed for cost in buckets) / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB "
+        f"({machine.name}), "
         f"{buckets[0].seconds_per_update:.2f} s per update estimated"
         for buckets in costs
     )
     phases = tuple(
-        PhaseChoice(is_recomputed=buckets[0].is_recomputed, micro_batch_sizes=tuple(cost.micro_batch_size for cost in buckets))
+        PhaseChoice(
+            is_recomputed=buckets[0].is_recomputed,
+            micro_batch_sizes=tuple(cost.micro_batch_size for cost in buckets),
+        )
         for buckets in costs
     )
     return ParallelChoice(
-        zero_stage=stage, is_offloaded=is_offloaded, world_size=estimator.plan.world_size, phases=phases, reason=reason
+        zero_stage=stage,
+        is_offloaded=is_offloaded,
+        world_size=estimator.plan.world_size,
+        phases=phases,
+        reason=reason,
     )
 
 
 def _applied(phase: PhasePlan, own: PhaseChoice) -> PhasePlan:
     buckets = tuple(
-        replace(bucket, micro_batch_size=size, accumulation=bucket.micro_batch_size * bucket.accumulation // size)
+        replace(
+            bucket, micro_batch_size=size, accumulation=bucket.micro_batch_size * bucket.accumulation // size
+        )
         for bucket, size in zip(phase.buckets, own.micro_batch_sizes, strict=True)
     )
     return replace(phase, buckets=buckets, activation_checkpointing=own.is_recomputed)

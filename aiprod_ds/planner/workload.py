@@ -1,6 +1,8 @@
-"""What one micro-batch takes on one GPU, in numbers that hold for any machine: the input of every estimate of memory and time.
+"""What one micro-batch takes on one GPU, in numbers that hold for any machine: the input of every estimate of
+memory and time.
 
-Pure records. `aiprod_ds.models.tracing` fills them by running forward and backward on shapes; `memory` and `speed` read them.
+Pure records. `aiprod_ds.models.tracing` fills them by running forward and backward on shapes; `memory` and
+`speed` read them.
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ class Workload:
         largest_trained: Elements of the largest of these.
         buffer_bytes: Of the module's buffers.
         saved_bytes: What autograd and the caller hold when forward has ended: the activations.
-        curve: Pairs of (trained elements whose gradient is done, highest bytes held at once up to that gradient since the one
-            before); gradients themselves are not in it. The first pair, with 0 elements, is forward.
+        curve: Pairs of (trained elements whose gradient is done, highest bytes held at once up to that
+            gradient since the one before); gradients themselves are not in it. The first pair, with 0
+            elements, is forward.
         work: The kernels.
         dispatched: Operations that the host started, views among them.
     """

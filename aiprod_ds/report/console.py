@@ -1,7 +1,8 @@
-"""What a person watches: a live progress block in a terminal, plain lines in a log file, a summary at the end.
+"""What a person watches: a live progress block in a terminal, plain lines in a log file, a summary at the
+end.
 
-Main rank only, and only through the rich console that the command line passes in (on stderr). No refresh thread: the display
-changes when metrics arrive, so worker processes can be forked at any time.
+Main rank only, and only through the rich console that the command line passes in (on stderr). No refresh
+thread: the display changes when metrics arrive, so worker processes can be forked at any time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class PhaseSpan:
         name: Its name in the configuration.
         updates: Planned updates.
         description: What it trains on, e.g. `9 frames 64x64, batch 8`.
-        relative_cost: Cost of one update in any unit shared by all phases (clips x frames x pixels); weighs the time left.
+        relative_cost: Cost of one update in any unit shared by all phases (clips x frames x pixels); weighs
+            the time left.
     """
 
     name: str
@@ -76,7 +78,9 @@ class ConsoleSink:
         self._last_line = -float("inf")
         self._is_closed = False
         # Prints of libraries go above the block where they would otherwise tear it.
-        self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=Console().is_terminal)
+        self._live = Live(
+            console=console, auto_refresh=False, transient=True, redirect_stdout=Console().is_terminal
+        )
         if console.is_terminal:
             self._live.start()
             self._live.update(Text("waiting for the first update", style="dim"), refresh=True)
@@ -106,7 +110,9 @@ class ConsoleSink:
 
     def _enter_phase(self, phase: int) -> None:
         self._phase = phase
-        self._metrics = {name: value for name, value in self._metrics.items() if not name.startswith("evaluation/")}
+        self._metrics = {
+            name: value for name, value in self._metrics.items() if not name.startswith("evaluation/")
+        }
         self._seconds_per_cost = None
         span = self._phases[phase]
         title = Text.assemble((f"phase {phase + 1}/{len(self._phases)} ", "dim"), (span.name, "bold cyan"))
@@ -114,7 +120,8 @@ class ConsoleSink:
         self._console.print(title, highlight=False, soft_wrap=True)
 
     def _planned_phase(self) -> int:
-        """Returns the phase that this update should be in; an evaluation may come before any row that says."""
+        """Returns the phase that this update should be in; an evaluation may come before any row that
+        says."""
         return min(bisect_right(self._starts, self._update), len(self._phases)) - 1
 
     def _learn_speed(self, metrics: Mapping[str, float]) -> None:
@@ -142,22 +149,30 @@ class ConsoleSink:
             Text.assemble((span.name, "bold cyan"), (f" {self._phase + 1}/{len(self._phases)}", "dim")),
             ProgressBar(total=self._starts[-1], completed=self._update),
             Text.assemble(
-                (f"{self._update:,}/{self._starts[-1]:,}", "bold"), ("  " + _clock(self._seconds_left()) + " left", "green")
+                (f"{self._update:,}/{self._starts[-1]:,}", "bold"),
+                ("  " + _clock(self._seconds_left()) + " left", "green"),
             ),
         )
         return Group(grid, _packed(self._terms(), self._console.width))
 
     def _line(self) -> str:
         span = self._phases[self._phase]
-        head = f"{span.name} {self._phase + 1}/{len(self._phases)} update {self._update:,}/{self._starts[-1]:,}"
+        head = (
+            f"{span.name} {self._phase + 1}/{len(self._phases)} update {self._update:,}/{self._starts[-1]:,}"
+        )
         terms = "  ".join(f"{label} {value}" for label, value in self._terms())
         return f"{head}  {terms}  {_clock(self._seconds_left())} left"
 
     def _terms(self) -> list[tuple[str, str]]:
-        """Returns (label, value) of what is shown, in the order shown: losses, held-out measures, rate, speed, skips."""
-        shown = [name for name in self._metrics if name.startswith("loss/") and not _OF_NOISE_LEVEL.search(name)]
+        """Returns (label, value) of what is shown, in the order shown: losses, held-out measures, rate,
+        speed, skips."""
+        shown = [
+            name for name in self._metrics if name.startswith("loss/") and not _OF_NOISE_LEVEL.search(name)
+        ]
         shown.append("evaluation/psnr_db")
-        terms = [(find_metric(name).label, _number(self._metrics[name])) for name in shown if name in self._metrics]
+        terms = [
+            (find_metric(name).label, _number(self._metrics[name])) for name in shown if name in self._metrics
+        ]
         if "learning_rate" in self._metrics:
             terms.append(("lr", f"{self._metrics['learning_rate']:.2e}"))
         if "throughput/clips_per_second" in self._metrics:
@@ -175,12 +190,15 @@ def print_summary(console: Console, summary: RunSummary, *, report: Path) -> Non
         summary: The finished run.
         report: The page to open.
     """
-    colour = {RunStatus.COMPLETED: "green", RunStatus.INTERRUPTED: "yellow", RunStatus.FAILED: "red"}[summary.status]
+    colour = {RunStatus.COMPLETED: "green", RunStatus.INTERRUPTED: "yellow", RunStatus.FAILED: "red"}[
+        summary.status
+    ]
     console.print()
     console.print(
         Text.assemble(
             (summary.status.value, f"bold {colour}"),
-            f"  {summary.updates:,} of {summary.planned_updates:,} updates in {_clock(sum(summary.time_seconds.values()))}",
+            f"  {summary.updates:,} of {summary.planned_updates:,} updates in "
+            f"{_clock(sum(summary.time_seconds.values()))}",
         )
     )
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")

@@ -1,4 +1,5 @@
-"""The estimate of a run as a picture: memory of a GPU and GPU-hours by phase. Reads the estimate's document, nothing else."""
+"""The estimate of a run as a picture: memory of a GPU and GPU-hours by phase. Reads the estimate's document,
+nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _COLOURS = {
 
 
 def save_cost_plot(document: Mapping[str, Any], memory_bytes: int, path: Path) -> None:
-    """Writes a PNG: for every phase, as configured and with the fastest settings that fit, memory by part and GPU-hours.
+    """Writes a PNG: for every phase, as configured and with the fastest settings that fit, memory by part and
+    GPU-hours.
 
     Args:
         document: Of `aiprod_ds.train.planning.estimate.Estimate`.
@@ -54,5 +56,13 @@ def _stack(axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
         axes.bar(range(len(rows)), heights, bottom=bottom, color=_COLOURS[colour], label=part)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     rest = [row["memory"]["needed"] / 1e9 - below for row, below in zip(rows, bottom, strict=True)]
-    axes.bar(range(len(rows)), rest, bottom=bottom, color="none", edgecolor="black", hatch="//", label="fragmentation, context")
+    axes.bar(
+        range(len(rows)),
+        rest,
+        bottom=bottom,
+        color="none",
+        edgecolor="black",
+        hatch="//",
+        label="fragmentation, context",
+    )
     axes.set_xticks(range(len(rows)), names, fontsize="small")

@@ -1,6 +1,8 @@
-"""What a run needs and costs on a kind of GPU, on one page of a terminal: memory by what it is for, time, hours, money.
+"""What a run needs and costs on a kind of GPU, on one page of a terminal: memory by what it is for, time,
+hours, money.
 
-Says nothing that the estimate's document does not; this is only how it looks. Prints nothing: the command line does.
+Says nothing that the estimate's document does not; this is only how it looks. Prints nothing: the command
+line does.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ PARTS = {
 }
 """What memory is for, and its colour here and in the plot."""
 _BAR_WIDTH = 50
-_LETTERS = {"weights": "W", "gradients": "G", "optimizer": "O", "average": "E", "activations": "A", "buffers": "B"}
+_LETTERS = {
+    "weights": "W",
+    "gradients": "G",
+    "optimizer": "O",
+    "average": "E",
+    "activations": "A",
+    "buffers": "B",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +72,11 @@ class CostPage:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan")
         table.add_column("", style="dim", no_wrap=True)
         for row in rows:
-            bucket = f" bucket {row['bucket']}" if sum(other["phase"] == row["phase"] for other in rows) > 1 else ""
+            bucket = (
+                f" bucket {row['bucket']}"
+                if sum(other["phase"] == row["phase"] for other in rows) > 1
+                else ""
+            )
             table.add_column(f"{row['phase']} {row['name']}{bucket}")
         for label, text in self._lines():
             table.add_row(label, *(text(row) for row in rows))
@@ -79,7 +92,10 @@ class CostPage:
             ("micro-batch", lambda row: f"{row['micro_batch_size']} x {row['accumulation']}"),
             *memory,
             ("at the", lambda row: row["memory"]["moment"]),
-            ("card needs", lambda row: f"{row['memory']['needed'] / 1e9:.1f} of {self.memory_bytes / 1e9:.1f} GB"),
+            (
+                "card needs",
+                lambda row: f"{row['memory']['needed'] / 1e9:.1f} of {self.memory_bytes / 1e9:.1f} GB",
+            ),
             ("host needs", lambda row: f"{row['memory']['host'] / 1e9:.1f} GB"),
             ("fits", lambda row: "yes" if row["fits"] else "NO"),
             ("updates/s", lambda row: f"{1 / row['seconds_per_update']:.3g}"),
@@ -89,7 +105,8 @@ class CostPage:
         ]
 
     def _bar(self, row: Row) -> Text:
-        """Draws the card's memory: a letter for each part, the rest that is needed as `+`, what is free as dots."""
+        """Draws the card's memory: a letter for each part, the rest that is needed as `+`, what is free as
+        dots."""
         text = Text(f"{row['name'][:12]:<12} ", style="dim")
         cells = 0
         for part, colour in PARTS.items():
@@ -105,11 +122,13 @@ class CostPage:
         days = hours / self.document["gpus"] / 24
         price = self.document["dollars_per_gpu_hour"]
         return Text.assemble(
-            ("in all  ", "bold"), f"{hours:,.1f} GPU-hours, {days:,.1f} days, ${dollars:,.0f} at ${price:g} per GPU-hour"
+            ("in all  ", "bold"),
+            f"{hours:,.1f} GPU-hours, {days:,.1f} days, ${dollars:,.0f} at ${price:g} per GPU-hour",
         )
 
 
 _ASSUMPTIONS = (
-    "W weights, G gradients, O optimizer, E average, A activations, B buffers. Without evaluation, saving and starting; "
+    "W weights, G gradients, O optimizer, E average, A activations, B buffers. Without evaluation, saving "
+    "and starting; "
     "eager; all but memory and one GPU's speed is assumed from data sheets: docs/guide.md, What will it cost?"
 )

@@ -1,7 +1,7 @@
 """A curve in the terminal: braille dots in a frame, or ASCII where standard output takes nothing else.
 
-Draws pieces side by side, each with its name under it and a border to the next; knows nothing about what they mean. Called by
-`aiprod_ds.report.plan_view`.
+Draws pieces side by side, each with its name under it and a border to the next; knows nothing about what they
+mean. Called by `aiprod_ds.report.plan_view`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 _MAX_WIDTH = 120
-_BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # [column][row] of the eight dots of U+2800
+_BRAILLE_BITS = (
+    (0x01, 0x02, 0x04, 0x40),
+    (0x08, 0x10, 0x20, 0x80),
+)  # [column][row] of the eight dots of U+2800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of the curve: `points` are (x, y) in order, y >= 0, and a line joins them; it covers x from `first` to `end`."""
+    """A part of the curve: `points` are (x, y) in order, y >= 0, and a line joins them; it covers x from
+    `first` to `end`."""
 
     name: str
     first: int
@@ -93,14 +97,18 @@ class CurvePlot:
         ]
 
     def _dots(self, width: int, height: int, top: float) -> set[tuple[int, int]]:
-        """Places of all dots as (column, row), row 0 on top: straight lines between neighbouring points of a piece."""
+        """Places of all dots as (column, row), row 0 on top: straight lines between neighbouring points of a
+        piece."""
         dots: set[tuple[int, int]] = set()
         for piece in self.pieces:
             places = [(self._column(x, width), round((1 - y / top) * (height - 1))) for x, y in piece.points]
             dots.update(places)
             for (x0, y0), (x1, y1) in pairwise(places):
                 steps = max(abs(x1 - x0), abs(y1 - y0))
-                dots.update((x0 + round((x1 - x0) * i / steps), y0 + round((y1 - y0) * i / steps)) for i in range(1, steps))
+                dots.update(
+                    (x0 + round((x1 - x0) * i / steps), y0 + round((y1 - y0) * i / steps))
+                    for i in range(1, steps)
+                )
         return dots
 
     @staticmethod
@@ -123,7 +131,8 @@ class CurvePlot:
         return [self._column(piece.first, columns) for piece in self.pieces[1:]]
 
     def _numbers(self, columns: int) -> str:
-        """Where each piece begins and the last one ends; a number that would touch another is left out, the last one never."""
+        """Where each piece begins and the last one ends; a number that would touch another is left out, the
+        last one never."""
         last = f"{self.pieces[-1].end:,}"
         text = ""
         for piece in self.pieces:
@@ -136,4 +145,6 @@ class CurvePlot:
         """The name in the middle under each piece, cut to its width."""
         edges = [*(self._column(piece.first, columns) for piece in self.pieces), columns]
         cells = zip(self.pieces, pairwise(edges), strict=True)
-        return "".join(f"{piece.name[: max(end - first - 1, 0)]:^{end - first}}" for piece, (first, end) in cells)
+        return "".join(
+            f"{piece.name[: max(end - first - 1, 0)]:^{end - first}}" for piece, (first, end) in cells
+        )

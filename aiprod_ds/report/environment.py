@@ -1,4 +1,5 @@
-"""What the run ran on: versions, hardware, commit, command. Read once at the start; nothing here changes the process."""
+"""What the run ran on: versions, hardware, commit, command. Read once at the start; nothing here changes the
+process."""
 
 from __future__ import annotations
 
@@ -35,8 +36,9 @@ def describe_environment() -> dict[str, Any]:
     """Returns versions, hardware, git state and command, JSON-ready.
 
     Returns:
-        `versions`: name -> version of what is installed; `hardware`: cpu, cores, memory_bytes, gpus; `git`: commit and
-        has_changes of the source tree, None for an installed package; `command`: how this process was started; `platform`.
+        `versions`: name -> version of what is installed; `hardware`: cpu, cores, memory_bytes, gpus; `git`:
+        commit and has_changes of the source tree, None for an installed package; `command`: how this process
+        was started; `platform`.
     """
     return {
         "versions": _versions(),
@@ -48,7 +50,8 @@ def describe_environment() -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-    """Returns the highest resident memory of this process so far; 0 where the system does not tell (Windows)."""
+    """Returns the highest resident memory of this process so far; 0 where the system does not tell
+    (Windows)."""
     if sys.platform == "win32":
         return 0
     import resource  # absent on Windows
@@ -67,7 +70,8 @@ def rss_bytes() -> int:
 
 
 def device_peak_bytes() -> int:
-    """Returns the highest GPU memory that this process's tensors took since `reset_device_peak`; 0 without a GPU."""
+    """Returns the highest GPU memory that this process's tensors took since `reset_device_peak`; 0 without a
+    GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
 
 
@@ -122,13 +126,18 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None
-    return {"commit": commit, "has_changes": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "commit": commit,
+        "has_changes": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def _git(folder: Path, *arguments: str) -> str:
     """Returns the output of a git command, empty if it fails."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
@@ -136,5 +145,9 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _command() -> str:
     """Returns the command line as one would type it."""
-    program = [Path(sys.executable).name, "-m", "aiprod_ds"] if sys.argv[0].endswith("__main__.py") else [Path(sys.argv[0]).name]
+    program = (
+        [Path(sys.executable).name, "-m", "aiprod_ds"]
+        if sys.argv[0].endswith("__main__.py")
+        else [Path(sys.argv[0]).name]
+    )
     return shlex.join([*program, *sys.argv[1:]])

@@ -1,4 +1,5 @@
-"""What `aiprod-ds inspect` shows: facts, a table of checkpoints or of tensors, and whether everything is whole.
+"""What `aiprod-ds inspect` shows: facts, a table of checkpoints or of tensors, and whether everything is
+whole.
 
 Owns the records and how they look, in a terminal and as JSON. Reads no files.
 """
@@ -71,7 +72,10 @@ class Inspection:
 
     def document(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping with every tensor."""
-        return {**{name: value for name, value in asdict(self).items() if name != "all_tensors"}, "facts": dict(self.facts)}
+        return {
+            **{name: value for name, value in asdict(self).items() if name != "all_tensors"},
+            "facts": dict(self.facts),
+        }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yields the page."""
@@ -95,16 +99,26 @@ class Inspection:
                 table.add_row(Text(row.name), "no", Text(row.problem, overflow="fold"), "", "", "")
                 continue
             layout = (
-                f"{row.layout['engine']} ZeRO-{row.layout['zero_stage']} {row.layout['precision']} x{row.layout['world_size']}"
+                f"{row.layout['engine']} ZeRO-{row.layout['zero_stage']} {row.layout['precision']} "
+                f"x{row.layout['world_size']}"
             )
-            table.add_row(row.name, "yes", str(row.clock["updates"]), str(row.clock["phase"]), layout, f"{row.num_bytes:,}")
+            table.add_row(
+                row.name,
+                "yes",
+                str(row.clock["updates"]),
+                str(row.clock["phase"]),
+                layout,
+                f"{row.num_bytes:,}",
+            )
         return table
 
     def _tensor_table(self) -> Table:
         shown = self.tensors if self.all_tensors else self.tensors[:_SHOWN_TENSORS]
         table = Table("tensor", "type", "shape", "bytes", box=None)
         for row in shown:
-            table.add_row(Text(row.name, overflow="fold"), row.dtype, Text(str(list(row.shape))), f"{row.num_bytes:,}")
+            table.add_row(
+                Text(row.name, overflow="fold"), row.dtype, Text(str(list(row.shape))), f"{row.num_bytes:,}"
+            )
         if len(shown) < len(self.tensors):
             table.add_row(f"... {len(self.tensors) - len(shown)} more (--all)", "", "", "")
         return table
@@ -114,7 +128,9 @@ class Inspection:
         for row in self.tensors:
             count, num_bytes = sums.get(row.dtype, (0, 0))
             sums[row.dtype] = (count + 1, num_bytes + row.num_bytes)
-        each = ", ".join(f"{count} {dtype} with {num_bytes:,} bytes" for dtype, (count, num_bytes) in sorted(sums.items()))
+        each = ", ".join(
+            f"{count} {dtype} with {num_bytes:,} bytes" for dtype, (count, num_bytes) in sorted(sums.items())
+        )
         return f"{len(self.tensors)} tensors: {each}"
 
 

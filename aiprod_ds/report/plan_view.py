@@ -1,6 +1,8 @@
-"""The whole curriculum on one page of a terminal: phases side by side, the learning rate as a plot, the totals.
+"""The whole curriculum on one page of a terminal: phases side by side, the learning rate as a plot, the
+totals.
 
-Says nothing that `aiprod_ds.curriculum.describe` does not; this is only how it looks. Prints nothing: the command line does.
+Says nothing that `aiprod_ds.curriculum.describe` does not; this is only how it looks. Prints nothing: the
+command line does.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class PlanPage:
     data_problem: str | None = None
 
     def document(self) -> dict[str, Any]:
-        """Returns the page JSON-ready: `phases` are the rows (one for each bucket of each phase), `learning_rate_curve` is a list
-        of points with `update`, `phase` and `learning_rate`; the other keys are the attributes of this class."""
+        """Returns the page JSON-ready: `phases` are the rows (one for each bucket of each phase),
+        `learning_rate_curve` is a list of points with `update`, `phase` and `learning_rate`; the other keys
+        are the attributes of this class."""
         return {
             "source": self.source,
             "model": self.model,
@@ -62,18 +65,24 @@ class PlanPage:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yields the parts from top to bottom; rich calls it with the console's width and encoding."""
         yield Text(self.source, style="bold")
-        yield Text(f"{self.model}, {in_units(self.parameters)} parameters, {_numbered(self.world_size, 'rank')}")
+        yield Text(
+            f"{self.model}, {in_units(self.parameters)} parameters, {_numbered(self.world_size, 'rank')}"
+        )
         yield Text()
         for rows in _side_by_side(self.rows, options.max_width):
             yield self._table(rows)
             yield Text()
         yield Text(
-            "learning rate over updates" + (", open phases at their longest" if self.totals["updates"] is None else ""),
+            "learning rate over updates"
+            + (", open phases at their longest" if self.totals["updates"] is None else ""),
             style="dim",
         )
         yield CurvePlot(pieces=self._pieces())
         yield Text()
-        yield Text("batch = micro-batch x accumulation x ranks; updates count from 0; amounts are over all ranks", style="dim")
+        yield Text(
+            "batch = micro-batch x accumulation x ranks; updates count from 0; amounts are over all ranks",
+            style="dim",
+        )
         if self.data_problem is not None:
             yield Text(f"data not read, so no epochs: {self.data_problem}", style="yellow")
         yield Text.assemble(("in all  ", "bold"), self._in_all())
@@ -106,7 +115,9 @@ class PlanPage:
             ("samples" if is_sound else "frames", _frames),
             (
                 f"{'sample' if is_sound else 'frame'} rate",
-                lambda row: "as the clip's" if row["frame_rate_hz"] is None else f"{row['frame_rate_hz']:g} Hz",
+                lambda row: (
+                    "as the clip's" if row["frame_rate_hz"] is None else f"{row['frame_rate_hz']:g} Hz"
+                ),
             ),
             ("share", self._share),
             ("batch", lambda row: f"{_triple(row)} x {self.world_size}"),
@@ -114,11 +125,16 @@ class PlanPage:
             (
                 "epochs",
                 lambda row: (
-                    "" if row["clips"] is None else f"{_bounded(row, 'epochs', _few)} of {_numbered(row['clips'], 'clip')}"
+                    ""
+                    if row["clips"] is None
+                    else f"{_bounded(row, 'epochs', _few)} of {_numbered(row['clips'], 'clip')}"
                 ),
             ),
             (f"{self._unit}/update", lambda row: in_units(row["pixels_per_update"])),
-            ("tokens/update", lambda row: "" if (n := row["latent_tokens_per_update"]) is None else in_units(n)),
+            (
+                "tokens/update",
+                lambda row: "" if (n := row["latent_tokens_per_update"]) is None else in_units(n),
+            ),
             ("peak rate", lambda row: f"{row['learning_rate_max']:g}"),
             ("schedule", _schedule),
             ("warm-up", lambda row: _numbered(n, "update") if (n := row["warmup_updates"]) else "none"),
@@ -140,7 +156,8 @@ class PlanPage:
 
     def _in_all(self) -> str:
         updates, samples, pixels = (
-            _bounded(self.totals, name, show) for name, show in (("updates", _count), ("samples", _count), ("pixels", in_units))
+            _bounded(self.totals, name, show)
+            for name, show in (("updates", _count), ("samples", _count), ("pixels", in_units))
         )
         return f"{updates} updates; {samples} clips; {pixels} {self._unit}"
 
@@ -150,7 +167,8 @@ class PlanPage:
 
 
 def in_units(number: float) -> str:
-    """Returns three significant digits with a decimal prefix: 999 -> `999`, 147456 -> `147 k`, 1.5e9 -> `1.50 G`."""
+    """Returns three significant digits with a decimal prefix: 999 -> `999`, 147456 -> `147 k`, 1.5e9 ->
+    `1.50 G`."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size * 0.9995:
             scaled = number / size
@@ -184,7 +202,10 @@ def _ends(row: Row) -> str:
     if end["epochs"] is not None:
         rules.append(f"after {_numbered(end['epochs'], 'epoch')}")
     if (plateau := end["plateau"]) is not None:
-        rules.append(f"when the loss gains under {plateau['threshold']:.3g} in {_count(plateau['patience_updates'])} updates")
+        rules.append(
+            f"when the loss gains under {plateau['threshold']:.3g} in {_count(plateau['patience_updates'])} "
+            "updates"
+        )
     if not rules:
         return f"after {_numbered(end['limit_updates'], 'update')}"
     if end["minimum_updates"] > 1:
@@ -205,11 +226,18 @@ def _triple(row: Row) -> str:
 
 
 def _schedule(row: Row) -> str:
-    return row["schedule"] if row["schedule"] == "constant" else f"{row['schedule']} to {row['learning_rate_final']:g}"
+    return (
+        row["schedule"]
+        if row["schedule"] == "constant"
+        else f"{row['schedule']} to {row['learning_rate_final']:g}"
+    )
 
 
 def _overrides(row: Row) -> str:
-    return "\n".join(f"{name.rpartition('.')[2].replace('_', ' ')} {_setting(value)}" for name, value in row["overrides"].items())
+    return "\n".join(
+        f"{name.rpartition('.')[2].replace('_', ' ')} {_setting(value)}"
+        for name, value in row["overrides"].items()
+    )
 
 
 def _setting(value: Any) -> str:

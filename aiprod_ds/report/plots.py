@@ -1,4 +1,5 @@
-"""Curves of a run from its metrics.jsonl: every loss term, gradient and learning rate, speed, held-out quality.
+"""Curves of a run from its metrics.jsonl: every loss term, gradient and learning rate, speed, held-out
+quality.
 
 Phases are shaded in turns and named, from what ran (`clock/phase` of every row), not from what was planned.
 """
@@ -60,7 +61,11 @@ def save_plots(rows: Sequence[MetricRow], folder: Path, *, phase_names: Sequence
         ("loss.png", ("loss/",), "Loss terms, raw and smoothed"),
         ("quality.png", ("evaluation/",), "Held-out clips"),
         ("training.png", ("learning_rate", "gradient/", "latent/"), "Learning rate, gradient, latents"),
-        ("speed.png", ("throughput/", "time/update_seconds", "time/data_wait_seconds", "memory/"), "Speed and memory"),
+        (
+            "speed.png",
+            ("throughput/", "time/update_seconds", "time/data_wait_seconds", "memory/"),
+            "Speed and memory",
+        ),
     )
     pictures = []
     for file_name, prefixes, caption in figures:
@@ -72,9 +77,11 @@ def save_plots(rows: Sequence[MetricRow], folder: Path, *, phase_names: Sequence
 
 
 def smooth(values: Floats, half_width: int) -> Floats:
-    """Returns the mean of the finite values up to `half_width` places before and after each; NaN where there are none.
+    """Returns the mean of the finite values up to `half_width` places before and after each; NaN where there
+    are none.
 
-    Centred, so that it does not lag; shorter at both ends. Example: 1, 4, 7 with half width 1 give 2.5, 4, 5.5.
+    Centred, so that it does not lag; shorter at both ends. Example: 1, 4, 7 with half width 1 give 2.5, 4,
+    5.5.
     """
     is_finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
@@ -87,7 +94,8 @@ def smooth(values: Floats, half_width: int) -> Floats:
 
 
 def _curves(rows: Sequence[MetricRow]) -> list[_Curve]:
-    """Returns one curve per metric, in the order of the table, with terms of open groups after the listed ones."""
+    """Returns one curve per metric, in the order of the table, with terms of open groups after the listed
+    ones."""
     names = {name for _, metrics in rows for name in metrics}
     order = {metric.name: index for index, metric in enumerate(METRICS)}
     curves = []
@@ -104,7 +112,10 @@ def _spans(rows: Sequence[MetricRow], phase_names: Sequence[str]) -> list[_Span]
     for update, metrics in rows:
         if "clock/phase" in metrics:
             bounds.setdefault(int(metrics["clock/phase"]), []).append(update)
-    return [_Span(name=phase_names[index], first=min(found), last=max(found)) for index, found in sorted(bounds.items())]
+    return [
+        _Span(name=phase_names[index], first=min(found), last=max(found))
+        for index, found in sorted(bounds.items())
+    ]
 
 
 def _save_panels(curves: Sequence[_Curve], spans: Sequence[_Span], path: Path) -> None:
@@ -125,7 +136,16 @@ def _draw(axes: Axes, curve: _Curve, spans: Sequence[_Span]) -> None:
     metric = find_metric(curve.name)
     unit, values = ("GiB", curve.values / 2**30) if metric.unit == "B" else (metric.unit, curve.values)
     if curve.name.startswith("evaluation/"):
-        axes.plot(curve.updates, values, color=_MARK, linewidth=1.4, marker="o", markersize=4.5, clip_on=False, zorder=3)
+        axes.plot(
+            curve.updates,
+            values,
+            color=_MARK,
+            linewidth=1.4,
+            marker="o",
+            markersize=4.5,
+            clip_on=False,
+            zorder=3,
+        )
     elif curve.name in {"learning_rate", "gradient/loss_scale"}:
         axes.plot(curve.updates, values, color=_LINE, linewidth=1.4)
     else:
@@ -143,7 +163,9 @@ def _draw(axes: Axes, curve: _Curve, spans: Sequence[_Span]) -> None:
         axes.set_xlim(min(spans[0].first - 0.5, curve.updates.min()), spans[-1].last + 0.5)
 
 
-def _smoothed_by_phase(updates: Floats, values: Floats, spans: Sequence[_Span]) -> Iterator[tuple[Floats, Floats]]:
+def _smoothed_by_phase(
+    updates: Floats, values: Floats, spans: Sequence[_Span]
+) -> Iterator[tuple[Floats, Floats]]:
     """Yields (updates, smoothed values) phase by phase: what a phase changes must not be smoothed away."""
     whole = _Span(name="", first=-np.inf, last=np.inf)
     for span in spans or (whole,):
@@ -153,7 +175,8 @@ def _smoothed_by_phase(updates: Floats, values: Floats, spans: Sequence[_Span]) 
 
 
 def _is_wide(values: Floats) -> bool:
-    """Returns whether a logarithmic scale can be used and shows more: the middle 96 % span more than a factor of five."""
+    """Returns whether a logarithmic scale can be used and shows more: the middle 96 % span more than a factor
+    of five."""
     finite = values[np.isfinite(values)]
     if finite.size == 0 or finite.min() <= 0:
         return False
@@ -187,4 +210,6 @@ def _shade(axes: Axes, spans: Sequence[_Span]) -> None:
         if index % 2 == 0:
             axes.axvspan(span.first - 0.5, span.last + 0.5, color=_BAND, linewidth=0, zorder=0)
         if len(spans) > 1:
-            axes.text((span.first + span.last) / 2, 1.02, span.name, transform=axes.get_xaxis_transform(), **style)
+            axes.text(
+                (span.first + span.last) / 2, 1.02, span.name, transform=axes.get_xaxis_transform(), **style
+            )

@@ -1,6 +1,8 @@
-"""report.md: the page that a person reads after a run. Pure text from a `RunSummary`; no files are touched here.
+"""report.md: the page that a person reads after a run. Pure text from a `RunSummary`; no files are touched
+here.
 
-Order: what came out, what it looks like, how it went, what to know (replacements, data problems), how to do it again.
+Order: what came out, what it looks like, how it went, what to know (replacements, data problems), how to do
+it again.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def render_page(summary: RunSummary) -> str:
 
 
 def measure_rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """Returns (measure, before, after, change) as text for every `<measure>_before` and `<measure>_after` in `metrics`."""
+    """Returns (measure, before, after, change) as text for every `<measure>_before` and `<measure>_after` in
+    `metrics`."""
     return [
         (_label(name), _value(name, before), _value(name, after), _difference(name, before, after))
         for name, before, after in _measures(metrics)
@@ -56,16 +59,21 @@ def measure_rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]
 
 def _headline(summary: RunSummary) -> str:
     lines = [f"# {summary.name}"]
-    sentence = _STATUS_SENTENCE[summary.status].format(updates=summary.updates, planned=summary.planned_updates)
+    sentence = _STATUS_SENTENCE[summary.status].format(
+        updates=summary.updates, planned=summary.planned_updates
+    )
     measure = next(iter(_measures(summary.metrics)), None)
     if measure is not None:
         name, before, after = measure
         clips = f"{summary.data.held_out_clips} held-out {_plural('clip', summary.data.held_out_clips)}"
         lines.append(f"**{_label(name)} on {clips}: {_change(name, before, after)}**")
     lines.append(
-        f"{sentence} `{summary.model}` ({_count(summary.parameters)} parameters) through {len(summary.phases)} "
-        f"{_plural('phase', len(summary.phases))} in {_duration(sum(summary.time_seconds.values()))}, on {summary.world_size} "
-        f"{_plural('rank', summary.world_size)} with {summary.engine}, ZeRO stage {summary.zero_stage}, {summary.precision}."
+        f"{sentence} `{summary.model}` ({_count(summary.parameters)} parameters) through "
+        f"{len(summary.phases)} "
+        f"{_plural('phase', len(summary.phases))} in {_duration(sum(summary.time_seconds.values()))}, on "
+        f"{summary.world_size} "
+        f"{_plural('rank', summary.world_size)} with {summary.engine}, ZeRO stage {summary.zero_stage}, "
+        f"{summary.precision}."
     )
     if summary.error is not None:
         lines.append(f"> **Error:** {summary.error}")
@@ -87,9 +95,21 @@ def _measures_table(metrics: Mapping[str, float]) -> str:
 
 def _phases(summary: RunSummary) -> str:
     measured = {name for phase in summary.phases for name in phase.metrics}
-    extra = sorted(measured & set(_MEASURES) or measured, key=_measure_order)  # the table above has all of them
+    extra = sorted(
+        measured & set(_MEASURES) or measured, key=_measure_order
+    )  # the table above has all of them
     unit = "frames" if any(phase.resolution for phase in summary.phases) else "samples"
-    header = ("phase", "updates", "ended by", "resolution", unit, "batch", "highest lr", "time", *map(_label, extra))
+    header = (
+        "phase",
+        "updates",
+        "ended by",
+        "resolution",
+        unit,
+        "batch",
+        "highest lr",
+        "time",
+        *map(_label, extra),
+    )
     rows = [
         (
             phase.name,
@@ -102,7 +122,11 @@ def _phases(summary: RunSummary) -> str:
         )
         for phase in summary.phases
     ]
-    skipped = f"\n\n{summary.skipped_updates:,} updates were skipped for overflow." if summary.skipped_updates else ""
+    skipped = (
+        f"\n\n{summary.skipped_updates:,} updates were skipped for overflow."
+        if summary.skipped_updates
+        else ""
+    )
     return "## Phases\n\n" + _table(header, rows) + skipped + _not_saved(summary.not_saved)
 
 
@@ -116,9 +140,20 @@ def _not_saved(saves: Sequence[Mapping[str, Any]]) -> str:
 def _retrained(changes: Sequence[Mapping[str, Any]]) -> str:
     if not changes:
         return ""
-    header = ("at the start of phase", "trained before", "trained after", "relative difference of the answer", "time")
+    header = (
+        "at the start of phase",
+        "trained before",
+        "trained after",
+        "relative difference of the answer",
+        "time",
+    )
     rows = [
-        (change["phase"], *change["trained"], f"{change['relative_difference']:.1e}", _duration(change["seconds"]))
+        (
+            change["phase"],
+            *change["trained"],
+            f"{change['relative_difference']:.1e}",
+            _duration(change["seconds"]),
+        )
         for change in changes
     ]
     return "## What was trained\n\n" + _table(header, rows)
@@ -136,7 +171,11 @@ def _pictures(title: str, pictures: Sequence[Picture]) -> str:
         for picture in pictures
         if picture.path.endswith(_PICTURE_SUFFIXES)
     ]
-    links = [f"- [{picture.caption}]({picture.path})" for picture in pictures if not picture.path.endswith(_PICTURE_SUFFIXES)]
+    links = [
+        f"- [{picture.caption}]({picture.path})"
+        for picture in pictures
+        if not picture.path.endswith(_PICTURE_SUFFIXES)
+    ]
     if links:
         blocks.append("\n".join(links))
     return f"## {title}\n\n" + "\n\n".join(blocks) if blocks else ""
@@ -151,11 +190,15 @@ def _time(seconds: Mapping[str, float]) -> str:
         for name, value in sorted(seconds.items(), key=lambda item: -item[1])
         if value > 0
     ]
-    return "## Where the time went\n\n" + _table(("activity", "time", "share"), [*rows, ("total", _duration(total), "100.0%")])
+    return "## Where the time went\n\n" + _table(
+        ("activity", "time", "share"), [*rows, ("total", _duration(total), "100.0%")]
+    )
 
 
 def _replacements(replacements: Sequence[str]) -> str:
-    lines = [f"- {entry}" for entry in replacements] or ["Nothing: every setting took effect as it was written."]
+    lines = [f"- {entry}" for entry in replacements] or [
+        "Nothing: every setting took effect as it was written."
+    ]
     return "## What was replaced\n\n" + "\n".join(lines)
 
 
@@ -164,7 +207,12 @@ def _data(data: DataSummary) -> str:
     for title, files in (("Unreadable", data.unreadable), ("Too short", data.too_short)):
         if files:
             lines.append(f"{title}: {len(files):,} {_plural('file', len(files))}, left out.")
-            lines.append(_table(("file", "reason"), [(f"`{path}`", _cell(reason)) for path, reason in files[:_MAX_FILES_LISTED]]))
+            lines.append(
+                _table(
+                    ("file", "reason"),
+                    [(f"`{path}`", _cell(reason)) for path, reason in files[:_MAX_FILES_LISTED]],
+                )
+            )
         if len(files) > _MAX_FILES_LISTED:
             lines.append(f"{len(files) - _MAX_FILES_LISTED:,} more are in `report.json`.")
     if not data.unreadable and not data.too_short:

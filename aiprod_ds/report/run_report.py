@@ -1,7 +1,7 @@
 """The result of a run as files: report.json for programs, report.md for people.
 
-Owns how a `RunSummary` becomes JSON; the page is laid out in `report_page`. Both files are replaced as a whole, so a reader never
-sees half a report.
+Owns how a `RunSummary` becomes JSON; the page is laid out in `report_page`. Both files are replaced as a
+whole, so a reader never sees half a report.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ def write_report(folder: Path, summary: RunSummary) -> tuple[Path, Path]:
 
 
 def report_dict(summary: RunSummary) -> dict[str, Any]:
-    """Returns the contents of report.json: the fields of `RunSummary`, with versions on top; NaN and infinity as strings."""
+    """Returns the contents of report.json: the fields of `RunSummary`, with versions on top; NaN and infinity
+    as strings."""
     values = asdict(summary)
     values["format"] = REPORT_FORMAT
     values["status"] = summary.status.value
     values["versions"] = dict(summary.environment.get("versions", {}))
     for kind in ("unreadable", "too_short"):
-        values["data"][kind] = [{"path": path, "reason": reason} for path, reason in getattr(summary.data, kind)]
+        values["data"][kind] = [
+            {"path": path, "reason": reason} for path, reason in getattr(summary.data, kind)
+        ]
     encoded = _json_ready(values)
     assert isinstance(encoded, dict)
     return encoded

@@ -1,4 +1,5 @@
-"""The record of a finished run: what report.json holds and report.md tells. The trainer fills it, on the main rank."""
+"""The record of a finished run: what report.json holds and report.md tells. The trainer fills it, on the main
+rank."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class PhaseSummary:
         resolution: `height x width` in pixels, `64x64`; empty for audio.
         frames: Frames per clip after snapping (samples per clip for audio).
         batch: Clips of all ranks in one update.
-        shapes: The shape and batch of every bucket in words; `resolution`, `frames` and `batch` are those of the first.
+        shapes: The shape and batch of every bucket in words; `resolution`, `frames` and `batch` are those of
+            the first.
         ended_by: updates, epochs or plateau; None while the phase goes on.
         lr_max: Highest learning rate reached.
         seconds: Training time, pauses excluded.
@@ -66,13 +68,14 @@ class RunSummary:
     """Everything the report says.
 
     Attributes:
-        metrics: Held-out measures as `<measure>_before` and `<measure>_after`, e.g. psnr_db_before, ssim_after.
+        metrics: Held-out measures as `<measure>_before` and `<measure>_after`, e.g. psnr_db_before,
+            ssim_after.
         final_state_sha256: Over parameters and optimizer state; None if the run did not get to its end.
         time_seconds: Wall time per activity (`Stopwatch.breakdown`).
         environment: What `environment.describe_environment` returns: versions, hardware, commit, command.
         replacements: Everything done in place of what was asked, in words, one entry each.
-        retrained: Changes of the trained parameters between phases: phase, what was trained before and after, the relative
-            difference of the model's answer, seconds.
+        retrained: Changes of the trained parameters between phases: phase, what was trained before and after,
+            the relative difference of the model's answer, seconds.
         resumed_from: Checkpoints that this run continued from, oldest first.
         resharded: Those of them that other ranks or another ZeRO stage had saved, and what changed, in words.
         not_saved: Saves that there was no room for, with `checkpoint.on_full_disk: go_on`: update and reason.

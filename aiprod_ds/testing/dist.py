@@ -1,7 +1,9 @@
-"""Runs a function on several ranks through the real `deepspeed` launcher, for tests of this project and of its users.
+"""Runs a function on several ranks through the real `deepspeed` launcher, for tests of this project and of
+its users.
 
-Owns the launch: a free port, a time limit, an end for every process, results that come back whole or as an error. The function
-runs in fresh processes, joined in one group; it returns something that JSON can hold. Executing this module is the rank's side.
+Owns the launch: a free port, a time limit, an end for every process, results that come back whole or as an
+error. The function runs in fresh processes, joined in one group; it returns something that JSON can hold.
+Executing this module is the rank's side.
 """
 
 from __future__ import annotations
@@ -35,44 +37,69 @@ def run_on_ranks(
     timeout_seconds: float = 300.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Returns what `function(**arguments)` returns on each of `ranks` ranks, in rank order: on the CPU by default.
+    """Returns what `function(**arguments)` returns on each of `ranks` ranks, in rank order: on the CPU by
+    default.
 
     Args:
-        function: Defined at the top level of an importable module or of a file that can be executed on its own.
+        function: Defined at the top level of an importable module or of a file that can be executed on its
+            own.
         ranks: Processes; they form a group before the call and leave it together after it.
         arguments: Keyword arguments that JSON can hold.
-        timeout_seconds: Everything is killed after this time. The first run with offload compiles for about a minute.
+        timeout_seconds: Everything is killed after this time. The first run with offload compiles for about a
+            minute.
         environment: Added to this process's environment; `DS_ACCELERATOR=cuda` for ranks on GPUs.
 
     Raises:
-        EngineError: If a rank fails, time runs out or a result is missing; the message ends with the ranks' output.
+        EngineError: If a rank fails, time runs out or a result is missing; the message ends with the ranks'
+            output.
     """
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         call = {"target": _target(function), "arguments": dict(arguments or {}), "results": folder}
         command = [*launcher_command(ranks=ranks), "--module", "aiprod_ds.testing.dist", json.dumps(call)]
-        # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op in turns.
+        # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op
+        # in turns.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        base = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        code, output = run_in_own_session(command, timeout_seconds=timeout_seconds, environment={**base, **(environment or {})})
+        base = {
+            **os.environ,
+            "PATH": path,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        code, output = run_in_own_session(
+            command, timeout_seconds=timeout_seconds, environment={**base, **(environment or {})}
+        )
         results = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         # The launcher exits with 0 when it is killed itself, so only a file from every rank means success.
         missing = [rank for rank, path in enumerate(results) if not path.exists()]
         if code != 0 or missing:
             reason = "ran out of time" if code is None else f"exited with {code}"
             raise EngineError(
-                f"{call['target']}: must finish on {ranks} ranks, got a launcher that {reason} and no result of ranks {missing}."
+                f"{call['target']}: must finish on {ranks} ranks, got a launcher that {reason} and no "
+                f"result of ranks {missing}."
                 f" Read the output:\n{output[-_TAIL_CHARACTERS:]}"
             )
         return [json.loads(path.read_text(encoding="utf-8")) for path in results]
 
 
 def launcher_command(*, ranks: int) -> list[str]:
-    """Returns the command that starts `ranks` processes on this machine; what they execute is to be added to it."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", str(ranks)]
+    """Returns the command that starts `ranks` processes on this machine; what they execute is to be added to
+    it."""
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        os.devnull,
+        "--num_accelerators",
+        str(ranks),
+    ]
     return [*command, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank"]
 
 
-def run_in_own_session(command: list[str], *, timeout_seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
+def run_in_own_session(
+    command: list[str], *, timeout_seconds: float, environment: Mapping[str, str]
+) -> tuple[int | None, str]:
     """Runs a command in a session of its own and leaves none of its processes behind.
 
     Returns:
@@ -100,7 +127,8 @@ def run_in_own_session(command: list[str], *, timeout_seconds: float, environmen
 
 
 def kill_session(leader: int) -> None:
-    """Kills every process of the group that `leader` leads; the launcher leaves its workers behind when it dies itself."""
+    """Kills every process of the group that `leader` leads; the launcher leaves its workers behind when it
+    dies itself."""
     try:
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
@@ -118,7 +146,10 @@ def free_port() -> int:
 def _target(function: Callable[..., Any]) -> str:
     source = inspect.getsourcefile(function)
     if source is None or "." in function.__qualname__:
-        raise EngineError(f"function: must be at the top level of a source file, got {function.__qualname__}. Move it there.")
+        raise EngineError(
+            f"function: must be at the top level of a source file, got {function.__qualname__}. Move it "
+            "there."
+        )
     return f"{Path(source).resolve()}:{function.__name__}"
 
 
@@ -135,12 +166,17 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _main() -> None:
-    dist = importlib.import_module("aiprod_ds.engine.dist")  # torch is loaded in the ranks, not in the process that starts them
+    dist = importlib.import_module(
+        "aiprod_ds.engine.dist"
+    )  # torch is loaded in the ranks, not in the process that starts them
     call = json.loads(sys.argv[-1])
     function = _load(call["target"])
-    cpuinfo: Any = importlib.import_module("cpuinfo")  # DeepSpeed asks it for every offloaded optimizer, a second each
+    cpuinfo: Any = importlib.import_module(
+        "cpuinfo"
+    )  # DeepSpeed asks it for every offloaded optimizer, a second each
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
+    # every engine that closes collects garbage, and all that is imported would be looked through again
+    gc.freeze()
     with dist.process_group():
         result = function(**call["arguments"])
         (Path(call["results"]) / f"{dist.rank()}.json").write_text(json.dumps(result), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""What tests of engines build, train and compare: an engine and its end, a block of uneven size, states, distances of weights."""
+"""What tests of engines build, train and compare: an engine and its end, a block of uneven size, states,
+distances of weights."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from aiprod_ds.train.engines import decay_groups
 def deepspeed_engine(
     module: nn.Module, *, optimizer: OptimizerConfig, settings: DeepSpeedSettings, micro_batch_size: int
 ) -> Iterator[Any]:
-    """Yields a DeepSpeed engine that trains `module` without accumulation, and closes it after the block. Collective.
+    """Yields a DeepSpeed engine that trains `module` without accumulation, and closes it after the block.
+    Collective.
 
     After an error it stays open: closing is collective, and the launcher ends the ranks.
     """
@@ -38,7 +40,8 @@ def deepspeed_engine(
 
 
 class UnevenBlock(nn.Module):
-    """A residual block that owns a parameter itself; its 33 hidden channels are odd, so two ranks share them unevenly."""
+    """A residual block that owns a parameter itself; its 33 hidden channels are odd, so two ranks share them
+    unevenly."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -53,15 +56,22 @@ class UnevenBlock(nn.Module):
 
 
 def optimized_state(engine: Engine) -> dict[str, dict[str, Any]]:
-    """Returns fp32 value, step and moments of every trained parameter by its name, whole on rank 0. Collective."""
-    return {state.name: {"value": state.value, "step": state.step, **state.optimizer} for state in engine.parameter_states()}
+    """Returns fp32 value, step and moments of every trained parameter by its name, whole on rank 0.
+    Collective."""
+    return {
+        state.name: {"value": state.value, "step": state.step, **state.optimizer}
+        for state in engine.parameter_states()
+    }
 
 
 def is_same_state(first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]) -> bool:
     """Returns whether two results of `optimized_state` are equal to the bit."""
     return first.keys() == second.keys() and all(
         first[name].keys() == second[name].keys()
-        and all(torch.equal(torch.as_tensor(first[name][key]), torch.as_tensor(second[name][key])) for key in first[name])
+        and all(
+            torch.equal(torch.as_tensor(first[name][key]), torch.as_tensor(second[name][key]))
+            for key in first[name]
+        )
         for name in first
     )
 

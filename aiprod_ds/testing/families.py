@@ -1,4 +1,5 @@
-"""A tiny transformer of each family, a batch for it, what it answers, and the pipeline that diffusers has for it."""
+"""A tiny transformer of each family, a batch for it, what it answers, and the pipeline that diffusers has for
+it."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def adapted_transformer(family_type: type[Family], config: LoraConfig) -> Any:
 
 
 def tiny_batch(*, seed: int = 0) -> dict[str, Tensor]:
-    """Returns two samples for any tiny transformer: 32 tokens of video, 7 of sound, prompts of 6 and 4 tokens."""
+    """Returns two samples for any tiny transformer: 32 tokens of video, 7 of sound, prompts of 6 and 4
+    tokens."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "latents": torch.randn(2, 4, 2, 4, 4, generator=generator),
@@ -49,8 +51,11 @@ def tiny_batch(*, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def velocities(predict: Callable[..., Mapping[str, Tensor]], family: Family, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Returns what is predicted for the latents as they are at noise levels 0.3 and 0.8, of all modalities, flattened.
+def velocities(
+    predict: Callable[..., Mapping[str, Tensor]], family: Family, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """Returns what is predicted for the latents as they are at noise levels 0.3 and 0.8, of all modalities,
+    flattened.
 
     Args:
         predict: A `DiffusionModule`, or an engine that holds one.
@@ -65,8 +70,11 @@ def velocities(predict: Callable[..., Mapping[str, Tensor]], family: Family, ten
 
 
 def pipeline_around(transformer: nn.Module, family: Family) -> Any:
-    """Returns diffusers' pipeline with `transformer` in it and nothing else; it can load adapters, not sample."""
+    """Returns diffusers' pipeline with `transformer` in it and nothing else; it can load adapters, not
+    sample."""
     pipeline = getattr(diffusers, _PIPELINES[family.name])
     parameters = inspect.signature(pipeline).parameters.values()
-    missing = {parameter.name: None for parameter in parameters if parameter.default is inspect.Parameter.empty}
+    missing = {
+        parameter.name: None for parameter in parameters if parameter.default is inspect.Parameter.empty
+    }
     return pipeline(**{**missing, "transformer": transformer})

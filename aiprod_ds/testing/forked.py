@@ -1,7 +1,8 @@
-"""Ranks forked from a process that has imported everything, for tests that end many runs: an attempt takes about two seconds.
+"""Ranks forked from a process that has imported everything, for tests that end many runs: an attempt takes
+about two seconds.
 
-Owns the fork, the launcher's environment of each rank and the wait for its end. The ranks are real processes with a gloo group of
-their own; whoever forks them must not have joined a group.
+Owns the fork, the launcher's environment of each rank and the wait for its end. The ranks are real processes
+with a gloo group of their own; whoever forks them must not have joined a group.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ _SURVIVOR_SECONDS = 30.0
 
 
 def fork_ranks(work: Callable[[], int], *, ranks: int) -> list[int]:
-    """Starts `work` on each of `ranks` new processes, which exit with what it returns, or 1 if it raises; returns their ids.
+    """Starts `work` on each of `ranks` new processes, which exit with what it returns, or 1 if it raises;
+    returns their ids.
 
     A single rank gets no launcher's environment.
     """
     port = free_port()
-    gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
+    # every engine that closes collects garbage, and all that is imported would be looked through again
+    gc.freeze()
     processes = []
     for rank in range(ranks):
         process = os.fork()
@@ -35,7 +38,8 @@ def fork_ranks(work: Callable[[], int], *, ranks: int) -> list[int]:
 
 
 def wait_for_ranks(processes: list[int], *, timeout_seconds: float = 120.0) -> list[int]:
-    """Returns the exit codes, negative for signals; a rank that outlives a failed one by 30 s, or the time limit, is killed."""
+    """Returns the exit codes, negative for signals; a rank that outlives a failed one by 30 s, or the time
+    limit, is killed."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout_seconds
     while len(codes) < len(processes):

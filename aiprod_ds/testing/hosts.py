@@ -1,7 +1,9 @@
-"""Two hosts on one machine, for tests of what happens between hosts: Linux namespaces with addresses and sshd of their own.
+"""Two hosts on one machine, for tests of what happens between hosts: Linux namespaces with addresses and sshd
+of their own.
 
-Each host has its own network, processes, name and /etc/hosts; the file system is shared, as a cluster's run folders are. Traffic
-stays between them. Everything ends with the processes that hold the namespaces, which end with this one. Needs root.
+Each host has its own network, processes, name and /etc/hosts; the file system is shared, as a cluster's run
+folders are. Traffic stays between them. Everything ends with the processes that hold the namespaces, which
+end with this one. Needs root.
 """
 
 from __future__ import annotations
@@ -17,8 +19,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_NEEDED = {"unshare": "util-linux", "ip": "iproute2", "ssh": "openssh-client", "sshd": "openssh-server", "pdsh": "pdsh"}
-_NAMESPACES = ("unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc")
+_NEEDED = {
+    "unshare": "util-linux",
+    "ip": "iproute2",
+    "ssh": "openssh-client",
+    "sshd": "openssh-server",
+    "pdsh": "pdsh",
+}
+_NAMESPACES = (
+    "unshare",
+    "--net",
+    "--pid",
+    "--mount",
+    "--uts",
+    "--ipc",
+    "--fork",
+    "--kill-child=KILL",
+    "--mount-proc",
+)
 _NETWORK = "10.77.0"
 _START_SECONDS = 20.0
 _HOST = """\
@@ -70,13 +88,19 @@ class VirtualHosts:
     ssh_config: Path
     holders: tuple[int, ...]
 
-    def start(self, name: str, command: Sequence[str], *, environment: Mapping[str, str], output: Path) -> Process:
+    def start(
+        self, name: str, command: Sequence[str], *, environment: Mapping[str, str], output: Path
+    ) -> Process:
         """Starts a command on a host; it ends with the host at the latest. `output` gets what it says."""
         entered, variables = [*self._enter(name), *command], dict(environment)
         with output.open("ab") as file:
-            return subprocess.Popen(entered, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                entered, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            )
 
-    def run(self, name: str, command: Sequence[str], *, timeout_seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, name: str, command: Sequence[str], *, timeout_seconds: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a short command on a host and returns its end, whatever it was."""
         entered = [*self._enter(name), *command]
         return subprocess.run(entered, capture_output=True, text=True, timeout=timeout_seconds, check=False)
@@ -94,7 +118,9 @@ def why_no_virtual_hosts() -> str | None:
     missing = sorted({package for tool, package in _NEEDED.items() if _which(tool) is None})
     if missing:
         return f"needs the packages {', '.join(missing)}"
-    tried = subprocess.run([*_NAMESPACES, "mount", "-t", "tmpfs", "none", "/run"], capture_output=True, text=True, check=False)
+    tried = subprocess.run(
+        [*_NAMESPACES, "mount", "-t", "tmpfs", "none", "/run"], capture_output=True, text=True, check=False
+    )
     return None if tried.returncode == 0 else f"cannot make namespaces here: {tried.stderr.strip()}"
 
 
@@ -108,7 +134,19 @@ def virtual_hosts(names: Sequence[str] = ("node-a", "node-b")) -> Iterator[Virtu
         unshares = [_begin(folder, name, index) for index, name in enumerate(names, start=1)]
         try:
             holders = tuple(_child(unshare) for unshare in unshares)
-            pair = ["ip", "link", "add", "eth0", "netns", str(holders[0]), "type", "veth", "peer", "name", "eth0"]
+            pair = [
+                "ip",
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                str(holders[0]),
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+            ]
             subprocess.run([*pair, "netns", str(holders[1])], check=True)
             hosts = VirtualHosts(names=tuple(names), ssh_config=folder / "ssh_config", holders=holders)
             _await_ssh(hosts, first, second)
@@ -121,7 +159,10 @@ def virtual_hosts(names: Sequence[str] = ("node-a", "node-b")) -> Iterator[Virtu
 def _write_keys(folder: Path, names: Sequence[str]) -> None:
     for name in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
-    lines = ["127.0.0.1 localhost", *(f"{_NETWORK}.{index} {name}" for index, name in enumerate(names, start=1))]
+    lines = [
+        "127.0.0.1 localhost",
+        *(f"{_NETWORK}.{index} {name}" for index, name in enumerate(names, start=1)),
+    ]
     (folder / "hosts").write_text("\n".join(lines) + "\n")
     (folder / "host.sh").write_text(_HOST)
     (folder / "sshd_config").write_text(_SSHD.format(folder=folder))
@@ -130,9 +171,19 @@ def _write_keys(folder: Path, names: Sequence[str]) -> None:
 
 
 def _begin(folder: Path, name: str, index: int) -> Process:
-    command = [*_NAMESPACES, "sh", str(folder / "host.sh"), name, f"{_NETWORK}.{index}", str(folder), str(_which("sshd"))]
+    command = [
+        *_NAMESPACES,
+        "sh",
+        str(folder / "host.sh"),
+        name,
+        f"{_NETWORK}.{index}",
+        str(folder),
+        str(_which("sshd")),
+    ]
     with (folder / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def _child(process: Process) -> int:
@@ -175,4 +226,6 @@ def _await_ssh(hosts: VirtualHosts, first: str, second: str) -> None:
 
 
 def _which(tool: str) -> str | None:
-    return shutil.which(tool, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+    return shutil.which(
+        tool, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    )

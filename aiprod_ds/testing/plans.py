@@ -1,4 +1,5 @@
-"""Phases as they will run, written by hand for tests and benchmarks; the real ones come from `aiprod_ds.curriculum.plan`."""
+"""Phases as they will run, written by hand for tests and benchmarks; the real ones come from
+`aiprod_ds.curriculum.plan`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from aiprod_ds.curriculum.phase import PhaseEnd, PhasePlan, UpdateRange
 
 
 def phase_plan(*, updates: int | None, index: int = 0, **changes: Any) -> PhasePlan:
-    """Returns the plainest phase: no buckets, no loss, no decay, a constant learning rate of 1e-3, moments kept.
+    """Returns the plainest phase: no buckets, no loss, no decay, a constant learning rate of 1e-3, moments
+    kept.
 
     Args:
         updates: Its length, and where its learning rate's schedule ends; None leaves both open.
@@ -23,7 +25,9 @@ def phase_plan(*, updates: int | None, index: int = 0, **changes: Any) -> PhaseP
         "first": UpdateRange(minimum=0, maximum=0),
         "length": UpdateRange(minimum=updates or 1, maximum=updates),
         "end": PhaseEnd(limit_updates=updates),
-        "learning_rate": LearningRateSchedule(peak=1e-3, kind="constant", warmup_updates=0, updates=updates, final_ratio=0.1),
+        "learning_rate": LearningRateSchedule(
+            peak=1e-3, kind="constant", warmup_updates=0, updates=updates, final_ratio=0.1
+        ),
         "weight_decay": 0.0,
         "loss_weights": {},
         "random_flip": False,

@@ -1,4 +1,5 @@
-"""Comparing whole training runs: a run folder as a kill leaves it, and the record that a resumed run must repeat bit for bit.
+"""Comparing whole training runs: a run folder as a kill leaves it, and the record that a resumed run must
+repeat bit for bit.
 
 Owns what tests of resuming share, of this project and of its users; records hold only what JSON can.
 """
@@ -24,12 +25,15 @@ _WRITTEN_AT_THE_END = ("export", "plots", "report.json", "report.md")
 
 
 def alike_on_ranks(function: Callable[..., dict[str, Any]], *, ranks: int, folder: Path) -> dict[str, Any]:
-    """Returns what `function(folder=...)` returns on each of `ranks` CPU ranks, which must be the same on all of them.
+    """Returns what `function(folder=...)` returns on each of `ranks` CPU ranks, which must be the same on all
+    of them.
 
     Raises:
         EngineError: As `run_on_ranks`.
     """
-    results: list[dict[str, Any]] = run_on_ranks(function, ranks=ranks, arguments={"folder": str(folder)}, timeout_seconds=600)
+    results: list[dict[str, Any]] = run_on_ranks(
+        function, ranks=ranks, arguments={"folder": str(folder)}, timeout_seconds=600
+    )
     assert all(result == results[0] for result in results), "every rank reports the run's own numbers"
     return results[0]
 
@@ -37,10 +41,12 @@ def alike_on_ranks(function: Callable[..., dict[str, Any]], *, ranks: int, folde
 def train_and_resume(
     train: Callable[[Path], dict[str, Any]], whole: Path, resumes: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """Trains once without interruption and once more from each of some checkpoints, without plots. Collective.
+    """Trains once without interruption and once more from each of some checkpoints, without plots.
+    Collective.
 
     Args:
-        train: Trains in a folder, from the newest checkpoint there if it has one, and returns a record of the run.
+        train: Trains in a folder, from the newest checkpoint there if it has one, and returns a record of the
+            run.
         whole: Folder of the uninterrupted run; the others stand beside it.
         resumes: By name, the update of the checkpoint to go on from.
 
@@ -54,20 +60,23 @@ def train_and_resume(
             if dist.is_main():
                 copy_as_if_stopped_at(update, whole, copy)
             dist.barrier()
-            gc.freeze()  # what the first run has imported need not be looked through whenever an engine closes
+            # what the first run has imported need not be looked through whenever an engine closes
+            gc.freeze()
             records[name] = train(copy)
     return records
 
 
 @contextmanager
 def without_plots() -> Iterator[None]:
-    """Leaves the plots out of the reports of runs that end in the block: to draw them takes longer than a small training."""
+    """Leaves the plots out of the reports of runs that end in the block: to draw them takes longer than a
+    small training."""
     with patch.object(reporting, "save_plots", lambda *_, **__: ()):
         yield
 
 
 def copy_as_if_stopped_at(update: int, whole: Path, copy: Path) -> None:
-    """Copies a finished run's folder without later checkpoints than `update`'s and without what a run writes at its end.
+    """Copies a finished run's folder without later checkpoints than `update`'s and without what a run writes
+    at its end.
 
     metrics.jsonl stays whole: a killed run has written rows beyond its last checkpoint.
     """
@@ -81,8 +90,8 @@ def record_of(summary: RunSummary, folder: Path) -> dict[str, Any]:
     """Returns what a resumed run must repeat, and from where it was resumed. Collective.
 
     Returns:
-        `sha256` of parameters and optimizer state, `rows` as `repeatable_rows` has them, `updates` of each phase, and
-        `resumed_from`, the names of checkpoints.
+        `sha256` of parameters and optimizer state, `rows` as `repeatable_rows` has them, `updates` of each
+        phase, and `resumed_from`, the names of checkpoints.
     """
     dist.barrier()  # the main rank writes after the others have their summary
     return {
@@ -94,7 +103,8 @@ def record_of(summary: RunSummary, folder: Path) -> dict[str, Any]:
 
 
 def repeatable_rows(folder: Path) -> list[Any]:
-    """Returns [update, metrics] of every row of a run folder's metrics.jsonl, without what a clock or the machine measured."""
+    """Returns [update, metrics] of every row of a run folder's metrics.jsonl, without what a clock or the
+    machine measured."""
     return [
         [update, {name: value for name, value in metrics.items() if not name.startswith(_MEASURED_TIME)}]
         for update, metrics in read_metrics(folder / "metrics.jsonl")

@@ -9,9 +9,14 @@ from torch import Tensor, nn
 
 
 def tiny_ltx_vae(
-    *, width: int = 8, latent_channels: int = 4, patch_size: int = 2, scaling: Sequence[bool] = (True, True, False)
+    *,
+    width: int = 8,
+    latent_channels: int = 4,
+    patch_size: int = 2,
+    scaling: Sequence[bool] = (True, True, False),
 ) -> dict[str, Any]:
-    """Returns settings of a small AutoencoderKLLTXVideo, JSON-ready; by default its strides are 8 in space and 4 in time.
+    """Returns settings of a small AutoencoderKLLTXVideo, JSON-ready; by default its strides are 8 in space
+    and 4 in time.
 
     Args:
         width: Channels of every block.
@@ -33,7 +38,8 @@ def tiny_ltx_vae(
 
 
 def two_width_ltx_vae() -> dict[str, Any]:
-    """Returns settings of an AutoencoderKLLTXVideo of two blocks with 8 and 16 channels and strides of 4 in space, 2 in time."""
+    """Returns settings of an AutoencoderKLLTXVideo of two blocks with 8 and 16 channels and strides of 4 in
+    space, 2 in time."""
     return {
         "latent_channels": 4,
         "patch_size": 2,
@@ -67,7 +73,8 @@ def tiny_oobleck(*, width: int = 8, latent_channels: int = 4) -> dict[str, Any]:
 
 
 class TinyVideoVAE(nn.Module):
-    """A video VAE with strides 4 in space and 2 in time, a posterior (so that noise is drawn) and two repeated blocks.
+    """A video VAE with strides 4 in space and 2 in time, a posterior (so that noise is drawn) and two
+    repeated blocks.
 
     7,923 parameters. The blocks are what activation checkpointing recomputes.
     """
@@ -84,7 +91,8 @@ class TinyVideoVAE(nn.Module):
         self.leave = nn.ConvTranspose3d(8, 3, (3, 4, 4), stride=(1, 2, 2), padding=1)
 
     def encode(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and log-variance, both [B, 4, (T + 1) / 2, H / 4, W / 4], of video [B, 3, T, H, W] in [-1, 1]."""
+        """Returns mean and log-variance, both [B, 4, (T + 1) / 2, H / 4, W / 4], of video [B, 3, T, H, W] in
+        [-1, 1]."""
         hidden = self.enter(video_BCTHW)
         for block in self.blocks:
             hidden = block(hidden)

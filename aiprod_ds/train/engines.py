@@ -29,19 +29,24 @@ def build_engine(config: RunConfig, settings: DeepSpeedSettings, unit: Unit, pla
     if config.engine.kind == "local":
         if dist.world_size() > 1:
             raise ConfigError(
-                f"engine.kind: local runs on one process, got {dist.world_size()}. Use deepspeed, or start one process."
+                f"engine.kind: local runs on one process, got {dist.world_size()}. Use deepspeed, or start "
+                "one process."
             )
-        return LocalEngine(unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch)
+        return LocalEngine(
+            unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch
+        )
     from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 
-    return DeepSpeedEngine(unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch)
+    return DeepSpeedEngine(
+        unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch
+    )
 
 
 def decay_groups(module: nn.Module) -> Sequence[ParameterGroup]:
     """Returns the trained parameters in at most two groups, the decayed ones first.
 
-    A tensor with at most one dimension above 1 counts as a vector: biases, gains of norms, and also the [out, 1, 1] gains of
-    weight normalisation and the [1, channels, 1] slopes of snake activations.
+    A tensor with at most one dimension above 1 counts as a vector: biases, gains of norms, and also the [out,
+    1, 1] gains of weight normalisation and the [1, channels, 1] slopes of snake activations.
     """
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     decayed = tuple(name for name, parameter in trained if not _is_vector(parameter))

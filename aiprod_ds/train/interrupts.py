@@ -1,4 +1,5 @@
-"""What is asked of a run from outside, by signals and by files in its folder, agreed by all ranks at the boundary of an update.
+"""What is asked of a run from outside, by signals and by files in its folder, agreed by all ranks at the
+boundary of an update.
 
 Owns the agreement and the files. `signal_watch.py` receives the signals; the loop acts.
 
@@ -6,8 +7,9 @@ Owns the agreement and the files. `signal_watch.py` receives the signals; the lo
     a file SAVE in the run folder    save and go on
     a file STOP in the run folder    save and leave
 
-A vote is cast at one boundary and read at the next, so that no update waits for it. Where updates take a second or longer, a wait
-costs nothing beside them and a request must not take two of them: the vote is read at once.
+A vote is cast at one boundary and read at the next, so that no update waits for it. Where updates take a
+second or longer, a wait costs nothing beside them and a request must not take two of them: the vote is read
+at once.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ LOOK_SECONDS = 1.0
 _SLOW_UPDATE_MILLISECONDS = 1000
 _LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# A signal to the process group reaches the ranks once more through the launcher, whose handler sends SIGTERM to each of them.
+# A signal to the process group reaches the ranks once more through the launcher, whose handler sends SIGTERM
+# to each of them.
 ONE_REQUEST_SECONDS = 3.0
 
 
@@ -82,7 +85,8 @@ class Interrupts:
         """Returns what all ranks are to do now, the same on all. Collective; called between updates.
 
         Args:
-            at_once: Whether to wait for the other ranks, so that a request that any of them has is not missed.
+            at_once: Whether to wait for the other ranks, so that a request that any of them has is not
+                missed.
         """
         found = self._read() if self._is_cast else Interrupt.NONE
         if found is Interrupt.NONE:
@@ -125,7 +129,9 @@ class Interrupts:
             return Interrupt.STOP
         if dist.is_main() and (self._looked_at is None or now - self._looked_at >= LOOK_SECONDS):
             self._looked_at = now
-            self._in_folder = max(request for request in Interrupt if request is Interrupt.NONE or self._is_asked(request))
+            self._in_folder = max(
+                request for request in Interrupt if request is Interrupt.NONE or self._is_asked(request)
+            )
         return self._in_folder
 
     def _is_asked(self, request: Interrupt) -> bool:
@@ -133,9 +139,11 @@ class Interrupts:
 
 
 class SignalWatch:
-    """A context in which the first signal is noted and one that comes over 3 s later exits with 128 + its number.
+    """A context in which the first signal is noted and one that comes over 3 s later exits with 128 + its
+    number.
 
-    Outside the main thread, where Python sets no handlers, signals keep their meaning and `received` stays None.
+    Outside the main thread, where Python sets no handlers, signals keep their meaning and `received` stays
+    None.
 
     Attributes:
         received: The signal that was noted.
@@ -157,7 +165,8 @@ class SignalWatch:
         self._descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._read, args=(reader,), name="signal_watch", daemon=True)
         self._thread.start()
-        # A forked process, as a worker of the loader is, would write the numbers of its own signals into this descriptor.
+        # A forked process, as a worker of the loader is, would write the numbers of its own signals into this
+        # descriptor.
         os.register_at_fork(after_in_child=self._restore)
         return self
 
@@ -186,7 +195,10 @@ class SignalWatch:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = number, now
-            _LOG.warning("signal_received name=%s; saving at the end of the update, once more leaves at once", number.name)
+            _LOG.warning(
+                "signal_received name=%s; saving at the end of the update, once more leaves at once",
+                number.name,
+            )
         elif now - self._received_at > ONE_REQUEST_SECONDS:
             os._exit(128 + number)
 

@@ -1,7 +1,8 @@
 """THE training loop: phases, updates, evaluation, metrics and saving, the same for every trainer.
 
-Owns the order of things and the clock. What is trained comes from a `Unit`, how from an `Engine`, when phases end from the
-`CurriculumScheduler`. Everything that depends on time is a function of the clock, so a resumed run repeats an uninterrupted one.
+Owns the order of things and the clock. What is trained comes from a `Unit`, how from an `Engine`, when phases
+end from the `CurriculumScheduler`. Everything that depends on time is a function of the clock, so a resumed
+run repeats an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class TrainingLoop:
     Attributes:
         save: Saves a checkpoint of the given clock, or begins to. Collective.
         saver: What `save` begins goes on in it.
-        retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by those of a new trained
-            set. Collective.
+        retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by
+            those of a new trained set. Collective.
         interrupts: What is asked of the run from outside.
         overflows: Judges updates with non-finite gradients.
         recompute_default: Whether phases that do not say recompute activations.
@@ -81,7 +82,8 @@ class TrainingLoop:
     _phase_left_at: float | None = None
 
     def run(self) -> RunStatus:
-        """Trains from the clock to the end of the curriculum, or until a request to stop, which it has then saved for.
+        """Trains from the clock to the end of the curriculum, or until a request to stop, which it has then
+        saved for.
 
         Returns:
             `COMPLETED` or `INTERRUPTED`, the same on all ranks.
@@ -122,7 +124,9 @@ class TrainingLoop:
             reset_device_peak()
             module, default = self.unit.module, self.recompute_default
             begin_phase(self.engine, module, phase, self.clock, recompute_default=default)
-            stream = self.unit.open_stream(phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size)
+            stream = self.unit.open_stream(
+                phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size
+            )
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
             with self.stopwatch.during(Activity.TRAIN):
@@ -132,7 +136,9 @@ class TrainingLoop:
         if decision.action is Action.STAY:
             return decision.action
         self.history.phase_ends[phase.name] = decision.reason.value
-        _LOG.info("phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value)
+        _LOG.info(
+            "phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value
+        )
         return decision.action
 
     def _updates(self, phase: PhasePlan, stream: Stream, began: float, decision: Decision) -> Decision:
@@ -149,7 +155,10 @@ class TrainingLoop:
             self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began
             if self.clock.updates % self.config.report.flush_updates == 0:
                 self.recorder.flush(dist.reduce_mean)
-            if self.clock.updates % self.config.checkpoint.every_updates == 0 and decision.action is Action.STAY:
+            if (
+                self.clock.updates % self.config.checkpoint.every_updates == 0
+                and decision.action is Action.STAY
+            ):
                 self._save()
             must_stop = decision.action is Action.STAY and self._must_stop()
         self._phase_left_at = time.perf_counter()
@@ -171,7 +180,9 @@ class TrainingLoop:
             with self.stopwatch.during(Activity.DATA_WAIT):
                 batch = next(batches)
             assert batch.position == position, f"loader at {batch.position}, clock at {position}"
-            torch.manual_seed(stream_seed(self.config.seed, "module", self.clock.micro_batches + index, self.engine.rank))
+            torch.manual_seed(
+                stream_seed(self.config.seed, "module", self.clock.micro_batches + index, self.engine.rank)
+            )
             terms = self.unit.loss(self.engine, batch, phase)
             self.engine.backward(terms.total)
             if index == bucket.accumulation - 1:
@@ -206,15 +217,25 @@ class TrainingLoop:
         if result.applied:
             before = self.clock.samples
             samples = bucket.global_batch_size
-            self.clock = self.clock.after_update(micro_batches=bucket.accumulation, samples=samples, epoch=epoch)
+            self.clock = self.clock.after_update(
+                micro_batches=bucket.accumulation, samples=samples, epoch=epoch
+            )
             if self.ema is not None:
                 self.ema.update(samples_before=before, samples_after=self.clock.samples)
         else:
             self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
-        self.overflows.observe(is_applied=result.applied, loss_scale=result.loss_scale, update=self.clock.updates)
+        self.overflows.observe(
+            is_applied=result.applied, loss_scale=result.loss_scale, update=self.clock.updates
+        )
 
     def _record(
-        self, means: dict[str, Tensor | float], result: UpdateResult, bucket: BucketPlan, *, rate: float, times: dict[str, float]
+        self,
+        means: dict[str, Tensor | float],
+        result: UpdateResult,
+        bucket: BucketPlan,
+        *,
+        rate: float,
+        times: dict[str, float],
     ) -> None:
         clock = self.clock
         values: dict[str, float | Tensor] = {
@@ -223,9 +244,13 @@ class TrainingLoop:
             "gradient/loss_scale": result.loss_scale,
             "learning_rate": rate,
             **times,
-            "throughput/clips_per_second": bucket.global_batch_size / times["time/update_seconds"] / self.engine.world_size,
+            "throughput/clips_per_second": bucket.global_batch_size
+            / times["time/update_seconds"]
+            / self.engine.world_size,
             "memory/rss_bytes": rss_bytes(),
-            **({"memory/device_peak_bytes": device_peak_bytes()} if self.engine.device.type == "cuda" else {}),
+            **(
+                {"memory/device_peak_bytes": device_peak_bytes()} if self.engine.device.type == "cuda" else {}
+            ),
             "clock/phase": clock.phase,
             "clock/epoch": clock.epoch,
             "clock/samples": clock.samples,

@@ -1,6 +1,8 @@
-"""When updates with non-finite gradients end a run, and when a loss scale has fallen so low that gradients are lost.
+"""When updates with non-finite gradients end a run, and when a loss scale has fallen so low that gradients
+are lost.
 
-Owns three rules over what happened since the process started; a skipped update changes neither weights nor optimizer.
+Owns three rules over what happened since the process started; a skipped update changes neither weights nor
+optimizer.
 """
 
 from __future__ import annotations
@@ -56,13 +58,17 @@ class OverflowWatch:
         _LOG.warning("update_skipped after=%d loss_scale=%g reason=non_finite_gradient", update, loss_scale)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"update {update}: gradients must be finite, got {self._skipped_in_a_row} updates that were not. "
-                "The parameters are as after the last applied update. Lower learning_rate or use bf16, then resume."
+                f"update {update}: gradients must be finite, got {self._skipped_in_a_row} updates that were "
+                "not. "
+                "The parameters are as after the last applied update. Lower learning_rate or use bf16, then "
+                "resume."
             )
         if sum(self._recent) >= STORM_SKIPPED:
             raise NonFiniteError(
-                f"update {update}: gradients must be finite, got {sum(self._recent)} of the last {len(self._recent)} updates "
-                "that were not. The parameters are as after the last applied update. Lower learning_rate or gradient_clip_norm, "
+                f"update {update}: gradients must be finite, got {sum(self._recent)} of the last "
+                f"{len(self._recent)} updates "
+                "that were not. The parameters are as after the last applied update. Lower learning_rate or "
+                "gradient_clip_norm, "
                 "or raise fp16.loss_scale_window, then resume."
             )
 
@@ -71,7 +77,8 @@ class OverflowWatch:
         self._at_lowest_in_a_row = self._at_lowest_in_a_row + 1 if is_lowest else 0
         if self._at_lowest_in_a_row == COLLAPSED_UPDATES:
             _LOG.warning(
-                "loss_scale_collapsed update=%d loss_scale=%g: small gradients round to zero. Lower learning_rate, or use bf16",
+                "loss_scale_collapsed update=%d loss_scale=%g: small gradients round to zero. Lower "
+                "learning_rate, or use bf16",
                 update,
                 loss_scale,
             )

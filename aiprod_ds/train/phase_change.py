@@ -1,7 +1,9 @@
-"""What happens to module and engine when a phase begins, in one fixed order. The engine is never rebuilt here.
+"""What happens to module and engine when a phase begins, in one fixed order. The engine is never rebuilt
+here.
 
-Owns what a phase sets once: activation checkpointing, weight decay and the optimizer's moments. What it sets at every update
-(learning rate, batch) and its data belong to the loop, its loss weights and augmentations to the unit.
+Owns what a phase sets once: activation checkpointing, weight decay and the optimizer's moments. What it sets
+at every update (learning rate, batch) and its data belong to the loop, its loss weights and augmentations to
+the unit.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
-# What rounding may do: the merge adds fp32 products, and in 16 bits the merged weights are rounded where W and B A were before.
+# What rounding may do: the merge adds fp32 products, and in 16 bits the merged weights are rounded where W
+# and B A were before.
 MAX_DIFFERENCE = {torch.float32: 1e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
 def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: str) -> None:
-    """Makes sure that every phase finds the blocks it wants recomputed; leaves the module with checkpointing off.
+    """Makes sure that every phase finds the blocks it wants recomputed; leaves the module with checkpointing
+    off.
 
     Args:
         module: Before an engine takes it.
@@ -51,17 +55,22 @@ def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: 
     set_recompute(module, enabled=False)
 
 
-def begin_phase(engine: Engine, module: nn.Module, phase: PhasePlan, clock: Clock, *, recompute_default: bool) -> None:
+def begin_phase(
+    engine: Engine, module: nn.Module, phase: PhasePlan, clock: Clock, *, recompute_default: bool
+) -> None:
     """Puts module and engine in the state that `phase` asks for. Collective.
 
-    Called when a phase begins and again when a run resumes inside it: everything but the moments is set again; the moments, which
-    the checkpoint already holds as scaled, are touched at the phase's first moment only.
+    Called when a phase begins and again when a run resumes inside it: everything but the moments is set
+    again; the moments, which the checkpoint already holds as scaled, are touched at the phase's first moment
+    only.
     """
     set_recompute(module, enabled=_is_recomputed(phase, default=recompute_default))
     engine.set_weight_decay(phase.weight_decay)
     if clock.phase_position == 0 and phase.moment_scale != 1.0:
         engine.scale_moments(phase.moment_scale)
-        _LOG.info("moments_scaled phase=%s policy=%s factor=%g", phase.name, phase.moments, phase.moment_scale)
+        _LOG.info(
+            "moments_scaled phase=%s policy=%s factor=%g", phase.name, phase.moments, phase.moment_scale
+        )
 
 
 def _is_recomputed(phase: PhasePlan, *, default: bool) -> bool:
@@ -73,13 +82,15 @@ class RetrainableUnit(Unit, Protocol):
     """A unit whose phases may train adapters."""
 
     def carried(self, engine: Engine) -> WeightHandoff:
-        """Returns what the weights are with the adapters merged, by the names of the plain module. Collective."""
+        """Returns what the weights are with the adapters merged, by the names of the plain module.
+        Collective."""
 
     def written(self, carried: WeightHandoff) -> Iterable[tuple[str, Tensor]]:
         """Yields what was carried by the names that the module has now, after `prepare`. Collective."""
 
     def probe(self, engine: Engine) -> Tensor:
-        """Returns the module's answer to one held-out clip, fp32 on the CPU, the same on all ranks. Collective."""
+        """Returns the module's answer to one held-out clip, fp32 on the CPU, the same on all ranks.
+        Collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +119,8 @@ class Retraining:
 def retrain(
     engine: Engine, unit: Unit, before: PhasePlan, after: PhasePlan, *, build: Callable[[], Engine]
 ) -> tuple[Engine, Retraining]:
-    """Returns the engine that trains what `after` trains, with the function that `engine` had, and what happened. Collective.
+    """Returns the engine that trains what `after` trains, with the function that `engine` had, and what
+    happened. Collective.
 
     Args:
         engine: Closed by this.
@@ -145,8 +157,10 @@ def retrain(
     if not difference <= allowed:
         new.close()
         raise EngineError(
-            f"phase {after.name}: the model must answer as before it was rebuilt, within {allowed:g}, got a relative difference "
-            f"of {difference:g}. Resume from the checkpoint of the phase before it, with training_mode as it was there."
+            f"phase {after.name}: the model must answer as before it was rebuilt, within {allowed:g}, got a "
+            "relative difference "
+            f"of {difference:g}. Resume from the checkpoint of the phase before it, with training_mode as "
+            "it was there."
         )
     return new, done
 

@@ -1,7 +1,8 @@
-"""What a run leaves for its reader: the summary in report.json and report.md, from the loop and what it remembers.
+"""What a run leaves for its reader: the summary in report.json and report.md, from the loop and what it
+remembers.
 
-Owns the way from `TrainingLoop` to `RunSummary`. A run that ends by an error is reported too, without any collective, because the
-other ranks may never answer.
+Owns the way from `TrainingLoop` to `RunSummary`. A run that ends by an error is reported too, without any
+collective, because the other ranks may never answer.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class RunFacts:
 
 
 def report_completed(facts: RunFacts, engine: Engine, loop: TrainingLoop) -> RunSummary:
-    """Exports the model, writes the report of a finished run and returns its summary. Collective; the main rank writes."""
+    """Exports the model, writes the report of a finished run and returns its summary. Collective; the main
+    rank writes."""
     digest = final_state_sha256(engine)
     engine.eval()
     with evaluated_weights(loop.ema):
@@ -64,7 +66,8 @@ def report_completed(facts: RunFacts, engine: Engine, loop: TrainingLoop) -> Run
 
 
 def report_interrupted(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
-    """Writes the report of a run that was asked to stop and has saved, on the main rank, and returns its summary."""
+    """Writes the report of a run that was asked to stop and has saved, on the main rank, and returns its
+    summary."""
     summary = _summarize(facts, loop, RunStatus.INTERRUPTED)
     if dist.is_main():
         write_report(facts.folder, summary)
@@ -82,7 +85,8 @@ def report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> N
 
 
 def final_state_sha256(engine: Engine) -> str:
-    """Returns one hash over all trained parameters and their optimizer state, the same on every rank. Collective."""
+    """Returns one hash over all trained parameters and their optimizer state, the same on every rank.
+    Collective."""
     parts = (
         [
             (f"{state.name}/value", state.value),
@@ -94,7 +98,12 @@ def final_state_sha256(engine: Engine) -> str:
 
 
 def _summarize(
-    facts: RunFacts, loop: TrainingLoop, status: RunStatus, *, digest: str | None = None, error: str | None = None
+    facts: RunFacts,
+    loop: TrainingLoop,
+    status: RunStatus,
+    *,
+    digest: str | None = None,
+    error: str | None = None,
 ) -> RunSummary:
     history, plan = loop.history, facts.plan
     return RunSummary(
@@ -155,17 +164,23 @@ def _phase_summary(phase: PhasePlan, history: History) -> PhaseSummary:
 
 def _pictures(facts: RunFacts) -> tuple[Picture, ...]:
     names = [("before", "before training")]
-    names += [(f"phase_{phase.index + 1}_{phase.name}", f"after phase {phase.name}") for phase in facts.plan.phases]
+    names += [
+        (f"phase_{phase.index + 1}_{phase.name}", f"after phase {phase.name}") for phase in facts.plan.phases
+    ]
     found = [Picture(path=f"samples/{name}.png", caption=caption) for name, caption in names]
     found += chain.from_iterable(_clips(facts.folder, *name) for name in (("original", "original"), *names))
     return tuple(picture for picture in found if (facts.folder / picture.path).is_file())
 
 
 def _clips(folder: Path, name: str, caption: str) -> list[Picture]:
-    """Returns the sounds and films that were written as `<name>_clip_<number>`, in the order of their numbers."""
+    """Returns the sounds and films that were written as `<name>_clip_<number>`, in the order of their
+    numbers."""
     found = (path for path in (folder / "samples").glob(f"{name}_clip_*") if path.suffix in _CLIP_SUFFIXES)
     files = sorted(found, key=lambda path: (len(path.stem), path.stem))
-    return [Picture(path=f"samples/{path.name}", caption=f"clip {path.stem.rpartition('_')[2]}, {caption}") for path in files]
+    return [
+        Picture(path=f"samples/{path.name}", caption=f"clip {path.stem.rpartition('_')[2]}, {caption}")
+        for path in files
+    ]
 
 
 def _plots(facts: RunFacts) -> tuple[Picture, ...]:

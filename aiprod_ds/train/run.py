@@ -1,7 +1,7 @@
 """One run from a prepared unit to its report: engine, resume, loop, export, files of the run folder.
 
-The same for every trainer. All checks that can fail stand before the first write; only the main rank writes, except that every
-rank writes its part of a checkpoint.
+The same for every trainer. All checks that can fail stand before the first write; only the main rank writes,
+except that every rank writes its part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def run_training(
     search_now: Search,
     console: Console | None = None,
 ) -> RunSummary:
-    """Trains `unit` through `plan` and writes the run folder, or saves and returns earlier if asked to (`requests.py`).
+    """Trains `unit` through `plan` and writes the run folder, or saves and returns earlier if asked to
+    (`requests.py`).
 
     Args:
         config: The whole configuration; `output_dir` is the run folder.
@@ -110,9 +111,10 @@ def run_training(
         console: Where progress is drawn (main rank); standard error by default.
 
     Raises:
-        ConfigError: If the checkpoint belongs to another configuration or precision, or to other global batches.
-        CheckpointError: If another run is in the folder, checkpoints exist and none is whole, the ranks share no folder, or a
-            checkpoint cannot be written.
+        ConfigError: If the checkpoint belongs to another configuration or precision, or to other global
+            batches.
+        CheckpointError: If another run is in the folder, checkpoints exist and none is whole, the ranks share
+            no folder, or a checkpoint cannot be written.
         NonFiniteError: If training diverged for good.
     """
     with FolderLock(Path(config.output_dir)) as lock:
@@ -145,7 +147,8 @@ def evaluate_checkpoint(
     _require_own(run, checkpoint)
     if checkpoint is None:
         raise CheckpointError(
-            f"{run.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another --output-dir."
+            f"{run.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another "
+            "--output-dir."
         )
     engine = _build(run, run.plan.phases[checkpoint.state.clock.phase])
     try:
@@ -158,7 +161,9 @@ def evaluate_checkpoint(
         engine.close()
 
 
-def _resolve(config: RunConfig, plan: RunPlan, checkpoint: Checkpoint | None, search_now: Search, source: str) -> ResolvedRun:
+def _resolve(
+    config: RunConfig, plan: RunPlan, checkpoint: Checkpoint | None, search_now: Search, source: str
+) -> ResolvedRun:
     saved = None if checkpoint is None else checkpoint.state.layout
     settings = read_settings(config, source=source)
     return resolve(config, plan, settings, saved=saved, search_now=search_now, source=source)
@@ -166,7 +171,9 @@ def _resolve(config: RunConfig, plan: RunPlan, checkpoint: Checkpoint | None, se
 
 def _new_run(config: RunConfig, unit: Unit, resolved: ResolvedRun, source: str, console: Console) -> _Run:
     layout = run_layout(config, resolved, world_size=dist.world_size())
-    parameters = sum(parameter.numel() for parameter in unit.module.parameters())  # before an engine shards them
+    parameters = sum(
+        parameter.numel() for parameter in unit.module.parameters()
+    )  # before an engine shards them
     facts = RunFacts(config=config, plan=resolved.plan, unit=unit, parameters=parameters, layout=layout)
     return _Run(facts=facts, source=source, settings=resolved.settings, console=console)
 
@@ -206,12 +213,23 @@ def _new_loop(run: _Run, engine: Engine, checkpoint: Checkpoint | None, watch: S
             history.resharded.append(f"{name}: {change}")
             _LOG.info("resharded checkpoint=%s %s", name, change)
     if base is None or run.config.checkpoint.self_contained:
-        origin, is_stored = start_in_words(run.config), checkpoint is not None  # what was restored may have been trained before
-        base = base_of_phase(engine, run.plan.phases[clock.phase], run.config, origin=origin, is_stored=is_stored)
+        origin, is_stored = (
+            start_in_words(run.config),
+            checkpoint is not None,
+        )  # what was restored may have been trained before
+        base = base_of_phase(
+            engine, run.plan.phases[clock.phase], run.config, origin=origin, is_stored=is_stored
+        )
     # A stop at the edge of a phase saves before the phase is evaluated.
-    evaluates_again = clock.phase_updates > 0 and run.plan.phases[clock.phase].name not in history.phase_metrics
+    evaluates_again = (
+        clock.phase_updates > 0 and run.plan.phases[clock.phase].name not in history.phase_metrics
+    )
     is_resumed = checkpoint is not None
-    sinks = _open_sinks(run, clock, is_resumed=is_resumed, evaluates_again=evaluates_again) if dist.is_main() else ()
+    sinks = (
+        _open_sinks(run, clock, is_resumed=is_resumed, evaluates_again=evaluates_again)
+        if dist.is_main()
+        else ()
+    )
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
     stopwatch, saver = Stopwatch(), run.saver(history)
 
@@ -271,7 +289,11 @@ def _run(run: _Run, loop: TrainingLoop) -> RunSummary:
 def _retrain(run: _Run, loop: TrainingLoop, before: PhasePlan, after: PhasePlan) -> None:
     loop.ema = loop.clip = None  # they follow parameters that are about to go
     loop.engine, done = retrain(
-        loop.engine, run.facts.unit, before, after, build=lambda: build_engine(run.config, run.settings, run.facts.unit, run.plan)
+        loop.engine,
+        run.facts.unit,
+        before,
+        after,
+        build=lambda: build_engine(run.config, run.settings, run.facts.unit, run.plan),
     )
     loop.ema, loop.clip = _new_ema(run.config, loop.engine), _new_clip(run.config)
     origin = f"{start_in_words(run.config)}, trained until phase {after.name}"
@@ -318,22 +340,35 @@ def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:
     if resume == "auto":
         return store.newest()
     if not Path(resume).is_dir():
-        raise ConfigError(f"--resume: must be auto, never or a checkpoint folder, got {resume!r}, which is no folder.")
+        raise ConfigError(
+            f"--resume: must be auto, never or a checkpoint folder, got {resume!r}, which is no folder."
+        )
     return store.read(Path(resume))
 
 
 def _prepare_folder(run: _Run, checkpoint: Checkpoint | None, lock: FolderLock, *, move_aside: bool) -> None:
     if move_aside and run.folder.exists() and any(run.folder.iterdir()):
-        old = next(path for n in range(1, 10_000) if not (path := run.folder.with_name(f"{run.folder.name}.{n}")).exists())
+        old = next(
+            path
+            for n in range(1, 10_000)
+            if not (path := run.folder.with_name(f"{run.folder.name}.{n}")).exists()
+        )
         run.folder.rename(old)
         _LOG.warning("previous_run_moved from=%s to=%s", run.folder, old)
     run.folder.mkdir(parents=True, exist_ok=True)
     lock.take()
-    for report in ("report.json", "report.md"):  # of an earlier start: its status would be taken for this one's
+    for report in (
+        "report.json",
+        "report.md",
+    ):  # of an earlier start: its status would be taken for this one's
         (run.folder / report).unlink(missing_ok=True)
     write_atomically(run.folder / "config.yaml", to_yaml(run.config))
     write_atomically(run.folder / "plan.json", json.dumps(describe(run.plan), indent=1) + "\n")
-    name = "environment.json" if checkpoint is None else f"environment_from_{checkpoint.state.clock.updates:06d}.json"
+    name = (
+        "environment.json"
+        if checkpoint is None
+        else f"environment_from_{checkpoint.state.clock.updates:06d}.json"
+    )
     write_atomically(run.folder / name, json.dumps(describe_environment(), indent=1) + "\n")
 
 
@@ -349,12 +384,21 @@ def _open_sinks(run: _Run, clock: Clock, *, is_resumed: bool, evaluates_again: b
         for phase in run.plan.phases
     ]
     sinks: list[Sink] = [
-        JsonlSink(run.folder / "metrics.jsonl", resume_from_update=from_update, evaluates_again=evaluates_again),
+        JsonlSink(
+            run.folder / "metrics.jsonl", resume_from_update=from_update, evaluates_again=evaluates_again
+        ),
         ConsoleSink(run.console, phases=spans, first_update=clock.updates),
     ]
     if run.config.report.tensorboard:
         from aiprod_ds.metrics.tensorboard import TensorBoardSink  # an extra; not everybody has it
 
-        sinks.append(MirrorSink(TensorBoardSink(run.folder / "tensorboard", resume_from_update=from_update), name="tensorboard"))
-    wandb = open_wandb(run.config.report.wandb, folder=run.folder, run_config=run.config.model_dump(mode="json"))
+        sinks.append(
+            MirrorSink(
+                TensorBoardSink(run.folder / "tensorboard", resume_from_update=from_update),
+                name="tensorboard",
+            )
+        )
+    wandb = open_wandb(
+        run.config.report.wandb, folder=run.folder, run_config=run.config.model_dump(mode="json")
+    )
     return (*sinks, wandb) if wandb is not None else tuple(sinks)

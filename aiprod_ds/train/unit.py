@@ -1,4 +1,5 @@
-"""What a trainer supplies to the loop: the module, its data and its loss. The loop, the engine and the checkpoints are shared."""
+"""What a trainer supplies to the loop: the module, its data and its loss. The loop, the engine and the
+checkpoints are shared."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Examples(Protocol):
     """A few held-out clips, as they are and through the model."""
 
     def save(self, folder: Path, name: str, *, title: str) -> None:
-        """Writes `<name>.png` with `title` on top, and whatever else shows this kind of clip, into `folder`."""
+        """Writes `<name>.png` with `title` on top, and whatever else shows this kind of clip, into
+        `folder`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,8 @@ class Unit(Protocol):
         """Measures held-out clips. Collective; draws nothing from the training's random streams."""
 
     def export(self, engine: Engine, folder: Path) -> None:
-        """Writes the trained model for others, and what they need to know of its latents. Collective; the main rank writes."""
+        """Writes the trained model for others, and what they need to know of its latents. Collective; the
+        main rank writes."""
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""

@@ -1,7 +1,8 @@
-"""What an audio model is trained and measured on: the waveform, or the log-mel spectrogram of models that know no waveform.
+"""What an audio model is trained and measured on: the waveform, or the log-mel spectrogram of models that
+know no waveform.
 
-Owns the choice between the two and their losses, measures and examples; `audio_vae.py` is the same for both. Shapes: B batch,
-C channels, N samples, T frames, M mel bands.
+Owns the choice between the two and their losses, measures and examples; `audio_vae.py` is the same for both.
+Shapes: B batch, C channels, N samples, T frames, M mel bands.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Objective(Protocol):
     def target(self, wave_BCN: Tensor) -> Tensor:
         """Returns what the module's output is compared with, fp32."""
 
-    def loss(self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
+    def loss(
+        self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor
+    ) -> LossTerms:
         """Returns the terms of one micro-batch with the weights of `phase`."""
 
     def new_quality(self) -> AudioQuality | MelQuality:
@@ -52,11 +55,14 @@ class Objective(Protocol):
         """Returns what is shown of clips [1, ...]."""
 
 
-def choose_objective(module: AudioVAE | MelVAE, config: AudioVAELossConfig, plan: RunPlan, *, sample_rate_hz: int) -> Objective:
+def choose_objective(
+    module: AudioVAE | MelVAE, config: AudioVAELossConfig, plan: RunPlan, *, sample_rate_hz: int
+) -> Objective:
     """Returns the objective of the module's kind."""
     if isinstance(module, MelVAE):
         return _MelObjective(module=module, sample_rate_hz=sample_rate_hz)
-    # Without a weight in any phase the mel term is not measured: its transforms cost as much as those of the spectral term.
+    # Without a weight in any phase the mel term is not measured: its transforms cost as much as those of the
+    # spectral term.
     has_mel = any(phase.loss_weights["mel_weight"] > 0 for phase in plan.phases)
     rate_hz = sample_rate_hz if has_mel else None
     losses = {
@@ -73,16 +79,26 @@ def objective_problems(config: AudioVAELossConfig, plan: RunPlan, *, is_mel: boo
         where = f"curriculum.phases[{phase.index}].loss"
         weights = phase.loss_weights
         if not any(weights[name] > 0 for name in trained):
-            yield f"{where}: one of {', '.join(trained)} must exceed 0 in this phase, got 0 for all. Raise one of them."
+            yield (
+                f"{where}: one of {', '.join(trained)} must exceed 0 in this phase, got 0 for all. Raise "
+                "one of them."
+            )
         for name in ("waveform_weight", "spectral_weight") if is_mel else ():
             if weights[name] > 0:
-                yield f"{where}: {name} has no effect on a model of mel spectrograms, got {weights[name]}. Set loss.{name} to 0."
+                yield (
+                    f"{where}: {name} has no effect on a model of mel spectrograms, got {weights[name]}. "
+                    f"Set loss.{name} to 0."
+                )
     if is_mel and (config.mel, config.spectral) != (MelConfig(), SpectralConfig()):
-        yield "loss.mel: neither this nor loss.spectral has an effect on a model of mel spectrograms, got values. Remove them."
+        yield (
+            "loss.mel: neither this nor loss.spectral has an effect on a model of mel spectrograms, got "
+            "values. Remove them."
+        )
     last = plan.phases[-1].buckets[0]
     if not is_mel and last.frames < _SHORTEST_MEASURED:
         yield (
-            f"curriculum.phases[{len(plan.phases) - 1}].duration: must give at least {_SHORTEST_MEASURED} samples in the last "
+            f"curriculum.phases[{len(plan.phases) - 1}].duration: must give at least {_SHORTEST_MEASURED} "
+            "samples in the last "
             f"phase, in whose shape held-out clips are measured, got {last.frames}. Lengthen its clips."
         )
 
@@ -98,7 +114,9 @@ class _WaveObjective:
     def target(self, wave_BCN: Tensor) -> Tensor:
         return wave_BCN
 
-    def loss(self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
+    def loss(
+        self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor
+    ) -> LossTerms:
         terms: LossTerms = self.losses[phase.index](output, target, mean, logvar)
         return terms
 
@@ -110,7 +128,9 @@ class _WaveObjective:
         return f"{ratio}mel distance {metrics['mel_distance']:.2f}"
 
     def examples(self, originals: Sequence[Tensor], outputs: Sequence[Tensor]) -> Examples:
-        return _WaveExamples(original=torch.cat(list(originals)), output=torch.cat(list(outputs)), rate_hz=self.sample_rate_hz)
+        return _WaveExamples(
+            original=torch.cat(list(originals)), output=torch.cat(list(outputs)), rate_hz=self.sample_rate_hz
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +145,9 @@ class _MelObjective:
     def target(self, wave_BCN: Tensor) -> Tensor:
         return self.module.mel(wave_BCN)
 
-    def loss(self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
+    def loss(
+        self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor
+    ) -> LossTerms:
         weights = phase.loss_weights
         loss = MelVAELoss(mel_weight=weights["mel_weight"], kl_weight=weights["kl_weight"])
         terms: LossTerms = loss(output, target, mean, logvar)
@@ -150,7 +172,9 @@ class _WaveExamples:
     rate_hz: int
 
     def save(self, folder: Path, name: str, *, title: str) -> None:
-        save_spectrograms(self.original, self.output, folder / f"{name}.png", sample_rate_hz=self.rate_hz, title=title)
+        save_spectrograms(
+            self.original, self.output, folder / f"{name}.png", sample_rate_hz=self.rate_hz, title=title
+        )
         for prefix, waves_NCL in (("original", self.original), (name, self.output)):
             for number, wave_CL in enumerate(waves_NCL, start=1):
                 path = folder / f"{prefix}_clip_{number}.wav"

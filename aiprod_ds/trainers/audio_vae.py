@@ -1,4 +1,5 @@
-"""The audio VAE trainer: what is trained, on what, and its held-out measures. The loop is `aiprod_ds.train.loop`.
+"""The audio VAE trainer: what is trained, on what, and its held-out measures. The loop is
+`aiprod_ds.train.loop`.
 
 Shape suffixes: B batch, C channels, N samples.
 """
@@ -39,8 +40,9 @@ from aiprod_ds.trainers.vae_export import export_vae
 class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
     """Trains an audio VAE through a curriculum.
 
-    A model that is passed in must offer what `AudioVAE` says, or `MelVAE` for models of mel spectrograms; items of a dataset are
-    [N] or [C, N] in [-1, 1] or dicts with 'audio' and optionally 'sample_rate_hz'. The arguments are those of `Trainer`.
+    A model that is passed in must offer what `AudioVAE` says, or `MelVAE` for models of mel spectrograms;
+    items of a dataset are [N] or [C, N] in [-1, 1] or dicts with 'audio' and optionally 'sample_rate_hz'. The
+    arguments are those of `Trainer`.
     """
 
     @cached_property
@@ -52,10 +54,14 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
         """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights.
 
         Raises:
-            PlanError: With every problem found, also if the model takes another rate or number of channels than the data has.
+            PlanError: With every problem found, also if the model takes another rate or number of channels
+                than the data has.
         """
         plan = super().plan(world_size=world_size)
-        problems = [*self._form_problems(), *objective_problems(self.config.loss, plan, is_mel=is_mel_model(self.shapes))]
+        problems = [
+            *self._form_problems(),
+            *objective_problems(self.config.loss, plan, is_mel=is_mel_model(self.shapes)),
+        ]
         if problems:
             raise PlanError([f"{self.source}: {problem}" for problem in problems])
         return plan
@@ -64,9 +70,15 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
         takes, data = audio_facts(self.shapes, hop=self.config.model.temporal_stride), self.config.data
         rate_hz, channels = takes.sample_rate_hz, takes.channels
         if rate_hz not in {None, data.sample_rate_hz}:
-            yield f"data.sample_rate_hz: must be the model's, {rate_hz}, got {data.sample_rate_hz}. Set it; files are resampled."
+            yield (
+                f"data.sample_rate_hz: must be the model's, {rate_hz}, got {data.sample_rate_hz}. Set it; "
+                "files are resampled."
+            )
         if channels not in {None, data.channels}:
-            yield f"data.channels: must be the model's, {channels}, got {data.channels}. Set it; files are converted."
+            yield (
+                f"data.channels: must be the model's, {channels}, got {data.channels}. Set it; files are "
+                "converted."
+            )
 
     def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
         """Returns `audio` [C,N]."""
@@ -78,10 +90,14 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
     def _open_files(self) -> ClipData:
         return open_audio_files(self.config.data, seed=self.config.seed)
 
-    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> AudioVAEUnit:
+    def _unit(
+        self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]
+    ) -> AudioVAEUnit:
         snapped = snap_notes(plan, self.strides)
         module = wrap_audio_vae(model)
-        return AudioVAEUnit(config=self.config, plan=plan, data=data, too_short=too_short, snapped=snapped, module=module)
+        return AudioVAEUnit(
+            config=self.config, plan=plan, data=data, too_short=too_short, snapped=snapped, module=module
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,13 +114,17 @@ class AudioVAEUnit(ClipUnit):
         self._objective = choose_objective(self.module, self.config.loss, self.plan, sample_rate_hz=rate_hz)
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
-        """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
+        """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not
+        on its rank."""
         wave_BCN = batch.tensors["audio"].to(engine.device, non_blocking=True)
         seeds = [
-            stream_seed(self.config.seed, "posterior", phase.index, batch.position, sample.ordinal) for sample in batch.samples
+            stream_seed(self.config.seed, "posterior", phase.index, batch.position, sample.ordinal)
+            for sample in batch.samples
         ]
         output, mean, logvar = engine(wave_BCN.to(self._objective.input_dtype(engine.compute_dtype)), seeds)
-        return self._objective.loss(phase, output, self._objective.target(wave_BCN), mean, require_posterior(logvar, phase))
+        return self._objective.loss(
+            phase, output, self._objective.target(wave_BCN), mean, require_posterior(logvar, phase)
+        )
 
     def evaluate(self, engine: Engine) -> Evaluation:
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
@@ -121,7 +141,8 @@ class AudioVAEUnit(ClipUnit):
         return Evaluation(metrics=metrics, headline=self._objective.headline(metrics), examples=examples)
 
     def export(self, engine: Engine, folder: Path) -> None:
-        """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out clips."""
+        """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
+        clips."""
         export_vae(engine, self.module.vae, self._held_out(engine), folder)
 
     def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:

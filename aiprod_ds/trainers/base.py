@@ -1,7 +1,7 @@
 """What every trainer is: a configuration, a model, data and a unit, brought together for the loop.
 
-Owns the order of preparation; `run.py` owns what happens after it. `video_vae.py` and `audio_vae.py` say how the model's strides
-are found, where clips come from and what the unit is.
+Owns the order of preparation; `run.py` owns what happens after it. `video_vae.py` and `audio_vae.py` say how
+the model's strides are found, where clips come from and what the unit is.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Trainer(ABC, Generic[ConfigT]):
     ) -> None:
         if (dataset is None) != (validation is None):
             name = type(self).__name__
-            raise ConfigError(f"{name}: dataset and validation go together, got one of them. Pass both or neither.")
+            raise ConfigError(
+                f"{name}: dataset and validation go together, got one of them. Pass both or neither."
+            )
         self.config = config
         self.source = source
         self._model = model
@@ -83,13 +85,18 @@ class Trainer(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
-        """Returns what a clip of that shape consists of, on the meta device: for estimates of memory and time."""
+        """Returns what a clip of that shape consists of, on the meta device: for estimates of memory and
+        time."""
 
     def blank_unit(self, plan: RunPlan) -> Unit:
         """Returns the unit without weights and data, on the meta device: for estimates of memory and time."""
         clips = [self.blank_clip(plan.phases[-1].buckets[0])]
         blank = type(self)(
-            blank_config(self.config), model=on_meta(self.shapes), dataset=clips, validation=clips, source=self.source
+            blank_config(self.config),
+            model=on_meta(self.shapes),
+            dataset=clips,
+            validation=clips,
+            source=self.source,
         )
         assert blank._model is not None, "it was passed in"
         return blank._unit(blank._model, plan, blank.open_data(), ())
@@ -119,26 +126,32 @@ class Trainer(ABC, Generic[ConfigT]):
         """Runs the whole training, or what is left of it.
 
         Args:
-            resume: `auto` goes on from the newest checkpoint in `output_dir`; `never` starts anew and moves an old run aside; a
-                path names a checkpoint folder.
-            console: Where progress is drawn; standard error by default. Log through the same one, or lines tear the display.
+            resume: `auto` goes on from the newest checkpoint in `output_dir`; `never` starts anew and moves
+                an old run aside; a path names a checkpoint folder.
+            console: Where progress is drawn; standard error by default. Log through the same one, or lines
+                tear the display.
 
         Returns:
             What the report says; files are in `config.output_dir`.
         """
         plan, unit = self._prepare()
         search = partial(search_here, self)
-        return run_training(self.config, unit, plan, resume=resume, source=self.source, search_now=search, console=console)
+        return run_training(
+            self.config, unit, plan, resume=resume, source=self.source, search_now=search, console=console
+        )
 
     def evaluate(self, *, resume: str = "auto") -> dict[str, float]:
-        """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that `resume` names.
+        """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that
+        `resume` names.
 
         Raises:
             CheckpointError: If there is none.
         """
         plan, unit = self._prepare()
         search = partial(search_here, self)
-        return evaluate_checkpoint(self.config, unit, plan, resume=resume, source=self.source, search_now=search)
+        return evaluate_checkpoint(
+            self.config, unit, plan, resume=resume, source=self.source, search_now=search
+        )
 
     @cached_property
     def shapes(self) -> nn.Module:
@@ -160,7 +173,9 @@ class Trainer(ABC, Generic[ConfigT]):
         data = self.open_data()
         too_short = data.check(plan, self.source)
         plan = data.with_lengths(plan, self.source)
-        model = self._model if self._model is not None else build_model(self.config.model, seed=self.config.seed)
+        model = (
+            self._model if self._model is not None else build_model(self.config.model, seed=self.config.seed)
+        )
         return plan, self._unit(model, plan, data, too_short)
 
 
@@ -168,6 +183,8 @@ def blank_config(config: ConfigT) -> ConfigT:
     """Returns `config` without what needs weights or files and changes no shape: previews and LoRA files."""
     evaluation = config.evaluation.model_copy(update={"num_pictures": 0})
     model = config.model.model_copy(
-        update={key: None for key in ("lora_checkpoint", "lora_init") if key in type(config.model).model_fields}
+        update={
+            key: None for key in ("lora_checkpoint", "lora_init") if key in type(config.model).model_fields
+        }
     )
     return config.model_copy(update={"evaluation": evaluation, "model": model})

@@ -1,7 +1,8 @@
-"""The clips of a run, of any kind: training and held-out sets, the stream of one phase, and what could not be used.
+"""The clips of a run, of any kind: training and held-out sets, the stream of one phase, and what could not be
+used.
 
-Owns how manifests and a user's own datasets become requests; what a clip holds and how it is decoded is the dataset's
-(`aiprod_ds.data`). `video_data` and `audio_data` open the two kinds.
+Owns how manifests and a user's own datasets become requests; what a clip holds and how it is decoded is the
+dataset's (`aiprod_ds.data`). `video_data` and `audio_data` open the two kinds.
 """
 
 from __future__ import annotations
@@ -66,23 +67,32 @@ class ClipData:
     unreadable: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, train: ClipDataset, validation: ClipDataset, *, unreadable: tuple[tuple[str, str], ...] = ()) -> Self:
+    def of(
+        cls, train: ClipDataset, validation: ClipDataset, *, unreadable: tuple[tuple[str, str], ...] = ()
+    ) -> Self:
         """Returns both sets with their lengths read."""
         clips, held_out = tuple(train.lengths()), tuple(validation.lengths())
-        return cls(train=train, validation=validation, train_clips=clips, validation_clips=held_out, unreadable=unreadable)
+        return cls(
+            train=train,
+            validation=validation,
+            train_clips=clips,
+            validation_clips=held_out,
+            unreadable=unreadable,
+        )
 
     def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
         """Returns the training clips that some phase cannot use.
 
         Raises:
-            PlanError: If a bucket has no clip, because all are too short or fit another one better, or held-out clips are too
-                short for the last phase.
+            PlanError: If a bucket has no clip, because all are too short or fit another one better, or
+                held-out clips are too short for the last phase.
         """
         too_short = check_data(plan, self.train_clips, self._members(plan), source)
         bucket = plan.phases[-1].buckets[0]
         if not self.held_out(bucket):
             raise PlanError(
-                f"{source}: data.validation: must hold a clip of at least {bucket.length_text} (the last phase's), got none. "
+                f"{source}: data.validation: must hold a clip of at least {bucket.length_text} (the last "
+                "phase's), got none. "
                 "Add longer clips or shorten the last phase's."
             )
         return too_short
@@ -94,7 +104,9 @@ class ClipData:
             PlanError: If the epochs of a phase are over before its warm-up is.
         """
         epoch_updates = {
-            phase.index: self._sampler(phase, seed=0).updates_in(phase.end.epochs)  # no length depends on the seed
+            phase.index: self._sampler(phase, seed=0).updates_in(
+                phase.end.epochs
+            )  # no length depends on the seed
             for phase in plan.phases
             if phase.end.epochs is not None
         }
@@ -105,10 +117,13 @@ class ClipData:
         return [[len(indices) for indices in members] for members in self._members(plan)]
 
     def replacements(self, plan: RunPlan) -> tuple[str, ...]:
-        """Returns in words what is done with clips that are smaller, slower, shorter or fewer than a bucket asks for."""
+        """Returns in words what is done with clips that are smaller, slower, shorter or fewer than a bucket
+        asks for."""
         return data_notes(plan, self.train_clips, self._members(plan))
 
-    def stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int) -> ClipStream:
+    def stream(
+        self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int
+    ) -> ClipStream:
         """Returns the micro-batches of `phase` from the clock's position on, for one rank."""
         sampler = self._sampler(phase, seed)
         loader = ClipLoader(
@@ -145,10 +160,15 @@ class ClipData:
     def summary(self, too_short: Sequence[TooShort]) -> DataSummary:
         """Returns what the report says about the data."""
         short = tuple(
-            (name, f"under {entry.length}, unused in phase {entry.phase}") for entry in too_short for name in entry.names
+            (name, f"under {entry.length}, unused in phase {entry.phase}")
+            for entry in too_short
+            for name in entry.names
         )
         return DataSummary(
-            clips=len(self.train_clips), held_out_clips=len(self.validation_clips), unreadable=self.unreadable, too_short=short
+            clips=len(self.train_clips),
+            held_out_clips=len(self.validation_clips),
+            unreadable=self.unreadable,
+            too_short=short,
         )
 
     def _members(self, plan: RunPlan) -> list[tuple[tuple[int, ...], ...]]:
@@ -157,12 +177,16 @@ class ClipData:
     def _sampler(self, phase: PhasePlan, seed: int) -> PhaseSampler:
         buckets = [
             BucketSamples(indices=indices, global_batch_size=bucket.global_batch_size, share=bucket.share)
-            for bucket, indices in zip(phase.buckets, bucket_clips(self.train_clips, phase.buckets), strict=True)
+            for bucket, indices in zip(
+                phase.buckets, bucket_clips(self.train_clips, phase.buckets), strict=True
+            )
         ]
         return PhaseSampler(seed=seed, phase=phase.index, buckets=buckets)
 
 
-def split_manifests(config: ClipDataConfig, scan: Callable[[Path], Manifest], *, seed: int) -> tuple[Manifest, Manifest]:
+def split_manifests(
+    config: ClipDataConfig, scan: Callable[[Path], Manifest], *, seed: int
+) -> tuple[Manifest, Manifest]:
     """Returns what to train on and what is held out, from the folders or tables that `config` names.
 
     Args:
@@ -195,5 +219,6 @@ def require_clips(dataset: Any, validation: Any) -> None:
     """
     if len(dataset) == 0 or len(validation) == 0:
         raise DataError(
-            f"dataset: must hold at least one clip each, got {len(dataset)} for training, {len(validation)} held out."
+            f"dataset: must hold at least one clip each, got {len(dataset)} for training, {len(validation)} "
+            "held out."
         )

@@ -1,4 +1,5 @@
-"""What every trainer's unit does alike: its parameters, its stream of clips, and what the report says of its data.
+"""What every trainer's unit does alike: its parameters, its stream of clips, and what the report says of its
+data.
 
 Owns nothing that depends on what a clip holds: loss, held-out measures and export are the trainers'.
 """
@@ -23,7 +24,8 @@ from aiprod_ds.trainers.clip_data import ClipData, ClipStream
 
 @dataclass(slots=True, kw_only=True)
 class ClipUnit:
-    """The shared part of a `Unit`; a trainer's own derives from it and narrows `config` and `module` to what it takes.
+    """The shared part of a `Unit`; a trainer's own derives from it and narrows `config` and `module` to what
+    it takes.
 
     Attributes:
         config: Of the run.
@@ -51,7 +53,9 @@ class ClipUnit:
     def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> ClipStream:
         """Returns the data of `phase` from where `clock` stands."""
         workers = self.config.data.num_workers
-        return self.data.stream(phase, clock, rank=rank, world_size=world_size, seed=self.config.seed, num_workers=workers)
+        return self.data.stream(
+            phase, clock, rank=rank, world_size=world_size, seed=self.config.seed, num_workers=workers
+        )
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""
@@ -70,7 +74,8 @@ def require_posterior(logvar: Tensor | None, phase: PhasePlan) -> Tensor:
     """
     if logvar is None:
         raise ConfigError(
-            f"loss.kl_weight: needs a model with a posterior, got a deterministic autoencoder in phase {phase.name}. "
+            "loss.kl_weight: needs a model with a posterior, got a deterministic autoencoder in phase "
+            f"{phase.name}. "
             "Use a model whose encode returns a distribution."
         )
     return logvar

@@ -1,4 +1,5 @@
-"""The trainer of latent diffusion transformers, of video or of video and sound: what belongs together, and what does not fit.
+"""The trainer of latent diffusion transformers, of video or of video and sound: what belongs together, and
+what does not fit.
 
 What the loop trains is `diffusion_unit`.
 """
@@ -42,14 +43,16 @@ _ASSUMED_FPS = 24.0  # of clips whose rate nobody says, to estimate how much sou
 class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
     """Trains a latent diffusion transformer through a curriculum, all of it or adapters.
 
-    A model that is passed in must be of a known family (`aiprod_ds.models.families`); items of a dataset are what
-    `TensorLatentDataset` says. The arguments are those of `Trainer`.
+    A model that is passed in must be of a known family (`aiprod_ds.models.families`); items of a dataset are
+    what `TensorLatentDataset` says. The arguments are those of `Trainer`.
     """
 
     @cached_property
     def strides(self) -> ModelStrides:
         """How the video VAE divides height, width and frames; found on the meta device."""
-        return video_strides(build_model(self.config.vae, seed=self.config.seed, device="meta"), self.config.vae)
+        return video_strides(
+            build_model(self.config.vae, seed=self.config.seed, device="meta"), self.config.vae
+        )
 
     @cached_property
     def family(self) -> Family:
@@ -84,15 +87,27 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
     def _problems(self, plan: RunPlan) -> Iterator[str]:
         name, modalities = self.family.name, self.family.modalities
         if "audio" in modalities and self.config.audio_vae is None:
-            yield f"audio_vae: must be given for the family {name!r}, which makes sound, got nothing. Name the latents' VAE."
+            yield (
+                f"audio_vae: must be given for the family {name!r}, which makes sound, got nothing. Name "
+                "the latents' VAE."
+            )
         if "audio" not in modalities and self.config.audio_vae is not None:
-            yield f"audio_vae: has no effect for the family {name!r}, which makes no sound, got a value. Remove it."
+            yield (
+                f"audio_vae: has no effect for the family {name!r}, which makes no sound, got a value. "
+                "Remove it."
+            )
         if "audio" not in modalities and self.config.loss.shared_noise_level:
-            yield f"loss.shared_noise_level: has no effect for the family {name!r}, which makes no sound, got true. Remove it."
+            yield (
+                f"loss.shared_noise_level: has no effect for the family {name!r}, which makes no sound, got "
+                "true. Remove it."
+            )
         if self._model is not None:
             for key in ("lora_checkpoint", "lora_init"):
                 if getattr(self.config.model, key) is not None:
-                    yield f"model.{key}: has no effect for a model that is passed in, got a value. Merge it before."
+                    yield (
+                        f"model.{key}: has no effect for a model that is passed in, got a value. Merge it "
+                        "before."
+                    )
         yield from self._rate_problems()
         for phase in plan.phases:
             if not any(phase.loss_weights[f"{modality}_weight"] > 0 for modality in modalities):
@@ -100,7 +115,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
                 yield f"curriculum.phases[{phase.index}].loss: {weights} must exceed 0, got 0. Raise one."
 
     def _rate_problems(self) -> Iterator[str]:
-        """Positions of sound are in seconds, so transformer and audio VAE must agree on how long a latent lasts."""
+        """Positions of sound are in seconds, so transformer and audio VAE must agree on how long a latent
+        lasts."""
         expected = getattr(self.family, "audio_latents_per_second", None)
         if self.config.audio_vae is None or expected is None:
             return
@@ -109,8 +125,10 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         found = form.sample_rate_hz / form.hop
         if abs(found - expected) > 1e-6 * expected:
             yield (
-                f"model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be the latents per second of "
-                f"audio_vae, {found:g}, got {expected:g}. Correct them, or name the VAE that belongs to the model."
+                "model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be the "
+                "latents per second of "
+                f"audio_vae, {found:g}, got {expected:g}. Correct them, or name the VAE that belongs to the "
+                "model."
             )
 
     def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
@@ -118,23 +136,36 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         family, strides = self.family, self.strides
         picture = (bucket.height // strides.spatial, bucket.width // strides.spatial)
         shapes: dict[str, tuple[int, ...]] = {
-            "latents": (family.token_width // math.prod(family.patch), strides.latents(bucket.frames), *picture),
+            "latents": (
+                family.token_width // math.prod(family.patch),
+                strides.latents(bucket.frames),
+                *picture,
+            ),
             "prompt_embeds": (family.text_tokens, family.text_width),
         }
         if isinstance(family, LTX2):
             seconds = bucket.frames / (bucket.frame_rate_hz or _ASSUMED_FPS)
-            shapes["audio_latents"] = (family.audio_token_width, max(1, round(seconds * family.audio_latents_per_second)))
+            shapes["audio_latents"] = (
+                family.audio_token_width,
+                max(1, round(seconds * family.audio_latents_per_second)),
+            )
             shapes["audio_prompt_embeds"] = (family.text_tokens, family.audio_text_width)
-        clip = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+        clip = {
+            name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()
+        }
         return clip | {"fps": torch.tensor(_ASSUMED_FPS)}
 
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
         return open_latent_datasets(dataset, validation, strides=self.strides)
 
     def _open_files(self) -> ClipData:
-        return open_latent_files(self.config, strides=self.strides, with_audio="audio" in self.family.modalities)
+        return open_latent_files(
+            self.config, strides=self.strides, with_audio="audio" in self.family.modalities
+        )
 
-    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> DiffusionUnit:
+    def _unit(
+        self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]
+    ) -> DiffusionUnit:
         started_with = self._read_lora(self.config.model.lora_init, model)
         merged = self._read_lora(self.config.model.lora_checkpoint, model)
         if merged is not None:

@@ -1,4 +1,5 @@
-"""The trained transformer for others: a folder that `from_pretrained` loads, or its adapters as PEFT and as ComfyUI read them."""
+"""The trained transformer for others: a folder that `from_pretrained` loads, or its adapters as PEFT and as
+ComfyUI read them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
 
-SHARD_BYTES = 10 * 10**9  # as diffusers cuts its own files: a reader holds one of them in memory beside the model
+SHARD_BYTES = (
+    10 * 10**9
+)  # as diffusers cuts its own files: a reader holds one of them in memory beside the model
 _FILE_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
 
@@ -28,9 +31,10 @@ def export_transformer(
 ) -> None:
     """Writes what was trained, in fp32 whatever it was computed in. Collective; the main rank writes.
 
-    The whole model: `config.json` and safetensors as diffusers lays them out; above `shard_bytes` several of them and the index
-    `diffusion_pytorch_model.safetensors.index.json`. Adapters: `peft/` for PEFT and diffusers, `comfyui.safetensors` for ComfyUI
-    and for `load_lora_weights` of diffusers' pipelines; their base model, with `with_base`, as a whole model in `base/`.
+    The whole model: `config.json` and safetensors as diffusers lays them out; above `shard_bytes` several of
+    them and the index `diffusion_pytorch_model.safetensors.index.json`. Adapters: `peft/` for PEFT and
+    diffusers, `comfyui.safetensors` for ComfyUI and for `load_lora_weights` of diffusers' pipelines; their
+    base model, with `with_base`, as a whole model in `base/`.
 
     Args:
         engine: Holds `module`.
@@ -49,9 +53,17 @@ def export_transformer(
         _save_model(module, tensors, folder, shard_bytes)
         return
     if with_base:
-        base = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if ".lora_" not in name}
+        base = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in tensors.items()
+            if ".lora_" not in name
+        }
         _save_model(module, base, folder / "base", shard_bytes)
-    from aiprod_ds.models.lora import adapter_tensors, save_comfyui, save_peft  # imports peft, which takes seconds
+    from aiprod_ds.models.lora import (
+        adapter_tensors,
+        save_comfyui,
+        save_peft,
+    )  # imports peft, which takes seconds
 
     adapters = adapter_tensors(tensors)
     save_peft(adapters, lora, folder / "peft")

@@ -1,6 +1,8 @@
-"""What the loop trains in a diffusion run: the transformer with or without adapters, its loss, its held-out measures and exports.
+"""What the loop trains in a diffusion run: the transformer with or without adapters, its loss, its held-out
+measures and exports.
 
-`diffusion.py` brings configuration, model and data together for it; the objective on one batch is `diffusion_objective`.
+`diffusion.py` brings configuration, model and data together for it; the objective on one batch is
+`diffusion_objective`.
 """
 
 from __future__ import annotations
@@ -59,7 +61,11 @@ class DiffusionUnit(ClipUnit):
         if config.evaluation.num_pictures:
             empty_prompt = read_empty_prompt(self.data)
             self._previews = Previews(
-                config.preview, family=family, decoder=self._decoder, empty_prompt=empty_prompt, seed=config.seed
+                config.preview,
+                family=family,
+                decoder=self._decoder,
+                empty_prompt=empty_prompt,
+                seed=config.seed,
             )
 
     def prepare(self, phase: PhasePlan) -> None:
@@ -69,12 +75,15 @@ class DiffusionUnit(ClipUnit):
             start_adapters(self.module.transformer, self.started_with)
 
     def carried(self, engine: Engine) -> WeightHandoff:
-        """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer. Collective."""
+        """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer.
+        Collective."""
         from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
 
         values = WeightHandoff()
         for names in adapter_names(self.module.transformer):
-            base, down, up = (engine.read_value(f"{TRANSFORMER}{name}") for name in (names.base, names.down, names.up))
+            base, down, up = (
+                engine.read_value(f"{TRANSFORMER}{name}") for name in (names.base, names.down, names.up)
+            )
             values.add(names.plain, base + names.scale * (up @ down))
         return values
 
@@ -87,23 +96,28 @@ class DiffusionUnit(ClipUnit):
             yield f"{TRANSFORMER}{wrapped.get(name, name)}", value
 
     def probe(self, engine: Engine) -> Tensor:
-        """Returns the velocities that the transformer predicts for the first held-out clip, half noised, in one vector."""
+        """Returns the velocities that the transformer predicts for the first held-out clip, half noised, in
+        one vector."""
         engine.eval()
         bucket = self.plan.phases[-1].buckets[0]
         item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
         tensors = _on_device({name: tensor[None] for name, tensor in item.items()}, engine.device)
         answer = self._objective.answer(engine, tensors, place=0, noise_level=_PROBE_LEVEL)
         engine.train()
-        return torch.cat([answer[modality].float().flatten().cpu() for modality in self.module.family.modalities])
+        return torch.cat(
+            [answer[modality].float().flatten().cpu() for modality in self.module.family.modalities]
+        )
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
-        """Noises one micro-batch and compares velocities; every draw depends on a clip's place in the global order."""
+        """Noises one micro-batch and compares velocities; every draw depends on a clip's place in the global
+        order."""
         places = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
         tensors = _on_device(batch.tensors, engine.device)
         return self._objective.loss(engine, tensors, places=places, weights=phase.loss_weights)
 
     def evaluate(self, engine: Engine) -> Evaluation:
-        """Measures held-out clips in the last phase's shape at the configured noise levels, spread over ranks; makes previews."""
+        """Measures held-out clips in the last phase's shape at the configured noise levels, spread over
+        ranks; makes previews."""
         bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
         levels, modalities = settings.noise_levels, self.module.family.modalities
         sums_ML = torch.zeros(len(modalities), len(levels), dtype=torch.float64)
@@ -113,11 +127,15 @@ class DiffusionUnit(ClipUnit):
             for column, level in enumerate(levels):
                 found = self._objective.held_out(engine, tensors, place=slot.place, noise_level=level)
                 if slot.is_own:
-                    sums_ML[:, column] += torch.tensor([found[modality] for modality in modalities], dtype=torch.float64)
+                    sums_ML[:, column] += torch.tensor(
+                        [found[modality] for modality in modalities], dtype=torch.float64
+                    )
             count += slot.is_own
         means_ML = _mean_over_ranks(sums_ML, count, engine)
         metrics = _measures(means_ML, modalities, levels, self.plan.phases[-1].loss_weights)
-        return Evaluation(metrics=metrics, headline=f"loss {metrics['loss']:.4f}", examples=self._make_previews(engine))
+        return Evaluation(
+            metrics=metrics, headline=f"loss {metrics['loss']:.4f}", examples=self._make_previews(engine)
+        )
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model in diffusers' layout, or the adapters in PEFT's and ComfyUI's.
@@ -125,11 +143,14 @@ class DiffusionUnit(ClipUnit):
         Beside adapters stands the model that they belong to if this run has changed it.
         """
         last = self.plan.phases[-1].adapters
-        has_new_base = self.config.model.lora_checkpoint is not None or any(phase.adapters != last for phase in self.plan.phases)
+        has_new_base = self.config.model.lora_checkpoint is not None or any(
+            phase.adapters != last for phase in self.plan.phases
+        )
         export_transformer(engine, self.module, folder, lora=last, with_base=has_new_base)
 
     def replacements(self) -> tuple[str, ...]:
-        """Returns snapped frame counts, clips that do not fit their bucket, and what stands in for a missing vocoder."""
+        """Returns snapped frame counts, clips that do not fit their bucket, and what stands in for a missing
+        vocoder."""
         decoding = self._decoder.replacements() if self.config.evaluation.num_pictures else ()
         return (*self.snapped, *decoding, *self.data.replacements(self.plan))
 
@@ -141,7 +162,8 @@ class DiffusionUnit(ClipUnit):
         return self._previews.make(engine, [self.data.held_out_clip(index, bucket) for index in shown])
 
     def _require_fitting_latents(self) -> None:
-        """Finds latents of other channels or another size than the model and the phases take, before anything is written.
+        """Finds latents of other channels or another size than the model and the phases take, before anything
+        is written.
 
         Raises:
             PlanError: If the first held-out clip does not fit.
@@ -155,7 +177,8 @@ class DiffusionUnit(ClipUnit):
 
 
 def set_adapters(transformer: nn.Module, family: Family, phase: PhasePlan, *, seed: int) -> None:
-    """Makes `transformer` have the adapters that `phase` trains, or none, in place; its weights stay as they are."""
+    """Makes `transformer` have the adapters that `phase` trains, or none, in place; its weights stay as they
+    are."""
     if phase.adapters is None and not hasattr(transformer, "peft_config"):
         transformer.requires_grad_(True)
         return
@@ -194,8 +217,12 @@ def _measures(
 ) -> dict[str, float]:
     """Returns the weighted loss, of each modality the mean over levels, and each level's."""
     each = {modality: means_ML[row] for row, modality in enumerate(modalities)}
-    measures = {"loss": sum(weights[f"{modality}_weight"] * float(means.mean()) for modality, means in each.items())}
+    measures = {
+        "loss": sum(weights[f"{modality}_weight"] * float(means.mean()) for modality, means in each.items())
+    }
     measures |= {f"{modality}_loss": float(means.mean()) for modality, means in each.items()}
     for modality, means in each.items():
-        measures |= {f"{modality}_loss_at_{level:g}": float(value) for level, value in zip(levels, means, strict=True)}
+        measures |= {
+            f"{modality}_loss_at_{level:g}": float(value) for level, value in zip(levels, means, strict=True)
+        }
     return measures

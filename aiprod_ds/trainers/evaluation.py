@@ -1,4 +1,5 @@
-"""Held-out clips through the model, spread over ranks: what evaluation measures and what the latents' statistics are taken of."""
+"""Held-out clips through the model, spread over ranks: what evaluation measures and what the latents'
+statistics are taken of."""
 
 from __future__ import annotations
 
@@ -62,10 +63,13 @@ class EvaluationSlot:
     is_own: bool
 
 
-def evaluation_slots(engine: Engine, data: ClipData, bucket: BucketPlan, *, max_clips: int) -> Iterator[EvaluationSlot]:
+def evaluation_slots(
+    engine: Engine, data: ClipData, bucket: BucketPlan, *, max_clips: int
+) -> Iterator[EvaluationSlot]:
     """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape.
 
-    As many slots on every rank, because ZeRO-3 gathers in each forward. Draws nothing from the training's random streams.
+    As many slots on every rank, because ZeRO-3 gathers in each forward. Draws nothing from the training's
+    random streams.
 
     Args:
         engine: Says which ranks there are.
@@ -77,14 +81,17 @@ def evaluation_slots(engine: Engine, data: ClipData, bucket: BucketPlan, *, max_
     for slot in range(-(-len(clips) // engine.world_size)):
         place = slot * engine.world_size + engine.rank
         last = len(clips) - 1
-        yield EvaluationSlot(place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last)
+        yield EvaluationSlot(
+            place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last
+        )
 
 
 @torch.no_grad()
 def held_out_clips(
     engine: Engine, data: ClipData, bucket: BucketPlan, *, name: str, dtype: torch.dtype, max_clips: int
 ) -> Iterator[HeldOutClip]:
-    """Yields the clips of `evaluation_slots` through a VAE, with the posterior's mode. Collective: exhaust it on every rank.
+    """Yields the clips of `evaluation_slots` through a VAE, with the posterior's mode. Collective: exhaust it
+    on every rank.
 
     Args:
         engine: In evaluation mode; its module returns (output, mean, logvar).

@@ -28,14 +28,17 @@ from aiprod_ds.trainers.clip_data import ClipData, require_clips, split_manifest
 
 
 def open_video_files(config: VideoDataConfig, *, seed: int) -> ClipData:
-    """Reads the folders or manifests that `config` names; files that an earlier run has probed are not probed again.
+    """Reads the folders or manifests that `config` names; files that an earlier run has probed are not probed
+    again.
 
     Raises:
         DataError: If a folder is missing or empty, or too many files cannot be read.
     """
     train, validation = split_manifests(config, _scan_videos, seed=seed)
     unreadable = unreadable_files(train, validation)
-    return ClipData.of(VideoClipDataset(train, seed=seed), VideoClipDataset(validation, seed=seed), unreadable=unreadable)
+    return ClipData.of(
+        VideoClipDataset(train, seed=seed), VideoClipDataset(validation, seed=seed), unreadable=unreadable
+    )
 
 
 def open_video_datasets(dataset: Any, validation: Any, *, seed: int) -> ClipData:
@@ -53,7 +56,8 @@ def _scan_videos(path: Path) -> Manifest:
 
 
 def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:
-    """Reads the folders or manifests that `config` names; files that an earlier run has probed are not probed again.
+    """Reads the folders or manifests that `config` names; files that an earlier run has probed are not probed
+    again.
 
     Raises:
         DataError: If a folder is missing or empty, or too many files cannot be read or used.
@@ -91,7 +95,8 @@ class LatentData(ClipData):
         """Returns the training clips that some phase cannot use.
 
         Raises:
-            PlanError: As for any clips, or if a clip has no latents in the shape of a bucket that will draw it.
+            PlanError: As for any clips, or if a clip has no latents in the shape of a bucket that will draw
+                it.
         """
         too_short = super().check(plan, source)
         last = plan.phases[-1]
@@ -102,11 +107,15 @@ class LatentData(ClipData):
         return too_short
 
 
-def open_latent_files(config: DiffusionTrainerConfig, *, strides: ModelStrides, with_audio: bool) -> LatentData:
-    """Reads the folders or manifests that `config` names and compares their encoders with the configured VAEs.
+def open_latent_files(
+    config: DiffusionTrainerConfig, *, strides: ModelStrides, with_audio: bool
+) -> LatentData:
+    """Reads the folders or manifests that `config` names and compares their encoders with the configured
+    VAEs.
 
     Raises:
-        DataError: If a folder is missing or empty, too many clips cannot be used, or the latents are of another VAE.
+        DataError: If a folder is missing or empty, too many clips cannot be used, or the latents are of
+            another VAE.
     """
     needs = LatentNeeds(strides=strides, with_audio=with_audio, fingerprints=_fingerprints(config))
 
@@ -116,10 +125,18 @@ def open_latent_files(config: DiffusionTrainerConfig, *, strides: ModelStrides, 
     train, validation = split_manifests(config.data, scan, seed=config.seed)
 
     def dataset(manifest: Manifest, caption_dropout: float) -> LatentDataset:
-        return LatentDataset(manifest, seed=config.seed, strides=strides, with_audio=with_audio, caption_dropout=caption_dropout)
+        return LatentDataset(
+            manifest,
+            seed=config.seed,
+            strides=strides,
+            with_audio=with_audio,
+            caption_dropout=caption_dropout,
+        )
 
     unreadable = unreadable_files(train, validation)
-    return LatentData.of(dataset(train, config.data.caption_dropout), dataset(validation, 0.0), unreadable=unreadable)
+    return LatentData.of(
+        dataset(train, config.data.caption_dropout), dataset(validation, 0.0), unreadable=unreadable
+    )
 
 
 def open_latent_datasets(dataset: Any, validation: Any, *, strides: ModelStrides) -> LatentData:
@@ -129,11 +146,14 @@ def open_latent_datasets(dataset: Any, validation: Any, *, strides: ModelStrides
         DataError: If a dataset is empty or an item is no clip.
     """
     require_clips(dataset, validation)
-    return LatentData.of(TensorLatentDataset(dataset, strides=strides), TensorLatentDataset(validation, strides=strides))
+    return LatentData.of(
+        TensorLatentDataset(dataset, strides=strides), TensorLatentDataset(validation, strides=strides)
+    )
 
 
 def read_empty_prompt(data: ClipData) -> dict[str, Tensor] | None:
-    """Returns the embedding of the empty caption that lies beside the training latents; None if there is none."""
+    """Returns the embedding of the empty caption that lies beside the training latents; None if there is
+    none."""
     if not isinstance(data.train, LatentDataset):
         return None
     path = data.train.root / EMPTY_PROMPT
@@ -143,5 +163,7 @@ def read_empty_prompt(data: ClipData) -> dict[str, Tensor] | None:
 def _fingerprints(config: DiffusionTrainerConfig) -> dict[str, Callable[[], str]]:
     models = {LATENTS: config.vae, AUDIO_LATENTS: config.audio_vae}
     return {
-        source: cache(partial(vae_fingerprint, model, seed=config.seed)) for source, model in models.items() if model is not None
+        source: cache(partial(vae_fingerprint, model, seed=config.seed))
+        for source, model in models.items()
+        if model is not None
     }

@@ -1,7 +1,7 @@
 """Clips sampled during training: what the model makes of noise and the held-out prompts, spread over ranks.
 
-Owns who samples and decodes what, and how it comes to the main rank; the mathematics is in `models.sampling`. Called by the
-diffusion trainer's evaluation.
+Owns who samples and decodes what, and how it comes to the main rank; the mathematics is in `models.sampling`.
+Called by the diffusion trainer's evaluation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from aiprod_ds.trainers.evaluation import gather_shown
 class Previews:
     """Makes previews from an engine that holds a `DiffusionModule`.
 
-    The noise of a clip depends on the seed and its place alone, so that previews compare over a run and do not depend on the
-    number of ranks.
+    The noise of a clip depends on the seed and its place alone, so that previews compare over a run and do
+    not depend on the number of ranks.
 
     Args:
         config: How clips are sampled.
@@ -54,7 +54,8 @@ class Previews:
     ) -> None:
         if config.guidance_scale > 1 and empty_prompt is None:
             raise ConfigError(
-                f"preview.guidance_scale: must be 1 without embeddings of the empty prompt, got {config.guidance_scale:g}. "
+                "preview.guidance_scale: must be 1 without embeddings of the empty prompt, got "
+                f"{config.guidance_scale:g}. "
                 "Encode the captions with `aiprod-ds encode`, or set it to 1."
             )
         self._config = config
@@ -65,14 +66,17 @@ class Previews:
 
     @torch.no_grad()
     def make(self, engine: Engine, items: Sequence[Mapping[str, Tensor]]) -> Examples | None:
-        """Returns one clip for each item on the main rank, None on the others and where there is no item. Collective.
+        """Returns one clip for each item on the main rank, None on the others and where there is no item.
+        Collective.
 
-        Every rank samples as many clips, because ZeRO-3 gathers in each forward, and decodes its own while it meets the others,
-        so that no collective times out however long decoding takes. Nothing is drawn from the training's random streams.
+        Every rank samples as many clips, because ZeRO-3 gathers in each forward, and decodes its own while it
+        meets the others, so that no collective times out however long decoding takes. Nothing is drawn from
+        the training's random streams.
 
         Args:
             engine: In evaluation mode.
-            items: As a dataset of latents gives them, the same number on all ranks; their latents only say the shape.
+            items: As a dataset of latents gives them, the same number on all ranks; their latents only say
+                the shape.
 
         Raises:
             ConfigError: If a VAE cannot be built.
@@ -88,7 +92,9 @@ class Previews:
             latents = self._sample(engine, items[own], own)
             if place == own:
                 sampled[place] = latents
-        clips = dist.together(lambda: {place: self._decode(engine, items[place], found) for place, found in sampled.items()})
+        clips = dist.together(
+            lambda: {place: self._decode(engine, items[place], found) for place, found in sampled.items()}
+        )
         shown = gather_shown(clips)
         return _Shown(clips=tuple(shown)) if engine.rank == 0 else None
 
@@ -102,7 +108,9 @@ class Previews:
             noise=_on_device(draw_noise(shapes, seeds), engine.device),
             fps=item["fps"][None].to(engine.device),
             prompt=_batch_of_one(_prompt(item), engine.device),
-            empty_prompt=None if self._empty_prompt is None else _batch_of_one(self._empty_prompt, engine.device),
+            empty_prompt=None
+            if self._empty_prompt is None
+            else _batch_of_one(self._empty_prompt, engine.device),
             levels=noise_levels(self._config.num_forwards, shift=self._config.time_shift),
             guidance_scale=self._config.guidance_scale,
         )

@@ -20,9 +20,11 @@ _STATISTICS = ("latents_mean", "latents_std")
 
 
 def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: Path) -> None:
-    """Writes safetensors, `config.json` (models of diffusers) and `latent_statistics.json`. Collective; the main rank writes.
+    """Writes safetensors, `config.json` (models of diffusers) and `latent_statistics.json`. Collective; the
+    main rank writes.
 
-    Where the model's configuration or its buffers hold `latents_mean` and `latents_std`, those of the clips take their place.
+    Where the model's configuration or its buffers hold `latents_mean` and `latents_std`, those of the clips
+    take their place.
 
     Args:
         engine: In evaluation mode; its module holds the model as `vae`.
@@ -44,7 +46,9 @@ def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: P
         vae.save_config(folder)
         _fill_config(folder / "config.json", found)
     tensors = {name.removeprefix("vae."): tensor.contiguous() for name, tensor in state.items()}
-    save_file(_filled(tensors, found), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        _filled(tensors, found), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
+    )
     document = {"clips": together.num_clips, **found}
     write_atomically(folder / "latent_statistics.json", json.dumps(document, indent=1) + "\n")
 
@@ -57,7 +61,8 @@ def _fill_config(path: Path, found: Mapping[str, list[float]]) -> None:
 
 
 def _filled(tensors: dict[str, Tensor], found: Mapping[str, list[float]]) -> dict[str, Tensor]:
-    """Returns the tensors with the buffers of the statistics replaced where they hold one number for each latent channel."""
+    """Returns the tensors with the buffers of the statistics replaced where they hold one number for each
+    latent channel."""
     for name in _STATISTICS:
         if name in tensors and tensors[name].shape == (len(found[name]),):
             tensors[name] = torch.tensor(found[name], dtype=tensors[name].dtype)
@@ -81,7 +86,9 @@ class LatentStatistics:
         """Adds the posterior means of some clips, [B, C, ...]."""
         values_CN = mean_BC.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)
         counts_C = torch.full((len(values_CN),), float(values_CN.shape[1]), dtype=torch.float64)
-        self._add(torch.stack([counts_C, values_CN.sum(1), values_CN.square().sum(1)]), num_clips=len(mean_BC))
+        self._add(
+            torch.stack([counts_C, values_CN.sum(1), values_CN.square().sum(1)]), num_clips=len(mean_BC)
+        )
 
     def merge(self, other: LatentStatistics) -> None:
         """Adds what another accumulator has seen."""
@@ -89,7 +96,8 @@ class LatentStatistics:
             self._add(other._sums_3C, num_clips=other.num_clips)
 
     def compute(self) -> dict[str, list[float]]:
-        """Returns `latents_mean` and `latents_std`, one number for each channel; empty lists if there was no clip."""
+        """Returns `latents_mean` and `latents_std`, one number for each channel; empty lists if there was no
+        clip."""
         if self._sums_3C is None:
             return {"latents_mean": [], "latents_std": []}
         counts_C, sums_C, squares_C = self._sums_3C

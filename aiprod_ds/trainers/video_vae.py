@@ -1,4 +1,5 @@
-"""The video VAE trainer: what is trained, its loss and its held-out measures. The loop is `aiprod_ds.train.loop`.
+"""The video VAE trainer: what is trained, its loss and its held-out measures. The loop is
+`aiprod_ds.train.loop`.
 
 Shape suffixes: B batch, C channels, T frames, H height, W width; N clips.
 """
@@ -41,8 +42,8 @@ _SHOWN_FRAMES = 3
 class VideoVAETrainer(Trainer[VAETrainerConfig]):
     """Trains a video VAE through a curriculum.
 
-    A model that is passed in must offer what `VideoVAE` says; items of a dataset are [3, T, H, W] in [-1, 1] or dicts with
-    'video'. The arguments are those of `Trainer`.
+    A model that is passed in must offer what `VideoVAE` says; items of a dataset are [3, T, H, W] in [-1, 1]
+    or dicts with 'video'. The arguments are those of `Trainer`.
     """
 
     @cached_property
@@ -60,9 +61,18 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
     def _open_files(self) -> ClipData:
         return open_video_files(self.config.data, seed=self.config.seed)
 
-    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> VideoVAEUnit:
+    def _unit(
+        self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]
+    ) -> VideoVAEUnit:
         notes = snap_notes(plan, self.strides)
-        return VideoVAEUnit(config=self.config, plan=plan, data=data, too_short=too_short, snapped=notes, module=VideoVAE(model))
+        return VideoVAEUnit(
+            config=self.config,
+            plan=plan,
+            data=data,
+            too_short=too_short,
+            snapped=notes,
+            module=VideoVAE(model),
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,12 +93,15 @@ class VideoVAEUnit(ClipUnit):
             except DataError as error:
                 raise PlanError(f"loss.perceptual: {error}") from error
         self._losses = {
-            phase.index: VideoVAELoss(self.config.loss.model_copy(update=dict(phase.loss_weights)), self._perceptual)
+            phase.index: VideoVAELoss(
+                self.config.loss.model_copy(update=dict(phase.loss_weights)), self._perceptual
+            )
             for phase in self.plan.phases
         }
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
-        """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not on its rank."""
+        """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not
+        on its rank."""
         video = batch.tensors["video"]
         video_BCTHW = video.to(engine.device, engine.compute_dtype, non_blocking=True)
         place = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
@@ -97,7 +110,9 @@ class VideoVAEUnit(ClipUnit):
         reconstruction_BCTHW, mean, logvar = engine(video_BCTHW, noise)
         require_posterior(logvar, phase)
         target_BCTHW = video.to(engine.device, non_blocking=True)
-        terms: LossTerms = self._losses[phase.index](reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames)
+        terms: LossTerms = self._losses[phase.index](
+            reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames
+        )
         return terms
 
     def evaluate(self, engine: Engine) -> Evaluation:
@@ -116,18 +131,26 @@ class VideoVAEUnit(ClipUnit):
         return Evaluation(metrics=metrics, headline=f"PSNR {metrics['psnr_db']:.1f} dB", examples=examples)
 
     def export(self, engine: Engine, folder: Path) -> None:
-        """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out clips."""
+        """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
+        clips."""
         export_vae(engine, self.module.vae, self._held_out(engine), folder)
 
     def replacements(self) -> tuple[str, ...]:
-        """Returns snapped frame counts, a replaced perceptual network and clips that do not fit their bucket."""
+        """Returns snapped frame counts, a replaced perceptual network and clips that do not fit their
+        bucket."""
         is_l2 = self._perceptual is not None and self._perceptual.active_mode == "l2"
-        network = ["perceptual/mode=l2: no VGG16 weights, mean squared error in place of the network"] if is_l2 else []
+        network = (
+            ["perceptual/mode=l2: no VGG16 weights, mean squared error in place of the network"]
+            if is_l2
+            else []
+        )
         return (*self.snapped, *network, *self.data.replacements(self.plan))
 
     def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
-        return held_out_clips(engine, self.data, bucket, name="video", dtype=engine.compute_dtype, max_clips=limit)
+        return held_out_clips(
+            engine, self.data, bucket, name="video", dtype=engine.compute_dtype, max_clips=limit
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,5 +165,7 @@ class _VideoExamples:
 
 
 def _some_frames(video_BCTHW: Tensor) -> Tensor:
-    frames = torch.linspace(0, video_BCTHW.shape[2] - 1, min(_SHOWN_FRAMES, video_BCTHW.shape[2])).round().long()
+    frames = (
+        torch.linspace(0, video_BCTHW.shape[2] - 1, min(_SHOWN_FRAMES, video_BCTHW.shape[2])).round().long()
+    )
     return video_BCTHW[:, :, frames].cpu()

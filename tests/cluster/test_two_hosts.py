@@ -1,6 +1,7 @@
 """Two hosts and launch/train.sh: examined, trained on through ssh and pdsh, one lost, resumed without ssh.
 
-The hosts are namespaces of this machine with addresses, processes and sshd of their own. One story, told once; the tests read it.
+The hosts are namespaces of this machine with addresses, processes and sshd of their own. One story, told
+once; the tests read it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ engine:
   deepspeed_config: {zero_optimization: {stage: 1}}
 checkpoint: {every_updates: 10}
 evaluation: {max_clips: 1, num_pictures: 1}
-""".replace("MODEL", json.dumps(tiny_ltx_vae()))
+""".replace("MODEL", json.dumps(tiny_ltx_vae()))  # noqa: E501
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e, pytest.mark.slow]
 
@@ -68,15 +69,33 @@ def hosts() -> Iterator[VirtualHosts]:
 @pytest.fixture(scope="module")
 def story(hosts: VirtualHosts, folder: Path, repository_root: Path) -> dict[str, Any]:
     """Runs everything in order and returns what was seen."""
-    ssh = ["--ssh-config", str(hosts.ssh_config), "--env-file", str(folder / "env"), "--hostfile", str(folder / "hosts")]
+    ssh = [
+        "--ssh-config",
+        str(hosts.ssh_config),
+        "--env-file",
+        str(folder / "env"),
+        "--hostfile",
+        str(folder / "hosts"),
+    ]
     doctor = [sys.executable, "-m", "aiprod_ds", "doctor", "--run-folder", str(folder / "run"), "--json"]
-    train = [str(repository_root / "launch" / "train.sh"), str(folder / "config.yaml"), str(folder / "run"), *ssh]
+    train = [
+        str(repository_root / "launch" / "train.sh"),
+        str(folder / "config.yaml"),
+        str(folder / "run"),
+        *ssh,
+    ]
     train += ["--set", f"report.wandb.project={_hostile(folder)}"]
-    seen: dict[str, Any] = {"doctor": _finished(_start(hosts, folder, [*doctor, *ssh], "doctor"), folder, "doctor")}
+    seen: dict[str, Any] = {
+        "doctor": _finished(_start(hosts, folder, [*doctor, *ssh], "doctor"), folder, "doctor")
+    }
 
     first = _start(hosts, folder, train, "first")
-    _await(lambda: (folder / "run" / "checkpoints" / f"update_{EVERY:06d}").exists() or first.poll() is not None)
-    assert hosts.run("node-b", ["pkill", "-KILL", "-f", RANKS]).returncode == 0, (folder / "first").read_text()
+    _await(
+        lambda: (folder / "run" / "checkpoints" / f"update_{EVERY:06d}").exists() or first.poll() is not None
+    )
+    assert hosts.run("node-b", ["pkill", "-KILL", "-f", RANKS]).returncode == 0, (
+        folder / "first"
+    ).read_text()
     killed_at = time.monotonic()
     _await(lambda: hosts.run("node-a", ["pgrep", "-f", RANKS]).returncode != 0)
     seen["seconds_until_the_end"] = time.monotonic() - killed_at
@@ -87,7 +106,9 @@ def story(hosts: VirtualHosts, folder: Path, repository_root: Path) -> dict[str,
     seen["configuration"] = yaml.safe_load((folder / "run" / "config.yaml").read_text())
 
     second = [_start(hosts, folder, [*train, "--no-ssh"], f"second_{name}", name) for name in hosts.names]
-    seen["second"] = [_finished(one, folder, f"second_{name}") for one, name in zip(second, hosts.names, strict=True)]
+    seen["second"] = [
+        _finished(one, folder, f"second_{name}") for one, name in zip(second, hosts.names, strict=True)
+    ]
     seen["report"] = json.loads((folder / "run" / "report.json").read_text())
     return seen
 
@@ -140,17 +161,29 @@ def test_the_run_goes_on_and_completes_with_a_launcher_on_each_host(story: dict[
     assert int(report["resumed_from"][0].removeprefix("update_")) >= EVERY
 
 
-def test_arguments_and_values_arrive_as_they_are_and_nothing_is_executed(story: dict[str, Any], folder: Path) -> None:
+def test_arguments_and_values_arrive_as_they_are_and_nothing_is_executed(
+    story: dict[str, Any], folder: Path
+) -> None:
     assert story["configuration"]["report"]["wandb"]["project"] == _hostile(folder)
     assert list(folder.glob("made_by_*")) == []
 
 
 def _hostile(folder: Path) -> str:
-    return f"a $(touch {folder}/made_by_dollar) `touch {folder}/made_by_tick` x;touch {folder}/made_by_semicolon & %n %h 'b' \\"
+    return (
+        f"a $(touch {folder}/made_by_dollar) `touch {folder}/made_by_tick` x;touch "
+        f"{folder}/made_by_semicolon & %n %h 'b' \\"
+    )
 
 
-def _start(hosts: VirtualHosts, folder: Path, command: list[str], name: str, host: str = "node-a") -> subprocess.Popen[bytes]:
-    variables = {"VENV": str(Path(sys.executable).parents[1]), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
+def _start(
+    hosts: VirtualHosts, folder: Path, command: list[str], name: str, host: str = "node-a"
+) -> subprocess.Popen[bytes]:
+    variables = {
+        "VENV": str(Path(sys.executable).parents[1]),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "500",
+    }
     return hosts.start(host, command, environment={**os.environ, **variables}, output=folder / name)
 
 

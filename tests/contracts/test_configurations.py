@@ -11,8 +11,12 @@ from aiprod_ds.config.load import load_config, load_encode_config, load_sample_c
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OTHERS = {"encode": load_encode_config, "sample": load_sample_config}
-_CONFIGURATIONS = sorted(path for path in (_ROOT / "configs").rglob("*.yaml") if path.parent.name not in _OTHERS)
-_OF_OTHER_COMMANDS = sorted(path for path in (_ROOT / "configs").rglob("*.yaml") if path.parent.name in _OTHERS)
+_CONFIGURATIONS = sorted(
+    path for path in (_ROOT / "configs").rglob("*.yaml") if path.parent.name not in _OTHERS
+)
+_OF_OTHER_COMMANDS = sorted(
+    path for path in (_ROOT / "configs").rglob("*.yaml") if path.parent.name in _OTHERS
+)
 _DEEPSPEED_SETTINGS = sorted((_ROOT / "ds_configs").glob("*.json"))
 
 

@@ -1,4 +1,5 @@
-"""The documentation says what the code does: tables made from it are current, keys are complete, links and examples work."""
+"""The documentation says what the code does: tables made from it are current, keys are complete, links and
+examples work."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 def _yaml_examples() -> list[Any]:
     return [
-        pytest.param(text, id=f"{_name(page)}-{number}") for page in _PAGES for number, text in enumerate(_blocks(page, "yaml"))
+        pytest.param(text, id=f"{_name(page)}-{number}")
+        for page in _PAGES
+        for number, text in enumerate(_blocks(page, "yaml"))
     ]
 
 
@@ -89,7 +92,10 @@ def test_tables_made_from_the_code_are_current(tool: str) -> None:
 def test_a_stale_table_is_found_and_put_right(tool: str, tmp_path: Path) -> None:
     for name in ("tools", "docs", "benchmarks"):
         (tmp_path / name).mkdir()
-    script, page = tmp_path / "tools" / f"{tool}.py", {"config_reference": "configuration", "performance_tables": "performance"}
+    script, page = (
+        tmp_path / "tools" / f"{tool}.py",
+        {"config_reference": "configuration", "performance_tables": "performance"},
+    )
     script.write_text((_ROOT / "tools" / f"{tool}.py").read_text())
     copy = tmp_path / "docs" / f"{page[tool]}.md"
     whole = (_ROOT / "docs" / copy.name).read_text()
@@ -99,7 +105,9 @@ def test_a_stale_table_is_found_and_put_right(tool: str, tmp_path: Path) -> None
 
     def run(*options: str) -> int:
         environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
-        return subprocess.run([sys.executable, str(script), *options], env=environment, timeout=60, check=False).returncode
+        return subprocess.run(
+            [sys.executable, str(script), *options], env=environment, timeout=60, check=False
+        ).returncode
 
     assert run("--check") == 1
     assert run() == 0
@@ -132,9 +140,14 @@ def test_relative_links_resolve(page: Path) -> None:
 
 @pytest.mark.parametrize("text", _yaml_examples())
 def test_yaml_examples_load(text: str, tmp_path: Path) -> None:
-    """A whole configuration on its own; a part of one over the quickstart's, so that its keys and values are checked too."""
+    """A whole configuration on its own; a part of one over the quickstart's, so that its keys and values are
+    checked too."""
     values = yaml.safe_load(text)
-    base = "" if "base" in values or {"output_dir", "model", "data"} <= set(values) else "base: ../configs/video_vae/tiny.yaml\n"
+    base = (
+        ""
+        if "base" in values or {"output_dir", "model", "data"} <= set(values)
+        else "base: ../configs/video_vae/tiny.yaml\n"
+    )
     (tmp_path / "docs").mkdir()
     (tmp_path / "configs").symlink_to(_ROOT / "configs")
     example = tmp_path / "docs" / "example.yaml"
@@ -152,7 +165,9 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(_python_example("class PatchVAE"))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
     command = [sys.executable, "-W", "error", "example.py"]
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     measures = re.fullmatch(r"PSNR ([\d.]+) -> ([\d.]+) dB", finished.stdout.strip())
     assert measures is not None, finished.stdout
@@ -165,7 +180,9 @@ def _python_example(part: str) -> str:
     return found
 
 
-def test_the_example_of_loading_exports_predicts_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_loading_exports_predicts_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full, adapted = (_export_tiny(tmp_path, lora=lora) for lora in (None, LoraConfig(rank=4, alpha=6.0)))
     assert float((full - adapted).abs().max()) > 1e-2, "otherwise the comparisons show nothing"
     monkeypatch.chdir(tmp_path)
@@ -184,7 +201,8 @@ def test_the_example_of_loading_exports_predicts_what_was_trained(tmp_path: Path
 
 
 def _export_tiny(folder: Path, *, lora: LoraConfig | None) -> Tensor:
-    """Exports a tiny trained model to FULL_RUN, or its adapters to LORA_RUN and its base to BASE; returns its answer."""
+    """Exports a tiny trained model to FULL_RUN, or its adapters to LORA_RUN and its base to BASE; returns its
+    answer."""
     transformer = tiny_transformer(LTXVideo)
     family = find_family(transformer, _STRIDES)
     if lora is not None:
@@ -203,7 +221,9 @@ def _export_tiny(folder: Path, *, lora: LoraConfig | None) -> Tensor:
     for seed in (1, 2):  # the second update is the first that moves every adapter
         engine.backward(velocities(engine, family, tiny_batch(seed=seed)).float().square().mean())
         engine.step()
-    export_transformer(engine, module, folder / ("FULL_RUN" if lora is None else "LORA_RUN") / "export", lora=lora)
+    export_transformer(
+        engine, module, folder / ("FULL_RUN" if lora is None else "LORA_RUN") / "export", lora=lora
+    )
     return _answer(transformer)
 
 
@@ -232,7 +252,10 @@ def test_worked_numbers_of_diffusion_are_those_of_the_code() -> None:
     middles = [float(torch.tensor(shift).sigmoid()) for shift in shifts]
     assert "| middle level, sigmoid(mu) | " + " | ".join(f"{middle:.3f}" for middle in middles) + " |" in page
     weights = FlowConfig().weights()
-    assert f"{weights['video_weight'] * 1.1473 + weights['audio_weight'] * 0.7801:.4f} in all" in page.replace("\n", " ")
+    assert (
+        f"{weights['video_weight'] * 1.1473 + weights['audio_weight'] * 0.7801:.4f} in all"
+        in page.replace("\n", " ")
+    )
     assert ", ".join(f"{level:.3g}" for level in noise_levels(4, shift=3.0).tolist()) in page
     decays = [ema_decay(EmaConfig(), samples_before=n, samples_after=n + 32) for n in (320, 4_000_000)]
     assert f"decay {decays[0]:.6f} from 320 to 352 samples, {decays[1]:.8f} from 4,000,000 on" in page
@@ -242,12 +265,18 @@ def test_worked_numbers_of_diffusion_are_those_of_the_code() -> None:
 
 def _plan_commands() -> list[str]:
     texts = [path.read_text(encoding="utf-8") for path in (*_PAGES, *_CONFIGURATIONS)]
-    found = {match for text in texts for match in re.findall(r"^(?:#\s+)?aiprod-ds (plan configs/.*?)(?:\s+#.*)?$", text, re.M)}
+    found = {
+        match
+        for text in texts
+        for match in re.findall(r"^(?:#\s+)?aiprod-ds (plan configs/.*?)(?:\s+#.*)?$", text, re.M)
+    }
     return sorted(found)
 
 
 @pytest.mark.parametrize("command", _plan_commands())
-def test_plan_commands_work(command: str, in_repository_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_commands_work(
+    command: str, in_repository_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*shlex.split(command), *_without_download(command)]) == 0, capsys.readouterr().err
 
 
@@ -255,7 +284,11 @@ def _without_download(command: str) -> list[str]:
     """Plans models of the hub from their classes' defaults, which are the published sizes."""
     config = load_config(_ROOT / shlex.split(command)[1])
     found = {name: getattr(config, name, None) for name in ("model", "vae", "audio_vae")}
-    of_the_hub = [name for name, model in found.items() if isinstance(model, ModelConfig) and model.subfolder is not None]
+    of_the_hub = [
+        name
+        for name, model in found.items()
+        if isinstance(model, ModelConfig) and model.subfolder is not None
+    ]
     keys = [f"{name}.{key}" for name in of_the_hub for key in ("pretrained", "subfolder")]
     return [part for key in keys for part in ("--set", f"{key}=null")]
 
@@ -263,14 +296,19 @@ def _without_download(command: str) -> list[str]:
 @pytest.mark.parametrize("path", [path for path in _CONFIGURATIONS if path.name != "tiny.yaml"], ids=_name)
 def test_large_configurations_say_how_to_use_them_and_that_they_were_not_run(path: Path) -> None:
     text = path.read_text()
-    use = f"encode_local.sh {_name(path)}" if path.parent.name == "encode" else f"plan {_name(path)} --world-size"
+    use = (
+        f"encode_local.sh {_name(path)}"
+        if path.parent.name == "encode"
+        else f"plan {_name(path)} --world-size"
+    )
     assert use in text
     assert "NOT RUN YET" in text
 
 
 def test_every_metric_is_documented() -> None:
     assert table_markdown() in (_ROOT / "docs" / "file_formats.md").read_text(), (
-        "Replace the table in docs/file_formats.md by what aiprod_ds.metrics.metric_names.table_markdown() returns."
+        "Replace the table in docs/file_formats.md by what aiprod_ds.metrics.metric_names.table_markdown() "
+        "returns."
     )
 
 
@@ -290,7 +328,9 @@ def test_every_key_of_the_plan_is_documented() -> None:
     assert keys - _code_words("file_formats.md") == set()
 
 
-@pytest.mark.parametrize("section", ["", "zero_optimization", "fp16", "bf16", "activation_checkpointing", "data_types"])
+@pytest.mark.parametrize(
+    "section", ["", "zero_optimization", "fp16", "bf16", "activation_checkpointing", "data_types"]
+)
 def test_every_key_of_a_settings_file_is_documented(section: str) -> None:
     wrong: dict[str, Any] = {"qqqqqqqqqqqq": 1}
     with pytest.raises(ConfigError, match="Valid keys: ") as error:
@@ -306,8 +346,11 @@ def test_the_default_curriculum_is_as_documented() -> None:
         assert phase.resolution is not None
         assert phase.duration is not None
         rate = f"{phase.learning_rate:.0e}".replace("e-0", "e-")
-        row = f"| {phase.name} | {phase.resolution.height}x{phase.resolution.width} | {phase.duration.frames} | "
-        row += f"{phase.micro_batch_size} | {phase.accumulation} | {rate} | {phase.updates:,} | {phase.warmup_updates:,} |"
+        row = (
+            f"| {phase.name} | {phase.resolution.height}x{phase.resolution.width} | {phase.duration.frames} "
+            "| "
+        )
+        row += f"{phase.micro_batch_size} | {phase.accumulation} | {rate} | {phase.updates:,} | {phase.warmup_updates:,} |"  # noqa: E501
         assert row in text
 
 

@@ -57,7 +57,9 @@ def _modules(root: Path) -> list[str]:
 
 def _run(arguments: list[str], root: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_imports_point_downwards(repository_root: Path) -> None:
@@ -67,7 +69,9 @@ def test_imports_point_downwards(repository_root: Path) -> None:
 
 
 def test_importing_a_module_does_nothing_else(repository_root: Path) -> None:
-    modules = [name for name in _modules(repository_root) if not any(name in owners for owners in _OWNERS.values())]
+    modules = [
+        name for name in _modules(repository_root) if not any(name in owners for owners in _OWNERS.values())
+    ]
     assert len(modules) > 10
     probe = _PROBE.replace("MODULES", repr(modules)).replace("PACKAGES", repr(sorted(_OWNERS)))
     finished = _run([sys.executable, "-W", "error", "-c", probe], repository_root)

@@ -13,7 +13,7 @@ import aiprod_ds
 DOCUMENTED = {
     "aiprod_ds.config.audio_vae": ["AudioVAETrainerConfig"],
     "aiprod_ds.config.curriculum": [
-        "CurriculumAdapterConfig", "CurriculumConfig", "CurriculumPhase", "PhaseConfig", "PhaseDuration", "PhaseResolution",
+        "CurriculumAdapterConfig", "CurriculumConfig", "CurriculumPhase", "PhaseConfig", "PhaseDuration", "PhaseResolution",  # noqa: E501
     ],
     "aiprod_ds.config.diffusion": ["DiffusionTrainerConfig"],
     "aiprod_ds.config.video_vae": ["VAETrainerConfig"],
@@ -25,7 +25,9 @@ DOCUMENTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in DOCUMENTED.items() for name in names])
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, names in DOCUMENTED.items() for name in names]
+)
 def test_public_names_are_the_ones_of_their_modules(module: str, name: str) -> None:
     assert getattr(aiprod_ds, name) is getattr(importlib.import_module(module), name)
     assert name in dir(aiprod_ds)
@@ -47,5 +49,7 @@ def test_configuration_and_scheduler_load_no_torch() -> None:
         "from aiprod_ds import CurriculumConfig, CurriculumScheduler, VAETrainerConfig\n"
         "assert 'torch' not in sys.modules"
     )
-    finished = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=False
+    )
     assert finished.returncode == 0, finished.stderr

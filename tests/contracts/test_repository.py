@@ -15,7 +15,9 @@ _MAX_FILE_BYTES = 2_000_000
 # Brackets keep this file from matching itself.
 _FORBIDDEN = {
     "a path of one machine": re.compile(r"(?<![\w.~}])/(?:[w]ork|[r]oot)/|/opt/[p]ypi"),
-    "a package registry": re.compile(r"p[y]pi\.(?:org|python)|p[y]thonhosted|conda\.a[n]aconda", re.IGNORECASE),
+    "a package registry": re.compile(
+        r"p[y]pi\.(?:org|python)|p[y]thonhosted|conda\.a[n]aconda", re.IGNORECASE
+    ),
     "an index option": re.compile(r"--(?:extra-)?i[n]dex-url|--find-l[i]nks"),
 }
 
@@ -41,13 +43,19 @@ def _shell_blocks(markdown: str) -> str:
 
 def test_pytest_and_ruff_leave_no_file_out(repository_root: Path, pytestconfig: pytest.Config) -> None:
     """Both skip folders of certain names by default, `dist` among them, and say nothing."""
-    files = {path.relative_to(repository_root) for path in _tracked_files(repository_root) if path.suffix == ".py"}
+    files = {
+        path.relative_to(repository_root) for path in _tracked_files(repository_root) if path.suffix == ".py"
+    }
     tests = {path for path in files if path.parts[0] == "tests" and path.name.startswith("test_")}
     skipped = pytestconfig.getini("norecursedirs")
     assert len(tests) > 100
-    assert [path for path in tests for part in path.parent.parts for name in skipped if fnmatch(part, name)] == []
+    assert [
+        path for path in tests for part in path.parent.parts for name in skipped if fnmatch(part, name)
+    ] == []
     command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
-    linted = subprocess.run(command, cwd=repository_root, capture_output=True, text=True, check=True).stdout.splitlines()
+    linted = subprocess.run(
+        command, cwd=repository_root, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert files - {Path(name).relative_to(repository_root) for name in linted} == set()
 
 
@@ -68,7 +76,11 @@ def test_make_knows_every_target_that_ci_and_the_readme_name(repository_root: Pa
 
 def test_readme_names_only_files_that_exist(repository_root: Path) -> None:
     readme = (repository_root / "README.md").read_text()
-    named = set(re.findall(r"(?:^|[\s`(])((?:configs|ds_configs|docs|launch|samples|tools|benchmarks)/[\w./-]*\w)", readme))
+    named = set(
+        re.findall(
+            r"(?:^|[\s`(])((?:configs|ds_configs|docs|launch|samples|tools|benchmarks)/[\w./-]*\w)", readme
+        )
+    )
     assert named
     assert {name for name in named if not (repository_root / name).exists()} == set()
 
@@ -106,7 +118,9 @@ def test_nothing_large_or_generated_is_in_the_repository(repository_root: Path) 
     generated = {name.parts[0] for name in files} & {".venv", "runs", "build", "dist", "wandb"}
     assert generated == set()
     assert [
-        name for name in files if (repository_root / name).stat().st_size > _MAX_FILE_BYTES and name.parts[0] != "samples"
+        name
+        for name in files
+        if (repository_root / name).stat().st_size > _MAX_FILE_BYTES and name.parts[0] != "samples"
     ] == []
 
 

@@ -1,4 +1,5 @@
-"""Nothing is unpickled without restraint: every call in the package that could do so is looked at in its source."""
+"""Nothing is unpickled without restraint: every call in the package that could do so is looked at in its
+source."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_nothing_is_unpickled_without_restraint(repository_root: Path) -> None:
     for folder in _FOLDERS:
         for path in sorted((repository_root / folder).rglob("*.py")):
             name = str(path.relative_to(repository_root))
-            faults = [fault for fault in _faults(ast.parse(path.read_text(encoding="utf-8"))) if name != _THE_PLACE]
+            faults = [
+                fault for fault in _faults(ast.parse(path.read_text(encoding="utf-8"))) if name != _THE_PLACE
+            ]
             found += [f"{name}:{line}: {what}" for line, what in faults]
     assert found == []
 
@@ -65,4 +68,6 @@ def test_each_kind_is_found(source: str) -> None:
 
 
 def test_what_is_restrained_is_not_found() -> None:
-    assert not list(_faults(ast.parse("torch.load(path, weights_only=True); pickle.UnpicklingError; safe_open(path)")))
+    assert not list(
+        _faults(ast.parse("torch.load(path, weights_only=True); pickle.UnpicklingError; safe_open(path)"))
+    )

@@ -1,8 +1,9 @@
-"""Oobleck with weight norm under ZeRO 0 to 3 on two ranks against the plain PyTorch engine on one, with and without activation
-checkpointing.
+"""Oobleck with weight norm under ZeRO 0 to 3 on two ranks against the plain PyTorch engine on one, with and
+without activation checkpointing.
 
-One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle is `LocalEngine` with
-the whole batch on one process. `test_engine.py` has the cases that do not depend on the model.
+One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
+is `LocalEngine` with the whole batch on one process. `test_engine.py` has the cases that do not depend on the
+model.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1)
 # Not 8 channels: see test_models_audio_vae.py.
 MODEL = ModelConfig(source="AutoencoderOobleck", config=tiny_oobleck(width=16, latent_channels=8))
 
-# Largest difference to the oracle in the losses and the gradient norms (at most 9.4), and the L2 distance of the final fp32
-# parameters over the distance that training moved them. fp32: sums in another order, through 4 updates. 16 bit: gradients are
-# rounded to 8 resp. 11 bits before they are summed over ranks. Measured: fp32 6e-8, 1e-6, 2e-7; bf16 3e-4, 0.017, 0.003; fp16
-# 1.2e-3, 0.035, 0.013 (the updates are large, and the third doubles every difference).
+# Largest difference to the oracle in the losses and the gradient norms (at most 9.4), and the L2 distance of
+# the final fp32 parameters over the distance that training moved them. fp32: sums in another order, through 4
+# updates. 16 bit: gradients are rounded to 8 resp. 11 bits before they are summed over ranks. Measured: fp32
+# 6e-8, 1e-6, 2e-7; bf16 3e-4, 0.017, 0.003; fp16 1.2e-3, 0.035, 0.013 (the updates are large, and the third
+# doubles every difference).
 TOLERANCES = {"fp32": (1e-6, 1e-5, 2e-6), "bf16": (1e-3, 0.05, 0.01), "fp16": (4e-3, 0.1, 0.04)}
 
 pytestmark = pytest.mark.dist
@@ -55,13 +57,17 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=RANKS, timeout_seconds=600)
-    assert [case["losses"] for case in results[0].values()] == [case["losses"] for case in results[1].values()]
+    assert [case["losses"] for case in results[0].values()] == [
+        case["losses"] for case in results[1].values()
+    ]
     return results[0]
 
 
 @pytest.mark.parametrize("recompute", ["", " recomputed"])
 @pytest.mark.parametrize("name", FILES)
-def test_weight_norm_trains_as_in_the_local_engine(measured: dict[str, Any], name: str, recompute: str) -> None:
+def test_weight_norm_trains_as_in_the_local_engine(
+    measured: dict[str, Any], name: str, recompute: str
+) -> None:
     case = measured[name + recompute]
     loss, norm, parameter = TOLERANCES[_precision(name)]
     assert case["loss_difference"] <= loss
@@ -77,7 +83,9 @@ def test_directions_and_gains_are_trained(measured: dict[str, Any], name: str) -
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_recomputation_runs_every_block_twice_and_changes_nothing(measured: dict[str, Any], name: str) -> None:
+def test_recomputation_runs_every_block_twice_and_changes_nothing(
+    measured: dict[str, Any], name: str
+) -> None:
     plain, recomputed = measured[name], measured[f"{name} recomputed"]
     assert recomputed["losses"] == plain["losses"]
     assert (plain["block_forwards"], recomputed["block_forwards"]) == (UPDATES, 2 * UPDATES)
@@ -125,15 +133,22 @@ def _measure(name: str, oracle: dict[str, Any], *, recompute: bool) -> dict[str,
     module.vae.encoder.block[0].res_unit1.register_forward_hook(lambda *_: forwards.append(1))
     set_recompute(module, enabled=recompute)
     share = GLOBAL_BATCH // RANKS
-    with deepspeed_engine(module, optimizer=OPTIMIZER, settings=_settings(name), micro_batch_size=share) as engine:
+    with deepspeed_engine(
+        module, optimizer=OPTIMIZER, settings=_settings(name), micro_batch_size=share
+    ) as engine:
         records = _train(engine)
         state = engine.module_state()
-    differences = [[abs(a - b) for a, b in zip(*pair, strict=True)] for pair in zip(records, oracle["records"], strict=True)]
+    differences = [
+        [abs(a - b) for a, b in zip(*pair, strict=True)]
+        for pair in zip(records, oracle["records"], strict=True)
+    ]
     return {
         "losses": [record[0] for record in records],
         "loss_difference": max(difference[0] for difference in differences),
         "norm_difference": max(difference[1] for difference in differences),
-        "parameter_difference": distance(state, oracle["module"]) / distance(state, oracle["start"]) if dist.is_main() else 0.0,
+        "parameter_difference": distance(state, oracle["module"]) / distance(state, oracle["start"])
+        if dist.is_main()
+        else 0.0,
         "moved": _moved(state, oracle["start"]) if dist.is_main() else {},
         "block_forwards": len(forwards),
     }
@@ -146,7 +161,9 @@ def _module() -> Any:
 def _settings(name: str) -> DeepSpeedSettings:
     values = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     if values["zero_optimization"]["stage"] == 3:
-        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the module is smaller than the usual threshold
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            0  # the module is smaller than the usual threshold
+        )
     if "fp16" in values:
         values["fp16"] |= {"initial_scale_power": 8}
     return parse_deepspeed_settings(values, name)
@@ -155,7 +172,8 @@ def _settings(name: str) -> DeepSpeedSettings:
 def _train(engine: Engine) -> list[list[float]]:
     """Returns mean loss and gradient norm of every update.
 
-    One process computes the ranks' shares one after another: in 16 bits a CPU may round a whole batch otherwise than its halves.
+    One process computes the ranks' shares one after another: in 16 bits a CPU may round a whole batch
+    otherwise than its halves.
     """
     records = []
     shares = range(RANKS) if engine.world_size == 1 else [engine.rank]
@@ -165,7 +183,9 @@ def _train(engine: Engine) -> list[list[float]]:
         for share in (slice(first, None, RANKS) for first in shares):
             wave_BCN, seeds = _batch(update)[share], list(range(GLOBAL_BATCH))[share]
             reconstruction, mean, logvar = engine(wave_BCN.to(engine.compute_dtype), seeds)
-            loss = (reconstruction.float() - wave_BCN).abs().mean() + 0.01 * (mean.square() + logvar.exp() - logvar).mean()
+            loss = (reconstruction.float() - wave_BCN).abs().mean() + 0.01 * (
+                mean.square() + logvar.exp() - logvar
+            ).mean()
             engine.backward(loss)
             result = engine.step()
             losses.append(loss.detach())
@@ -186,4 +206,7 @@ def _moved(state: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, floa
     kinds: dict[str, list[str]] = {}
     for key in start:
         kinds.setdefault(key.rpartition(".")[2], []).append(key)
-    return {kind: distance({key: state[key] for key in keys}, {key: start[key] for key in keys}) for kind, keys in kinds.items()}
+    return {
+        kind: distance({key: state[key] for key in keys}, {key: start[key] for key in keys})
+        for kind, keys in kinds.items()
+    }

@@ -1,8 +1,10 @@
-"""The average of the weights and the clip norm of each update on two ranks, for every settings file that ships.
+"""The average of the weights and the clip norm of each update on two ranks, for every settings file that
+ships.
 
-One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle of the average is the
-same recursion on whole parameters, from the masters that rank 0 gathers after every update. Under ZeRO-3 one part of the
-parameters is partitioned and the other, below the persistence threshold, stays gathered; masters lie in several sub-groups.
+One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
+of the average is the same recursion on whole parameters, from the masters that rank 0 gathers after every
+update. Under ZeRO-3 one part of the parameters is partitioned and the other, below the persistence threshold,
+stays gathered; masters lie in several sub-groups.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ def test_there_is_one_file_per_rank_or_one_for_all(measured: Any, name: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_clip_norm_holds_for_the_next_update(measured: Any, name: str) -> None:
-    """The first moment of a fresh Adam is 0.1 of the gradient that it saw; 1e-3: fp32 sums, 1e-6 added to the norm."""
+    """The first moment of a fresh Adam is 0.1 of the gradient that it saw; 1e-3: fp32 sums, 1e-6 added to the
+    norm."""
     for norm, seen, clip_norm in zip(*measured[name][0]["clipping"], CLIP_NORMS, strict=True):
         assert norm > 0.1, "reported is the norm before clipping"
         assert seen == pytest.approx(norm if clip_norm is None else clip_norm, rel=1e-3)
@@ -148,7 +151,8 @@ def _measure(path: Path) -> dict[str, Any]:
     case |= {
         "files": files,
         "loaded_average_equal": all(
-            (folder / "first" / name).read_bytes() == (folder / "second" / name).read_bytes() for name in files
+            (folder / "first" / name).read_bytes() == (folder / "second" / name).read_bytes()
+            for name in files
         ),
         "next_updates_equal": _equal(ends[0], resumed_ends[0]),
         "next_average_equal": _equal(ends[1], resumed_ends[1]),
@@ -191,7 +195,9 @@ def _measure_swap(engine: Any, ema: Ema) -> dict[str, Any]:
     plain.load_state_dict({**lent, **average, "shift": engine.module.shift})
     again, restored, forward = _states(engine), _weights(engine), _forward(engine, x)
     return {
-        "weights_are_average": all(torch.equal(lent[name], value.to(engine.compute_dtype)) for name, value in average.items()),
+        "weights_are_average": all(
+            torch.equal(lent[name], value.to(engine.compute_dtype)) for name, value in average.items()
+        ),
         "forward_is_plain": torch.equal(inside, _plain_forward(plain, x)),
         "forward_moved": (inside.float() - output.float()).abs().max().item(),
         "restored": {
@@ -220,7 +226,8 @@ def _engine(path: Path, *, seed: int) -> Any:
     net = Net()
     names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     groups = [
-        ParameterGroup(names=tuple(name for name in names if ("bias" in name) == odd), is_decayed=odd) for odd in (True, False)
+        ParameterGroup(names=tuple(name for name in names if ("bias" in name) == odd), is_decayed=odd)
+        for odd in (True, False)
     ]
     return DeepSpeedEngine(
         net,

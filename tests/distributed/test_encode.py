@@ -1,7 +1,9 @@
-"""Two ranks share the encoding; one is killed between writing an entry and naming it, and the next run finishes.
+"""Two ranks share the encoding; one is killed between writing an entry and naming it, and the next run
+finishes.
 
-Nothing is lost, nothing is done twice, no half file is taken for an entry, and the result is that of one process. The ranks count
-and die in an audit hook of Python on `os.rename`, the call that gives an entry its name.
+Nothing is lost, nothing is done twice, no half file is taken for an entry, and the result is that of one
+process. The ranks count and die in an audit hook of Python on `os.rename`, the call that gives an entry its
+name.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ pytestmark = pytest.mark.dist
 
 NUM_CLIPS = 8
 TOTAL = {CONDITIONS: NUM_CLIPS, LATENTS: 2 * NUM_CLIPS, AUDIO_LATENTS: 2 * NUM_CLIPS}
-DEADLY_RENAME = 9  # of rank 1, which has 4 captions and 8 clips of 2 entries each: the second entry of its third clip
+DEADLY_RENAME = (
+    9  # of rank 1, which has 4 captions and 8 clips of 2 entries each: the second entry of its third clip
+)
 
 
 def encode(media: str, output: str, rename_that_kills: int | None = None) -> dict[str, Any]:
-    """Encodes and returns what this rank named, and what all ranks did; rank 1 dies before its n-th entry has its name."""
+    """Encodes and returns what this rank named, and what all ranks did; rank 1 dies before its n-th entry has
+    its name."""
     named: list[str] = []
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -56,7 +61,12 @@ def _config(media: str, output: str) -> EncodeConfig:
             "data": {"media": media, "output_dir": output, "num_workers": 0},
             "video": {"model": {"source": "aiprod_ds.testing.tiny:TinyVideoVAE"}, "precision": "fp32"},
             "audio": {"model": {"source": "AutoencoderOobleck", "config": codec}, "precision": "fp32"},
-            "text": {"source": "T5EncoderModel", "config": attention, "precision": "fp32", "default_caption": "a film"},
+            "text": {
+                "source": "T5EncoderModel",
+                "config": attention,
+                "precision": "fp32",
+                "default_caption": "a film",
+            },
             "shapes": [{"resolution": size, "duration": {"frames": frames}} for size, frames in sizes],
         }
     )
@@ -91,9 +101,13 @@ def _assert_equal_entries(output: Path, expected: Path, names: list[str]) -> Non
 
 
 def test_two_ranks_share_the_work_and_make_what_one_makes(media: str, expected: Path, tmp_path: Path) -> None:
-    results = run_on_ranks(encode, ranks=2, arguments={"media": media, "output": str(tmp_path)}, timeout_seconds=600)
+    results = run_on_ranks(
+        encode, ranks=2, arguments={"media": media, "output": str(tmp_path)}, timeout_seconds=600
+    )
     assert [result["written"] for result in results] == [TOTAL, TOTAL]
-    shares = [[name for name in result["named"] if "/" in name] for result in results]  # all but the empty prompt
+    shares = [
+        [name for name in result["named"] if "/" in name] for result in results
+    ]  # all but the empty prompt
     assert [len(share) for share in shares] == [sum(TOTAL.values()) // 2] * 2
     assert not set(shares[0]) & set(shares[1])
     assert _names(tmp_path) == _names(expected)
@@ -103,7 +117,9 @@ def test_two_ranks_share_the_work_and_make_what_one_makes(media: str, expected: 
 def test_a_killed_run_is_finished_by_the_next(media: str, expected: Path, tmp_path: Path) -> None:
     arguments = {"media": media, "output": str(tmp_path)}
     with pytest.raises(EngineError, match="no result of ranks"):
-        run_on_ranks(encode, ranks=2, arguments={**arguments, "rename_that_kills": DEADLY_RENAME}, timeout_seconds=600)
+        run_on_ranks(
+            encode, ranks=2, arguments={**arguments, "rename_that_kills": DEADLY_RENAME}, timeout_seconds=600
+        )
     assert list(tmp_path.rglob("*.part")), "the kill was to leave an entry without its name"
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in _names(tmp_path)}
     assert DEADLY_RENAME - 1 <= len(before) < len(_names(expected))
@@ -111,10 +127,15 @@ def test_a_killed_run_is_finished_by_the_next(media: str, expected: Path, tmp_pa
 
     results = run_on_ranks(encode, ranks=2, arguments=arguments, timeout_seconds=600)
     named = [name for result in results for name in result["named"]]
-    assert sorted([*named, *before]) == _names(expected), "each entry has been named once, by one rank of one run"
+    assert sorted([*named, *before]) == _names(expected), (
+        "each entry has been named once, by one rank of one run"
+    )
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
     assert results[0]["written"] == results[1]["written"]
-    both = {source: results[0]["written"].get(source, 0) + results[0]["present"].get(source, 0) for source in TOTAL}
+    both = {
+        source: results[0]["written"].get(source, 0) + results[0]["present"].get(source, 0)
+        for source in TOTAL
+    }
     assert both == TOTAL
     assert not list(tmp_path.rglob("*.part"))
     _assert_equal_entries(tmp_path, expected, _names(expected))

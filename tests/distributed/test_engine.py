@@ -1,8 +1,10 @@
-"""The DeepSpeed engine on two ranks against the plain PyTorch engine on one, for every settings file that ships.
+"""The DeepSpeed engine on two ranks against the plain PyTorch engine on one, for every settings file that
+ships.
 
-One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle is `LocalEngine` with
-the whole batch on one process. Both engines see the same data and learning rates; the module mixes Conv3d, GroupNorm, LayerNorm,
-Linear, a frozen Linear, parameters that a block owns itself, and a buffer.
+One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
+is `LocalEngine` with the whole batch on one process. Both engines see the same data and learning rates; the
+module mixes Conv3d, GroupNorm, LayerNorm, Linear, a frozen Linear, parameters that a block owns itself, and a
+buffer.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ UPDATES = 8
 ACCUMULATIONS = (1, 1, 2, 2, 4, 4, 1, 2)  # changes inside the live engine
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1)
 
-# Largest difference to the oracle in any of the losses and gradient norms (both of order 1), and the L2 distance of the final
-# fp32 parameters over the distance that training moved them. fp32: rounding of sums in another order, through 8 updates. 16 bit:
-# gradients are rounded to 8 resp. 11 bits before they are summed over ranks and micro-batches; the oracle sums in one backward.
-# Measured: fp32 1e-7, 1e-7, 2e-7; bf16 8e-4, 3e-3, 0.045; fp16 2e-4, 2e-3, 0.013; the 16-bit ones under ZeRO-3.
+# Largest difference to the oracle in any of the losses and gradient norms (both of order 1), and the L2
+# distance of the final fp32 parameters over the distance that training moved them. fp32: rounding of sums in
+# another order, through 8 updates. 16 bit: gradients are rounded to 8 resp. 11 bits before they are summed
+# over ranks and micro-batches; the oracle sums in one backward. Measured: fp32 1e-7, 1e-7, 2e-7; bf16 8e-4,
+# 3e-3, 0.045; fp16 2e-4, 2e-3, 0.013; the 16-bit ones under ZeRO-3.
 TOLERANCES = {"fp32": (1e-6, 1e-6, 2e-6), "bf16": (2e-3, 1e-2, 0.1), "fp16": (5e-4, 4e-3, 0.03)}
 
 pytestmark = pytest.mark.dist
@@ -50,7 +53,9 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="session")
 def measured() -> dict[str, Any]:
     results: list[dict[str, Any]] = run_on_ranks(measure_everything, ranks=2, timeout_seconds=600)
-    assert results[0]["losses"] == results[1]["losses"], "losses are reduced, so the ranks must report the same"
+    assert results[0]["losses"] == results[1]["losses"], (
+        "losses are reduced, so the ranks must report the same"
+    )
     return results[0]
 
 
@@ -86,14 +91,18 @@ def test_resume_is_bitwise(measured: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_state_is_a_file_of_each_rank_that_owns_something(measured: dict[str, Any], name: str) -> None:
+def test_a_saved_state_is_a_file_of_each_rank_that_owns_something(
+    measured: dict[str, Any], name: str
+) -> None:
     ranks = [f"rank_{rank:05d}_of_00002{kind}.safetensors" for rank in range(2) for kind in (".moments", "")]
     files = ["engine.json", *ranks]
     assert measured["cases"][name]["saved"] == (files[:3] if "zero0" in name else files)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_non_finite_gradient_on_one_rank_skips_the_update_on_all(measured: dict[str, Any], name: str) -> None:
+def test_a_non_finite_gradient_on_one_rank_skips_the_update_on_all(
+    measured: dict[str, Any], name: str
+) -> None:
     case = measured["cases"][name]["overflow"]
     assert case["applied"] == [[False, False], [True, True]], "on both ranks: the bad update, then a good one"
     assert case["unchanged"]
@@ -101,7 +110,9 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_update_on_all(measured: dic
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "fp16" in name])
-def test_overflow_halves_the_scale_down_to_its_minimum_without_an_exception(measured: dict[str, Any], name: str) -> None:
+def test_overflow_halves_the_scale_down_to_its_minimum_without_an_exception(
+    measured: dict[str, Any], name: str
+) -> None:
     assert measured["cases"][name]["overflow"]["scales"] == [4.0, 2.0, 1.0, 1.0, 1.0]
 
 
@@ -174,7 +185,7 @@ def _oracle(precision: str) -> dict[str, Any]:
     module = _module(0)
     settings = _settings(FILES[NAMES.index(f"zero2_{_suffix(precision)}")])
     engine = LocalEngine(
-        module, decay_groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1  # noqa: E501
     )  # fmt: skip
     return {"records": _train(engine, 0, UPDATES), "module": engine.module_state()}
 
@@ -187,7 +198,10 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
     write_engine(folder, engine)
     records = first + _train(engine, UPDATES // 2, UPDATES)
     states, module = optimized_state(engine), engine.module_state()
-    references = [weakref.ref(part) for part in (engine._engine, engine._engine.optimizer, engine._engine.basic_optimizer)]
+    references = [
+        weakref.ref(part)
+        for part in (engine._engine, engine._engine.optimizer, engine._engine.basic_optimizer)
+    ]
     engine.close()
     del engine
     gc.collect()
@@ -207,7 +221,9 @@ def _measure(path: Path, oracle: dict[str, Any]) -> tuple[dict[str, Any], list[f
         "loss_difference": max(abs(a[0] - b[0]) for a, b in zip(records, oracle["records"], strict=True)),
         "norm_difference": max(abs(a[1] - b[1]) for a, b in zip(records, oracle["records"], strict=True)),
         "loss_scales_equal": [record[2] for record in records] == [record[2] for record in oracle["records"]],
-        "parameter_difference": distance(module, oracle["module"]) / distance(module, start) if dist.is_main() else 0.0,
+        "parameter_difference": distance(module, oracle["module"]) / distance(module, start)
+        if dist.is_main()
+        else 0.0,
         "movement": distance(module, start) if dist.is_main() else 0.0,
         "steps": sorted({state["step"] for state in states.values()}),
         "resumed_losses_equal": resumed_records == records[UPDATES // 2 :],
@@ -249,7 +265,9 @@ def _measure_rebuilding() -> dict[str, Any]:
         references += [weakref.ref(engine._engine), weakref.ref(engine._engine.optimizer)]
         engine.close()
         engine.close()  # again, on purpose
-        hooks.append(sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()))
+        hooks.append(
+            sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+        )
         del engine
         gc.collect()
     return {
@@ -311,7 +329,9 @@ def _engine(path: Path, *, seed: int = 0, module: nn.Module | None = None) -> An
 def _settings(path: Path) -> DeepSpeedSettings:
     values = json.loads(path.read_text(encoding="utf-8"))
     if values["zero_optimization"]["stage"] == 3:
-        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the module is smaller than the usual threshold
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            0  # the module is smaller than the usual threshold
+        )
     if "fp16" in values:
         # A window so short that the scale doubles in the run.
         values["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 3, "hysteresis": 1}

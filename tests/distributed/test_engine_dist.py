@@ -1,4 +1,5 @@
-"""The process-group helpers on two ranks through the real launcher, and what the launcher for tests does with failures."""
+"""The process-group helpers on two ranks through the real launcher, and what the launcher for tests does with
+failures."""
 
 from __future__ import annotations
 
@@ -44,7 +45,13 @@ def hang(folder: str) -> None:
 
 def test_every_helper_agrees_on_two_ranks() -> None:
     results = run_on_ranks(use_every_helper, ranks=2, arguments={"offset": 1.0})
-    common = {"world_size": 2, "mean": [1.5, 2.0], "broadcast": {"rank": 0}, "gathered": [0, 10], "agree": [True, False]}
+    common = {
+        "world_size": 2,
+        "mean": [1.5, 2.0],
+        "broadcast": {"rank": 0},
+        "gathered": [0, 10],
+        "agree": [True, False],
+    }
     assert results == [{"rank": 0, "is_main": True, **common}, {"rank": 1, "is_main": False, **common}]
 
 

@@ -1,7 +1,8 @@
-"""What DeepSpeed holds between the parts of an update on two ranks, counted tensor by tensor, against `curriculum.memory`.
+"""What DeepSpeed holds between the parts of an update on two ranks, counted tensor by tensor, against
+`curriculum.memory`.
 
-One launch measures all stages; the tests below only read. Copies that live inside `step` differ between CPU and GPU and are not
-counted here: those were measured on an H200 (`benchmarks/planner_accuracy.py`).
+One launch measures all stages; the tests below only read. Copies that live inside `step` differ between CPU
+and GPU and are not counted here: those were measured on an H200 (`benchmarks/planner_accuracy.py`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class _Held(TorchDispatchMode):
 
 
 def _measure(names: list[str]) -> dict[str, list[float]]:
-    """Returns for each file the bytes per parameter after an update and after the backward pass of the next."""
+    """Returns for each file the bytes per parameter after an update and after the backward pass of the
+    next."""
     from deepspeed.accelerator import get_accelerator  # which the tests need not
 
     from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
@@ -73,13 +75,22 @@ def _measure(names: list[str]) -> dict[str, list[float]]:
         if values["zero_optimization"]["stage"]:
             values["zero_optimization"]["reduce_bucket_size"] = BUCKET
         if values["zero_optimization"]["stage"] == PARTITIONED:
-            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the layers here are as small as what stays
+            values["zero_optimization"]["stage3_param_persistence_threshold"] = (
+                0  # the layers here are as small as what stays
+            )
         settings = parse_deepspeed_settings(values, where=name)
         with _Held() as held:
             module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
-            groups = [ParameterGroup(names=tuple(key for key, _ in module.named_parameters()), is_decayed=True)]
+            groups = [
+                ParameterGroup(names=tuple(key for key, _ in module.named_parameters()), is_decayed=True)
+            ]
             engine = DeepSpeedEngine(
-                module, groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=1, accumulation=1
+                module,
+                groups,
+                optimizer=OptimizerConfig(),
+                settings=settings,
+                micro_batch_size=1,
+                accumulation=1,
             )
             sizes = []
             for _ in range(2):
@@ -101,7 +112,8 @@ def _found() -> list[dict[str, list[float]]]:
     return run_on_ranks(_measure, ranks=RANKS, arguments={"names": sorted(EXPECTED)})
 
 
-# Bytes per parameter on two ranks: what stays, and the gradients after backward. Reduction buckets of 50,000 elements: 0.2.
+# Bytes per parameter on two ranks: what stays, and the gradients after backward. Reduction buckets of 50,000
+# elements: 0.2.
 EXPECTED = {
     "zero0_bf16": (2 + 12, 2),
     "zero1_fp32": (4 + 12 / 2, 4 / 2),
@@ -118,5 +130,9 @@ def test_a_rank_holds_what_the_table_says(name: str) -> None:
     resident, gradients = EXPECTED[name]
     for rank in _found():
         after_update, after_backward, _ = rank[name]
-        assert after_update == pytest.approx(resident, abs=0.5)  # buckets, norms, padding, biases kept whole at stage 3
-        assert after_backward - after_update == pytest.approx(gradients, abs=0.8)  # and a gradient on its way to be freed
+        assert after_update == pytest.approx(
+            resident, abs=0.5
+        )  # buckets, norms, padding, biases kept whole at stage 3
+        assert after_backward - after_update == pytest.approx(
+            gradients, abs=0.8
+        )  # and a gradient on its way to be freed

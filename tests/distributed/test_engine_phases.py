@@ -1,8 +1,9 @@
-"""What a curriculum does to a live engine: batch, weight decay, moments and activation checkpointing change between updates.
+"""What a curriculum does to a live engine: batch, weight decay, moments and activation checkpointing change
+between updates.
 
-One launch runs one story on two ranks for every settings file that ships, and once on one process with `LocalEngine`, the oracle,
-which takes every global batch as one micro-batch. The tests below only read the measurements. What does not change inside a run
-is in tests/distributed/test_engine.py.
+One launch runs one story on two ranks for every settings file that ships, and once on one process with
+`LocalEngine`, the oracle, which takes every global batch as one micro-batch. The tests below only read the
+measurements. What does not change inside a run is in tests/distributed/test_engine.py.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ STAGES = range(4)
 MODELS = ("plain", "diffusers")
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1)
 
-# As in tests/distributed/test_engine.py, which says why: largest difference of losses and of gradient norms to the oracle, and
-# distance of the final parameters over the distance that training moved them.
+# As in tests/distributed/test_engine.py, which says why: largest difference of losses and of gradient norms
+# to the oracle, and distance of the final parameters over the distance that training moved them.
 # Measured: fp32 3e-8, 1e-7, 3e-7; bf16 1.4e-4, 7e-4, 0.015; fp16 1.5e-5, 1.4e-4, 6e-4 on one CPU and 5e-3 on
 # another.
 TOLERANCES = {"fp32": (1e-6, 1e-6, 2e-6), "bf16": (5e-4, 3e-3, 0.04), "fp16": (1e-4, 1e-3, 8e-3)}
@@ -59,14 +60,18 @@ class Phase:
     updates: int = 2
     weight_decay: float = 0.1
     moments: float = 1.0
-    is_poisoned: bool = False  # one more update at the end, not finite on rank 1, and so skipped: the next phase follows it
+    is_poisoned: bool = (
+        False  # one more update at the end, not finite on rank 1, and so skipped: the next phase follows it
+    )
 
 
 STORY = (
     Phase(micro_batch_size=4, accumulation=1),
     Phase(micro_batch_size=2, accumulation=2),
     Phase(micro_batch_size=1, accumulation=4, is_poisoned=True),
-    Phase(micro_batch_size=2, accumulation=2, weight_decay=2.0, moments=0.25),  # the global batch stays 8 up to here
+    Phase(
+        micro_batch_size=2, accumulation=2, weight_decay=2.0, moments=0.25
+    ),  # the global batch stays 8 up to here
     Phase(micro_batch_size=3, accumulation=2, weight_decay=0.0),
     Phase(micro_batch_size=2, accumulation=1, weight_decay=1.0, moments=0.0),
     Phase(micro_batch_size=4, accumulation=1),
@@ -90,26 +95,33 @@ def test_a_curriculum_equals_the_local_engine(measured: dict[str, Any], name: st
     assert case["norm_difference"] <= norm
     assert case["parameter_difference"] <= parameter
     assert case["loss_scales_equal"]
-    assert case["steps"] == [sum(phase.updates for phase in STORY[SAVED_AT["reset"] :])], "the count began anew at the reset"
+    assert case["steps"] == [sum(phase.updates for phase in STORY[SAVED_AT["reset"] :])], (
+        "the count began anew at the reset"
+    )
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("left_out", ["weight_decay", "moments"])
 def test_the_oracle_notices_what_is_left_out(measured: dict[str, Any], precision: str, left_out: str) -> None:
-    assert measured["left_out"][precision][left_out] > 2 * TOLERANCES[precision][2], "else the comparison above shows nothing"
+    assert measured["left_out"][precision][left_out] > 2 * TOLERANCES[precision][2], (
+        "else the comparison above shows nothing"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_inside_a_window_is_refused_and_harms_nothing(measured: dict[str, Any], name: str) -> None:
     # The story tries it in every window; that nothing is harmed is the comparison with the oracle.
-    assert measured["cases"][name]["refused"] == ["between updates, got 1 of 2", "between updates, got 1 of 4"]
+    assert measured["cases"][name]["refused"] == [
+        "between updates, got 1 of 2",
+        "between updates, got 1 of 4",
+    ]
 
 
 @pytest.mark.parametrize("saved", SAVED_AT)
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_after_a_change_is_bitwise(measured: dict[str, Any], name: str, saved: str) -> None:
-    # The new engine is given another weight decay than the file holds, before it loads. The state of 6 updates is also one that
-    # DeepSpeedCPUAdam does not take up bitwise by itself (tests/upstream).
+    # The new engine is given another weight decay than the file holds, before it loads. The state of 6
+    # updates is also one that DeepSpeedCPUAdam does not take up bitwise by itself (tests/upstream).
     assert measured["cases"][name]["resumed"][saved] == {"records": True, "states": True}
 
 
@@ -125,7 +137,9 @@ def test_a_factor_of_one_changes_nothing(measured: dict[str, Any], name: str) ->
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_switching_activation_checkpointing_changes_no_bit(measured: dict[str, Any], stage: int, model: str) -> None:
+def test_switching_activation_checkpointing_changes_no_bit(
+    measured: dict[str, Any], stage: int, model: str
+) -> None:
     case = measured["switching"][model][stage]
     assert case["records_equal"]
     assert case["states_equal"]
@@ -133,7 +147,9 @@ def test_switching_activation_checkpointing_changes_no_bit(measured: dict[str, A
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_switching_under_zero_3_leaves_no_modules_on_the_global_list(measured: dict[str, Any], model: str) -> None:
+def test_switching_under_zero_3_leaves_no_modules_on_the_global_list(
+    measured: dict[str, Any], model: str
+) -> None:
     assert max(measured["switching"][model][3]["forward_stack"]) <= 1
 
 
@@ -183,7 +199,8 @@ def measure_everything() -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # this CPU computes fp16 slowly but rightly
-    gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
+    # every engine that closes collects garbage, and all that is imported would be looked through again
+    gc.freeze()
     oracles = {precision: _oracle(precision, STORY) for precision in TOLERANCES}
     return {
         "cases": {path.stem: _measure(path, oracles[_precision(path.stem)]) for path in FILES},
@@ -196,14 +213,15 @@ def _oracle(precision: str, story: tuple[Phase, ...]) -> dict[str, Any]:
     module = _module(0)
     path = FILES[NAMES.index(f"zero2_{'fp16_v100' if precision == 'fp16' else precision}")]
     engine = LocalEngine(
-        module, decay_groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=8, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=8, accumulation=1  # noqa: E501
     )  # fmt: skip
     start = engine.module_state()
     return {"records": _live(engine, story), "module": engine.module_state(), "start": start}
 
 
 def _measure_left_out(precision: str, oracle: dict[str, Any]) -> dict[str, float]:
-    """Returns how far a story without the changes of one kind ends from the oracle, as `parameter_difference` does."""
+    """Returns how far a story without the changes of one kind ends from the oracle, as `parameter_difference`
+    does."""
     found = {}
     for name, value in (("weight_decay", OPTIMIZER.weight_decay), ("moments", 1.0)):
         story = tuple(replace(phase, **{name: value}) for phase in STORY)
@@ -218,14 +236,21 @@ def _measure(path: Path, oracle: dict[str, Any]) -> dict[str, Any]:
         states, module = optimized_state(engine), engine.module_state()
         engine.scale_moments(1.0)
         kept = is_same_state(states, optimized_state(engine))
-        resumed = {name: _measure_resume(path, folder / name, first, records, states) for name, first in SAVED_AT.items()}
+        resumed = {
+            name: _measure_resume(path, folder / name, first, records, states)
+            for name, first in SAVED_AT.items()
+        }
     expected = oracle["records"]
-    finite = [pair for pair in zip(records, expected, strict=True) if pair[0].is_applied and pair[1].is_applied]
+    finite = [
+        pair for pair in zip(records, expected, strict=True) if pair[0].is_applied and pair[1].is_applied
+    ]
     return {
-        "applied_as_oracle": [record.is_applied for record in records] == [record.is_applied for record in expected],
+        "applied_as_oracle": [record.is_applied for record in records]
+        == [record.is_applied for record in expected],
         "loss_difference": max(abs(a.loss - b.loss) for a, b in finite),
         "norm_difference": max(abs(a.norm - b.norm) for a, b in finite),
-        "loss_scales_equal": [record.loss_scale for record in records] == [record.loss_scale for record in expected],
+        "loss_scales_equal": [record.loss_scale for record in records]
+        == [record.loss_scale for record in expected],
         "parameter_difference": _relative_distance(module, oracle) if dist.is_main() else 0.0,
         "steps": sorted({state["step"] for state in states.values()}),
         "refused": sorted(set(refused)),
@@ -235,7 +260,9 @@ def _measure(path: Path, oracle: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measure_resume(path: Path, folder: Path, first: int, records: list[Record], states: dict[str, Any]) -> dict[str, bool]:
+def _measure_resume(
+    path: Path, folder: Path, first: int, records: list[Record], states: dict[str, Any]
+) -> dict[str, bool]:
     with _engine(path, seed=1) as engine:
         engine.set_weight_decay(STORY[first].weight_decay)
         read_engine(folder, engine)
@@ -247,7 +274,8 @@ def _measure_resume(path: Path, folder: Path, first: int, records: list[Record],
 
 
 def _measure_reset(path: Path) -> bool:
-    """Compares a new engine with one that is reset after updates at a learning rate of 0, which leave its weights alone."""
+    """Compares a new engine with one that is reset after updates at a learning rate of 0, which leave its
+    weights alone."""
     phase = Phase(micro_batch_size=4, accumulation=1, updates=2)
     outcomes = []
     for updates_before in (0, 3):
@@ -325,7 +353,9 @@ def _live(
     for index, phase in enumerate(story[first:], start=first):
         if not (is_resumed and index == first):
             engine.scale_moments(phase.moments)
-            for name in (name for name, saved_at in SAVED_AT.items() if folder is not None and saved_at == index):
+            for name in (
+                name for name, saved_at in SAVED_AT.items() if folder is not None and saved_at == index
+            ):
                 _save(engine, folder / name)
             engine.set_weight_decay(phase.weight_decay)
         engine.set_batch(**_shape(engine, phase))
@@ -349,13 +379,18 @@ def _shape(engine: Engine, phase: Phase) -> dict[str, int]:
     return {"micro_batch_size": phase.micro_batch_size * phase.accumulation * RANKS, "accumulation": 1}
 
 
-def _update(engine: Engine, phase: Phase, update: int, *, is_poisoned: bool = False, refused: list[str] | None = None) -> Record:
-    """Runs one window over this rank's part of the global batch; a poisoned one is not finite in its first micro-batch."""
+def _update(
+    engine: Engine, phase: Phase, update: int, *, is_poisoned: bool = False, refused: list[str] | None = None
+) -> Record:
+    """Runs one window over this rank's part of the global batch; a poisoned one is not finite in its first
+    micro-batch."""
     size = phase.micro_batch_size * phase.accumulation * RANKS
     clips = torch.randn(size, *engine.module.clip, generator=torch.Generator().manual_seed(update))
     losses = []
     result: UpdateResult | None = None
-    for micro_batch in clips.chunk(engine.world_size)[engine.rank].split(_shape(engine, phase)["micro_batch_size"]):
+    for micro_batch in clips.chunk(engine.world_size)[engine.rank].split(
+        _shape(engine, phase)["micro_batch_size"]
+    ):
         loss = (engine(micro_batch.to(engine.compute_dtype)).float() - micro_batch * 0.5).pow(2).mean()
         is_bad = is_poisoned and not losses and engine.rank == engine.world_size - 1
         engine.backward(loss * (float("nan") if is_bad else 1.0))
@@ -382,7 +417,9 @@ def _engine(
     path: Path, *, seed: int = 0, module: nn.Module | None = None, loss_scale_window: int = 3
 ) -> AbstractContextManager[Any]:
     built = _module(seed) if module is None else module
-    return deepspeed_engine(built, optimizer=OPTIMIZER, settings=_settings(path, loss_scale_window), micro_batch_size=4)
+    return deepspeed_engine(
+        built, optimizer=OPTIMIZER, settings=_settings(path, loss_scale_window), micro_batch_size=4
+    )
 
 
 @contextmanager
@@ -398,7 +435,9 @@ def _settings(path: Path, loss_scale_window: int = 3) -> DeepSpeedSettings:
     values = json.loads(path.read_text(encoding="utf-8"))
     values.pop("activation_checkpointing", None)  # switched by hand here
     if values["zero_optimization"]["stage"] == 3:
-        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the module is smaller than the usual threshold
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            0  # the module is smaller than the usual threshold
+        )
     if "fp16" in values:
         # The usual window is so short that the scale doubles in the run.
         values["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": loss_scale_window, "hysteresis": 1}

@@ -1,8 +1,10 @@
-"""A new engine on the same module where the trainable set changes: adapters to all weights, back, and to another rank.
+"""A new engine on the same module where the trainable set changes: adapters to all weights, back, and to
+another rank.
 
-Values are carried from one engine to the next and written into it, its function and its updates are those of the local engine,
-and nothing of the old engine stays in memory. One launch runs all cases on two ranks and returns measurements; the tests below
-only read them. The oracle is `LocalEngine` with the whole batch on one process.
+Values are carried from one engine to the next and written into it, its function and its updates are those of
+the local engine, and nothing of the old engine stays in memory. One launch runs all cases on two ranks and
+returns measurements; the tests below only read them. The oracle is `LocalEngine` with the whole batch on one
+process.
 """
 
 from __future__ import annotations
@@ -41,27 +43,31 @@ FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 NAMES = [path.stem for path in FILES]
 RANKS = 2
 GLOBAL_BATCH = 4
-# Adam divides by the size of a gradient: the larger epsilon keeps rounding of next to none, as A has while B is 0, small.
+# Adam divides by the size of a gradient: the larger epsilon keeps rounding of next to none, as A has while B
+# is 0, small.
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1, epsilon=1e-6)
 
-# L2 distance of the fp32 parameters to the oracle's over the distance that the updates after writing moved them, as in
-# tests/distributed/test_engine.py, which says why.
+# L2 distance of the fp32 parameters to the oracle's over the distance that the updates after writing moved
+# them, as in tests/distributed/test_engine.py, which says why.
 WRITING_TOLERANCES = {"fp32": 2e-6, "bf16": 0.1, "fp16": 0.03}
 
 CHAINS = [name for name in NAMES if name.split("_", 1)[1] in ("fp32", "bf16")]
 CHANGES = ("lora to full", "full to lora", "lora to lora")
 LORA = LoraConfig(rank=4, alpha=6.0, targets=("to_q", "to_k", "to_v", "to_out.0", "net.2"))
-# Largest relative L2 difference of the answers before and after, and distance to the oracle's parameters after two updates, as
-# above. fp32: (W + B A) x against W x + B (A x). bf16: weights are rounded after the merge, and W and B A were rounded before.
-# Measured: fp32 2e-7, 1.4e-6; bf16 5e-3, 0.015, and 0.05 where ZeRO-3 trains A and B from B = 0.
+# Largest relative L2 difference of the answers before and after, and distance to the oracle's parameters
+# after two updates, as above. fp32: (W + B A) x against W x + B (A x). bf16: weights are rounded after the
+# merge, and W and B A were rounded before. Measured: fp32 2e-7, 1.4e-6; bf16 5e-3, 0.015, and 0.05 where
+# ZeRO-3 trains A and B from B = 0.
 CHANGE_TOLERANCES = {"fp32": (1e-6, 1e-5), "bf16": (2e-2, 0.15)}
 
 WARM_UPS = 2  # rebuilds in which torch and DeepSpeed take what they keep for good
 REBUILDS = 10
-REBUILT = [(f"zero{stage}_bf16", kind) for stage in range(4) for kind in ("plain", "lora")] + [("zero3_bf16_offload", "plain")]
-# Resident memory after the last of them over that after the warm-ups. Masters and moments are 9 MiB or more on each rank where
-# there are no adapters. Measured: 0.93 under ZeRO-3, which in another run took 3.1 MiB in the first 14 of 50 rebuilds and none
-# after them; otherwise 0.02.
+REBUILT = [(f"zero{stage}_bf16", kind) for stage in range(4) for kind in ("plain", "lora")] + [
+    ("zero3_bf16_offload", "plain")
+]
+# Resident memory after the last of them over that after the warm-ups. Masters and moments are 9 MiB or more
+# on each rank where there are no adapters. Measured: 0.93 under ZeRO-3, which in another run took 3.1 MiB in
+# the first 14 of 50 rebuilds and none after them; otherwise 0.02.
 MAX_GROWTH_MIB = 3.0
 # glibc otherwise keeps what threads have freed for itself, some MiB in some rebuilds and not in others.
 RETURN_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -85,14 +91,18 @@ def test_values_are_written_and_read_on_every_rank(measured: list[dict[str, Any]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_writing_sets_masters_and_leaves_the_optimizer_alone(measured: list[dict[str, Any]], name: str) -> None:
+def test_writing_sets_masters_and_leaves_the_optimizer_alone(
+    measured: list[dict[str, Any]], name: str
+) -> None:
     case = measured[0]["writing"][name]
     assert case["masters"] == []
     assert case["moments"] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_goes_on_from_written_values_as_in_the_local_engine(measured: list[dict[str, Any]], name: str) -> None:
+def test_training_goes_on_from_written_values_as_in_the_local_engine(
+    measured: list[dict[str, Any]], name: str
+) -> None:
     assert measured[0]["writing"][name]["difference"] <= WRITING_TOLERANCES[_precision(name)]
 
 
@@ -112,7 +122,9 @@ def test_values_that_do_not_fit_are_refused(measured: list[dict[str, Any]], stag
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_change_of_what_is_trained_keeps_the_function(measured: list[dict[str, Any]], name: str, change: str) -> None:
+def test_a_change_of_what_is_trained_keeps_the_function(
+    measured: list[dict[str, Any]], name: str, change: str
+) -> None:
     case = measured[0]["chains"][name][change]
     assert case["weights"] == [], "weights that are not the cast of what was carried"
     assert case["answer"] <= CHANGE_TOLERANCES[_precision(name)][0]
@@ -121,19 +133,25 @@ def test_a_change_of_what_is_trained_keeps_the_function(measured: list[dict[str,
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CHAINS)
-def test_after_a_change_training_equals_the_local_engine(measured: list[dict[str, Any]], name: str, change: str) -> None:
+def test_after_a_change_training_equals_the_local_engine(
+    measured: list[dict[str, Any]], name: str, change: str
+) -> None:
     case = measured[0]["chains"][name][change]
     assert case["updates"] <= CHANGE_TOLERANCES[_precision(name)][1]
     assert case["frozen"] == [], "frozen weights that moved"
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_rebuilt_engine_is_resumed_bitwise_in_a_new_module(measured: list[dict[str, Any]], name: str) -> None:
+def test_a_rebuilt_engine_is_resumed_bitwise_in_a_new_module(
+    measured: list[dict[str, Any]], name: str
+) -> None:
     assert measured[0]["chains"][name]["resumed"] == {"states": True, "module": True}
 
 
 @pytest.mark.parametrize(("name", "kind"), REBUILT)
-def test_rebuilding_leaves_nothing_of_the_old_engine(measured: list[dict[str, Any]], name: str, kind: str) -> None:
+def test_rebuilding_leaves_nothing_of_the_old_engine(
+    measured: list[dict[str, Any]], name: str, kind: str
+) -> None:
     for rank in measured:
         case = rank["rebuilt"][f"{name} {kind}"]
         assert case["alive"] == 0
@@ -179,7 +197,11 @@ class Denoiser(nn.Module):
         super().__init__()
         from diffusers import LTXVideoTransformer3DModel
 
-        width = {"num_attention_heads": heads, "attention_head_dim": head_width, "cross_attention_dim": heads * head_width}
+        width = {
+            "num_attention_heads": heads,
+            "attention_head_dim": head_width,
+            "cross_attention_dim": heads * head_width,
+        }
         self.transformer = LTXVideoTransformer3DModel(**LTXVideo.tiny_config() | width | {"num_layers": 1})
 
     def forward(self, latents: Tensor, text: Tensor, level: Tensor) -> Tensor:
@@ -202,14 +224,17 @@ def measure_everything() -> dict[str, Any]:
 
     get_accelerator().is_fp16_supported = lambda: True  # this CPU computes fp16 slowly but rightly
     with _engine(_add_lora(_denoiser(0), rank=4), FILES[0]):
-        gc.freeze()  # every engine that closes collects garbage, and all that is imported would be looked through again
+        # every engine that closes collects garbage, and all that is imported would be looked through again
+        gc.freeze()
     oracles = {precision: _writing_oracle(precision) for precision in WRITING_TOLERANCES}
     return {
         "writing": {path.stem: _measure_writing(path, oracles[_precision(path.stem)]) for path in FILES},
         "carried": _measure_carrying(),
         "errors": [_measure_errors(stage) for stage in range(4)],
         "chains": {name: _measure_chain(FILES[NAMES.index(name)]) for name in CHAINS},
-        "rebuilt": {f"{name} {kind}": _measure_rebuilding(FILES[NAMES.index(name)], kind) for name, kind in REBUILT},
+        "rebuilt": {
+            f"{name} {kind}": _measure_rebuilding(FILES[NAMES.index(name)], kind) for name, kind in REBUILT
+        },
     }
 
 
@@ -217,7 +242,7 @@ def _writing_oracle(precision: str) -> dict[str, Tensor]:
     module = _net(0)
     settings = _settings(FILES[NAMES.index(f"zero2_{'fp16_v100' if precision == 'fp16' else precision}")])
     engine = LocalEngine(
-        module, decay_groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=settings, micro_batch_size=GLOBAL_BATCH, accumulation=1  # noqa: E501
     )  # fmt: skip
     _update_net(engine, 0)
     engine.write_values(_written().items())
@@ -236,8 +261,12 @@ def _measure_writing(path: Path, oracle: dict[str, Tensor]) -> dict[str, Any]:
         weights = {name: value.to(engine.compute_dtype) for name, value in written.items()}
         expected = {name: written[name] if name in trained else weights[name].float() for name in written}
         found = {
-            "read": [name for name, value in expected.items() if not torch.equal(engine.read_value(name), value)],
-            "weights": [name for name, value in _weights(engine).items() if not _is_same(value, weights[name])],
+            "read": [
+                name for name, value in expected.items() if not torch.equal(engine.read_value(name), value)
+            ],
+            "weights": [
+                name for name, value in _weights(engine).items() if not _is_same(value, weights[name])
+            ],
         }
         if dist.is_main():
             after = {state.name: state for state in engine.parameter_states()}
@@ -267,7 +296,8 @@ def _measure_carrying() -> dict[str, Any]:
     return {
         "elements": sum(part.numel() for _, part in carried._parts.values()),
         "own": sum(-(-value.numel() // RANKS) for value in written.values()),
-        "equal": list(returned) == list(written) and all(torch.equal(value, written[name]) for name, value in returned.items()),
+        "equal": list(returned) == list(written)
+        and all(torch.equal(value, written[name]) for name, value in returned.items()),
     }
 
 
@@ -283,17 +313,22 @@ def _measure_chain(path: Path) -> dict[str, Any]:
         change_module(module)
         with _engine(module, path) as engine:
             engine.write_values(_renamed(module, carried))
-            found[change] = _compare(engine, before, dict(_renamed(module, carried)), change_module(_denoiser(0)), path)
+            found[change] = _compare(
+                engine, before, dict(_renamed(module, carried)), change_module(_denoiser(0)), path
+            )
             before, carried = _answer(engine), _merged(engine)
             if rank is None:
                 found["resumed"] = _measure_resuming(engine, path)
     return found
 
 
-def _compare(engine: Any, before: Tensor, values: dict[str, Tensor], module: nn.Module, path: Path) -> dict[str, Any]:
-    """Compares an engine that was given `values` with what answered before it, and through two updates with the local engine."""
+def _compare(
+    engine: Any, before: Tensor, values: dict[str, Tensor], module: nn.Module, path: Path
+) -> dict[str, Any]:
+    """Compares an engine that was given `values` with what answered before it, and through two updates with
+    the local engine."""
     local = LocalEngine(
-        module, decay_groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=GLOBAL_BATCH, accumulation=1
+        module, decay_groups(module), optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=GLOBAL_BATCH, accumulation=1  # noqa: E501
     )  # fmt: skip
     local.write_values(values.items())
     weights = {name: value.detach().clone() for name, value in module.named_parameters()}
@@ -314,7 +349,8 @@ def _compare(engine: Any, before: Tensor, values: dict[str, Tensor], module: nn.
 
 
 def _measure_resuming(engine: Any, path: Path) -> dict[str, bool]:
-    """Compares one update more of an engine that was rebuilt with the same of one in a module that never was."""
+    """Compares one update more of an engine that was rebuilt with the same of one in a module that never
+    was."""
     folder = Path(dist.broadcast_object(tempfile.mkdtemp()))
     write_engine(folder, engine)
     _update_denoiser(engine, 4, 1)
@@ -333,7 +369,8 @@ def _measure_resuming(engine: Any, path: Path) -> dict[str, bool]:
 
 
 def _measure_rebuilding(path: Path, kind: str) -> dict[str, Any]:
-    """Builds engines on one module, with new adapters for each if there are any, and looks at what is left of them."""
+    """Builds engines on one module, with new adapters for each if there are any, and looks at what is left of
+    them."""
     gc.collect()
     references, tensors, bytes_left, resident, before = [], [], [], [], _live_bytes()
     module = _denoiser(0, heads=4, head_width=64)
@@ -343,7 +380,9 @@ def _measure_rebuilding(path: Path, kind: str) -> dict[str, Any]:
             _update_denoiser(engine, 0, 2)
             _answer(engine)  # after which ZeRO-3 has all weights gathered
             inside = engine._engine
-            references += [weakref.ref(part) for part in (engine, inside, inside.optimizer, inside.basic_optimizer)]
+            references += [
+                weakref.ref(part) for part in (engine, inside, inside.optimizer, inside.basic_optimizer)
+            ]
         del engine, inside
         gc.collect()
         tensors.append(sum(isinstance(thing, Tensor) for thing in gc.get_objects()))
@@ -353,14 +392,20 @@ def _measure_rebuilding(path: Path, kind: str) -> dict[str, Any]:
         "alive": sum(reference() is not None for reference in references),
         "tensors": tensors[WARM_UPS - 1 :],
         "bytes_left": bytes_left[WARM_UPS - 1 :],
-        "bytes_of_module": sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in module.parameters()),
+        "bytes_of_module": sum(
+            getattr(parameter, "ds_tensor", parameter).nbytes for parameter in module.parameters()
+        ),
         "resident_mib": resident[WARM_UPS - 1 :],
     }
 
 
 def _live_bytes() -> int:
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum(
+        {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+        }.values()
+    )
 
 
 def _resident_mib() -> float:
@@ -386,13 +431,17 @@ def _message(call: Any) -> str:
 
 
 def _engine(module: nn.Module, path: Path) -> AbstractContextManager[Any]:
-    return deepspeed_engine(module, optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=GLOBAL_BATCH // RANKS)
+    return deepspeed_engine(
+        module, optimizer=OPTIMIZER, settings=_settings(path), micro_batch_size=GLOBAL_BATCH // RANKS
+    )
 
 
 def _settings(path: Path) -> DeepSpeedSettings:
     values = json.loads(path.read_text(encoding="utf-8"))
     if values["zero_optimization"]["stage"] == 3:
-        values["zero_optimization"]["stage3_param_persistence_threshold"] = 40  # biases stay gathered, matrices do not
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            40  # biases stay gathered, matrices do not
+        )
     if "fp16" in values:
         values["fp16"] |= {"initial_scale_power": 8}
     return parse_deepspeed_settings(values, path.name)
@@ -417,10 +466,14 @@ def _set_lora(module: nn.Module, *, rank: int | None) -> nn.Module:
 def _add_lora(module: nn.Module, *, rank: int) -> nn.Module:
     from aiprod_ds.models.lora import add_lora
 
-    add_lora(module.transformer, LORA.model_copy(update={"rank": rank}), allowed=LTXVideo.lora_targets, seed=rank)
+    add_lora(
+        module.transformer, LORA.model_copy(update={"rank": rank}), allowed=LTXVideo.lora_targets, seed=rank
+    )
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # PEFT takes the type that the last engine has left, others may not
+            parameter.data = (
+                parameter.data.float()
+            )  # PEFT takes the type that the last engine has left, others may not
     return module
 
 
@@ -459,9 +512,13 @@ def _renamed(module: nn.Module, carried: WeightHandoff) -> Iterator[tuple[str, T
 
 
 def _written() -> dict[str, Tensor]:
-    """Returns other values than the module starts from, in the order of another module than the engine's groups."""
+    """Returns other values than the module starts from, in the order of another module than the engine's
+    groups."""
     generator = torch.Generator().manual_seed(7)
-    return {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in _net(0).named_parameters()}
+    return {
+        name: 0.3 * torch.randn(value.shape, generator=generator)
+        for name, value in _net(0).named_parameters()
+    }
 
 
 def _weights(engine: Any) -> dict[str, Tensor]:
@@ -498,14 +555,19 @@ def _update_denoiser(engine: Engine, first: int, updates: int) -> None:
 
 def _batch(number: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
-    latents, text = torch.randn(GLOBAL_BATCH, 8, 4, generator=generator), torch.randn(GLOBAL_BATCH, 6, 16, generator=generator)
+    latents, text = (
+        torch.randn(GLOBAL_BATCH, 8, 4, generator=generator),
+        torch.randn(GLOBAL_BATCH, 6, 16, generator=generator),
+    )
     return latents, text, torch.rand(GLOBAL_BATCH, 1, generator=generator).expand(-1, 8)
 
 
 def _answer(engine: Any) -> Tensor:
     latents, text, level = _batch(100)
     with torch.no_grad():
-        output: Tensor = engine(latents.to(engine.compute_dtype), text.to(engine.compute_dtype), level).float()
+        output: Tensor = engine(
+            latents.to(engine.compute_dtype), text.to(engine.compute_dtype), level
+        ).float()
     return output
 
 

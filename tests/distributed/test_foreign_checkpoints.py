@@ -1,4 +1,5 @@
-"""Checkpoints of DeepSpeed and of torch.distributed.checkpoint, saved by two ranks, read without either; one launch makes all."""
+"""Checkpoints of DeepSpeed and of torch.distributed.checkpoint, saved by two ranks, read without either; one
+launch makes all."""
 
 from __future__ import annotations
 
@@ -27,7 +28,12 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.frozen, self.norm, self.last = nn.Linear(5, 7), nn.Linear(7, 3), nn.LayerNorm(7), nn.Linear(7, 3)
+        self.first, self.frozen, self.norm, self.last = (
+            nn.Linear(5, 7),
+            nn.Linear(7, 3),
+            nn.LayerNorm(7),
+            nn.Linear(7, 3),
+        )
         self.frozen.requires_grad_(False)
         self.register_buffer("counts", torch.arange(3))
         self.register_buffer("mean", torch.tensor([0.1, 0.2]))
@@ -57,13 +63,20 @@ def _save_deepspeed(folder: Path, stage: int, precision: str) -> None:
         {"params": [parameter for parameter in trained if parameter.dim() == 1], "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
-    settings["zero_optimization"] = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+    settings["zero_optimization"] = {
+        "stage": stage,
+        **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+    }
     settings[precision] = {"enabled": True}
     if precision == "fp32":
         del settings["fp32"]
-    engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=net, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings
+    )
     for _ in range(2):
-        engine.backward(engine(torch.ones(2, 5, dtype=next(engine.module.parameters()).dtype)).float().square().mean())
+        engine.backward(
+            engine(torch.ones(2, 5, dtype=next(engine.module.parameters()).dtype)).float().square().mean()
+        )
         engine.step()
     engine.save_checkpoint(str(folder), tag="tag")
     weights = {}
@@ -85,7 +98,10 @@ def _save_sharded(folder: Path) -> None:
     net = Net()
     weights = {name: value.clone() for name, value in net.named_parameters()}
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    checkpoint.save({"model": net.state_dict(), "updates": 7}, checkpoint_id=str(folder / "sharded" / "pytorch_model_fsdp_0"))
+    checkpoint.save(
+        {"model": net.state_dict(), "updates": 7},
+        checkpoint_id=str(folder / "sharded" / "pytorch_model_fsdp_0"),
+    )
     _save_expected(folder / "sharded", weights)
 
 
@@ -117,7 +133,9 @@ def test_deepspeeds_weights_are_read_to_the_bit(saved: Path, stage: int, precisi
     assert torch.equal(source["counts"], torch.arange(3))
     trained = set(expected) - FROZEN
     assert {source.specs[name].dtype for name in trained} == {torch.float32}
-    assert {source.specs[name].dtype for name in FROZEN} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert {source.specs[name].dtype for name in FROZEN} == {
+        torch.bfloat16 if precision == "bf16" else torch.float32
+    }
     assert (source.updates, set(source.trained)) == (2, trained if stage else set())
 
 
@@ -191,6 +209,8 @@ def test_a_damaged_checkpoint_of_fsdp_is_refused(saved: Path, tmp_path: Path) ->
         path = folder / "pytorch_model_fsdp_0" / "__1_0.distcp"
         path.write_bytes(path.read_bytes()[:100])
 
-    source = DistributedFolder(_changed(saved, tmp_path, "sharded", cut) / "pytorch_model_fsdp_0", is_trusted=True)
+    source = DistributedFolder(
+        _changed(saved, tmp_path, "sharded", cut) / "pytorch_model_fsdp_0", is_trusted=True
+    )
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp: must hold tensors"):
         dict(source)

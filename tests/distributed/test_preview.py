@@ -1,4 +1,5 @@
-"""Two ranks that take differently long: no collective runs out of time, errors reach every rank, and clips are those of one.
+"""Two ranks that take differently long: no collective runs out of time, errors reach every rank, and clips
+are those of one.
 
 The groups here have a time-out of 4 s; one rank works for 9. The control without `together` runs into it.
 """
@@ -53,7 +54,8 @@ class SlowVAE(TinyVideoVAE):
 
 
 def work_apart() -> dict[str, Any]:
-    """Rank 1 works for longer than the group waits; then each kind of failure, and whether the group still works."""
+    """Rank 1 works for longer than the group waits; then each kind of failure, and whether the group still
+    works."""
     _shorten_timeout()
     dist.barrier()
     began = time.monotonic()
@@ -83,7 +85,12 @@ def make_previews(zero_stage: int, vae: str) -> dict[str, Any]:
     settings = parse_deepspeed_settings({"zero_optimization": {"stage": zero_stage}}, where="test")
     batch = {"micro_batch_size": 1, "accumulation": 1}
     engine = DeepSpeedEngine(
-        module, decay_groups(module), optimizer=OptimizerConfig(), settings=settings, device=torch.device("cpu"), **batch
+        module,
+        decay_groups(module),
+        optimizer=OptimizerConfig(),
+        settings=settings,
+        device=torch.device("cpu"),
+        **batch,
     )
     engine.eval()
     _shorten_timeout()
@@ -105,7 +112,11 @@ def _clips(engine: Engine, module: DiffusionModule, vae: str) -> list[str] | Non
     decoder = LatentDecoder(ModelConfig(source=vae), None, CONFIG, seed=0)
     previews = Previews(CONFIG, family=module.family, decoder=decoder, empty_prompt=empty, seed=0)
     examples: Any = previews.make(engine, items)
-    return None if examples is None else [hashlib.sha256(clip.stills.tobytes()).hexdigest() for clip in examples.clips]
+    return (
+        None
+        if examples is None
+        else [hashlib.sha256(clip.stills.tobytes()).hexdigest() for clip in examples.clips]
+    )
 
 
 def _shorten_timeout() -> None:
@@ -136,7 +147,10 @@ def test_a_rank_that_works_longer_than_the_timeout_does_not_trip_it() -> None:
     assert quick["seconds"] > 2 * TIMEOUT_SECONDS, "the quick rank has waited, for longer than the group does"
     assert quick["known"] == slow["known"] == "DataError: clip 7: must be whole, got half."
     assert slow["unknown"] == "ValueError: seven"
-    assert quick["unknown"] == "EngineError: rank 1: must finish its part of the work, got ValueError: seven. Read its log."
+    assert (
+        quick["unknown"]
+        == "EngineError: rank 1: must finish its part of the work, got ValueError: seven. Read its log."
+    )
     assert quick["sum"] == slow["sum"] == 3, "after an error the group can still be used"
 
 
@@ -151,7 +165,12 @@ def expected() -> list[str]:
     module = _module()
     settings = parse_deepspeed_settings({"zero_optimization": {"stage": 0}}, where="test")
     engine = LocalEngine(
-        module, decay_groups(module), optimizer=OptimizerConfig(), settings=settings, micro_batch_size=1, accumulation=1
+        module,
+        decay_groups(module),
+        optimizer=OptimizerConfig(),
+        settings=settings,
+        micro_batch_size=1,
+        accumulation=1,
     )
     engine.eval()
     clips = _clips(engine, module, "aiprod_ds.testing.tiny:TinyVideoVAE")
@@ -161,9 +180,13 @@ def expected() -> list[str]:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_two_ranks_make_the_clips_of_one_however_long_one_decodes(expected: list[str], zero_stage: int) -> None:
+def test_two_ranks_make_the_clips_of_one_however_long_one_decodes(
+    expected: list[str], zero_stage: int
+) -> None:
     vae = f"{Path(__file__).stem}:SlowVAE"
-    main, other = run_on_ranks(make_previews, ranks=2, arguments={"zero_stage": zero_stage, "vae": vae}, timeout_seconds=200)
+    main, other = run_on_ranks(
+        make_previews, ranks=2, arguments={"zero_stage": zero_stage, "vae": vae}, timeout_seconds=200
+    )
     assert main["clips"] == expected, "bitwise: fp32 on one thread, the same kernels"
     assert other["clips"] is None
     assert main["seconds"] > 2 * TIMEOUT_SECONDS, "the quick rank has waited, for longer than the group does"

@@ -1,9 +1,11 @@
-"""A saved state goes on under any ZeRO stage and number of ranks: 2 -> 2, 2 -> 1 and 1 -> 2, in fp32 every stage to every other.
+"""A saved state goes on under any ZeRO stage and number of ranks: 2 -> 2, 2 -> 1 and 1 -> 2, in fp32 every
+stage to every other.
 
-Three launches: two ranks save, one rank saves and loads what two saved, two ranks load both. What was loaded is written again and
-compared tensor by tensor, bit for bit; then two updates must have the losses that the saved engine had, in fp32 to 1e-6: the
-ranks add in another order. The module has adapters on a frozen layer, a tied weight, buffers, two groups, sizes that two ranks
-cannot share evenly, and a parameter that no forward uses. In the same launches a whole run goes 2 -> 1 -> 2 ranks.
+Three launches: two ranks save, one rank saves and loads what two saved, two ranks load both. What was loaded
+is written again and compared tensor by tensor, bit for bit; then two updates must have the losses that the
+saved engine had, in fp32 to 1e-6: the ranks add in another order. The module has adapters on a frozen layer,
+a tied weight, buffers, two groups, sizes that two ranks cannot share evenly, and a parameter that no forward
+uses. In the same launches a whole run goes 2 -> 1 -> 2 ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +41,17 @@ BATCH = 4
 UPDATES = 3
 LAST = 8  # of the run; it has checkpoints at 3, 6 and 8
 STAGES = ("0_fp32", "1_fp32", "2_fp32", "3_fp32")
-SAVED = (*STAGES, "0_bf16", "2_bf16", "3_bf16", "1_fp16", "3_fp16", "2_fp32_offload", "3_fp32_offload", "1_fp32_new")
+SAVED = (
+    *STAGES,
+    "0_bf16",
+    "2_bf16",
+    "3_bf16",
+    "1_fp16",
+    "3_fp16",
+    "2_fp32_offload",
+    "3_fp32_offload",
+    "1_fp32_new",
+)
 PAIRS = (
     *itertools.product(STAGES, STAGES),
     ("0_bf16", "3_bf16"),
@@ -53,7 +65,9 @@ PAIRS = (
     ("1_fp32_new", "3_fp32"),
 )
 LOCAL_PAIRS = tuple((saved, "local_fp32") for saved in STAGES)
-STAYING = tuple((saved, now) for saved, now in PAIRS if saved != now)  # what does not change at all is in other tests
+STAYING = tuple(
+    (saved, now) for saved, now in PAIRS if saved != now
+)  # what does not change at all is in other tests
 CHANGES = [f"2 to 2: {a} to {b}" for a, b in STAYING]
 CHANGES += [f"2 to 1: {a} to {b}" for a, b in (*PAIRS, *LOCAL_PAIRS)]
 CHANGES += [f"1 to 2: {a} to {b}" for a, b in (*PAIRS, ("local_fp32", "1_fp32"), ("local_fp32", "3_fp32"))]
@@ -78,8 +92,9 @@ def test_every_tensor_step_and_scale_is_what_was_saved(measured: dict[str, Any],
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_next_losses_are_those_of_the_saved_engine(measured: dict[str, Any], change: str) -> None:
-    """16 bit: gradients are rounded before the ranks' are added, so only the first loss, from equal weights, is compared closely;
-    forward rounds to 8 and 11 bits, under ZeRO-3 once more. Measured: 1e-7, 4e-4, 1e-4."""
+    """16 bit: gradients are rounded before the ranks' are added, so only the first loss, from equal weights,
+    is compared closely; forward rounds to 8 and 11 bits, under ZeRO-3 once more. Measured: 1e-7, 4e-4,
+    1e-4."""
     saved, now = change.split(": ")[1].split(" to ")
     expected = measured["saved"][f"{change[0]}/{saved}"]
     losses = measured["loaded"][change]["losses"]
@@ -91,7 +106,9 @@ def test_the_next_losses_are_those_of_the_saved_engine(measured: dict[str, Any],
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_hash_of_frozen_weights_does_not_depend_on_ranks_and_stages(measured: dict[str, Any], precision: str) -> None:
+def test_the_hash_of_frozen_weights_does_not_depend_on_ranks_and_stages(
+    measured: dict[str, Any], precision: str
+) -> None:
     hashes = {found["base"] for change, found in measured["loaded"].items() if precision in change}
     assert len(hashes) == 1
 
@@ -99,13 +116,18 @@ def test_the_hash_of_frozen_weights_does_not_depend_on_ranks_and_stages(measured
 def test_a_run_on_two_ranks_then_one_then_two_sees_the_same_clips(measured: dict[str, Any]) -> None:
     runs = measured["runs"]
     assert len(runs["whole"]["clips"]) == LAST
-    assert runs["one"]["clips"] == runs["whole"]["clips"][3:], "by update, of all ranks together, from update 3 to the end"
+    assert runs["one"]["clips"] == runs["whole"]["clips"][3:], (
+        "by update, of all ranks together, from update 3 to the end"
+    )
     assert runs["two"]["clips"] == runs["whole"]["clips"][6:]
 
 
-@pytest.mark.parametrize("metric", ["loss/total", "loss/kl", "gradient/norm", "learning_rate", "clock/samples", "clock/epoch"])
+@pytest.mark.parametrize(
+    "metric", ["loss/total", "loss/kl", "gradient/norm", "learning_rate", "clock/samples", "clock/epoch"]
+)
 def test_its_metrics_are_those_of_the_run_that_never_changed(measured: dict[str, Any], metric: str) -> None:
-    """As `test_resume.py` compares ranks: Adam turns rounding of tiny gradients into steps of the learning rate's size."""
+    """As `test_resume.py` compares ranks: Adam turns rounding of tiny gradients into steps of the learning
+    rate's size."""
     whole, changed = (series(measured["runs"][name], metric) for name in ("whole", "two"))
     assert len(whole) == LAST
     assert changed == pytest.approx(whole, rel=1e-5)
@@ -163,7 +185,11 @@ def load_on_two(folder: str) -> dict[str, Any]:
     if dist.is_main():
         copy_as_if_stopped_at(6, Path(folder) / "one", Path(folder) / "two")
     dist.barrier()
-    return {**dict(_load(folder, 2, STAYING)), **dict(_load(folder, 1, pairs)), "run": _train(Path(folder) / "two", stage=2)}
+    return {
+        **dict(_load(folder, 2, STAYING)),
+        **dict(_load(folder, 1, pairs)),
+        "run": _train(Path(folder) / "two", stage=2),
+    }
 
 
 def _save(folder: str, names: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
@@ -178,7 +204,9 @@ def _save(folder: str, names: Sequence[str]) -> Iterator[tuple[str, list[float]]
         engine.close()
 
 
-def _load(folder: str, world_size: int, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _load(
+    folder: str, world_size: int, pairs: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     again = Path(folder) / f"again_on_{dist.world_size()}"
     for saved, name in pairs:
         engine = _engine(name, seed=1)
@@ -192,7 +220,10 @@ def _load(folder: str, world_size: int, pairs: Sequence[tuple[str, str]]) -> Ite
         dist.barrier()
         if dist.is_main():
             shutil.rmtree(again)
-        yield f"{world_size} to {dist.world_size()}: {saved} to {name}", {"different": different, "losses": losses, "base": base}
+        yield (
+            f"{world_size} to {dist.world_size()}: {saved} to {name}",
+            {"different": different, "losses": losses, "base": base},
+        )
 
 
 def _write(folder: Path, engine: Engine, ema: Ema) -> None:
@@ -208,16 +239,24 @@ def _differences(source: Path, again: Path) -> list[str]:
         found = [
             f"{kind}/{name}"
             for kind in KINDS
-            for name in sorted({*first.names(kind), *second.names(kind)} - ({"unused"} if "exp" in kind else set()))
+            for name in sorted(
+                {*first.names(kind), *second.names(kind)} - ({"unused"} if "exp" in kind else set())
+            )
             if name not in first.names(kind)
             or name not in second.names(kind)
             or not torch.equal(first.whole(kind, name), second.whole(kind, name))
         ]
         found += [
-            f"{kind}/unused" for kind in KINDS[1:3] if "unused" in second.names(kind) and second.whole(kind, "unused").any()
+            f"{kind}/unused"
+            for kind in KINDS[1:3]
+            if "unused" in second.names(kind) and second.whole(kind, "unused").any()
         ]
         steps = [{**reader.facts.adam_steps, "unused": 0} for reader in (first, second)]
-        return found + ["steps"] * (steps[0] != steps[1]) + ["scale"] * (first.facts.loss_scale != second.facts.loss_scale)
+        return (
+            found
+            + ["steps"] * (steps[0] != steps[1])
+            + ["scale"] * (first.facts.loss_scale != second.facts.loss_scale)
+        )
 
 
 def _engine(name: str, *, seed: int) -> Engine:
@@ -230,7 +269,8 @@ def _engine(name: str, *, seed: int) -> Engine:
     net = Net()
     trained = [key for key, parameter in net.named_parameters() if parameter.requires_grad]
     groups = [
-        ParameterGroup(names=tuple(key for key in trained if ("bias" in key) != odd), is_decayed=odd) for odd in (True, False)
+        ParameterGroup(names=tuple(key for key in trained if ("bias" in key) != odd), is_decayed=odd)
+        for odd in (True, False)
     ]
     kind: Any = LocalEngine if name.startswith("local") else DeepSpeedEngine
     engine: Engine = kind(

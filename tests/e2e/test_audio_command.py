@@ -1,4 +1,5 @@
-"""The audio quickstart, shortened, through the real launcher on two ranks: it learns, and leaves pictures, sounds and a model."""
+"""The audio quickstart, shortened, through the real launcher on two ranks: it learns, and leaves pictures,
+sounds and a model."""
 
 from __future__ import annotations
 
@@ -62,17 +63,27 @@ def test_it_learns_the_sound_of_the_samples(report: dict[str, Any]) -> None:
 
 def test_every_update_has_a_row(run: Path) -> None:
     rows = read_metrics(run / "metrics.jsonl")
-    assert [update for update, metrics in rows if "loss/spectral" in metrics] == list(range(1, sum(UPDATES) + 1))
-    assert [update for update, metrics in rows if "evaluation/si_sdr_db" in metrics] == [0, UPDATES[0], sum(UPDATES)]
+    assert [update for update, metrics in rows if "loss/spectral" in metrics] == list(
+        range(1, sum(UPDATES) + 1)
+    )
+    assert [update for update, metrics in rows if "evaluation/si_sdr_db" in metrics] == [
+        0,
+        UPDATES[0],
+        sum(UPDATES),
+    ]
 
 
 def test_spectrograms_and_sounds_can_be_read(run: Path, report: dict[str, Any]) -> None:
     names = ("before", "phase_1_short", "phase_2_long")
-    wanted = [f"samples/{name}.png" for name in names] + [f"samples/{name}_clip_1.wav" for name in ("original", *names)]
+    wanted = [f"samples/{name}.png" for name in names] + [
+        f"samples/{name}_clip_1.wav" for name in ("original", *names)
+    ]
     assert [picture["path"] for picture in report["pictures"]] == wanted
     for path in wanted:
         if path.endswith(".png"):
-            assert matplotlib.image.imread(run / path)[..., :3].std() > 0, "a picture of one colour shows nothing"
+            assert matplotlib.image.imread(run / path)[..., :3].std() > 0, (
+                "a picture of one colour shows nothing"
+            )
         else:
             assert np.abs(_samples(run / path)).max() > 0, path
 
@@ -94,14 +105,26 @@ def _samples(path: Path) -> np.ndarray[Any, np.dtype[np.int16]]:
 def _train(root: Path, folder: Path) -> tuple[int | None, str]:
     binaries = Path(sys.executable).parent
     command = [str(binaries / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(free_port()), "--module", "aiprod_ds", "train", str(root / "configs/audio_vae/tiny.yaml")]
+    command += [
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "aiprod_ds",
+        "train",
+        str(root / "configs/audio_vae/tiny.yaml"),
+    ]
     command += ["--output-dir", str(folder), "--resume", "never"]
-    settings: dict[str, Any] = {"data.train": root / "samples/train.csv", "data.validation": root / "samples/validation.csv"}
+    settings: dict[str, Any] = {
+        "data.train": root / "samples/train.csv",
+        "data.validation": root / "samples/validation.csv",
+    }
     for index, (updates, samples) in enumerate(zip(UPDATES, SAMPLES, strict=True)):
         phase = {"updates": updates, "duration": f"{{frames: {samples}}}", "warmup_updates": 2}
         settings |= {f"curriculum.phases[{index}].{key}": value for key, value in phase.items()}
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    path = os.pathsep.join([str(binaries), os.environ["PATH"]])  # the launcher starts `python` and `ninja` by name
+    path = os.pathsep.join(
+        [str(binaries), os.environ["PATH"]]
+    )  # the launcher starts `python` and `ninja` by name
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return run_in_own_session(command, timeout_seconds=600, environment=environment)

@@ -1,4 +1,5 @@
-"""`aiprod-ds encode` in a process of its own: encodes, finds everything present, explains bad input; then on two ranks."""
+"""`aiprod-ds encode` in a process of its own: encodes, finds everything present, explains bad input; then on
+two ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +41,13 @@ def _encode(
 ) -> tuple[int | None, str]:
     binaries = Path(sys.executable).parent
     path = os.pathsep.join([str(binaries), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "VENV": str(binaries.parent), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "VENV": str(binaries.parent),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
     command = ["env", "--chdir", str(folder), *program, "encode.yaml", *options]
     return run_in_own_session(command, timeout_seconds=600, environment=environment)
 
@@ -57,7 +64,10 @@ def test_it_encodes_and_then_finds_everything_present(folder: Path) -> None:
     assert any(line.startswith("Encoded into .precomputed in ") for line in lines)
     assert "  conditions           2        0" in lines
     assert "  latents              2        0" in lines
-    before = {path: (folder / ".precomputed" / path).stat().st_mtime_ns for path in _entries(folder / ".precomputed")}
+    before = {
+        path: (folder / ".precomputed" / path).stat().st_mtime_ns
+        for path in _entries(folder / ".precomputed")
+    }
     assert len(before) == ENTRIES
 
     code, output = _encode(folder)
@@ -69,7 +79,15 @@ def test_it_encodes_and_then_finds_everything_present(folder: Path) -> None:
 
 def test_every_problem_of_a_configuration_is_told_and_nothing_written(folder: Path) -> None:
     code, output = _encode(
-        folder, "--set", "data.mdia=x", "--set", "text.max_tokens=0", "--set", "shapes[3].resolution=8x8", "--output-dir", "bad"
+        folder,
+        "--set",
+        "data.mdia=x",
+        "--set",
+        "text.max_tokens=0",
+        "--set",
+        "shapes[3].resolution=8x8",
+        "--output-dir",
+        "bad",
     )
     assert code == BAD_CONFIGURATION
     problems = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -86,14 +104,20 @@ def test_every_problem_of_a_configuration_is_told_and_nothing_written(folder: Pa
 def test_media_that_are_not_there_are_a_bad_configuration(folder: Path) -> None:
     code, output = _encode(folder, "--set", "data.media=gone.csv", "--output-dir", "bad")
     assert code == BAD_CONFIGURATION
-    assert "error: encode.yaml: data.media: gone.csv: must be a folder or a CSV, JSON or JSONL manifest" in output
+    assert (
+        "error: encode.yaml: data.media: gone.csv: must be a folder or a CSV, JSON or JSONL manifest"
+        in output
+    )
     assert not (folder / "bad").exists()
 
 
 def test_a_damaged_clip_fails_by_name_and_the_others_are_encoded(folder: Path) -> None:
     (long,) = write_synthetic_clips(folder / "long", num_clips=1, frames=48, height=32, width=48)
     content = bytearray(long.read_bytes())
-    start, stop = int(0.4 * len(content)), int(0.6 * len(content))  # frames in the middle, which are what is encoded
+    start, stop = (
+        int(0.4 * len(content)),
+        int(0.6 * len(content)),
+    )  # frames in the middle, which are what is encoded
     content[start:stop] = bytes(stop - start)
     (folder / "clips" / "damaged.mp4").write_bytes(content)
     (folder / "damaged.csv").write_text("video,caption\nclips/clip_00000.mp4,one\nclips/damaged.mp4,two\n")

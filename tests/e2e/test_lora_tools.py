@@ -1,6 +1,7 @@
 """tools/merge_lora.py and tools/extract_lora.py, on tiny folders of every family.
 
-Once each as a process of its own; else the script runs in this process, because to start one takes most of five seconds.
+Once each as a process of its own; else the script runs in this process, because to start one takes most of
+five seconds.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def process(repository_root: Path) -> Tool:
     def run(name: str, *arguments: object) -> Finished:
         command = [sys.executable, str(repository_root / "tools" / f"{name}.py"), *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(repository_root), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
 
     return run
 
@@ -72,7 +75,10 @@ def _save(transformer: Any, folder: Path, *, shard_bytes: int = 10**9) -> Path:
     folder.mkdir(parents=True)
     transformer.save_config(folder)
     save_torch_state_dict(
-        transformer.state_dict(), folder, filename_pattern=f"{WEIGHTS}{{suffix}}.safetensors", max_shard_size=shard_bytes
+        transformer.state_dict(),
+        folder,
+        filename_pattern=f"{WEIGHTS}{{suffix}}.safetensors",
+        max_shard_size=shard_bytes,
     )
     return folder
 
@@ -89,7 +95,9 @@ def _lora(family_type: type[Family], folder: Path) -> Any:
 
 
 def _load(family_type: type[Family], folder: Path) -> Any:
-    loaded, found = getattr(diffusers, family_type.transformer_class).from_pretrained(folder, output_loading_info=True)
+    loaded, found = getattr(diffusers, family_type.transformer_class).from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(found.values())
     return loaded
 
@@ -104,7 +112,9 @@ def test_a_lora_is_merged_between_folders(family_type: type[Family], tool: Tool,
     assert len(files) > 4  # several files of weights, their index and the configuration
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     state = _load(family_type, tmp_path / "out").state_dict()
-    assert all(torch.equal(state[name], value) for name, value in merged.state_dict().items())  # one arithmetic: to the bit
+    assert all(
+        torch.equal(state[name], value) for name, value in merged.state_dict().items()
+    )  # one arithmetic: to the bit
     assert f"verified {len(state)} tensors" in finished.stdout
     assert "rank 4, scale 1.5" in finished.stdout
 
@@ -128,7 +138,9 @@ def test_a_merged_lora_is_extracted_again(family_type: type[Family], tool: Tool,
     finished = tool("extract_lora", base, tuned, tmp_path / "out", "--rank", 4)
     assert finished.returncode == 0, finished.stderr
     assert "without adapter" not in finished.stdout
-    assert float(finished.stdout.split()[-1]) < 1e-5  # the difference has rank 4; weights of order 1 round at 6e-8
+    assert (
+        float(finished.stdout.split()[-1]) < 1e-5
+    )  # the difference has rank 4; weights of order 1 round at 6e-8
     for path in (tmp_path / "out" / "peft", tmp_path / "out" / "comfyui.safetensors"):
         again = tiny_transformer(family_type)
         merge_into(again, read_lora(path, again, find_family(again, STRIDES)))

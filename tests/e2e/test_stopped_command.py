@@ -1,4 +1,5 @@
-"""A run that its script is told to stop: one SIGTERM to the script, ranks that save, and the exit code that says so."""
+"""A run that its script is told to stop: one SIGTERM to the script, ranks that save, and the exit code that
+says so."""
 
 from __future__ import annotations
 
@@ -23,14 +24,29 @@ pytestmark = [pytest.mark.dist, pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_the_script_saves_and_says_so(in_repository_root: Path, tmp_path: Path) -> None:
-    """The signal reaches launcher and ranks as one group, and the launcher sends it on to each rank and to its workers."""
+    """The signal reaches launcher and ranks as one group, and the launcher sends it on to each rank and to
+    its workers."""
     folder = tmp_path / "run"
     command = ["launch/train_local.sh", "configs/video_vae/tiny.yaml", str(folder)]
-    command += ["--set", "report.flush_updates=1", "--set", "data.num_workers=1", "--set", "evaluation.max_clips=2"]
-    environment = {**os.environ, "VENV": str(Path(sys.executable).parents[1]), "DS_ACCELERATOR": "cpu", "NUM_ACCELERATORS": "2"}
+    command += [
+        "--set",
+        "report.flush_updates=1",
+        "--set",
+        "data.num_workers=1",
+        "--set",
+        "evaluation.max_clips=2",
+    ]
+    environment = {
+        **os.environ,
+        "VENV": str(Path(sys.executable).parents[1]),
+        "DS_ACCELERATOR": "cpu",
+        "NUM_ACCELERATORS": "2",
+    }
     environment |= {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "output.txt").open("w") as output:
-        script = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        script = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
         try:
             _await_training(folder, script)
             script.send_signal(signal.SIGTERM)
@@ -43,7 +59,9 @@ def test_the_script_saves_and_says_so(in_repository_root: Path, tmp_path: Path) 
     assert json.loads((folder / "report.json").read_text())["status"] == "interrupted"
     newest = CheckpointStore(folder / "checkpoints").newest()
     assert newest is not None
-    assert newest.state.clock.updates == read_metrics(folder / "metrics.jsonl")[-1][0] > 0, "no update is lost"
+    assert newest.state.clock.updates == read_metrics(folder / "metrics.jsonl")[-1][0] > 0, (
+        "no update is lost"
+    )
 
 
 def _await_training(folder: Path, script: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,5 @@
-"""The quickstart, shortened, through the real launcher on two ranks; then the same command again on the finished run."""
+"""The quickstart, shortened, through the real launcher on two ranks; then the same command again on the
+finished run."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ UPDATES = (3, 2, 2)
 RESOLUTIONS = ("32x32", "32x64", "64x64")
 FRAMES, SNAPPED_FRAMES = (8, 9, 16), (9, 9, 17)  # the model takes 1 + 2k
 BATCHES = (8, 4, 2)
-PICTURES = ["samples/before.png", "samples/phase_1_low.png", "samples/phase_2_medium.png", "samples/phase_3_high.png"]
+PICTURES = [
+    "samples/before.png",
+    "samples/phase_1_low.png",
+    "samples/phase_2_medium.png",
+    "samples/phase_3_high.png",
+]
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e, pytest.mark.slow]
 
@@ -56,7 +62,10 @@ def test_the_report_tells_what_ran(trained: Finished) -> None:
     report = trained.report
     assert (report["status"], report["world_size"], report["engine"]) == ("completed", 2, "deepspeed")
     assert (report["zero_stage"], report["precision"], report["skipped_updates"]) == (1, "fp32", 0)
-    phases = [tuple(phase[key] for key in ("name", "updates", "resolution", "frames", "batch")) for phase in report["phases"]]
+    phases = [
+        tuple(phase[key] for key in ("name", "updates", "resolution", "frames", "batch"))
+        for phase in report["phases"]
+    ]
     assert phases == list(zip(PHASES, UPDATES, RESOLUTIONS, SNAPPED_FRAMES, BATCHES, strict=True))
     assert {"psnr_db_before", "psnr_db_after"} <= report["metrics"].keys()
     assert len(report["final_state_sha256"]) == 64
@@ -88,7 +97,9 @@ def test_its_checkpoint_of_two_ranks_becomes_what_it_exported(trained: Finished,
     name = "diffusion_pytorch_model.safetensors"
     exported, found = load_file(trained.folder / "export" / name), load_file(tmp_path / "model" / name)
     assert exported.keys() == found.keys()  # the export measures latents_mean and latents_std
-    assert all(torch.equal(found[name], value) for name, value in exported.items() if not name.startswith("latents_"))
+    assert all(
+        torch.equal(found[name], value) for name, value in exported.items() if not name.startswith("latents_")
+    )
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Finished, trained_again: Finished) -> None:
@@ -103,18 +114,32 @@ def test_a_finished_run_is_left_as_it_is(trained: Finished, trained_again: Finis
 def _train(root: Path, folder: Path, *, resume: str) -> Finished:
     binaries = Path(sys.executable).parent
     command = [str(binaries / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(free_port()), "--module", "aiprod_ds", "train", str(root / "configs/video_vae/tiny.yaml")]
+    command += [
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "aiprod_ds",
+        "train",
+        str(root / "configs/video_vae/tiny.yaml"),
+    ]
     command += ["--output-dir", str(folder), "--resume", resume]
-    settings: dict[str, Any] = {"data.train": root / "samples/train.csv", "data.validation": root / "samples/validation.csv"}
+    settings: dict[str, Any] = {
+        "data.train": root / "samples/train.csv",
+        "data.validation": root / "samples/validation.csv",
+    }
     keys = ("updates", "resolution", "duration.frames", "global_batch_size")
     for index, values in enumerate(zip(UPDATES, RESOLUTIONS, FRAMES, BATCHES, strict=True)):
         phase = {**dict(zip(keys, values, strict=True)), "warmup_updates": 1}
         settings |= {f"curriculum.phases[{index}].{key}": value for key, value in phase.items()}
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    path = os.pathsep.join([str(binaries), os.environ["PATH"]])  # the launcher starts `python` and `ninja` by name
+    path = os.pathsep.join(
+        [str(binaries), os.environ["PATH"]]
+    )  # the launcher starts `python` and `ninja` by name
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     code, output = run_in_own_session(command, timeout_seconds=600, environment=environment)
     report = folder / "report.json"
     assert report.is_file(), output
-    return Finished(folder=folder, code=code, output=output, report=json.loads(report.read_text(encoding="utf-8")))
+    return Finished(
+        folder=folder, code=code, output=output, report=json.loads(report.read_text(encoding="utf-8"))
+    )

@@ -1,7 +1,9 @@
-"""Engines on CUDA devices: the local engine's numbers in every precision, nothing left after a rebuild, saving beside training.
+"""Engines on CUDA devices: the local engine's numbers in every precision, nothing left after a rebuild,
+saving beside training.
 
-One launch on as many GPUs as there are, two at most, measures everything; the tests below only read it. Offload is left out: its
-kernels are compiled on the machine. Run them with `pytest tests/gpu`; CI has no GPU and skips them.
+One launch on as many GPUs as there are, two at most, measures everything; the tests below only read it.
+Offload is left out: its kernels are compiled on the machine. Run them with `pytest tests/gpu`; CI has no GPU
+and skips them.
 """
 
 from __future__ import annotations
@@ -30,13 +32,17 @@ from aiprod_ds.testing.engines import deepspeed_engine, distance, is_same_state,
 from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.train.resume.saver import capture, read_engine
 
-FILES = {path.stem: path for path in (Path(__file__).parents[2] / "ds_configs").glob("*.json") if "offload" not in path.stem}
+FILES = {
+    path.stem: path
+    for path in (Path(__file__).parents[2] / "ds_configs").glob("*.json")
+    if "offload" not in path.stem
+}
 NAMES = sorted(FILES)
 GLOBAL_BATCH = 8
 UPDATES = 4
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, epsilon=1e-6)
-# L2 distance of the fp32 parameters to the local engine's over the distance that the updates moved them. The engines add in
-# another order, and 16-bit gradients of two ranks are rounded before they are added.
+# L2 distance of the fp32 parameters to the local engine's over the distance that the updates moved them. The
+# engines add in another order, and 16-bit gradients of two ranks are rounded before they are added.
 TOLERANCES = {"fp32": 1e-5, "bf16": 0.1, "fp16": 0.03}
 WARM_UPS, REBUILDS = 2, 10
 REBUILT = [(f"zero{stage}_bf16", kind) for stage in range(4) for kind in ("plain", "lora")]
@@ -63,7 +69,9 @@ def test_updates_are_those_of_the_local_engine(measured: list[dict[str, Any]], n
 
 
 @pytest.mark.parametrize(("name", "kind"), REBUILT)
-def test_allocated_memory_goes_back_after_a_rebuild(measured: list[dict[str, Any]], name: str, kind: str) -> None:
+def test_allocated_memory_goes_back_after_a_rebuild(
+    measured: list[dict[str, Any]], name: str, kind: str
+) -> None:
     for rank in measured:
         case = rank["rebuilt"][f"{name} {kind}"]
         assert case["while_built"] > case["bytes_left"][0]
@@ -71,7 +79,9 @@ def test_allocated_memory_goes_back_after_a_rebuild(measured: list[dict[str, Any
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_what_is_saved_beside_training_is_the_state_at_that_moment(measured: list[dict[str, Any]], name: str) -> None:
+def test_what_is_saved_beside_training_is_the_state_at_that_moment(
+    measured: list[dict[str, Any]], name: str
+) -> None:
     for rank in measured:
         assert rank["saved"][name] == {"is_pinned": True, "moved_on": True, "is_equal": True}
 
@@ -109,7 +119,8 @@ def _measure_updates(name: str) -> dict[str, float]:
 
 
 def _measure_rebuilding(name: str, kind: str) -> dict[str, Any]:
-    """Builds engines on one transformer, with new adapters for each if there are any, and looks at what is left of them."""
+    """Builds engines on one transformer, with new adapters for each if there are any, and looks at what is
+    left of them."""
     from aiprod_ds.models.lora import add_lora, remove_lora
 
     module, left, while_built = _transformer(), [], 0
@@ -156,7 +167,9 @@ def _engine(module: nn.Module, name: str) -> AbstractContextManager[Any]:
 def _settings(name: str) -> DeepSpeedSettings:
     values = json.loads(FILES[name].read_text(encoding="utf-8"))
     if values["zero_optimization"]["stage"] == 3:
-        values["zero_optimization"]["stage3_param_persistence_threshold"] = 1000  # biases stay gathered, matrices do not
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            1000  # biases stay gathered, matrices do not
+        )
     if "fp16" in values:
         values["fp16"] |= {"initial_scale_power": 8}  # no update is skipped
     return parse_deepspeed_settings(values, where="ds_configs")
@@ -188,7 +201,9 @@ def _transformer() -> nn.Module:
 def _update_transformer(engine: Any) -> None:
     engine.set_learning_rate(1e-3)
     generator = torch.Generator().manual_seed(0)
-    latents, text = (torch.randn(2, *shape, generator=generator).to(engine.device) for shape in ((8, 4), (6, 16)))
+    latents, text = (
+        torch.randn(2, *shape, generator=generator).to(engine.device) for shape in ((8, 4), (6, 16))
+    )
     for _ in range(2):
         output = engine(
             hidden_states=latents.to(engine.compute_dtype),

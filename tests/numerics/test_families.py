@@ -1,4 +1,5 @@
-"""Every family against its oracles: diffusers' own pipelines and schedulers, counted operations, a batch to learn by heart."""
+"""Every family against its oracles: diffusers' own pipelines and schedulers, counted operations, a batch to
+learn by heart."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from aiprod_ds.models.families.wan import Wan
 
 LTX_STRIDES = ModelStrides(spatial=32, temporal=8)  # what the pipelines take without a VAE
 WAN_STRIDES = ModelStrides(spatial=8, temporal=4)
-# LTX-2.3 and later: no projection of the text, modulated text attention, gates, and rotary halves instead of pairs.
+# LTX-2.3 and later: no projection of the text, modulated text attention, gates, and rotary halves instead of
+# pairs.
 LTX2_LATER = {
     "use_prompt_embeddings": False,
     "cross_attn_mod": True,
@@ -50,14 +52,18 @@ def _first_call(pipeline: Any, **arguments: Any) -> tuple[dict[str, Any], tuple[
     handle = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
     pipeline.set_progress_bar_config(disable=True)
     with pytest.raises(_Captured):
-        pipeline(**arguments, guidance_scale=1.0, num_inference_steps=3, generator=torch.Generator().manual_seed(1))
+        pipeline(
+            **arguments, guidance_scale=1.0, num_inference_steps=3, generator=torch.Generator().manual_seed(1)
+        )
     handle.remove()
     return seen["kwargs"], seen["output"]
 
 
 def _tiny(family: type[Any], **changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    transformer: nn.Module = getattr(diffusers, family.transformer_class)(**{**family.tiny_config(), **changes})
+    transformer: nn.Module = getattr(diffusers, family.transformer_class)(
+        **{**family.tiny_config(), **changes}
+    )
     return transformer.eval()
 
 
@@ -79,7 +85,9 @@ def _levels(timestep: Tensor) -> Tensor:
 
 def test_ltx_is_fed_as_by_its_pipeline() -> None:
     transformer = _tiny(LTXVideo)
-    pipeline = diffusers.LTXPipeline(scheduler=_scheduler(), vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
+    pipeline = diffusers.LTXPipeline(
+        scheduler=_scheduler(), vae=None, text_encoder=None, tokenizer=None, transformer=transformer
+    )
     text = {"prompt_embeds": _normal(2, 6, 16), "prompt_attention_mask": _mask(6, 3, longest=6)}
     kwargs, (expected,) = _first_call(pipeline, **text, height=64, width=96, num_frames=17, frame_rate=25)
 
@@ -88,7 +96,11 @@ def test_ltx_is_fed_as_by_its_pipeline() -> None:
     grids = {name: tokens.grid for name, tokens in family.tokens(tensors).items()}
     with torch.no_grad():
         velocity = family.forward(
-            transformer, {"video": kwargs["hidden_states"]}, {"video": _levels(kwargs["timestep"])}, tensors, grids
+            transformer,
+            {"video": kwargs["hidden_states"]},
+            {"video": _levels(kwargs["timestep"])},
+            tensors,
+            grids,
         )
     # The same arithmetic on the same numbers: equal to the bit.
     assert torch.equal(velocity["video"], expected)
@@ -96,7 +108,9 @@ def test_ltx_is_fed_as_by_its_pipeline() -> None:
 
 @pytest.mark.parametrize("changes", [{}, LTX2_LATER], ids=["2.0", "2.3"])
 def test_ltx2_is_fed_as_by_its_pipeline(changes: dict[str, Any]) -> None:
-    transformer = _tiny(LTX2, vae_scale_factors=(8, 32, 32), audio_in_channels=128, audio_out_channels=128, **changes)
+    transformer = _tiny(
+        LTX2, vae_scale_factors=(8, 32, 32), audio_in_channels=128, audio_out_channels=128, **changes
+    )
     widths = (24, 16) if changes else (16, 16)
     connectors = _connectors(*widths)
     pipeline = diffusers.LTX2Pipeline(
@@ -114,7 +128,9 @@ def test_ltx2_is_fed_as_by_its_pipeline(changes: dict[str, Any]) -> None:
         "prompt_attention_mask": _mask(8, 5, longest=8),
     }
     shape = {"height": 64, "width": 96, "num_frames": 17, "frame_rate": 25.0}
-    kwargs, (video, audio) = _first_call(pipeline, **raw, **shape, audio_guidance_scale=1.0, stg_scale=0.0, modality_scale=1.0)
+    kwargs, (video, audio) = _first_call(
+        pipeline, **raw, **shape, audio_guidance_scale=1.0, stg_scale=0.0, modality_scale=1.0
+    )
 
     family = find_family(transformer, LTX_STRIDES)
     tensors = {
@@ -174,7 +190,12 @@ def test_wan_is_fed_as_by_its_pipeline(has_token_levels: bool) -> None:
     embeds = _normal(2, 512, 16)
     # The pipeline's encode_prompt sets padding to 0; here the family does.
     kwargs, (expected,) = _first_call(
-        pipeline, prompt_embeds=embeds * mask.unsqueeze(2), height=32, width=48, num_frames=9, output_type="latent"
+        pipeline,
+        prompt_embeds=embeds * mask.unsqueeze(2),
+        height=32,
+        width=48,
+        num_frames=9,
+        output_type="latent",
     )
     assert kwargs["timestep"].dim() == (2 if has_token_levels else 1)
 
@@ -183,14 +204,23 @@ def test_wan_is_fed_as_by_its_pipeline(has_token_levels: bool) -> None:
     tokens = family.tokens(tensors)["video"]
     with torch.no_grad():
         velocity = family.forward(
-            transformer, {"video": tokens.values}, {"video": _levels(kwargs["timestep"])}, tensors, {"video": tokens.grid}
+            transformer,
+            {"video": tokens.values},
+            {"video": _levels(kwargs["timestep"])},
+            tensors,
+            {"video": tokens.grid},
         )
     assert torch.equal(velocity["video"], family.tokens({"latents": expected})["video"].values)
 
 
 @pytest.mark.parametrize(
     "scheduler",
-    [_scheduler(), diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)],
+    [
+        _scheduler(),
+        diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    ],
     ids=["LTX", "Wan"],
 )
 def test_the_pipelines_schedulers_take_eps_minus_x0(scheduler: Any) -> None:
@@ -210,7 +240,9 @@ def _batch(family: type[Any]) -> dict[str, Tensor]:
         "prompt_attention_mask": _mask(6, 4, longest=6),
         "fps": torch.full((2,), 25.0),
     }
-    return {**tensors, "audio_latents": _normal(2, 2, 7, 4, seed=7)} if "audio" in family.modalities else tensors
+    return (
+        {**tensors, "audio_latents": _normal(2, 2, 7, 4, seed=7)} if "audio" in family.modalities else tensors
+    )
 
 
 @pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family: family.name)
@@ -247,7 +279,9 @@ def _counted(family: Any, transformer: nn.Module, tensors: Mapping[str, Tensor])
     levels = {name: torch.zeros(values.shape[0], 1, device="meta") for name, values in noisy.items()}
     counter = FlopCounterMode(display=False)
     with counter:
-        velocity = family.forward(transformer, noisy, levels, tensors, {name: part.grid for name, part in tokens.items()})
+        velocity = family.forward(
+            transformer, noisy, levels, tensors, {name: part.grid for name, part in tokens.items()}
+        )
         sum(values.sum() for values in velocity.values()).backward()
     return int(counter.get_total_flops())
 
@@ -271,8 +305,9 @@ def test_credited_operations_of_ltx_2b_against_counted_ones() -> None:
         tokens = {"video": family.tokens(tensors)["video"].grid.num_tokens}
         credited = family.flops_per_update(transformer, batch_size=1, num_tokens=tokens)
         ratios.append(credited / _counted(family, transformer, tensors))
-    # The convention counts the text's keys and values (12 % of the parameters) for each token of video and leaves attention to
-    # the text out. With 128 text tokens the first error vanishes at 128 tokens and is largest where self-attention is small.
+    # The convention counts the text's keys and values (12 % of the parameters) for each token of video and
+    # leaves attention to the text out. With 128 text tokens the first error vanishes at 128 tokens and is
+    # largest where self-attention is small.
     assert ratios == pytest.approx([1.010, 1.125, 1.104], abs=0.002)
 
 
@@ -283,10 +318,15 @@ def _ltx2_sample() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("family_type", "tensors"),
-    [(LTX2, _ltx2_sample()), (Wan, {"latents": _zeros(1, 16, 7, 64, 64), "prompt_embeds": _zeros(1, 512, 4096)})],
+    [
+        (LTX2, _ltx2_sample()),
+        (Wan, {"latents": _zeros(1, 16, 7, 64, 64), "prompt_embeds": _zeros(1, 512, 4096)}),
+    ],
     ids=["ltx2", "wan"],
 )
-def test_credited_operations_of_a_block_against_counted_ones(family_type: type[Any], tensors: dict[str, Tensor]) -> None:
+def test_credited_operations_of_a_block_against_counted_ones(
+    family_type: type[Any], tensors: dict[str, Tensor]
+) -> None:
     credited, counted = [], []
     for num_layers in (1, 2):
         transformer = _meta(family_type, num_layers=num_layers)
@@ -294,5 +334,6 @@ def test_credited_operations_of_a_block_against_counted_ones(family_type: type[A
         tokens = {name: part.grid.num_tokens for name, part in family.tokens(tensors).items()}
         credited.append(family.flops_per_update(transformer, batch_size=1, num_tokens=tokens))
         counted.append(_counted(family, transformer, tensors))
-    # One block of published width at 7168 tokens: the keys and values of the text are counted too often, as above.
+    # One block of published width at 7168 tokens: the keys and values of the text are counted too often, as
+    # above.
     assert (credited[1] - credited[0]) / (counted[1] - counted[0]) == pytest.approx(1.105, abs=0.02)

@@ -1,4 +1,5 @@
-"""Which operations of an fp16 model run in fp32: norms, softmax, positions and timesteps of every family of transformers.
+"""Which operations of an fp16 model run in fp32: norms, softmax, positions and timesteps of every family of
+transformers.
 
 Oracle: the types that reach torch, recorded on the meta device, where fp16 needs no support of the processor.
 """
@@ -59,7 +60,13 @@ def test_delicate_operations_of_transformers_run_in_fp32(family_type: type[Famil
     with _Types() as types:
         velocities(predict, family, batch)
 
-    narrow = {name: count for (name, dtype), count in types.found.items() if name in DELICATE and dtype == torch.float16}
+    narrow = {
+        name: count
+        for (name, dtype), count in types.found.items()
+        if name in DELICATE and dtype == torch.float16
+    }
     assert narrow == {}
     assert types.found["rsqrt", torch.float32] > 0
-    assert types.found["mm", torch.float16] + types.found["addmm", torch.float16] > 0  # and products run in 16 bits
+    assert (
+        types.found["mm", torch.float16] + types.found["addmm", torch.float16] > 0
+    )  # and products run in 16 bits

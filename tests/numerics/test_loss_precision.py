@@ -1,4 +1,5 @@
-"""How many digits the losses keep: fp32 against fp64 at a realistic size, and gradients that survive half precision."""
+"""How many digits the losses keep: fp32 against fp64 at a realistic size, and gradients that survive half
+precision."""
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ def test_fp32_agrees_with_fp64(name):
     loss, inputs = CASES[name]
     results = []
     for dtype in (torch.float32, torch.float64):
-        leaves = [tensor.detach().clone().to(dtype).requires_grad_(index != 1) for index, tensor in enumerate(inputs)]
+        leaves = [
+            tensor.detach().clone().to(dtype).requires_grad_(index != 1)
+            for index, tensor in enumerate(inputs)
+        ]
         terms = loss(*leaves)
         terms.total.backward()
         results.append((terms.terms, leaves[0].grad.double()))
@@ -50,7 +54,8 @@ def test_scaled_gradients_survive_fp16(name, scale):
 
     (loss(*leaves).total * scale).backward()
 
-    # A loss scale of 65536, DeepSpeed's first one, neither overflows nor flushes the reconstruction's gradient.
+    # A loss scale of 65536, DeepSpeed's first one, neither overflows nor flushes the reconstruction's
+    # gradient.
     assert torch.isfinite(leaves[0].grad).all()
     assert (leaves[0].grad != 0).float().mean() > 0.9
 
@@ -59,7 +64,8 @@ def test_flow_loss_in_fp32_agrees_with_fp64():
     latent, prediction = torch.randn(2, 2, 4096, 128, generator=torch.Generator().manual_seed(0))
     levels = torch.tensor([0.3, 0.9])
     losses = [
-        flow_losses(prediction.to(t), noised(latent.to(t), levels.to(t), seeds=[0, 1])) for t in (torch.float32, torch.float64)
+        flow_losses(prediction.to(t), noised(latent.to(t), levels.to(t), seeds=[0, 1]))
+        for t in (torch.float32, torch.float64)
     ]
 
     # Noise is drawn in fp32 for both; a mean of 5e5 squares.

@@ -1,7 +1,9 @@
-"""The audio trainer on two ranks: every ZeRO stage resumes bit for bit and computes what the plain PyTorch engine computes.
+"""The audio trainer on two ranks: every ZeRO stage resumes bit for bit and computes what the plain PyTorch
+engine computes.
 
-A tiny Oobleck, so with weight normalisation, trains through two phases: other length, batch and accumulation in the second, which
-also recomputes activations. Copies of the run folder whose later checkpoints were taken away then go on.
+A tiny Oobleck, so with weight normalisation, trains through two phases: other length, batch and accumulation
+in the second, which also recomputes activations. Copies of the run folder whose later checkpoints were taken
+away then go on.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ EDGE, LAST = 3, 6  # with a checkpoint every 2 updates they stand at 2, 3 (edge)
 RESUMES = {"middle": 2, "edge": EDGE}
 RATE_HZ = 8_000
 
-# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in another order, and
-# Adam turns rounding of tiny gradients into steps of the learning rate's size. Measured: 2.2e-7. That needs a smooth loss, hence
-# log1p: the gradient of log(S + 1e-5) in silent bins makes 1e-7 into 1e-2 within six updates.
+# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in
+# another order, and Adam turns rounding of tiny gradients into steps of the learning rate's size. Measured:
+# 2.2e-7. That needs a smooth loss, hence log1p: the gradient of log(S + 1e-5) in silent bins makes 1e-7 into
+# 1e-2 within six updates.
 RELATIVE_TOLERANCE = 1e-5
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -46,7 +49,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("resumed", RESUMES)
-def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any], case: str, resumed: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    runs: dict[str, Any], case: str, resumed: str
+) -> None:
     whole, again = runs[case]["whole"], runs[case][resumed]
     assert whole["updates"] == [EDGE, LAST - EDGE]
     assert len(set(series(whole, "loss/total"))) == LAST, "otherwise the comparison shows nothing"
@@ -111,7 +116,9 @@ def _config(case: str, folder: Path, kind: str) -> AudioVAETrainerConfig:
             "model": {"source": "AutoencoderOobleck", "config": oobleck},
             "data": {"train": "given_in_code", "num_workers": 0, "sample_rate_hz": RATE_HZ, "channels": 1},
             "loss": {"waveform_weight": 1.0, "spectral": {"fft_sizes": [256, 64], "log": "log1p"}},
-            "curriculum": {"phases": [{**short, **shared}, {**long, **shared, "activation_checkpointing": True}]},
+            "curriculum": {
+                "phases": [{**short, **shared}, {**long, **shared, "activation_checkpointing": True}]
+            },
             "engine": {"kind": kind, "deepspeed_config": str(_DS_CONFIGS / f"{case}.json")},
             "checkpoint": {"every_updates": 2},
             "evaluation": {"max_clips": 3, "num_pictures": 0},

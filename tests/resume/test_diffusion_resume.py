@@ -1,7 +1,9 @@
-"""The diffusion trainer on two ranks: full and LoRA resume bit for bit at every ZeRO stage; noise belongs to samples, not ranks.
+"""The diffusion trainer on two ranks: full and LoRA resume bit for bit at every ZeRO stage; noise belongs to
+samples, not ranks.
 
-A tiny LTX-2 of video and sound trains through two phases with an average of its weights and an adaptive clip, both of which
-travel in the checkpoint. One rank with the whole batch is the oracle of two ranks with half of it each.
+A tiny LTX-2 of video and sound trains through two phases with an average of its weights and an adaptive clip,
+both of which travel in the checkpoint. One rank with the whole batch is the oracle of two ranks with half of
+it each.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 MODES = ("full", "lora")
 CASES = tuple((f"zero{stage}_fp32", mode) for stage in range(4) for mode in MODES)
-WITH_DROPOUT = ("zero2_fp32", "lora")  # its masks belong to ranks, so it has no oracle; a resumed run repeats them
+WITH_DROPOUT = (
+    "zero2_fp32",
+    "lora",
+)  # its masks belong to ranks, so it has no oracle; a resumed run repeats them
 EDGE, LAST = 3, 6  # with a checkpoint every 2 updates they stand at 2, 3 (edge), 4 and 6 (end)
 RESUMES = {"middle": 2, "edge": EDGE}
 
-# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in another order, and
-# Adam turns rounding of tiny gradients into steps of the learning rate's size.
+# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in
+# another order, and Adam turns rounding of tiny gradients into steps of the learning rate's size.
 RELATIVE_TOLERANCE = 1e-5
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -45,7 +50,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("case", "mode"), CASES)
 @pytest.mark.parametrize("resumed", RESUMES)
-def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any], case: str, mode: str, resumed: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    runs: dict[str, Any], case: str, mode: str, resumed: str
+) -> None:
     whole, again = runs[f"{case}_{mode}"]["whole"], runs[f"{case}_{mode}"][resumed]
     assert whole["updates"] == [EDGE, LAST - EDGE]
     assert len(set(series(whole, "loss/total"))) == LAST, "otherwise the comparison shows nothing"
@@ -67,7 +74,9 @@ def test_two_ranks_compute_what_one_rank_of_the_whole_batch_computes(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_clip_follows_the_norms_and_training_moves_the_held_out_loss(local: dict[str, Any], mode: str) -> None:
+def test_the_clip_follows_the_norms_and_training_moves_the_held_out_loss(
+    local: dict[str, Any], mode: str
+) -> None:
     limits = series(local[mode], "gradient/clip_norm")
     assert len(set(limits)) == len(limits) == LAST
     held_out = series(local[mode], "evaluation/loss")
@@ -81,7 +90,9 @@ def test_the_clip_follows_the_norms_and_training_moves_the_held_out_loss(local: 
 def run_every_case(folder: str) -> dict[str, Any]:
     """Returns by case the uninterrupted run and its resumed copies."""
     return {
-        f"{case}_{mode}": train_and_resume(lambda at, c=case, m=mode: _train(c, m, at), Path(folder) / f"{case}_{mode}", RESUMES)
+        f"{case}_{mode}": train_and_resume(
+            lambda at, c=case, m=mode: _train(c, m, at), Path(folder) / f"{case}_{mode}", RESUMES
+        )
         for case, mode in CASES
     }
 
@@ -116,23 +127,42 @@ def _clips(count: int, *, seed: int) -> list[dict[str, Tensor]]:
 
 
 def _config(case: str, mode: str, folder: Path, kind: str) -> DiffusionTrainerConfig:
-    shared = {"resolution": "64x64", "duration": {"frames": 9}, "updates": EDGE, "learning_rate": 1e-3, "global_batch_size": 4}
+    shared = {
+        "resolution": "64x64",
+        "duration": {"frames": 9},
+        "updates": EDGE,
+        "learning_rate": 1e-3,
+        "global_batch_size": 4,
+    }
     dropout = 0.1 if (case, mode) == WITH_DROPOUT and kind == "deepspeed" else 0.0
     late = {"accumulation": 2, "loss": {"audio_weight": 0.5}, "activation_checkpointing": True}
     return DiffusionTrainerConfig.model_validate(
         {
             "output_dir": str(folder),
-            "model": {"source": "LTX2VideoTransformer3DModel", "config": {**LTX2.tiny_config(), "num_layers": 1}},
-            "vae": {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8},
+            "model": {
+                "source": "LTX2VideoTransformer3DModel",
+                "config": {**LTX2.tiny_config(), "num_layers": 1},
+            },
+            "vae": {
+                "source": "aiprod_ds.testing.tiny:TinyVideoVAE",
+                "spatial_stride": 32,
+                "temporal_stride": 8,
+            },
             "audio_vae": {"source": "AutoencoderKLLTX2Audio"},
             "training_mode": mode,
             **({"lora": {"rank": 4, "dropout": dropout}} if mode == "lora" else {}),
             "data": {"train": "given_in_code", "num_workers": 0},
             "loss": {"first_frame_probability": 0.3},
             "ema": {"half_life_samples": 8},
-            "optimizer": {"gradient_clip_norm": 1e6, "adaptive_clip": {"warmup_updates": 1, "smoothing": 0.5, "deviations": 0.5}},
+            "optimizer": {
+                "gradient_clip_norm": 1e6,
+                "adaptive_clip": {"warmup_updates": 1, "smoothing": 0.5, "deviations": 0.5},
+            },
             "curriculum": {
-                "phases": [{"name": "early", "warmup_updates": 1, **shared}, {"name": "late", **late, **shared}],
+                "phases": [
+                    {"name": "early", "warmup_updates": 1, **shared},
+                    {"name": "late", **late, **shared},
+                ],
             },
             "engine": {"kind": kind, "deepspeed_config": str(_DS_CONFIGS / f"{case}.json")},
             "checkpoint": {"every_updates": 2},

@@ -1,8 +1,9 @@
-"""SIGKILL inside phase changes: whatever is killed when, the run goes on from before or after the change, never from a mixture.
+"""SIGKILL inside phase changes: whatever is killed when, the run goes on from before or after the change,
+never from a mixture.
 
-A server process imports everything once and forks the ranks of each attempt, so that an attempt takes about two seconds. The
-ranks are real processes with a gloo group of their own; they write real checkpoints and die by a real SIGKILL at a random moment
-between the last update of a phase and the first of the next.
+A server process imports everything once and forks the ranks of each attempt, so that an attempt takes about
+two seconds. The ranks are real processes with a gloo group of their own; they write real checkpoints and die
+by a real SIGKILL at a random moment between the last update of a phase and the first of the next.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What each stage's server saw; they run side by side."""
-    # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op in turns.
+    # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op in
+    # turns.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     folder = tmp_path_factory.mktemp("kills")
@@ -42,7 +44,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, An
         (folder / str(stage)).mkdir()
         command = [sys.executable, __file__, str(folder / str(stage)), str(stage), str(kills)]
         with (folder / f"{stage}.txt").open("w") as output:
-            servers[stage] = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+            servers[stage] = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
     try:
         for stage, server in servers.items():
             assert server.wait(timeout=500) == 0, (folder / f"{stage}.txt").read_text()[-8000:]
@@ -69,7 +73,9 @@ def test_every_kill_left_a_whole_checkpoint_of_before_or_after(outcome: dict[str
         edge = kill["edge"]
         clock = kill["newest"]
         assert clock["updates"] in (edge - 1, edge), f"{kill}: a checkpoint stands at every update"
-        assert clock["phase"] == (clock["updates"] - 1) // UPDATES_PER_PHASE, f"{kill}: saved before the phase moved on"
+        assert clock["phase"] == (clock["updates"] - 1) // UPDATES_PER_PHASE, (
+            f"{kill}: saved before the phase moved on"
+        )
 
 
 def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, Any]) -> None:
@@ -102,7 +108,11 @@ def serve(folder: Path, stage: int, kills: int) -> None:
         ranks = _start(killed, stage)
         edge = _await_phase_end(killed, events)
         span = 0.9 * change_seconds
-        if len(seen) % 2:  # else nearly all signals would come before the checkpoint, which stands near the end of the change
+        if (
+            len(seen) % 2
+            # else nearly all signals would come before the checkpoint, which stands near the end of the
+            # change
+        ):
             _await(killed / "checkpoints" / f"update_{edge:06d}")
             span = 0.1 * change_seconds
         time.sleep(chance.uniform(0.0, span))
@@ -117,7 +127,13 @@ def serve(folder: Path, stage: int, kills: int) -> None:
         if clock.updates <= edge:  # otherwise the next phase had begun when the signal came
             seen.append({"target": target, "edge": edge, "newest": clock.to_dict()})
     assert wait_for_ranks(_start(killed, stage)) == [0] * RANKS, "the last attempt"
-    outcome = {"stage": stage, "attempts": attempts, "kills": seen, "whole": _result(whole), "killed": _result(killed)}
+    outcome = {
+        "stage": stage,
+        "attempts": attempts,
+        "kills": seen,
+        "whole": _result(whole),
+        "killed": _result(killed),
+    }
     (folder / "outcome.json").write_text(json.dumps(outcome))
 
 
@@ -143,14 +159,21 @@ def _train(folder: Path, stage: int) -> int:
             logging.getLogger("aiprod_ds").addHandler(handler)
             logging.getLogger("aiprod_ds").setLevel(logging.INFO)
         torch.manual_seed(0)
-        clips = {"dataset": SyntheticVideoDataset(6, 5, 24, 24), "validation": SyntheticVideoDataset(8, 5, 24, 24, seed=1)}
+        clips = {
+            "dataset": SyntheticVideoDataset(6, 5, 24, 24),
+            "validation": SyntheticVideoDataset(8, 5, 24, 24, seed=1),
+        }
         config = VAETrainerConfig.model_validate(_config(folder, stage))
         VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
     return 0
 
 
 def _config(folder: Path, stage: int) -> dict[str, Any]:
-    policies: tuple[dict[str, Any], ...] = ({}, {"moments": "reset"}, {"moments": "decay", "moment_decay": 0.5})
+    policies: tuple[dict[str, Any], ...] = (
+        {},
+        {"moments": "reset"},
+        {"moments": "decay", "moment_decay": 0.5},
+    )
     phases = [
         {
             "name": f"phase_{index}",
@@ -172,7 +195,9 @@ def _config(folder: Path, stage: int) -> dict[str, Any]:
         "data": {"train": "unused", "num_workers": 0},
         "loss": {"perceptual_weight": 0.0, "kl_weight": 1e-3},
         "curriculum": {"phases": phases},
-        "engine": {"deepspeed_config": str(Path(__file__).parents[2] / "ds_configs" / f"zero{stage}_fp32.json")},
+        "engine": {
+            "deepspeed_config": str(Path(__file__).parents[2] / "ds_configs" / f"zero{stage}_fp32.json")
+        },
         "checkpoint": {"every_updates": 1},
         "evaluation": {"max_clips": 8, "num_pictures": 0},  # the change lasts longer than a signal takes
         "report": {"flush_updates": 1},
@@ -191,7 +216,9 @@ def _await_phase_end(folder: Path, before: int) -> int:
         assert not _is_completed(folder), "the run has ended before it was killed often enough: raise PHASES"
         assert time.monotonic() < deadline, "no phase ended"
         time.sleep(0.002)
-    line = next(line for line in reversed(Path(f"{folder}.log").read_text().splitlines()) if "phase_ends" in line)
+    line = next(
+        line for line in reversed(Path(f"{folder}.log").read_text().splitlines()) if "phase_ends" in line
+    )
     return int(line.split("update=")[1].split()[0])
 
 

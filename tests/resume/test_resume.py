@@ -1,8 +1,9 @@
-"""Whole training runs on one and two ranks: resuming repeats an uninterrupted run bit for bit, and every ZeRO stage computes what
-the plain PyTorch engine computes.
+"""Whole training runs on one and two ranks: resuming repeats an uninterrupted run bit for bit, and every ZeRO
+stage computes what the plain PyTorch engine computes.
 
-One launch per world size trains a tiny video VAE through two phases (other resolution, frames, batch and accumulation in the
-second) for every settings file, then trains copies of the run folder whose later checkpoints were taken away.
+One launch per world size trains a tiny video VAE through two phases (other resolution, frames, batch and
+accumulation in the second) for every settings file, then trains copies of the run folder whose later
+checkpoints were taken away.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ FP32_CASES = tuple(case for case in CASES if case.endswith("fp32"))
 EDGE, LAST = 4, 8  # with a checkpoint every 3 updates they stand at 3, 4 (edge), 6 and 8 (end)
 RESUMES = {"middle_of_the_first_phase": 3, "edge": EDGE, "middle_of_the_last_phase": 6}
 
-# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in another order, and
-# Adam turns rounding of tiny gradients into steps of the learning rate's size. Measured: 1e-7 on one rank, 3e-7 on two.
+# The oracle is the local engine with the whole batch on one process. Ranks and flattened partitions add in
+# another order, and Adam turns rounding of tiny gradients into steps of the learning rate's size. Measured:
+# 1e-7 on one rank, 3e-7 on two.
 RELATIVE_TOLERANCE = 1e-5
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -40,7 +42,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     found = {}
     for world in WORLDS:
-        found[world] = alike_on_ranks(run_every_case, ranks=world, folder=tmp_path_factory.mktemp(f"world_{world}"))
+        found[world] = alike_on_ranks(
+            run_every_case, ranks=world, folder=tmp_path_factory.mktemp(f"world_{world}")
+        )
     return found
 
 
@@ -53,14 +57,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     whole, again = runs[world][case]["whole"], runs[world][case][resumed]
     assert again["resumed_from"] == [f"update_{RESUMES[resumed]:06d}"]
     assert again["sha256"] == whole["sha256"], "parameters and optimizer state"
-    assert again["rows"] == whole["rows"], "metrics.jsonl without measured times: losses, norms, rates, clock, held-out measures"
+    assert again["rows"] == whole["rows"], (
+        "metrics.jsonl without measured times: losses, norms, rates, clock, held-out measures"
+    )
     assert again["metrics"] == whole["metrics"]
     assert again["checkpoints"] == whole["checkpoints"]
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_uninterrupted_run_is_what_it_should_be(runs: dict[int, dict[str, Any]], world: int, case: str) -> None:
+def test_the_uninterrupted_run_is_what_it_should_be(
+    runs: dict[int, dict[str, Any]], world: int, case: str
+) -> None:
     whole, (stage, precision) = runs[world][case]["whole"], case.removeprefix("zero").split("_")
     assert whole["layout"] == ["deepspeed", world, int(stage), precision]
     assert whole["resumed_from"] == []
@@ -84,7 +92,8 @@ def test_every_stage_computes_what_the_local_engine_computes(
 
 
 def run_every_case(folder: str) -> dict[str, Any]:
-    """Returns by case the uninterrupted run and its resumed copies; on one rank also the local engine's run."""
+    """Returns by case the uninterrupted run and its resumed copies; on one rank also the local engine's
+    run."""
     results: dict[str, Any] = {}
     for case in CASES:
         whole = Path(folder) / f"{case}_{dist.world_size()}"
@@ -99,7 +108,10 @@ def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any
     torch.manual_seed(0)
     model = TinyVideoVAE()
     torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
-    clips = {"dataset": SyntheticVideoDataset(10, 9, 24, 24), "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1)}
+    clips = {
+        "dataset": SyntheticVideoDataset(10, 9, 24, 24),
+        "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1),
+    }
     summary = VideoVAETrainer(config, model=model, **clips).train(resume="auto")
     return {
         **record_of(summary, folder),
@@ -112,7 +124,14 @@ def _train(case: str, folder: Path, *, kind: str = "deepspeed") -> dict[str, Any
 def _config(case: str, folder: Path, kind: str) -> VAETrainerConfig:
     phase = {"updates": 4, "learning_rate": 3e-3, "warmup_updates": 1}
     low = {"name": "low", "resolution": "16x16", "duration": {"frames": 5}, "global_batch_size": 4, **phase}
-    high = {"name": "high", "resolution": "24x24", "duration": {"frames": 9}, "global_batch_size": 8, "accumulation": 2, **phase}
+    high = {
+        "name": "high",
+        "resolution": "24x24",
+        "duration": {"frames": 9},
+        "global_batch_size": 8,
+        "accumulation": 2,
+        **phase,
+    }
     return VAETrainerConfig.model_validate(
         {
             "output_dir": str(folder),

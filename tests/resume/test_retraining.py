@@ -1,8 +1,10 @@
-"""From LoRA to full and back inside one run, on two ranks at every ZeRO stage: the function is kept, every moment is resumable.
+"""From LoRA to full and back inside one run, on two ranks at every ZeRO stage: the function is kept, every
+moment is resumable.
 
-A tiny LTX-Video trains adapters, then all weights, then smaller adapters. Copies of the run folder whose later checkpoints were
-taken away go on, among them the two that a process killed inside a change would find. One rank on the local engine is the oracle.
-One case saves while training goes on, with a writer so slow that the save of a phase's end is under way when the change begins.
+A tiny LTX-Video trains adapters, then all weights, then smaller adapters. Copies of the run folder whose
+later checkpoints were taken away go on, among them the two that a process killed inside a change would find.
+One rank on the local engine is the oracle. One case saves while training goes on, with a writer so slow that
+the save of a phase's end is under way when the change begins.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ RESUMES = {"before_full": 2, "in_full": 3, "before_smaller": 4}
 KILLED = "zero2_fp32"
 WITHOUT_ADAPTER = "proj_in.weight"
 
-# Ranks and flattened partitions add in another order than one process, and Adam turns rounding of tiny gradients into steps of
-# the learning rate's size.
+# Ranks and flattened partitions add in another order than one process, and Adam turns rounding of tiny
+# gradients into steps of the learning rate's size.
 RELATIVE_TOLERANCE = 1e-5
 
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -60,10 +62,14 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [*CASES, "asynchronous"])
 @pytest.mark.parametrize("resumed", RESUMES)
-def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any], case: str, resumed: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    runs: dict[str, Any], case: str, resumed: str
+) -> None:
     whole, again = runs[case]["whole"], runs[case][resumed]
     assert whole["updates"] == [EACH] * len(PHASES)
-    assert len(set(series(whole, "loss/total"))) == EACH * len(PHASES), "otherwise the comparison shows nothing"
+    assert len(set(series(whole, "loss/total"))) == EACH * len(PHASES), (
+        "otherwise the comparison shows nothing"
+    )
     assert again["resumed_from"] == [f"update_{RESUMES[resumed]:06d}"]
     assert again["sha256"] == whole["sha256"], "parameters and optimizer state"
     assert again["rows"] == whole["rows"], "metrics.jsonl without measured times"
@@ -74,7 +80,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(runs: dict[str, Any],
 def test_every_stage_computes_what_the_local_engine_computes(
     runs: dict[str, Any], local: dict[str, Any], case: str, metric: str
 ) -> None:
-    assert series(runs[case]["whole"], metric) == pytest.approx(series(local, metric), rel=RELATIVE_TOLERANCE, abs=0)
+    assert series(runs[case]["whole"], metric) == pytest.approx(
+        series(local, metric), rel=RELATIVE_TOLERANCE, abs=0
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -85,7 +93,8 @@ def test_the_function_is_kept_and_the_report_says_so(runs: dict[str, Any], case:
         ["all weights", "adapters of rank 2"],
     ]
     into_full, into_adapters = (change["relative_difference"] for change in changes)
-    # In bf16 W and B A were rounded apart and their sum is rounded once; new adapters start at zero, so nothing changes at all.
+    # In bf16 W and B A were rounded apart and their sum is rounded once; new adapters start at zero, so
+    # nothing changes at all.
     assert into_full <= (1e-6 if case.endswith("fp32") else 2e-2)
     assert into_adapters == 0.0
 
@@ -123,7 +132,10 @@ def test_a_run_killed_inside_a_change_repeats_it(runs: dict[str, Any], tmp_path:
 
 def run_every_case(folder: str) -> dict[str, Any]:
     """Returns by case the uninterrupted run and its resumed copies."""
-    records = {case: train_and_resume(lambda at, c=case: _train(c, at), Path(folder) / case, RESUMES) for case in CASES}
+    records = {
+        case: train_and_resume(lambda at, c=case: _train(c, at), Path(folder) / case, RESUMES)
+        for case in CASES
+    }
     write_as_it_is = saving.write_shards
 
     def write_late(*arguments: Any) -> Any:
@@ -137,7 +149,11 @@ def run_every_case(folder: str) -> dict[str, Any]:
 
 def run_locally(folder: str) -> dict[str, Any]:
     """Returns the run of the local engine, and in which phases a weight that never has an adapter moved."""
-    seen = [build_model(_config("zero0_fp32", Path(folder), "local").model, seed=0).get_parameter(WITHOUT_ADAPTER).detach()]
+    seen = [
+        build_model(_config("zero0_fp32", Path(folder), "local").model, seed=0)
+        .get_parameter(WITHOUT_ADAPTER)
+        .detach()
+    ]
     retrain_as_it_is = run.retrain
 
     def watch(engine: Any, *arguments: Any, **settings: Any) -> Any:
@@ -147,7 +163,11 @@ def run_locally(folder: str) -> dict[str, Any]:
     run.retrain = watch
     with without_plots():
         record = _train("zero0_fp32", Path(folder) / "local", kind="local")
-    seen.append(load_file(Path(folder) / "local" / "export" / "base" / "diffusion_pytorch_model.safetensors")[WITHOUT_ADAPTER])
+    seen.append(
+        load_file(Path(folder) / "local" / "export" / "base" / "diffusion_pytorch_model.safetensors")[
+            WITHOUT_ADAPTER
+        ]
+    )
     return {**record, "moved": [not torch.equal(before, after) for before, after in pairwise(seen)]}
 
 
@@ -192,23 +212,42 @@ def _train(case: str, folder: Path, *, kind: str = "deepspeed", asynchronous: bo
     summary = DiffusionTrainer(config, dataset=clips[:6], validation=clips[6:]).train(resume="auto")
     record = record_of(summary, folder)
     changes = json.loads((folder / "report.json").read_text())["retrained"]
-    return {**record, "retrained": [{key: change[key] for key in ("trained", "relative_difference")} for change in changes]}
+    return {
+        **record,
+        "retrained": [{key: change[key] for key in ("trained", "relative_difference")} for change in changes],
+    }
 
 
 def _clips(count: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"latents": (4, 2, 2, 2), "prompt_embeds": (3, 16)}
-    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)]
+    return [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in range(count)
+    ]
 
 
 def _config(case: str, folder: Path, kind: str, *, asynchronous: bool = False) -> DiffusionTrainerConfig:
-    shared = {"resolution": "64x64", "duration": {"frames": 9}, "updates": EACH, "learning_rate": 1e-3, "global_batch_size": 4}
+    shared = {
+        "resolution": "64x64",
+        "duration": {"frames": 9},
+        "updates": EACH,
+        "learning_rate": 1e-3,
+        "global_batch_size": 4,
+    }
     phases = [{"name": f"phase{index}", **shared, **phase} for index, phase in enumerate(PHASES)]
     return DiffusionTrainerConfig.model_validate(
         {
             "output_dir": str(folder),
-            "model": {"source": "LTXVideoTransformer3DModel", "config": {**LTXVideo.tiny_config(), "num_layers": 1}},
-            "vae": {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8},
+            "model": {
+                "source": "LTXVideoTransformer3DModel",
+                "config": {**LTXVideo.tiny_config(), "num_layers": 1},
+            },
+            "vae": {
+                "source": "aiprod_ds.testing.tiny:TinyVideoVAE",
+                "spatial_stride": 32,
+                "temporal_stride": 8,
+            },
             "data": {"train": "given_in_code", "num_workers": 0},
             "ema": {"half_life_samples": 8},
             "curriculum": {"phases": phases},

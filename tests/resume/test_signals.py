@@ -1,12 +1,14 @@
-"""Signals, request files and SIGKILLs at random moments: what is saved, what is lost, and that the run goes on bitwise.
+"""Signals, request files and SIGKILLs at random moments: what is saved, what is lost, and that the run goes
+on bitwise.
 
-A server process imports everything once and forks the ranks of each attempt. Two ranks train on DeepSpeed, one on the local
-engine with a worker that decodes ahead. Moments are what the run's own log and metrics tell, plus a random part of an update.
+A server process imports everything once and forks the ranks of each attempt. Two ranks train on DeepSpeed,
+one on the local engine with a worker that decodes ahead. Moments are what the run's own log and metrics tell,
+plus a random part of an update.
 
-Two ranks are also killed by SIGKILL: 8 times, or as often as the environment variable AIPROD_DS_KILLS says (the promise is 50),
-at least three in ten inside a save. Half of the attempts save while training goes on. In two attempts of seven a real deepspeed
-launcher starts the ranks and one of its two processes is killed: `runner`, which the user starts, or `launch`, which starts the
-ranks. The ranks then train on as orphans.
+Two ranks are also killed by SIGKILL: 8 times, or as often as the environment variable AIPROD_DS_KILLS says
+(the promise is 50), at least three in ten inside a save. Half of the attempts save while training goes on. In
+two attempts of seven a real deepspeed launcher starts the ranks and one of its two processes is killed:
+`runner`, which the user starts, or `launch`, which starts the ranks. The ranks then train on as orphans.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def test_every_request_saves_and_leaves_in_time(outcome: dict[str, Any]) -> None
 def test_no_update_is_lost(outcome: dict[str, Any]) -> None:
     for stop in outcome["stops"]:
         assert stop["saved"] == stop["done"], stop
-    assert len({stop["saved"] for stop in outcome["stops"]}) > len(outcome["stops"]) // 2, "at different moments"
+    assert len({stop["saved"] for stop in outcome["stops"]}) > len(outcome["stops"]) // 2, (
+        "at different moments"
+    )
 
 
 def test_a_file_asks_for_a_checkpoint_and_goes_away(outcome: dict[str, Any]) -> None:
@@ -101,7 +105,8 @@ def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, 
 
 
 def serve(folder: Path, ranks: int) -> None:
-    """Trains a whole run, one that is stopped again and again and one that is killed so; writes `outcome.json`."""
+    """Trains a whole run, one that is stopped again and again and one that is killed so; writes
+    `outcome.json`."""
     import torch._dynamo  # noqa: F401  the ranks are forked with everything imported
 
     import aiprod_ds.engine.deepspeed_engine
@@ -116,7 +121,9 @@ def serve(folder: Path, ranks: int) -> None:
     assert wait_for_ranks(_start(whole, ranks)) == [0] * ranks, "the run that nobody stops"
     stops = []
     for number in range(STOPS[ranks]):
-        stops.append(_stop_once(stopped, ranks, chance, MOMENTS[number % len(MOMENTS)], HOW[number % len(HOW)]))
+        stops.append(
+            _stop_once(stopped, ranks, chance, MOMENTS[number % len(MOMENTS)], HOW[number % len(HOW)])
+        )
     processes = _start(stopped, ranks)
     asked_for = _ask_for_a_checkpoint(stopped)
     assert wait_for_ranks(processes) == [0] * ranks, "the last attempt"
@@ -146,7 +153,9 @@ def _stop_once(folder: Path, ranks: int, chance: random.Random, moment: str, how
     if how == "STOP":
         (folder / "STOP").touch()
     else:
-        targets = {"rank 0": processes[:1], "the last rank": processes[-1:], "all": processes}[how.partition(" to ")[2]]
+        targets = {"rank 0": processes[:1], "the last rank": processes[-1:], "all": processes}[
+            how.partition(" to ")[2]
+        ]
         for process in targets:
             os.kill(process, signal.Signals[how.partition(" ")[0]])
     codes = wait_for_ranks(processes)
@@ -175,7 +184,9 @@ def _kill(folder: Path, ranks: int, chance: random.Random) -> dict[str, Any]:
     return {"kills": kills, "killed": _result(folder)}
 
 
-def _kill_once(folder: Path, ranks: int, chance: random.Random, number: int, *, in_save: bool) -> dict[str, Any]:
+def _kill_once(
+    folder: Path, ranks: int, chance: random.Random, number: int, *, in_save: bool
+) -> dict[str, Any]:
     from aiprod_ds.checkpoint.store import CheckpointStore
 
     target, asynchronous = TARGETS[number % len(TARGETS)], number % 4 in (1, 2)
@@ -183,9 +194,12 @@ def _kill_once(folder: Path, ranks: int, chance: random.Random, number: int, *, 
     if target in LAUNCHER:
         inside_a_save = _kill_launcher(folder, ranks, chance, checkpoint, target, in_save=in_save)
     else:
-        # To find out that a rank is gone takes the others some seconds, so only a quarter of them gets the time.
+        # To find out that a rank is gone takes the others some seconds, so only a quarter of them gets the
+        # time.
         patience = None if number % 4 == 0 else chance.uniform(0.0, 0.2)
-        inside_a_save = _kill_ranks(folder, ranks, chance, checkpoint, target, in_save=in_save, patience_seconds=patience)
+        inside_a_save = _kill_ranks(
+            folder, ranks, chance, checkpoint, target, in_save=in_save, patience_seconds=patience
+        )
     newest = CheckpointStore(folder / "checkpoints").newest()
     return {
         "target": target,
@@ -219,7 +233,9 @@ def _kill_ranks(
     if patience_seconds is not None:
         time.sleep(patience_seconds)
         for process in processes:
-            os.kill(process, signal.SIGKILL)  # the dead wait for `wait_for_ranks`, so their ids are still theirs
+            os.kill(
+                process, signal.SIGKILL
+            )  # the dead wait for `wait_for_ranks`, so their ids are still theirs
     codes = wait_for_ranks(processes)
     assert any(code != 0 for code in codes), f"the run has ended before it was killed often enough: {codes}"
     return inside_a_save
@@ -230,9 +246,9 @@ def _kill_launcher(
 ) -> bool:
     """Kills a process of the launcher, and later the orphans; returns whether those died inside a save.
 
-    Nothing tells the ranks that their launcher is gone. They train on, to the end of the run if nobody ends them, and a second
-    start beside them is refused. So this does what an operator, a service manager or a batch system does: it ends what remains of
-    the process group, and only then is the run started anew.
+    Nothing tells the ranks that their launcher is gone. They train on, to the end of the run if nobody ends
+    them, and a second start beside them is refused. So this does what an operator, a service manager or a
+    batch system does: it ends what remains of the process group, and only then is the run started anew.
     """
     before = len(_lines(Path(f"{folder}.log")))
     command = [*launcher_command(ranks=ranks), __file__, str(folder), str(ranks), json.dumps(checkpoint)]
@@ -249,7 +265,9 @@ def _kill_launcher(
         _await_moment_to_kill(folder, chance, in_save=in_save)
         inside_a_save = _is_saving(folder)
         assert len(orphans) == ranks, orphans
-        assert all(_is_running(process) for process in orphans), "the run has ended before it was killed often enough"
+        assert all(_is_running(process) for process in orphans), (
+            "the run has ended before it was killed often enough"
+        )
     finally:
         kill_session(runner.pid)
     _await(lambda: not any(_is_running(process) for process in orphans))
@@ -304,7 +322,9 @@ def _ask_for_a_checkpoint(folder: Path) -> list[str]:
     """Returns the checkpoints that appear after a file SAVE."""
     before = {path.name for path in (folder / "checkpoints").glob("update_*")}
     done = _last_update(folder)
-    _await(lambda: _last_update(folder) > done)  # a row of an evaluation is no update: its checkpoint is there already
+    _await(
+        lambda: _last_update(folder) > done
+    )  # a row of an evaluation is no update: its checkpoint is there already
     (folder / "SAVE").touch()
     _await(lambda: not (folder / "SAVE").exists())
     return sorted({path.name for path in (folder / "checkpoints").glob("update_*")} - before)
@@ -332,7 +352,10 @@ def _train(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> int:
             logging.getLogger("aiprod_ds").addHandler(logging.FileHandler(f"{folder}.log"))
             logging.getLogger("aiprod_ds").setLevel(logging.INFO)
         torch.manual_seed(0)
-        clips = {"dataset": SyntheticVideoDataset(6, 5, 24, 24), "validation": SyntheticVideoDataset(4, 5, 24, 24, seed=1)}
+        clips = {
+            "dataset": SyntheticVideoDataset(6, 5, 24, 24),
+            "validation": SyntheticVideoDataset(4, 5, 24, 24, seed=1),
+        }
         config = VAETrainerConfig.model_validate(_config(folder, ranks, checkpoint))
         summary = VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
     return 0 if summary.status is RunStatus.COMPLETED else INTERRUPTED
@@ -374,7 +397,9 @@ def _lines(path: Path) -> list[str]:
 def _last_update(folder: Path) -> int:
     from aiprod_ds.metrics.jsonl import read_metrics
 
-    return max((update for update, row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row), default=0)
+    return max(
+        (update for update, row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row), default=0
+    )
 
 
 def _await(condition: Callable[[], bool], *, poll_seconds: float = 0.002) -> None:

@@ -1,8 +1,9 @@
 """Resume at five points around every kind of phase change, bit for bit, on two ranks under ZeRO 0 to 3.
 
-The curriculum ends phases by updates, by epochs and by a plateau, and changes at its edges everything that a phase can change:
-shapes, buckets and their shares, batch and accumulation, learning rate and schedule, weight decay, loss weights, moments (reset
-and decayed), mirroring and activation checkpointing. A checkpoint stands at every update; each resume starts from one of them.
+The curriculum ends phases by updates, by epochs and by a plateau, and changes at its edges everything that a
+phase can change: shapes, buckets and their shares, batch and accumulation, learning rate and schedule, weight
+decay, loss weights, moments (reset and decayed), mirroring and activation checkpointing. A checkpoint stands
+at every update; each resume starts from one of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 STAGES = (0, 1, 2, 3)
-UPDATES = {"by_updates": 4, "by_epochs": 5, "by_plateau": 5, "last": 3}  # epochs: 2 passes; plateau: 1 warm-up + 1 + 3 patience
+UPDATES = {
+    "by_updates": 4,
+    "by_epochs": 5,
+    "by_plateau": 5,
+    "last": 3,
+}  # epochs: 2 passes; plateau: 1 warm-up + 1 + 3 patience
 EDGES = {"updates": 4, "epochs": 9, "plateau": 14}  # updates of the run when the phase that ends so is over
 POINTS = tuple((kind, edge + offset) for kind, edge in EDGES.items() for offset in (-2, -1, 0, 1, 2))
 
@@ -43,7 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_phase_ends_as_configured(runs: dict[str, dict[str, Any]], stage: int) -> None:
     phases = runs[str(stage)]["whole"]["phases"]
-    assert phases == [[name, UPDATES[name], reason] for name, reason in zip(UPDATES, (*EDGES, "updates"), strict=True)]
+    assert phases == [
+        [name, UPDATES[name], reason] for name, reason in zip(UPDATES, (*EDGES, "updates"), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -72,14 +80,20 @@ def test_every_stage_goes_through_the_same_losses(runs: dict[str, dict[str, Any]
 def run_every_stage(folder: str) -> dict[str, Any]:
     """Returns by stage the uninterrupted run and the resumed ones by the update they resumed at."""
     resumes = {str(update): update for _, update in POINTS}
-    return {str(stage): train_and_resume(partial(_train, stage), Path(folder) / f"stage_{stage}", resumes) for stage in STAGES}
+    return {
+        str(stage): train_and_resume(partial(_train, stage), Path(folder) / f"stage_{stage}", resumes)
+        for stage in STAGES
+    }
 
 
 def _train(stage: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model = TinyVideoVAE()
     torch.manual_seed(len(folder.name))  # a resumed process stands elsewhere in torch's own stream
-    clips = {"dataset": SyntheticVideoDataset(10, 9, 24, 24), "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1)}
+    clips = {
+        "dataset": SyntheticVideoDataset(10, 9, 24, 24),
+        "validation": SyntheticVideoDataset(3, 9, 24, 24, seed=1),
+    }
     summary = VideoVAETrainer(_config(stage, folder), model=model, **clips).train(resume="auto")
     return {
         **record_of(summary, folder),

@@ -1,4 +1,5 @@
-"""The command line in one process: exit codes, what bad input is told, and that a refused command writes nothing."""
+"""The command line in one process: exit codes, what bad input is told, and that a refused command writes
+nothing."""
 
 from __future__ import annotations
 
@@ -30,9 +31,12 @@ engine:
   kind: local
   deepspeed_config: {zero_optimization: {stage: 1}}
 evaluation: {max_clips: 1, num_pictures: 1}
-""".replace("MODEL", json.dumps(tiny_ltx_vae()))
+""".replace("MODEL", json.dumps(tiny_ltx_vae()))  # noqa: E501
 PHASE = "curriculum.phases[0]"
-SECOND = "{name: second, resolution: 16x16, duration: {frames: 5}, global_batch_size: 2, updates: 2, learning_rate: 1.0e-3}"
+SECOND = (
+    "{name: second, resolution: 16x16, duration: {frames: 5}, global_batch_size: 2, updates: 2, "
+    "learning_rate: 1.0e-3}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,11 @@ def config(tmp_path: Path, clips: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     root, names = logging.getLogger(), ("torch", "DeepSpeed", "deepspeed", "httpx", "matplotlib", "PIL")
-    handlers, level, levels = root.handlers[:], root.level, {name: logging.getLogger(name).level for name in names}
+    handlers, level, levels = (
+        root.handlers[:],
+        root.level,
+        {name: logging.getLogger(name).level for name in names},
+    )
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -66,13 +74,22 @@ def _arguments(command: str, config: Path, run_folder: Path, *settings: str) -> 
 
 
 BAD_SETTINGS = {
-    "misspelt key": ([f"{PHASE}.updats=3"], f"{PHASE}.updats: is not a known key, got 3. Did you mean 'updates'?"),
+    "misspelt key": (
+        [f"{PHASE}.updats=3"],
+        f"{PHASE}.updats: is not a known key, got 3. Did you mean 'updates'?",
+    ),
     "misspelt section": (["optimiser.weight_decay=0"], "Did you mean 'optimizer'?"),
     "wrong type": (["seed=abc"], "seed: must be an integer, got 'abc'."),
-    "quoted number": ([f"{PHASE}.learning_rate='0.1'"], f"{PHASE}.learning_rate: must be a number, got '0.1'."),
+    "quoted number": (
+        [f"{PHASE}.learning_rate='0.1'"],
+        f"{PHASE}.learning_rate: must be a number, got '0.1'.",
+    ),
     "frames strict": (
         ["curriculum.frames_policy=strict", f"{PHASE}.duration.frames=6"],
-        f"{PHASE}.duration.frames: must give 1 + 4 * k frames for this model (frames_policy: strict), got 6. Use 5 or 9",
+        (
+            f"{PHASE}.duration.frames: must give 1 + 4 * k frames for this model (frames_policy: strict), "
+            "got 6. Use 5 or 9"
+        ),
     ),
     "misspelt model": (["model.source=AutoencoderKLLTXVide"], "Did you mean 'AutoencoderKLLTXVideo'?"),
     "engine file missing": (
@@ -80,7 +97,10 @@ BAD_SETTINGS = {
         "engine.deepspeed_config: must name a file, got 'nowhere.json'",
     ),
     "data missing": (["data.train=/nowhere"], "/nowhere: must be a folder or a CSV, JSON or JSONL manifest"),
-    "moments in the first phase": ([f"{PHASE}.moments=reset"], f"{PHASE}.moments: has no effect in the first phase"),
+    "moments in the first phase": (
+        [f"{PHASE}.moments=reset"],
+        f"{PHASE}.moments: has no effect in the first phase",
+    ),
 }
 
 
@@ -96,21 +116,32 @@ def test_bad_settings_are_explained_and_write_nothing(
     assert not run_folder.exists()
 
 
-# What the curriculum may not say, one line for each kind: the settings and the whole message behind the file's name.
+# What the curriculum may not say, one line for each kind: the settings and the whole message behind the
+# file's name.
 BAD_CURRICULA = {
     "batch does not divide": (
         [f"{PHASE}.global_batch_size=3", f"{PHASE}.micro_batch_size=2"],
-        f"{PHASE}.global_batch_size: must be a multiple of micro_batch_size (2) * world size (1) = 2, got 3. Use 2 or 4.",
+        (
+            f"{PHASE}.global_batch_size: must be a multiple of micro_batch_size (2) * world size (1) = 2, "
+            "got "
+            "3. Use 2 or 4."
+        ),
     ),
     "phases overlap: one name twice": (
         [f"curriculum.phases=[{SECOND}, {SECOND}]"],
         "curriculum.phases[1].name: must be unique, got 'second' twice. Rename one of them.",
     ),
-    "no phase": (["curriculum.phases=[]"], "curriculum.phases: must have at least one entry, got an empty list. Add a phase."),
+    "no phase": (
+        ["curriculum.phases=[]"],
+        "curriculum.phases: must have at least one entry, got an empty list. Add a phase.",
+    ),
     "empty phase": ([f"{PHASE}.updates=0"], f"{PHASE}.updates: must be >= 1, got 0. Use a larger value."),
     "phase without an end": (
         [f"{PHASE}.updates=null"],
-        f"{PHASE}.updates: one of updates, epochs and plateau must be given, got none. Say how the phase ends.",
+        (
+            f"{PHASE}.updates: one of updates, epochs and plateau must be given, got none. Say how the phase "
+            "ends."
+        ),
     ),
     "minimum above maximum": (
         [f"{PHASE}.updates=null", f"{PHASE}.epochs=1", f"{PHASE}.max_updates=5", f"{PHASE}.min_updates=6"],
@@ -122,11 +153,18 @@ BAD_CURRICULA = {
     ),
     "phase that is not there": (
         ["curriculum.phases[2].updates=5"],
-        "curriculum.phases[2].updates: curriculum.phases must have entry [2], got 1 counted from 0. Lower the index.",
+        (
+            "curriculum.phases[2].updates: curriculum.phases must have entry [2], got 1 counted from 0. "
+            "Lower "
+            "the index."
+        ),
     ),
     "phase by a name": (
         ["curriculum.phases[low].updates=5"],
-        "must be of the form path.to.key[index]=value, got 'curriculum.phases[low].updates=5'. Write for example seed=1.",
+        (
+            "must be of the form path.to.key[index]=value, got 'curriculum.phases[low].updates=5'. Write for "
+            "example seed=1."
+        ),
     ),
     "unknown preset": (
         ["curriculum={preset: big}"],
@@ -134,7 +172,10 @@ BAD_CURRICULA = {
     ),
     "unknown weight of the loss": (
         [f"{PHASE}.loss={{perceptul_weight: 0.1}}"],
-        f"{PHASE}.loss.perceptul_weight: is not a weight of the loss section, got 0.1. Did you mean 'perceptual_weight'?",
+        (
+            f"{PHASE}.loss.perceptul_weight: is not a weight of the loss section, got 0.1. Did you mean "
+            "'perceptual_weight'?"
+        ),
     ),
     "unknown section to override": (
         ["curriculum.adapter.overrides=[augmnt]"],
@@ -142,14 +183,23 @@ BAD_CURRICULA = {
     ),
     "plateau without a maximum": (
         [f"{PHASE}.updates=null", f"{PHASE}.plateau={{patience_updates: 3}}"],
-        f"{PHASE}.max_updates: must be given with plateau, got nothing. A plateau may never come: set the longest length.",
+        (
+            f"{PHASE}.max_updates: must be given with plateau, got nothing. A plateau may never come: set "
+            "the "
+            "longest length."
+        ),
     ),
     "height off the stride": (
         [f"{PHASE}.resolution=20x16"],
         f"{PHASE}.resolution.height: must be a multiple of the model's stride 8, got 20. Use 16 or 24.",
     ),
     "epochs shorter than the warm-up": (
-        [f"{PHASE}.updates=null", f"{PHASE}.epochs=2", f"{PHASE}.warmup_updates=3", f"{PHASE}.schedule=constant"],
+        [
+            f"{PHASE}.updates=null",
+            f"{PHASE}.epochs=2",
+            f"{PHASE}.warmup_updates=3",
+            f"{PHASE}.schedule=constant",
+        ],
         f"{PHASE}.epochs: must last longer than warmup_updates (3), got 2 epochs of 3 updates together.",
     ),
     "more frames than the longest clip": (
@@ -174,21 +224,35 @@ def test_check_explains_a_bad_curriculum_and_writes_nothing(
     assert _contents(config.parent) == before
 
 
-def test_every_problem_is_told_at_once(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(_arguments("check", config, run_folder, "seed=abc", f"{PHASE}.updats=3", "report.flush_updates=0")) == 2
+def test_every_problem_is_told_at_once(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            _arguments("check", config, run_folder, "seed=abc", f"{PHASE}.updats=3", "report.flush_updates=0")
+        )
+        == 2
+    )
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
 
 
-def test_an_empty_folder_is_no_data(config: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_folder_is_no_data(
+    config: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main(_arguments("train", config, run_folder, f"data.train={empty}")) == BAD_CONFIGURATION
-    assert f"{empty}: must hold at least one video clip, got none. Add files ending in" in capsys.readouterr().err
+    assert (
+        f"{empty}: must hold at least one video clip, got none. Add files ending in"
+        in capsys.readouterr().err
+    )
     assert not run_folder.exists()
 
 
-def test_an_unreadable_file_is_named(config: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_file_is_named(
+    config: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "broken"
     write_synthetic_clips(folder, num_clips=1, frames=6, height=16, width=16, with_sound=False)
     (folder / "not_a_video.mp4").write_bytes(b"text")
@@ -207,25 +271,46 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(
     assert f"{PHASE}.global_batch_size: must be a multiple of" in capsys.readouterr().err
 
 
-def test_a_missing_configuration_file_is_named(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_configuration_file_is_named(
+    tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     missing = tmp_path / "missing.yaml"
     assert main(_arguments("check", missing, run_folder)) == BAD_CONFIGURATION
     assert str(missing) in capsys.readouterr().err
 
 
-def test_check_and_plan_write_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_plan_write_nothing(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(_arguments("check", config, run_folder)) == DONE
     assert capsys.readouterr().out == f"{config}: good\n"
-    assert main([*_arguments("plan", config, run_folder, f"{PHASE}.duration.frames=4"), "--json", "--world-size", "2"]) == DONE
+    assert (
+        main(
+            [
+                *_arguments("plan", config, run_folder, f"{PHASE}.duration.frames=4"),
+                "--json",
+                "--world-size",
+                "2",
+            ]
+        )
+        == DONE
+    )
     plan = json.loads(capsys.readouterr().out)
     (row,) = plan["phases"]
     assert plan["world_size"] == 2
     assert (row["requested_frames"], row["frames"], row["height"], row["width"]) == (4, 5, 16, 16)
-    assert (row["global_batch_size"], row["micro_batch_size"], row["accumulation"], row["updates"]) == (2, 1, 1, 2)
+    assert (row["global_batch_size"], row["micro_batch_size"], row["accumulation"], row["updates"]) == (
+        2,
+        1,
+        1,
+        2,
+    )
     assert not run_folder.exists()
 
 
-def test_plan_shows_the_curriculum_and_reads_the_data(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_the_curriculum_and_reads_the_data(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(_arguments("plan", config, run_folder)) == DONE
     out = capsys.readouterr().out
     assert "in all  2 updates; 4 clips; 5.12 k pixels" in out  # 2 updates of 2 clips of 5 frames of 16 x 16
@@ -245,15 +330,25 @@ def test_plan_needs_no_data(config: Path, run_folder: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.count("data not read") == 1
 
 
-def test_plan_counts_the_updates_of_epochs(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_counts_the_updates_of_epochs(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     by_epochs = [f"{PHASE}.updates=null", f"{PHASE}.epochs=5", f"{PHASE}.schedule=constant"]
     assert main([*_arguments("plan", config, run_folder, *by_epochs), "--json"]) == DONE
     plan = json.loads(capsys.readouterr().out)
-    assert plan["totals"]["updates"] == 8  # 5 passes over 3 clips, 2 at a time: the last update takes one clip of the sixth
+    assert (
+        plan["totals"]["updates"] == 8
+    )  # 5 passes over 3 clips, 2 at a time: the last update takes one clip of the sixth
     assert [(row["updates"], row["clips"]) for row in plan["phases"]] == [(8, 3)]
-    assert main([*_arguments("plan", config, run_folder, *by_epochs, "data.train=/nowhere"), "--json"]) == DONE
+    assert (
+        main([*_arguments("plan", config, run_folder, *by_epochs, "data.train=/nowhere"), "--json"]) == DONE
+    )
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["totals"]["updates"], plan["totals"]["min_updates"], plan["totals"]["max_updates"]) == (None, 1, None)
+    assert (plan["totals"]["updates"], plan["totals"]["min_updates"], plan["totals"]["max_updates"]) == (
+        None,
+        1,
+        None,
+    )
 
 
 def test_plan_refuses_data_that_can_be_read_and_does_not_do(
@@ -265,21 +360,33 @@ def test_plan_refuses_data_that_can_be_read_and_does_not_do(
     assert captured.out == ""
 
 
-def test_plan_in_json_has_everything(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_in_json_has_everything(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*_arguments("plan", config, run_folder), "--json"]) == DONE
     plan = json.loads(capsys.readouterr().out)
     assert set(plan) == {
-        "source", "model", "parameters", "world_size", "data_problem", "phases", "totals", "learning_rate_curve",
+        "source", "model", "parameters", "world_size", "data_problem", "phases", "totals", "learning_rate_curve",  # noqa: E501
     }  # fmt: skip
-    assert (plan["source"], plan["model"], plan["data_problem"]) == (str(config), "AutoencoderKLLTXVideo", None)
+    assert (plan["source"], plan["model"], plan["data_problem"]) == (
+        str(config),
+        "AutoencoderKLLTXVideo",
+        None,
+    )
     assert (plan["totals"]["updates"], plan["totals"]["samples"], plan["totals"]["pixels"]) == (2, 4, 5120)
     assert [point["update"] for point in plan["learning_rate_curve"]] == [0, 1]
     (row,) = plan["phases"]
     assert (row["latent_tokens_per_update"], row["clips"], row["overrides"]) == (2 * 2 * 2 * 2, 3, {})
 
 
-def test_a_phase_of_the_preset_can_be_set(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["data.train=/nowhere", "curriculum.phases[2].updates=70_000", "curriculum.phases[0].learning_rate=3.0e-4"]
+def test_a_phase_of_the_preset_can_be_set(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [
+        "data.train=/nowhere",
+        "curriculum.phases[2].updates=70_000",
+        "curriculum.phases[0].learning_rate=3.0e-4",
+    ]
     config.write_text(config.read_text().partition("curriculum:")[0] + "curriculum: {preset: default}\n")
     assert main([*_arguments("plan", config, run_folder, *settings), "--json", "--world-size", "8"]) == DONE
     plan = json.loads(capsys.readouterr().out)
@@ -305,12 +412,15 @@ prompts: [a hare]
 resolution: 16x16
 duration: {frames: 5, frame_rate_hz: 24}
 sampling: {guidance_scale: 1.0}
-"""
+"""  # noqa: E501
 CHECKED = {
     "encode": (ENCODE, "good, for encode: 3 clips, 3 latents and 0 captions for"),
     "sample": (SAMPLE, "good, for sample: 1 clips of 5 frames 16x16 for"),
     "encode without media": (ENCODE.replace("CLIPS", "/nowhere"), "data.media: /nowhere: must be a folder"),
-    "encode, a wrong key": (ENCODE + "shape: 3\n", "shape: is not a known key, got 3. Did you mean 'shapes'?"),
+    "encode, a wrong key": (
+        ENCODE + "shape: 3\n",
+        "shape: is not a known key, got 3. Did you mean 'shapes'?",
+    ),
     "sample, a wrong size": (
         SAMPLE.replace("resolution: 16x16", "resolution: 18x18"),
         "resolution: must be a multiple of the VAE's",
@@ -319,7 +429,9 @@ CHECKED = {
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_check_knows_what_a_file_is_for(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_check_knows_what_a_file_is_for(
+    tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     text, message = CHECKED[name]
     path = tmp_path / "config.yaml"
     path.write_text(text.replace("CLIPS", str(clips)).replace("OUT", str(tmp_path / "out")))
@@ -330,7 +442,9 @@ def test_check_knows_what_a_file_is_for(tmp_path: Path, clips: Path, capsys: pyt
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_eval_and_inspect_of_nothing(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_and_inspect_of_nothing(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(_arguments("eval", config, run_folder)) == FAILED
     assert main(["inspect", str(run_folder)]) == FAILED
     assert "must exist, got no such file or folder" in capsys.readouterr().err
@@ -340,7 +454,9 @@ def test_eval_and_inspect_of_nothing(config: Path, run_folder: Path, capsys: pyt
     assert "must be a run folder with checkpoints, got none" in capsys.readouterr().out
 
 
-def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_from_training_to_a_damaged_checkpoint(
+    config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One run serves all steps, because training is what takes time."""
     assert main(_arguments("train", config, run_folder)) == DONE
     report = json.loads((run_folder / "report.json").read_text())
@@ -349,14 +465,21 @@ def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: P
 
     assert main(_arguments("eval", config, run_folder)) == DONE
     measured = json.loads(capsys.readouterr().out)
-    assert measured["psnr_db"] == pytest.approx(report["metrics"]["psnr_db_after"], abs=1e-9)  # the same code on the same weights
+    assert measured["psnr_db"] == pytest.approx(
+        report["metrics"]["psnr_db_after"], abs=1e-9
+    )  # the same code on the same weights
 
     converted = run_folder.with_name("converted")
     assert main(["convert", str(run_folder), str(converted), "--verify"]) == DONE
     capsys.readouterr()
-    exported, found = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (run_folder / "export", converted))
+    exported, found = (
+        load_file(folder / "diffusion_pytorch_model.safetensors")
+        for folder in (run_folder / "export", converted)
+    )
     assert exported.keys() == found.keys()  # the export measures latents_mean and latents_std
-    assert all(torch.equal(found[name], value) for name, value in exported.items() if not name.startswith("latents_"))
+    assert all(
+        torch.equal(found[name], value) for name, value in exported.items() if not name.startswith("latents_")
+    )
 
     assert main(["inspect", str(run_folder), "--json"]) == DONE
     (shown,) = json.loads(capsys.readouterr().out)["checkpoints"]
@@ -369,7 +492,10 @@ def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: P
     assert "must be of the same configuration, got a checkpoint of another one" in capsys.readouterr().err
     assert main(_arguments("train", config, run_folder, f"{PHASE}.learning_rate=0.5")) == BAD_CONFIGURATION
     assert f"{PHASE}: must stay as it was" in capsys.readouterr().err
-    assert main([*_arguments("train", config, run_folder), "--resume", str(run_folder / "nowhere")]) == BAD_CONFIGURATION
+    assert (
+        main([*_arguments("train", config, run_folder), "--resume", str(run_folder / "nowhere")])
+        == BAD_CONFIGURATION
+    )
     assert "--resume: must be auto, never or a checkpoint folder" in capsys.readouterr().err
     assert _contents(run_folder) == before
 
@@ -382,4 +508,8 @@ def test_a_run_from_training_to_a_damaged_checkpoint(config: Path, run_folder: P
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,4 +1,5 @@
-"""One safetensors file: what the library reads and writes is the oracle, and hostile files are refused by both."""
+"""One safetensors file: what the library reads and writes is the oracle, and hostile files are refused by
+both."""
 
 from __future__ import annotations
 
@@ -47,13 +48,17 @@ def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
         assert file.specs == {name: TensorSpec.of(file[name]) for name in file}
         part = torch.zeros(6)
         file.read_into(part[1:5], "weight", 5)
-        assert torch.equal(part, torch.cat([torch.zeros(1), tensors["weight"].flatten()[5:9], torch.zeros(1)]))
+        assert torch.equal(
+            part, torch.cat([torch.zeros(1), tensors["weight"].flatten()[5:9], torch.zeros(1)])
+        )
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     tensors = _tensors()
     specs = by_width({name: TensorSpec.of(value) for name, value in tensors.items()})
-    write_tensor_file(tmp_path / "x.safetensors", specs, ((name, tensors[name]) for name in specs), metadata={"a": "b"})
+    write_tensor_file(
+        tmp_path / "x.safetensors", specs, ((name, tensors[name]) for name in specs), metadata={"a": "b"}
+    )
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(_equal(read[name], value) for name, value in tensors.items())
@@ -81,21 +86,36 @@ HOSTILE = {
     "deep JSON": (_file(b"[" * 100_000), r"a header that is none"),
     "a list": (_file([1]), "a header that is none"),
     "one name twice": (
-        _file(b'{"a":%b,"a":%b}' % (json.dumps(_entry(0, 4)).encode(), json.dumps(_entry(4, 8)).encode()), b"\0" * 8),
+        _file(
+            b'{"a":%b,"a":%b}' % (json.dumps(_entry(0, 4)).encode(), json.dumps(_entry(4, 8)).encode()),
+            b"\0" * 8,
+        ),
         "a header that names something twice",
     ),
-    "overlap": (_file({"a": _entry(0, 4), "b": _entry(2, 6)}, b"\0" * 6), r"offsets \[2, 6\) of b, which must be \[4, 8\)"),
-    "same bytes": (_file({"a": _entry(0, 4), "b": _entry(0, 4)}, b"\0" * 4), r"offsets \[0, 4\) of b, which must be \[4, 8\)"),
+    "overlap": (
+        _file({"a": _entry(0, 4), "b": _entry(2, 6)}, b"\0" * 6),
+        r"offsets \[2, 6\) of b, which must be \[4, 8\)",
+    ),
+    "same bytes": (
+        _file({"a": _entry(0, 4), "b": _entry(0, 4)}, b"\0" * 4),
+        r"offsets \[0, 4\) of b, which must be \[4, 8\)",
+    ),
     "gap": (_file({"a": _entry(0, 4), "b": _entry(8, 12)}, b"\0" * 12), r"offsets \[8, 12\) of b"),
     "backwards": (_file({"a": _entry(4, 0)}, b"\0" * 4), r"offsets \[4, 0\) of a"),
     "negative": (_file({"a": _entry(-4, 0)}, b"\0" * 4), "'-4' as a size"),
     "truncated": (_file({"a": _entry(0, 4)}, b"\0" * 3), "3 bytes of data where the header tells of 4"),
     "longer": (_file({"a": _entry(0, 4)}, b"\0" * 5), "5 bytes of data where the header tells of 4"),
-    "shape and bytes": (_file({"a": _entry(0, 4, [2])}, b"\0" * 4), r"offsets \[0, 4\) of a, which must be \[0, 8\)"),
+    "shape and bytes": (
+        _file({"a": _entry(0, 4, [2])}, b"\0" * 4),
+        r"offsets \[0, 4\) of a, which must be \[0, 8\)",
+    ),
     "large shape": (_file({"a": _entry(0, 4, [1 << 62, 1 << 62])}, b"\0" * 4), r"offsets \[0, 4\) of a"),
     "no size": (_file({"a": _entry(0, 4, [1.0])}, b"\0" * 4), "'1.0' as a size"),
     "unknown type": (_file({"a": _entry(0, 4, dtype="F31")}, b"\0" * 4), "a tensor of the type 'F31'"),
-    "no offsets": (_file({"a": {"dtype": "F32", "shape": [1]}}, b"\0" * 4), r"a header that is none \(KeyError\)"),
+    "no offsets": (
+        _file({"a": {"dtype": "F32", "shape": [1]}}, b"\0" * 4),
+        r"a header that is none \(KeyError\)",
+    ),
     "metadata": (_file({"__metadata__": {"a": 1}}), "metadata that is not text"),
 }
 

@@ -1,7 +1,8 @@
-"""What DeepSpeed 0.19.8 does that this project works around. A failure here means that an upgrade changed it: see the remedy.
+"""What DeepSpeed 0.19.8 does that this project works around. A failure here means that an upgrade changed it:
+see the remedy.
 
-All cases run in one launch on two CPU ranks; the tests read its report. Each docstring names the remedy. The last test starts the
-launcher itself.
+All cases run in one launch on two CPU ranks; the tests read its report. Each docstring names the remedy. The
+last test starts the launcher itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def report() -> dict[str, Any]:
 
 def test_zero_0_with_fp16_never_multiplies_the_loss(report: dict[str, Any]) -> None:
     """Remedy: `config.deepspeed` refuses fp16 at stage 0."""
-    assert report["fp16_update_stage_1_over_stage_0"] == pytest.approx(256, rel=0.1), "the scale; weights are fp16"
+    assert report["fp16_update_stage_1_over_stage_0"] == pytest.approx(256, rel=0.1), (
+        "the scale; weights are fp16"
+    )
 
 
 def test_torch_autocast_fp16_reports_the_scaled_norm(report: dict[str, Any]) -> None:
@@ -92,13 +95,18 @@ def test_shared_memory_is_never_given_back() -> None:
     """Remedy: `leave_out_shared_memory_op`."""
     import deepspeed
 
-    source = Path(deepspeed.__file__).parent.joinpath("ops", "csrc", "cpu", "comm", "shm.cpp").read_text(encoding="utf-8")
+    source = (
+        Path(deepspeed.__file__)
+        .parent.joinpath("ops", "csrc", "cpu", "comm", "shm.cpp")
+        .read_text(encoding="utf-8")
+    )
     assert source.count("shared_close(") == 1, "its definition, and no call"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_places_in_flat_partitions_are_where_masters_are(report: dict[str, Any], stage: int) -> None:
-    """Relied on by `deepspeed_state.trained_shards`: both ranks' parts, put together by these places, are the parameter."""
+    """Relied on by `deepspeed_state.trained_shards`: both ranks' parts, put together by these places, are the
+    parameter."""
     assert report["places_lead_to_masters"][stage - 1] == [True] * 4
 
 
@@ -179,13 +187,15 @@ def test_weights_that_zero_3_keeps_gathered_do_not_follow_their_masters(report: 
 
 
 def test_zero_0_in_fp32_clips_as_the_configuration_says_at_each_step(report: dict[str, Any]) -> None:
-    """Remedy: `set_clip_norm` writes there; the optimizers of all other stages and precisions have a `clip_grad`."""
+    """Remedy: `set_clip_norm` writes there; the optimizers of all other stages and precisions have a
+    `clip_grad`."""
     assert report["has_clip_grad"] == {"0 fp32": False, "0 bf16": True, "1 fp32": True, "3 fp32": True}
     assert report["clipped_norm"] == pytest.approx(0.01, rel=1e-2)
 
 
 def test_the_launcher_reports_success_and_leaves_ranks_behind_when_it_is_killed(tmp_path: Path) -> None:
-    """Remedy: `testing.dist` asks for a result of every rank and kills the session; training writes its own marker."""
+    """Remedy: `testing.dist` asks for a result of every rank and kills the session; training writes its own
+    marker."""
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, pathlib, sys, time\n"
@@ -194,7 +204,15 @@ def test_the_launcher_reports_success_and_leaves_ranks_behind_when_it_is_killed(
     )
     places = tmp_path / "pids"
     places.mkdir()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        os.devnull,
+        "--num_accelerators",
+        "2",
+    ]
     command += ["--master_port", str(free_port()), "--no_local_rank", str(script), str(places)]
     runner = subprocess.Popen(
         command,
@@ -204,7 +222,9 @@ def test_the_launcher_reports_success_and_leaves_ranks_behind_when_it_is_killed(
         start_new_session=True,
     )
     try:
-        pids = _wait_for(lambda: [path.read_text().split() for path in places.iterdir() if path.read_text()], count=2)
+        pids = _wait_for(
+            lambda: [path.read_text().split() for path in places.iterdir() if path.read_text()], count=2
+        )
         os.kill(int(pids[0][1]), signal.SIGKILL)
         assert runner.wait(30) == 0
         assert all(_is_alive(int(pid)) for pid, _ in pids)
@@ -254,11 +274,17 @@ class Net(nn.Module):
 
 def test_pdsh_gets_arguments_unquoted_or_in_double_quotes_only() -> None:
     """Remedy: `cluster.command.quote_for_pdsh`."""
-    assert _pdsh_arguments(["a;b", "$(x) y", 'say "hi" now', "a\\b c"]) == ["a;b", '"$(x) y"', '"say \\"hi\\" now"', '"a\\b c"']
+    assert _pdsh_arguments(["a;b", "$(x) y", 'say "hi" now', "a\\b c"]) == [
+        "a;b",
+        '"$(x) y"',
+        '"say \\"hi\\" now"',
+        '"a\\b c"',
+    ]
 
 
 def test_pdsh_exports_values_in_double_quotes_and_drops_core_binding() -> None:
-    """Remedy: `cluster.environment` refuses what is alive there; `launch --bind-cores` is refused with pdsh."""
+    """Remedy: `cluster.environment` refuses what is alive there; `launch --bind-cores` is refused with
+    pdsh."""
     runner = _pdsh_runner([])
     runner.add_export("A", "two words; $(x)")
     command, stop, _ = runner.get_cmd({}, {"a": [0], "b": [0]})
@@ -284,9 +310,11 @@ def observe_everything() -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    observed: dict[str, Any] = _observe_shared_memory_op()  # first: no engine may have made DeepSpeed's communication yet
+    observed: dict[str, Any] = (
+        _observe_shared_memory_op()
+    )  # first: no engine may have made DeepSpeed's communication yet
     for observe in (
-        _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_places,
+        _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_places,  # noqa: E501
         _observe_access, _observe_scaler, _observe_new_ones, _observe_masters, _observe_rebuilding,
         _observe_clipping,
         _observe_offloaded_adam, _observe_autocast,
@@ -297,13 +325,22 @@ def observe_everything() -> dict[str, Any]:
 
 
 def _engine(
-    stage: int, *, module: nn.Module | None = None, sgd: bool = False, zero: dict[str, Any] | None = None, **config: Any
+    stage: int,
+    *,
+    module: nn.Module | None = None,
+    sgd: bool = False,
+    zero: dict[str, Any] | None = None,
+    **config: Any,
 ) -> Any:
     import deepspeed
 
     net = Net() if module is None else module
-    matrices = [parameter for parameter in net.parameters() if parameter.requires_grad and len(_shape(parameter)) > 1]
-    vectors = [parameter for parameter in net.parameters() if parameter.requires_grad and len(_shape(parameter)) == 1]
+    matrices = [
+        parameter for parameter in net.parameters() if parameter.requires_grad and len(_shape(parameter)) > 1
+    ]
+    vectors = [
+        parameter for parameter in net.parameters() if parameter.requires_grad and len(_shape(parameter)) == 1
+    ]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     persistence = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     if sgd:
@@ -322,7 +359,9 @@ def _engine(
         "steps_per_print": 10**9,
         **config,
     }
-    engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine, _, _, _ = deepspeed.initialize(
+        model=net, optimizer=optimizer, config=settings, dist_init_required=False
+    )
     return engine
 
 
@@ -333,7 +372,13 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 def _update(engine: Any, factor: float = 1.0, dtype: torch.dtype | None = None) -> Any:
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(dist.rank()))
-    kinds = {True: torch.float16} if engine.fp16_enabled() else {True: torch.bfloat16} if engine.bfloat16_enabled() else {}
+    kinds = (
+        {True: torch.float16}
+        if engine.fp16_enabled()
+        else {True: torch.bfloat16}
+        if engine.bfloat16_enabled()
+        else {}
+    )
     loss = engine(x.to(dtype or kinds.get(True, torch.float32))).float().pow(2).mean() * factor
     engine.backward(loss)
     engine.step()
@@ -487,15 +532,23 @@ def _observe_places() -> dict[str, Any]:
     for stage in (1, 2, 3):
         engine = _engine(stage)
         states.append(len(engine.basic_optimizer.state))
-        trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-        parts = dist.gather_objects([_part_of_master(engine.optimizer, parameter) for _, parameter in trained])
+        trained = [
+            (name, parameter)
+            for name, parameter in engine.module.named_parameters()
+            if parameter.requires_grad
+        ]
+        parts = dist.gather_objects(
+            [_part_of_master(engine.optimizer, parameter) for _, parameter in trained]
+        )
         wanted = Net()
         right.append(
             [
-                torch.cat([part for _, part in sorted(own, key=lambda pair: pair[0])])[: parameter.numel()].equal(
-                    parameter.flatten()
+                torch.cat([part for _, part in sorted(own, key=lambda pair: pair[0])])[
+                    : parameter.numel()
+                ].equal(parameter.flatten())
+                for own, parameter in zip(
+                    zip(*parts, strict=True), map(wanted.get_parameter, dict(trained)), strict=True
                 )
-                for own, parameter in zip(zip(*parts, strict=True), map(wanted.get_parameter, dict(trained)), strict=True)
             ]
         )
         _close(engine)
@@ -511,7 +564,11 @@ def _part_of_master(optimizer: Any, parameter: Any) -> tuple[int, Tensor]:
     mapping = parameter._hp_mapping
     if mapping is None:
         return 0, torch.empty(0)
-    group = next(i for i, members in enumerate(optimizer.bit16_groups) if any(parameter is member for member in members))
+    group = next(
+        i
+        for i, members in enumerate(optimizer.bit16_groups)
+        if any(parameter is member for member in members)
+    )
     place = mapping.hp_fragment_address
     flat = optimizer.single_partition_of_fp32_groups[group]
     return mapping.lp_fragment_address.start, flat.detach().narrow(0, place.start, place.numel).clone()
@@ -526,7 +583,8 @@ def _observe_access() -> dict[str, Any]:
         _outcome(lambda p=p: safe_get_full_optimizer_state(p, "exp_avg"), "read") == "read"
         for p in (net.first.weight, net.first.bias)
     ]
-    # A failure on one rank alone would leave the other in a collective, so the ranks agree before the next case.
+    # A failure on one rank alone would leave the other in a collective, so the ranks agree before the next
+    # case.
     linked = [all(answers) for answers in zip(*dist.gather_objects(linked), strict=True)]
     _close(engine)
     engine = _update(_engine(3))
@@ -566,9 +624,13 @@ def _observe_new_ones() -> dict[str, Any]:
     engine = _engine(0, bf16={"enabled": True})
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
     _close(engine)
-    four = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))  # two tensors on two ranks would keep their order
+    four = nn.Sequential(
+        *(nn.Linear(4, 4) for _ in range(4))
+    )  # two tensors on two ranks would keep their order
     engine = _engine(2, module=four, zero={"round_robin_gradients": True})
-    right = all(torch.equal(safe_get_full_fp32_param(p), p) for p in engine.module.parameters() if p.requires_grad)
+    right = all(
+        torch.equal(safe_get_full_fp32_param(p), p) for p in engine.module.parameters() if p.requires_grad
+    )
     _close(engine)
     offload = {"offload_optimizer": {"device": "cpu"}}
     engine = _engine(2, zero=offload, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
@@ -611,7 +673,9 @@ def _observe_rebuilding() -> dict[str, Any]:
     with torch.no_grad():
         engine(torch.ones(2, 8, dtype=torch.bfloat16))
     gathered["forward"] = _count_gathered(module)
-    assert not module.ds_inflight_param_registry, "a registry of gatherings under way, on the module: empty on a CPU"
+    assert not module.ds_inflight_param_registry, (
+        "a registry of gatherings under way, on the module: empty on a CPU"
+    )
     _close(engine)
     engine = _engine(3, module=module, bf16={"enabled": True})
     replaced.append(torch.nn.functional.linear is not torch._C._nn.linear)
@@ -636,7 +700,9 @@ def _observe_clipping() -> dict[str, Any]:
     before = [parameter.detach().clone() for parameter in trained]
     engine._config.gradient_clipping = 0.01
     _update(engine)
-    moved = torch.cat([(parameter.detach() - old).flatten() for parameter, old in zip(trained, before, strict=True)])
+    moved = torch.cat(
+        [(parameter.detach() - old).flatten() for parameter, old in zip(trained, before, strict=True)]
+    )
     _close(engine)
     return {"has_clip_grad": present, "clipped_norm": moved.norm().item() / 1e-2}
 

@@ -20,14 +20,17 @@ def latent_tokens(
     """Returns the tokens of one modality.
 
     Raises:
-        DataError: If the latents are missing, do not fit the patch, or have not the channels that the transformer takes.
+        DataError: If the latents are missing, do not fit the patch, or have not the channels that the
+            transformer takes.
     """
     name = LATENTS[modality]
     tokens = tokens_of(require(tensors, name, family=family), patch)
     if tokens.values.shape[2] != token_width:
         raise DataError(
-            f"{name}: the transformer of {family!r} takes {token_width} values per token, got {tokens.values.shape[2]} from "
-            f"latents {list(tensors[name].shape)} with patch {list(patch)}. Encode with the VAE that belongs to the transformer, "
+            f"{name}: the transformer of {family!r} takes {token_width} values per token, got "
+            f"{tokens.values.shape[2]} from "
+            f"latents {list(tensors[name].shape)} with patch {list(patch)}. Encode with the VAE that "
+            "belongs to the transformer, "
             "or set the transformer's input channels to the VAE's."
         )
     return tokens
@@ -43,7 +46,8 @@ def prompt(tensors: Mapping[str, Tensor], name: str, *, width: int, family: str)
     if embeds.dim() != 3 or embeds.shape[2] != width:
         raise DataError(
             f"{name}: the transformer of {family!r} takes [B, S, {width}], got {list(embeds.shape)}. "
-            "Encode with the text encoder that belongs to the transformer, or set its caption channels to the encoder's."
+            "Encode with the text encoder that belongs to the transformer, or set its caption channels to "
+            "the encoder's."
         )
     return embeds
 
@@ -64,7 +68,9 @@ def require(tensors: Mapping[str, Tensor], name: str, *, family: str) -> Tensor:
         DataError: If there is none.
     """
     if name not in tensors:
-        raise DataError(f"{name}: the family {family!r} needs it in every sample, got {sorted(tensors)}. Encode it.")
+        raise DataError(
+            f"{name}: the family {family!r} needs it in every sample, got {sorted(tensors)}. Encode it."
+        )
     return tensors[name]
 
 
@@ -76,6 +82,7 @@ def same_width_out(family: str, *, channels_in: int, channels_out: int | None) -
     """
     if channels_out not in (None, channels_in):
         raise ConfigError(
-            f"model: a transformer of the family {family!r} must have out_channels equal to in_channels, got {channels_out} and "
+            f"model: a transformer of the family {family!r} must have out_channels equal to in_channels, "
+            f"got {channels_out} and "
             f"{channels_in}. Variants with conditions joined to their input channels cannot be trained here."
         )

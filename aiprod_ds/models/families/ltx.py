@@ -23,11 +23,12 @@ _TIMESTEP_SCALE = 1000.0  # the scheduler's num_train_timesteps
 class LTXVideo:
     """A `Family`.
 
-    The class predicts eps - x0 for a timestep of 1000 * s. Its rotary positions are pixels and, along time, latent frames times
-    the VAE's stride over the frame rate, in seconds.
+    The class predicts eps - x0 for a timestep of 1000 * s. Its rotary positions are pixels and, along time,
+    latent frames times the VAE's stride over the frame rate, in seconds.
 
-    Source: diffusers 0.42.1, pipelines/ltx/pipeline_ltx.py. Its `LTXConditionPipeline` places latent frames k > 0 by
-    (stride - 1) / fps seconds earlier, since the first one is one frame of a causal VAE; that rule is not used here.
+    Source: diffusers 0.42.1, pipelines/ltx/pipeline_ltx.py. Its `LTXConditionPipeline` places latent frames k
+    > 0 by (stride - 1) / fps seconds earlier, since the first one is one frame of a causal VAE; that rule is
+    not used here.
 
     Attributes:
         strides: Of the VAE.
@@ -79,7 +80,11 @@ class LTXVideo:
 
     def tokens(self, tensors: Mapping[str, Tensor]) -> dict[str, Tokens]:
         """Cuts `latents` into tokens."""
-        return {"video": latent_tokens(tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name)}
+        return {
+            "video": latent_tokens(
+                tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name
+            )
+        }
 
     def forward(
         self,
@@ -110,7 +115,9 @@ class LTXVideo:
         """Returns the transformer blocks."""
         return list(cast("nn.ModuleList", transformer.transformer_blocks))
 
-    def flops_per_update(self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]) -> float:
+    def flops_per_update(
+        self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]
+    ) -> float:
         """Returns 6*N*B*S + 12*L*B*S^2*D; arguments as `Family.flops_per_update` says."""
         return single_stream_flops(transformer, batch_size=batch_size, num_tokens=num_tokens["video"])
 

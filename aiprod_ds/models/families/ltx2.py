@@ -1,7 +1,8 @@
 """LTX-2: video and sound together, each with its own noise level, both placed in seconds.
 
-Owns the conventions of `LTX2VideoTransformer3DModel`, as diffusers' `LTX2Pipeline` uses it. The text connectors between a text
-encoder and the transformer are not part of it: `prompt_embeds` and `audio_prompt_embeds` are what comes out of them.
+Owns the conventions of `LTX2VideoTransformer3DModel`, as diffusers' `LTX2Pipeline` uses it. The text
+connectors between a text encoder and the transformer are not part of it: `prompt_embeds` and
+`audio_prompt_embeds` are what comes out of them.
 """
 
 from __future__ import annotations
@@ -23,23 +24,25 @@ from aiprod_ds.models.families.tokens import TokenGrid, Tokens
 class LTX2:
     """A `Family`.
 
-    The class predicts eps - x0 of both modalities for timesteps of `timestep_scale` * s. A token of sound is one latent moment
-    with all its bands: of LTX-2's own audio VAE [B,8,T,16], or of a waveform VAE such as Oobleck [B,C,T]. For the latter the
-    transformer's configuration must say how long a latent lasts: `audio_hop_length` its samples, `audio_sampling_rate`,
-    `audio_scale_factor` 1.
+    The class predicts eps - x0 of both modalities for timesteps of `timestep_scale` * s. A token of sound is
+    one latent moment with all its bands: of LTX-2's own audio VAE [B,8,T,16], or of a waveform VAE such as
+    Oobleck [B,C,T]. For the latter the transformer's configuration must say how long a latent lasts:
+    `audio_hop_length` its samples, `audio_sampling_rate`, `audio_scale_factor` 1.
 
-    What one modality is told about the other (`sigma`) is its sample's level, the highest of its tokens. Source: diffusers
-    0.42.1, pipelines/ltx2/pipeline_ltx2.py, whose default `use_cross_timestep=True` is used for all versions of the model.
+    What one modality is told about the other (`sigma`) is its sample's level, the highest of its tokens.
+    Source: diffusers 0.42.1, pipelines/ltx2/pipeline_ltx2.py, whose default `use_cross_timestep=True` is used
+    for all versions of the model.
 
     Attributes:
         patch: Latent frames, rows and columns per token of video.
         token_width: Values per token of video.
         audio_token_width: Values per token of sound.
         text_width: Of the prompt's embeddings for video.
-        audio_text_width: Of the prompt's embeddings for sound; where it equals `text_width`, `prompt_embeds` serves both when
-            there is no `audio_prompt_embeds`.
+        audio_text_width: Of the prompt's embeddings for sound; where it equals `text_width`, `prompt_embeds`
+            serves both when there is no `audio_prompt_embeds`.
         timestep_scale: What the class calls `timestep_scale_multiplier`.
-        audio_latents_per_second: As the positions of sound have it; what the audio VAE makes must be the same.
+        audio_latents_per_second: As the positions of sound have it; what the audio VAE makes must be the
+            same.
     """
 
     patch: tuple[int, int, int]
@@ -70,7 +73,8 @@ class LTX2:
         wanted = [strides.temporal, strides.spatial, strides.spatial]
         if list(config.vae_scale_factors) != wanted:
             raise ConfigError(
-                f"model.config.vae_scale_factors: must be the strides of the VAE in time, height and width ({wanted}), got "
+                "model.config.vae_scale_factors: must be the strides of the VAE in time, height and width "
+                f"({wanted}), got "
                 f"{list(config.vae_scale_factors)}. Positions in seconds and pixels depend on them."
             )
         has_projection = config.use_prompt_embeddings
@@ -81,7 +85,9 @@ class LTX2:
             text_width=config.caption_channels if has_projection else config.cross_attention_dim,
             audio_text_width=config.caption_channels if has_projection else config.audio_cross_attention_dim,
             timestep_scale=float(config.timestep_scale_multiplier),
-            audio_latents_per_second=config.audio_sampling_rate / config.audio_hop_length / config.audio_scale_factor,
+            audio_latents_per_second=config.audio_sampling_rate
+            / config.audio_hop_length
+            / config.audio_scale_factor,
         )
 
     @staticmethod
@@ -106,8 +112,12 @@ class LTX2:
         """Cuts `latents` and `audio_latents` into tokens."""
         bands = tuple(require(tensors, "audio_latents", family=self.name).shape[3:])
         return {
-            "video": latent_tokens(tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name),
-            "audio": latent_tokens(tensors, "audio", patch=(1, *bands), token_width=self.audio_token_width, family=self.name),
+            "video": latent_tokens(
+                tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name
+            ),
+            "audio": latent_tokens(
+                tensors, "audio", patch=(1, *bands), token_width=self.audio_token_width, family=self.name
+            ),
         }
 
     def forward(
@@ -151,8 +161,11 @@ class LTX2:
         """Returns the transformer blocks."""
         return list(cast("nn.ModuleList", transformer.transformer_blocks))
 
-    def flops_per_update(self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]) -> float:
-        """Returns both streams' 6*N*B*S + 12*L*B*S^2*D, and 12*L*B*S*S'*D' for each of the two attentions between them.
+    def flops_per_update(
+        self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]
+    ) -> float:
+        """Returns both streams' 6*N*B*S + 12*L*B*S^2*D, and 12*L*B*S*S'*D' for each of the two attentions
+        between them.
 
         Arguments as `Family.flops_per_update` says. D' is the width of sound.
         """
@@ -173,7 +186,9 @@ class LTX2:
             for query, key in pairs
         )
         return attention + sum(
-            linear_flops(_parameters(transformer, modality), batch_size=batch_size, num_tokens=num_tokens[modality])
+            linear_flops(
+                _parameters(transformer, modality), batch_size=batch_size, num_tokens=num_tokens[modality]
+            )
             for modality in self.modalities
         )
 
@@ -190,7 +205,8 @@ def _parameters(transformer: nn.Module, modality: str) -> Iterator[nn.Parameter]
 
 
 def _modality(name: str) -> str:
-    # Between the modalities, queries and outputs belong to the first one named "to", keys and values to the other.
+    # Between the modalities, queries and outputs belong to the first one named "to", keys and values to the
+    # other.
     is_key_or_value = ".to_k." in name or ".to_v." in name or ".norm_k." in name
     if ".audio_to_video_attn." in name:
         return "audio" if is_key_or_value else "video"

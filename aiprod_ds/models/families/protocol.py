@@ -1,7 +1,8 @@
-"""What the diffusion trainer asks of a transformer family: how its inputs are made, and which of its layers are which.
+"""What the diffusion trainer asks of a transformer family: how its inputs are made, and which of its layers
+are which.
 
-Owns the protocol and the one sign and scale that all families share towards the trainer. A family is one file beside this one and
-one entry in `registry.py`.
+Owns the protocol and the one sign and scale that all families share towards the trainer. A family is one file
+beside this one and one entry in `registry.py`.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ LATENTS = {"video": "latents", "audio": "audio_latents"}
 class Family(Protocol):
     """One kind of diffusion transformer, with what its configuration says; frozen and without weights.
 
-    Towards the trainer every family predicts the velocity eps - x0 of x_s = (1 - s) * x0 + s * eps and takes the noise level s in
-    [0,1] as its timestep, whatever its class expects.
+    Towards the trainer every family predicts the velocity eps - x0 of x_s = (1 - s) * x0 + s * eps and takes
+    the noise level s in [0,1] as its timestep, whatever its class expects.
 
     Attributes:
         name: As configurations and messages call it.
         transformer_class: The class in diffusers.
         modalities: Keys of what `forward` takes and returns: "video", or "video" and "audio".
-        has_token_timesteps: Whether tokens of one sample may have different noise levels, as first-frame conditioning needs.
+        has_token_timesteps: Whether tokens of one sample may have different noise levels, as first-frame
+            conditioning needs.
         text_tokens: Of a prompt, as diffusers' pipeline pads it.
         lora_targets: Patterns (see `models.lora`) of the modules that may get an adapter.
     """
@@ -89,10 +91,11 @@ class Family(Protocol):
         Args:
             transformer: The network, in the dtype of `noisy`.
             noisy: [B,L,D] of each modality.
-            timesteps: [B,L] fp32 in [0,1], or [B,1] when all tokens of a sample have one level, which is cheaper: the modulation
-                is then computed once for each sample.
-            tensors: `prompt_embeds` [B,S,D]; `prompt_attention_mask` [B,S] bool, absent when all are tokens; `fps` [B];
-                `audio_prompt_embeds` [B,S,D'] where the family takes it. The mask must leave each prompt at least one token.
+            timesteps: [B,L] fp32 in [0,1], or [B,1] when all tokens of a sample have one level, which is
+                cheaper: the modulation is then computed once for each sample.
+            tensors: `prompt_embeds` [B,S,D]; `prompt_attention_mask` [B,S] bool, absent when all are tokens;
+                `fps` [B]; `audio_prompt_embeds` [B,S,D'] where the family takes it. The mask must leave each
+                prompt at least one token.
             grids: Where the tokens of each modality lie.
 
         Raises:
@@ -102,7 +105,9 @@ class Family(Protocol):
     def repeated_blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         """Returns the blocks to recompute in the backward pass or to compile, each on its own."""
 
-    def flops_per_update(self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]) -> float:
+    def flops_per_update(
+        self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]
+    ) -> float:
         """Returns the floating-point operations of one update, by the convention of `flops.py`.
 
         Args:
@@ -112,7 +117,8 @@ class Family(Protocol):
         """
 
     def original_name(self, module_name: str) -> str:
-        """Returns what the model's first publication calls a module that may get an adapter; ComfyUI reads these names."""
+        """Returns what the model's first publication calls a module that may get an adapter; ComfyUI reads
+        these names."""
 
 
 def require_token_timesteps(family: Family) -> None:
@@ -123,6 +129,7 @@ def require_token_timesteps(family: Family) -> None:
     """
     if not family.has_token_timesteps:
         raise ConfigError(
-            f"loss.first_frame_probability: must be 0 for the family {family.name!r}, whose transformer takes one noise level per"
+            f"loss.first_frame_probability: must be 0 for the family {family.name!r}, whose transformer "
+            "takes one noise level per"
             " sample. Set it to 0 or train another family."
         )

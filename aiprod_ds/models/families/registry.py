@@ -18,7 +18,8 @@ FAMILIES: tuple[type[Family], ...] = (LTXVideo, LTX2, Wan)
 
 
 def find_family(transformer: nn.Module, strides: ModelStrides) -> Family:
-    """Returns the description of `transformer`, by the name of its class or of a class that it is derived from.
+    """Returns the description of `transformer`, by the name of its class or of a class that it is derived
+    from.
 
     Args:
         transformer: May be on the meta device.

@@ -1,7 +1,7 @@
 """Latents as rows of tokens and back, for any number of axes.
 
-Owns the cutting and nothing about transformers. Called by the families; the trainer adds noise to what comes out. Shapes: B
-batch, C latent channels, L tokens, D values per token.
+Owns the cutting and nothing about transformers. Called by the families; the trainer adds noise to what comes
+out. Shapes: B batch, C latent channels, L tokens, D values per token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class TokenGrid:
     """The latent that tokens were cut from.
 
     Attributes:
-        latent_shape: Of one sample: [C, frames, height, width] of video, [C, length] or [C, length, bands] of sound.
+        latent_shape: Of one sample: [C, frames, height, width] of video, [C, length] or [C, length, bands] of
+            sound.
         patch: Latent positions per token along each axis after C.
     """
 
@@ -47,7 +48,8 @@ class Tokens:
     """Tokens of a batch.
 
     Attributes:
-        values: [B,L,D], time first and width last along L; the values of a token are ordered channel, time, height, width.
+        values: [B,L,D], time first and width last along L; the values of a token are ordered channel, time,
+            height, width.
         grid: Where they lie; the same for all samples.
     """
 
@@ -67,12 +69,16 @@ def tokens_of(latents: Tensor, patch: tuple[int, ...]) -> Tokens:
     """
     grid = TokenGrid(latent_shape=tuple(latents.shape[1:]), patch=patch)
     axes = latents.shape[2:]
-    if len(axes) != len(patch) or any(size < step or size % step for size, step in zip(axes, patch, strict=False)):
+    if len(axes) != len(patch) or any(
+        size < step or size % step for size, step in zip(axes, patch, strict=False)
+    ):
         raise DataError(
             f"latents: must be [B, C, ...] with positive multiples of the patch {list(patch)} after C, got "
             f"{list(latents.shape)}. Choose a resolution and a duration that the model can take."
         )
-    split = latents.reshape(*latents.shape[:2], *(part for pair in zip(grid.sizes, patch, strict=True) for part in pair))
+    split = latents.reshape(
+        *latents.shape[:2], *(part for pair in zip(grid.sizes, patch, strict=True) for part in pair)
+    )
     places, inner = range(2, split.dim(), 2), range(3, split.dim(), 2)
     ordered = split.permute(0, *places, 1, *inner)
     return Tokens(values=ordered.reshape(latents.shape[0], grid.num_tokens, -1), grid=grid)

@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2, text to video: the transformer cuts its own patches, positions are counted and not measured.
+"""Wan 2.1 and 2.2, text to video: the transformer cuts its own patches, positions are counted and not
+measured.
 
 Owns the conventions of `WanTransformer3DModel`, as diffusers' `WanPipeline` uses it.
 """
@@ -36,9 +37,9 @@ _ORIGINAL_NAMES = (
 class Wan:
     """A `Family`.
 
-    The class predicts eps - x0 for a timestep of 1000 * s, one per sample or (as Wan 2.2 TI2V is used) one per token. It has no
-    mask for the text: the pipeline gives it 512 tokens whose padding is 0, so the same is done here. The frame rate has no
-    effect.
+    The class predicts eps - x0 for a timestep of 1000 * s, one per sample or (as Wan 2.2 TI2V is used) one
+    per token. It has no mask for the text: the pipeline gives it 512 tokens whose padding is 0, so the same
+    is done here. The frame rate has no effect.
 
     Source: diffusers 0.42.1, pipelines/wan/pipeline_wan.py.
 
@@ -70,8 +71,10 @@ class Wan:
         same_width_out(cls.name, channels_in=config.in_channels, channels_out=config.out_channels)
         if config.image_dim is not None or config.added_kv_proj_dim is not None:
             raise ConfigError(
-                f"model: the family {cls.name!r} trains text-to-video transformers, got one with an image encoder's inputs "
-                f"(image_dim {config.image_dim}, added_kv_proj_dim {config.added_kv_proj_dim}). Use a text-to-video variant."
+                f"model: the family {cls.name!r} trains text-to-video transformers, got one with an image "
+                "encoder's inputs "
+                f"(image_dim {config.image_dim}, added_kv_proj_dim {config.added_kv_proj_dim}). Use a "
+                "text-to-video variant."
             )
         frames, height, width = config.patch_size
         token_width = config.in_channels * frames * height * width
@@ -94,7 +97,11 @@ class Wan:
 
     def tokens(self, tensors: Mapping[str, Tensor]) -> dict[str, Tokens]:
         """Cuts `latents` into tokens."""
-        return {"video": latent_tokens(tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name)}
+        return {
+            "video": latent_tokens(
+                tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name
+            )
+        }
 
     def forward(
         self,
@@ -118,7 +125,9 @@ class Wan:
         """Returns the transformer blocks."""
         return list(cast("nn.ModuleList", transformer.blocks))
 
-    def flops_per_update(self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]) -> float:
+    def flops_per_update(
+        self, transformer: nn.Module, *, batch_size: int, num_tokens: Mapping[str, int]
+    ) -> float:
         """Returns 6*N*B*S + 12*L*B*S^2*D; arguments as `Family.flops_per_update` says."""
         return single_stream_flops(transformer, batch_size=batch_size, num_tokens=num_tokens["video"])
 

@@ -1,6 +1,8 @@
-"""`engine.parallel: auto`: what a run chooses for the GPUs that it finds, and keeps from its first start to its last resume.
+"""`engine.parallel: auto`: what a run chooses for the GPUs that it finds, and keeps from its first start to
+its last resume.
 
-Owns when is chosen and what is kept; how, is `aiprod_ds.planner.search`. The choice stands in the layout of every checkpoint.
+Owns when is chosen and what is kept; how, is `aiprod_ds.planner.search`. The choice stands in the layout of
+every checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def resolve(
         plan: For this world size.
         settings: As configured.
         saved: The layout of the checkpoint that the run goes on from.
-        search_now: Chooses for this machine; called on the main rank, unless the checkpoint's choice can be kept.
+        search_now: Chooses for this machine; called on the main rank, unless the checkpoint's choice can be
+            kept.
         source: How messages name the configuration.
 
     Raises:
@@ -76,17 +79,23 @@ def search_here(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings) -> 
     machine = this_machine()
     if machine is None:
         phases = tuple(
-            PhaseChoice(is_recomputed=False, micro_batch_sizes=tuple(bucket.micro_batch_size for bucket in phase.buckets))
+            PhaseChoice(
+                is_recomputed=False,
+                micro_batch_sizes=tuple(bucket.micro_batch_size for bucket in phase.buckets),
+            )
             for phase in plan.phases
         )
         reason = ("no GPU: ZeRO-1, recomputation off, whole batches",)
-        return ParallelChoice(zero_stage=1, is_offloaded=False, world_size=plan.world_size, phases=phases, reason=reason)
+        return ParallelChoice(
+            zero_stage=1, is_offloaded=False, world_size=plan.world_size, phases=phases, reason=reason
+        )
     estimator = estimator_of(trainer, plan, machine, settings)
     return search(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
 
 
 def this_machine() -> Machine | None:
-    """Returns the GPU of this process with its own memory, and the speed of the machine of the table that is most like it."""
+    """Returns the GPU of this process with its own memory, and the speed of the machine of the table that is
+    most like it."""
     device = dist.choose_device()
     if device.type != "cuda":
         return None
@@ -99,7 +108,8 @@ def this_machine() -> Machine | None:
 
 
 def _kept(saved: Mapping[str, Any] | None, plan: RunPlan) -> ParallelChoice | None:
-    """Returns the choice of a checkpoint if it is for as many ranks and fits the phases, which may have been edited."""
+    """Returns the choice of a checkpoint if it is for as many ranks and fits the phases, which may have been
+    edited."""
     values = None if saved is None else saved.get("parallel")
     if values is None:
         return None

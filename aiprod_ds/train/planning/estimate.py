@@ -1,7 +1,8 @@
-"""What a trainer's run needs and costs on a kind of GPU, as it is configured and with the fastest settings that fit.
+"""What a trainer's run needs and costs on a kind of GPU, as it is configured and with the fastest settings
+that fit.
 
-Brings the pure estimates of `aiprod_ds.curriculum` and the workloads together. `plan --machine` shows it; `parallel.py` asks
-for the choice alone.
+Brings the pure estimates of `aiprod_ds.curriculum` and the workloads together. `plan --machine` shows it;
+`parallel.py` asks for the choice alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Estimate:
     """The costs of a run.
 
     Attributes:
-        configured: Every bucket of every phase as the configuration says; empty under `engine.parallel: auto`.
+        configured: Every bucket of every phase as the configuration says; empty under
+            `engine.parallel: auto`.
         choice: The fastest settings that fit; None if nothing does.
         chosen: Every bucket with them.
         problem: Why there is no choice.
@@ -53,7 +55,9 @@ class Estimate:
         }
 
 
-def estimate_run(trainer: Shaped, plan: RunPlan, machine: Machine, *, dollars_per_gpu_hour: float | None = None) -> Estimate:
+def estimate_run(
+    trainer: Shaped, plan: RunPlan, machine: Machine, *, dollars_per_gpu_hour: float | None = None
+) -> Estimate:
     """Returns what the run needs and costs.
 
     Args:
@@ -77,7 +81,9 @@ def estimate_run(trainer: Shaped, plan: RunPlan, machine: Machine, *, dollars_pe
         problem = str(error)
     chosen: tuple[BucketCost, ...] = ()
     if choice is not None:
-        chosen = tuple(estimator.costs(choice.applied(plan), resolved_settings(choice, settings, where=trainer.source)))
+        chosen = tuple(
+            estimator.costs(choice.applied(plan), resolved_settings(choice, settings, where=trainer.source))
+        )
     return Estimate(
         machine=machine,
         world_size=plan.world_size,
@@ -103,7 +109,9 @@ def estimator_of(
         machine=machine,
         trace=Workloads(trainer, plan, precision=settings.precision).of,
         has_average=trainer.config.ema is not None,
-        dollars_per_gpu_hour=machine.price_per_gpu_hour if dollars_per_gpu_hour is None else dollars_per_gpu_hour,
+        dollars_per_gpu_hour=machine.price_per_gpu_hour
+        if dollars_per_gpu_hour is None
+        else dollars_per_gpu_hour,
     )
 
 
@@ -113,6 +121,10 @@ def settings_for(settings: DeepSpeedSettings, *, where: str) -> Callable[[int, b
     return lambda zero_stage, is_offloaded: make(zero_stage=zero_stage, is_offloaded=is_offloaded)
 
 
-def resolved_settings(choice: ParallelChoice, settings: DeepSpeedSettings, *, where: str) -> DeepSpeedSettings:
+def resolved_settings(
+    choice: ParallelChoice, settings: DeepSpeedSettings, *, where: str
+) -> DeepSpeedSettings:
     """Returns `settings` with the stage and the offload of `choice`."""
-    return with_parallel(settings, zero_stage=choice.zero_stage, is_offloaded=choice.is_offloaded, where=where)
+    return with_parallel(
+        settings, zero_stage=choice.zero_stage, is_offloaded=choice.is_offloaded, where=where
+    )

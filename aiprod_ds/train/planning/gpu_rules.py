@@ -1,7 +1,7 @@
 """What a GPU without bf16 and flash attention (V100) cannot run, and how torch is set on it.
 
-Owns the rules that need the model; those of the settings alone are in `aiprod_ds.planner.hardware`. Called by `check --machine`,
-`plan --machine` and before a run.
+Owns the rules that need the model; those of the settings alone are in `aiprod_ds.planner.hardware`. Called by
+`check --machine`, `plan --machine` and before a run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def require_runnable(model: nn.Module, settings: DeepSpeedSettings, machine: Mac
 
 
 def prepare_gpu(machine: Machine) -> None:
-    """Sets torch for a GPU before 8.0: attention by the memory-efficient kernel, fp16 products summed in fp32 throughout."""
+    """Sets torch for a GPU before 8.0: attention by the memory-efficient kernel, fp16 products summed in fp32
+    throughout."""
     if machine.has_bf16:
         return
     torch.backends.cuda.enable_flash_sdp(enabled=False)
@@ -50,11 +51,14 @@ def prepare_gpu(machine: Machine) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def _attention_problems(model: nn.Module, settings: DeepSpeedSettings, machine: Machine, where: str) -> Iterator[str]:
+def _attention_problems(
+    model: nn.Module, settings: DeepSpeedSettings, machine: Machine, where: str
+) -> Iterator[str]:
     backend = os.environ.get(_BACKEND_VARIABLE, "native")
     if backend not in _RUNS_ANYWHERE:
         yield (
-            f"{where}: {_BACKEND_VARIABLE}: must be one of {', '.join(_RUNS_ANYWHERE)} on {machine.name}, got {backend!r}, which "
+            f"{where}: {_BACKEND_VARIABLE}: must be one of {', '.join(_RUNS_ANYWHERE)} on {machine.name}, "
+            f"got {backend!r}, which "
             "needs a newer GPU. Unset it."
         )
     config = getattr(model, "config", {})
@@ -62,6 +66,7 @@ def _attention_problems(model: nn.Module, settings: DeepSpeedSettings, machine: 
         width = config.get(key) if hasattr(config, "get") else None
         if settings.precision == "fp16" and isinstance(width, int) and width % _HEAD_MULTIPLE:
             yield (
-                f"{where}: model.{key}: must be a multiple of {_HEAD_MULTIPLE} in fp16 on {machine.name}, got {width}: attention "
+                f"{where}: model.{key}: must be a multiple of {_HEAD_MULTIPLE} in fp16 on {machine.name}, "
+                f"got {width}: attention "
                 "would keep every score. Take another model, or fp32."
             )

@@ -1,7 +1,7 @@
 """What the micro-batches of a trainer's phases take, found by running its own loss on the meta device.
 
-Owns the stand-ins for engine and data; what is counted is `aiprod_ds.models.tracing`'s. Called by the planner and where a run
-chooses its own settings. Takes about a second for each shape, whatever its size.
+Owns the stand-ins for engine and data; what is counted is `aiprod_ds.models.tracing`'s. Called by the planner
+and where a run chooses its own settings. Takes about a second for each shape, whatever its size.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class _ShapesEngine:
         return self._module(*args, **kwargs)
 
 
-def _traced(unit: Unit, phase: PhasePlan, clip: Mapping[str, Tensor], bucket: int, size: int, dtype: torch.dtype) -> Workload:
+def _traced(
+    unit: Unit, phase: PhasePlan, clip: Mapping[str, Tensor], bucket: int, size: int, dtype: torch.dtype
+) -> Workload:
     engine = cast("Any", _ShapesEngine(unit.module, dtype))
 
     def loss() -> Tensor:

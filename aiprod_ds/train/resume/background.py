@@ -1,6 +1,8 @@
-"""One piece of work at a time in a thread of its own, counted, so that ranks can agree on how far all of them are.
+"""One piece of work at a time in a thread of its own, counted, so that ranks can agree on how far all of them
+are.
 
-Writing files and hashing release the interpreter's lock, so training goes on beside it; docs/decisions.md has the measurement.
+Writing files and hashing release the interpreter's lock, so training goes on beside it; docs/decisions.md has
+the measurement.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Whether a checkpoint is of this run, and on what it may go on: other ranks and another ZeRO stage, never other numbers.
+"""Whether a checkpoint is of this run, and on what it may go on: other ranks and another ZeRO stage, never
+other numbers.
 
-Owns the layout that stands in a checkpoint's run state and the comparison at a resume. Reads nothing but that state.
+Owns the layout that stands in a checkpoint's run state and the comparison at a resume. Reads nothing but that
+state.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ _LOG = logging.getLogger(__name__)
 
 
 def run_layout(config: RunConfig, resolved: ResolvedRun, *, world_size: int) -> dict[str, Any]:
-    """Returns what a run is on, JSON-ready: engine, ranks, ZeRO stage, precision, global batches by phase and bucket, and what
-    `engine.parallel: auto` chose.
+    """Returns what a run is on, JSON-ready: engine, ranks, ZeRO stage, precision, global batches by phase and
+    bucket, and what `engine.parallel: auto` chose.
     """
     kind, settings = config.engine.kind, resolved.settings
     return {
@@ -29,7 +31,9 @@ def run_layout(config: RunConfig, resolved: ResolvedRun, *, world_size: int) -> 
         "world_size": world_size,
         "zero_stage": settings.zero_stage if kind == "deepspeed" else 0,
         "precision": settings.precision,
-        "global_batch_sizes": [[bucket.global_batch_size for bucket in phase.buckets] for phase in resolved.plan.phases],
+        "global_batch_sizes": [
+            [bucket.global_batch_size for bucket in phase.buckets] for phase in resolved.plan.phases
+        ],
         "parallel": None if resolved.choice is None else resolved.choice.to_dict(),
     }
 
@@ -44,12 +48,14 @@ def check_compatible(state: RunState, config: RunConfig, layout: Mapping[str, An
         where: How messages name the checkpoint.
 
     Raises:
-        ConfigError: If configuration, precision, the global batch of the running phase or a phase up to it differ.
+        ConfigError: If configuration, precision, the global batch of the running phase or a phase up to it
+            differ.
     """
     if state.fingerprint != config_fingerprint(config):
         raise ConfigError(
             f"{where}: must be of the same configuration, got a checkpoint of another one. "
-            "Restore the configuration (config.yaml in the run folder is what ran), choose another --output-dir or start anew."
+            "Restore the configuration (config.yaml in the run folder is what ran), choose another "
+            "--output-dir or start anew."
         )
     saved, phase = state.layout, state.clock.phase
     if saved.get("precision") != layout["precision"]:
@@ -59,17 +65,23 @@ def check_compatible(state: RunState, config: RunConfig, layout: Mapping[str, An
         )
     for change in check_steering(state.phase_fingerprints, config, state.clock):
         _LOG.warning("curriculum_steered %s", change)
-    batches, own = list(saved.get("global_batch_sizes", ()))[phase : phase + 1], layout["global_batch_sizes"][phase]
+    batches, own = (
+        list(saved.get("global_batch_sizes", ()))[phase : phase + 1],
+        layout["global_batch_sizes"][phase],
+    )
     if batches != [own]:
         raise ConfigError(
-            f"{where}: must have the global batches of this run in curriculum.phases[{phase}], {own} on {layout['world_size']} "
-            f"ranks, got {batches} on {saved.get('world_size')}. Name them in global_batch_size, or start as many ranks as the "
+            f"{where}: must have the global batches of this run in curriculum.phases[{phase}], {own} on "
+            f"{layout['world_size']} "
+            f"ranks, got {batches} on {saved.get('world_size')}. Name them in global_batch_size, or start "
+            "as many ranks as the "
             "saved run."
         )
 
 
 def change_in_words(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Returns how two layouts differ, e.g. `deepspeed on 2 ranks, ZeRO-1 -> deepspeed on 1 rank, ZeRO-3`; None if they do not."""
+    """Returns how two layouts differ, e.g. `deepspeed on 2 ranks, ZeRO-1 -> deepspeed on 1 rank, ZeRO-3`;
+    None if they do not."""
     before, after = _in_words(saved), _in_words(now)
     return None if before == after else f"{before} -> {after}"
 
@@ -106,7 +118,8 @@ def check_steering(
         if index <= clock.phase:
             state = "running" if index == clock.phase else "finished"
             pinned.append(
-                f"curriculum.phases[{index}]: must stay as it was, because it is {state} (update {clock.updates}), got {change}. "
+                f"curriculum.phases[{index}]: must stay as it was, because it is {state} (update "
+                f"{clock.updates}), got {change}. "
                 "Restore it, edit later phases only, or start a new run in another output_dir."
             )
         else:
@@ -116,7 +129,9 @@ def check_steering(
     return tuple(steered)
 
 
-def _change(index: int, config: RunConfig, saved_config: RunConfig | None, *, is_added: bool, is_removed: bool) -> str:
+def _change(
+    index: int, config: RunConfig, saved_config: RunConfig | None, *, is_added: bool, is_removed: bool
+) -> str:
     if is_removed:
         return "removed"
     name = config.curriculum.phases[index].name

@@ -1,8 +1,10 @@
-"""One run at a time in a run folder: a lock of all its ranks on the file `.lock`, which ends with them, however they end.
+"""One run at a time in a run folder: a lock of all its ranks on the file `.lock`, which ends with them,
+however they end.
 
-Owns that file. A rank that outlives its launcher, or has not noticed yet that another rank was killed, still writes; beside it a
-new start would commit a checkpoint of two runs' pieces. The lock is a POSIX record lock: the kernel drops it with the process,
-loader workers do not inherit it, and network file systems with a lock service carry it between hosts.
+Owns that file. A rank that outlives its launcher, or has not noticed yet that another rank was killed, still
+writes; beside it a new start would commit a checkpoint of two runs' pieces. The lock is a POSIX record lock:
+the kernel drops it with the process, loader workers do not inherit it, and network file systems with a lock
+service carry it between hosts.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class FolderLock:
         """Returns itself, holding nothing yet."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Lets another run begin, once all ranks have come here."""
         self._release()
 
@@ -58,7 +62,8 @@ class FolderLock:
             self.take(within_seconds=within_seconds)
 
     def take(self, *, within_seconds: float = _WITHIN_SECONDS) -> None:
-        """Takes the lock once no process of another run holds it, and then lets the other ranks `share` it. Rank 0 only.
+        """Takes the lock once no process of another run holds it, and then lets the other ranks `share` it.
+        Rank 0 only.
 
         Args:
             within_seconds: How long to wait for what is left of another run.
@@ -71,11 +76,17 @@ class FolderLock:
         while not self._lock(fcntl.LOCK_EX):
             if time.monotonic() >= deadline:
                 raise CheckpointError(
-                    f"{self._folder}: must have one run at a time, got another, whose rank 0 is or was {self._holder()}. "
+                    f"{self._folder}: must have one run at a time, got another, whose rank 0 is or was "
+                    f"{self._holder()}. "
                     "End all of its processes, or name another --output-dir."
                 )
             if not is_told:
-                _LOG.warning("folder_in_use folder=%s rank_0=%s waiting_seconds=%g", self._folder, self._holder(), within_seconds)
+                _LOG.warning(
+                    "folder_in_use folder=%s rank_0=%s waiting_seconds=%g",
+                    self._folder,
+                    self._holder(),
+                    within_seconds,
+                )
                 is_told = True
             time.sleep(0.2)
         if self._descriptor is not None:

@@ -1,4 +1,5 @@
-"""The weights that adapters are trained on: what they are, as a hash, and where a checkpoint finds them again.
+"""The weights that adapters are trained on: what they are, as a hash, and where a checkpoint finds them
+again.
 
 Owns the hash over an engine's frozen weights and the choice between a reference and a copy. The files are
 `aiprod_ds.checkpoint.frozen_bases`.
@@ -17,7 +18,9 @@ from aiprod_ds.errors import CheckpointError
 from aiprod_ds.snapshot import Base
 
 
-def base_of_phase(engine: Engine, phase: PhasePlan, config: RunConfig, *, origin: str, is_stored: bool) -> Base | None:
+def base_of_phase(
+    engine: Engine, phase: PhasePlan, config: RunConfig, *, origin: str, is_stored: bool
+) -> Base | None:
     """Returns what checkpoints of `phase` refer to; None if they hold everything. Collective.
 
     Args:
@@ -41,8 +44,11 @@ def start_in_words(config: RunConfig) -> str:
 
 
 def frozen_sha256(engine: Engine) -> str:
-    """Returns `weights_sha256` of all frozen parameters, whatever the sharding. Collective; the ranks share the tensors."""
-    frozen = {name: value.dtype for name, value in engine.module.named_parameters() if not value.requires_grad}
+    """Returns `weights_sha256` of all frozen parameters, whatever the sharding. Collective; the ranks share
+    the tensors."""
+    frozen = {
+        name: value.dtype for name, value in engine.module.named_parameters() if not value.requires_grad
+    }
     own: dict[str, str] = {}
     for index, name in enumerate(sorted(frozen)):
         value = engine.read_value(name)  # fp32, which every type of weights fits into
@@ -68,5 +74,6 @@ def require_same_base(engine: Engine, base: Base, *, folder: Path, origin: str) 
     if own != base.sha256:
         raise CheckpointError(
             f"{folder}: must go on with the weights that its adapters were trained on, {base.origin} "
-            f"(sha256 {base.sha256[:16]}), got {origin} (sha256 {own[:16]}). Give the run those weights again."
+            f"(sha256 {base.sha256[:16]}), got {origin} (sha256 {own[:16]}). Give the run those weights "
+            "again."
         )

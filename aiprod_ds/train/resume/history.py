@@ -1,4 +1,5 @@
-"""What the report needs from the whole run, also from before a resume: evaluations, seconds per phase, resumes."""
+"""What the report needs from the whole run, also from before a resume: evaluations, seconds per phase,
+resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class History:
         phase_ends: Phase name -> what ended it: updates, epochs or plateau.
         retrained: `Retraining.to_dict` of every change of the trained parameters.
         resumed_from: Checkpoint names that the run continued from.
-        resharded: Those of them that another engine, ZeRO stage or number of ranks had saved, and what changed, in words.
+        resharded: Those of them that another engine, ZeRO stage or number of ranks had saved, and what
+            changed, in words.
         not_saved: Update and reason of every save that there was no room for.
         replacements: What was done in place of what was asked while the run went on, in words.
     """
@@ -43,7 +45,8 @@ class History:
         self.not_saved.append({"update": update, "reason": reason})
 
     def note_replacement(self, words: str) -> None:
-        """Remembers, and logs once, what is done in place of what was asked; the first words on `subject: details` stand."""
+        """Remembers, and logs once, what is done in place of what was asked; the first words on
+        `subject: details` stand."""
         subject = words.partition(":")[0]
         if not any(known.startswith(subject) for known in self.replacements):
             _LOG.warning("replaced %s", words)

@@ -1,7 +1,8 @@
 """Saving a checkpoint from all ranks: what the ranks must agree on around `CheckpointStore`.
 
-Every rank writes into one folder that rank 0 makes and commits, so the run folder must be on a file system that all ranks share;
-a folder of the same name on each node's own disk is found out before anything is written into it.
+Every rank writes into one folder that rank 0 makes and commits, so the run folder must be on a file system
+that all ranks share; a folder of the same name on each node's own disk is found out before anything is
+written into it.
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ _SEEN_WITHIN_SECONDS = 90.0  # NFS may hide a new folder from other clients for 
 class Saver:
     """Saves and prunes the checkpoints of one run, at most one at a time.
 
-    A save is two pieces of work: every rank writes its own pieces; when all have, rank 0 commits and prunes. With
-    `checkpoint.asynchronous` the state is copied to the host first, and the work is done while training goes on: `advance` takes
-    it further once all ranks are known to have finished a piece. Without it the same work is waited for. Memory for the copies is
-    got beside training too, if `reserve` is called early enough.
+    A save is two pieces of work: every rank writes its own pieces; when all have, rank 0 commits and prunes.
+    With `checkpoint.asynchronous` the state is copied to the host first, and the work is done while training
+    goes on: `advance` takes it further once all ranks are known to have finished a piece. Without it the same
+    work is waited for. Memory for the copies is got beside training too, if `reserve` is called early enough.
 
     Attributes:
         store: Where to.
         config: What to keep, and what to do without room.
         phase_names: Of the curriculum, by the index that the clock has.
-        on_not_saved: Called with update and reason when there was no room and the configuration says to go on.
+        on_not_saved: Called with update and reason when there was no room and the configuration says to go
+            on.
         on_replaced: Called with words when a save cannot be asynchronous.
     """
 
@@ -82,9 +84,11 @@ class Saver:
         return self._work.finished
 
     def reserve(self, engine: Engine, ema: Ema | None, *, base: Base | None = None) -> None:
-        """Begins to get the memory that copies of such a state need, beside training; the first save waits for it. Collective.
+        """Begins to get the memory that copies of such a state need, beside training; the first save waits
+        for it. Collective.
 
-        Does nothing while something is being saved, without memory for the copies, or if copies are not wanted.
+        Does nothing while something is being saved, without memory for the copies, or if copies are not
+        wanted.
         """
         if self.config.asynchronous and not self.is_saving:
             self._await_memory()
@@ -100,7 +104,8 @@ class Saver:
     def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> None:
         """Saves, or copies what is to be saved, after the save under way has been finished. Collective.
 
-        Frozen weights are left out where there is a `base`; one that must be stored and is not there yet is stored first.
+        Frozen weights are left out where there is a `base`; one that must be stored and is not there yet is
+        stored first.
 
         An error is raised on every rank, here or later in `advance` and `finish`.
 
@@ -116,7 +121,8 @@ class Saver:
                 self.finish()
 
     def advance(self, finished: int) -> None:
-        """Goes on with the save under way if all ranks have finished what was begun. Collective, between updates.
+        """Goes on with the save under way if all ranks have finished what was begun. Collective, between
+        updates.
 
         Args:
             finished: The least `finished` of all ranks, the same on all.
@@ -166,7 +172,9 @@ class Saver:
             self._store_base(engine, base.sha256)
         self._await_memory()
         updates, captured = state.clock.updates, capture(engine, ema, base)
-        pending = dist.from_main(lambda: self.store.open_pending(updates, num_bytes=captured.facts.num_bytes()))
+        pending = dist.from_main(
+            lambda: self.store.open_pending(updates, num_bytes=captured.facts.num_bytes())
+        )
         require_shared(pending)
         is_copied = self.config.asynchronous and self._has_memory(captured)
         if is_copied:
@@ -200,14 +208,18 @@ class Saver:
             self._reserving.result()
 
     def _has_memory(self, captured: Snapshot) -> bool:
-        """Returns whether every host has room for the copies of its ranks; tells once if one has not. Collective."""
-        reports = dist.gather_objects((socket.gethostname(), self._copies.missing_bytes(captured), available_bytes()))
+        """Returns whether every host has room for the copies of its ranks; tells once if one has not.
+        Collective."""
+        reports = dist.gather_objects(
+            (socket.gethostname(), self._copies.missing_bytes(captured), available_bytes())
+        )
         for host in sorted({host for host, _, _ in reports}):
             needed = sum(missing for name, missing, _ in reports if name == host)
             available = min(available for name, _, available in reports if name == host)
             if needed > available * _USABLE_SHARE:
                 words = (
-                    f"checkpoints are saved while training waits: host {host} has {available:,} bytes of memory left and the "
+                    f"checkpoints are saved while training waits: host {host} has {available:,} bytes of "
+                    "memory left and the "
                     f"copies for checkpoint.asynchronous take {needed:,}"
                 )
                 self.on_replaced(words)
@@ -256,7 +268,8 @@ class Saver:
 
 
 def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) -> Snapshot:
-    """Returns what this rank writes of engine and average, not copied; without frozen weights where there is a `base`."""
+    """Returns what this rank writes of engine and average, not copied; without frozen weights where there is
+    a `base`."""
     state = engine.capture()
     if ema is not None:
         state = ema.capture(state)
@@ -264,7 +277,8 @@ def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) ->
 
 
 def write_engine(folder: Path, engine: Engine, ema: Ema | None = None, base: Base | None = None) -> None:
-    """Writes what `read_engine` needs into an existing folder, each rank its own part. Collective; nothing is committed here.
+    """Writes what `read_engine` needs into an existing folder, each rank its own part. Collective; nothing is
+    committed here.
 
     Raises:
         DiskFullError: On every rank, if one had no room.
@@ -274,9 +288,14 @@ def write_engine(folder: Path, engine: Engine, ema: Ema | None = None, base: Bas
 
 
 def read_engine(
-    folder: Path, engine: Engine, ema: Ema | None = None, *, origin: str = "the weights that the engine was built with"
+    folder: Path,
+    engine: Engine,
+    ema: Ema | None = None,
+    *,
+    origin: str = "the weights that the engine was built with",
 ) -> EngineFacts:
-    """Restores engine and average from what any number of ranks wrote under any ZeRO stage; returns what they were. Collective.
+    """Restores engine and average from what any number of ranks wrote under any ZeRO stage; returns what they
+    were. Collective.
 
     Args:
         folder: Of the engine, in a checkpoint.
@@ -298,7 +317,8 @@ def read_engine(
 
 
 def require_shared(folder: Path, *, within_seconds: float = _SEEN_WITHIN_SECONDS) -> None:
-    """Checks that every rank sees in `folder` what rank 0 writes there. Collective; leaves the folder as it was.
+    """Checks that every rank sees in `folder` what rank 0 writes there. Collective; leaves the folder as it
+    was.
 
     Args:
         folder: Exists for rank 0.
@@ -310,11 +330,16 @@ def require_shared(folder: Path, *, within_seconds: float = _SEEN_WITHIN_SECONDS
     if dist.world_size() == 1:
         return
     token = dist.from_main(lambda: _write_token(folder))
-    blind = [host for host, sees in dist.gather_objects((socket.gethostname(), _sees(folder, token, within_seconds))) if not sees]
+    blind = [
+        host
+        for host, sees in dist.gather_objects((socket.gethostname(), _sees(folder, token, within_seconds)))
+        if not sees
+    ]
     dist.from_main(lambda: _remove_token(folder))
     if blind:
         raise CheckpointError(
-            f"{folder}: must be one folder for all ranks, got {len(blind)} ranks on {', '.join(sorted(set(blind)))} "
+            f"{folder}: must be one folder for all ranks, got {len(blind)} ranks on "
+            f"{', '.join(sorted(set(blind)))} "
             "that do not see what rank 0 writes there. Put output_dir on a file system that all nodes share."
         )
 
@@ -355,7 +380,9 @@ def _gather_records(write: Callable[[], dict[str, FileRecord]], folder: Path) ->
     for outcome in outcomes:
         if isinstance(outcome, AiprodError):
             raise outcome
-    return {name: record for outcome in outcomes if isinstance(outcome, dict) for name, record in outcome.items()}
+    return {
+        name: record for outcome in outcomes if isinstance(outcome, dict) for name, record in outcome.items()
+    }
 
 
 def _outcome(write: Callable[[], dict[str, FileRecord]], folder: Path) -> dict[str, FileRecord] | AiprodError:

@@ -1,6 +1,7 @@
 """A damaged or hostile checkpoint never loads: one that a tiny run wrote, damaged in a hundred and some ways.
 
-Every time the verification must name the file, change nothing and unpickle nothing; the checkpoint before it is taken instead.
+Every time the verification must name the file, change nothing and unpickle nothing; the checkpoint before it
+is taken instead.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ WEIGHTS, MOMENTS = "engine/rank_00000_of_00001.safetensors", "engine/rank_00000_
 
 
 def _trainer(folder: Path) -> VideoVAETrainer:
-    phase = {"name": "only", "resolution": "16x16", "duration": {"frames": 3}, "updates": 2, "learning_rate": 0.01}
+    phase = {
+        "name": "only",
+        "resolution": "16x16",
+        "duration": {"frames": 3},
+        "updates": 2,
+        "learning_rate": 0.01,
+    }
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "model": {"source": "given_in_code"},
@@ -46,7 +53,9 @@ def _trainer(folder: Path) -> VideoVAETrainer:
     }
     torch.manual_seed(0)
     clips = [SyntheticVideoDataset(num_clips=4, frames=4, height=16, width=16, seed=seed) for seed in (0, 1)]
-    return VideoVAETrainer(VAETrainerConfig.model_validate(values), model=TinyVideoVAE(), dataset=clips[0], validation=clips[1])
+    return VideoVAETrainer(
+        VAETrainerConfig.model_validate(values), model=TinyVideoVAE(), dataset=clips[0], validation=clips[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +109,9 @@ def _truncate(path: Path, chance: random.Random) -> None:
 
 
 def _swap(path: Path, chance: random.Random) -> None:
-    other = chance.choice([file for file in path.parents[0].rglob("*") if file.is_file() and file != path] or [path])
+    other = chance.choice(
+        [file for file in path.parents[0].rglob("*") if file.is_file() and file != path] or [path]
+    )
     content = path.read_bytes()
     path.write_bytes(other.read_bytes() if other != path else content[::-1])
     other.write_bytes(content if other != path else other.read_bytes())
@@ -110,7 +121,14 @@ def _add(path: Path, chance: random.Random) -> None:
     path.with_name(f"extra_{chance.randrange(100)}.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
 
 
-DAMAGES: list[Callable[[Path, random.Random], object]] = [_flip, _flip, _truncate, lambda path, _: path.unlink(), _swap, _add]
+DAMAGES: list[Callable[[Path, random.Random], object]] = [
+    _flip,
+    _flip,
+    _truncate,
+    lambda path, _: path.unlink(),
+    _swap,
+    _add,
+]
 
 
 @pytest.mark.parametrize("number", range(RANDOM_DAMAGES))
@@ -169,15 +187,30 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero byte": (lambda folder: _list(folder, "a\0b", b""), "manifest.json"),
     "hidden": (lambda folder: _list(folder, ".profile", b""), "'.profile'"),
     "link to a file": (lambda folder: _link(folder, WEIGHTS, "/etc/hostname"), WEIGHTS),
-    "link to the good one": (lambda folder: _link(folder, WEIGHTS, f"../../update_000001/{WEIGHTS}"), WEIGHTS),
-    "link as manifest": (lambda folder: _link(folder, "manifest.json", "../update_000001/manifest.json"), "manifest.json"),
+    "link to the good one": (
+        lambda folder: _link(folder, WEIGHTS, f"../../update_000001/{WEIGHTS}"),
+        WEIGHTS,
+    ),
+    "link as manifest": (
+        lambda folder: _link(folder, "manifest.json", "../update_000001/manifest.json"),
+        "manifest.json",
+    ),
     "pipe": (_pipe, WEIGHTS),
     "1 GB header": (lambda folder: _file_with_header(folder, 1 << 30), WEIGHTS),
     "1 GB header of moments": (lambda folder: _file_with_header(folder, 1 << 30, MOMENTS), MOMENTS),
-    "link to the good moments": (lambda folder: _link(folder, MOMENTS, f"../../update_000001/{MOMENTS}"), MOMENTS),
+    "link to the good moments": (
+        lambda folder: _link(folder, MOMENTS, f"../../update_000001/{MOMENTS}"),
+        MOMENTS,
+    ),
     "header beyond the end": (lambda folder: _file_with_header(folder, 17), WEIGHTS),
-    "no sizes": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {"a": {}}}'), "a must have bytes"),
-    "files a list": (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": []}'), "manifest.json"),
+    "no sizes": (
+        lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {"a": {}}}'),
+        "a must have bytes",
+    ),
+    "files a list": (
+        lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": []}'),
+        "manifest.json",
+    ),
     "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "manifest.json"),
     "huge manifest": (lambda folder: os.truncate(folder / "manifest.json", 1 << 30), "manifest.json"),
     "state not listed": (_without_state, "manifest.json"),
@@ -211,7 +244,9 @@ def test_the_undamaged_copy_is_read(run: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, MOMENTS])
-def test_without_a_good_one_only_resume_never_starts_over(run: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_good_one_only_resume_never_starts_over(
+    run: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     for folder in (run / "checkpoints").glob("update_*"):
         _flip(folder / file, random.Random(0))

@@ -1,8 +1,10 @@
-"""A save that is interrupted before any of its file operations leaves the old checkpoint or the new one, whole.
+"""A save that is interrupted before any of its file operations leaves the old checkpoint or the new one,
+whole.
 
-Every operation below the store's folder is counted by wrapping the calls of `os` and `open` that Python code makes, and the count
-is held against the interpreter's own audit events. Then each in turn does not happen: the process is killed (nothing after
-it happens either), the call fails once, or the disk is full. Oracle: the bytes that were saved under either name.
+Every operation below the store's folder is counted by wrapping the calls of `os` and `open` that Python code
+makes, and the count is held against the interpreter's own audit events. Then each in turn does not happen:
+the process is killed (nothing after it happens either), the call fails once, or the disk is full. Oracle: the
+bytes that were saved under either name.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from aiprod_ds.snapshot import Base
 from aiprod_ds.train.resume.saver import Saver
 
 KEEP_TWO = CheckpointConfig(keep_last=2)
-# Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may only change with the
-# commit protocol: fewer would mean that operations are no longer seen.
+# Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may
+# only change with the commit protocol: fewer would mean that operations are no longer seen.
 SCENARIOS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "first": ((), 4, 36),
     "next": ((2,), 4, 39),
@@ -55,7 +57,8 @@ _AUDITED = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "
 
 @pytest.fixture(autouse=True)
 def _without_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flushing takes most of the time, and a test cannot see what it does to the disk, only that it is asked for."""
+    """Flushing takes most of the time, and a test cannot see what it does to the disk, only that it is asked
+    for."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -74,7 +77,12 @@ class Faults:
     """
 
     def __init__(
-        self, folder: Path, *, at: int | None = None, error: BaseException | None = None, writes_only: bool = False
+        self,
+        folder: Path,
+        *,
+        at: int | None = None,
+        error: BaseException | None = None,
+        writes_only: bool = False,
     ) -> None:
         self.seen: list[tuple[str, str]] = []
         self._folder, self._at, self._error, self._writes_only = folder, at, error, writes_only
@@ -154,7 +162,9 @@ def _watching(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[None]
 
 def _state(updates: int) -> RunState:
     clock = replace(Clock(), updates=updates)
-    return RunState(clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={"world_size": 1})
+    return RunState(
+        clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={"world_size": 1}
+    )
 
 
 def _save(store: CheckpointStore, updates: int, content: bytes) -> None:
@@ -169,7 +179,8 @@ def _save(store: CheckpointStore, updates: int, content: bytes) -> None:
 
 
 def _prepared(folder: Path, scenario: str) -> tuple[CheckpointStore, set[tuple[int, bytes]]]:
-    """Returns the store before the save, and what the newest checkpoint may be after it has been interrupted."""
+    """Returns the store before the save, and what the newest checkpoint may be after it has been
+    interrupted."""
     before, updates, _ = SCENARIOS[scenario]
     store = CheckpointStore(folder / "checkpoints")
     folder.mkdir()
@@ -188,17 +199,24 @@ def _found(store: CheckpointStore) -> tuple[int, bytes]:
 
 
 def _require_the_next_save(store: CheckpointStore, scenario: str) -> None:
-    """The next save succeeds, deletes what it should and leaves nothing else; the one after a run of the same name too."""
+    """The next save succeeds, deletes what it should and leaves nothing else; the one after a run of the same
+    name too."""
     updates = SCENARIOS[scenario][1]
     _save(store, updates, b"again")
     assert _found(store) == (updates, b"again")
     _save(store, 6, b"next")
     assert _found(store) == (6, b"next")
-    assert sorted(entry.name for entry in store.folder.iterdir()) == ["latest", f"update_{updates:06d}", "update_000006"]
+    assert sorted(entry.name for entry in store.folder.iterdir()) == [
+        "latest",
+        f"update_{updates:06d}",
+        "update_000006",
+    ]
     assert (store.folder / "latest").read_text() == "update_000006\n"
 
 
-def _operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str, *, writes_only: bool = False) -> Faults:
+def _operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str, *, writes_only: bool = False
+) -> Faults:
     store, _ = _prepared(tmp_path / "whole", scenario)
     faults = Faults(tmp_path, writes_only=writes_only)
     with _watching(monkeypatch, faults):
@@ -223,11 +241,14 @@ def test_every_operation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     _save(store, SCENARIOS[scenario][1], b"new")
     active.clear()
     seen = [
-        {"replace": "rename", "remove": "unlink"}.get(name, name) for name, _ in _operations(tmp_path, monkeypatch, scenario).seen
+        {"replace": "rename", "remove": "unlink"}.get(name, name)
+        for name, _ in _operations(tmp_path, monkeypatch, scenario).seen
     ]
     for name in ("mkdir", "rename", "unlink", "rmdir"):
         assert seen.count(name) == audited.count(name), name
-    assert seen.count("open") >= audited.count("open")  # an audit event tells paths, which inside rmtree are relative
+    assert seen.count("open") >= audited.count(
+        "open"
+    )  # an audit event tells paths, which inside rmtree are relative
     assert len(seen) == SCENARIOS[scenario][2]
 
 
@@ -240,7 +261,10 @@ def test_old_or_new_stands_whatever_operation_does_not_happen(
     for at in range(SCENARIOS[scenario][2]):
         store, allowed = _prepared(tmp_path / str(at), scenario)
         error = KilledError() if fault == "killed" else OSError(errno.EIO, "Input/output error")
-        with suppress(KilledError, CheckpointError, OSError), _watching(monkeypatch, Faults(tmp_path, at=at, error=error)):
+        with (
+            suppress(KilledError, CheckpointError, OSError),
+            _watching(monkeypatch, Faults(tmp_path, at=at, error=error)),
+        ):
             _save(store, SCENARIOS[scenario][1], b"new")
         found = _found(store)
         assert found in allowed, f"operation {at}"
@@ -254,12 +278,22 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str
 ) -> None:
     writes = _operations(tmp_path, monkeypatch, scenario, writes_only=True).seen
-    assert [Path(path).name.partition(".")[0] for _, path in writes] == ["weights", "state", "manifest", "latest"]
+    assert [Path(path).name.partition(".")[0] for _, path in writes] == [
+        "weights",
+        "state",
+        "manifest",
+        "latest",
+    ]
     for at, (_, path) in enumerate(writes):
         store, allowed = _prepared(tmp_path / str(at), scenario)
         before = sorted(entry.name for entry in store.folder.iterdir()) if store.folder.exists() else []
-        full = Faults(tmp_path, at=at, error=OSError(errno.ENOSPC, "No space left on device"), writes_only=True)
-        with _watching(monkeypatch, full), pytest.raises((DiskFullError, OSError), match="No space left on device"):
+        full = Faults(
+            tmp_path, at=at, error=OSError(errno.ENOSPC, "No space left on device"), writes_only=True
+        )
+        with (
+            _watching(monkeypatch, full),
+            pytest.raises((DiskFullError, OSError), match="No space left on device"),
+        ):
             _save(store, SCENARIOS[scenario][1], b"new")
         if "latest" in path:  # the new one stands by then
             assert _found(store) == (SCENARIOS[scenario][1], b"new")
@@ -272,15 +306,22 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str) -> None:
-    """After a power cut only what was flushed is there: files and folders before the rename, the rename before any deletion."""
+def test_everything_is_on_the_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str
+) -> None:
+    """After a power cut only what was flushed is there: files and folders before the rename, the rename
+    before any deletion."""
     seen = _operations(tmp_path, monkeypatch, scenario).seen
     pending = f"update_{SCENARIOS[scenario][1]:06d}.pending"
     store = tmp_path / "whole" / "checkpoints"
     renamed = next(at for at, (name, path) in enumerate(seen) if name == "rename" and path.endswith(pending))
     flushed = {path for name, path in seen[:renamed] if name == "fsync"}
     written = {path for name, path in seen[:renamed] if name == "write"}
-    assert {str(store / pending / name) for name in ("engine/weights.bin", "state.json", "manifest.json")} <= written <= flushed
+    assert (
+        {str(store / pending / name) for name in ("engine/weights.bin", "state.json", "manifest.json")}
+        <= written
+        <= flushed
+    )
     assert {str(store / pending), str(store / pending / "engine"), str(store.parent)} <= flushed
     last_write = max(at for at, (name, _) in enumerate(seen[:renamed]) if name == "write")
     assert {path for name, path in seen[last_write:renamed] if name == "fsync"} >= written
@@ -319,7 +360,10 @@ def test_old_or_new_stands_whatever_operation_of_a_whole_save_does_not_happen(
         if at >= len(faults.seen):
             break
         error = KilledError() if fault == "killed" else OSError(errno.EIO, "Input/output error")
-        with suppress(KilledError, CheckpointError, OSError), _watching(monkeypatch, Faults(tmp_path, at=at, error=error)):
+        with (
+            suppress(KilledError, CheckpointError, OSError),
+            _watching(monkeypatch, Faults(tmp_path, at=at, error=error)),
+        ):
             save(folder, 3)
         outcomes.add(_value(folder))
         assert outcomes <= {(2, 2.0), (3, 3.0)}, f"operation {at}"
@@ -334,7 +378,12 @@ def _engine() -> LocalEngine:
     groups = [ParameterGroup(names=("weight", "bias"), is_decayed=True)]
     settings = parse_deepspeed_settings({"zero_optimization": {"stage": 0}}, where="test")
     return LocalEngine(
-        nn.Linear(1, 1), groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=1, accumulation=1
+        nn.Linear(1, 1),
+        groups,
+        optimizer=OptimizerConfig(),
+        settings=settings,
+        micro_batch_size=1,
+        accumulation=1,
     )
 
 
@@ -357,7 +406,8 @@ def _value(folder: Path) -> tuple[int, float]:
     return newest.state.clock.updates, weight
 
 
-# A save of adapters on a base that the run has made: the base first, then the checkpoint; then two checkpoints and their base go.
+# A save of adapters on a base that the run has made: the base first, then the checkpoint; then two
+# checkpoints and their base go.
 OLD_BASE, NEW_BASE = "a" * 64, "b" * 64
 BASE_OPERATIONS = 81
 
@@ -389,13 +439,17 @@ def _prepared_on_base(folder: Path) -> CheckpointStore:
     return store
 
 
-def test_every_operation_of_a_save_with_its_base_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_operation_of_a_save_with_its_base_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, faults = _prepared_on_base(tmp_path / "whole"), Faults(tmp_path)
     with _watching(monkeypatch, faults):
         _save_on_base(store, 4, NEW_BASE)
     assert len(faults.seen) == BASE_OPERATIONS
     stored = str(store.folder / "bases" / NEW_BASE)
-    renamed = next(at for at, (name, path) in enumerate(faults.seen) if name == "rename" and path == f"{stored}.pending")
+    renamed = next(
+        at for at, (name, path) in enumerate(faults.seen) if name == "rename" and path == f"{stored}.pending"
+    )
     written = {path for name, path in faults.seen[:renamed] if name == "write"}
     assert {f"{stored}.pending/engine/weights.bin", f"{stored}.pending/manifest.json"} == written
     assert written <= {path for name, path in faults.seen[:renamed] if name == "fsync"}
@@ -403,16 +457,23 @@ def test_every_operation_of_a_save_with_its_base_is_seen(tmp_path: Path, monkeyp
         ("open", str(store.folder / "bases")),
         ("fsync", str(store.folder / "bases")),
     ]
-    assert not any(f"update_{4:06d}" in path for _, path in faults.seen[:renamed]), "the base stands before who refers to it"
+    assert not any(f"update_{4:06d}" in path for _, path in faults.seen[:renamed]), (
+        "the base stands before who refers to it"
+    )
 
 
 @pytest.mark.parametrize("fault", ["killed", "failed"])
-def test_a_checkpoint_always_finds_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_a_checkpoint_always_finds_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     outcomes = set()
     for at in range(BASE_OPERATIONS):
         store = _prepared_on_base(tmp_path / str(at))
         error = KilledError() if fault == "killed" else OSError(errno.ENOSPC, "No space left on device")
-        with suppress(KilledError, CheckpointError, OSError), _watching(monkeypatch, Faults(tmp_path, at=at, error=error)):
+        with (
+            suppress(KilledError, CheckpointError, OSError),
+            _watching(monkeypatch, Faults(tmp_path, at=at, error=error)),
+        ):
             _save_on_base(store, 4, NEW_BASE)
         newest = store.newest()  # verifies the base too
         assert newest is not None, f"operation {at}"

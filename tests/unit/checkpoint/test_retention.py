@@ -1,4 +1,5 @@
-"""What is kept of a run's checkpoints, and what happens without room: the choice, the deletion, the configuration."""
+"""What is kept of a run's checkpoints, and what happens without room: the choice, the deletion, the
+configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def _config(**values: Any) -> CheckpointConfig:
 
 
 def _standing(values: dict[int, float | None]) -> list[Standing]:
-    return [Standing(name=str(updates), updates=updates, value=values[updates]) for updates in sorted(values, reverse=True)]
+    return [
+        Standing(name=str(updates), updates=updates, value=values[updates])
+        for updates in sorted(values, reverse=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,10 @@ def test_the_rules_add_up(rules: dict[str, Any], kept: list[int]) -> None:
     [
         ({"keep_every_updates": 2}, "keep_every_updates: has no effect without keep_last"),
         ({"keep_best": BEST}, "keep_best: has no effect without keep_last"),
-        ({"keep_last": 1, "every_updates": 2, "keep_every_updates": 3}, "must be a multiple of every_updates"),
+        (
+            {"keep_last": 1, "every_updates": 2, "keep_every_updates": 3},
+            "must be a multiple of every_updates",
+        ),
         ({"keep_last": 0}, "greater than or equal to 1"),
     ],
 )
@@ -112,7 +119,9 @@ class FailingCapture(Snapshot):
 def _state(updates: int, *, phase: int = 0, measures: dict[str, Any] | None = None) -> RunState:
     history = {"before": {"psnr_db": 1.0}, "phase_metrics": measures or {}}
     clock = replace(Clock(), updates=updates, phase=phase)
-    return RunState(clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={}, history=history)
+    return RunState(
+        clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={}, history=history
+    )
 
 
 def _saver(folder: Path, **values: Any) -> Saver:
@@ -120,7 +129,9 @@ def _saver(folder: Path, **values: Any) -> Saver:
     return Saver(store=CheckpointStore(folder / "checkpoints"), config=_config(**values), phase_names=names)
 
 
-def _save(saver: Saver, updates: int, *, engine: SmallEngine | None = None, **state: Any) -> list[tuple[int, str]]:
+def _save(
+    saver: Saver, updates: int, *, engine: SmallEngine | None = None, **state: Any
+) -> list[tuple[int, str]]:
     """Returns what was not saved."""
     found: list[tuple[int, str]] = []
     saver.on_not_saved = lambda update, reason: found.append((update, reason))
@@ -170,7 +181,9 @@ def test_without_room_the_run_stops_or_goes_on_and_the_old_one_stays(
     saver = _saver(tmp_path, on_full_disk=on_full_disk, asynchronous=asynchronous)
     _save(saver, 1)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    engine = SmallEngine(error=OSError(errno.ENOSPC, "No space left on device") if when == "while writing" else None)
+    engine = SmallEngine(
+        error=OSError(errno.ENOSPC, "No space left on device") if when == "while writing" else None
+    )
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         if when == "before":
             patch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 999, 1))
@@ -201,7 +214,9 @@ def test_a_save_needs_room_for_its_tensors_and_a_tenth_more(
     assert bool(CheckpointStore(tmp_path / "checkpoints").names()) is fits
 
 
-def test_a_writer_that_only_has_words_is_understood_by_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_only_has_words_is_understood_by_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
     assert not isinstance(write_error(error, tmp_path), DiskFullError)
     worded = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -1,7 +1,8 @@
-"""Pieces on disk: any range comes back bit for bit, and a folder that is not exactly its `engine.json` is refused.
+"""Pieces on disk: any range comes back bit for bit, and a folder that is not exactly its `engine.json` is
+refused.
 
-Oracle of the ranges: the tensors that were cut. Pieces are cut at every possible place by a seeded generator. Moments have files
-of their own; checkpoints from before have them beside the weights, and are read too.
+Oracle of the ranges: the tensors that were cut. Pieces are cut at every possible place by a seeded generator.
+Moments have files of their own; checkpoints from before have them beside the weights, and are read too.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def _facts(world_size: int = 2) -> EngineFacts:
 
 
 def _write(folder: Path, *, cut_at: dict[str, int] | None = None, as_before: bool = False) -> Path:
-    """Writes the first `cut_at[key]` elements as rank 0 and the others as rank 1; without a number rank 0 has all.
+    """Writes the first `cut_at[key]` elements as rank 0 and the others as rank 1; without a number rank 0 has
+    all.
 
     With `as_before` each rank's moments stand in the file of its weights.
     """
@@ -74,9 +76,20 @@ def _write(folder: Path, *, cut_at: dict[str, int] | None = None, as_before: boo
             start, end = (0, middle) if rank == 0 else (middle, value.numel())
             if start < end:
                 kind, name = split_key(key)
-                chunks.append(Chunk(kind=kind, name=name, tensor=len(tensors), start=start, offset=start, length=end - start))
+                chunks.append(
+                    Chunk(
+                        kind=kind,
+                        name=name,
+                        tensor=len(tensors),
+                        start=start,
+                        offset=start,
+                        length=end - start,
+                    )
+                )
                 tensors.append(value)
-        written = write_shards(folder, Snapshot(rank=rank, facts=_facts(), tensors=tuple(tensors), chunks=tuple(chunks)))
+        written = write_shards(
+            folder, Snapshot(rank=rank, facts=_facts(), tensors=tuple(tensors), chunks=tuple(chunks))
+        )
         for name, record in written.items():
             content = (folder / name).read_bytes()
             assert record == FileRecord(bytes=len(content), sha256=sha256(content).hexdigest())
@@ -113,7 +126,9 @@ def test_any_cut_gives_back_any_range_bitwise(tmp_path: Path, as_before: bool) -
                 assert torch.equal(whole, value)
                 start = draw.randint(0, value.numel())
                 length = draw.randint(0, value.numel() - start)
-                assert torch.equal(reader.read(kind, name, start, length), value.flatten()[start : start + length])
+                assert torch.equal(
+                    reader.read(kind, name, start, length), value.flatten()[start : start + length]
+                )
 
 
 @pytest.mark.parametrize(
@@ -124,11 +139,15 @@ def test_any_cut_gives_back_any_range_bitwise(tmp_path: Path, as_before: bool) -
         ({"exp_avg/a.weight": 1, "frozen/scale": 0}, [MOMENTS_0, RANK_0, MOMENTS_1, RANK_1]),
     ],
 )
-def test_what_a_rank_has_no_pieces_of_leaves_no_file(tmp_path: Path, cut_at: dict[str, int], files: list[str]) -> None:
+def test_what_a_rank_has_no_pieces_of_leaves_no_file(
+    tmp_path: Path, cut_at: dict[str, int], files: list[str]
+) -> None:
     folder = _write(tmp_path, cut_at=cut_at)
     assert sorted(path.name for path in folder.iterdir()) == ["engine.json", *files]
     for file in files:
-        assert {split_key(key)[0] in MOMENTS for key in load_file(folder / file)} == {holds_moments_only(file)}
+        assert {split_key(key)[0] in MOMENTS for key in load_file(folder / file)} == {
+            holds_moments_only(file)
+        }
 
 
 def test_what_is_read_outlives_the_reader(tmp_path: Path) -> None:
@@ -147,7 +166,9 @@ def test_fill_copies_into_shards_and_leaves_padding(tmp_path: Path) -> None:
     with ShardReader(_write(tmp_path, cut_at={"master/a.weight": 32})) as reader:
         fill(reader, "master", [shard, alone], spans)
     assert torch.equal(alone, WHOLE["master/a.weight"])
-    assert torch.equal(shard, torch.cat([torch.full((2,), -1.0), alone.flatten()[30:], torch.full((2,), -1.0)]))
+    assert torch.equal(
+        shard, torch.cat([torch.full((2,), -1.0), alone.flatten()[30:], torch.full((2,), -1.0)])
+    )
 
 
 def test_one_more_kind_is_cut_like_the_masters(tmp_path: Path) -> None:
@@ -170,12 +191,16 @@ def test_one_more_kind_is_cut_like_the_masters(tmp_path: Path) -> None:
         (lambda reader: reader.read("master", "a.weight", -1, 2), "has 35 elements"),
     ],
 )
-def test_what_is_not_there_cannot_be_read(tmp_path: Path, ask: Callable[[ShardReader], Tensor], message: str) -> None:
+def test_what_is_not_there_cannot_be_read(
+    tmp_path: Path, ask: Callable[[ShardReader], Tensor], message: str
+) -> None:
     with ShardReader(_write(tmp_path)) as reader, pytest.raises(CheckpointError, match=message):
         ask(reader)
 
 
-def _rewrite(folder: Path, change: Callable[[dict[str, Tensor], dict[str, int]], None], *, file: str = RANK_0) -> None:
+def _rewrite(
+    folder: Path, change: Callable[[dict[str, Tensor], dict[str, int]], None], *, file: str = RANK_0
+) -> None:
     with safe_open(folder / file, "pt") as opened:
         starts = json.loads(opened.metadata()["starts"])
     tensors = {key: value.clone() for key, value in load_file(folder / file).items()}
@@ -242,7 +267,9 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "ranks are swapped": (_twice, f"{RANK_1}: .* must go on at element .*, got a piece from 0"),
     "a surplus key": (_surplus, f"{RANK_0}: must hold tensors of engine.json only, got 'master/../../x'"),
     "another type": (
-        lambda f: _rewrite(f, lambda tensors, _: tensors.update({"master/a.weight": tensors["master/a.weight"].double()})),
+        lambda f: _rewrite(
+            f, lambda tensors, _: tensors.update({"master/a.weight": tensors["master/a.weight"].double()})
+        ),
         f"{RANK_0}: master/a.weight must be float32, got float64",
     ),
     "two dimensions": (
@@ -253,11 +280,20 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _rewrite(f, lambda _, starts: starts.update({"master/a.weight": -3})),
         f"{RANK_0}: master/a.weight must start at an element, got -3",
     ),
-    "starts name others": (lambda f: _rewrite(f, lambda _, starts: starts.update(x=0)), "starts must name the tensors"),
+    "starts name others": (
+        lambda f: _rewrite(f, lambda _, starts: starts.update(x=0)),
+        "starts must name the tensors",
+    ),
     "no starts": (_without_starts, f"{RANK_0}: metadata must hold starts"),
-    "a header of 1 GB": (lambda f: _huge_header(f, RANK_0), f"{RANK_0}: must be a safetensors file, got a header of 1073741824"),
+    "a header of 1 GB": (
+        lambda f: _huge_header(f, RANK_0),
+        f"{RANK_0}: must be a safetensors file, got a header of 1073741824",
+    ),
     "overlapping offsets": (_overlapping_offsets, f"{RANK_0}: must be a safetensors file"),
-    "truncated": (lambda f: (f / RANK_0).write_bytes((f / RANK_0).read_bytes()[:-1]), f"{RANK_0}: must be a safetensors file"),
+    "truncated": (
+        lambda f: (f / RANK_0).write_bytes((f / RANK_0).read_bytes()[:-1]),
+        f"{RANK_0}: must be a safetensors file",
+    ),
     "empty": (lambda f: (f / RANK_0).write_bytes(b""), f"{RANK_0}: must be a safetensors file"),
     "another world size": (
         lambda f: (f / RANK_1).rename(f / "rank_00001_of_00003.safetensors"),
@@ -269,13 +305,22 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pickle": (lambda f: (f / "state.pt").write_bytes(b"x"), "state.pt: must be a file of one of 2 ranks"),
     "a link": (lambda f: _link(f, RANK_0), f"{RANK_0}: must be a file of one of 2 ranks"),
-    "moments of a rank are missing": (lambda f: (f / MOMENTS_1).unlink(), "exp_avg/a.weight must have 35 elements, got 9"),
+    "moments of a rank are missing": (
+        lambda f: (f / MOMENTS_1).unlink(),
+        "exp_avg/a.weight must have 35 elements, got 9",
+    ),
     "moments of a rank twice": (
         lambda f: _join(f / MOMENTS_0, f / RANK_0),
         "exp_avg/a.weight must go on at element 9, got a piece from 0",
     ),
-    "weights called moments": (_weights_as_moments, f"{MOMENTS_1}: must hold exp_avg and exp_avg_sq only, got master/a.weight"),
-    "moments of 1 GB header": (lambda f: _huge_header(f, MOMENTS_1), f"{MOMENTS_1}: must be a safetensors file, got a header of"),
+    "weights called moments": (
+        _weights_as_moments,
+        f"{MOMENTS_1}: must hold exp_avg and exp_avg_sq only, got master/a.weight",
+    ),
+    "moments of 1 GB header": (
+        lambda f: _huge_header(f, MOMENTS_1),
+        f"{MOMENTS_1}: must be a safetensors file, got a header of",
+    ),
     "moments as a link": (lambda f: _link(f, MOMENTS_0), f"{MOMENTS_0}: must be a file of one of 2 ranks"),
     "moments of another kind of file": (
         lambda f: (f / MOMENTS_0).rename(f / "rank_00000_of_00002.moments.moments.safetensors"),
@@ -285,15 +330,27 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "facts that are no JSON": (lambda f: (f / "engine.json").write_text("{"), "engine.json: unreadable"),
     "another format": (lambda f: _facts_with(f, format=1), "engine.json: format: must be 2, got 1"),
     "a surplus field": (lambda f: _facts_with(f, x=1), "engine.json: fields: must be"),
-    "a wrong field": (lambda f: _facts_with(f, world_size="2"), "engine.json: world_size: must be of type int"),
-    "a wrong number": (lambda f: _facts_with(f, adam_steps={"a": "x"}), "engine.json: adam_steps: must be a mapping to whole"),
-    "half a loss scale": (lambda f: _facts_with(f, loss_scale={"scale": 1.0}), "engine.json: loss_scale: must be null or have"),
+    "a wrong field": (
+        lambda f: _facts_with(f, world_size="2"),
+        "engine.json: world_size: must be of type int",
+    ),
+    "a wrong number": (
+        lambda f: _facts_with(f, adam_steps={"a": "x"}),
+        "engine.json: adam_steps: must be a mapping to whole",
+    ),
+    "half a loss scale": (
+        lambda f: _facts_with(f, loss_scale={"scale": 1.0}),
+        "engine.json: loss_scale: must be null or have",
+    ),
     "a loss scale in words": (
         lambda f: _facts_with(f, loss_scale={"scale": "1", "updates": 1, "last_overflow": 1, "tolerance": 1}),
         "engine.json: loss_scale: must be a number",
     ),
     "tensors as a list": (lambda f: _facts_with(f, tensors=[]), "engine.json: tensors: must be a mapping"),
-    "an unknown kind": (lambda f: _facts_with(f, tensors={"x/y": {}}), "engine.json: 'x/y': must be <kind>/<name>"),
+    "an unknown kind": (
+        lambda f: _facts_with(f, tensors={"x/y": {}}),
+        "engine.json: 'x/y': must be <kind>/<name>",
+    ),
     "a negative size": (
         lambda f: _facts_with(f, tensors={"master/x": {"shape": [-1], "dtype": "float32"}}),
         "engine.json: tensors: master/x must have a shape and a dtype",

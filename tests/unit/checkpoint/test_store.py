@@ -1,4 +1,5 @@
-"""Checkpoints are whole or absent: the commit, the search for the newest good one, and every way a folder can be damaged."""
+"""Checkpoints are whole or absent: the commit, the search for the newest good one, and every way a folder can
+be damaged."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.errors import CheckpointError
 
-CLOCK = Clock(updates=7, skipped_updates=1, micro_batches=16, samples=56, phase=1, phase_updates=3, phase_skipped=1, epoch=2)
+CLOCK = Clock(
+    updates=7,
+    skipped_updates=1,
+    micro_batches=16,
+    samples=56,
+    phase=1,
+    phase_updates=3,
+    phase_skipped=1,
+    epoch=2,
+)
 ENGINE_BYTES = bytes(range(256))
 WEIGHTS, MOMENTS = "engine/rank_00000_of_00001.safetensors", "engine/rank_00000_of_00001.moments.safetensors"
 Damage = Callable[[Path], object]
@@ -59,7 +69,10 @@ def test_commit_describes_every_file_and_leaves_nothing_pending(store: Checkpoin
     assert folder.name == "update_000007"
     assert manifest["format"] == 2
     assert set(manifest["files"]) == {"engine/weights.bin", "state.json"}
-    assert manifest["files"]["engine/weights.bin"] == {"bytes": 256, "sha256": sha256(ENGINE_BYTES).hexdigest()}
+    assert manifest["files"]["engine/weights.bin"] == {
+        "bytes": 256,
+        "sha256": sha256(ENGINE_BYTES).hexdigest(),
+    }
     assert (store.folder / "latest").read_text() == "update_000007\n"
     assert sorted(entry.name for entry in store.folder.iterdir()) == ["latest", "update_000007"]
 
@@ -116,12 +129,24 @@ def _edit_state(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "bit flipped": (_flip_a_bit, "content differs from the manifest's sha256"),
     "truncated": (_truncate, "must have 256 bytes, got 255"),
-    "file missing": (lambda folder: (folder / "engine" / "weights.bin").unlink(), "listed in the manifest but missing"),
+    "file missing": (
+        lambda folder: (folder / "engine" / "weights.bin").unlink(),
+        "listed in the manifest but missing",
+    ),
     "state edited": (_edit_state, "content differs from the manifest's sha256"),
-    "manifest missing": (lambda folder: (folder / "manifest.json").unlink(), "missing; this is not a whole checkpoint"),
+    "manifest missing": (
+        lambda folder: (folder / "manifest.json").unlink(),
+        "missing; this is not a whole checkpoint",
+    ),
     "manifest cut": (lambda folder: (folder / "manifest.json").write_text("{"), "unreadable"),
-    "manifest a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "must hold a mapping, got list"),
-    "other format": (lambda folder: (folder / "manifest.json").write_text('{"format": 9}'), "must be of format 2, got 9"),
+    "manifest a list": (
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+        "must hold a mapping, got list",
+    ),
+    "other format": (
+        lambda folder: (folder / "manifest.json").write_text('{"format": 9}'),
+        "must be of format 2, got 9",
+    ),
 }
 
 
@@ -183,7 +208,10 @@ def test_who_reads_weights_only_does_not_hash_moments(store: CheckpointStore, wi
             lambda folder: (folder / MOMENTS).write_bytes(b"\xff" * (folder / MOMENTS).stat().st_size),
             rf"{MOMENTS}: must be a safetensors file, got a header of \d+ bytes in a file of \d+",
         ),
-        (lambda folder: (folder / "engine" / "x.moments.safetensors").touch(), "must be listed in the manifest"),
+        (
+            lambda folder: (folder / "engine" / "x.moments.safetensors").touch(),
+            "must be listed in the manifest",
+        ),
         (
             lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b"x"),
             rf"{WEIGHTS}: content differs from the manifest's sha256",
@@ -199,7 +227,9 @@ def test_everything_but_the_hashes_of_moments_is_compared_for_weights_too(
         store.read(with_moments, weights_only=True)
 
 
-def test_hashes_of_tensors_may_be_compared_while_they_are_read(store: CheckpointStore, with_moments: Path) -> None:
+def test_hashes_of_tensors_may_be_compared_while_they_are_read(
+    store: CheckpointStore, with_moments: Path
+) -> None:
     with HashCheck() as hashes:
         assert store.read(with_moments, hashes=hashes).state == _state(2)
         hashes.confirm()

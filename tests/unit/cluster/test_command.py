@@ -16,7 +16,11 @@ from aiprod_ds.cluster.command import Launch, check_paths, deepspeed_command, qu
 from aiprod_ds.errors import ConfigError
 
 LAUNCH = Launch(
-    hostfile=Path("hosts"), config=Path("c.yaml"), run_folder=Path("/runs/x"), master_address="10.0.0.1", master_port=1234
+    hostfile=Path("hosts"),
+    config=Path("c.yaml"),
+    run_folder=Path("/runs/x"),
+    master_address="10.0.0.1",
+    master_port=1234,
 )
 HOSTILE = [
     "plain",
@@ -42,14 +46,18 @@ HOSTILE = [
 
 
 def _as_deepspeed_has_it(argument: str) -> str:
-    """What deepspeed 0.19.8 does with an argument (launcher/multinode_runner.py:73); tests/upstream compares it."""
+    """What deepspeed 0.19.8 does with an argument (launcher/multinode_runner.py:73); tests/upstream compares
+    it."""
     return '"{}"'.format(argument.replace('"', '\\"')) if " " in argument else argument
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_arguments_reach_the_ranks_as_they_are(shell: str, tmp_path: Path) -> None:
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    parts = [shlex.join([sys.executable, "-c", show]), *(_as_deepspeed_has_it(quote_for_pdsh(one)) for one in HOSTILE)]
+    parts = [
+        shlex.join([sys.executable, "-c", show]),
+        *(_as_deepspeed_has_it(quote_for_pdsh(one)) for one in HOSTILE),
+    ]
     remote = " ".join(parts).replace("%%", "%")  # pdsh joins by spaces and turns %% into %
     done = subprocess.run([shell, "-c", remote], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == HOSTILE
@@ -85,7 +93,11 @@ def test_the_pattern_finds_ranks_of_this_run_only() -> None:
     assert pattern.search(rank)
     assert pattern.search(f"{rank} --resume auto")
     launcher = rank.replace("-u -m", "-u -m deepspeed.launcher.launch --node_rank=0 --module")
-    assert [other for other in (f"{rank}2", launcher, rank.replace("(1)", "(2)"), pattern.pattern) if pattern.search(other)] == []
+    assert [
+        other
+        for other in (f"{rank}2", launcher, rank.replace("(1)", "(2)"), pattern.pattern)
+        if pattern.search(other)
+    ] == []
 
 
 def test_a_working_folder_with_blanks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

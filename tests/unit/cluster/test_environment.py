@@ -1,4 +1,5 @@
-"""Environment files: what is taken and what is refused, and that a real shell gives the ranks exactly these values."""
+"""Environment files: what is taken and what is refused, and that a real shell gives the ranks exactly these
+values."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def test_the_example_is_good(repository_root: Path) -> None:
 
 
 BAD_LINES = {
-    "export A=1": "F:1: must have the form `NAME=VALUE`, without `export` and blanks around the =, got 'export A' at its start.",
+    "export A=1": "F:1: must have the form `NAME=VALUE`, without `export` and blanks around the =, got "
+    "'export A' at its start.",
     "A = 1": "got 'A ' at its start",
     "just words": "got 'just words' at its start",
     "1A=2": "got '1A' at its start",
@@ -63,13 +65,23 @@ def test_every_bad_line_is_told_at_once_and_no_value_is_shown() -> None:
 
 
 def test_this_processes_own_variables_are_checked_too() -> None:
-    good = {"NCCL_DEBUG": "INFO", "PYTHONUNBUFFERED": "1", "DS_ACCELERATOR": "cpu", "HOME": "$(touch x)", "SECRET": "s"}
+    good = {
+        "NCCL_DEBUG": "INFO",
+        "PYTHONUNBUFFERED": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HOME": "$(touch x)",
+        "SECRET": "s",
+    }
     assert exported(good) == {"NCCL_DEBUG": "INFO", "PYTHONUNBUFFERED": "1", "DS_ACCELERATOR": "cpu"}
-    with pytest.raises(ConfigError, match=r"environment: NCCL_X: the value of NCCL_X must be the text itself"):
+    with pytest.raises(
+        ConfigError, match=r"environment: NCCL_X: the value of NCCL_X must be the text itself"
+    ):
         exported({"NCCL_X": "a$(touch x)"})
 
 
-def test_the_named_file_takes_the_place_of_the_usual_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_named_file_takes_the_place_of_the_usual_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
@@ -81,7 +93,8 @@ def test_the_named_file_takes_the_place_of_the_usual_ones(tmp_path: Path, monkey
 
 
 def test_a_shell_gives_the_ranks_exactly_these_values(tmp_path: Path) -> None:
-    """As DeepSpeed writes them: in double quotes if there is anything special, in front of the command that pdsh sends."""
+    """As DeepSpeed writes them: in double quotes if there is anything special, in front of the command that
+    pdsh sends."""
     values = {"A": "two  words", "B": "a;touch made & (x) | <y> *?'~#!", "C": "100%n %h", "D": "plain/path:x"}
     exports = ""
     for line in render_for_pdsh(values).splitlines():

@@ -1,4 +1,5 @@
-"""The doctor's rules: healthy hosts give no finding, and every rule finds what it is for and says what to do."""
+"""The doctor's rules: healthy hosts give no finding, and every rule finds what it is for and says what to
+do."""
 
 from __future__ import annotations
 
@@ -33,7 +34,14 @@ PROBE: dict[str, Any] = {
     "reached_at": "10.0.0.1",
     "free_port": 29500,
     "python": "python",
-    "versions": {"python": "3.12.1", "torch": "2.11.0", "deepspeed": "0.19.8", "cuda": "13.0", "nccl": "2.29.3", "numpy": "2.1"},
+    "versions": {
+        "python": "3.12.1",
+        "torch": "2.11.0",
+        "deepspeed": "0.19.8",
+        "cuda": "13.0",
+        "nccl": "2.29.3",
+        "numpy": "2.1",
+    },
     "code_sha256": "c" * 64,
     "commit": "1" * 40,
     "cores": 16,
@@ -41,11 +49,23 @@ PROBE: dict[str, Any] = {
     "shared_memory_bytes": 64 * GIB,
     "is_cpu_run": False,
     "gpus": [GPU, GPU],
-    "tools": {"g++": "/usr/bin/g++", "ninja": "/usr/bin/ninja", "nvcc": "/usr/bin/nvcc", "numactl": None, "pdsh": None},
+    "tools": {
+        "g++": "/usr/bin/g++",
+        "ninja": "/usr/bin/ninja",
+        "nvcc": "/usr/bin/nvcc",
+        "numactl": None,
+        "pdsh": None,
+    },
     "folder": {"place": "/runs", "free_bytes": 900 * GIB, "bytes_per_second": 1e9},
-    "matmul": [{"device": f"cuda:{index}", "type": "bfloat16", "flops_per_second": 700e12} for index in range(2)],
+    "matmul": [
+        {"device": f"cuda:{index}", "type": "bfloat16", "flops_per_second": 700e12} for index in range(2)
+    ],
 }
-ALL_REDUCE: dict[str, Any] = {"missing_tokens": [], "problem": None, "ranks": [{"seconds": 2e-5, "bytes_per_second": 2e11}]}
+ALL_REDUCE: dict[str, Any] = {
+    "missing_tokens": [],
+    "problem": None,
+    "ranks": [{"seconds": 2e-5, "bytes_per_second": 2e11}],
+}
 
 
 def healthy() -> list[Examined]:
@@ -53,7 +73,15 @@ def healthy() -> list[Examined]:
     for index, name in enumerate(("node-a", "node-b")):
         probe = {**deepcopy(PROBE), "hostname": name, "boot_id": str(index)}
         host = Host(name=name, slots=(0, 1))
-        found.append(Examined(host=host, probe=probe, skew_seconds=0.1, skew_error_seconds=0.2, all_reduce=deepcopy(ALL_REDUCE)))
+        found.append(
+            Examined(
+                host=host,
+                probe=probe,
+                skew_seconds=0.1,
+                skew_error_seconds=0.2,
+                all_reduce=deepcopy(ALL_REDUCE),
+            )
+        )
     return found
 
 
@@ -91,7 +119,17 @@ def _host_with(**values: Any) -> Callable[[list[Examined]], None]:
     return change
 
 
-ERRORS = {"all-reduce", "code", "nccl", "no kernels", "no python", "no room", "not shared", "not writable", "same machine"}
+ERRORS = {
+    "all-reduce",
+    "code",
+    "nccl",
+    "no kernels",
+    "no python",
+    "no room",
+    "not shared",
+    "not writable",
+    "same machine",
+}
 ERRORS |= {"too few GPUs", "torch", "unreachable"}  # the others are warnings
 CASES = {
     "unreachable": (
@@ -102,7 +140,10 @@ CASES = {
         _host_with(probe=None, failed="No module named torch"),
         "must run this project's Python, got: No module",
     ),
-    "too few GPUs": (_probe_with(gpus=[GPU], matmul=[]), "must have a GPU for every slot, got slots=2 and 1 GPUs"),
+    "too few GPUs": (
+        _probe_with(gpus=[GPU], matmul=[]),
+        "must have a GPU for every slot, got slots=2 and 1 GPUs",
+    ),
     "too few cores": (_on_cpus(cores=1), "got 2 ranks on 1 cores"),
     "no kernels": (
         _gpu_with(has_kernels=False),
@@ -203,7 +244,9 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(("capability", "architectures", "expected"), KERNELS.values(), ids=list(KERNELS))
-def test_whether_torch_is_built_for_a_card(capability: tuple[int, int], architectures: list[str], expected: bool) -> None:
+def test_whether_torch_is_built_for_a_card(
+    capability: tuple[int, int], architectures: list[str], expected: bool
+) -> None:
     assert has_kernels(capability, architectures) is expected
 
 

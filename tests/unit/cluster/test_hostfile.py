@@ -25,11 +25,15 @@ def test_blank_lines_and_comments_do_not_matter() -> None:
 
 
 def test_the_example_is_good(repository_root: Path) -> None:
-    assert [host.name for host in read_hostfile(repository_root / "launch" / "hostfile.example")] == ["node-a", "node-b"]
+    assert [host.name for host in read_hostfile(repository_root / "launch" / "hostfile.example")] == [
+        "node-a",
+        "node-b",
+    ]
 
 
 BAD_LINES = {
-    "h;touch x slots=1": "F:1: must begin with a host name of letters, digits, '.', '-' and '_', got 'h;touch'.",
+    "h;touch x slots=1": "F:1: must begin with a host name of letters, digits, '.', '-' and '_', got "
+    "'h;touch'.",
     "$(reboot) slots=1": "got '$(reboot)'",
     "`id` slots=1": "got '`id`'",
     "-oProxyCommand=x slots=1": "got '-oProxyCommand=x'",
@@ -60,12 +64,15 @@ def test_every_bad_line_is_told_at_once() -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing\n\n"])
 def test_a_hostfile_names_a_host(text: str) -> None:
-    assert _problems(text) == ("F: must name at least one host, got none. Write lines such as `node-a slots=8`.",)
+    assert _problems(text) == (
+        "F: must name at least one host, got none. Write lines such as `node-a slots=8`.",
+    )
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"hosts: must be a readable text file, got .* Begin with a copy of launch/hostfile.example"
+        ConfigError,
+        match=r"hosts: must be a readable text file, got .* Begin with a copy of launch/hostfile.example",
     ):
         read_hostfile(tmp_path / "hosts")
 
@@ -80,20 +87,34 @@ FILTERS = {
 
 
 @pytest.mark.parametrize(("filters", "expected"), FILTERS.values(), ids=list(FILTERS))
-def test_filters_choose_in_the_order_of_the_file(filters: dict[str, str], expected: tuple[int, list[str]]) -> None:
+def test_filters_choose_in_the_order_of_the_file(
+    filters: dict[str, str], expected: tuple[int, list[str]]
+) -> None:
     chosen = select_hosts(HOSTS, **filters)
     assert (num_ranks(chosen), [host.name for host in chosen]) == expected
 
 
 BAD_FILTERS = {
     "both": ({"include": "node-a", "exclude": "node-a"}, "at most one of them may be given, got both"),
-    "unknown": ({"include": "node-b"}, "--include: must name hosts of the hostfile, got 'node-b'. Did you mean 'node-a'?"),
-    "metacharacters": ({"exclude": "node-a;id"}, "--exclude: must name hosts of the hostfile, got 'node-a;id'."),
+    "unknown": (
+        {"include": "node-b"},
+        "--include: must name hosts of the hostfile, got 'node-b'. Did you mean 'node-a'?",
+    ),
+    "metacharacters": (
+        {"exclude": "node-a;id"},
+        "--exclude: must name hosts of the hostfile, got 'node-a;id'.",
+    ),
     "unknown slot": ({"include": "node-a:4"}, "--include: slots of node-a must be of 0 to 3, got '4'."),
     "no number": ({"include": "node-a:x"}, "--include: slots of node-a must be of 0 to 3, got 'x'."),
     "empty slots": ({"include": "node-a:"}, "got ''."),
-    "twice": ({"include": "node-a:0@node-a:1"}, "must name every host once, got 'node-a' again. Join its slots by commas."),
-    "nothing left": ({"exclude": "node-a@10.0.0.2"}, "must leave at least one slot, got 'node-a@10.0.0.2', which leaves none."),
+    "twice": (
+        {"include": "node-a:0@node-a:1"},
+        "must name every host once, got 'node-a' again. Join its slots by commas.",
+    ),
+    "nothing left": (
+        {"exclude": "node-a@10.0.0.2"},
+        "must leave at least one slot, got 'node-a@10.0.0.2', which leaves none.",
+    ),
 }
 
 

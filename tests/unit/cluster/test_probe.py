@@ -17,10 +17,14 @@ from aiprod_ds.cluster.hostfile import Host
 from aiprod_ds.cluster.probe import nearest_folder, package_sha256, probe
 
 
-def test_a_probe_is_json_and_tells_versions_and_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_is_json_and_tells_versions_and_hardware(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
-    told = json.loads(json.dumps(probe(folder=str(tmp_path / "not" / "yet"), token=".doctor_x", measures=False)))
+    told = json.loads(
+        json.dumps(probe(folder=str(tmp_path / "not" / "yet"), token=".doctor_x", measures=False))
+    )
     assert told["versions"]["torch"] == torch.__version__
     assert {"python", "deepspeed"} <= told["versions"].keys()
     assert (told["is_cpu_run"], told["gpus"], told["reached_at"]) == (True, [], "10.0.0.1")
@@ -57,7 +61,9 @@ def test_files_of_other_hosts_that_are_not_seen_and_ranks_that_fail_are_told(
 @pytest.mark.slow
 def test_this_machine_is_examined_without_ssh(tmp_path: Path) -> None:
     host = Host(name="localhost", slots=(0, 1))
-    (found,) = Examiner(hosts=[host], ssh=None, environment={"DS_ACCELERATOR": "cpu"}, run_folder=tmp_path).examine(measures=True)
+    (found,) = Examiner(
+        hosts=[host], ssh=None, environment={"DS_ACCELERATOR": "cpu"}, run_folder=tmp_path
+    ).examine(measures=True)
     assert isinstance(found, Examined)
     assert found.probe is not None
     assert found.probe["matmul"][0]["flops_per_second"] > 0

@@ -25,8 +25,15 @@ CONFIG = "configs/video_vae/tiny.yaml"
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    root, names = logging.getLogger(), ("torch", "DeepSpeed", "deepspeed", "httpx", "huggingface_hub", "matplotlib", "PIL")
-    handlers, level, levels = root.handlers[:], root.level, {name: logging.getLogger(name).level for name in names}
+    root, names = (
+        logging.getLogger(),
+        ("torch", "DeepSpeed", "deepspeed", "httpx", "huggingface_hub", "matplotlib", "PIL"),
+    )
+    handlers, level, levels = (
+        root.handlers[:],
+        root.level,
+        {name: logging.getLogger(name).level for name in names},
+    )
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -46,7 +53,9 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _launch(tmp_path: Path, *options: str, hostfile: str = "node-a slots=1\nnode-b slots=1\n", env: str = "") -> list[str]:
+def _launch(
+    tmp_path: Path, *options: str, hostfile: str = "node-a slots=1\nnode-b slots=1\n", env: str = ""
+) -> list[str]:
     (tmp_path / "hosts").write_text(hostfile)
     (tmp_path / "env").write_text(env)
     files = ["--hostfile", str(tmp_path / "hosts"), "--env-file", str(tmp_path / "env")]
@@ -61,7 +70,11 @@ BAD_INPUT = {
     "line break": ({}, ["--set", "report.wandb.project=a\nb"], "arguments: must be text on one line"),
     "bind cores": ({}, ["--bind-cores"], "--bind-cores: has no effect through pdsh"),
     "node rank": ({}, ["--node-rank", "1"], "--node-rank: has no effect without --no-ssh"),
-    "node rank too high": ({}, ["--no-ssh", "--node-rank", "2"], "--node-rank: must be of 0 to 1, one for each host, got 2."),
+    "node rank too high": (
+        {},
+        ["--no-ssh", "--node-rank", "2"],
+        "--node-rank: must be of 0 to 1, one for each host, got 2.",
+    ),
     "node rank unknown": ({}, ["--no-ssh"], "--node-rank: must be given, because"),
     "address": ({}, ["--master-addr", "a;b"], "--master-addr: must be an address or a host name, got 'a;b'."),
     "ssh configuration": ({}, ["--ssh-config", "a b"], "--ssh-config: must be a path without blanks"),
@@ -71,16 +84,27 @@ BAD_INPUT = {
 @pytest.mark.usefixtures("in_repository_root")
 @pytest.mark.parametrize(("files", "options", "message"), BAD_INPUT.values(), ids=list(BAD_INPUT))
 def test_bad_input_starts_nothing(
-    files: dict[str, str], options: list[str], message: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: dict[str, str],
+    options: list[str],
+    message: str,
+    path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(_launch(tmp_path, *options, **files)) == BAD_CONFIGURATION
     assert message in capsys.readouterr().err
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bin", "env", "hosts"], "nothing was called or written"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bin", "env", "hosts"], (
+        "nothing was called or written"
+    )
 
 
 @pytest.mark.usefixtures("in_repository_root")
-def test_everything_wrong_is_told_at_once(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = _launch(tmp_path, "--set", "seeed=1", "--bind-cores", hostfile="a\nb slots=0\n", env="A=`x`\n")
+def test_everything_wrong_is_told_at_once(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _launch(
+        tmp_path, "--set", "seeed=1", "--bind-cores", hostfile="a\nb slots=0\n", env="A=`x`\n"
+    )
     assert main(arguments) == BAD_CONFIGURATION
     assert capsys.readouterr().err.count("error: ") == 5
 
@@ -99,7 +123,9 @@ def test_a_host_that_does_not_answer_is_told_and_nothing_is_started(
 
 
 @pytest.mark.usefixtures("in_repository_root")
-def test_a_dry_run_prints_the_command_of_this_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_command_of_this_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = _launch(tmp_path, "--no-ssh", "--node-rank", "0", "--dry-run")
     assert main(arguments) == 0
     told = capsys.readouterr().err
@@ -109,7 +135,9 @@ def test_a_dry_run_prints_the_command_of_this_host(tmp_path: Path, capsys: pytes
 
 @pytest.mark.usefixtures("path")
 def test_ssh_gets_quoted_commands_and_asks_no_questions(tmp_path: Path) -> None:
-    answers = ask_all(["a", "b"], Ssh(port=2222), lambda index: ["echo", f"$HOME {index}"], timeout_seconds=30)
+    answers = ask_all(
+        ["a", "b"], Ssh(port=2222), lambda index: ["echo", f"$HOME {index}"], timeout_seconds=30
+    )
     assert [(answer.host, answer.code) for answer in answers] == [("a", 1), ("b", 1)]
     calls = sorted((tmp_path / "called").read_text().splitlines())
     assert [call.rpartition("-p 2222 ")[2] for call in calls] == ["a echo '$HOME 0'", "b echo '$HOME 1'"]
@@ -144,7 +172,7 @@ import subprocess, sys
 rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)", "-m", "aiprod_ds", "rank_of_test"])
 print(rank.pid, flush=True)
 sys.exit(3)
-"""
+"""  # noqa: E501
 
 
 def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
@@ -170,13 +198,15 @@ SUPERVISING = """\
 import os, sys
 from aiprod_ds.cluster.supervise import Supervisor
 sys.exit(Supervisor(pattern="[-]m aiprod_ds rank_of_stop_test").run([sys.executable, sys.argv[1]], os.environ))
-"""
+"""  # noqa: E501
 
 
 def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Path) -> None:
     script = tmp_path / "launcher.py"
     script.write_text(STOPPING)
-    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISING, str(script)], stdout=subprocess.PIPE, text=True)
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISING, str(script)], stdout=subprocess.PIPE, text=True
+    )
     assert supervisor.stdout is not None
     with supervisor.stdout as output:
         assert output.readline() == "ready\n"
@@ -203,12 +233,17 @@ def _job(tmp_path: Path, path: Path, code: int) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize(("code", "is_queued_again"), [(0, False), (75, True), (1, False)])
-def test_a_slurm_job_starts_one_launcher_a_node(code: int, is_queued_again: bool, path: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_starts_one_launcher_a_node(
+    code: int, is_queued_again: bool, path: Path, tmp_path: Path
+) -> None:
     done = _job(tmp_path, path, code)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "slurm-123456.hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
     calls = (tmp_path / "called").read_text().splitlines()
     assert calls[0] == "scontrol show hostnames n[1-2]"
-    start = "srun --ntasks-per-node=1 --kill-on-bad-exit=1 launch/train.sh c.yaml run --hostfile slurm-123456.hostfile --no-ssh"
+    start = (
+        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 launch/train.sh c.yaml run --hostfile "
+        "slurm-123456.hostfile --no-ssh"
+    )
     assert calls[1] == f"{start} --master-port 23456 --set a=b c"
     assert calls[2:] == (["scontrol requeue 123456"] if is_queued_again else [])

@@ -16,8 +16,17 @@ SECONDS = {"duration": {"seconds": 1.5}}
 
 
 def values(*phases: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    full = [{"name": f"p{n}", "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, **p} for n, p in enumerate(phases)]
-    return {"output_dir": "o", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": {"phases": full}, **sections}
+    full = [
+        {"name": f"p{n}", "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, **p}
+        for n, p in enumerate(phases)
+    ]
+    return {
+        "output_dir": "o",
+        "model": {"source": "M"},
+        "data": {"train": "s"},
+        "curriculum": {"phases": full},
+        **sections,
+    }
 
 
 def problems(given: dict[str, Any]) -> list[str]:

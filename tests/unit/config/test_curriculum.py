@@ -6,11 +6,24 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from aiprod_ds.config.curriculum import CurriculumAdapterConfig, CurriculumConfig, PhaseConfig, default_phases, expand_preset
+from aiprod_ds.config.curriculum import (
+    CurriculumAdapterConfig,
+    CurriculumConfig,
+    PhaseConfig,
+    default_phases,
+    expand_preset,
+)
 
 SHAPE = {"resolution": "64x64", "duration": {"frames": 9}}
 BUCKETS = [{**SHAPE, "share": 0.25}, {**SHAPE, "share": 0.75}]
-PHASE = {"name": "a", **SHAPE, "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, "warmup_updates": 2}
+PHASE = {
+    "name": "a",
+    **SHAPE,
+    "global_batch_size": 4,
+    "updates": 10,
+    "learning_rate": 1e-3,
+    "warmup_updates": 2,
+}
 PLATEAU = {"patience_updates": 3}
 
 
@@ -35,7 +48,12 @@ def bucketed(buckets: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         phase(updates=..., epochs=3, max_updates=30, min_updates=3),
         phase(updates=..., plateau=PLATEAU, max_updates=30),
         phase(epochs=3, plateau=PLATEAU),
-        phase(loss={"kl_weight": 0.1}, augment={"random_flip": False}, activation_checkpointing=True, weight_decay=0.0),
+        phase(
+            loss={"kl_weight": 0.1},
+            augment={"random_flip": False},
+            activation_checkpointing=True,
+            weight_decay=0.0,
+        ),
         phase(moments="decay", moment_decay=0.5),
         phase(resolution={"height": 32, "width": 64}),
     ],
@@ -72,7 +90,9 @@ def test_valid_phases_are_taken(values: dict[str, Any]) -> None:
 def test_broken_phases_say_so(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         PhaseConfig.model_validate(values)
-    assert message in [line for error in caught.value.errors() for line in str(error["ctx"]["error"]).splitlines()]
+    assert message in [
+        line for error in caught.value.errors() for line in str(error["ctx"]["error"]).splitlines()
+    ]
 
 
 def test_all_rules_of_a_phase_are_reported_together() -> None:

@@ -1,4 +1,5 @@
-"""Strict reading of DeepSpeed settings: every shipped file, one pass and one fail for every rule, and the merge with the YAML."""
+"""Strict reading of DeepSpeed settings: every shipped file, one pass and one fail for every rule, and the
+merge with the YAML."""
 
 from __future__ import annotations
 
@@ -40,13 +41,17 @@ def test_defaults_are_fp32_at_stage_0() -> None:
 
 
 def test_the_fp16_section_is_typed() -> None:
-    settings = parse_deepspeed_settings(ZERO_1 | {"fp16": {"enabled": True, "initial_scale_power": 12}}, "ds.json")
+    settings = parse_deepspeed_settings(
+        ZERO_1 | {"fp16": {"enabled": True, "initial_scale_power": 12}}, "ds.json"
+    )
     assert settings.loss_scale is not None
     assert (settings.loss_scale.initial_scale_power, settings.loss_scale.hysteresis) == (12, 2)
 
 
 def test_bucket_sizes_may_be_written_as_powers_of_ten() -> None:
-    settings = parse_deepspeed_settings({"zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8}}, "ds.json")
+    settings = parse_deepspeed_settings(
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8}}, "ds.json"
+    )
     bucket = settings.dictionary["zero_optimization"]["reduce_bucket_size"]
     assert bucket == 500_000_000
     assert isinstance(bucket, int)
@@ -67,19 +72,46 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: must be one of 0, 1, 2, 3, got 4."),
     ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: must be one of"),
     ({"zero_optimization": 2}, "zero_optimization: must be an object, got 2."),
-    ({"zero_optimization": {"stage": 1, "reduce_bucket_size": 0.5}}, "must be a whole number of at least 1, got 0.5."),
+    (
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": 0.5}},
+        "must be a whole number of at least 1, got 0.5.",
+    ),
     ({"zero_optimization": {"stage": 1, "reduce_bucket_size": float("inf")}}, "must be a whole number"),
     ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "must be a whole number"),
-    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients: must be false"),
-    ({"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1}}, "has no effect below stage 3, got stage 2."),
-    ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "has no effect below stage 1, got stage 0."),
-    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "must be one of 'cpu', 'none', got 'nvme'."),
+    (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        "round_robin_gradients: must be false",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1}},
+        "has no effect below stage 3, got stage 2.",
+    ),
+    (
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+        "has no effect below stage 1, got stage 0.",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+        "must be one of 'cpu', 'none', got 'nvme'.",
+    ),
     ({"fp16": {"enabled": True}}, "must be at least 1 with fp16, got 0"),
-    (ZERO_1 | {"fp16": {"enabled": True, "min_loss_scale": 0.25}}, "fp16.min_loss_scale: must be a whole number of at least 1"),
-    (ZERO_1 | {"fp16": {"enabled": True, "loss_scale": -1}}, "fp16.loss_scale: must be 0 (dynamic) or a positive number"),
-    (ZERO_1 | {"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled: must not be true together"),
+    (
+        ZERO_1 | {"fp16": {"enabled": True, "min_loss_scale": 0.25}},
+        "fp16.min_loss_scale: must be a whole number of at least 1",
+    ),
+    (
+        ZERO_1 | {"fp16": {"enabled": True, "loss_scale": -1}},
+        "fp16.loss_scale: must be 0 (dynamic) or a positive number",
+    ),
+    (
+        ZERO_1 | {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+        "fp16.enabled: must not be true together",
+    ),
     ({"bf16": {"enabled": "true"}}, "bf16.enabled: must be true or false, got 'true'."),
-    ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "must equal the precision bf16 at ZeRO stage 0"),
+    (
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        "must equal the precision bf16 at ZeRO stage 0",
+    ),
     (
         ZERO_1 | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
         "must not be fp32 with bf16 at ZeRO stage 1",
@@ -88,8 +120,14 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"activation_checkpointing": {"enabled": True, "cpu_checkpointing": True}},
         "activation_checkpointing.cpu_checkpointing: unknown",
     ),
-    ({"communication_data_type": "int8"}, "communication_data_type: must be one of 'fp32', 'bf16', 'fp16', got 'int8'."),
-    ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": "Block"}}}, "leaf_module.classes: must be a list of names"),
+    (
+        {"communication_data_type": "int8"},
+        "communication_data_type: must be one of 'fp32', 'bf16', 'fp16', got 'int8'.",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "leaf_module": {"classes": "Block"}}},
+        "leaf_module.classes: must be a list of names",
+    ),
 ]
 
 
@@ -101,7 +139,10 @@ def test_a_broken_rule_is_named(values: dict[str, Any], problem: str) -> None:
 
 
 def test_all_problems_come_at_once() -> None:
-    assert len(_problems({"train_batch_size": 8, "nonsense": 1, "zero_optimization": {"stage": 9, "more": 1}})) == 4
+    assert (
+        len(_problems({"train_batch_size": 8, "nonsense": 1, "zero_optimization": {"stage": 9, "more": 1}}))
+        == 4
+    )
 
 
 def test_a_duplicate_key_in_a_file_is_refused(tmp_path: Path) -> None:
@@ -111,7 +152,9 @@ def test_a_duplicate_key_in_a_file_is_refused(tmp_path: Path) -> None:
         parse_deepspeed_settings(path, "ds.json")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "must be JSON"), ("[]", "must be a JSON object, got list")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "must be JSON"), ("[]", "must be a JSON object, got list")]
+)
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text, encoding="utf-8")
@@ -126,7 +169,9 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_merge_solves_the_batch_and_drops_what_the_trainer_applies() -> None:
     settings = parse_deepspeed_settings(ZERO_1 | {"activation_checkpointing": {"enabled": True}}, "ds.json")
-    merged = deepspeed_dictionary(settings, micro_batch_size=3, accumulation=4, world_size=2, gradient_clip_norm=0.5)
+    merged = deepspeed_dictionary(
+        settings, micro_batch_size=3, accumulation=4, world_size=2, gradient_clip_norm=0.5
+    )
     assert merged == {
         "zero_optimization": {"stage": 1},
         "train_batch_size": 24,
@@ -139,7 +184,9 @@ def test_the_merge_solves_the_batch_and_drops_what_the_trainer_applies() -> None
 
 def test_no_clipping_is_deepspeeds_zero_and_the_settings_are_not_shared() -> None:
     settings = parse_deepspeed_settings(ZERO_1, "ds.json")
-    merged = deepspeed_dictionary(settings, micro_batch_size=1, accumulation=1, world_size=1, gradient_clip_norm=None)
+    merged = deepspeed_dictionary(
+        settings, micro_batch_size=1, accumulation=1, world_size=1, gradient_clip_norm=None
+    )
     merged["zero_optimization"]["stage"] = 3
     assert merged["gradient_clipping"] == 0.0
     assert settings.dictionary["zero_optimization"] == {"stage": 1}

@@ -17,7 +17,10 @@ SHAPE = {"resolution": "64x64", "duration": {"frames": 9}}
 
 
 def values(*phases: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    full = [{"name": f"p{n}", "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, **p} for n, p in enumerate(phases)]
+    full = [
+        {"name": f"p{n}", "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, **p}
+        for n, p in enumerate(phases)
+    ]
     return {
         "output_dir": "o",
         "model": {"source": "M"},

@@ -1,4 +1,5 @@
-"""Configurations of encoding: every problem at once, what options replace, and that the shipped and documented ones load."""
+"""Configurations of encoding: every problem at once, what options replace, and that the shipped and
+documented ones load."""
 
 from __future__ import annotations
 
@@ -17,9 +18,16 @@ _SHIPPED = sorted((_ROOT / "configs" / "encode").glob("*.yaml"))
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("data: {media: m}\nvideo: {model: {source: M}}\n", ["shapes: either these or curriculum must be given, got neither"]),
         (
-            "data: {mdia: m}\nvideo: {model: {source: M}, tiling: {tile: 64x64, overlap: 64}}\ncurriculum: c.yaml\n",
+            "data: {media: m}\nvideo: {model: {source: M}}\n",
+            ["shapes: either these or curriculum must be given, got neither"],
+        ),
+        (
+            (
+                "data: {mdia: m}\nvideo: {model: {source: M}, tiling: {tile: 64x64, overlap: "
+                "64}}\ncurriculum: "
+                "c.yaml\n"
+            ),
             [
                 "data.media: must be given",
                 "data.mdia: is not a known key, got 'm'. Did you mean 'media'?",
@@ -27,15 +35,28 @@ _SHIPPED = sorted((_ROOT / "configs" / "encode").glob("*.yaml"))
             ],
         ),
         (
-            "data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c\ntext: {config: {d_model: 8}, pretrained: p}\n",
-            ["text.pretrained: either this or config must be given, got both", "text.source: must be given with config"],
+            (
+                "data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c\ntext: {config: {d_model: 8}, "
+                "pretrained: p}\n"
+            ),
+            [
+                "text.pretrained: either this or config must be given, got both",
+                "text.source: must be given with config",
+            ],
         ),
         (
-            "data: {media: m}\nvideo: {model: {source: M}}\nshapes: [{resolution: 8x8, duration: {seconds: 1.0}}]\n",
+            (
+                "data: {media: m}\nvideo: {model: {source: M}}\nshapes: [{resolution: 8x8, duration: "
+                "{seconds: "
+                "1.0}}]\n"
+            ),
             ["shapes[0].duration.seconds: needs frame_rate_hz, got none"],
         ),
         (
-            "data: {media: m, held_out: true}\nvideo: {model: {source: M}}\nshapes: [{resolution: 8x8, duration: {frames: 1}}]\n",
+            (
+                "data: {media: m, held_out: true}\nvideo: {model: {source: M}}\nshapes: [{resolution: 8x8, "
+                "duration: {frames: 1}}]\n"
+            ),
             ["data.held_out: has no effect without curriculum, got true"],
         ),
     ],
@@ -46,22 +67,38 @@ def test_a_wrong_configuration_names_every_problem(tmp_path: Path, text: str, me
         load_encode_config(tmp_path / "e.yaml")
     assert len(caught.value.problems) == len(messages)
     for message in messages:
-        assert any(f"e.yaml: {message}" in problem for problem in caught.value.problems), caught.value.problems
+        assert any(f"e.yaml: {message}" in problem for problem in caught.value.problems), (
+            caught.value.problems
+        )
 
 
 def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c.yaml\n")
-    config = load_encode_config(tmp_path / "e.yaml", ["data.num_workers=7", "video.precision=fp32"], "elsewhere")
-    assert (config.data.num_workers, config.video.precision, config.data.output_dir) == (7, "fp32", "elsewhere")
+    config = load_encode_config(
+        tmp_path / "e.yaml", ["data.num_workers=7", "video.precision=fp32"], "elsewhere"
+    )
+    assert (config.data.num_workers, config.video.precision, config.data.output_dir) == (
+        7,
+        "fp32",
+        "elsewhere",
+    )
 
 
 def test_options_and_files_are_judged_together(tmp_path: Path) -> None:
-    (tmp_path / "e.yaml").write_text("data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c.yaml\nsede: 1\n")
+    (tmp_path / "e.yaml").write_text(
+        "data: {media: m}\nvideo: {model: {source: M}}\ncurriculum: c.yaml\nsede: 1\n"
+    )
     with pytest.raises(ConfigError) as caught:
-        load_encode_config(tmp_path / "e.yaml", ["data.num_workers", "data.num_workers=-1", "shapes[2].duration=1"])
+        load_encode_config(
+            tmp_path / "e.yaml", ["data.num_workers", "data.num_workers=-1", "shapes[2].duration=1"]
+        )
     start, *others = caught.value.problems
     assert start.startswith("--set data.num_workers: must be of the form path.to.key[index]=value")
-    assert [problem.split(": ")[1] for problem in others] == ["shapes[2].duration", "data.num_workers", "sede"]
+    assert [problem.split(": ")[1] for problem in others] == [
+        "shapes[2].duration",
+        "data.num_workers",
+        "sede",
+    ]
     assert "shapes must be a list to take [2], got nothing" in others[0]
 
 
@@ -76,7 +113,9 @@ def test_of_a_curriculum_only_its_section_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_curriculum(path)
     assert all(problem.startswith(f"{path}: curriculum.phases[0]") for problem in caught.value.problems)
-    assert any("curriculum.phases[0].updates: must be >= 1, got 0" in problem for problem in caught.value.problems)
+    assert any(
+        "curriculum.phases[0].updates: must be >= 1, got 0" in problem for problem in caught.value.problems
+    )
 
 
 @pytest.mark.parametrize("path", _SHIPPED, ids=lambda path: path.name)

@@ -7,7 +7,13 @@ import pytest
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
 from aiprod_ds.config.video_vae import VAETrainerConfig
 
-PHASE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3}
+PHASE = {
+    "resolution": "64x64",
+    "duration": {"frames": 9},
+    "global_batch_size": 4,
+    "updates": 10,
+    "learning_rate": 1e-3,
+}
 VALUES: dict[str, Any] = {
     "output_dir": "out",
     "model": {"source": "M"},
@@ -65,7 +71,9 @@ def test_what_changes_the_weights_changes_the_fingerprint(path: str, value: Any)
 
 def test_phases_are_hashed_one_by_one() -> None:
     before = phase_fingerprints(config())
-    after = phase_fingerprints(config("curriculum.phases", [{"name": "a", **PHASE}, {"name": "b", **PHASE, "updates": 11}]))
+    after = phase_fingerprints(
+        config("curriculum.phases", [{"name": "a", **PHASE}, {"name": "b", **PHASE, "updates": 11}])
+    )
     assert before[0] == after[0]
     assert before[1] != after[1]
     assert len(before[0]) == 64

@@ -59,14 +59,18 @@ def test_loads_numbers_sizes_and_defaults(folder: Path) -> None:
 
 def test_resolved_yaml_loads_back_equal(folder: Path) -> None:
     config = load(
-        "base: base.yaml\ndata: {validation: held_out}\nreport: {wandb: {mode: off, name: 1e-4}}\n".replace("1e-4", "'1e-4'")
+        "base: base.yaml\ndata: {validation: held_out}\nreport: {wandb: {mode: off, name: 1e-4}}\n".replace(
+            "1e-4", "'1e-4'"
+        )
     )
     assert load(to_yaml(config)) == config
 
 
 def test_base_merges_mappings_replaces_lists_and_clears_with_an_empty_mapping(folder: Path) -> None:
     (folder / "sub").mkdir()
-    (folder / "sub" / "mid.yaml").write_text("base: ../base.yaml\nmodel: {config: {block_out_channels: [4]}}\nseed: 3\n")
+    (folder / "sub" / "mid.yaml").write_text(
+        "base: ../base.yaml\nmodel: {config: {block_out_channels: [4]}}\nseed: 3\n"
+    )
     config = load("base: sub/mid.yaml\noptimizer: {weight_decay: 0.5}\n")
     assert config.model.config == {"latent_channels": 8, "block_out_channels": [4]}
     assert (config.seed, config.optimizer.weight_decay, config.optimizer.epsilon) == (3, 0.5, 1e-8)
@@ -169,7 +173,9 @@ curriculum:
         ("base: base.yaml", "optimizer.betas=[0.9]", "--set: optimizer.betas[1]: must be given, got nothing. Add it to the list."),
     ],
 )  # fmt: skip
-def test_one_broken_thing_gives_one_message(folder: Path, text: str, override: str | None, message: str) -> None:
+def test_one_broken_thing_gives_one_message(
+    folder: Path, text: str, override: str | None, message: str
+) -> None:
     assert problems(text, *([override] if override else [])) == [message]
 
 
@@ -224,7 +230,9 @@ def test_junk_anywhere_is_refused_in_the_house_form_or_taken(folder: Path, data:
         target = values
         for step in path[:-1]:
             target = target[step]
-        target[path[-1] if data.draw(st.booleans()) or isinstance(target, list) else "junk"] = data.draw(_junk)
+        target[path[-1] if data.draw(st.booleans()) or isinstance(target, list) else "junk"] = data.draw(
+            _junk
+        )
     try:
         config = load(write_yaml(values))
     except ConfigError as error:
@@ -239,12 +247,16 @@ def test_junk_anywhere_is_refused_in_the_house_form_or_taken(folder: Path, data:
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "[1, {deep: .inf}]"])
 @pytest.mark.parametrize("key", ["model.config.latent_channels", "engine.deepspeed_config.bf16"])
-def test_free_mappings_hold_finite_numbers_because_json_has_no_others(folder: Path, key: str, value: str) -> None:
+def test_free_mappings_hold_finite_numbers_because_json_has_no_others(
+    folder: Path, key: str, value: str
+) -> None:
     text = BASE if key.startswith("model") else BASE + "engine: {deepspeed_config: {}}\n"
     with pytest.raises(ConfigError) as caught:
         load(text, f"{key}={value}")
     where = key.rpartition(".")[0]
-    assert any(f"{where}: must hold finite numbers only, got " in problem for problem in caught.value.problems)
+    assert any(
+        f"{where}: must hold finite numbers only, got " in problem for problem in caught.value.problems
+    )
 
 
 @pytest.mark.parametrize(

@@ -51,14 +51,25 @@ REFUSED = [
     ("a: 1\nb: 2\na: 3\n", "f: line 3: a: must be given once, got it on line 1 too. Remove one of the two."),
     ("x: {a: 1, a: 2}\n", "f: line 1: a: must be given once, got it on line 1 too. Remove one of the two."),
     ("a: 017\n", "f: line 1: an integer must not start with 0, got 017. Drop the zero, or quote it as text."),
-    ("a: 0o17\n", "f: line 1: an integer must not start with 0, got 0o17. Drop the zero, or quote it as text."),
+    (
+        "a: 0o17\n",
+        "f: line 1: an integer must not start with 0, got 0o17. Drop the zero, or quote it as text.",
+    ),
     (
         "a: &x 1\nb: *x\n",
-        "f: line 1, column 4: must be well-formed YAML, got: anchors and aliases are not read; use `base:`. Correct the line.",
+        (
+            "f: line 1, column 4: must be well-formed YAML, got: anchors and aliases are not read; use "
+            "`base:`. "
+            "Correct the line."
+        ),
     ),
     (
         "a: !!python/object:os.system 1\n",
-        "f: line 1: must be a plain value, got the tag 'tag:yaml.org,2002:python/object:os.system'. Remove the tag.",
+        (
+            "f: line 1: must be a plain value, got the tag 'tag:yaml.org,2002:python/object:os.system'. "
+            "Remove "
+            "the tag."
+        ),
     ),
     ("a: !!int x\n", "f: line 1: must be a readable int, got 'x'. Correct the value."),
     ("1: a\n", "f: line 1: a key must be text, got '1'. Quote it."),
@@ -66,15 +77,26 @@ REFUSED = [
     ("a:\n\tb: 1\n", "f: line 2, column 1: must be indented with spaces, got a tab. Replace the tab."),
     (
         "a: 1\n---\nb: 1\n",
-        "f: line 2, column 1: must hold one YAML document, got a second one. Remove the `---` and what follows.",
+        (
+            "f: line 2, column 1: must hold one YAML document, got a second one. Remove the `---` and what "
+            "follows."
+        ),
     ),
     (
         "a: [1\n",
-        "f: line 2, column 1: must be well-formed YAML, got: expected ',' or ']', but got '<stream end>'. Correct the line.",
+        (
+            "f: line 2, column 1: must be well-formed YAML, got: expected ',' or ']', but got '<stream "
+            "end>'. "
+            "Correct the line."
+        ),
     ),
     (
         "a: b\n c: d\n",
-        "f: line 2, column 3: must be well-formed YAML, got: mapping values are not allowed here. Correct the line.",
+        (
+            "f: line 2, column 3: must be well-formed YAML, got: mapping values are not allowed here. "
+            "Correct "
+            "the line."
+        ),
     ),
     ("a: 1\nb: \x07\n", "f: line 2: must be text, got the character '\\x07'. Remove it."),
 ]
@@ -94,7 +116,9 @@ def test_every_duplicate_is_reported_at_once() -> None:
 
 
 def test_not_utf8_names_the_line() -> None:
-    with pytest.raises(ConfigError, match=r"f: line 2: must be UTF-8, got byte 0xff\. Save the file as UTF-8\."):
+    with pytest.raises(
+        ConfigError, match=r"f: line 2: must be UTF-8, got byte 0xff\. Save the file as UTF-8\."
+    ):
         read_yaml(b"a: 1\nb: \xff\n", "f")
 
 
@@ -119,7 +143,10 @@ _plain = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False)
     | st.text(st.characters(codec="utf-8", exclude_categories=["C"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -130,7 +157,9 @@ def test_what_is_written_reads_back_equal(value: object) -> None:
     assert read_yaml(write_yaml({"key": value}).encode(), "f") == {"key": value}
 
 
-@pytest.mark.parametrize("text", ["1e-4", "on", "017", "0x10", "1_000", "null", "true", "1.5", "", "~", "- a", "a: b", "0o7"])
+@pytest.mark.parametrize(
+    "text", ["1e-4", "on", "017", "0x10", "1_000", "null", "true", "1.5", "", "~", "- a", "a: b", "0o7"]
+)
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     assert read_yaml(write_yaml({"key": text}).encode(), "f") == {"key": text}
 

@@ -1,4 +1,5 @@
-"""Folders of pickles from someone else: refused before anything is opened, and harmless where they are opened."""
+"""Folders of pickles from someone else: refused before anything is opened, and harmless where they are
+opened."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def bomb(tmp_path: Path) -> tuple[Callable[[Path], None], Path]:
     return write, mark
 
 
-def test_the_bomb_goes_off_where_nothing_restrains_it(tmp_path: Path, bomb: tuple[Callable[[Path], None], Path]) -> None:
+def test_the_bomb_goes_off_where_nothing_restrains_it(
+    tmp_path: Path, bomb: tuple[Callable[[Path], None], Path]
+) -> None:
     write, mark = bomb
     write(tmp_path / "x.pt")
     torch.load(tmp_path / "x.pt", weights_only=False)
@@ -82,7 +85,9 @@ def test_a_pickle_bomb_is_refused_and_does_nothing(
 
 def test_no_class_beside_tensors_and_deepspeeds_own_is_made(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": Path("x")}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"x\.pt: must hold tensors and nothing else that is loaded, got: .*pathlib"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt: must hold tensors and nothing else that is loaded, got: .*pathlib"
+    ):
         load_saved(tmp_path / "x.pt")
     torch.save([torch.ones(2)], tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="must hold a dictionary, got list"):
@@ -98,9 +103,14 @@ def test_untrusted_folders_are_refused_before_anything_is_opened(
         write(path)
         path.chmod(0)  # to open one would be another error, unless the tests run as root
     before = [path.stat().st_atime_ns for path in files]
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of DeepSpeed, whose files are pickles.*give --trust-checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"is a checkpoint of DeepSpeed, whose files are pickles.*give --trust-checkpoint",
+    ):
         DeepSpeedFolder(tmp_path, is_trusted=False)
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of torch\.distributed\.checkpoint, whose files are pickles"):
+    with pytest.raises(
+        CheckpointError, match=r"is a checkpoint of torch\.distributed\.checkpoint, whose files are pickles"
+    ):
         DistributedFolder(tmp_path, is_trusted=False)
     assert [path.stat().st_atime_ns for path in files] == before
     assert not mark.exists()
@@ -122,7 +132,9 @@ def test_latest_cannot_lead_out(tmp_path: Path, tag: str) -> None:
 def distributed(tmp_path: Path) -> Path:
     """A checkpoint of two tensors, one of which is nested."""
     folder = tmp_path / "dcp"
-    checkpoint.save({"model": {"a": torch.arange(6.0)}, "b": torch.ones(2, 2)}, checkpoint_id=str(folder), no_dist=True)
+    checkpoint.save(
+        {"model": {"a": torch.arange(6.0)}, "b": torch.ones(2, 2)}, checkpoint_id=str(folder), no_dist=True
+    )
     return folder
 
 
@@ -139,7 +151,10 @@ def _first(metadata: Any) -> Any:
 def test_a_checkpoint_saved_by_one_process_is_read(distributed: Path) -> None:
     source = DistributedFolder(distributed, is_trusted=True)
     assert source.top_level == ("model",)
-    assert {name: value.tolist() for name, value in source.items()} == {"model.a": [*range(6)], "b": [[1, 1], [1, 1]]}
+    assert {name: value.tolist() for name, value in source.items()} == {
+        "model.a": [*range(6)],
+        "b": [[1, 1], [1, 1]],
+    }
 
 
 def _without_storage(metadata: Any) -> None:
@@ -147,12 +162,18 @@ def _without_storage(metadata: Any) -> None:
 
 
 METADATA_DEFECTS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "a file outside": (lambda metadata: setattr(_first(metadata), "relative_path", "../x"), r"got the file '\.\./x'"),
+    "a file outside": (
+        lambda metadata: setattr(_first(metadata), "relative_path", "../x"),
+        r"got the file '\.\./x'",
+    ),
     "an absolute file": (
         lambda metadata: setattr(_first(metadata), "relative_path", "/etc/passwd"),
         "got the file '/etc/passwd'",
     ),
-    "compressed": (lambda metadata: setattr(_first(metadata), "transform_descriptors", ["zstd"]), "transformed by"),
+    "compressed": (
+        lambda metadata: setattr(_first(metadata), "transform_descriptors", ["zstd"]),
+        "transformed by",
+    ),
     "a chunk is missing": (_without_storage, "b must have all its chunks"),
     "a chunk outside": (
         lambda metadata: setattr(metadata.state_dict_metadata["b"].chunks[0], "sizes", torch.Size([3, 2])),
@@ -184,7 +205,9 @@ def test_a_chunk_of_another_kind_is_refused(distributed: Path) -> None:
         dict(DistributedFolder(distributed, is_trusted=True))
 
 
-def test_a_bomb_inside_a_chunk_does_nothing(distributed: Path, bomb: tuple[Callable[[Path], None], Path]) -> None:
+def test_a_bomb_inside_a_chunk_does_nothing(
+    distributed: Path, bomb: tuple[Callable[[Path], None], Path]
+) -> None:
     _, mark = bomb
     blob = io.BytesIO()
     torch.save(_Bomb(mark), blob)

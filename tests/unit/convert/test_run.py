@@ -1,4 +1,5 @@
-"""`aiprod-ds convert` and `inspect` on real runs and tiny models; oracles are the run's own export, diffusers and the source."""
+"""`aiprod-ds convert` and `inspect` on real runs and tiny models; oracles are the run's own export, diffusers
+and the source."""
 
 from __future__ import annotations
 
@@ -39,8 +40,15 @@ each_family = pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family
 def _train(folder: Path, family: type[Family], stride: int, **sections: Any) -> Path:
     generator = torch.Generator().manual_seed(0)
     shapes = {"latents": (4, 2, 4, 4), "prompt_embeds": (3, 16)}
-    clips = [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(8)]
-    phase = {"name": "only", "resolution": f"{4 * stride}x{4 * stride}", "duration": {"frames": 9}, "updates": 2}
+    clips = [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(8)
+    ]
+    phase = {
+        "name": "only",
+        "resolution": f"{4 * stride}x{4 * stride}",
+        "duration": {"frames": 9},
+        "updates": 2,
+    }
     config = DiffusionTrainerConfig.model_validate(
         {
             "output_dir": str(folder),
@@ -86,7 +94,9 @@ def _convert(*arguments: object) -> int:
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], value) for name, value in second.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], value) for name, value in second.items()
+    )
 
 
 def _folder(family: type[Family], folder: Path, *, seed: int = 0) -> Path:
@@ -96,14 +106,19 @@ def _folder(family: type[Family], folder: Path, *, seed: int = 0) -> Path:
 
 
 def _loaded(family: type[Family], folder: Path) -> dict[str, Tensor]:
-    model, info = getattr(diffusers, family.transformer_class).from_pretrained(folder, output_loading_info=True)
+    model, info = getattr(diffusers, family.transformer_class).from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info.values())
     state: dict[str, Tensor] = model.state_dict()
     return state
 
 
-def test_a_run_becomes_what_it_exported(full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The export of a run with `ema` is the average, gathered from the live engine; here it comes from the files."""
+def test_a_run_becomes_what_it_exported(
+    full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export of a run with `ema` is the average, gathered from the live engine; here it comes from the
+    files."""
     assert _convert(full_run, tmp_path / "average", "--ema", "--verify") == DONE
     shown = capsys.readouterr().out
     assert "update 2 (update_000002), average" in shown
@@ -113,13 +128,30 @@ def test_a_run_becomes_what_it_exported(full_run: Path, tmp_path: Path, capsys: 
     assert _convert(full_run, tmp_path / "last") == DONE
     last = load_file(tmp_path / "last" / WEIGHTS)
     assert not _same(last, load_file(full_run / "export" / WEIGHTS))
-    assert json.loads((tmp_path / "last" / "config.json").read_text())["_class_name"] == "LTXVideoTransformer3DModel"
+    assert (
+        json.loads((tmp_path / "last" / "config.json").read_text())["_class_name"]
+        == "LTXVideoTransformer3DModel"
+    )
     assert _convert(full_run / "checkpoints" / "update_000001", tmp_path / "first") == DONE
-    assert _convert(full_run, tmp_path / "named", "--checkpoint", "update_000001", "--dtype", "bf16", "--shard-gb", 1e-5) == DONE
+    assert (
+        _convert(
+            full_run,
+            tmp_path / "named",
+            "--checkpoint",
+            "update_000001",
+            "--dtype",
+            "bf16",
+            "--shard-gb",
+            1e-5,
+        )
+        == DONE
+    )
     first = load_file(tmp_path / "first" / WEIGHTS)
     assert not _same(first, last)
     assert len(list((tmp_path / "named").glob("*.safetensors"))) > 2
-    rounded = diffusers.LTXVideoTransformer3DModel.from_pretrained(tmp_path / "named", torch_dtype=torch.bfloat16).state_dict()
+    rounded = diffusers.LTXVideoTransformer3DModel.from_pretrained(
+        tmp_path / "named", torch_dtype=torch.bfloat16
+    ).state_dict()
     assert _same(rounded, {name: value.bfloat16() for name, value in first.items()})
 
 
@@ -138,7 +170,12 @@ def test_adapters_of_a_run_become_what_it_exported(lora_run: Path, tmp_path: Pat
     assert _same(load_file(tmp_path / "peft" / weights), load_file(export / "peft" / weights))
     assert _convert(lora_run, tmp_path / "comfyui.safetensors", "--to", "comfyui", "--verify") == DONE
     assert _same(load_file(tmp_path / "comfyui.safetensors"), load_file(export / "comfyui.safetensors"))
-    assert _convert(lora_run, tmp_path / "lora.safetensors", "--to", "diffusers-lora", "--dtype", "bf16", "--verify") == DONE
+    assert (
+        _convert(
+            lora_run, tmp_path / "lora.safetensors", "--to", "diffusers-lora", "--dtype", "bf16", "--verify"
+        )
+        == DONE
+    )
 
 
 def test_adapters_of_a_run_are_merged_as_those_of_a_file(
@@ -173,7 +210,9 @@ def test_a_checkpoint_that_holds_its_base_needs_nothing_else(tmp_path: Path) -> 
 
     start: Any = build_model(base.model, seed=base.seed)
     start.save_pretrained(tmp_path / "start")
-    assert _convert(run / "export", tmp_path / "again", "--base", tmp_path / "start", "--config", config) == DONE
+    assert (
+        _convert(run / "export", tmp_path / "again", "--base", tmp_path / "start", "--config", config) == DONE
+    )
     assert _same(_loaded(Wan, tmp_path / "merged"), _loaded(Wan, tmp_path / "again"))
 
 
@@ -184,7 +223,9 @@ def test_a_single_file_and_back_is_the_same_to_the_bit(family_type: type[Family]
     back = tmp_path / "back"
     assert _convert(tmp_path / "x.safetensors", back, "--config", source, "--verify") == DONE
     assert _same(_loaded(family_type, back), _loaded(family_type, source))
-    loader = getattr(diffusers, family_type.transformer_class)  # diffusers' own reader, with the folder's configuration
+    loader = getattr(
+        diffusers, family_type.transformer_class
+    )  # diffusers' own reader, with the folder's configuration
     single = loader.from_single_file(str(tmp_path / "x.safetensors"), config=str(source)).state_dict()
     assert _same(single, _loaded(family_type, source))
 
@@ -193,7 +234,10 @@ def test_a_file_of_diffusers_names_starts_a_run_once_it_has_its_configuration(tm
     source = _folder(LTXVideo, tmp_path / "source")
     beside = {**load_file(source / WEIGHTS), "other": torch.ones(1)}
     save_file(beside, tmp_path / "x.safetensors")
-    assert _convert(tmp_path / "x.safetensors", tmp_path / "out", "--config", source / "config.json", "--verify") == DONE
+    assert (
+        _convert(tmp_path / "x.safetensors", tmp_path / "out", "--config", source / "config.json", "--verify")
+        == DONE
+    )
     assert _same(_loaded(LTXVideo, tmp_path / "out"), _loaded(LTXVideo, source))
 
 
@@ -205,7 +249,10 @@ def test_every_form_of_a_lora_becomes_every_other(family_type: type[Family], tmp
     merged: dict[str, dict[str, Tensor]] = {}
     for first, source in forms.items():
         if first != "peft":
-            assert _convert(tmp_path / "peft", tmp_path / source, "--to", first, "--base", base, "--verify") == DONE
+            assert (
+                _convert(tmp_path / "peft", tmp_path / source, "--to", first, "--base", base, "--verify")
+                == DONE
+            )
         for second, out in forms.items():
             target = tmp_path / f"{first}_{out}"
             assert _convert(tmp_path / source, target, "--to", second, "--config", base, "--verify") == DONE
@@ -232,21 +279,34 @@ def test_a_lora_of_several_ranks_is_merged_and_one_of_several_scales_is_written(
         tensors = {}
         for key, (own, alpha) in layers.items():
             rank, name = own if own_ranks else 2, f"diffusion_model.{key}"
-            tensors |= {f"{name}.lora_A.weight": torch.ones(rank, 24), f"{name}.lora_B.weight": torch.ones(24, rank)}
+            tensors |= {
+                f"{name}.lora_A.weight": torch.ones(rank, 24),
+                f"{name}.lora_B.weight": torch.ones(24, rank),
+            }
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
         save_file(tensors, tmp_path / "x.safetensors")
 
     write(own_ranks=True)
     assert _convert(tmp_path / "x.safetensors", tmp_path / "merged", "--base", base, "--verify") == DONE
     merged, before = _loaded(Wan, tmp_path / "merged"), _loaded(Wan, base)
-    for name, expected in (("blocks.0.attn1.to_q.weight", 2.0), ("blocks.1.attn1.to_k.weight", -1.0)):  # alpha / rank * rank
-        torch.testing.assert_close(merged[name] - before[name], torch.full((24, 24), expected), rtol=1e-5, atol=1e-5)
+    for name, expected in (
+        ("blocks.0.attn1.to_q.weight", 2.0),
+        ("blocks.1.attn1.to_k.weight", -1.0),
+    ):  # alpha / rank * rank
+        torch.testing.assert_close(
+            merged[name] - before[name], torch.full((24, 24), expected), rtol=1e-5, atol=1e-5
+        )
     assert _convert(tmp_path / "x.safetensors", tmp_path / "peft", "--to", "peft", "--base", base) == FAILED
     assert "must have one rank in all layers to be written, got 1, 2. Merge it" in capsys.readouterr().err
     write(own_ranks=False)
-    assert _convert(tmp_path / "x.safetensors", tmp_path / "peft", "--to", "peft", "--base", base, "--verify") == DONE
+    assert (
+        _convert(tmp_path / "x.safetensors", tmp_path / "peft", "--to", "peft", "--base", base, "--verify")
+        == DONE
+    )
     assert _convert(tmp_path / "peft", tmp_path / "again", "--base", base) == DONE
-    assert torch.equal(_loaded(Wan, tmp_path / "again")["blocks.1.attn1.to_k.weight"], merged["blocks.1.attn1.to_k.weight"])
+    assert torch.equal(
+        _loaded(Wan, tmp_path / "again")["blocks.1.attn1.to_k.weight"], merged["blocks.1.attn1.to_k.weight"]
+    )
 
 
 def _strides(family_type: type[Family]) -> Any:
@@ -261,7 +321,9 @@ def test_a_distributed_checkpoint_becomes_a_model_only_when_it_is_trusted(
 ) -> None:
     source = _folder(LTXVideo, tmp_path / "source")
     state = tiny_transformer(LTXVideo).state_dict()
-    checkpoint.save({"model": state, "optimizer": {"a": torch.ones(1)}}, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    checkpoint.save(
+        {"model": state, "optimizer": {"a": torch.ones(1)}}, checkpoint_id=str(tmp_path / "dcp"), no_dist=True
+    )
     assert _convert(tmp_path / "dcp", tmp_path / "out") == FAILED
     assert "If it is your own, give --trust-checkpoint." in capsys.readouterr().err
     trusted = (tmp_path / "dcp", tmp_path / "out", "--trust-checkpoint")
@@ -270,23 +332,47 @@ def test_a_distributed_checkpoint_becomes_a_model_only_when_it_is_trusted(
     assert not (tmp_path / "out").exists()
     assert _convert(*trusted, "--prefix", "model", "--config", source, "--verify") == DONE
     assert _same(_loaded(LTXVideo, tmp_path / "out"), state)
-    assert _convert(tmp_path / "dcp", tmp_path / "plain", "--trust-checkpoint", "--prefix", "model", "--verify") == DONE
+    assert (
+        _convert(tmp_path / "dcp", tmp_path / "plain", "--trust-checkpoint", "--prefix", "model", "--verify")
+        == DONE
+    )
     assert _same(load_file(tmp_path / "plain" / "model.safetensors"), state)
 
 
 REFUSED = {
     "the result exists": (["SOURCE", "SOURCE"], "source: must not exist yet, got a folder"),
-    "no class": (["FILE", "OUT", "--to", "diffusers"], "needs the model's class, got no config.json. Name one with --config"),
-    "a folder for a file": (["SOURCE", "OUT", "--to", "single-file"], "must be a file that ends in .safetensors"),
-    "a file for a folder": (["SOURCE", "OUT_FILE", "--to", "diffusers"], "must be a folder for --to diffusers"),
-    "no adapters": (["SOURCE", "OUT", "--to", "peft"], "needs adapters, got plain weights. Give --base and --rank"),
+    "no class": (
+        ["FILE", "OUT", "--to", "diffusers"],
+        "needs the model's class, got no config.json. Name one with --config",
+    ),
+    "a folder for a file": (
+        ["SOURCE", "OUT", "--to", "single-file"],
+        "must be a file that ends in .safetensors",
+    ),
+    "a file for a folder": (
+        ["SOURCE", "OUT_FILE", "--to", "diffusers"],
+        "must be a folder for --to diffusers",
+    ),
+    "no adapters": (
+        ["SOURCE", "OUT", "--to", "peft"],
+        "needs adapters, got plain weights. Give --base and --rank",
+    ),
     "no average": (["SOURCE", "OUT", "--ema"], "--ema has no effect for a folder of weights"),
     "no base": (["SOURCE", "OUT", "--rank", "2"], "--rank extracts a LoRA: it needs --base"),
-    "another model": (["FILE", "OUT", "--config", "OTHER"], "must hold all of WanTransformer3DModel, got nothing for"),
+    "another model": (
+        ["FILE", "OUT", "--config", "OTHER"],
+        "must hold all of WanTransformer3DModel, got nothing for",
+    ),
     "a pickle": (["BAD", "OUT"], "must be a safetensors file, got .pt, which is usually a pickle"),
     "nothing": (["NOWHERE", "OUT"], "must exist, got no such file or folder"),
-    "a prefix of nothing": (["FILE", "OUT", "--prefix", "x"], "--prefix must begin a name, got 'x.'; names begin with"),
-    "a class that is none": (["SOURCE", "OUT", "--config", "EVIL"], "must be a model class of diffusers, got 'os:system'"),
+    "a prefix of nothing": (
+        ["FILE", "OUT", "--prefix", "x"],
+        "--prefix must begin a name, got 'x.'; names begin with",
+    ),
+    "a class that is none": (
+        ["SOURCE", "OUT", "--config", "EVIL"],
+        "must be a model class of diffusers, got 'os:system'",
+    ),
 }
 
 
@@ -297,8 +383,18 @@ def test_what_cannot_be_converted_is_explained_and_writes_nothing(
     source, other = _folder(LTXVideo, tmp_path / "source"), _folder(Wan, tmp_path / "other")
     (tmp_path / "bad.pt").write_bytes(b"")
     (tmp_path / "evil.json").write_text('{"_class_name": "os:system"}')
-    places = {"SOURCE": source, "OUT": tmp_path / "out", "FILE": source / WEIGHTS, "OTHER": other, "BAD": tmp_path / "bad.pt"}
-    places |= {"NOWHERE": tmp_path / "nowhere", "EVIL": tmp_path / "evil.json", "OUT_FILE": tmp_path / "out.safetensors"}
+    places = {
+        "SOURCE": source,
+        "OUT": tmp_path / "out",
+        "FILE": source / WEIGHTS,
+        "OTHER": other,
+        "BAD": tmp_path / "bad.pt",
+    }
+    places |= {
+        "NOWHERE": tmp_path / "nowhere",
+        "EVIL": tmp_path / "evil.json",
+        "OUT_FILE": tmp_path / "out.safetensors",
+    }
     arguments, message = REFUSED[name]
     before = sorted(tmp_path.rglob("*"))
     given = [str(places.get(part, part)) for part in arguments]
@@ -307,14 +403,20 @@ def test_what_cannot_be_converted_is_explained_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_is_refused_what_it_has_not(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_refused_what_it_has_not(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _convert(lora_run, tmp_path / "out", "--ema") == FAILED
     assert "must hold an average of the weights for --ema, got none" in capsys.readouterr().err
     assert _convert(lora_run, tmp_path / "out", "--checkpoint", "../../x") == FAILED
-    assert "--checkpoint must be one of update_000002, update_000001, got '../../x'" in capsys.readouterr().err
+    assert (
+        "--checkpoint must be one of update_000002, update_000001, got '../../x'" in capsys.readouterr().err
+    )
 
 
-def test_verification_finds_a_disk_that_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_verification_finds_a_disk_that_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     source, rename = _folder(LTXVideo, tmp_path / "source"), os.rename
 
     def spoil(first: Any, second: Any, **rest: Any) -> None:
@@ -327,7 +429,9 @@ def test_verification_finds_a_disk_that_lies(tmp_path: Path, capsys: pytest.Capt
     assert "must be what was computed, got other values in the file" in capsys.readouterr().err
 
 
-def _inspected(capsys: pytest.CaptureFixture[str], path: Path, *options: str, code: int = DONE) -> dict[str, Any]:
+def _inspected(
+    capsys: pytest.CaptureFixture[str], path: Path, *options: str, code: int = DONE
+) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["inspect", str(path), "--json", *options]) == code
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -338,9 +442,16 @@ def test_inspect_says_what_everything_is(
     full_run: Path, lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = _inspected(capsys, full_run)
-    assert (run["kind"], [row["name"] for row in run["checkpoints"]]) == ("run folder", ["update_000002", "update_000001"])
+    assert (run["kind"], [row["name"] for row in run["checkpoints"]]) == (
+        "run folder",
+        ["update_000002", "update_000001"],
+    )
     saved = _inspected(capsys, full_run / "checkpoints" / "update_000002")
-    assert (saved["kind"], saved["facts"]["updates"], saved["facts"]["zero_stage"]) == ("checkpoint of a run", 2, 0)
+    assert (saved["kind"], saved["facts"]["updates"], saved["facts"]["zero_stage"]) == (
+        "checkpoint of a run",
+        2,
+        0,
+    )
     assert saved["facts"]["averaged"] == saved["facts"]["trained"] == len(saved["tensors"])
     export = _inspected(capsys, full_run / "export")
     assert (export["kind"], export["facts"]["class"]) == ("folder of weights", "LTXVideoTransformer3DModel")
@@ -349,7 +460,9 @@ def test_inspect_says_what_everything_is(
     assert _inspected(capsys, full_run / "export" / WEIGHTS)["kind"] == "safetensors file"
     lora = _inspected(capsys, lora_run / "export")
     assert (lora["kind"], lora["facts"]["rank"], lora["facts"]["alpha"]) == ("LoRA", 4, 6.0)
-    assert _inspected(capsys, lora_run / "export" / "comfyui.safetensors")["facts"]["metadata"]["alpha"] == "6.0"
+    assert (
+        _inspected(capsys, lora_run / "export" / "comfyui.safetensors")["facts"]["metadata"]["alpha"] == "6.0"
+    )
     (tmp_path / "global_step1").mkdir()
     (tmp_path / "global_step1" / "mp_rank_00_model_states.pt").write_bytes(b"not opened")
     (tmp_path / "latest").write_text("global_step1")
@@ -381,14 +494,20 @@ def test_a_conversion_compares_the_hashes_of_what_it_reads(
     assert "moments.safetensors: content differs" in _inspected(capsys, engine.parent, code=FAILED)["problem"]
     _damage(engine / "rank_00000_of_00001.safetensors")
     assert _convert(run, out, "--checkpoint", "update_000002") == FAILED
-    assert "rank_00000_of_00001.safetensors: content differs from the manifest's sha256" in capsys.readouterr().err
+    assert (
+        "rank_00000_of_00001.safetensors: content differs from the manifest's sha256"
+        in capsys.readouterr().err
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert _convert(run, out) == DONE
     assert "update 1 (update_000001)" in capsys.readouterr().out
 
 
-def test_nothing_stands_before_the_hashes_are_compared(full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are compared while tensors are written: hashing waits here until the unfinished result is there."""
+def test_nothing_stands_before_the_hashes_are_compared(
+    full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compared while tensors are written: hashing waits here until the unfinished result is
+    there."""
     seen: list[tuple[str, bool]] = []
     out = tmp_path / "out"
 
@@ -408,7 +527,9 @@ def test_nothing_stands_before_the_hashes_are_compared(full_run: Path, tmp_path:
     assert seen == [("rank_00000_of_00001.safetensors", False)]
 
 
-def test_inspect_shows_a_table_and_finds_damage(full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_a_table_and_finds_damage(
+    full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(full_run / "export")]) == DONE
     shown = capsys.readouterr().out
     assert "tensors: " in shown

@@ -21,12 +21,12 @@ PUBLISHED = {
     "ltx": {
         "model.diffusion_model.patchify_proj.weight": "proj_in.weight",
         "model.diffusion_model.adaln_single.linear.weight": "time_embed.linear.weight",
-        "model.diffusion_model.transformer_blocks.0.attn1.q_norm.weight": "transformer_blocks.0.attn1.norm_q.weight",
+        "model.diffusion_model.transformer_blocks.0.attn1.q_norm.weight": "transformer_blocks.0.attn1.norm_q.weight",  # noqa: E501
     },
     "ltx2": {
         "model.diffusion_model.audio_patchify_proj.weight": "audio_proj_in.weight",
         "model.diffusion_model.audio_adaln_single.linear.weight": "audio_time_embed.linear.weight",
-        "model.diffusion_model.av_ca_a2v_gate_adaln_single.linear.bias": "av_cross_attn_video_a2v_gate.linear.bias",
+        "model.diffusion_model.av_ca_a2v_gate_adaln_single.linear.bias": "av_cross_attn_video_a2v_gate.linear.bias",  # noqa: E501
         "model.diffusion_model.transformer_blocks.1.scale_shift_table_a2v_ca_audio": "transformer_blocks.1."
         "audio_a2v_cross_attn_scale_shift_table",
     },
@@ -77,7 +77,12 @@ def test_names_are_found_in_both_forms_and_beside_others(family_type: type[Famil
 def test_wans_image_to_video_names_lead_back() -> None:
     import diffusers
 
-    config = {**FAMILIES[-1].tiny_config(), "image_dim": 8, "added_kv_proj_dim": 24, "pos_embed_seq_len": None}
+    config = {
+        **FAMILIES[-1].tiny_config(),
+        "image_dim": 8,
+        "added_kv_proj_dim": 24,
+        "pos_embed_seq_len": None,
+    }
     with torch.device("meta"):
         specs = _specs(diffusers.WanTransformer3DModel(**config))
     written = names_for_single_file(specs, "WanTransformer3DModel")
@@ -92,7 +97,9 @@ def test_a_vae_is_read_by_diffusers_names_and_not_written() -> None:
         specs = _specs(diffusers.AutoencoderKLLTXVideo())
     name = next(name for name in specs if name.startswith("decoder.up_blocks.1.resnets"))
     assert names_in_single_file(specs, "AutoencoderKLLTXVideo", list(specs))[name] == name
-    with pytest.raises(CheckpointError, match=r"must be one of LTXVideoTransformer3DModel, .*got AutoencoderKLLTXVideo"):
+    with pytest.raises(
+        CheckpointError, match=r"must be one of LTXVideoTransformer3DModel, .*got AutoencoderKLLTXVideo"
+    ):
         names_for_single_file(specs, "AutoencoderKLLTXVideo")
 
 
@@ -101,7 +108,9 @@ def test_a_file_of_another_model_is_refused() -> None:
     other = {"head.modulation": TensorSpec(dtype=torch.float32, shape=(1,))}
     with pytest.raises(CheckpointError, match="must hold all of LTXVideoTransformer3DModel, got nothing for"):
         names_in_single_file(other, "LTXVideoTransformer3DModel", list(specs))
-    with pytest.raises(CheckpointError, match="must have the names of the publication of AutoencoderKLLTXVideo, got KeyError"):
+    with pytest.raises(
+        CheckpointError, match="must have the names of the publication of AutoencoderKLLTXVideo, got KeyError"
+    ):
         names_in_single_file(other, "AutoencoderKLLTXVideo", ["x"])
     with pytest.raises(CheckpointError, match="diffusers must know the publication of AutoencoderOobleck"):
         names_in_single_file(other, "AutoencoderOobleck", ["x"])

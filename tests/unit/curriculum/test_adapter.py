@@ -13,7 +13,13 @@ from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
 
-PHASE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 8, "updates": 10, "learning_rate": 1e-3}
+PHASE = {
+    "resolution": "64x64",
+    "duration": {"frames": 9},
+    "global_batch_size": 8,
+    "updates": 10,
+    "learning_rate": 1e-3,
+}
 OVERRIDES = {
     "weight_decay": 0.5,
     "loss": {"kl_weight": 0.25},
@@ -24,7 +30,10 @@ OVERRIDES = {
 
 def config(adapter: dict[str, Any], *changes: dict[str, Any]) -> VAETrainerConfig:
     phases = [
-        {"name": f"p{index}", **{key: value for key, value in {**PHASE, **change}.items() if value is not ...}}
+        {
+            "name": f"p{index}",
+            **{key: value for key, value in {**PHASE, **change}.items() if value is not ...},
+        }
         for index, change in enumerate(changes)
     ]
     curriculum = {"phases": phases, "adapter": adapter}
@@ -34,7 +43,9 @@ def config(adapter: dict[str, Any], *changes: dict[str, Any]) -> VAETrainerConfi
 
 
 def plan(adapter: dict[str, Any], *changes: dict[str, Any], world_size: int = 2) -> RunPlan:
-    return plan_run(config(adapter, *changes), world_size=world_size, strides=ModelStrides(spatial=32, temporal=8))
+    return plan_run(
+        config(adapter, *changes), world_size=world_size, strides=ModelStrides(spatial=32, temporal=8)
+    )
 
 
 def moments(adapter: dict[str, Any], *changes: dict[str, Any]) -> list[tuple[str, float]]:
@@ -45,7 +56,8 @@ def moments(adapter: dict[str, Any], *changes: dict[str, Any]) -> list[tuple[str
 def test_overrides_say_which_sections_a_phase_may_set(key: str) -> None:
     plan({"overrides": [key]}, {key: OVERRIDES[key]})
     with pytest.raises(
-        ValidationError, match=rf"phases\[0\]\.{key}: has no effect, got a value while adapter\.overrides lacks it"
+        ValidationError,
+        match=rf"phases\[0\]\.{key}: has no effect, got a value while adapter\.overrides lacks it",
     ):
         plan({"overrides": [other for other in OVERRIDES if other != key]}, {key: OVERRIDES[key]})
 
@@ -58,7 +70,9 @@ def test_without_overrides_every_phase_is_as_the_other_sections_say() -> None:
     assert (phase.random_flip, phase.activation_checkpointing) == (own.data.random_flip, None)
 
 
-@pytest.mark.parametrize(("scaling", "factors"), [("none", [1.0, 1.0]), ("linear", [4.0, 0.25]), ("sqrt", [2.0, 0.5])])
+@pytest.mark.parametrize(
+    ("scaling", "factors"), [("none", [1.0, 1.0]), ("linear", [4.0, 0.25]), ("sqrt", [2.0, 0.5])]
+)
 def test_lr_scaling_follows_each_phases_batch(scaling: str, factors: list[float]) -> None:
     adapter = {"lr_scaling": scaling} | ({} if scaling == "none" else {"reference_global_batch_size": 16})
     phases = plan(adapter, {"global_batch_size": 64}, {"global_batch_size": 4}).phases
@@ -67,7 +81,10 @@ def test_lr_scaling_follows_each_phases_batch(scaling: str, factors: list[float]
 
 
 def test_lr_scaling_at_the_reference_batch_changes_nothing() -> None:
-    assert plan({"lr_scaling": "linear", "reference_global_batch_size": 8}, {}).phases[0].learning_rate.peak == 1e-3
+    assert (
+        plan({"lr_scaling": "linear", "reference_global_batch_size": 8}, {}).phases[0].learning_rate.peak
+        == 1e-3
+    )
 
 
 @pytest.mark.parametrize(("world_size", "batch"), [(1, 4), (2, 8), (4, 16), (6, 24)])
@@ -94,7 +111,10 @@ def test_batch_scaling_reaches_buckets_with_their_own_batch() -> None:
 
 
 def test_batch_scaling_is_refused_where_it_leaves_no_whole_batch() -> None:
-    with pytest.raises(PlanError, match=r"phases\[0\]\.global_batch_size: must stay whole after batch_scaling \* 2 / 3, got 8"):
+    with pytest.raises(
+        PlanError,
+        match=r"phases\[0\]\.global_batch_size: must stay whole after batch_scaling \* 2 / 3, got 8",
+    ):
         plan({"batch_scaling": "world_size", "reference_world_size": 3}, {})
 
 
@@ -105,7 +125,9 @@ def test_learning_rate_scales_with_the_batch_after_batch_scaling() -> None:
         "lr_scaling": "linear",
         "reference_global_batch_size": 8,
     }
-    rates = [plan(adapter, {}, world_size=world_size).phases[0].learning_rate.peak for world_size in (1, 2, 8)]
+    rates = [
+        plan(adapter, {}, world_size=world_size).phases[0].learning_rate.peak for world_size in (1, 2, 8)
+    ]
     assert rates == [1e-3, 2e-3, 8e-3]
 
 
@@ -118,7 +140,9 @@ def test_learning_rate_scales_with_the_batch_after_batch_scaling() -> None:
         ({"moments": "decay", "moment_decay": 0.25}, ("decay", 0.25)),
     ],
 )
-def test_moments_hold_for_every_phase_but_the_first(adapter: dict[str, Any], expected: tuple[str, float]) -> None:
+def test_moments_hold_for_every_phase_but_the_first(
+    adapter: dict[str, Any], expected: tuple[str, float]
+) -> None:
     assert moments(adapter, {}, {}, {}) == [("keep", 1.0), expected, expected]
 
 
@@ -131,4 +155,8 @@ def test_moments_hold_for_every_phase_but_the_first(adapter: dict[str, Any], exp
     ],
 )
 def test_a_phases_own_moments_win_over_the_adapters(own: dict[str, Any], expected: tuple[str, float]) -> None:
-    assert moments({"moments": "decay", "moment_decay": 0.25}, {}, own, {}) == [("keep", 1.0), expected, ("decay", 0.25)]
+    assert moments({"moments": "decay", "moment_decay": 0.25}, {}, own, {}) == [
+        ("keep", 1.0),
+        expected,
+        ("decay", 0.25),
+    ]

@@ -18,9 +18,19 @@ _LONG = {"resolution": "64x64", "duration": {"frames": 49, "frame_rate_hz": 24.0
 
 
 def _plan(*phases: dict[str, Any]) -> RunPlan:
-    full = [{"name": f"p{n}", "global_batch_size": 8, "updates": 10, "learning_rate": 1e-3, **p} for n, p in enumerate(phases)]
-    values = {"output_dir": "o", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": {"phases": full}}
-    return plan_run(VAETrainerConfig.model_validate(values), world_size=2, strides=ModelStrides(spatial=32, temporal=8))
+    full = [
+        {"name": f"p{n}", "global_batch_size": 8, "updates": 10, "learning_rate": 1e-3, **p}
+        for n, p in enumerate(phases)
+    ]
+    values = {
+        "output_dir": "o",
+        "model": {"source": "M"},
+        "data": {"train": "s"},
+        "curriculum": {"phases": full},
+    }
+    return plan_run(
+        VAETrainerConfig.model_validate(values), world_size=2, strides=ModelStrides(spatial=32, temporal=8)
+    )
 
 
 def _clip(name: str, frames: int, seconds: float = 1.0) -> ClipFacts:

@@ -13,7 +13,9 @@ from aiprod_ds.curriculum.lr import LearningRateSchedule, ScheduleKind
 def schedule(
     kind: ScheduleKind, *, warmup: int, updates: int | None, ratio: float = 0.1, peak: float = 1e-4
 ) -> LearningRateSchedule:
-    return LearningRateSchedule(peak=peak, kind=kind, warmup_updates=warmup, updates=updates, final_ratio=ratio)
+    return LearningRateSchedule(
+        peak=peak, kind=kind, warmup_updates=warmup, updates=updates, final_ratio=ratio
+    )
 
 
 @pytest.mark.parametrize(("update", "rate"), [(499, 5e-5), (25500, 5.5e-5), (50000, 1e-5), (0, 1e-7)])
@@ -27,7 +29,19 @@ def test_worked_numbers_of_the_docstring(update: int, rate: float) -> None:
     [
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
-        ("cosine", [0.5, 1.0, 1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5)), 0.2, 0.2]),
+        (
+            "cosine",
+            [
+                0.5,
+                1.0,
+                1.0,
+                0.2 + 0.4 * (1 + math.sqrt(0.5)),
+                0.6,
+                0.2 + 0.4 * (1 - math.sqrt(0.5)),
+                0.2,
+                0.2,
+            ],
+        ),
     ],
 )
 def test_whole_phase_and_the_clamp_after_it(kind: ScheduleKind, rates: list[float]) -> None:
@@ -37,7 +51,9 @@ def test_whole_phase_and_the_clamp_after_it(kind: ScheduleKind, rates: list[floa
 
 def test_open_phase_is_constant_after_the_warm_up() -> None:
     rule = schedule("constant", warmup=4, updates=None)
-    assert [rule.at(update) for update in (0, 3, 4, 10**9)] == pytest.approx([2.5e-5, 1e-4, 1e-4, 1e-4], rel=1e-12)
+    assert [rule.at(update) for update in (0, 3, 4, 10**9)] == pytest.approx(
+        [2.5e-5, 1e-4, 1e-4, 1e-4], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -66,8 +82,11 @@ def test_rate_is_continuous_bounded_and_falls_after_warm_up(
 ) -> None:
     rule = schedule(kind, warmup=warmup, updates=warmup + rest, ratio=ratio, peak=peak)
     rates = [rule.at(update) for update in range(warmup + rest + 2)]
-    # The steepest slope is 1/w in the warm-up and pi/2 * (1 - r) / (n - 1 - w) in the cosine; 1e-9 for rounding.
-    largest_step = peak * max(1 / warmup if warmup else 0.0, (1 - ratio) * math.pi / 2 / (rest - 1)) * (1 + 1e-9) + 1e-15
+    # The steepest slope is 1/w in the warm-up and pi/2 * (1 - r) / (n - 1 - w) in the cosine; 1e-9 for
+    # rounding.
+    largest_step = (
+        peak * max(1 / warmup if warmup else 0.0, (1 - ratio) * math.pi / 2 / (rest - 1)) * (1 + 1e-9) + 1e-15
+    )
     assert all(abs(after - before) <= largest_step for before, after in pairwise(rates))
     assert all(0 <= rate <= peak for rate in rates)
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(rates[warmup:]))

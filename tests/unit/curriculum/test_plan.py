@@ -20,17 +20,24 @@ PHASE = {**SHAPE, "global_batch_size": 8, "updates": 10, "learning_rate": 1e-3}
 PLATEAU = {"patience_updates": 3, "smoothing": 0.5}
 
 
-def config(*phases: dict[str, Any], curriculum: dict[str, Any] | None = None, **sections: Any) -> VAETrainerConfig:
+def config(
+    *phases: dict[str, Any], curriculum: dict[str, Any] | None = None, **sections: Any
+) -> VAETrainerConfig:
     """A run with `phases`, each the standard phase with changes; the value ... removes a key."""
     full = [
-        {"name": f"p{index}", **{key: value for key, value in {**PHASE, **changes}.items() if value is not ...}}
+        {
+            "name": f"p{index}",
+            **{key: value for key, value in {**PHASE, **changes}.items() if value is not ...},
+        }
         for index, changes in enumerate(phases)
     ]
     values = {"output_dir": "out", "model": {"source": "M"}, "data": {"train": "s"}, **sections}
     return VAETrainerConfig.model_validate({**values, "curriculum": {"phases": full, **(curriculum or {})}})
 
 
-def plan(*phases: dict[str, Any], world_size: int = 2, strides: ModelStrides = STRIDES, **rest: Any) -> RunPlan:
+def plan(
+    *phases: dict[str, Any], world_size: int = 2, strides: ModelStrides = STRIDES, **rest: Any
+) -> RunPlan:
     return plan_run(config(*phases, **rest), world_size=world_size, strides=strides)
 
 
@@ -51,13 +58,17 @@ def problems(*phases: dict[str, Any], **rest: Any) -> list[str]:
         ({"global_batch_size": 24, "micro_batch_size": 2, "accumulation": 4}, 3, (24, 2, 4)),
     ],
 )
-def test_any_two_numbers_give_the_third(given_numbers: dict[str, int], world: int, triple: tuple[int, int, int]) -> None:
+def test_any_two_numbers_give_the_third(
+    given_numbers: dict[str, int], world: int, triple: tuple[int, int, int]
+) -> None:
     bucket = plan({"global_batch_size": ..., **given_numbers}, world_size=world).phases[0].buckets[0]
     assert (bucket.global_batch_size, bucket.micro_batch_size, bucket.accumulation) == triple
 
 
 @given(
-    sizes=st.tuples(st.none() | st.integers(1, 64), st.none() | st.integers(1, 16), st.none() | st.integers(1, 8)),
+    sizes=st.tuples(
+        st.none() | st.integers(1, 64), st.none() | st.integers(1, 16), st.none() | st.integers(1, 8)
+    ),
     world=st.integers(1, 16),
 )
 def test_no_triple_is_ever_inconsistent(sizes: tuple[int | None, int | None, int | None], world: int) -> None:
@@ -65,7 +76,9 @@ def test_no_triple_is_ever_inconsistent(sizes: tuple[int | None, int | None, int
     if total is None and micro is None:
         return
     try:
-        triple = solve_batch(global_batch_size=total, micro_batch_size=micro, accumulation=accumulation, world_size=world)
+        triple = solve_batch(
+            global_batch_size=total, micro_batch_size=micro, accumulation=accumulation, world_size=world
+        )
     except ValueError:
         assert total is not None
         assert total % ((micro or 1) * (accumulation or 1) * world) or (micro and accumulation)
@@ -79,11 +92,26 @@ def test_no_triple_is_ever_inconsistent(sizes: tuple[int | None, int | None, int
 
 @pytest.mark.parametrize(
     ("requested", "stride", "used"),
-    [(8, 8, 9), (8, 4, 9), (16, 8, 17), (16, 4, 17), (49, 8, 49), (1, 8, 1), (2, 8, 9), (9, 8, 9), (10, 8, 17), (7, 1, 7)],
+    [
+        (8, 8, 9),
+        (8, 4, 9),
+        (16, 8, 17),
+        (16, 4, 17),
+        (49, 8, 49),
+        (1, 8, 1),
+        (2, 8, 9),
+        (9, 8, 9),
+        (10, 8, 17),
+        (7, 1, 7),
+    ],
 )
 def test_frames_snap_up_to_the_next_that_fits(requested: int, stride: int, used: int) -> None:
     assert ModelStrides(spatial=1, temporal=stride).snap(requested) == used
-    bucket = plan({"duration": {"frames": requested}}, strides=ModelStrides(spatial=32, temporal=stride)).phases[0].buckets[0]
+    bucket = (
+        plan({"duration": {"frames": requested}}, strides=ModelStrides(spatial=32, temporal=stride))
+        .phases[0]
+        .buckets[0]
+    )
     assert (bucket.requested_frames, bucket.frames) == (requested, used)
 
 
@@ -102,7 +130,9 @@ def test_frames_snap_up_to_the_next_that_fits(requested: int, stride: int, used:
         ({"resolution": ..., "duration": ..., "buckets": [SHAPE, {**SHAPE, "global_batch_size": 4}]}, {"curriculum": {"adapter": {"lr_scaling": "sqrt", "reference_global_batch_size": 4}}}, "[0].buckets: must have one global batch size with lr_scaling: sqrt, got [4, 8]. Make them equal or use lr_scaling: none."),
     ],
 )  # fmt: skip
-def test_what_cannot_run_says_why_and_what_would(phase: dict[str, Any], rest: dict[str, Any], message: str) -> None:
+def test_what_cannot_run_says_why_and_what_would(
+    phase: dict[str, Any], rest: dict[str, Any], message: str
+) -> None:
     assert problems(phase, **rest) == [message]
 
 
@@ -118,8 +148,18 @@ def test_bounds_add_up_over_open_phases() -> None:
         {"updates": ..., "epochs": 2, "schedule": "constant"},
         {"epochs": 2, "min_updates": 3},
     )
-    assert [(p.length.minimum, p.length.maximum) for p in phases.phases] == [(10, 10), (9, 30), (1, None), (3, 10)]
-    assert [(p.first.minimum, p.first.maximum) for p in phases.phases] == [(0, 0), (10, 10), (19, 40), (20, None)]
+    assert [(p.length.minimum, p.length.maximum) for p in phases.phases] == [
+        (10, 10),
+        (9, 30),
+        (1, None),
+        (3, 10),
+    ]
+    assert [(p.first.minimum, p.first.maximum) for p in phases.phases] == [
+        (0, 0),
+        (10, 10),
+        (19, 40),
+        (20, None),
+    ]
     assert [p.first_update for p in phases.phases] == [0, 10, None, None]
     assert (phases.phases[0].updates, phases.phases[1].updates, phases.total_updates) == (10, None, None)
     assert phases.total == UpdateRange(minimum=23, maximum=None)
@@ -154,5 +194,15 @@ def test_buckets_have_their_own_batch_and_share() -> None:
         {"resolution": "128x64", "duration": {"frames": 1}, "share": 0.25},
     ]
     video, image = plan({"resolution": ..., "duration": ..., "buckets": buckets}).phases[0].buckets
-    assert (video.global_batch_size, video.micro_batch_size, video.accumulation, video.share) == (4, 1, 2, 0.75)
-    assert (image.frames, image.global_batch_size, image.micro_batch_size, image.pixels_per_update) == (1, 8, 4, 8 * 128 * 64)
+    assert (video.global_batch_size, video.micro_batch_size, video.accumulation, video.share) == (
+        4,
+        1,
+        2,
+        0.75,
+    )
+    assert (image.frames, image.global_batch_size, image.micro_batch_size, image.pixels_per_update) == (
+        1,
+        8,
+        4,
+        8 * 128 * 64,
+    )

@@ -1,4 +1,5 @@
-"""The plateau against its definition written as a plain sum, and its answer to rising, noisy and broken losses."""
+"""The plateau against its definition written as a plain sum, and its answer to rising, noisy and broken
+losses."""
 
 import json
 import math
@@ -30,7 +31,11 @@ def test_worked_numbers_of_the_docstring() -> None:
     two = one.observe(2.0, RULE)
     assert (one.average, one.weight, two.average, two.weight) == (2.0, 0.5, 2.0, 0.75)
     assert two.best == 2.0 / 0.75
-    assert (filling_updates(RULE), earliest_plateau(RULE), filling_updates(PlateauConfig(patience_updates=1))) == (2, 7, 50)
+    assert (
+        filling_updates(RULE),
+        earliest_plateau(RULE),
+        filling_updates(PlateauConfig(patience_updates=1)),
+    ) == (2, 7, 50)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
@@ -98,7 +103,10 @@ def test_whole_window_of_non_finite_losses_is_an_error() -> None:
     state = PlateauState().observe(1.0, RULE)
     for _ in range(4):
         state = state.observe(math.nan, RULE)
-    with pytest.raises(NonFiniteError, match="must be finite at least once in 5 updates, got 5 NaN or infinite losses in a row"):
+    with pytest.raises(
+        NonFiniteError,
+        match="must be finite at least once in 5 updates, got 5 NaN or infinite losses in a row",
+    ):
         state.observe(math.inf, RULE)
     assert state.observe(1.0, RULE).non_finite_run == 0
 
@@ -114,7 +122,9 @@ _rules = st.builds(
 
 @settings(deadline=None)
 @given(losses=_losses, rule=_rules)
-def test_smoothed_loss_is_the_weighted_mean_of_its_definition(losses: list[float], rule: PlateauConfig) -> None:
+def test_smoothed_loss_is_the_weighted_mean_of_its_definition(
+    losses: list[float], rule: PlateauConfig
+) -> None:
     state, s, n = PlateauState(), rule.smoothing, len(losses)
     for loss in losses:
         state = state.observe(loss, rule)
@@ -126,7 +136,9 @@ def test_smoothed_loss_is_the_weighted_mean_of_its_definition(losses: list[float
 
 @settings(deadline=None)
 @given(losses=_losses, rule=_rules, stop=st.integers(0, 60))
-def test_saved_and_restored_anywhere_it_goes_on_bit_for_bit(losses: list[float], rule: PlateauConfig, stop: int) -> None:
+def test_saved_and_restored_anywhere_it_goes_on_bit_for_bit(
+    losses: list[float], rule: PlateauConfig, stop: int
+) -> None:
     straight, resumed = PlateauState(), PlateauState()
     for index, loss in enumerate(losses):
         if index == stop:

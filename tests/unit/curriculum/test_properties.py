@@ -1,4 +1,5 @@
-"""Invariants of random curricula, from configuration to the end of a simulated run, with skipped updates and resumes anywhere."""
+"""Invariants of random curricula, from configuration to the end of a simulated run, with skipped updates and
+resumes anywhere."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ LIMIT = 40  # the longest phase
 
 @st.composite
 def _phases(draw: st.DrawFn, world_size: int) -> dict[str, Any]:
-    """One phase: any of the ends and their mixtures, any schedule, the batch given by any two of its numbers."""
+    """One phase: any of the ends and their mixtures, any schedule, the batch given by any two of its
+    numbers."""
     length = draw(st.integers(3, LIMIT))
     kinds = draw(st.sets(st.sampled_from(["epochs", "plateau"])))
     phase: dict[str, Any] = {
@@ -47,7 +49,11 @@ def _phases(draw: st.DrawFn, world_size: int) -> dict[str, Any]:
         phase["epochs"] = draw(st.integers(1, 4))
     if "plateau" in kinds:
         smoothing = draw(st.sampled_from([0.0, 0.5]))
-        phase["plateau"] = {"patience_updates": draw(st.integers(2, 6)), "threshold": 0.01, "smoothing": smoothing}
+        phase["plateau"] = {
+            "patience_updates": draw(st.integers(2, 6)),
+            "threshold": 0.01,
+            "smoothing": smoothing,
+        }
     micro, accumulation = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     numbers = {
         "micro_batch_size": micro,
@@ -64,7 +70,10 @@ def _plans(draw: st.DrawFn) -> RunPlan:
     phases = draw(st.lists(_phases(world_size), min_size=2, max_size=5))
     scaling = draw(st.sampled_from(["none", "linear", "sqrt"]))
     adapter = {} if scaling == "none" else {"lr_scaling": scaling, "reference_global_batch_size": 8}
-    curriculum = {"phases": [{"name": f"p{index}", **phase} for index, phase in enumerate(phases)], "adapter": adapter}
+    curriculum = {
+        "phases": [{"name": f"p{index}", **phase} for index, phase in enumerate(phases)],
+        "adapter": adapter,
+    }
     config = VAETrainerConfig.model_validate(
         {"output_dir": "out", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": curriculum}
     )
@@ -92,7 +101,9 @@ def test_rows_totals_and_curve_agree_with_the_plan(plan: RunPlan, points: int) -
     rows, sums = describe(plan), totals(plan)
     for row, after in pairwise(rows):
         assert after["min_first_update"] == row["min_last_update"] + 1
-        assert after["max_first_update"] == (None if row["max_last_update"] is None else row["max_last_update"] + 1)
+        assert after["max_first_update"] == (
+            None if row["max_last_update"] is None else row["max_last_update"] + 1
+        )
     for bound in ("min_updates", "max_updates", "min_samples", "max_samples"):
         parts = [row[bound] for row in rows]
         assert sums[bound] == (None if None in parts else sum(parts))
@@ -109,7 +120,8 @@ def test_learning_rate_is_continuous_inside_a_phase(plan: RunPlan) -> None:
     for phase in plan.phases:
         rule, length = phase.learning_rate, phase.length.maximum or LIMIT
         rates = [rule.at(update) for update in range(length)]
-        # Steepest slopes: 1/w in the warm-up, (1 - r) / (n - 1 - w) of a line, pi/2 times that of a cosine; 1e-9 for rounding.
+        # Steepest slopes: 1/w in the warm-up, (1 - r) / (n - 1 - w) of a line, pi/2 times that of a cosine;
+        # 1e-9 for rounding.
         decay = (1 - rule.final_ratio) / max(length - 1 - rule.warmup_updates, 1)
         slope = {"constant": 0.0, "linear": decay, "cosine": decay * math.pi / 2}[rule.kind]
         warmup = 1 / rule.warmup_updates if rule.warmup_updates else 0.0
@@ -120,7 +132,8 @@ def test_learning_rate_is_continuous_inside_a_phase(plan: RunPlan) -> None:
 
 
 class _Simulation:
-    """The loop without a model: draws losses, skips and passes over the data; `interruptions` resumes it at some moments."""
+    """The loop without a model: draws losses, skips and passes over the data; `interruptions` resumes it at
+    some moments."""
 
     def __init__(self, plan: RunPlan, *, seed: int, updates_per_epoch: int, interruptions: float) -> None:
         self._plan = plan
@@ -155,7 +168,8 @@ class _Simulation:
     def _update(self) -> None:
         needs_loss = self._scheduler.needs_loss(self.clock)
         epoch = (self.clock.phase_position + 1) // self._updates_per_epoch
-        # A NaN now and then, but never as many in a row as the shortest patience: then the run would rightly stop.
+        # A NaN now and then, but never as many in a row as the shortest patience: then the run would rightly
+        # stop.
         loss = math.nan if self.clock.updates % 5 == 4 else self._draw.choice([1.0, 0.995, 0.9, 0.5, 2.0])
         if self._draw.random() < 0.1:
             self.clock = self.clock.after_skip(micro_batches=1, epoch=epoch)
@@ -182,4 +196,8 @@ def test_a_run_visits_every_phase_once_within_its_bounds_interrupted_or_not(
     for interruptions in (0.3, 1.0):
         cut = _Simulation(plan, seed=seed, updates_per_epoch=updates_per_epoch, interruptions=interruptions)
         cut.run()
-        assert (cut.visited, cut.clock, cut.decisions) == (straight.visited, straight.clock, straight.decisions)
+        assert (cut.visited, cut.clock, cut.decisions) == (
+            straight.visited,
+            straight.clock,
+            straight.decisions,
+        )

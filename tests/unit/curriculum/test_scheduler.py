@@ -1,4 +1,5 @@
-"""The scheduler as a table of (state, event), against a second implementation over random runs, and across resumes."""
+"""The scheduler as a table of (state, event), against a second implementation over random runs, and across
+resumes."""
 
 from __future__ import annotations
 
@@ -21,8 +22,18 @@ from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import CheckpointError, NonFiniteError
 
-SHAPE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 2, "learning_rate": 1e-3, "schedule": "constant"}
-PLATEAU = {"patience_updates": 2, "threshold": 0.01, "smoothing": 0.0}  # reached by the third equal loss at the earliest
+SHAPE = {
+    "resolution": "64x64",
+    "duration": {"frames": 9},
+    "global_batch_size": 2,
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+}
+PLATEAU = {
+    "patience_updates": 2,
+    "threshold": 0.01,
+    "smoothing": 0.0,
+}  # reached by the third equal loss at the earliest
 
 STAY = Decision(action=Action.STAY, reason=Reason.RUNNING)
 
@@ -33,9 +44,13 @@ def _plan(ends: str) -> RunPlan:
         "output_dir": "out",
         "model": {"source": "M"},
         "data": {"train": "s"},
-        "curriculum": {"phases": [{"name": f"p{index}", **SHAPE, **end} for index, end in enumerate(json.loads(ends))]},
+        "curriculum": {
+            "phases": [{"name": f"p{index}", **SHAPE, **end} for index, end in enumerate(json.loads(ends))]
+        },
     }
-    return plan_run(VAETrainerConfig.model_validate(values), world_size=1, strides=ModelStrides(spatial=32, temporal=8))
+    return plan_run(
+        VAETrainerConfig.model_validate(values), world_size=1, strides=ModelStrides(spatial=32, temporal=8)
+    )
 
 
 def plan(*ends: dict[str, Any]) -> RunPlan:
@@ -55,11 +70,15 @@ class Run:
 
     def applied(self, loss: float = 1.0, *, epoch: int | None = None) -> Decision:
         needed = self.scheduler.needs_loss(self.clock)
-        self.clock = self.clock.after_update(micro_batches=1, samples=2, epoch=self.clock.epoch if epoch is None else epoch)
+        self.clock = self.clock.after_update(
+            micro_batches=1, samples=2, epoch=self.clock.epoch if epoch is None else epoch
+        )
         return self.scheduler.observe(self.clock, loss if needed else None)
 
     def skipped(self, *, epoch: int | None = None) -> Decision:
-        self.clock = self.clock.after_skip(micro_batches=1, epoch=self.clock.epoch if epoch is None else epoch)
+        self.clock = self.clock.after_skip(
+            micro_batches=1, epoch=self.clock.epoch if epoch is None else epoch
+        )
         return self.scheduler.observe(self.clock, None)
 
     def again(self) -> Decision:
@@ -91,7 +110,8 @@ def second_phase(*ends: dict[str, Any]) -> Run:
     return made
 
 
-# Two losses fill the mean; the plateau is reached by the fifth that is no better, the sixth update with the warm-up.
+# Two losses fill the mean; the plateau is reached by the fifth that is no better, the sixth update with the
+# warm-up.
 RULE = {"patience_updates": 3, "threshold": 0.01, "smoothing": 0.5}
 COUNTED = {"updates": 4, "warmup_updates": 2}
 PASSES = {"epochs": 2, "min_updates": 2, "max_updates": 5}
@@ -140,8 +160,14 @@ EVENTS: dict[str, Callable[[Run], Decision]] = {
 # ! raises NonFiniteError; x is a bug of the caller: there is no next phase.
 DECISIONS = {
     ".": STAY,
-    **{reason.value[0].upper(): over(Action.NEXT_PHASE, reason) for reason in (Reason.UPDATES, Reason.EPOCHS, Reason.PLATEAU)},
-    **{reason.value[0]: over(Action.FINISHED, reason) for reason in (Reason.UPDATES, Reason.EPOCHS, Reason.PLATEAU)},
+    **{
+        reason.value[0].upper(): over(Action.NEXT_PHASE, reason)
+        for reason in (Reason.UPDATES, Reason.EPOCHS, Reason.PLATEAU)
+    },
+    **{
+        reason.value[0]: over(Action.FINISHED, reason)
+        for reason in (Reason.UPDATES, Reason.EPOCHS, Reason.PLATEAU)
+    },
 }
 TABLE = {
     #                                    equal better rising noise NaN epoch skip skip+epoch again next
@@ -259,7 +285,9 @@ def test_more_phases_after_the_end_go_on() -> None:
         ({"plateau": 3}, "must be a saved plateau state"),
     ],
 )
-def test_foreign_or_damaged_state_is_refused_and_changes_nothing(damage: dict[str, Any], message: str) -> None:
+def test_foreign_or_damaged_state_is_refused_and_changes_nothing(
+    damage: dict[str, Any], message: str
+) -> None:
     made = run(COUNTED, updates=2)
     before = made.scheduler.state_dict()
     with pytest.raises(CheckpointError, match=message):
@@ -269,13 +297,18 @@ def test_foreign_or_damaged_state_is_refused_and_changes_nothing(damage: dict[st
 
 _ends = st.fixed_dictionaries(
     {"max_updates": st.integers(4, 30)},
-    optional={"epochs": st.integers(1, 3), "min_updates": st.integers(1, 4), "warmup_updates": st.integers(0, 3)},
+    optional={
+        "epochs": st.integers(1, 3),
+        "min_updates": st.integers(1, 4),
+        "warmup_updates": st.integers(0, 3),
+    },
 ).flatmap(lambda end: st.sampled_from([end, {**end, "plateau": PLATEAU}]))
 _runs = st.lists(st.tuples(st.sampled_from([1.0, 0.9, 0.5, 2.0]), st.booleans()), min_size=150, max_size=150)
 
 
 def _expected_reason(end: dict[str, Any], losses: list[float], epoch: int) -> Reason:
-    """The definition, from the whole history instead of a running state. Smoothing is 0, so the loss is its own mean."""
+    """The definition, from the whole history instead of a running state. Smoothing is 0, so the loss is its
+    own mean."""
     if len(losses) >= end["max_updates"]:
         return Reason.UPDATES
     if len(losses) < end.get("min_updates", 1):

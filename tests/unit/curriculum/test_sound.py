@@ -24,8 +24,16 @@ FRAMES = ModelStrides(spatial=32, temporal=8)
 
 
 def _values(*phases: dict[str, Any], **curriculum: Any) -> dict[str, Any]:
-    full = [{"name": f"p{n}", "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, **p} for n, p in enumerate(phases)]
-    return {"output_dir": "o", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": {"phases": full, **curriculum}}
+    full = [
+        {"name": f"p{n}", "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3, **p}
+        for n, p in enumerate(phases)
+    ]
+    return {
+        "output_dir": "o",
+        "model": {"source": "M"},
+        "data": {"train": "s"},
+        "curriculum": {"phases": full, **curriculum},
+    }
 
 
 def _sound(*phases: dict[str, Any], **curriculum: Any) -> RunPlan:
@@ -45,12 +53,18 @@ def _clip(name: str, samples: int) -> ClipFacts:
         ({"seconds": 1e-6}, 1, 2_048, "2,048 samples (0.05 s), batch 4"),
     ],
 )
-def test_samples_are_snapped_to_the_hop(duration: dict[str, Any], requested: int, used: int, words: str) -> None:
+def test_samples_are_snapped_to_the_hop(
+    duration: dict[str, Any], requested: int, used: int, words: str
+) -> None:
     plan = _sound({"duration": duration})
     (bucket,) = plan.phases[0].buckets
     assert (bucket.requested_frames, bucket.frames, bucket.frame_rate_hz) == (requested, used, 44_100)
     assert (bucket.height, bucket.width, bucket.shape_text) == (1, 1, words)
-    notes = () if requested == used else (f"phase p0: samples {requested:,} -> {used:,} (the model takes 2048 * k samples)",)
+    notes = (
+        ()
+        if requested == used
+        else (f"phase p0: samples {requested:,} -> {used:,} (the model takes 2048 * k samples)",)
+    )
     assert snap_notes(plan, HOP) == notes
 
 
@@ -79,7 +93,8 @@ def test_video_takes_seconds_where_the_rate_is_given() -> None:
 def test_video_refuses_seconds_without_a_rate() -> None:
     config = VAETrainerConfig.model_validate(_values({"resolution": "64x64", "duration": {"seconds": 2.0}}))
     with pytest.raises(
-        PlanError, match=r"duration.seconds: needs a rate for video, got 2 without one. Add frame_rate_hz or write"
+        PlanError,
+        match=r"duration.seconds: needs a rate for video, got 2 without one. Add frame_rate_hz or write",
     ):
         plan_run(config, world_size=1, strides=FRAMES)
 
@@ -88,8 +103,12 @@ def test_video_needs_a_resolution_in_phases_and_in_buckets() -> None:
     buckets = [{"resolution": "64x64", "duration": {"frames": 1}}, {"duration": {"frames": 9}}]
     with pytest.raises(ValueError, match="validation error") as caught:
         VAETrainerConfig.model_validate(_values({"duration": {"frames": 9}}, {"buckets": buckets}))
-    assert "curriculum.phases[0].resolution: must be given for video, got nothing. Add `resolution:`." in str(caught.value)
-    assert "curriculum.phases[1].buckets[1].resolution: must be given for video, got nothing." in str(caught.value)
+    assert "curriculum.phases[0].resolution: must be given for video, got nothing. Add `resolution:`." in str(
+        caught.value
+    )
+    assert "curriculum.phases[1].buckets[1].resolution: must be given for video, got nothing." in str(
+        caught.value
+    )
 
 
 def test_short_sounds_are_listed_with_the_length_that_they_lack() -> None:
@@ -98,7 +117,8 @@ def test_short_sounds_are_listed_with_the_length_that_they_lack() -> None:
     (short,) = check_data(plan, clips, [[(0,)]])
     assert (short.length, short.names) == ("65,536 samples (1.49 s)", ("b.wav",))
     with pytest.raises(
-        PlanError, match=r"duration: must be at most the samples of the longest clip at 44100 Hz \(65535, b.wav\), got 65536"
+        PlanError,
+        match=r"duration: must be at most the samples of the longest clip at 44100 Hz \(65535, b.wav\), got 65536",
     ):
         check_data(plan, clips[1:], [[()]], "c.yaml")
 
@@ -110,10 +130,14 @@ def test_sounds_are_neither_small_nor_slow() -> None:
 
 
 def test_the_page_speaks_of_samples() -> None:
-    config = AudioVAETrainerConfig.model_validate(_values({"duration": {"seconds": 1.5}}, {"duration": {"frames": 131_072}}))
+    config = AudioVAETrainerConfig.model_validate(
+        _values({"duration": {"seconds": 1.5}}, {"duration": {"frames": 131_072}})
+    )
     plan = plan_run(config, world_size=1, strides=HOP)
     rows, curve = describe(plan, config=config), learning_rate_curve(plan, 50)
-    page = PlanPage(source="c.yaml", model="M", parameters=1, world_size=1, rows=rows, totals=totals(plan), curve=curve)
+    page = PlanPage(
+        source="c.yaml", model="M", parameters=1, world_size=1, rows=rows, totals=totals(plan), curve=curve
+    )
     console = Console(width=100, file=io.StringIO())
     with console.capture() as capture:
         console.print(page)

@@ -1,4 +1,5 @@
-"""Reading sounds: exact parts of real files in many formats, resampling, channels, and every kind of file that cannot be used.
+"""Reading sounds: exact parts of real files in many formats, resampling, channels, and every kind of file
+that cannot be used.
 
 The files hold noise over a gliding tone, written with PyAV, so that no two parts are alike.
 """
@@ -36,7 +37,9 @@ def _sound(rate_hz: int, channels: int = 2, seconds: float = _SECONDS) -> Sample
 _LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 
 
-def _write(path: Path, wave_CN: Samples, *, codec: str, rate_hz: int, options: dict[str, str] | None = None) -> Path:
+def _write(
+    path: Path, wave_CN: Samples, *, codec: str, rate_hz: int, options: dict[str, str] | None = None
+) -> Path:
     layout = _LAYOUTS[wave_CN.shape[0]]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate_hz, layout=layout, options=options or {})
@@ -95,7 +98,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A bit rate so low that MP3 fetches bits from many frames back, and one that varies.
     _write(path / "r.mp3", _sound(44_100), codec="libmp3lame", rate_hz=44_100, options={"b": "64000"})
     _write(
-        path / "s.mp3", _sound(44_100), codec="libmp3lame", rate_hz=44_100, options={"flags": "+qscale", "global_quality": "236"}
+        path / "s.mp3",
+        _sound(44_100),
+        codec="libmp3lame",
+        rate_hz=44_100,
+        options={"flags": "+qscale", "global_quality": "236"},
     )
     return path
 
@@ -108,16 +115,31 @@ def test_a_part_is_the_same_part_of_the_whole(folder: Path, name: str) -> None:
         rate_hz = container.streams.audio[0].rate
     length = whole_CN.shape[1]
     assert length >= _SECONDS * rate_hz - 1
-    starts = [0, 1, 1023, rate_hz - 1, rate_hz + 1, 2 * rate_hz + 777, 3 * rate_hz, 4 * rate_hz + 4097, length - 3000]
+    starts = [
+        0,
+        1,
+        1023,
+        rate_hz - 1,
+        rate_hz + 1,
+        2 * rate_hz + 777,
+        3 * rate_hz,
+        4 * rate_hz + 4097,
+        length - 3000,
+    ]
     for start in starts:
-        part_CN = decode_audio(folder / name, start_sample=start, num_samples=3000, sample_rate_hz=rate_hz, channels=2)
+        part_CN = decode_audio(
+            folder / name, start_sample=start, num_samples=3000, sample_rate_hz=rate_hz, channels=2
+        )
         assert part_CN.dtype == torch.float32
         assert part_CN.is_contiguous()
-        np.testing.assert_array_equal(part_CN.numpy(), whole_CN[:, start : start + 3000], err_msg=f"start {start}")
+        np.testing.assert_array_equal(
+            part_CN.numpy(), whole_CN[:, start : start + 3000], err_msg=f"start {start}"
+        )
 
 
 @pytest.mark.parametrize(
-    ("codec", "tolerance"), [("pcm_u8", 2**-7), ("pcm_s16le", 2**-15), ("pcm_s32le", 1e-7), ("pcm_f64le", 1e-7)]
+    ("codec", "tolerance"),
+    [("pcm_u8", 2**-7), ("pcm_s16le", 2**-15), ("pcm_s32le", 1e-7), ("pcm_f64le", 1e-7)],
 )
 def test_integers_and_doubles_become_floats_in_range(tmp_path: Path, codec: str, tolerance: float) -> None:
     # Tolerance: one step of the format, and rounding of fp32.
@@ -129,7 +151,9 @@ def test_integers_and_doubles_become_floats_in_range(tmp_path: Path, codec: str,
 
 @pytest.mark.parametrize("name", ["e.flac", "f.mp3", "g.m4a", "j.opus"])
 @pytest.mark.parametrize("rate_hz", [16_000, 44_100, 48_000])
-def test_a_resampled_part_is_the_same_part_of_the_resampled_whole(folder: Path, name: str, rate_hz: int) -> None:
+def test_a_resampled_part_is_the_same_part_of_the_resampled_whole(
+    folder: Path, name: str, rate_hz: int
+) -> None:
     # Tolerance: the sums of the filter may be taken in another order for another length; samples are up to 1.
     with SoundFile(folder / name) as sound:
         own_hz, total = sound.sample_rate_hz, sum(piece.wave.shape[1] for piece in sound.pieces())
@@ -141,9 +165,12 @@ def test_a_resampled_part_is_the_same_part_of_the_resampled_whole(folder: Path, 
         torch.testing.assert_close(part_CN, whole_CN[:, start : start + 2000], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(("from_hz", "to_hz"), [(48_000, 44_100), (44_100, 48_000), (96_000, 16_000), (8_000, 44_100)])
+@pytest.mark.parametrize(
+    ("from_hz", "to_hz"), [(48_000, 44_100), (44_100, 48_000), (96_000, 16_000), (8_000, 44_100)]
+)
 def test_a_sine_stays_the_same_sine_at_another_rate(from_hz: int, to_hz: int) -> None:
-    # Oracle: the sine at the new rate. The filter's ripple is far under 1e-4; the ends see zeros beyond the sound.
+    # Oracle: the sine at the new rate. The filter's ripple is far under 1e-4; the ends see zeros beyond the
+    # sound.
     wave_CN = resample_window(_sine(1000, from_hz), 0, to_hz, from_hz=from_hz, to_hz=to_hz)
     inner = slice(to_hz // 10, -to_hz // 10)
     torch.testing.assert_close(wave_CN[:, inner], _sine(1000, to_hz)[:, inner], rtol=0, atol=1e-4)
@@ -171,18 +198,38 @@ def test_lengths_and_windows_of_resampling() -> None:
 
 
 def test_rates_without_a_simple_ratio_are_refused() -> None:
-    for rate_hz in (8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 88_200, 96_000, 176_400, 192_000):
+    for rate_hz in (
+        8_000,
+        11_025,
+        16_000,
+        22_050,
+        24_000,
+        32_000,
+        44_100,
+        48_000,
+        88_200,
+        96_000,
+        176_400,
+        192_000,
+    ):
         for to_hz in (16_000, 22_050, 24_000, 44_100, 48_000):
             check_rates(from_hz=rate_hz, to_hz=to_hz)
-    with pytest.raises(DataError, match=r"simple ratio to data.sample_rate_hz \(44100\), got 44101 Hz \(44101:44100\)"):
+    with pytest.raises(
+        DataError, match=r"simple ratio to data.sample_rate_hz \(44100\), got 44101 Hz \(44101:44100\)"
+    ):
         check_rates(from_hz=44_101, to_hz=44_100)
 
 
 def test_mono_is_repeated_and_stereo_averaged(tmp_path: Path) -> None:
     mono_CN, stereo_CN = _sound(8_000, channels=1, seconds=0.5), _sound(8_000, channels=2, seconds=0.5)
-    mono, stereo = _wav(tmp_path / "mono.wav", mono_CN, 8_000), _wav(tmp_path / "stereo.wav", stereo_CN, 8_000)
+    mono, stereo = (
+        _wav(tmp_path / "mono.wav", mono_CN, 8_000),
+        _wav(tmp_path / "stereo.wav", stereo_CN, 8_000),
+    )
     form = {"start_sample": 100, "num_samples": 3000, "sample_rate_hz": 8_000}
-    np.testing.assert_array_equal(decode_audio(mono, channels=2, **form).numpy(), np.repeat(mono_CN[:, 100:3100], 2, axis=0))
+    np.testing.assert_array_equal(
+        decode_audio(mono, channels=2, **form).numpy(), np.repeat(mono_CN[:, 100:3100], 2, axis=0)
+    )
     np.testing.assert_array_equal(decode_audio(mono, channels=1, **form).numpy(), mono_CN[:, 100:3100])
     expected = (stereo_CN[:1, 100:3100] + stereo_CN[1:, 100:3100]) / 2
     np.testing.assert_allclose(decode_audio(stereo, channels=1, **form).numpy(), expected, rtol=0, atol=1e-7)
@@ -190,10 +237,13 @@ def test_mono_is_repeated_and_stereo_averaged(tmp_path: Path) -> None:
 
 def test_more_than_two_channels_are_refused(tmp_path: Path) -> None:
     file = _wav(tmp_path / "surround.wav", _sound(8_000, channels=6, seconds=0.5), 8_000)
-    with pytest.raises(DataError, match=r"surround.wav: it must be mono or stereo, got 6 channels. Mix it down to stereo."):
+    with pytest.raises(
+        DataError, match=r"surround.wav: it must be mono or stereo, got 6 channels. Mix it down to stereo."
+    ):
         decode_audio(file, start_sample=0, num_samples=100, sample_rate_hz=8_000, channels=2)
     assert (
-        scan(tmp_path, medium="sound").unreadable[0].reason == "it must be mono or stereo, got 6 channels. Mix it down to stereo"
+        scan(tmp_path, medium="sound").unreadable[0].reason
+        == "it must be mono or stereo, got 6 channels. Mix it down to stereo"
     )
 
 
@@ -208,7 +258,8 @@ def test_a_sound_that_ends_too_early_is_named(tmp_path: Path, rate_hz: int, got:
     file = _wav(tmp_path / "short.wav", _sound(44_100, seconds=1.0))
     start = rate_hz - got
     with pytest.raises(
-        DataError, match=rf"short.wav: must have 3000 samples at {rate_hz} Hz from sample {start} on, got {got}\."
+        DataError,
+        match=rf"short.wav: must have 3000 samples at {rate_hz} Hz from sample {start} on, got {got}\.",
     ):
         decode_audio(file, start_sample=start, num_samples=3000, sample_rate_hz=rate_hz, channels=2)
     with pytest.raises(DataError, match=r"from sample 200000 on, got 0\."):
@@ -235,7 +286,9 @@ def _silent_video(path: Path) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=24)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 32, 3), dtype=np.uint8), format="rgb24")))
+        container.mux(
+            stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 32, 3), dtype=np.uint8), format="rgb24"))
+        )
         container.mux(stream.encode(None))
     return path
 
@@ -251,7 +304,11 @@ def test_samples_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
     wave_CN = _sound(44_100, seconds=1.0)
     wave_CN[1, 30_000] = bad
     file = _wav(tmp_path / "bad.wav", wave_CN)
-    assert decode_audio(file, start_sample=0, num_samples=30_000, sample_rate_hz=44_100, channels=2).isfinite().all()
+    assert (
+        decode_audio(file, start_sample=0, num_samples=30_000, sample_rate_hz=44_100, channels=2)
+        .isfinite()
+        .all()
+    )
     with pytest.raises(DataError, match=r"bad.wav: samples must be finite, got NaN or infinity"):
         decode_audio(file, start_sample=29_000, num_samples=2_000, sample_rate_hz=44_100, channels=2)
     assert "holds NaN or infinity after sample" in scan(tmp_path, medium="sound").unreadable[0].reason
@@ -328,7 +385,11 @@ def test_a_scan_for_sound_takes_audio_files_and_the_sound_of_videos(folder: Path
 
 def test_a_peak_of_integers_in_floats_is_refused(tmp_path: Path) -> None:
     _wav(tmp_path / "scaled.wav", 32_768 * _sound(44_100, seconds=0.2))
-    assert scan(tmp_path, medium="sound").unreadable[0].reason.startswith("its samples must be in [-1, 1], got a peak of ")
+    assert (
+        scan(tmp_path, medium="sound")
+        .unreadable[0]
+        .reason.startswith("its samples must be in [-1, 1], got a peak of ")
+    )
 
 
 def test_tables_may_name_sounds_apart_from_videos(tmp_path: Path) -> None:
@@ -338,9 +399,13 @@ def test_tables_may_name_sounds_apart_from_videos(tmp_path: Path) -> None:
     table.write_text("video,audio\nfilm.mp4,voice.wav\n,voice.wav\nfilm.mp4,\n", encoding="utf-8")
     manifest = scan(table, medium="sound")
     assert [record.path for record in manifest.records] == ["voice.wav", "voice.wav"]
-    assert [(item.path, item.reason) for item in manifest.unreadable] == [("film.mp4", "cannot be decoded: it holds no sound")]
+    assert [(item.path, item.reason) for item in manifest.unreadable] == [
+        ("film.mp4", "cannot be decoded: it holds no sound")
+    ]
     table.write_text("film\nx.wav\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"row 1: must name a file in column 'audio' or 'video' or 'media_path'"):
+    with pytest.raises(
+        DataError, match=r"row 1: must name a file in column 'audio' or 'video' or 'media_path'"
+    ):
         scan(table, medium="sound")
 
 
@@ -359,12 +424,17 @@ def test_probes_of_sounds_are_kept_apart_from_those_of_videos(tmp_path: Path) ->
 
 def test_a_folder_without_sounds_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no sound", encoding="utf-8")
-    with pytest.raises(DataError, match=r"must hold at least one sound clip, got none. Add files ending in .*\.wav"):
+    with pytest.raises(
+        DataError, match=r"must hold at least one sound clip, got none. Add files ending in .*\.wav"
+    ):
         require_readable(scan(tmp_path, medium="sound"), 0.0)
 
 
 def test_a_sound_that_changes_its_form_is_unreadable(tmp_path: Path) -> None:
-    parts = [_write(tmp_path / f"{n}.aac", _sound(44_100, channels=n, seconds=1.0), codec="aac", rate_hz=44_100) for n in (1, 2)]
+    parts = [
+        _write(tmp_path / f"{n}.aac", _sound(44_100, channels=n, seconds=1.0), codec="aac", rate_hz=44_100)
+        for n in (1, 2)
+    ]
     (tmp_path / "joined.aac").write_bytes(b"".join(part.read_bytes() for part in parts))
     (unreadable,) = scan(tmp_path, medium="sound").unreadable
     assert unreadable.path == "joined.aac"

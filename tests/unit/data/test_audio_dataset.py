@@ -1,4 +1,5 @@
-"""Clips of sounds: the place as a function of seed, sample and epoch; silence, loudness and the user's own tensors.
+"""Clips of sounds: the place as a function of seed, sample and epoch; silence, loudness and the user's own
+tensors.
 
 Sounds are ramps, so the first sample of a clip names its place.
 """
@@ -34,7 +35,15 @@ def _config(**changes: Any) -> AudioDataConfig:
 
 def _request(**changes: Any) -> ClipRequest:
     return ClipRequest(
-        **{"sample_index": 0, "epoch": 0, "frames": 500, "height": 1, "width": 1, "frame_rate_hz": _RATE, **changes}
+        **{
+            "sample_index": 0,
+            "epoch": 0,
+            "frames": 500,
+            "height": 1,
+            "width": 1,
+            "frame_rate_hz": _RATE,
+            **changes,
+        }
     )
 
 
@@ -60,7 +69,9 @@ def files(tmp_path: Path) -> AudioClipDataset:
     return AudioClipDataset(scan(tmp_path, medium="sound"), seed=7, config=_config())
 
 
-def test_a_file_answers_requests_as_a_function_of_seed_sample_and_epoch(files: AudioClipDataset, tmp_path: Path) -> None:
+def test_a_file_answers_requests_as_a_function_of_seed_sample_and_epoch(
+    files: AudioClipDataset, tmp_path: Path
+) -> None:
     clip = files[_request(epoch=3)]["audio"]
     assert clip.shape == (1, 500)
     assert clip.dtype == torch.float32
@@ -89,7 +100,9 @@ def test_a_clip_may_be_as_long_as_the_sound_and_no_longer(files: AudioClipDatase
 
 def test_facts_count_samples_at_the_configured_rate(tmp_path: Path) -> None:
     _save(tmp_path / "a.wav", _ramp()[None].expand(2, -1))
-    dataset = AudioClipDataset(scan(tmp_path, medium="sound"), seed=0, config=_config(sample_rate_hz=44_100, channels=2))
+    dataset = AudioClipDataset(
+        scan(tmp_path, medium="sound"), seed=0, config=_config(sample_rate_hz=44_100, channels=2)
+    )
     (facts,) = dataset.lengths()
     assert (facts.name, facts.frames, facts.seconds) == ("a.wav", 110_250, 2.5)
     assert (facts.height, facts.width, len(dataset)) == (1, 1, 1)
@@ -103,12 +116,16 @@ def test_sounds_that_cannot_become_clips_are_listed(tmp_path: Path) -> None:
     _save(tmp_path / "odd.wav", _ramp()[None], rate_hz=44_101)
     _save(tmp_path / "quiet.wav", torch.full((1, 1000), 0.0009))
     (tmp_path / "noise.wav").write_bytes(b"noise" * 50)
-    manifest = usable_sounds(scan(tmp_path, medium="sound"), _config(sample_rate_hz=44_100, silence_threshold_db=-60))
+    manifest = usable_sounds(
+        scan(tmp_path, medium="sound"), _config(sample_rate_hz=44_100, silence_threshold_db=-60)
+    )
     assert [record.path for record in manifest.records] == ["good.wav"]
     reasons = {item.path: item.reason for item in manifest.unreadable}
     assert sorted(reasons) == ["noise.wav", "odd.wav", "quiet.wav"]
     assert "must be a simple ratio to data.sample_rate_hz (44100), got 44101 Hz" in reasons["odd.wav"]
-    assert "nowhere as loud as data.silence_threshold_db (-60 dB), its peak is 0.000885" in reasons["quiet.wav"]
+    assert (
+        "nowhere as loud as data.silence_threshold_db (-60 dB), its peak is 0.000885" in reasons["quiet.wav"]
+    )
     assert len(usable_sounds(scan(tmp_path, medium="sound"), _config(sample_rate_hz=44_100)).records) == 2
 
 
@@ -119,7 +136,8 @@ def _mostly_silent() -> Tensor:
 
 
 def test_quiet_clips_are_drawn_again_and_always_the_same_way() -> None:
-    # A fifth of the sound is loud, so of 40 single draws most are silent; 8 draws miss it in 0.8 ** 8 = 17 % of the cases.
+    # A fifth of the sound is loud, so of 40 single draws most are silent; 8 draws miss it in 0.8 ** 8 = 17 %
+    # of the cases.
     request = {"frames": 200}
     plain = TensorAudioDataset([_mostly_silent()], seed=0, config=_config())
     loud = TensorAudioDataset([_mostly_silent()], seed=0, config=_config(silence_threshold_db=-20))
@@ -140,7 +158,9 @@ def test_if_all_draws_are_quiet_the_loudest_is_kept() -> None:
     ramp = _ramp() / 100
     plain = TensorAudioDataset([ramp], seed=0, config=_config())
     loudest = TensorAudioDataset([ramp], seed=0, config=_config(silence_threshold_db=0))
-    pairs = [(plain[_request(epoch=epoch)]["audio"], loudest[_request(epoch=epoch)]["audio"]) for epoch in range(8)]
+    pairs = [
+        (plain[_request(epoch=epoch)]["audio"], loudest[_request(epoch=epoch)]["audio"]) for epoch in range(8)
+    ]
     assert all(float(kept[0, 0]) >= float(first[0, 0]) for first, kept in pairs)
     assert any(not torch.equal(first, kept) for first, kept in pairs)
 
@@ -155,16 +175,20 @@ def test_loudness_is_brought_to_the_target() -> None:
 
 @pytest.mark.parametrize("rate_hz", [16_000, 44_100, 48_000])
 def test_loudness_is_that_of_the_standard(rate_hz: int) -> None:
-    # Oracle: torchaudio's gated measure of steady noise, where gates close nowhere. Its filters are those of other analogue forms
-    # away from 48 kHz; the difference was at most 0.13 LU.
+    # Oracle: torchaudio's gated measure of steady noise, where gates close nowhere. Its filters are those of
+    # other analogue forms away from 48 kHz; the difference was at most 0.13 LU.
     noise_CN = 0.1 * torch.randn(2, 4 * rate_hz, generator=torch.Generator().manual_seed(0))
-    assert loudness_lufs(noise_CN, sample_rate_hz=rate_hz) == pytest.approx(float(loudness(noise_CN, rate_hz)), abs=0.2)
+    assert loudness_lufs(noise_CN, sample_rate_hz=rate_hz) == pytest.approx(
+        float(loudness(noise_CN, rate_hz)), abs=0.2
+    )
 
 
 @pytest.mark.parametrize("num_samples", [48_000, 47_999])
 def test_loudness_of_a_sine_is_the_worked_number(num_samples: int) -> None:
     # BS.1770 calibrates 997 Hz at full scale in one channel to -3.01; a channel of the same adds 3.01.
-    sine_CN = torch.sin(2 * math.pi * 997 * torch.arange(num_samples, dtype=torch.float64) / 48_000).float()[None]
+    sine_CN = torch.sin(2 * math.pi * 997 * torch.arange(num_samples, dtype=torch.float64) / 48_000).float()[
+        None
+    ]
     assert loudness_lufs(sine_CN, sample_rate_hz=48_000) == pytest.approx(-3.01, abs=0.01)
     assert loudness_lufs(sine_CN.expand(2, -1), sample_rate_hz=48_000) == pytest.approx(0.0, abs=0.01)
     assert level_db(sine_CN) == pytest.approx(-3.01, abs=0.01)
@@ -182,21 +206,29 @@ def test_gains_stop_at_full_scale_and_leave_silence_alone() -> None:
     assert torch.equal(normalized(whisper_CN, sample_rate_hz=_RATE, target_lufs=-6.0), whisper_CN)
 
 
-@pytest.mark.parametrize("item", [_ramp(), _ramp()[None], {"audio": _ramp()}, {"audio": _ramp()[None], "sample_rate_hz": _RATE}])
+@pytest.mark.parametrize(
+    "item", [_ramp(), _ramp()[None], {"audio": _ramp()}, {"audio": _ramp()[None], "sample_rate_hz": _RATE}]
+)
 def test_tensors_answer_the_same_requests(item: Any, files: AudioClipDataset) -> None:
     dataset = TensorAudioDataset([item], seed=7, config=_config())
     assert len(dataset) == 1
     for epoch in range(3):
         request = _request(epoch=epoch)
-        assert torch.equal(dataset[request]["audio"], files[request]["audio"]), "the place is drawn from the same stream"
-    assert [(f.name, f.frames, f.seconds, f.height, f.width) for f in dataset.lengths()] == [("dataset[0]", 20_000, 2.5, 1, 1)]
+        assert torch.equal(dataset[request]["audio"], files[request]["audio"]), (
+            "the place is drawn from the same stream"
+        )
+    assert [(f.name, f.frames, f.seconds, f.height, f.width) for f in dataset.lengths()] == [
+        ("dataset[0]", 20_000, 2.5, 1, 1)
+    ]
     assert dataset.lengths() is dataset.lengths()
 
 
 def test_tensors_are_resampled_and_given_channels() -> None:
     noise_CN = 0.1 * torch.randn(1, _SAMPLES, generator=torch.Generator().manual_seed(0))
     dataset = TensorAudioDataset(
-        [{"audio": noise_CN, "sample_rate_hz": _RATE}], seed=0, config=_config(sample_rate_hz=16_000, channels=2)
+        [{"audio": noise_CN, "sample_rate_hz": _RATE}],
+        seed=0,
+        config=_config(sample_rate_hz=16_000, channels=2),
     )
     # Oracle: the whole item resampled at once; another length may change the order of sums.
     whole_CN = resample_window(noise_CN, 0, 40_000, from_hz=_RATE, to_hz=16_000)
@@ -214,7 +246,10 @@ def test_tensors_are_resampled_and_given_channels() -> None:
         (torch.zeros(0), r"got \[0\] torch.float32"),
         ({"video": torch.zeros(8)}, "got NoneType"),
         (np.zeros(8, dtype=np.float32), "got ndarray"),
-        (torch.zeros(6, 1000), r"dataset\[0\]: it must be mono or stereo, got 6 channels. Mix it down to stereo\."),
+        (
+            torch.zeros(6, 1000),
+            r"dataset\[0\]: it must be mono or stereo, got 6 channels. Mix it down to stereo\.",
+        ),
         ({"audio": torch.zeros(1000), "sample_rate_hz": 8_001}, r"must be a simple ratio .* got 8001 Hz"),
     ],
 )

@@ -14,7 +14,9 @@ from aiprod_ds.data.bucket_order import BucketOrder, PassOrder, ShareOrder
 _PARTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
-def _shared(shares: list[float], *, seed: int = 0, batches: list[int] | None = None, num_samples: int = 64) -> ShareOrder:
+def _shared(
+    shares: list[float], *, seed: int = 0, batches: list[int] | None = None, num_samples: int = 64
+) -> ShareOrder:
     sizes = [(num_samples, batch) for batch in batches or [4] * len(shares)]
     return ShareOrder(sizes, shares, num_samples=num_samples, seed=seed, phase=0)
 
@@ -51,7 +53,8 @@ def test_every_bucket_counts_its_own_updates(parts: list[int], sizes: list[tuple
 
 
 @pytest.mark.parametrize(
-    ("shares", "period"), [([0.2, 0.8], 5), ([1.0], 1), ([0.333333, 0.333333, 0.333334], 3), ([0.125, 0.5, 0.375], 8)]
+    ("shares", "period"),
+    [([0.2, 0.8], 5), ([1.0], 1), ([0.333333, 0.333333, 0.333334], 3), ([0.125, 0.5, 0.375], 8)],
 )
 def test_shares_are_exact_after_every_period(shares: list[float], period: int) -> None:
     buckets = _buckets(_shared(shares), 20 * period)

@@ -14,7 +14,9 @@ from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.data.buckets import best_bucket, bucket_clips, kept_fraction, long_enough
 
 
-def _bucket(shape: str, frames: int = 9, *, rate: float | None = None, share: float | None = None) -> BucketPlan:
+def _bucket(
+    shape: str, frames: int = 9, *, rate: float | None = None, share: float | None = None
+) -> BucketPlan:
     width, height = map(int, shape.split("x"))
     return BucketPlan(
         frames=frames,
@@ -50,14 +52,38 @@ def test_the_worked_number() -> None:
 @pytest.mark.parametrize(
     ("clip", "buckets", "best"),
     [
-        (_clip("640x640"), [_bucket("512x256"), _bucket("256x256"), _bucket("512x512", 1)], 1),  # least crop, then most frames
-        (_clip("640x640", 8), [_bucket("256x256"), _bucket("512x256", 1)], 1),  # only the image is short enough
+        (
+            _clip("640x640"),
+            [_bucket("512x256"), _bucket("256x256"), _bucket("512x512", 1)],
+            1,
+        ),  # least crop, then most frames
+        (
+            _clip("640x640", 8),
+            [_bucket("256x256"), _bucket("512x256", 1)],
+            1,
+        ),  # only the image is short enough
         (_clip("640x640", 8), [_bucket("256x256"), _bucket("512x256")], None),
-        (_clip("640x640"), [_bucket("256x256", 9), _bucket("256x256", 17), _bucket("256x256", 49)], 1),  # the longest it has
+        (
+            _clip("640x640"),
+            [_bucket("256x256", 9), _bucket("256x256", 17), _bucket("256x256", 49)],
+            1,
+        ),  # the longest it has
         (_clip("640x640"), [_bucket("256x256"), _bucket("512x512"), _bucket("320x320")], 1),  # the largest
-        (_clip("640x640"), [_bucket("256x512"), _bucket("512x256")], 0),  # mirrored buckets crop alike: the first
-        (_clip("640x640"), [_bucket("320x480"), _bucket("480x320", 17)], 1),  # and so the one with more frames
-        (_clip("640x640", 48, seconds=2.0), [_bucket("256x256", 17), _bucket("256x256", 25, rate=12.0)], 0),  # 24 frames at 12 Hz
+        (
+            _clip("640x640"),
+            [_bucket("256x512"), _bucket("512x256")],
+            0,
+        ),  # mirrored buckets crop alike: the first
+        (
+            _clip("640x640"),
+            [_bucket("320x480"), _bucket("480x320", 17)],
+            1,
+        ),  # and so the one with more frames
+        (
+            _clip("640x640", 48, seconds=2.0),
+            [_bucket("256x256", 17), _bucket("256x256", 25, rate=12.0)],
+            0,
+        ),  # 24 frames at 12 Hz
     ],
 )
 def test_the_best_bucket(clip: ClipFacts, buckets: list[BucketPlan], best: int | None) -> None:
@@ -66,11 +92,15 @@ def test_the_best_bucket(clip: ClipFacts, buckets: list[BucketPlan], best: int |
 
 @settings(max_examples=100, deadline=None)
 @given(clips=_CLIPS, buckets=_BUCKETS)
-def test_without_shares_every_clip_that_fits_is_in_one_bucket(clips: list[ClipFacts], buckets: list[BucketPlan]) -> None:
+def test_without_shares_every_clip_that_fits_is_in_one_bucket(
+    clips: list[ClipFacts], buckets: list[BucketPlan]
+) -> None:
     members = bucket_clips(clips, buckets)
 
     assert len(members) == len(buckets)
-    usable = [index for index, clip in enumerate(clips) if any(clip.frames >= bucket.frames for bucket in buckets)]
+    usable = [
+        index for index, clip in enumerate(clips) if any(clip.frames >= bucket.frames for bucket in buckets)
+    ]
     assert sorted(chain.from_iterable(members)) == usable
     for bucket, indices in zip(buckets, members, strict=True):
         for index in indices:
@@ -85,7 +115,11 @@ def _crop(clip: ClipFacts, bucket: BucketPlan) -> float:
 
 
 def test_with_shares_a_clip_is_wherever_it_is_long_enough() -> None:
-    buckets = [_bucket("512x256", 17, share=0.5), _bucket("256x512", 9, share=0.3), _bucket("256x256", 1, share=0.2)]
+    buckets = [
+        _bucket("512x256", 17, share=0.5),
+        _bucket("256x512", 9, share=0.3),
+        _bucket("256x256", 1, share=0.2),
+    ]
     clips = [_clip("640x640", 48), _clip("640x640", 9), _clip("640x640", 1)]
     assert bucket_clips(clips, buckets) == ((0,), (0, 1), (0, 1, 2))
 

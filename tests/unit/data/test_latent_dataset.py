@@ -1,4 +1,5 @@
-"""Folders of latents as data: which clips can be trained on, what is wrong with the others, and what a request yields."""
+"""Folders of latents as data: which clips can be trained on, what is wrong with the others, and what a
+request yields."""
 
 from __future__ import annotations
 
@@ -17,17 +18,33 @@ from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
-from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATENTS, LatentShape, entry_path, write_entry
+from aiprod_ds.data.latents import (
+    AUDIO_LATENTS,
+    CONDITIONS,
+    EMPTY_PROMPT,
+    LATENTS,
+    LatentShape,
+    entry_path,
+    write_entry,
+)
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.trainers.clip_data import split_manifests
 
 STRIDES = ModelStrides(spatial=4, temporal=2)
 SMALL, LARGE = LatentShape(frames=5, height=16, width=16), LatentShape(frames=9, height=32, width=32)
 SILENT, SOUNDING = LatentNeeds(strides=STRIDES), LatentNeeds(strides=STRIDES, with_audio=True)
-MEDIA = {"media_frames": "24", "media_fps": "24.0", "media_seconds": "1.0", "media_height": "36", "media_width": "64"}
+MEDIA = {
+    "media_frames": "24",
+    "media_fps": "24.0",
+    "media_seconds": "1.0",
+    "media_height": "36",
+    "media_width": "64",
+}
 
 
-def _clip(root: Path, clip: str, *shapes: LatentShape, value: float = 0.0, fingerprint: str = "f" * 64) -> None:
+def _clip(
+    root: Path, clip: str, *shapes: LatentShape, value: float = 0.0, fingerprint: str = "f" * 64
+) -> None:
     """Writes latents and sounds of every shape and the embeddings of a caption."""
     made_by = {"fingerprint": fingerprint}
     for shape in shapes:
@@ -42,7 +59,10 @@ def _clip(root: Path, clip: str, *shapes: LatentShape, value: float = 0.0, finge
 
 
 def _caption(path: Path, value: float, tokens: int = 6) -> None:
-    tensors = {"prompt_embeds": torch.full((tokens, 3), value).bfloat16(), "prompt_attention_mask": torch.arange(tokens) < 4}
+    tensors = {
+        "prompt_embeds": torch.full((tokens, 3), value).bfloat16(),
+        "prompt_attention_mask": torch.arange(tokens) < 4,
+    }
     write_entry(path, tensors, {"fingerprint": "t" * 64})
 
 
@@ -56,17 +76,26 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _request(index: int, shape: LatentShape = SMALL, **changes: Any) -> ClipRequest:
-    sizes = {"frames": shape.frames, "height": shape.height, "width": shape.width, "frame_rate_hz": shape.frame_rate_hz}
+    sizes = {
+        "frames": shape.frames,
+        "height": shape.height,
+        "width": shape.width,
+        "frame_rate_hz": shape.frame_rate_hz,
+    }
     return ClipRequest(**{"sample_index": index, "epoch": 0, **sizes, **changes})
 
 
 def _dataset(source: Path, **changes: Any) -> LatentDataset:
-    return LatentDataset(scan_latents(source, SOUNDING), **{"seed": 0, "strides": STRIDES, "with_audio": True, **changes})
+    return LatentDataset(
+        scan_latents(source, SOUNDING), **{"seed": 0, "strides": STRIDES, "with_audio": True, **changes}
+    )
 
 
 def test_a_folder_its_precomputed_part_and_a_table_are_the_same_clips(folder: Path) -> None:
     (folder / "all.csv").write_text("video,caption\na.mp4,x\nc.mov,y\ndeep/b.mp4,z\n")
-    found = [scan_latents(source, SOUNDING) for source in (folder, folder / ".precomputed", folder / "all.csv")]
+    found = [
+        scan_latents(source, SOUNDING) for source in (folder, folder / ".precomputed", folder / "all.csv")
+    ]
     assert [record.path for record in found[0].records] == ["a.mp4", "c.mov", "deep/b.mp4"]
     assert found[0] == found[1] == found[2]
     (folder / "one.csv").write_text("video\nc.mov\n")
@@ -98,7 +127,10 @@ def test_a_shape_that_was_not_encoded_is_named_before_and_in_training(folder: Pa
         _dataset(folder)[_request(0, other)]
     require_entries(_dataset(folder), _plan("16x16", 5), "c.yaml")
     entry_path(folder / ".precomputed", LATENTS, f"a.mp4@{LARGE.tag}").unlink()
-    message = r"c.yaml: curriculum.phases\[0\]: needs latents of 9x32x32, got none for 1 of 3 clips: a.mp4\. Encode with this"
+    message = (
+        r"c.yaml: curriculum.phases\[0\]: needs latents of 9x32x32, got none for 1 of 3 clips: a.mp4\. "
+        r"Encode with this"
+    )
     with pytest.raises(PlanError, match=message):
         require_entries(_dataset(folder), _plan("32x32", 9), "c.yaml")
 
@@ -106,7 +138,12 @@ def test_a_shape_that_was_not_encoded_is_named_before_and_in_training(folder: Pa
 def _plan(resolution: str, frames: int) -> RunPlan:
     shape = {"resolution": resolution, "duration": {"frames": frames}}
     phase = {"name": "p", **shape, "global_batch_size": 2, "updates": 3, "learning_rate": 1e-3}
-    values = {"output_dir": "o", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": {"phases": [phase]}}
+    values = {
+        "output_dir": "o",
+        "model": {"source": "M"},
+        "data": {"train": "s"},
+        "curriculum": {"phases": [phase]},
+    }
     return plan_run(VAETrainerConfig.model_validate(values), world_size=1, strides=STRIDES)
 
 
@@ -127,7 +164,9 @@ def test_captions_are_dropped_by_seed_sample_and_epoch_at_the_asked_rate(folder:
     assert abs(sum(first) / 400 - 0.25) < 4 * 0.0217
     assert not any(dropped(epoch, augment=False) for epoch in range(50))
     (folder / ".precomputed" / EMPTY_PROMPT).unlink()
-    with pytest.raises(DataError, match=r"empty_prompt\.safetensors: must exist for data\.caption_dropout above 0"):
+    with pytest.raises(
+        DataError, match=r"empty_prompt\.safetensors: must exist for data\.caption_dropout above 0"
+    ):
         _dataset(folder, caption_dropout=0.1)
 
 
@@ -173,17 +212,25 @@ def test_sound_that_does_not_last_as_long_as_its_video_is_listed(folder: Path) -
     write_entry(path, {"latents": torch.zeros(8, 5)}, {"duration": "0.5"})
     assert _reasons(folder) == {"a.mp4": "audio_latents must last 0.208 s as its video does, got 0.500 s"}
     write_entry(path, {"latents": torch.zeros(8, 4)}, {"duration": str(5 / 24)})
-    assert "length of audio_latents of 5 frames must be [8, 4] as in a.mp4@5x16x16, got [8, 5]" in _reasons(folder)["c.mov"]
+    assert (
+        "length of audio_latents of 5 frames must be [8, 4] as in a.mp4@5x16x16, got [8, 5]"
+        in _reasons(folder)["c.mov"]
+    )
 
 
 def test_latents_of_another_encoder_stop_the_scan(folder: Path) -> None:
     for source in (LATENTS, AUDIO_LATENTS):
         needs = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={source: lambda: "e" * 64})
         with pytest.raises(
-            DataError, match=rf"{source}/.*must come from the encoder .*\(eeeeeeeeeeee\).*fingerprint ffffffffffff"
+            DataError,
+            match=rf"{source}/.*must come from the encoder .*\(eeeeeeeeeeee\).*fingerprint ffffffffffff",
         ):
             scan_latents(folder, needs)
-    right = LatentNeeds(strides=STRIDES, with_audio=True, fingerprints={LATENTS: lambda: "f" * 64, CONDITIONS: lambda: "t" * 64})
+    right = LatentNeeds(
+        strides=STRIDES,
+        with_audio=True,
+        fingerprints={LATENTS: lambda: "f" * 64, CONDITIONS: lambda: "t" * 64},
+    )
     assert len(scan_latents(folder, right).records) == 3
 
 
@@ -191,12 +238,15 @@ def test_shapes_of_different_media_are_listed(folder: Path) -> None:
     path = entry_path(folder / ".precomputed", LATENTS, f"a.mp4@{SMALL.tag}")
     facts = {**MEDIA, "media_sha256": "another file", "fps": "24.0"}
     write_entry(path, {"latents": torch.zeros(4, 3, 4, 4)}, facts)
-    assert _reasons(folder) == {"a.mp4": "its shapes were encoded from different media, or one of them by ltx-trainer"}
+    assert _reasons(folder) == {
+        "a.mp4": "its shapes were encoded from different media, or one of them by ltx-trainer"
+    }
 
 
 def test_a_folder_without_latents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"must be a folder with latents/ or \.precomputed/latents/.*got none\. Run `aiprod-ds encode`"
+        DataError,
+        match=r"must be a folder with latents/ or \.precomputed/latents/.*got none\. Run `aiprod-ds encode`",
     ):
         scan_latents(tmp_path, SILENT)
 
@@ -210,8 +260,16 @@ def ltx_tree(tmp_path: Path) -> Path:
         latents = torch.full((4, frames, 4, 8), float(frames))
         video = {"latents": latents, "num_frames": frames, "height": 4, "width": 8, "fps": 24.0}
         seconds = (1 + 2 * (frames - 1)) / 24
-        sound = {"latents": torch.zeros(8, frames, 16), "num_time_steps": frames, "frequency_bins": 16, "duration": seconds}
-        prompt = {"prompt_embeds": torch.ones(6, 3), "prompt_attention_mask": torch.tensor([1, 1, 0, 0, 0, 0])}
+        sound = {
+            "latents": torch.zeros(8, frames, 16),
+            "num_time_steps": frames,
+            "frequency_bins": 16,
+            "duration": seconds,
+        }
+        prompt = {
+            "prompt_embeds": torch.ones(6, 3),
+            "prompt_attention_mask": torch.tensor([1, 1, 0, 0, 0, 0]),
+        }
         for source, values in ((LATENTS, video), (AUDIO_LATENTS, sound), (CONDITIONS, prompt)):
             torch.save(values, tmp_path / ".precomputed" / source / f"{clip}.pt")
     return tmp_path

@@ -1,4 +1,5 @@
-"""Files of latents: names and shapes, writing whole or not at all, reading ours and ltx-trainer's, damaged and hostile ones."""
+"""Files of latents: names and shapes, writing whole or not at all, reading ours and ltx-trainer's, damaged
+and hostile ones."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ from aiprod_ds.errors import DataError
 _SHAPES = [
     (LatentShape(frames=17, height=512, width=768), "a/b.mp4@17x512x768"),
     (LatentShape(frames=17, height=512, width=768, frame_rate_hz=24.0), "a/b.mp4@17x512x768@24hz"),
-    (LatentShape(frames=1, height=32, width=32, frame_rate_hz=24000 / 1001), "a/b.mp4@1x32x32@23.976023976023978hz"),
+    (
+        LatentShape(frames=1, height=32, width=32, frame_rate_hz=24000 / 1001),
+        "a/b.mp4@1x32x32@23.976023976023978hz",
+    ),
 ]
 
 
@@ -49,10 +53,16 @@ def test_clips_outside_the_folder_are_refused(clip: str) -> None:
 
 def test_an_entry_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = entry_path(tmp_path, "latents", "deep/er/a.mp4")
-    tensors = {"latents": torch.randn(4, 2, 3, 5).bfloat16().transpose(1, 2), "mask": torch.tensor([True, False])}
+    tensors = {
+        "latents": torch.randn(4, 2, 3, 5).bfloat16().transpose(1, 2),
+        "mask": torch.tensor([True, False]),
+    }
     write_entry(path, tensors, {"fps": "24.0"})
     found = read_entry(path)
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        for name, tensor in tensors.items()
+    )
     header = read_header(path)
     assert header.metadata == {"fps": "24.0"}
     assert header.shapes == {"latents": (4, 3, 2, 5), "mask": (2,)}
@@ -99,7 +109,9 @@ class Bomb:
 def test_a_pickle_bomb_is_refused_and_does_not_go_off(tmp_path: Path) -> None:
     torch.save({"latents": Bomb(tmp_path / "crater")}, tmp_path / "a.pt")
     for read in (read_entry, read_header):
-        with pytest.raises(DataError, match=r"a\.pt: must be a whole file of tensors, got: Weights only load failed"):
+        with pytest.raises(
+            DataError, match=r"a\.pt: must be a whole file of tensors, got: Weights only load failed"
+        ):
             read(tmp_path / "a.pt")
     assert not (tmp_path / "crater").exists()
 

@@ -1,4 +1,5 @@
-"""The loader delivers the same micro-batches from any position with any number of workers, and fails in one clear line."""
+"""The loader delivers the same micro-batches from any position with any number of workers, and fails in one
+clear line."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class EchoClips:
     """Channels are filled with the request's sample, epoch and settings."""
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
-        facts = torch.tensor([request.sample_index, request.epoch, 100 * request.augment + request.flip], dtype=torch.float32)
+        facts = torch.tensor(
+            [request.sample_index, request.epoch, 100 * request.augment + request.flip], dtype=torch.float32
+        )
         video = facts.view(3, 1, 1, 1).expand(3, request.frames, request.height, request.width)
         return {"video": video}
 
@@ -69,7 +72,8 @@ class WideClips:
 
 
 class Latents:
-    """What folders of latents give: several tensors in the types of their files, none of the bucket's own shape."""
+    """What folders of latents give: several tensors in the types of their files, none of the bucket's own
+    shape."""
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         return {
@@ -146,7 +150,9 @@ def _updates(loader: ClipLoader, first: int, count: int) -> Iterator[MicroBatch]
 
 
 def _assert_equal(left: list[MicroBatch], right: list[MicroBatch]) -> None:
-    facts = [[(batch.samples, batch.bucket, batch.position) for batch in batches] for batches in (left, right)]
+    facts = [
+        [(batch.samples, batch.bucket, batch.position) for batch in batches] for batches in (left, right)
+    ]
     assert facts[0] == facts[1]
     for one, other in zip(left, right, strict=True):
         assert torch.equal(one.tensors["video"], other.tensors["video"])
@@ -200,7 +206,10 @@ def test_requests_carry_sample_epoch_and_settings(augment: bool, flip: bool) -> 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (DataError("clip 7.mp4: must have 5 frames, got 3. Remove it."), "clip 7.mp4: must have 5 frames, got 3. Remove it."),
+        (
+            DataError("clip 7.mp4: must have 5 frames, got 3. Remove it."),
+            "clip 7.mp4: must have 5 frames, got 3. Remove it.",
+        ),
         (OSError("disc is gone"), "data loader: OSError: disc is gone"),
     ],
 )
@@ -234,11 +243,15 @@ def test_latents_come_in_the_types_of_their_files(workers: int) -> None:
         "prompt_attention_mask": ((size, 6), torch.bool),
         "fps": ((size,), torch.float32),
     }
-    assert batch.tensors["latents"][:, 0, 0, 0, 0].tolist() == [sample.sample_index for sample in batch.samples]
+    assert batch.tensors["latents"][:, 0, 0, 0, 0].tolist() == [
+        sample.sample_index for sample in batch.samples
+    ]
 
 
 def test_a_killed_worker_is_a_data_error() -> None:
-    with pytest.raises(DataError, match=r"^data loader: worker processes must stay alive, got DataLoader worker"):
+    with pytest.raises(
+        DataError, match=r"^data loader: worker processes must stay alive, got DataLoader worker"
+    ):
         next(_loader(DeadlyClips(), workers=2))
     assert not multiprocessing.active_children()
 
@@ -250,7 +263,8 @@ def test_workers_use_one_thread() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_only_its_own_process_ends_a_worker(number: signal.Signals) -> None:
-    """A signal to the process group makes the run save, for which it needs the batches of the update under way."""
+    """A signal to the process group makes the run save, for which it needs the batches of the update under
+    way."""
     with closing(_loader(workers=1)) as loader:
         next(loader)
         [worker] = multiprocessing.active_children()
@@ -292,11 +306,15 @@ def test_synthetic_clips_are_deterministic_and_differ() -> None:
 
 @pytest.mark.parametrize("with_sound", [True, False])
 def test_written_clips_can_be_read_back(tmp_path: Path, with_sound: bool) -> None:
-    paths = write_synthetic_clips(tmp_path / "clips", num_clips=2, frames=10, height=32, width=48, seed=1, with_sound=with_sound)
+    paths = write_synthetic_clips(
+        tmp_path / "clips", num_clips=2, frames=10, height=32, width=48, seed=1, with_sound=with_sound
+    )
 
     assert [path.name for path in paths] == ["clip_00000.mp4", "clip_00001.mp4"]
     with av.open(str(paths[1])) as container:
-        assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"][: 1 + with_sound]
+        assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"][
+            : 1 + with_sound
+        ]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     written_TCHW = torch.stack([torch.from_numpy(frame) for frame in frames]).permute(0, 3, 1, 2) / 127.5 - 1
     expected_TCHW = SyntheticVideoDataset(2, 10, 32, 48, seed=1)[1].transpose(0, 1)
@@ -306,7 +324,9 @@ def test_written_clips_can_be_read_back(tmp_path: Path, with_sound: bool) -> Non
 
 
 def test_odd_sizes_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"height and width must be even for H.264 in 4:2:0, got 33x48. Round them up"):
+    with pytest.raises(
+        DataError, match=r"height and width must be even for H.264 in 4:2:0, got 33x48. Round them up"
+    ):
         write_synthetic_clips(tmp_path, num_clips=1, frames=1, height=33, width=48)
 
 

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aiprod_ds.data.manifest import ListedClip, Manifest, Unreadable, holdout, read_table, require_readable, scan
+from aiprod_ds.data.manifest import (
+    ListedClip,
+    Manifest,
+    Unreadable,
+    holdout,
+    read_table,
+    require_readable,
+    scan,
+)
 from aiprod_ds.data.probe import MediaRecord, default_probe_cache
 from aiprod_ds.errors import DataError
 
@@ -127,7 +135,9 @@ def test_malformed_tables_are_refused(tmp_path: Path, name: str, text: str, mess
 
 
 def test_a_table_is_read_without_its_media(tmp_path: Path) -> None:
-    (tmp_path / "clips.csv").write_text("media_path,caption,audio\ngone.mp4,a film,\nalso/gone.mp4,,gone.wav\n")
+    (tmp_path / "clips.csv").write_text(
+        "media_path,caption,audio\ngone.mp4,a film,\nalso/gone.mp4,,gone.wav\n"
+    )
     assert read_table(tmp_path / "clips.csv") == [
         ListedClip(path="gone.mp4", caption="a film"),
         ListedClip(path="also/gone.mp4", audio="gone.wav"),
@@ -154,7 +164,9 @@ def test_the_cache_serves_unchanged_files_and_notices_changed_ones(tmp_path: Pat
     assert second.records[0].sha256 != first.records[0].sha256
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"probed_by": "0", "probes": {}}', "{}", '{"probed_by": 1, "probes": []}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"probed_by": "0", "probes": {}}', "{}", '{"probed_by": 1, "probes": []}']
+)
 def test_a_cache_that_cannot_be_believed_is_made_anew(tmp_path: Path, content: str) -> None:
     _write_video(tmp_path / "clips" / "a.mp4", frames=3)
     cache = tmp_path / "cache.json"
@@ -173,14 +185,18 @@ def test_probes_of_another_format_are_taken_again(tmp_path: Path) -> None:
     assert scan(tmp_path / "clips", cache=cache) == whole
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _write_video(tmp_path / "clips" / "a.mp4", frames=3)
     (tmp_path / "file").touch()
     assert len(scan(tmp_path / "clips", cache=tmp_path / "file" / "cache.json").records) == 1
     assert "probe cache is not written" in caplog.text
 
 
-def test_every_source_has_a_cache_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_source_has_a_cache_in_the_users_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AIPROD_DS_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     one, other = default_probe_cache(tmp_path / "one"), default_probe_cache(tmp_path / "other")

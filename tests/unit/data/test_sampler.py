@@ -18,9 +18,15 @@ _PARTS = st.lists(st.integers(1, 20), min_size=3, max_size=3)
 
 
 def _sampler(
-    shapes: list[tuple[int, int]], seed: int = 0, phase: int = 0, parts: list[int] | None = None, *, is_shared: bool = False
+    shapes: list[tuple[int, int]],
+    seed: int = 0,
+    phase: int = 0,
+    parts: list[int] | None = None,
+    *,
+    is_shared: bool = False,
 ) -> PhaseSampler:
-    """A sampler of buckets (samples, batch), with samples of their own, or from 0 on in each if shared; `parts` are shares."""
+    """A sampler of buckets (samples, batch), with samples of their own, or from 0 on in each if shared;
+    `parts` are shares."""
     buckets = []
     first = 0
     known = parts and parts[: len(shapes)]
@@ -71,19 +77,26 @@ def test_every_sample_comes_in_each_of_the_first_passes(shapes: list[tuple[int, 
 
 @settings(max_examples=60, deadline=None)
 @given(shapes=_SHAPES, parts=st.none() | _PARTS, order=st.permutations(range(40)))
-def test_random_access_equals_sequential(shapes: list[tuple[int, int]], parts: list[int] | None, order: list[int]) -> None:
+def test_random_access_equals_sequential(
+    shapes: list[tuple[int, int]], parts: list[int] | None, order: list[int]
+) -> None:
     sequential = _sampler(shapes, parts=parts, is_shared=True)
     expected = [sequential.batch(position) for position in range(40)]
 
     jumping = _sampler(shapes, parts=parts, is_shared=True)
-    answers = {position: (jumping.epoch_at(position), jumping.bucket_at(position), jumping.batch(position)) for position in order}
+    answers = {
+        position: (jumping.epoch_at(position), jumping.bucket_at(position), jumping.batch(position))
+        for position in order
+    }
 
     assert answers == {batch.position: (batch.epoch, batch.bucket, batch) for batch in expected}
 
 
 @settings(max_examples=60, deadline=None)
 @given(shapes=_SHAPES, parts=st.none() | _PARTS)
-def test_passes_of_positions_agree_with_their_lengths(shapes: list[tuple[int, int]], parts: list[int] | None) -> None:
+def test_passes_of_positions_agree_with_their_lengths(
+    shapes: list[tuple[int, int]], parts: list[int] | None
+) -> None:
     sampler = _sampler(shapes, parts=parts)
     ends = [sampler.updates_in(epochs) for epochs in range(100)]
 
@@ -125,7 +138,10 @@ def test_ranks_together_read_the_same_batch_at_every_world_size(
     size = micro * accumulation * 12
     batch = _sampler([(37, size), (5, size)], parts=parts).batch(position)
     for world_size in (world for world in worlds if 12 % world == 0):
-        ranks = [rank_slice(batch, rank=r, world_size=world_size, micro_batch_size=micro) for r in range(world_size)]
+        ranks = [
+            rank_slice(batch, rank=r, world_size=world_size, micro_batch_size=micro)
+            for r in range(world_size)
+        ]
 
         assert {len(micro_batches) for micro_batches in ranks} == {size // (world_size * micro)}
         assert {len(samples) for samples in chain.from_iterable(ranks)} == {micro}
@@ -155,12 +171,16 @@ def test_seed_phase_and_epoch_change_the_order() -> None:
 
 
 def test_a_phase_without_samples_is_refused() -> None:
-    with pytest.raises(DataError, match="phase 3: must have at least one sample in one bucket, got 1 empty ones"):
+    with pytest.raises(
+        DataError, match="phase 3: must have at least one sample in one bucket, got 1 empty ones"
+    ):
         _sampler([(0, 2)], phase=3)
 
 
 def test_a_share_of_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match=r"phase 0, bucket 1: must have at least one sample for its share of 0\.25, got none"):
+    with pytest.raises(
+        DataError, match=r"phase 0, bucket 1: must have at least one sample for its share of 0\.25, got none"
+    ):
         _sampler([(4, 2), (0, 2)], parts=[3, 1])
 
 

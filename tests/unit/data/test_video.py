@@ -1,4 +1,5 @@
-"""Decoding, fitting and the datasets, on small real files: frame i is grey of shade 20 + 4 i, so frames name themselves."""
+"""Decoding, fitting and the datasets, on small real files: frame i is grey of shade 20 + 4 i, so frames name
+themselves."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def _indices(frames_THWC: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("start", [0, 1, 11, 12, 13, 30, 43])
 @pytest.mark.parametrize("rate", [None, 24.0])
-def test_consecutive_frames_are_exact_wherever_the_keyframes_lie(clip: Path, start: int, rate: float | None) -> None:
+def test_consecutive_frames_are_exact_wherever_the_keyframes_lie(
+    clip: Path, start: int, rate: float | None
+) -> None:
     frames = decode_clip(clip, start_seconds=start / _FPS, num_frames=5, frame_rate_hz=rate)
     assert frames.shape == (5, _HEIGHT, _WIDTH, 3)
     assert frames.dtype == np.uint8
@@ -55,7 +58,8 @@ def test_consecutive_frames_are_exact_wherever_the_keyframes_lie(clip: Path, sta
 def test_resampling_takes_the_nearest_frame(clip: Path) -> None:
     half = decode_clip(clip, start_seconds=0.5, num_frames=4, frame_rate_hz=12.0)
     assert _indices(half) == [12, 14, 16, 18]
-    # 48 Hz would ask for frames 46, 46.5, 47, 47.5: a tie takes the earlier frame, the last one is shown until the end.
+    # 48 Hz would ask for frames 46, 46.5, 47, 47.5: a tie takes the earlier frame, the last one is shown
+    # until the end.
     double = decode_clip(clip, start_seconds=46 / _FPS, num_frames=4, frame_rate_hz=48.0)
     assert _indices(double) in ([46, 46, 47, 47], [46, 47, 47, 47])
 
@@ -78,7 +82,8 @@ def test_every_container_gives_the_same_frames(tmp_path: Path, suffix: str) -> N
 
 
 def _write_moving(path: Path, *, codec: str, options: dict[str, str]) -> list[np.ndarray]:
-    """Writes 48 frames of drifting noise, which make the encoder use B-frames, and returns them as decoded in one go."""
+    """Writes 48 frames of drifting noise, which make the encoder use B-frames, and returns them as decoded in
+    one go."""
     noise = np.random.default_rng(0).integers(0, 256, (_HEIGHT + 48, _WIDTH + 48, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=_FPS, options=options)
@@ -240,7 +245,9 @@ def test_every_start_that_is_drawn_can_be_decoded(clip: Path) -> None:
     dataset = VideoClipDataset(scan(clip.parent), seed=0)
     for frames, rate in ((48, None), (47, 24.0), (24, 12.0), (60, 30.0), (90, 48.0), (14, 7.3)):
         for epoch in range(4):
-            assert dataset[_request(frames=frames, frame_rate_hz=rate, epoch=epoch)]["video"].shape[1] == frames
+            assert (
+                dataset[_request(frames=frames, frame_rate_hz=rate, epoch=epoch)]["video"].shape[1] == frames
+            )
 
 
 def test_files_of_variable_rate_never_run_out(tmp_path: Path) -> None:
@@ -249,9 +256,15 @@ def test_files_of_variable_rate_never_run_out(tmp_path: Path) -> None:
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = _WIDTH, _HEIGHT, "yuv420p", 6
         stream.codec_context.time_base = Fraction(1, 1000)
         for index in range(24):
-            frame = av.VideoFrame.from_ndarray(np.full((_HEIGHT, _WIDTH, 3), 90, dtype=np.uint8), format="rgb24")
-            # The first half runs at 50 Hz, the second at 10: counted in frames, a late start would leave too few.
-            frame.pts, frame.time_base = 20 * index if index < 12 else 240 + 100 * (index - 12), Fraction(1, 1000)
+            frame = av.VideoFrame.from_ndarray(
+                np.full((_HEIGHT, _WIDTH, 3), 90, dtype=np.uint8), format="rgb24"
+            )
+            # The first half runs at 50 Hz, the second at 10: counted in frames, a late start would leave too
+            # few.
+            frame.pts, frame.time_base = (
+                20 * index if index < 12 else 240 + 100 * (index - 12),
+                Fraction(1, 1000),
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     manifest = scan(tmp_path)
@@ -259,7 +272,9 @@ def test_files_of_variable_rate_never_run_out(tmp_path: Path) -> None:
     dataset = VideoClipDataset(manifest, seed=0)
     for epoch in range(12):
         for frames, rate in ((9, None), (24, None), (17, 24.0)):
-            assert dataset[_request(frames=frames, frame_rate_hz=rate, epoch=epoch)]["video"].shape[1] == frames
+            assert (
+                dataset[_request(frames=frames, frame_rate_hz=rate, epoch=epoch)]["video"].shape[1] == frames
+            )
 
 
 @pytest.mark.parametrize("rate", [None, 10.0, 60.0])
@@ -278,7 +293,13 @@ def test_a_video_shorter_than_a_period_gives_a_frame(tmp_path: Path) -> None:
 
 def test_facts_of_files(clip: Path) -> None:
     (facts,) = VideoClipDataset(scan(clip.parent), seed=0).lengths()
-    assert (facts.name, facts.frames, facts.seconds, facts.height, facts.width) == ("clip.mp4", 48, 2.0, 32, 48)
+    assert (facts.name, facts.frames, facts.seconds, facts.height, facts.width) == (
+        "clip.mp4",
+        48,
+        2.0,
+        32,
+        48,
+    )
 
 
 def _ramp(frames: int) -> torch.Tensor:

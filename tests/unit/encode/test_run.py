@@ -1,4 +1,5 @@
-"""Encoding on one process: what is written and under which name, what is skipped, done again, refused and listed."""
+"""Encoding on one process: what is written and under which name, what is skipped, done again, refused and
+listed."""
 
 from __future__ import annotations
 
@@ -60,7 +61,12 @@ CPU = torch.device("cpu")
 def _config(folder: Path, **changes: Any) -> EncodeConfig:
     data = {"media": str(folder / "clips.csv"), "num_workers": 0, **changes.pop("data", {})}
     shapes = [{"resolution": "16x16", "duration": {"frames": 4}}]
-    values = {"data": data, "video": {"model": {"source": TINY}, "precision": "fp32"}, "shapes": shapes, **changes}
+    values = {
+        "data": data,
+        "video": {"model": {"source": TINY}, "precision": "fp32"},
+        "shapes": shapes,
+        **changes,
+    }
     return EncodeConfig.model_validate(values)
 
 
@@ -79,7 +85,9 @@ def _table(folder: Path, captions: dict[str, str]) -> None:
 
 def _files(folder: Path) -> dict[str, int]:
     root = folder / ".precomputed"
-    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in sorted(root.rglob("*.safetensors"))}
+    return {
+        str(path.relative_to(root)): path.stat().st_mtime_ns for path in sorted(root.rglob("*.safetensors"))
+    }
 
 
 def test_every_clip_is_encoded_in_every_shape_with_its_sound_and_caption(media: Path) -> None:
@@ -88,18 +96,24 @@ def test_every_clip_is_encoded_in_every_shape_with_its_sound_and_caption(media: 
         {"resolution": "16x24", "duration": {"seconds": 0.4, "frame_rate_hz": 12.0}},
     ]
     summary = run_encoding(_config(media, shapes=shapes, audio=AUDIO, text=TEXT))
-    assert (dict(summary.written), dict(summary.present)) == ({LATENTS: 6, AUDIO_LATENTS: 6, CONDITIONS: 3}, {})
+    assert (dict(summary.written), dict(summary.present)) == (
+        {LATENTS: 6, AUDIO_LATENTS: 6, CONDITIONS: 3},
+        {},
+    )
     assert summary.failures == ()
     expected = {EMPTY_PROMPT}
     for number in range(3):
         clip = f"clips/clip_{number:05d}.mp4"
         expected |= {f"conditions/{clip}.safetensors"}
         expected |= {
-            f"{source}/{clip}@{tag}.safetensors" for source in (LATENTS, AUDIO_LATENTS) for tag in ("5x16x16", "5x16x24@12hz")
+            f"{source}/{clip}@{tag}.safetensors"
+            for source in (LATENTS, AUDIO_LATENTS)
+            for tag in ("5x16x16", "5x16x24@12hz")
         }
     assert set(_files(media)) == expected
 
-    # What the trainer gets: 5 frames at 24 Hz are 3,333 samples at 16 kHz, 104 latents of 32; 5 at 12 Hz are 208.
+    # What the trainer gets: 5 frames at 24 Hz are 3,333 samples at 16 kHz, 104 latents of 32; 5 at 12 Hz are
+    # 208.
     manifest = scan_latents(media / "clips.csv", LatentNeeds(strides=STRIDES, with_audio=True))
     dataset = LatentDataset(manifest, seed=0, strides=STRIDES, with_audio=True, caption_dropout=0.1)
     assert manifest.unreadable == ()
@@ -127,7 +141,14 @@ def test_latents_are_the_normalised_mode_of_the_model(media: Path) -> None:
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected[0].bfloat16(), rtol=0, atol=0)
     metadata = read_header(file).metadata
-    numbers = {"num_frames": "3", "height": "4", "width": "4", "fps": "24.0", "media_frames": "12", "media_sha256": record.sha256}
+    numbers = {
+        "num_frames": "3",
+        "height": "4",
+        "width": "4",
+        "fps": "24.0",
+        "media_frames": "12",
+        "media_sha256": record.sha256,
+    }
     assert {name: metadata[name] for name in numbers} == numbers
     assert metadata["fingerprint"] == vae_fingerprint(ModelConfig(source=TINY), seed=3)
 
@@ -141,7 +162,10 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(media: Path) -> 
     assert _files(media) == before
 
     # One clip gets another caption, one other pictures, and the entry of the third is cut.
-    _table(media, {"clips/clip_00000.mp4": "new", "clips/clip_00001.mp4": "clip 1", "clips/clip_00002.mp4": "clip 2"})
+    _table(
+        media,
+        {"clips/clip_00000.mp4": "new", "clips/clip_00001.mp4": "clip 1", "clips/clip_00002.mp4": "clip 2"},
+    )
     other = write_synthetic_clips(media / "other", num_clips=1, frames=12, height=32, width=48, seed=9)
     other[0].replace(media / "clips" / "clip_00001.mp4")
     cut = media / ".precomputed" / LATENTS / "clips" / "clip_00002.mp4@5x16x16.safetensors"
@@ -160,10 +184,14 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(media: Path) -> 
 def test_entries_of_another_encoder_are_not_mixed(media: Path) -> None:
     run_encoding(_config(media))
     before = _files(media)
-    with pytest.raises(DataError, match=r"was made by another encoder \(\w{12}, now \w{12}\)\. Name another data\.output_dir"):
+    with pytest.raises(
+        DataError, match=r"was made by another encoder \(\w{12}, now \w{12}\)\. Name another data\.output_dir"
+    ):
         run_encoding(_config(media, seed=1))
     assert _files(media) == before
-    assert run_encoding(_config(media, seed=1, data={"output_dir": str(media / "second")})).written[LATENTS] == 3
+    assert (
+        run_encoding(_config(media, seed=1, data={"output_dir": str(media / "second")})).written[LATENTS] == 3
+    )
 
 
 def test_results_do_not_depend_on_workers(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -183,9 +211,14 @@ def test_clips_follow_the_buckets_of_a_curriculum(tmp_path: Path) -> None:
         write_synthetic_clips(tmp_path / name, num_clips=1, frames=frames, height=height, width=width)
     _table(tmp_path, {f"{name}/clip_00000.mp4": "x" for name in ("wide", "tall", "short")})
     buckets = [{"resolution": size, "duration": {"frames": 5}} for size in ("16x32", "32x16")]
-    phases = [{"name": "low", "resolution": "16x16", "duration": {"frames": 3}}, {"name": "high", "buckets": buckets}]
+    phases = [
+        {"name": "low", "resolution": "16x16", "duration": {"frames": 3}},
+        {"name": "high", "buckets": buckets},
+    ]
     common = {"global_batch_size": 2, "updates": 3, "learning_rate": 1e-3}
-    (tmp_path / "c.yaml").write_text(json.dumps({"curriculum": {"phases": [{**phase, **common} for phase in phases]}}))
+    (tmp_path / "c.yaml").write_text(
+        json.dumps({"curriculum": {"phases": [{**phase, **common} for phase in phases]}})
+    )
     summary = run_encoding(_config(tmp_path, shapes=[], curriculum=str(tmp_path / "c.yaml")))
     assert summary.too_short == ()
     assert {name.removeprefix("latents/").removesuffix(".safetensors") for name in _files(tmp_path)} == {
@@ -204,10 +237,17 @@ def test_held_out_clips_are_encoded_as_they_are_measured(tmp_path: Path) -> None
     _table(tmp_path, {f"{name}/clip_00000.mp4": "x" for name in ("wide", "tall")})
     buckets = [{"resolution": size, "duration": {"frames": 5}} for size in ("16x32", "32x16")]
     common = {"global_batch_size": 2, "updates": 3, "learning_rate": 1e-3}
-    phases = [{"name": "low", "resolution": "16x16", "duration": {"frames": 3}}, {"name": "high", "buckets": buckets}]
-    (tmp_path / "c.yaml").write_text(json.dumps({"curriculum": {"phases": [{**phase, **common} for phase in phases]}}))
+    phases = [
+        {"name": "low", "resolution": "16x16", "duration": {"frames": 3}},
+        {"name": "high", "buckets": buckets},
+    ]
+    (tmp_path / "c.yaml").write_text(
+        json.dumps({"curriculum": {"phases": [{**phase, **common} for phase in phases]}})
+    )
     run_encoding(_config(tmp_path, shapes=[], curriculum=str(tmp_path / "c.yaml"), data={"held_out": True}))
-    assert set(_files(tmp_path)) == {f"latents/{name}/clip_00000.mp4@5x16x32.safetensors" for name in ("wide", "tall")}
+    assert set(_files(tmp_path)) == {
+        f"latents/{name}/clip_00000.mp4@5x16x32.safetensors" for name in ("wide", "tall")
+    }
 
 
 def test_tables_side_by_side_share_a_folder(media: Path) -> None:
@@ -215,27 +255,41 @@ def test_tables_side_by_side_share_a_folder(media: Path) -> None:
     _table(media, {"clips/clip_00000.mp4": "clip 0", "clips/clip_00001.mp4": "clip 1"})
     run_encoding(_config(media, text=TEXT))
     before = _files(media)
-    run_encoding(_config(media, text=TEXT, data={"media": str(media / "held_out.csv"), "max_failed_fraction": 0.5}))
+    run_encoding(
+        _config(media, text=TEXT, data={"media": str(media / "held_out.csv"), "max_failed_fraction": 0.5})
+    )
     assert before.items() <= _files(media).items(), "the first run's entries stay as they are"
-    found = {name: json.loads((media / ".precomputed" / f"failures_{name}.json").read_text()) for name in ("clips", "held_out")}
+    found = {
+        name: json.loads((media / ".precomputed" / f"failures_{name}.json").read_text())
+        for name in ("clips", "held_out")
+    }
     assert found["clips"] == {"failures": [], "too_short": []}
     assert [failure["clip"] for failure in found["held_out"]["failures"]] == ["gone.mp4"]
     needs = LatentNeeds(strides=STRIDES)
     clips = {
-        name: [record.path for record in scan_latents(media / f"{name}.csv", needs).records] for name in ("clips", "held_out")
+        name: [record.path for record in scan_latents(media / f"{name}.csv", needs).records]
+        for name in ("clips", "held_out")
     }
-    assert clips == {"clips": ["clips/clip_00000.mp4", "clips/clip_00001.mp4"], "held_out": ["clips/clip_00002.mp4"]}
+    assert clips == {
+        "clips": ["clips/clip_00000.mp4", "clips/clip_00001.mp4"],
+        "held_out": ["clips/clip_00002.mp4"],
+    }
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("gone.csv", r"^configuration: data\.media: .*gone\.csv: must be a folder or a CSV, JSON or JSONL manifest"),
+        (
+            "gone.csv",
+            r"^configuration: data\.media: .*gone\.csv: must be a folder or a CSV, JSON or JSONL manifest",
+        ),
         ("empty", r"^configuration: data\.media: .*empty: must hold at least one video clip, got none"),
         ("text.csv", r"no clip is readable, got 1 of 1: .*, or raise data\.max_failed_fraction\."),
     ],
 )
-def test_media_that_are_not_there_are_a_wrong_configuration(tmp_path: Path, source: str, message: str) -> None:
+def test_media_that_are_not_there_are_a_wrong_configuration(
+    tmp_path: Path, source: str, message: str
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("not a film")
     (tmp_path / "text.csv").write_text("video\ntext.mp4\n")
@@ -247,12 +301,15 @@ def test_media_that_are_not_there_are_a_wrong_configuration(tmp_path: Path, sour
 def test_a_folder_that_cannot_be_written_is_refused_before_or_when_it_happens(media: Path) -> None:
     (media / "file").write_text("")
     with pytest.raises(
-        PlanError, match=r"data\.output_dir: must be a folder that can be written, got .*file/latents\. Name another"
+        PlanError,
+        match=r"data\.output_dir: must be a folder that can be written, got .*file/latents\. Name another",
     ):
         run_encoding(_config(media, data={"output_dir": str(media / "file" / "latents")}))
     (media / "output").mkdir()
     (media / "output" / "latents").write_text("in the way")
-    with pytest.raises(EngineError, match=r"latents/clips/clip_00000\.mp4@.*: must be writable, got .*what is encoded stays"):
+    with pytest.raises(
+        EngineError, match=r"latents/clips/clip_00000\.mp4@.*: must be writable, got .*what is encoded stays"
+    ):
         run_encoding(_config(media, data={"output_dir": str(media / "output")}))
 
 
@@ -261,7 +318,9 @@ def test_the_page_names_five_clips_and_where_the_rest_is() -> None:
         output_dir=Path("out"),
         written={LATENTS: 12, CONDITIONS: 3},
         present={CONDITIONS: 4},
-        failures=tuple(Failure(clip=f"{number}.mp4", what="media", reason="is damaged") for number in range(7)),
+        failures=tuple(
+            Failure(clip=f"{number}.mp4", what="media", reason="is damaged") for number in range(7)
+        ),
         too_short=("a.mp4", "b.mp4"),
         failures_file=Path("out/failures_train.json"),
         seconds=3.21,
@@ -278,14 +337,23 @@ def test_the_page_names_five_clips_and_where_the_rest_is() -> None:
     ]
 
 
-def test_failing_clips_are_listed_and_do_not_stop_the_run(media: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_clips_are_listed_and_do_not_stop_the_run(
+    media: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_synthetic_clips(media / "mute", num_clips=1, frames=12, height=32, width=48, with_sound=False)
     (long,) = write_synthetic_clips(media / "long", num_clips=1, frames=48, height=32, width=48)
     content = bytearray(long.read_bytes())
-    start, stop = int(0.4 * len(content)), int(0.6 * len(content))  # frames in the middle, which are what is encoded
+    start, stop = (
+        int(0.4 * len(content)),
+        int(0.6 * len(content)),
+    )  # frames in the middle, which are what is encoded
     content[start:stop] = bytes(stop - start)
     (media / "clips" / "clip_00001.mp4").write_bytes(content)
-    captions = {"clips/clip_00000.mp4": "good", "clips/clip_00001.mp4": "damaged", "mute/clip_00000.mp4": "mute"}
+    captions = {
+        "clips/clip_00000.mp4": "good",
+        "clips/clip_00001.mp4": "damaged",
+        "mute/clip_00000.mp4": "mute",
+    }
     _table(media, {**captions, "clips/clip_00002.mp4": "x" * 40, "gone.mp4": "gone", "../out.mp4": "out"})
     (media.parent / "out.mp4").write_bytes((media / "clips" / "clip_00000.mp4").read_bytes())
 
@@ -293,23 +361,37 @@ def test_failing_clips_are_listed_and_do_not_stop_the_run(media: Path, caplog: p
     summary = run_encoding(config)
     assert dict(summary.written) == {LATENTS: 2, AUDIO_LATENTS: 2, CONDITIONS: 3}
     reasons = {failure.clip: (failure.what, failure.reason) for failure in summary.failures}
-    assert set(reasons) == {"gone.mp4", "../out.mp4", "clips/clip_00001.mp4", "clips/clip_00002.mp4", "mute/clip_00000.mp4"}
+    assert set(reasons) == {
+        "gone.mp4",
+        "../out.mp4",
+        "clips/clip_00001.mp4",
+        "clips/clip_00002.mp4",
+        "mute/clip_00000.mp4",
+    }
     assert reasons["gone.mp4"][0] == "media"
     assert "its path must be relative" in reasons["../out.mp4"][1]
     assert reasons["clips/clip_00001.mp4"][0] == "latents, audio_latents of 5x16x16"
     assert "must be a decodable video" in reasons["clips/clip_00001.mp4"][1]
     assert "must have at most 24 tokens (text.max_tokens), got 41" in reasons["clips/clip_00002.mp4"][1]
-    assert "must have sound, got none. Set audio.missing_sound to silence" in reasons["mute/clip_00000.mp4"][1]
+    assert (
+        "must have sound, got none. Set audio.missing_sound to silence" in reasons["mute/clip_00000.mp4"][1]
+    )
     listed = json.loads((media / ".precomputed" / "failures_clips.json").read_text())
     assert {entry["clip"] for entry in listed["failures"]} == set(reasons)
     assert "clip failed: clip=mute/clip_00000.mp4" in caplog.text
 
     with pytest.raises(
-        DataError, match=r"at most 30% of the clips may fail, got 5 of 6: .*All failures are in .*failures_clips\.json"
+        DataError,
+        match=r"at most 30% of the clips may fail, got 5 of 6: .*All failures are in .*failures_clips\.json",
     ):
         run_encoding(_config(media, audio=AUDIO, text=TEXT, data={"max_failed_fraction": 0.3}))
     silent = {**AUDIO, "missing_sound": "silence"}
-    assert run_encoding(_config(media, audio=silent, text=TEXT, data={"max_failed_fraction": 0.9})).written[AUDIO_LATENTS] == 3
+    assert (
+        run_encoding(_config(media, audio=silent, text=TEXT, data={"max_failed_fraction": 0.9})).written[
+            AUDIO_LATENTS
+        ]
+        == 3
+    )
 
 
 def test_a_clip_without_caption_fails_or_gets_the_default(media: Path) -> None:
@@ -323,12 +405,14 @@ def test_media_that_no_entry_can_name_are_refused(media: Path) -> None:
     (media / "clips.csv").write_text("video,audio\nclips/clip_00000.mp4,clips/clip_00001.mp4\n")
     with pytest.raises(
         PlanError,
-        match=r"^configuration: data\.media: .*clips\.csv: sounds must be in the video files, got 1 in the column audio",
+        match=r"^configuration: data\.media: .*clips\.csv: sounds must be in the video files, got 1 in the "
+        r"column audio",
     ):
         run_encoding(_config(media, audio=AUDIO))
     _table(media, {"clips/clip_00000.mp4": "x"})
     with pytest.raises(
-        ConfigError, match=r"shapes\[0\]\.resolution: must be a multiple of the VAE's stride 4 both ways, got 18x16"
+        ConfigError,
+        match=r"shapes\[0\]\.resolution: must be a multiple of the VAE's stride 4 both ways, got 18x16",
     ):
         run_encoding(_config(media, shapes=[{"resolution": "18x16", "duration": {"frames": 5}}]))
 
@@ -336,7 +420,9 @@ def test_media_that_no_entry_can_name_are_refused(media: Path) -> None:
 def test_clips_of_different_rates_need_a_common_one_for_sound(media: Path) -> None:
     _film(media / "slow.mkv", frames=12, rate_hz=10)
     _table(media, {"clips/clip_00000.mp4": "x", "slow.mkv": "y"})
-    with pytest.raises(PlanError, match=r"clips of 5x16x16 must have audio latents of one length, got .*Set frame_rate_hz"):
+    with pytest.raises(
+        PlanError, match=r"clips of 5x16x16 must have audio latents of one length, got .*Set frame_rate_hz"
+    ):
         run_encoding(_config(media, audio=AUDIO))
     shapes = [{"resolution": "16x16", "duration": {"frames": 5, "frame_rate_hz": 10.0}}]
     assert run_encoding(_config(media, audio=AUDIO, shapes=shapes)).written[AUDIO_LATENTS] == 2
@@ -348,7 +434,8 @@ def test_progress_is_logged_where_there_is_no_terminal(media: Path, caplog: pyte
     assert "encoding clips: done=3 of=3 failed=0" in caplog.text
 
 
-# Sound and pictures: the brightness of frame k is 10 * k, and the sound is the line t / 10 for t seconds after its first sample.
+# Sound and pictures: the brightness of frame k is 10 * k, and the sound is the line t / 10 for t seconds
+# after its first sample.
 
 FORM = AudioForm(sample_rate_hz=8000, channels=1, hop=100)
 
@@ -384,7 +471,9 @@ def test_pictures_and_sound_begin_together_and_last_as_long(tmp_path: Path, rate
     shape = LatentShape(frames=5, height=32, width=32, frame_rate_hz=rate)
     start = start_seconds(record, shape)
     first = (read_pictures(tmp_path, record, shape)[0, 0].mean() + 1) * 127.5 / 10
-    assert round(float(first)) == start * 8  # frames of 8 Hz before the clip: 7 of 20 (15 // 2), or 5 of 20 (10 // 2)
+    assert (
+        round(float(first)) == start * 8
+    )  # frames of 8 Hz before the clip: 7 of 20 (15 // 2), or 5 of 20 (10 // 2)
     assert start == {None: 7 / 8, 4.0: 5 / 8}[rate]
     wave = _sound(tmp_path, record, shape)
     assert wave.shape == (1, round(5 / (rate or 8) * 8000))
@@ -407,7 +496,10 @@ def test_sound_that_ends_early_is_filled_up_a_little_or_if_asked(tmp_path: Path)
         for number, seconds in enumerate((0.95, 0.5))
     )
     assert _sound(tmp_path, nearly, shape)[0, 7600:].abs().max() == 0
-    with pytest.raises(DataError, match=r"must have sound for all of its pictures, got 0\.500 s less\. Set audio\.missing_sound"):
+    with pytest.raises(
+        DataError,
+        match=r"must have sound for all of its pictures, got 0\.500 s less\. Set audio\.missing_sound",
+    ):
         _sound(tmp_path, half, shape)
     wave = _sound(tmp_path, half, shape, silence=True)[0]
     assert wave[4000:].abs().max() == 0
@@ -415,7 +507,10 @@ def test_sound_that_ends_early_is_filled_up_a_little_or_if_asked(tmp_path: Path)
 
 
 def test_sound_is_brought_to_the_loudness_of_the_vaes_training(tmp_path: Path) -> None:
-    record, shape = _film(tmp_path / "a.mkv", frames=20, rate_hz=8), LatentShape(frames=5, height=32, width=32)
+    record, shape = (
+        _film(tmp_path / "a.mkv", frames=20, rate_hz=8),
+        LatentShape(frames=5, height=32, width=32),
+    )
     plain, louder = (
         read_sound(tmp_path, record, shape, replace(FORM, loudness_lufs=target), fill_with_silence=False)
         for target in (None, -50.0)
@@ -451,12 +546,17 @@ LTX2_AUDIO = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("source", "model", "channels", "samples", "shape"),
-    [("AutoencoderOobleck", OOBLECK, 1, 32 * 50, (4, 50)), ("AutoencoderKLLTX2Audio", LTX2_AUDIO, 2, 640 * 4, (4, 4, 16))],
+    [
+        ("AutoencoderOobleck", OOBLECK, 1, 32 * 50, (4, 50)),
+        ("AutoencoderKLLTX2Audio", LTX2_AUDIO, 2, 640 * 4, (4, 4, 16)),
+    ],
 )
 def test_every_audio_model_makes_as_many_latents_as_hops(
     source: str, model: dict[str, Any], channels: int, samples: int, shape: tuple[int, ...], precision: str
 ) -> None:
-    config = AudioEncoderConfig.model_validate({"model": {"source": source, "config": model}, "precision": precision})
+    config = AudioEncoderConfig.model_validate(
+        {"model": {"source": source, "config": model}, "precision": precision}
+    )
     encoder = AudioEncoder(config, seed=0, device=CPU)
     assert (encoder.form.sample_rate_hz, encoder.form.channels) == (16_000, channels)
     latent = encoder.encode(torch.rand(channels, samples, generator=torch.Generator().manual_seed(0)) * 2 - 1)
@@ -470,7 +570,9 @@ def test_every_audio_model_makes_as_many_latents_as_hops(
         ({"channels": 2}, r"audio\.channels: must be the model's, 1, got 2"),
     ],
 )
-def test_a_rate_or_channels_that_the_model_does_not_take_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_rate_or_channels_that_the_model_does_not_take_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         AudioEncoder(AudioEncoderConfig.model_validate({**AUDIO, **changes}), seed=0, device=CPU)
 
@@ -508,7 +610,9 @@ def test_latents_are_normalised_and_back() -> None:
 def test_statistics_of_mel_bands_are_laid_out_as_ltx2_packs_them() -> None:
     latent_BCTM = torch.randn(2, 3, 5, 4)
     mean, std = torch.randn(12), torch.rand(12) + 0.5
-    packed_BTD = (latent_BCTM.transpose(1, 2).flatten(2, 3) - mean) / std  # pipeline_ltx2.py, _pack_audio_latents, then normalise
+    packed_BTD = (
+        latent_BCTM.transpose(1, 2).flatten(2, 3) - mean
+    ) / std  # pipeline_ltx2.py, _pack_audio_latents, then normalise
     expected = packed_BTD.unflatten(2, (3, 4)).transpose(1, 2)
     found = LatentNormalization(mean=tuple(mean.tolist()), std=tuple(std.tolist())).normalize(latent_BCTM)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -518,13 +622,17 @@ def test_statistics_come_from_the_model_then_its_export_then_nowhere(tmp_path: P
     exported = ModelConfig(source="M", pretrained=str(tmp_path))
     defaults = Declaring([0.0, 0.0], [1.0, 1.0])
     assert normalization_of(defaults, exported) == LatentNormalization()
-    (tmp_path / "latent_statistics.json").write_text(json.dumps({"clips": 2, "latents_mean": [1, 2], "latents_std": [3, 4]}))
+    (tmp_path / "latent_statistics.json").write_text(
+        json.dumps({"clips": 2, "latents_mean": [1, 2], "latents_std": [3, 4]})
+    )
     assert normalization_of(defaults, exported) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
     assert normalization_of(TinyVideoVAE(), exported) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
     inside = ModelConfig(source="M", pretrained=str(tmp_path.parent), subfolder=tmp_path.name)
     assert normalization_of(defaults, inside) == LatentNormalization(mean=(1.0, 2.0), std=(3.0, 4.0))
     assert normalization_of(Declaring([5.0], [6.0]), exported) == LatentNormalization(mean=(5.0,), std=(6.0,))
-    assert normalization_of(Declaring([5.0], [6.0], scaling_factor=2.0), exported) == LatentNormalization(mean=(5.0,), std=(3.0,))
+    assert normalization_of(Declaring([5.0], [6.0], scaling_factor=2.0), exported) == LatentNormalization(
+        mean=(5.0,), std=(3.0,)
+    )
     (tmp_path / "latent_statistics.json").write_text('{"latents_mean": [1], "latents_std": [0]}')
     with pytest.raises(DataError, match="latents_std must be positive"):
         normalization_of(defaults, exported)
@@ -533,10 +641,14 @@ def test_statistics_come_from_the_model_then_its_export_then_nowhere(tmp_path: P
 def test_encoders_normalise_by_the_statistics_of_their_model(tmp_path: Path) -> None:
     vae = build_model(ModelConfig(source="AutoencoderOobleck", config=OOBLECK), seed=0)
     vae.save_pretrained(tmp_path)
-    config = AudioEncoderConfig.model_validate({**AUDIO, "model": {"source": "AutoencoderOobleck", "pretrained": str(tmp_path)}})
+    config = AudioEncoderConfig.model_validate(
+        {**AUDIO, "model": {"source": "AutoencoderOobleck", "pretrained": str(tmp_path)}}
+    )
     wave = torch.rand(1, 640, generator=torch.Generator().manual_seed(0)) * 2 - 1
     raw = AudioEncoder(config, seed=0, device=CPU).encode(wave)
-    (tmp_path / "latent_statistics.json").write_text(json.dumps({"latents_mean": [1, 2, 3, 4], "latents_std": [2, 2, 4, 4]}))
+    (tmp_path / "latent_statistics.json").write_text(
+        json.dumps({"latents_mean": [1, 2, 3, 4], "latents_std": [2, 2, 4, 4]})
+    )
     encoder = AudioEncoder(config, seed=0, device=CPU)
     found = encoder.encode(wave)
     mean, std = torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([[2.0], [2.0], [4.0], [4.0]])
@@ -554,7 +666,9 @@ def test_the_fingerprint_follows_weights_configuration_and_statistics(tmp_path: 
     saved = ModelConfig(source="AutoencoderOobleck", pretrained=str(tmp_path))
     before = vae_fingerprint(saved, seed=0)
     assert before == vae_fingerprint(ModelConfig(source="AutoencoderOobleck", config=OOBLECK), seed=0)
-    (tmp_path / "latent_statistics.json").write_text(json.dumps({"latents_mean": [1] * 4, "latents_std": [2] * 4}))
+    (tmp_path / "latent_statistics.json").write_text(
+        json.dumps({"latents_mean": [1] * 4, "latents_std": [2] * 4})
+    )
     assert vae_fingerprint(saved, seed=0) != before
 
 
@@ -595,9 +709,14 @@ def test_tiles_change_latents_near_seams_and_less_the_more_they_overlap(film: Te
 
 
 def test_chunks_keep_the_first_frame_and_change_what_follows(film: Tensor) -> None:
-    whole, chunked = _tiled(None).encode(film), _tiled(_tiling(tile="128x128", frames=4, overlap_frames=2)).encode(film)
+    whole, chunked = (
+        _tiled(None).encode(film),
+        _tiled(_tiling(tile="128x128", frames=4, overlap_frames=2)).encode(film),
+    )
     assert chunked.shape == whole.shape
-    torch.testing.assert_close(chunked[:, :3], whole[:, :3], rtol=0, atol=1e-5)  # the first chunk: 1 + 4 frames of a causal model
+    torch.testing.assert_close(
+        chunked[:, :3], whole[:, :3], rtol=0, atol=1e-5
+    )  # the first chunk: 1 + 4 frames of a causal model
     assert (chunked[:, 3:] - whole[:, 3:]).abs().max() > 1e-3
 
 
@@ -610,10 +729,13 @@ def test_a_deviation_above_the_allowed_one_stops_the_run(film: Tensor) -> None:
     tiling = _tiling(max_deviation=1e-4)
     encoder = _tiled(tiling)
     with pytest.raises(
-        ConfigError, match=r"video\.tiling: may change latents by 0\.0001 of their standard deviation, got 0\.\d+"
+        ConfigError,
+        match=r"video\.tiling: may change latents by 0\.0001 of their standard deviation, got 0\.\d+",
     ):
         check_tiles(film, tiling, whole=encoder.encode_whole, tiled=encoder.encode)
-    with pytest.raises(ConfigError, match=r"must give latents of .*as whole encoding does, got .*own tiling is broken"):
+    with pytest.raises(
+        ConfigError, match=r"must give latents of .*as whole encoding does, got .*own tiling is broken"
+    ):
         check_tiles(film, tiling, whole=encoder.encode_whole, tiled=lambda part: encoder.encode(part)[:, :1])
     # Worked number: latents of standard deviation 1 that are off by 0.05 deviate by 0.05.
     latents = torch.randn(4, 3, 50, 50, generator=torch.Generator().manual_seed(0))
@@ -626,10 +748,16 @@ def test_a_deviation_above_the_allowed_one_stops_the_run(film: Tensor) -> None:
     [
         (TINY, {}, r"video\.tiling: has no effect for TinyVideoVAE, which cannot encode in tiles"),
         (TINY, {"overlap": 6}, r"video\.tiling\.overlap: must be a multiple of the model's stride 4, got 6"),
-        (TINY, {"frames": 5, "overlap_frames": 2}, r"video\.tiling\.frames: must be a multiple of the model's stride 2, got 5"),
+        (
+            TINY,
+            {"frames": 5, "overlap_frames": 2},
+            r"video\.tiling\.frames: must be a multiple of the model's stride 2, got 5",
+        ),
     ],
 )
-def test_tiles_that_a_model_cannot_have_are_refused(source: str, changes: dict[str, Any], message: str) -> None:
+def test_tiles_that_a_model_cannot_have_are_refused(
+    source: str, changes: dict[str, Any], message: str
+) -> None:
     config = VideoEncoderConfig(model=ModelConfig(source=source), precision="fp32", tiling=_tiling(**changes))
     with pytest.raises(ConfigError, match=message):
         VideoEncoder(config, seed=0, device=CPU)

@@ -1,4 +1,5 @@
-"""Decoding against the VAEs' own forward, the approximate sound against the spectrogram, and sampling from saved folders."""
+"""Decoding against the VAEs' own forward, the approximate sound against the spectrogram, and sampling from
+saved folders."""
 
 from __future__ import annotations
 
@@ -77,11 +78,15 @@ def saved_vae(tmp_path: Path) -> ModelConfig:
 
 def test_decoding_undoes_encoding_with_its_normalisation(saved_vae: ModelConfig) -> None:
     video_CTHW = _rand(3, 9, 32, 64)
-    latents = VideoEncoder(VideoEncoderConfig(model=saved_vae, precision="fp32"), seed=0, device=CPU).encode(video_CTHW)
+    latents = VideoEncoder(VideoEncoderConfig(model=saved_vae, precision="fp32"), seed=0, device=CPU).encode(
+        video_CTHW
+    )
     decoder = VideoDecoder(saved_vae, precision="fp32", seed=0)
     found = decoder.decode(latents, device=CPU)
     with torch.no_grad():
-        expected = build_model(saved_vae, seed=0).eval()(video_CTHW[None]).sample[0]  # oracle: the model's own forward, mode
+        expected = (
+            build_model(saved_vae, seed=0).eval()(video_CTHW[None]).sample[0]
+        )  # oracle: the model's own forward, mode
     # Dividing by the deviation and multiplying again rounds once each, and 20 layers carry it on.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert decoder.latent_shape(frames=9, height=32, width=64) == tuple(latents.shape)
@@ -93,13 +98,17 @@ def test_a_decoder_that_takes_a_noise_level_gets_0() -> None:
     found = VideoDecoder(config, precision="fp32", seed=0).decode(latents, device=CPU)
     with torch.no_grad():
         vae: Any = build_model(config, seed=0).eval()
-        torch.testing.assert_close(found, vae.decode(latents[None], torch.zeros(1)).sample[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            found, vae.decode(latents[None], torch.zeros(1)).sample[0], rtol=0, atol=1e-6
+        )
 
 
 def test_a_waveform_vae_makes_sound_at_its_rate() -> None:
     model = ModelConfig(source="AutoencoderOobleck", config=OOBLECK)
     wave_CN = _rand(1, 32 * 50)
-    latents = AudioEncoder(AudioEncoderConfig(model=model, precision="fp32"), seed=0, device=CPU).encode(wave_CN)
+    latents = AudioEncoder(AudioEncoderConfig(model=model, precision="fp32"), seed=0, device=CPU).encode(
+        wave_CN
+    )
     sound = _audio_decoder(model).decode(latents, device=CPU)
     with torch.no_grad():
         vae: Any = build_model(model, seed=0).eval()
@@ -111,20 +120,30 @@ def test_a_waveform_vae_makes_sound_at_its_rate() -> None:
 
 def test_a_mel_vae_makes_sound_with_or_without_a_vocoder() -> None:
     model = ModelConfig(source="AutoencoderKLLTX2Audio", config=MEL)
-    latents = AudioEncoder(AudioEncoderConfig(model=model, precision="fp32"), seed=0, device=CPU).encode(_rand(2, 640 * 8))
+    latents = AudioEncoder(AudioEncoderConfig(model=model, precision="fp32"), seed=0, device=CPU).encode(
+        _rand(2, 640 * 8)
+    )
     assert _audio_decoder(model).latent_shape(0.32) == tuple(latents.shape) == (4, 8, 16)
     sound = _audio_decoder(model).decode(latents, device=CPU)
-    assert (tuple(sound.samples.shape), sound.sample_rate_hz) == ((2, 160 * 28), 16_000)  # 8 latents are 29 frames
+    assert (tuple(sound.samples.shape), sound.sample_rate_hz) == (
+        (2, 160 * 28),
+        16_000,
+    )  # 8 latents are 29 frames
     assert bool(sound.samples.isfinite().all())
     vocoder = ModelConfig(source="diffusers.pipelines.ltx2.vocoder:LTX2Vocoder", config=VOCODER)
     spoken = _audio_decoder(model, vocoder).decode(latents, device=CPU)
     assert (tuple(spoken.samples.shape), spoken.sample_rate_hz) == ((2, 240 * 29), 24_000)
-    with pytest.raises(ConfigError, match=r"vocoder: has no effect for AutoencoderOobleck, which decodes to waveforms"):
+    with pytest.raises(
+        ConfigError, match=r"vocoder: has no effect for AutoencoderOobleck, which decodes to waveforms"
+    ):
         _audio_decoder(ModelConfig(source="AutoencoderOobleck", config=OOBLECK), vocoder)
 
 
 def test_an_approximation_is_told_in_words() -> None:
-    mel, wave = ModelConfig(source="AutoencoderKLLTX2Audio", config=MEL), ModelConfig(source="AutoencoderOobleck", config=OOBLECK)
+    mel, wave = (
+        ModelConfig(source="AutoencoderKLLTX2Audio", config=MEL),
+        ModelConfig(source="AutoencoderOobleck", config=OOBLECK),
+    )
     video, config = ModelConfig(source="aiprod_ds.testing.tiny:TinyVideoVAE"), PreviewConfig()
     (told,) = LatentDecoder(video, mel, config, seed=0).replacements()
     assert "approximated" in told
@@ -141,9 +160,12 @@ def test_the_approximate_sound_has_the_spectrogram_it_was_made_of(pitch_hz: floa
     assert sound_CN.shape == wave_CN.shape
     assert torch.equal(approximate_sound(given_CTM, sample_rate_hz=16_000, hop=160), sound_CN)
     found_CTM = mel(sound_CN[None])[0]
-    loud = given_CTM > given_CTM.max() - 3  # bands within 26 dB of the loudest; the others hold leakage of the window
+    loud = (
+        given_CTM > given_CTM.max() - 3
+    )  # bands within 26 dB of the loudest; the others hold leakage of the window
     inner = slice(5, -5)  # the ends are reflected
-    # Natural logarithms: 0.25 is 2.2 dB; measured 0.12. Another FFT size or filter bank is off by more, or by a band.
+    # Natural logarithms: 0.25 is 2.2 dB; measured 0.12. Another FFT size or filter bank is off by more, or by
+    # a band.
     assert float((found_CTM - given_CTM)[:, inner][loud[:, inner]].abs().mean()) < 0.25
     assert torch.equal(found_CTM[0, 25].argmax(), given_CTM[0, 25].argmax())
     spectrum = torch.fft.rfft(sound_CN[0]).abs()
@@ -160,10 +182,13 @@ def test_a_sound_shorter_than_a_window_and_one_that_is_wild_can_be_made(frames: 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A whole tiny model, each part saved as its library saves it: what a chain of trainings leaves behind."""
+    """A whole tiny model, each part saved as its library saves it: what a chain of trainings leaves
+    behind."""
     root = tmp_path_factory.mktemp("exported")
     parts: dict[str, Any] = {
-        "transformer": build_model(ModelConfig(source=LTX2.transformer_class, config=LTX2.tiny_config()), seed=0),
+        "transformer": build_model(
+            ModelConfig(source=LTX2.transformer_class, config=LTX2.tiny_config()), seed=0
+        ),
         "vae": build_model(ModelConfig(source="AutoencoderKLLTXVideo", config=LTX), seed=0),
         "audio_vae": build_model(ModelConfig(source="AutoencoderOobleck", config=OOBLECK), seed=0),
     }
@@ -173,7 +198,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, part in parts.items():
         part.save_pretrained(root / name)
     ByT5Tokenizer(extra_ids=0).save_pretrained(str(root / "text"))
-    transformer = build_model(ModelConfig(source=LTX2.transformer_class, pretrained=str(root / "transformer")), seed=0)
+    transformer = build_model(
+        ModelConfig(source=LTX2.transformer_class, pretrained=str(root / "transformer")), seed=0
+    )
     lora = LoraConfig(rank=2)
     add_lora(transformer, lora, allowed=LTX2.lora_targets, seed=0)
     for name, parameter in transformer.named_parameters():
@@ -200,7 +227,9 @@ def _values(folders: dict[str, str], output: Path, **changes: Any) -> dict[str, 
 
 
 def _sample(folders: dict[str, str], output: Path, **changes: Any) -> Any:
-    return run_sampling(SampleConfig.model_validate(_values(folders, output, **changes)), source="sample.yaml")
+    return run_sampling(
+        SampleConfig.model_validate(_values(folders, output, **changes)), source="sample.yaml"
+    )
 
 
 def _sheet(samples: Any) -> bytes:
@@ -211,7 +240,12 @@ def _sheet(samples: Any) -> bytes:
 
 def test_every_prompt_becomes_a_clip_with_sound(folders: dict[str, str], tmp_path: Path) -> None:
     samples = _sample(folders, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["01.mp4", "02.mp4", "samples.json", "samples.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "01.mp4",
+        "02.mp4",
+        "samples.json",
+        "samples.png",
+    ]
     assert [path.name for path in samples.clips] == ["01.mp4", "02.mp4"]
     for path in samples.clips:
         with av.open(str(path)) as film:
@@ -227,7 +261,12 @@ def test_every_prompt_becomes_a_clip_with_sound(folders: dict[str, str], tmp_pat
         {"file": "01.mp4", "prompt": "a city at night"},
         {"file": "02.mp4", "prompt": "a bunny"},
     ]
-    assert record["shape"] == {"frames": 9, "height": 64, "width": 32, "frame_rate_hz": 24.0}  # 7 frames rounded up
+    assert record["shape"] == {
+        "frames": 9,
+        "height": 64,
+        "width": 32,
+        "frame_rate_hz": 24.0,
+    }  # 7 frames rounded up
     assert (record["seed"], record["sampling"]["num_forwards"], record["lora"]) == (0, 2, None)
 
 
@@ -249,7 +288,10 @@ def test_a_transformer_without_sound_needs_no_audio_vae(folders: dict[str, str],
     samples = _sample(folders, tmp_path / "out", model=model, audio_vae=None, prompts=["one"])
     with av.open(str(samples.clips[0])) as film:
         assert not film.streams.audio
-    with pytest.raises(ConfigError, match=r"sample\.yaml: audio_vae: has no effect for the family 'ltx', which makes no sound"):
+    with pytest.raises(
+        ConfigError,
+        match=r"sample\.yaml: audio_vae: has no effect for the family 'ltx', which makes no sound",
+    ):
         _sample(folders, tmp_path / "out", model=model)
 
 
@@ -257,7 +299,11 @@ def test_a_transformer_without_sound_needs_no_audio_vae(folders: dict[str, str],
     ("changes", "error", "message"),
     [
         ({"audio_vae": None}, ConfigError, r"sample\.yaml: audio_vae: must be given for the family 'ltx2'"),
-        ({"resolution": "64x40"}, ConfigError, r"resolution: must be a multiple of the VAE's stride 32 both ways, got 64x40"),
+        (
+            {"resolution": "64x40"},
+            ConfigError,
+            r"resolution: must be a multiple of the VAE's stride 32 both ways, got 64x40",
+        ),
         ({"prompts": ["much too long for 24 tokens"]}, DataError, r"must have at most 24 tokens"),
         ({"lora": "no_such_folder"}, CheckpointError, r"no_such_folder: must hold adapter_config\.json"),
         (
@@ -277,7 +323,9 @@ def test_parts_that_do_not_go_together_are_named(
 
 def test_a_vae_of_other_channels_is_named(folders: dict[str, str], tmp_path: Path) -> None:
     other = {"source": "AutoencoderKLLTXVideo", "config": {**LTX, "latent_channels": 6}}
-    with pytest.raises(DataError, match=r"latents: the transformer of 'ltx2' takes 4 values per token, got 6"):
+    with pytest.raises(
+        DataError, match=r"latents: the transformer of 'ltx2' takes 4 values per token, got 6"
+    ):
         _sample(folders, tmp_path / "out", vae=other)
 
 
@@ -288,14 +336,24 @@ def test_a_configuration_is_read_with_every_problem(tmp_path: Path) -> None:
         "resolution: 64x32\nduration: {seconds: 1.5, frame_rate_hz: 24}\n"
     )
     config = load_sample_config(path, ["seed=4", "sampling.guidance_scale=1"], "elsewhere")
-    assert (config.seed, config.output_dir, config.requested_frames, config.frame_rate_hz) == (4, "elsewhere", 36, 24.0)
+    assert (config.seed, config.output_dir, config.requested_frames, config.frame_rate_hz) == (
+        4,
+        "elsewhere",
+        36,
+        24.0,
+    )
     assert config.sampling == PreviewConfig(guidance_scale=1.0)
     with pytest.raises(ConfigError) as caught:
         load_sample_config(path, ["duration={frames: 9}", "sampling.guidance_scale=0.5", "prompts=[]"])
     problems = "\n".join(caught.value.problems)
     assert "sampling.guidance_scale" in problems
     assert "prompts" in problems
-    with pytest.raises(ConfigError, match=r"duration\.frame_rate_hz: must be given, because the clips have no rate of their own"):
+    with pytest.raises(
+        ConfigError,
+        match=r"duration\.frame_rate_hz: must be given, because the clips have no rate of their own",
+    ):
         load_sample_config(path, ["duration={frames: 9}"])
-    with pytest.raises(ConfigError, match=r"empty_prompt: has no effect with sampling\.guidance_scale: 1, got text"):
+    with pytest.raises(
+        ConfigError, match=r"empty_prompt: has no effect with sampling\.guidance_scale: 1, got text"
+    ):
         load_sample_config(path, ["sampling.guidance_scale=1", "empty_prompt=ugly"])

@@ -1,4 +1,5 @@
-"""The local engine against AdamW written out by hand, and its contract: accumulation, skipping, saving, groups."""
+"""The local engine against AdamW written out by hand, and its contract: accumulation, skipping, saving,
+groups."""
 
 from __future__ import annotations
 
@@ -45,11 +46,13 @@ class Net(nn.Module):
         return self.tied(torch.tanh(self.first(self.frozen(x)))) + self.offset.to(x.dtype)
 
 
-def _engine(precision: str = "fp32", seed: int = 0, accumulation: int = 1, module: nn.Module | None = None) -> LocalEngine:
+def _engine(
+    precision: str = "fp32", seed: int = 0, accumulation: int = 1, module: nn.Module | None = None
+) -> LocalEngine:
     torch.manual_seed(seed)
     net = Net() if module is None else module
     return LocalEngine(
-        net, _groups(), optimizer=OPTIMIZER, settings=_settings(precision), micro_batch_size=8, accumulation=accumulation
+        net, _groups(), optimizer=OPTIMIZER, settings=_settings(precision), micro_batch_size=8, accumulation=accumulation  # noqa: E501
     )  # fmt: skip
 
 
@@ -101,19 +104,23 @@ def test_fp32_is_adamw_with_global_clipping_written_out() -> None:
                 p.sub_(lr * decay * p + lr * first[name] / (1 - 0.9 ** (update + 1)) / corrected)
                 p.grad = None
     for name, value in _values(engine).items():
-        # fp32 against fp64: 5 updates, each with a relative rounding of 1e-7 that a small second moment enlarges.
+        # fp32 against fp64: 5 updates, each with a relative rounding of 1e-7 that a small second moment
+        # enlarges.
         torch.testing.assert_close(value.double(), weights[name].detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 2e-2), ("fp16", 2e-3)])
 def test_accumulation_equals_one_large_micro_batch(precision: str, tolerance: float) -> None:
-    # The same mean of gradients, summed in another order; in 16 bit each partial gradient is rounded to 8 resp. 11 bits.
+    # The same mean of gradients, summed in another order; in 16 bit each partial gradient is rounded to 8
+    # resp. 11 bits.
     whole, parts = _engine(precision), _engine(precision)
     for update in range(3):
         parts.set_batch(micro_batch_size=2, accumulation=4)
         a, b = _update(whole, update), _update(parts, update, micro_batches=4)
         assert float(a.gradient_norm) == pytest.approx(float(b.gradient_norm), rel=10 * tolerance)
-    difference = torch.cat([(_values(whole)[name] - value).flatten() for name, value in _values(parts).items()])
+    difference = torch.cat(
+        [(_values(whole)[name] - value).flatten() for name, value in _values(parts).items()]
+    )
     assert difference.norm() < tolerance * 5
 
 
@@ -125,7 +132,9 @@ def test_masters_are_fp32_and_the_module_is_16_bit(precision: str) -> None:
     assert all(value.dtype == torch.float32 for value in masters.values())
     assert all(parameter.dtype == engine.compute_dtype for parameter in module.values())
     assert all(torch.equal(masters[name].to(engine.compute_dtype), module[name]) for name in masters)
-    assert any(not torch.equal(masters[name], module[name].float()) for name in masters), "otherwise the masters add nothing"
+    assert any(not torch.equal(masters[name], module[name].float()) for name in masters), (
+        "otherwise the masters add nothing"
+    )
     assert engine.module.get_buffer("offset").dtype == torch.float32
 
 
@@ -145,7 +154,9 @@ def test_a_non_finite_gradient_changes_nothing(precision: str) -> None:
 
 def test_fp16_reports_the_scale_that_the_update_used() -> None:
     engine = _engine("fp16")
-    scales = [_update(engine, 0, factor=float("inf") if update == 0 else 1.0).loss_scale for update in range(5)]
+    scales = [
+        _update(engine, 0, factor=float("inf") if update == 0 else 1.0).loss_scale for update in range(5)
+    ]
     assert scales == [16.0, 8.0, 8.0, 8.0, 16.0]
 
 
@@ -202,7 +213,9 @@ def test_a_new_weight_decay_holds_for_the_decayed_groups_alone(precision: str) -
     engine.step()
     for name, value in _values(engine).items():
         # One multiplication in fp32.
-        torch.testing.assert_close(value, before[name] * (0.95 if "weight" in name else 1.0), rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(
+            value, before[name] * (0.95 if "weight" in name else 1.0), rtol=1e-6, atol=0.0
+        )
 
 
 def test_restoring_leaves_weight_decay_as_it_is(tmp_path: Path) -> None:
@@ -232,7 +245,9 @@ def test_what_is_saved_does_not_depend_on_the_decay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("factor", "step"), [(1.0, 3), (0.25, 3), (0.0, 0)])
-def test_moments_are_scaled_and_a_reset_begins_the_count_anew(precision: str, factor: float, step: int) -> None:
+def test_moments_are_scaled_and_a_reset_begins_the_count_anew(
+    precision: str, factor: float, step: int
+) -> None:
     engine = _engine(precision)
     for update in range(3):
         _update(engine, update)
@@ -271,7 +286,11 @@ def test_the_worked_example_of_scaling() -> None:
 
 
 def test_a_reset_also_ends_what_is_not_finite() -> None:
-    state = {"exp_avg": torch.tensor(float("nan")), "exp_avg_sq": torch.tensor(float("inf")), "step": torch.tensor(7.0)}
+    state = {
+        "exp_avg": torch.tensor(float("nan")),
+        "exp_avg_sq": torch.tensor(float("inf")),
+        "step": torch.tensor(7.0),
+    }
     scale_moments([state], 0.0)
     assert [float(value) for value in state.values()] == [0.0, 0.0, 0.0]
 
@@ -286,14 +305,22 @@ def test_a_factor_out_of_range_is_refused(factor: float) -> None:
     ("groups", "message"),
     [
         ([], "missing \\['first.bias'"),
-        ([ParameterGroup(names=("first.weight", "frozen.weight"), is_decayed=False)], "must name trainable parameters"),
+        (
+            [ParameterGroup(names=("first.weight", "frozen.weight"), is_decayed=False)],
+            "must name trainable parameters",
+        ),
         ([ParameterGroup(names=("nothing",), is_decayed=False)], "got \\['nothing'\\]"),
-        ([*_groups(), ParameterGroup(names=("first.bias",), is_decayed=False)], "repeated \\['first.bias'\\]"),
+        (
+            [*_groups(), ParameterGroup(names=("first.bias",), is_decayed=False)],
+            "repeated \\['first.bias'\\]",
+        ),
     ],
 )
 def test_groups_must_name_every_trainable_parameter_once(groups: list[ParameterGroup], message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        LocalEngine(Net(), groups, optimizer=OPTIMIZER, settings=_settings("fp32"), micro_batch_size=1, accumulation=1)
+        LocalEngine(
+            Net(), groups, optimizer=OPTIMIZER, settings=_settings("fp32"), micro_batch_size=1, accumulation=1
+        )
 
 
 def test_after_close_the_module_can_have_a_new_engine() -> None:
@@ -312,7 +339,10 @@ def test_a_new_clip_norm_holds_from_the_next_update_on(precision: str, clip_norm
     engine = _engine(precision)
     engine.set_clip_norm(clip_norm)
     norm = float(_update(engine, 0).gradient_norm)
-    seen = torch.cat([state.optimizer["exp_avg"].flatten() for state in engine.parameter_states()]).norm().item() / 0.1
+    seen = (
+        torch.cat([state.optimizer["exp_avg"].flatten() for state in engine.parameter_states()]).norm().item()
+        / 0.1
+    )
     assert norm > 0.02, "the norm that is reported is the one before clipping"
     # fp32 sums, and the 1e-6 that is added to the norm.
     assert seen == pytest.approx(norm if clip_norm is None else clip_norm, rel=2e-4)
@@ -330,7 +360,10 @@ def test_restoring_leaves_the_clip_norm_as_it_is(tmp_path: Path) -> None:
     loaded.set_clip_norm(1e-3)
     read_engine(tmp_path, loaded)
     _update(loaded, 0)
-    seen = torch.cat([state.optimizer["exp_avg"].flatten() for state in loaded.parameter_states()]).norm().item() / 0.1
+    seen = (
+        torch.cat([state.optimizer["exp_avg"].flatten() for state in loaded.parameter_states()]).norm().item()
+        / 0.1
+    )
     assert seen == pytest.approx(1e-3, rel=2e-3)  # the norm has 1e-6 added to it
 
 
@@ -347,7 +380,9 @@ def test_master_shards_are_the_masters_themselves(precision: str) -> None:
     engine.refresh_weights()
     for number, name in enumerate(names):
         weight = engine.module.get_parameter(name)
-        assert torch.equal(_values(engine)[name], torch.full_like(weight, number + 1.001, dtype=torch.float32))
+        assert torch.equal(
+            _values(engine)[name], torch.full_like(weight, number + 1.001, dtype=torch.float32)
+        )
         assert torch.equal(weight, torch.full_like(weight, number + 1.001))
 
 
@@ -360,8 +395,12 @@ def test_written_values_are_read_back_and_leave_the_optimizer_alone(precision: s
     engine.write_values(values.items())
     for name, value in values.items():
         assert torch.equal(engine.module.get_parameter(name), value.to(engine.compute_dtype))
-    assert torch.equal(engine.read_value("first.weight"), values["first.weight"]), "the master, whatever the precision"
-    assert torch.equal(engine.read_value("frozen.weight"), values["frozen.weight"].to(engine.compute_dtype).float())
+    assert torch.equal(engine.read_value("first.weight"), values["first.weight"]), (
+        "the master, whatever the precision"
+    )
+    assert torch.equal(
+        engine.read_value("frozen.weight"), values["frozen.weight"].to(engine.compute_dtype).float()
+    )
     for state in engine.parameter_states():
         expected = before[state.name]
         assert torch.equal(state.value, values.get(state.name, expected.value))

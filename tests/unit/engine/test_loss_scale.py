@@ -23,10 +23,15 @@ def _scales(settings: LossScaleSettings, overflows: str) -> list[float]:
     [
         # The worked example of the docstring.
         ({"hysteresis": 1, "loss_scale_window": 2}, "x...", [8, 8, 8, 16]),
-        # Hysteresis 2: the first overflow is tolerated, the second halves; only growth restores the tolerance.
+        # Hysteresis 2: the first overflow is tolerated, the second halves; only growth restores the
+        # tolerance.
         ({"hysteresis": 2, "loss_scale_window": 2}, "x.x", [16, 16, 8]),
         ({"hysteresis": 2, "loss_scale_window": 2}, "x...x", [16, 16, 16, 32, 32]),
-        ({"hysteresis": 2, "loss_scale_window": 9, "consecutive_hysteresis": True}, "x.x.xx", [16, 16, 16, 16, 16, 8]),
+        (
+            {"hysteresis": 2, "loss_scale_window": 9, "consecutive_hysteresis": True},
+            "x.x.xx",
+            [16, 16, 16, 16, 16, 8],
+        ),
         ({"hysteresis": 1, "min_loss_scale": 4}, "xxxx", [8, 4, 4, 4]),
         ({"loss_scale": 128.0}, "x.x", [128, 128, 128]),
     ],

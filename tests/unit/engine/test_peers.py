@@ -1,4 +1,5 @@
-"""The watch over the other ranks: who is alive, who is to blame, and the end of a process that waits for the dead."""
+"""The watch over the other ranks: who is alive, who is to blame, and the end of a process that waits for the
+dead."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import torch.distributed as torch_dist
 from aiprod_ds.engine.peers import _PREFIX, LOST_CODE, PeerWatch
 from aiprod_ds.testing.dist import free_port
 
-LIMIT_SECONDS = 6.0  # a beat is a sixth; the watch ends this process only after the limit and a grace, so tests are done by then
+# a beat is a sixth; the watch ends this process only after the limit and a grace, so tests are done by then
+LIMIT_SECONDS = 6.0
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def store() -> Any:
 
 
 def _watch(store: Any, *, rank: int, world_size: int) -> PeerWatch:
-    return PeerWatch(rank=rank, world_size=world_size, address="127.0.0.1", port=store.port, limit_seconds=LIMIT_SECONDS)
+    return PeerWatch(
+        rank=rank, world_size=world_size, address="127.0.0.1", port=store.port, limit_seconds=LIMIT_SECONDS
+    )
 
 
 @pytest.fixture
@@ -55,7 +59,8 @@ def test_a_rank_that_fell_silent_is_named_with_its_host(watches: list[PeerWatch]
 
 
 def test_a_rank_whose_last_beat_is_read_late_is_named(store: Any) -> None:
-    """A rank dies right after a beat, and the other, which has just read the beats, finds out at once by its collective."""
+    """A rank dies right after a beat, and the other, which has just read the beats, finds out at once by its
+    collective."""
     for name, value in {"host/1": "far", "beat/1": "0"}.items():
         store.set(f"{_PREFIX}/{name}", value)
     own = _watch(store, rank=0, world_size=2)
@@ -95,7 +100,7 @@ other.start()
 other.blame()
 other.stop()
 time.sleep(120)
-"""
+"""  # noqa: E501
 
 
 def test_a_process_that_waits_for_a_lost_rank_ends_with_a_message() -> None:
@@ -103,5 +108,8 @@ def test_a_process_that_waits_for_a_lost_rank_ends_with_a_message() -> None:
     command = [sys.executable, "-c", WAITING, str(free_port())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == LOST_CODE, done.stderr
-    assert f"peer_lost rank=0 host={socket.gethostname()} reason=rank 1 on {socket.gethostname()} is gone" in done.stderr
+    assert (
+        f"peer_lost rank=0 host={socket.gethostname()} reason=rank 1 on {socket.gethostname()} is gone"
+        in done.stderr
+    )
     assert time.monotonic() - began < 100

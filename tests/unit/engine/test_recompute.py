@@ -44,7 +44,11 @@ def _run(module: nn.Module) -> tuple[Tensor, dict[str, Tensor], int]:
     module.zero_grad()
     loss = module(torch.randn(4, 8)).pow(2).mean()
     loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
     return loss.detach(), gradients, Block.forwards
 
 

@@ -50,7 +50,9 @@ def test_terms_of_weight_zero_are_measured_and_not_trained():
     y.requires_grad_()
     mean.requires_grad_()
 
-    terms = AudioVAELoss(AudioVAELossConfig(kl_weight=0.0, spectral_weight=0.0), sample_rate_hz=RATE_HZ)(y, x, mean, logvar)
+    terms = AudioVAELoss(AudioVAELossConfig(kl_weight=0.0, spectral_weight=0.0), sample_rate_hz=RATE_HZ)(
+        y, x, mean, logvar
+    )
     terms.total.backward()
 
     assert terms.total.item() == pytest.approx(0.1 * (y - x).abs().mean().item(), rel=1e-5)
@@ -84,7 +86,9 @@ def test_padding_has_no_effect():
     y[0, :, 1000:], x[0, :, 1000:], mean[0, :, 2:] = 9.0, -9.0, 100.0
     after = loss(y, x, mean, logvar, num_samples=[1000, 2048]).terms
 
-    assert {name: value.item() for name, value in before.items()} == {name: value.item() for name, value in after.items()}
+    assert {name: value.item() for name, value in before.items()} == {
+        name: value.item() for name, value in after.items()
+    }
 
 
 def test_latent_positions_follow_the_padded_reconstruction():
@@ -93,7 +97,12 @@ def test_latent_positions_follow_the_padded_reconstruction():
     mean, logvar = _posterior(batch=1)
     mean[..., 3] = 100.0
 
-    assert AudioVAELoss(AudioVAELossConfig())(y, x[..., :1500], mean, logvar, num_samples=[1500]).terms["loss/kl"].item() == 6.0
+    assert (
+        AudioVAELoss(AudioVAELossConfig())(y, x[..., :1500], mean, logvar, num_samples=[1500])
+        .terms["loss/kl"]
+        .item()
+        == 6.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -109,7 +118,9 @@ def test_half_precision_inputs_are_computed_in_fp32(dtype):
     terms.total.backward()
 
     assert {value.dtype for value in terms.terms.values()} == {torch.float32}
-    assert {name: value.item() for name, value in terms.terms.items()} == {name: v.item() for name, v in expected.items()}
+    assert {name: value.item() for name, value in terms.terms.items()} == {
+        name: v.item() for name, v in expected.items()
+    }
     assert torch.isfinite(y.grad).all()
 
 
@@ -132,12 +143,15 @@ def test_gradient_agrees_with_finite_differences():
     y, x = (torch.rand(1, 1, 48, generator=generator, dtype=torch.float64) for _ in range(2))
     mean, logvar = (torch.randn(1, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     config = AudioVAELossConfig(
-        mel_weight=1.0, spectral=SpectralConfig(fft_sizes=(16,)), mel=MelConfig(fft_sizes=(16,), num_bands=(3,))
+        mel_weight=1.0,
+        spectral=SpectralConfig(fft_sizes=(16,)),
+        mel=MelConfig(fft_sizes=(16,), num_bands=(3,)),
     )
     loss = AudioVAELoss(config, sample_rate_hz=RATE_HZ)
 
     assert torch.autograd.gradcheck(
-        lambda y, m, v: loss(y, x, m, v).total, (y.requires_grad_(), mean.requires_grad_(), logvar.requires_grad_())
+        lambda y, m, v: loss(y, x, m, v).total,
+        (y.requires_grad_(), mean.requires_grad_(), logvar.requires_grad_()),
     )
 
 
@@ -175,7 +189,9 @@ def test_mel_filters_stay_in_full_precision():
 def test_configuration_rules():
     with pytest.raises(ConfigError, match=r"mel_weight: must be 0 without a sample rate, got 1\.0"):
         AudioVAELoss(AudioVAELossConfig(mel_weight=1.0))
-    with pytest.raises(ValidationError, match="num_bands: must have one number for each of the 1 fft_sizes, got 2"):
+    with pytest.raises(
+        ValidationError, match="num_bands: must have one number for each of the 1 fft_sizes, got 2"
+    ):
         MelConfig(fft_sizes=(512,), num_bands=(3, 4))
     with pytest.raises(ValidationError, match="must exceed 0, got 0 for all"):
         AudioVAELossConfig(waveform_weight=0.0, spectral_weight=0.0)

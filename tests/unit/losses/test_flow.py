@@ -1,4 +1,5 @@
-"""Flow matching: worked numbers, the distribution of noise levels, conditioning, padding, independence of the batch."""
+"""Flow matching: worked numbers, the distribution of noise levels, conditioning, padding, independence of the
+batch."""
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ def _latents(batch=4, tokens=6, channels=8, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shift"), [(1024, 0.95), (4096, 2.05), (2560, 1.5), (6749, 2.9999674), (6750, 3.0), (1, 0.58370)]
+    ("tokens", "shift"),
+    [(1024, 0.95), (4096, 2.05), (2560, 1.5), (6749, 2.9999674), (6750, 3.0), (1, 0.58370)],
 )
 def test_shift_worked_numbers(tokens, shift):
     assert noise_level_shift(tokens, NoiseLevelConfig()) == pytest.approx(shift, abs=1e-4)
@@ -41,7 +43,10 @@ def test_levels_are_logit_normal():
 def test_a_fraction_of_the_levels_is_uniform():
     assert (
         kstest(
-            draw_noise_levels(NoiseLevelConfig(uniform_fraction=1.0), num_tokens=[9] * 2000, seeds=range(2000)), "uniform"
+            draw_noise_levels(
+                NoiseLevelConfig(uniform_fraction=1.0), num_tokens=[9] * 2000, seeds=range(2000)
+            ),
+            "uniform",
         ).pvalue
         > 0.01
     )
@@ -135,7 +140,9 @@ def test_padding_may_hold_anything():
 
 
 def test_a_sample_without_generated_tokens_has_loss_zero():
-    sample = noised(_latents(batch=1), torch.ones(1), seeds=[0], is_clean_BL=torch.ones(1, 6, dtype=torch.bool))
+    sample = noised(
+        _latents(batch=1), torch.ones(1), seeds=[0], is_clean_BL=torch.ones(1, 6, dtype=torch.bool)
+    )
     assert flow_losses(torch.ones(1, 6, 8), sample).item() == 0.0
 
 
@@ -166,7 +173,9 @@ def test_half_precision_inputs_are_computed_in_fp32(dtype):
 def test_first_frame_mask():
     arguments = {"num_frames": 3, "tokens_per_frame": 2, "seeds": range(400)}
     assert not first_frame_mask(0.0, **arguments).any()
-    assert torch.equal(first_frame_mask(1.0, **arguments)[5], torch.tensor([True, True, False, False, False, False]))
+    assert torch.equal(
+        first_frame_mask(1.0, **arguments)[5], torch.tensor([True, True, False, False, False, False])
+    )
     # 400 draws at one half: 200 with a standard deviation of 10.
     assert 160 < first_frame_mask(0.5, **arguments)[:, 0].sum().item() < 240
     assert not first_frame_mask(1.0, num_frames=1, tokens_per_frame=2, seeds=[0]).any()
@@ -196,7 +205,11 @@ def test_buckets_add_up_and_average_over_ranks():
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, message):
-    arguments = {"latent_BLC": torch.zeros(2, 3, 4), "noise_levels_B": torch.zeros(2), "seeds": [0, 1]} | change
+    arguments = {
+        "latent_BLC": torch.zeros(2, 3, 4),
+        "noise_levels_B": torch.zeros(2),
+        "seeds": [0, 1],
+    } | change
     with pytest.raises(DataError, match=message):
         noised(arguments.pop("latent_BLC"), arguments.pop("noise_levels_B"), **arguments)
 

@@ -9,7 +9,9 @@ from aiprod_ds.losses.haar import haar_bands, haar_l1
 
 
 def _video(*shape, dtype=torch.float64):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype) * 2 - 1
+    return (
+        torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype) * 2 - 1
+    )
 
 
 def test_a_constant_difference_lands_in_the_low_pass_band():
@@ -31,7 +33,9 @@ def test_even_sizes_keep_the_sum_of_squares():
 def test_each_axis_has_its_own_high_pass_band(axis, band):
     size = [1, 1, 2, 2, 2]
     alternating = (
-        torch.tensor([1.0, -1.0], dtype=torch.float64).view([2 if index == axis else 1 for index in range(5)]).expand(size)
+        torch.tensor([1.0, -1.0], dtype=torch.float64)
+        .view([2 if index == axis else 1 for index in range(5)])
+        .expand(size)
     )
     energy = haar_bands(alternating).square().flatten(1).sum(dim=1)
 
@@ -54,7 +58,9 @@ def test_a_single_frame_works():
 
 def test_identity_is_zero_and_the_gradient_is_right():
     x = _video(1, 1, 3, 3, 2)
-    y = _video(1, 1, 3, 3, 2).flip(2).mul(0.7).requires_grad_()  # no band of the difference is at the kink of the absolute value
+    y = (
+        _video(1, 1, 3, 3, 2).flip(2).mul(0.7).requires_grad_()
+    )  # no band of the difference is at the kink of the absolute value
 
     assert haar_l1(x, x).item() == 0.0
     assert torch.autograd.gradcheck(lambda reconstruction: haar_l1(reconstruction, x), (y,))

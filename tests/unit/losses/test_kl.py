@@ -17,7 +17,9 @@ def _posterior(dtype=torch.float64):
     return mean.to(dtype), logvar.to(dtype)
 
 
-@pytest.mark.parametrize(("reduction", "expected"), [("mean", 2.0), ("per_position", 6.0), ("per_input_element", 0.5)])
+@pytest.mark.parametrize(
+    ("reduction", "expected"), [("mean", 2.0), ("per_position", 6.0), ("per_input_element", 0.5)]
+)
 def test_worked_numbers_of_the_docstring(reduction, expected):
     mean, logvar = torch.full((5, 3, 2, 2), 2.0), torch.zeros(5, 3, 2, 2)
 
@@ -36,7 +38,10 @@ def test_per_input_element_does_not_depend_on_resolution():
     mean, logvar = _posterior()
     small = gaussian_kl(mean, logvar, reduction="per_input_element", input_elements=1000)
     doubled = gaussian_kl(
-        mean.repeat(1, 1, 1, 2, 1), logvar.repeat(1, 1, 1, 2, 1), reduction="per_input_element", input_elements=2000
+        mean.repeat(1, 1, 1, 2, 1),
+        logvar.repeat(1, 1, 1, 2, 1),
+        reduction="per_input_element",
+        input_elements=2000,
     )
 
     torch.testing.assert_close(small, doubled, rtol=1e-12, atol=0)
@@ -46,7 +51,9 @@ def test_per_input_element_does_not_depend_on_resolution():
 def test_gradient_agrees_with_finite_differences(reduction):
     mean, logvar = (tensor[:1, :, :1, :2, :2].requires_grad_() for tensor in _posterior())
 
-    assert torch.autograd.gradcheck(lambda m, v: gaussian_kl(m, v, reduction=reduction, input_elements=7), (mean, logvar))
+    assert torch.autograd.gradcheck(
+        lambda m, v: gaussian_kl(m, v, reduction=reduction, input_elements=7), (mean, logvar)
+    )
 
 
 @pytest.mark.parametrize("logvar", [-1e4, 1e4])
@@ -89,7 +96,9 @@ def test_one_log_variance_shared_by_all_channels_is_broadcast():
     mean, logvar = _posterior()
     shared = logvar[:, :1]
 
-    assert gaussian_kl(mean, shared, reduction="mean") == gaussian_kl(mean, shared.expand_as(mean), reduction="mean")
+    assert gaussian_kl(mean, shared, reduction="mean") == gaussian_kl(
+        mean, shared.expand_as(mean), reduction="mean"
+    )
 
 
 def test_wrong_shapes_are_named():

@@ -1,4 +1,5 @@
-"""The loss and the measure of mel models: worked numbers, weights, shapes; and the picture of their spectrograms."""
+"""The loss and the measure of mel models: worked numbers, weights, shapes; and the picture of their
+spectrograms."""
 
 from __future__ import annotations
 
@@ -24,20 +25,30 @@ def test_worked_number_of_the_docstring() -> None:
 
 
 def test_sixteen_bits_are_widened_and_the_gradient_reaches_the_reconstruction() -> None:
-    reconstruction = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    reconstruction = (
+        torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    )
     posterior = torch.zeros(1, 2, 3, 1)
-    terms = MelVAELoss(mel_weight=2.0, kl_weight=0.0)(reconstruction, torch.zeros(1, 2, 3, 4), posterior, posterior)
+    terms = MelVAELoss(mel_weight=2.0, kl_weight=0.0)(
+        reconstruction, torch.zeros(1, 2, 3, 4), posterior, posterior
+    )
     terms.total.backward()
     assert terms.total.dtype == torch.float32
     assert reconstruction.grad is not None
     # 2 / 24 elements by the sign; bf16 keeps 8 bits of it.
-    torch.testing.assert_close(reconstruction.grad.float(), reconstruction.detach().float().sign() / 12, rtol=2**-8, atol=0)
+    torch.testing.assert_close(
+        reconstruction.grad.float(), reconstruction.detach().float().sign() / 12, rtol=2**-8, atol=0
+    )
 
 
 def test_shapes_must_agree() -> None:
     posterior = torch.zeros(1, 2, 3, 1)
-    with pytest.raises(DataError, match=r"both spectrograms must have one shape, got \[1, 2, 3, 4\] and \[1, 2, 3, 5\]"):
-        MelVAELoss(mel_weight=1.0, kl_weight=0.0)(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5), posterior, posterior)
+    with pytest.raises(
+        DataError, match=r"both spectrograms must have one shape, got \[1, 2, 3, 4\] and \[1, 2, 3, 5\]"
+    ):
+        MelVAELoss(mel_weight=1.0, kl_weight=0.0)(
+            torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5), posterior, posterior
+        )
 
 
 def test_measures_of_ranks_add_up_clip_by_clip() -> None:

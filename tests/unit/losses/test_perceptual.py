@@ -1,7 +1,8 @@
-"""PerceptualLoss: against torchmetrics and lpips with the same weights, its frozen state, its weight files and its fallback.
+"""PerceptualLoss: against torchmetrics and lpips with the same weights, its frozen state, its weight files
+and its fallback.
 
-The weights are seeded random numbers in torchvision's layout: no network, and every formula is exercised. `offline` makes the
-network really unreachable (a proxy on a closed port) instead of replacing functions.
+The weights are seeded random numbers in torchvision's layout: no network, and every formula is exercised.
+`offline` makes the network really unreachable (a proxy on a closed port) instead of replacing functions.
 """
 
 import hashlib
@@ -84,7 +85,8 @@ def test_lpips_mode_agrees_with_the_lpips_package(lpips_loss, weights_file):
     _give_weights(reference.net, weights_file)
     y, x = _videos()
 
-    # lpips divides by sqrt(sum f^2) + 1e-10; with features of order 1 our epsilon of 1e-8 under the root changes the 8th digit.
+    # lpips divides by sqrt(sum f^2) + 1e-10; with features of order 1 our epsilon of 1e-8 under the root
+    # changes the 8th digit.
     assert lpips_loss(y, x).item() == pytest.approx(reference(_images(y), _images(x)).mean().item(), rel=1e-4)
 
 
@@ -94,10 +96,15 @@ def test_vgg_mode_is_the_mean_squared_feature_distance(weights_file):
     features = torchvision.models.vgg16(weights=None).features.eval()
     _load_features(features, weights_file)
     y, x = _videos()
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
+    )
     with torch.no_grad():
         inputs = [(_images(video) / 2 + 0.5 - mean) / std for video in (y, x)]
-        expected = torch.stack([nn.functional.mse_loss(*(features[: end + 1](i) for i in inputs)) for end in (8, 15)]).mean()
+        expected = torch.stack(
+            [nn.functional.mse_loss(*(features[: end + 1](i) for i in inputs)) for end in (8, 15)]
+        ).mean()
 
     # fp32 rounding of the same convolutions.
     assert loss(y, x).item() == pytest.approx(expected.item(), rel=1e-4)
@@ -112,7 +119,9 @@ def test_identity_is_zero_and_distance_grows_with_the_error(lpips_loss):
 
 @pytest.mark.parametrize("mode", ["lpips", "vgg"])
 def test_gradients_are_finite_where_features_vanish(weights_file, mode):
-    loss = PerceptualLoss(PerceptualConfig(mode=mode, weights=str(weights_file)), allow_unverified_weights=True)
+    loss = PerceptualLoss(
+        PerceptualConfig(mode=mode, weights=str(weights_file)), allow_unverified_weights=True
+    )
     for parameter in loss.network.features.parameters():
         parameter.data.zero_()
     y = torch.zeros(1, 3, 1, 16, 16, requires_grad=True)
@@ -129,7 +138,10 @@ def test_gradient_reaches_the_reconstruction_only(lpips_loss):
 
     assert y.grad.abs().sum() > 0
     assert x.grad is None
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in lpips_loss.network.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad
+        for parameter in lpips_loss.network.parameters()
+    )
 
 
 def test_nothing_of_the_network_shows_in_a_module_that_holds_the_loss(lpips_loss):
@@ -171,7 +183,9 @@ def test_chosen_frames_are_a_function_of_the_seed_and_differ_between_clips():
 
     assert torch.equal(frames[0], frames[2])
     assert not torch.equal(frames[0], frames[1])
-    assert all(len(set(row)) == 4 and row == sorted(row) and set(row) <= set(range(20)) for row in frames.tolist())
+    assert all(
+        len(set(row)) == 4 and row == sorted(row) and set(row) <= set(range(20)) for row in frames.tolist()
+    )
     assert torch.equal(choose_frames(1, 20, 4, [6])[0], frames[1])
 
 
@@ -211,7 +225,13 @@ def test_no_weights_is_an_error_that_names_the_ways_out(offline):
     with pytest.raises(DataError) as caught:
         PerceptualLoss(PerceptualConfig())
 
-    for way_out in ("perceptual.weights", WEIGHTS_NAME, "torch hub cache", "network access", "perceptual.fallback: l2"):
+    for way_out in (
+        "perceptual.weights",
+        WEIGHTS_NAME,
+        "torch hub cache",
+        "network access",
+        "perceptual.fallback: l2",
+    ):
         assert way_out in str(caught.value)
     assert list(offline.iterdir()) == []
 
@@ -260,7 +280,8 @@ def test_a_file_of_something_else_is_named(tmp_path, content):
 
 @pytest.fixture
 def mirror(weights_file, monkeypatch, tmp_path):
-    """A server on this machine that has the weights, in place of torchvision's; returns the cache it is downloaded into."""
+    """A server on this machine that has the weights, in place of torchvision's; returns the cache it is
+    downloaded into."""
     handler = partial(SilentHandler, directory=str(weights_file.parent))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -296,7 +317,9 @@ def test_layers_are_checked(weights_file):
     with pytest.raises(ConfigError, match="layers must be some of relu1_2"):
         PerceptualLoss(config, layers=["relu9_9"], allow_unverified_weights=True)
     with pytest.raises(ConfigError, match="layers has no effect in lpips mode"):
-        PerceptualLoss(PerceptualConfig(weights=str(weights_file)), layers=["relu1_2"], allow_unverified_weights=True)
+        PerceptualLoss(
+            PerceptualConfig(weights=str(weights_file)), layers=["relu1_2"], allow_unverified_weights=True
+        )
     assert list(LAYERS) == ["relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"]
 
 

@@ -38,7 +38,8 @@ def test_a_sine_reads_a_quarter_of_the_fft_size():
     sine = 0.5 * torch.sin(2 * math.pi * 16 / 256 * samples)
     spectrum = magnitude(sine.view(1, 1, -1), 256)[0, 0]
 
-    # Periodic Hann on a whole number of periods: three bins, nothing elsewhere; frames that touch the ends excluded.
+    # Periodic Hann on a whole number of periods: three bins, nothing elsewhere; frames that touch the ends
+    # excluded.
     expected = torch.zeros(129, dtype=torch.float64)
     expected[15:18] = 0.5 * 256 * torch.tensor([1 / 8, 1 / 4, 1 / 8], dtype=torch.float64)
     torch.testing.assert_close(spectrum[:, 4], expected, rtol=1e-6, atol=1.1e-4)
@@ -59,11 +60,16 @@ def test_agrees_with_auraloss():
     # Silence around the noise makes reflection and zeros the same at the ends.
     y, x = (torch.nn.functional.pad(wave, (2048, 2048)) for wave in _waves(samples=8192, dtype=torch.float32))
     reference = auraloss.freq.MultiResolutionSTFTLoss(
-        fft_sizes=[1024, 256], hop_sizes=[256, 64], win_lengths=[1024, 256], w_sc=0.0, w_log_mag=1.0, w_lin_mag=1.0
+        fft_sizes=[1024, 256],
+        hop_sizes=[256, 64],
+        win_lengths=[1024, 256],
+        w_sc=0.0,
+        w_log_mag=1.0,
+        w_lin_mag=1.0,
     )
 
-    # auraloss clamps the power at 1e-8 and takes the plain log; ours adds 1e-8 and 1e-5. On noise with magnitudes near 10 that
-    # changes a few quiet bins.
+    # auraloss clamps the power at 1e-8 and takes the plain log; ours adds 1e-8 and 1e-5. On noise with
+    # magnitudes near 10 that changes a few quiet bins.
     ours = SpectralLoss(SpectralConfig(fft_sizes=(1024, 256)))(y, x)
     assert ours.item() == pytest.approx(reference(y, x).item(), rel=1e-4)
 
@@ -90,13 +96,17 @@ def test_sum_and_difference_hear_a_swapped_polarity_of_one_channel():
     _, x = _waves(channels=2)
     one_flipped = x * torch.tensor([[[1.0], [-1.0]]])
 
-    assert SpectralLoss(SpectralConfig(sum_difference=False))(one_flipped, x).item() == pytest.approx(0.0, abs=1e-12)
+    assert SpectralLoss(SpectralConfig(sum_difference=False))(one_flipped, x).item() == pytest.approx(
+        0.0, abs=1e-12
+    )
     assert SpectralLoss()(one_flipped, x).item() > 0.1
 
 
 def test_sum_and_difference_are_two_more_channels():
     y, x = _waves(channels=2)
-    widen = lambda wave: torch.cat([wave, wave.sum(1, keepdim=True) / 2**0.5, -wave.diff(dim=1) / 2**0.5], dim=1)  # noqa: E731
+
+    def widen(wave):
+        return torch.cat([wave, wave.sum(1, keepdim=True) / 2**0.5, -wave.diff(dim=1) / 2**0.5], dim=1)
 
     # A batch of four mono clips each is their mean.
     expected = SpectralLoss()(widen(y).flatten(0, 1), widen(x).flatten(0, 1))

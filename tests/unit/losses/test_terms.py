@@ -13,7 +13,11 @@ def test_worked_number_of_the_docstring():
     terms = total.finish()
 
     assert terms.total.item() == 1.0
-    assert {name: value.item() for name, value in terms.terms.items()} == {"loss/total": 1.0, "loss/a": 2.0, "loss/b": 7.0}
+    assert {name: value.item() for name, value in terms.terms.items()} == {
+        "loss/total": 1.0,
+        "loss/a": 2.0,
+        "loss/b": 7.0,
+    }
 
 
 def test_a_term_of_weight_zero_builds_no_graph_and_cannot_poison_the_total():

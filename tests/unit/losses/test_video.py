@@ -96,7 +96,9 @@ def test_half_precision_inputs_are_computed_in_fp32(fallback, dtype):
     terms.total.backward()
 
     assert {value.dtype for value in terms.terms.values()} == {torch.float32}
-    assert {name: value.item() for name, value in terms.terms.items()} == {n: v.item() for n, v in expected.terms.items()}
+    assert {name: value.item() for name, value in terms.terms.items()} == {
+        n: v.item() for n, v in expected.terms.items()
+    }
     assert inputs[0].grad.dtype == dtype
 
 
@@ -107,12 +109,15 @@ def test_gradient_agrees_with_finite_differences():
     loss = VideoVAELoss(VideoVAELossConfig(perceptual_weight=0.0, kl_weight=0.1, haar_weight=0.1), None)
 
     assert torch.autograd.gradcheck(
-        lambda y, m, v: loss(y, x, m, v).total, (y.requires_grad_(), mean.requires_grad_(), logvar.requires_grad_())
+        lambda y, m, v: loss(y, x, m, v).total,
+        (y.requires_grad_(), mean.requires_grad_(), logvar.requires_grad_()),
     )
 
 
 def test_a_weight_without_a_network_is_refused():
-    with pytest.raises(ConfigError, match=r"perceptual_weight: must be 0 without a perceptual network, got 1\.0"):
+    with pytest.raises(
+        ConfigError, match=r"perceptual_weight: must be 0 without a perceptual network, got 1\.0"
+    ):
         VideoVAELoss(VideoVAELossConfig(), None)
 
 

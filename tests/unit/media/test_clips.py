@@ -1,4 +1,5 @@
-"""Written clips, read again by a decoder: frames, rate, duration, sound and quality; and the contact sheet."""
+"""Written clips, read again by a decoder: frames, rate, duration, sound and quality; and the contact
+sheet."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def _psnr_db(found: Pixels, expected: Pixels) -> float:
 
 
 @pytest.mark.parametrize(
-    ("rate_hz", "expected"), [(24.0, Fraction(24)), (24000 / 1001, Fraction(24000, 1001)), (12.5, Fraction(25, 2))]
+    ("rate_hz", "expected"),
+    [(24.0, Fraction(24)), (24000 / 1001, Fraction(24000, 1001)), (12.5, Fraction(25, 2))],
 )
 def test_frames_size_and_rate_are_kept(rate_hz: float, expected: Fraction) -> None:
     frames_THWC = to_pixels(_video(9, 96, 128))
@@ -71,7 +73,9 @@ def test_an_odd_size_gets_its_last_row_and_column_twice() -> None:
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize(("rate_hz", "written_hz"), [(16_000, 16_000), (44_100, 44_100), (15_000, 48_000)])
 def test_sound_is_there_as_long_and_as_high(channels: int, rate_hz: int, written_hz: int) -> None:
-    mp4 = encode_mp4(to_pixels(_video(24, 32, 32)), frame_rate_hz=24.0, sound=_tone(1.0, rate_hz, channels=channels))
+    mp4 = encode_mp4(
+        to_pixels(_video(24, 32, 32)), frame_rate_hz=24.0, sound=_tone(1.0, rate_hz, channels=channels)
+    )
     with av.open(io.BytesIO(mp4)) as film:
         stream = film.streams.audio[0]
         assert (stream.codec_context.name, stream.rate, stream.channels) == ("aac", written_hz, channels)
@@ -99,7 +103,9 @@ def test_sound_that_is_not_finite_is_left_out_and_told(caplog: pytest.LogCapture
 def test_sound_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"sound: must be \[1 or 2, N\] with N above 0, got"):
         encode_mp4(
-            to_pixels(_video(1, 32, 32)), frame_rate_hz=24.0, sound=Sound(samples=torch.zeros(shape), sample_rate_hz=16_000)
+            to_pixels(_video(1, 32, 32)),
+            frame_rate_hz=24.0,
+            sound=Sound(samples=torch.zeros(shape), sample_rate_hz=16_000),
         )
 
 
@@ -114,7 +120,12 @@ def test_a_small_clip_is_enlarged_and_five_stills_are_spread_over_it() -> None:
 
 def test_the_contact_sheet_has_a_row_of_stills_for_each_clip(tmp_path: Path) -> None:
     clips = [make_clip(torch.full((3, 5, 160, 160), level), frame_rate_hz=24.0) for level in (-1.0, 0.0)]
-    save_contact_sheet(clips, ["dark", "a caption that is much too long for one line " * 10], tmp_path / "a.png", title="grey")
+    save_contact_sheet(
+        clips,
+        ["dark", "a caption that is much too long for one line " * 10],
+        tmp_path / "a.png",
+        title="grey",
+    )
     with Image.open(tmp_path / "a.png") as image:
         sheet = np.asarray(image)
     assert sheet.shape == (40 + 2 * (24 + 160 + 18), 5 * 166 - 6 + 36, 3)
@@ -127,6 +138,8 @@ def test_the_contact_sheet_has_a_row_of_stills_for_each_clip(tmp_path: Path) -> 
 
 
 def test_wide_stills_are_scaled_down_on_the_sheet(tmp_path: Path) -> None:
-    save_contact_sheet([make_clip(_video(2, 512, 768), frame_rate_hz=24.0)], ["wide"], tmp_path / "a.png", title="one")
+    save_contact_sheet(
+        [make_clip(_video(2, 512, 768), frame_rate_hz=24.0)], ["wide"], tmp_path / "a.png", title="one"
+    )
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (2 * 390 - 6 + 36, 40 + 24 + 256 + 18)

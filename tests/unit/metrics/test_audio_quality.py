@@ -63,7 +63,9 @@ def test_mel_distance_agrees_with_torchaudio():
     x, y = _waves(batch=1)
     expected = 0.0
     for size, bands in ((2048, 150), (512, 80)):
-        mel = MelSpectrogram(RATE_HZ, size, hop_length=size // 4, n_mels=bands, power=1.0, norm="slaney", mel_scale="slaney")
+        mel = MelSpectrogram(
+            RATE_HZ, size, hop_length=size // 4, n_mels=bands, power=1.0, norm="slaney", mel_scale="slaney"
+        )
         a, b = mel(x[0]), mel(y[0])
         logs = [value.clamp(min=1e-5).pow(2).log10() for value in (a, b)]
         expected += ((a - b).abs().mean() + (logs[0] - logs[1]).abs().mean()).item()
@@ -110,7 +112,9 @@ def test_errors():
         AudioQuality(sample_rate_hz=RATE_HZ).compute()
     with pytest.raises(DataError, match="at least as long"):
         _measured((x, y[..., :-1]))
-    with pytest.raises(DataError, match=r"lengths above 1024 \(half a window\) and up to 4096, got \[1024, 4096\]"):
+    with pytest.raises(
+        DataError, match=r"lengths above 1024 \(half a window\) and up to 4096, got \[1024, 4096\]"
+    ):
         _measured((x, y), num_samples=[1024, 4096])
 
 

@@ -61,7 +61,14 @@ def test_every_second_belongs_to_one_activity() -> None:
         assert watch.seconds(Activity.TRAIN) == 5
     hands.time += 11
     assert watch.seconds(Activity.TRAIN) == 16
-    expected = {"start": 3.0, "train": 16.0, "data_wait": 0.0, "evaluation": 7.0, "transition": 0.0, "checkpoint": 0.0}
+    expected = {
+        "start": 3.0,
+        "train": 16.0,
+        "data_wait": 0.0,
+        "evaluation": 7.0,
+        "transition": 0.0,
+        "checkpoint": 0.0,
+    }
     assert watch.breakdown() == expected
     assert watch.breakdown() == expected
 
@@ -129,7 +136,9 @@ def test_memory_figures_are_bytes() -> None:
     assert 50e6 < rss_bytes() <= peak_rss_bytes() * 1.05 < 1e12
 
 
-def test_git_state_is_that_of_the_folder_and_none_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_state_is_that_of_the_folder_and_none_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Made in a repository of its own: one commit, then a change, then a folder that git does not track."""
     for name in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"):
         monkeypatch.setenv(name, "tester")

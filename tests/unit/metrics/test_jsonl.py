@@ -21,7 +21,9 @@ def write(path: Path, updates: range, *, resume_from_update: int | None = None) 
 
 def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
     write(tmp_path / "m.jsonl", range(1, 4))
-    assert read_metrics(tmp_path / "m.jsonl") == [(update, {"loss/total": 1.0 / update}) for update in (1, 2, 3)]
+    assert read_metrics(tmp_path / "m.jsonl") == [
+        (update, {"loss/total": 1.0 / update}) for update in (1, 2, 3)
+    ]
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -69,7 +71,9 @@ def test_a_fresh_run_starts_a_new_file_and_resume_needs_none(tmp_path: Path) -> 
     assert [update for update, _ in read_metrics(path)] == [3, 4]
 
 
-@pytest.mark.parametrize("line", ["[1]", "{}", '{"update": 1, "loss/total": []}', "\x00\x00", '{"update": null}'])
+@pytest.mark.parametrize(
+    "line", ["[1]", "{}", '{"update": 1, "loss/total": []}', "\x00\x00", '{"update": null}']
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"update": 1}\n' + line + '\n{"update": 2}\n')

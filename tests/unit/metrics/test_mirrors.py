@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases for real: what they write, and that a dead service costs a warning and a bounded wait."""
+"""TensorBoard and Weights & Biases for real: what they write, and that a dead service costs a warning and a
+bounded wait."""
 
 from __future__ import annotations
 
@@ -28,10 +29,16 @@ def test_tensorboard_scalars_are_read_back(tmp_path: Path) -> None:
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert sorted(events.Tags()["scalars"]) == ["learning_rate", "loss/total"]
-    assert [(event.step, event.value) for event in events.Scalars("loss/total")] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert [(event.step, event.value) for event in events.Scalars("loss/total")] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 0.75),
+    ]
 
 
-def test_tensorboard_that_is_not_installed_is_a_configuration_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_that_is_not_installed_is_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"report\.tensorboard: needs the package tensorboard.*pip install"):
         TensorBoardSink(tmp_path)
@@ -88,7 +95,8 @@ def test_wandb_online_without_a_key_does_not_ask(wandb_home: Path, caplog: pytes
 def test_a_dead_wandb_costs_one_warning_and_a_bounded_wait(
     wandb_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, accepts: bool
 ) -> None:
-    """A port that nobody listens on, and one that takes connections and never answers. Pass: under 30 s for a wait of 1 s."""
+    """A port that nobody listens on, and one that takes connections and never answers. Pass: under 30 s for a
+    wait of 1 s."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if accepts:
@@ -99,5 +107,7 @@ def test_a_dead_wandb_costs_one_warning_and_a_bounded_wait(
         with caplog.at_level(logging.WARNING, logger="aiprod_ds"):
             assert open_with(wandb_home, "online", wait_seconds=1.0) is None
         assert time.monotonic() - started < 30
-    assert [record.name for record in caplog.records if record.name.startswith("aiprod_ds")] == ["aiprod_ds.metrics.wandb"]
+    assert [record.name for record in caplog.records if record.name.startswith("aiprod_ds")] == [
+        "aiprod_ds.metrics.wandb"
+    ]
     assert "mirror=wandb mode=online not started" in caplog.text

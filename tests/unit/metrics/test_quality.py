@@ -51,7 +51,9 @@ def test_psnr_is_the_mean_of_the_clips_not_of_their_errors():
 
 def test_ssim_agrees_with_its_definition_in_numpy():
     x, y = _clips(batch=1, frames=1, size=24)
-    expected = np.mean([_ssim(a, b) for a, b in zip(x[0, :, 0].numpy() / 2 + 0.5, y[0, :, 0].numpy() / 2 + 0.5, strict=True)])
+    expected = np.mean(
+        [_ssim(a, b) for a, b in zip(x[0, :, 0].numpy() / 2 + 0.5, y[0, :, 0].numpy() / 2 + 0.5, strict=True)]
+    )
 
     # Same window and mirrored borders. fp32 against fp64 variances (differences of nearby numbers).
     assert _measured((x, y)).compute()["ssim"] == pytest.approx(expected, abs=1e-4)
@@ -122,7 +124,11 @@ def _ssim(x, y):
     x, y = x.astype(np.float64), y.astype(np.float64)
     blur = lambda image: gaussian_filter(image, 1.5, truncate=5 / 1.5, mode="mirror")  # noqa: E731 (11 taps)
     mean_x, mean_y = blur(x), blur(y)
-    variance_x, variance_y, covariance = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+    variance_x, variance_y, covariance = (
+        blur(x * x) - mean_x**2,
+        blur(y * y) - mean_y**2,
+        blur(x * y) - mean_x * mean_y,
+    )
     c1, c2 = 0.01**2, 0.03**2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)

@@ -1,4 +1,5 @@
-"""MetricsRecorder: one transfer and one collective per window, exact values, every reduction, uneven key sets."""
+"""MetricsRecorder: one transfer and one collective per window, exact values, every reduction, uneven key
+sets."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def test_values_come_back_in_order_and_reach_every_sink() -> None:
     sinks = [ListSink(), ListSink()]
     recorder = MetricsRecorder(device=CPU, world_size=1, sinks=sinks)
     recorder.record(1, {"loss/total": torch.tensor(0.5), "learning_rate": 1e-4})
-    recorder.record(2, {"learning_rate": 2e-4, "loss/total": 0.25, "loss/kl": torch.tensor(3.0, dtype=torch.bfloat16)})
+    recorder.record(
+        2, {"learning_rate": 2e-4, "loss/total": 0.25, "loss/kl": torch.tensor(3.0, dtype=torch.bfloat16)}
+    )
     rows = recorder.flush(identity)
     assert rows == [
         (1, {"loss/total": 0.5, "learning_rate": 1e-4}),
@@ -46,7 +49,8 @@ def test_values_come_back_in_order_and_reach_every_sink() -> None:
 
 
 def test_each_reduction_against_its_definition_on_two_ranks() -> None:
-    """Oracle: the definitions. The other rank has values 10 higher; values are exact in binary, so there is no tolerance."""
+    """Oracle: the definitions. The other rank has values 10 higher; values are exact in binary, so there is
+    no tolerance."""
 
     def mean_with_other_rank(matrix: Tensor) -> Tensor:
         return (matrix + (matrix + 10)) / 2
@@ -77,7 +81,8 @@ def test_one_collective_per_window_and_none_for_metrics_that_are_the_same_everyw
 
 
 def test_the_collective_lines_up_when_ranks_hold_tensors_and_floats_differently() -> None:
-    """A gradient norm may be a tensor on one rank and a float on another; positions in the collective must not depend on it."""
+    """A gradient norm may be a tensor on one rank and a float on another; positions in the collective must
+    not depend on it."""
     seen: list[list[float]] = []
 
     def reduce(matrix: Tensor) -> Tensor:
@@ -92,7 +97,8 @@ def test_the_collective_lines_up_when_ranks_hold_tensors_and_floats_differently(
 
 
 def test_device_tensors_are_kept_unread_until_flush() -> None:
-    """The meta device has no values: reading one raises, as a stand-in for a device that must not be waited for."""
+    """The meta device has no values: reading one raises, as a stand-in for a device that must not be waited
+    for."""
     recorder = MetricsRecorder(device=torch.device("meta"), world_size=1)
     recorder.record(1, {"loss/total": torch.zeros((), device="meta"), "learning_rate": 0.1})
     with pytest.raises(NotImplementedError):

@@ -32,7 +32,15 @@ def wave_BCN() -> Tensor:  # noqa: N802  # the suffix states the shape
 def test_the_spectrogram_is_torchaudios(wave_BCN: Tensor) -> None:
     # Oracle: torchaudio's transform with the same settings; both use fp32, so only the order of sums differs.
     transform = MelSpectrogram(
-        16_000, n_fft=1024, hop_length=160, n_mels=64, power=1.0, norm="slaney", mel_scale="slaney", f_min=0.0, f_max=8_000.0
+        16_000,
+        n_fft=1024,
+        hop_length=160,
+        n_mels=64,
+        power=1.0,
+        norm="slaney",
+        mel_scale="slaney",
+        f_min=0.0,
+        f_max=8_000.0,
     )
     expected_BCTM = transform(wave_BCN).clamp(min=1e-5).log().transpose(2, 3)
     mel_BCTM = LogMel(sample_rate_hz=16_000, hop=160, num_bands=64)(wave_BCN)
@@ -51,7 +59,9 @@ def test_silence_is_the_floor_and_stays_fp32_under_autocast() -> None:
 def test_ltx2_tells_its_rate_channels_and_hop() -> None:
     vae = build_model(ModelConfig(source="AutoencoderKLLTX2Audio", config=TINY_LTX2), seed=0, device="meta")
     assert audio_facts(vae) == AudioFacts(sample_rate_hz=16_000, channels=2, hop=640)
-    assert audio_strides(vae, ModelConfig(source="unused")) == ModelStrides(spatial=1, temporal=640, is_causal=False)
+    assert audio_strides(vae, ModelConfig(source="unused")) == ModelStrides(
+        spatial=1, temporal=640, is_causal=False
+    )
 
 
 def test_the_spectrogram_goes_through_the_model(wave_BCN: Tensor) -> None:
@@ -111,7 +121,9 @@ class Flat(nn.Module):
 def test_a_smaller_spectrogram_is_refused_and_a_longer_one_cropped(wave_BCN: Tensor) -> None:
     declared = {"sample_rate": 16_000, "mel_hop_length": 160, "mel_bins": 64}
     assert wrap_audio_vae(Flat(17, **declared))(wave_BCN)[0].shape == (2, 2, 17, 64)
-    with pytest.raises(EngineError, match=r"at least the frames of the spectrogram \(2, 2, 17, 64\), got \(2, 2, 16, 64\)"):
+    with pytest.raises(
+        EngineError, match=r"at least the frames of the spectrogram \(2, 2, 17, 64\), got \(2, 2, 16, 64\)"
+    ):
         wrap_audio_vae(Flat(16, **declared))(wave_BCN)
 
 

@@ -1,4 +1,5 @@
-"""The waveform wrapper on diffusers' Oobleck and on modules of the tests' own: facts, noise, cropping, precision, weight norm."""
+"""The waveform wrapper on diffusers' Oobleck and on modules of the tests' own: facts, noise, cropping,
+precision, weight norm."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.weight_norm import compute_weights_in_forward
 
 TINY_OOBLECK = {
-    # Not 8: bf16 convolutions of 8 channels with stride 4 and kernel 8 are wrong in oneDNN of torch 2.14.1 on a CPU with AMX.
+    # Not 8: bf16 convolutions of 8 channels with stride 4 and kernel 8 are wrong in oneDNN of torch 2.14.1 on
+    # a CPU with AMX.
     "encoder_hidden_size": 16,
     "downsampling_ratios": [2, 4, 4],
     "channel_multiples": [1, 2, 4],
@@ -38,7 +40,8 @@ def _oobleck() -> nn.Module:
 
 
 class PaddingVAE(nn.Module):
-    """Works in whole latents of 6 samples, so it pads; encode returns a pair, decode a tensor. Declares nothing."""
+    """Works in whole latents of 6 samples, so it pads; encode returns a pair, decode a tensor. Declares
+    nothing."""
 
     hop = 6
 
@@ -111,7 +114,10 @@ def test_a_custom_module_is_measured_and_left_as_it_was() -> None:
 
 def test_what_cannot_be_measured_is_taken_as_declared_or_asked_for() -> None:
     assert audio_facts(Unmeasurable(hop_length=512)).hop == 512
-    with pytest.raises(ConfigError, match=r"hop of Unmeasurable is neither declared nor measurable\. Set model\.temporal_stride"):
+    with pytest.raises(
+        ConfigError,
+        match=r"hop of Unmeasurable is neither declared nor measurable\. Set model\.temporal_stride",
+    ):
         audio_facts(Unmeasurable())
 
 
@@ -128,7 +134,9 @@ def test_the_reconstruction_is_cropped_to_the_input() -> None:
 @pytest.mark.parametrize(("channels", "samples"), [(1, 60), (2, 70)])
 def test_a_shorter_or_otherwise_shaped_reconstruction_is_refused(channels: int, samples: int) -> None:
     vae = Fixed(torch.zeros(1, channels, samples))
-    with pytest.raises(EngineError, match=rf"at least its length \(1, 1, 64\), got \(1, {channels}, {samples}\)"):
+    with pytest.raises(
+        EngineError, match=rf"at least its length \(1, 1, 64\), got \(1, {channels}, {samples}\)"
+    ):
         AudioVAE(vae)(torch.zeros(1, 1, 64))
 
 
@@ -150,7 +158,8 @@ def test_noise_belongs_to_the_clip_and_not_to_its_batch(wave_BCN: Tensor) -> Non
     seeds = [11, 12, 13]
     together = module(wave_BCN, seeds)[0]
     alone = torch.cat([module(wave_BCN[[i]], [seeds[i]])[0] for i in range(3)])
-    # A convolution may add in another order for another batch: a few ulp; other noise moves the result by far more.
+    # A convolution may add in another order for another batch: a few ulp; other noise moves the result by far
+    # more.
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     assert (together - module(wave_BCN, [1, 2, 3])[0]).abs().amax(dim=(1, 2)).min() > 1e-3
     with pytest.raises(EngineError, match=r"one seed per sample \(3\), got 2"):
@@ -168,7 +177,9 @@ def test_oobleck_without_its_hooks_computes_the_same(wave_BCN: Tensor) -> None:
     assert torch.equal(reconstruction, expected)
     posterior = original.encode(wave_BCN).latent_dist
     assert torch.equal(mean, posterior.mean)
-    torch.testing.assert_close(logvar, posterior.logvar, rtol=1e-5, atol=1e-6)  # the same formula, rounded elsewhere
+    torch.testing.assert_close(
+        logvar, posterior.logvar, rtol=1e-5, atol=1e-6
+    )  # the same formula, rounded elsewhere
     reconstruction.square().mean().backward()
     assert list(module.vae.state_dict()) == list(original.state_dict())
     for name, parameter in module.vae.named_parameters():
@@ -186,20 +197,24 @@ def test_16_bit_stays_near_fp32_with_finite_gradients(wave_BCN: Tensor, dtype: t
     assert mean.dtype == logvar.dtype == torch.float32
     (reconstruction.float().abs().mean() + mean.mean() + logvar.mean()).backward()
     assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in half.parameters())
-    # Relative L2 distance after some 40 layers that each round to 8 resp. 11 bits; measured: 0.0123 and 0.0014.
+    # Relative L2 distance after some 40 layers that each round to 8 resp. 11 bits; measured: 0.0123 and
+    # 0.0014.
     distance = ((half(wave_BCN.to(dtype))[0].float() - exact).norm() / exact.norm()).item()
     assert distance < (0.03 if dtype == torch.bfloat16 else 0.004)
 
 
 def test_a_narrow_posterior_has_finite_gradients_in_fp16() -> None:
-    # A deviation of softplus(-12) + 1e-4 = 1.06e-4: its square underflows in fp16, so diffusers' logarithm of it is -inf.
+    # A deviation of softplus(-12) + 1e-4 = 1.06e-4: its square underflows in fp16, so diffusers' logarithm of
+    # it is -inf.
     diffusers = pytest.importorskip("diffusers.models.autoencoders.autoencoder_oobleck")
     parameters = torch.full((1, 2, 3), -12.0, dtype=torch.float16, requires_grad=True)
     posterior = diffusers.OobleckDiagonalGaussianDistribution(parameters)
     assert posterior.logvar.isinf().all(), "otherwise the workaround can go"
     _, _, logvar = draw_latent(posterior, None)
     assert logvar is not None
-    torch.testing.assert_close(logvar, torch.full((1, 1, 3), 2 * torch.log(torch.tensor(1.0614e-4)).item()), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        logvar, torch.full((1, 1, 3), 2 * torch.log(torch.tensor(1.0614e-4)).item()), rtol=0, atol=1e-3
+    )
     logvar.sum().backward()
     assert parameters.grad is not None
     assert parameters.grad.isfinite().all()

@@ -1,4 +1,5 @@
-"""Families of transformers: tokens, levels per token, padding, frame rates, gradients, and what they refuse."""
+"""Families of transformers: tokens, levels per token, padding, frame rates, gradients, and what they
+refuse."""
 
 from __future__ import annotations
 
@@ -41,14 +42,22 @@ def _batch(family_type: type[Any]) -> dict[str, Tensor]:
         "prompt_attention_mask": torch.arange(6) < torch.tensor([[6], [4]]),
         "fps": torch.tensor([24.0, 12.0]),
     }
-    return {**tensors, "audio_latents": _normal(2, 2, 7, 4, seed=3)} if "audio" in family_type.modalities else tensors
+    return (
+        {**tensors, "audio_latents": _normal(2, 2, 7, 4, seed=3)}
+        if "audio" in family_type.modalities
+        else tensors
+    )
 
 
-def _velocity(module: DiffusionModule, tensors: dict[str, Tensor], levels: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _velocity(
+    module: DiffusionModule, tensors: dict[str, Tensor], levels: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     tokens = module.family.tokens(tensors)
     noisy = {name: part.values for name, part in tokens.items()}
     timesteps = levels or {name: torch.full((len(values), 1), 0.5) for name, values in noisy.items()}
-    velocity: dict[str, Tensor] = module(noisy, timesteps, tensors, {name: part.grid for name, part in tokens.items()})
+    velocity: dict[str, Tensor] = module(
+        noisy, timesteps, tensors, {name: part.grid for name, part in tokens.items()}
+    )
     return velocity
 
 
@@ -65,7 +74,8 @@ def _assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch"), [((4, 2, 4, 6), (1, 1, 1)), ((4, 2, 4, 6), (2, 2, 3)), ((8, 5, 16), (1, 16)), ((64, 5), (1,))]
+    ("shape", "patch"),
+    [((4, 2, 4, 6), (1, 1, 1)), ((4, 2, 4, 6), (2, 2, 3)), ((8, 5, 16), (1, 16)), ((64, 5), (1,))],
 )
 def test_tokens_come_back_as_the_latents(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
     latents = _normal(3, *shape, seed=0)
@@ -125,7 +135,9 @@ def test_padding_of_the_prompt_has_no_influence(module: DiffusionModule) -> None
     _assert_close(_velocity(module, {**tensors, **longer}), expected)
     heard = other.clone()
     heard[:, 0] += 1
-    assert not torch.allclose(_velocity(module, {**tensors, "prompt_embeds": heard})["video"], expected["video"], atol=1e-5)
+    assert not torch.allclose(
+        _velocity(module, {**tensors, "prompt_embeds": heard})["video"], expected["video"], atol=1e-5
+    )
 
 
 def test_without_a_mask_the_whole_prompt_counts(module: DiffusionModule) -> None:
@@ -154,8 +166,14 @@ def test_the_frame_rate_places_video_in_time(family_type: type[Any]) -> None:
 
 
 def test_gradients_reach_every_parameter(module: DiffusionModule) -> None:
-    sum(values.square().mean() for values in _velocity(module, _batch(type(module.family))).values()).backward()
-    without = [name for name, parameter in module.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    sum(
+        values.square().mean() for values in _velocity(module, _batch(type(module.family))).values()
+    ).backward()
+    without = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
     assert without == []
 
 
@@ -175,7 +193,9 @@ def test_a_16_bit_transformer_keeps_exact_levels(module: DiffusionModule) -> Non
 
 
 def test_all_state_is_the_transformers(module: DiffusionModule) -> None:
-    assert {name.removeprefix("transformer.") for name in module.state_dict()} == set(module.transformer.state_dict())
+    assert {name.removeprefix("transformer.") for name in module.state_dict()} == set(
+        module.transformer.state_dict()
+    )
 
 
 @each_family
@@ -201,10 +221,16 @@ def test_an_unknown_transformer_is_named() -> None:
         (Wan, {"in_channels": 12}, "must have out_channels equal to in_channels, got 4 and 12"),
         (Wan, {"image_dim": 8}, r"image encoder's inputs \(image_dim 8"),
         (LTX2, {"audio_out_channels": 4}, "must have out_channels equal to in_channels, got 4 and 8"),
-        (LTX2, {"vae_scale_factors": (4, 8, 8)}, r"in time, height and width \(\[8, 32, 32\]\), got \[4, 8, 8\]"),
+        (
+            LTX2,
+            {"vae_scale_factors": (4, 8, 8)},
+            r"in time, height and width \(\[8, 32, 32\]\), got \[4, 8, 8\]",
+        ),
     ],
 )
-def test_variants_that_cannot_be_fed_are_refused(family_type: type[Any], changes: dict[str, Any], message: str) -> None:
+def test_variants_that_cannot_be_fed_are_refused(
+    family_type: type[Any], changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         find_family(_transformer(family_type, **changes), STRIDES)
 
@@ -212,14 +238,17 @@ def test_variants_that_cannot_be_fed_are_refused(family_type: type[Any], changes
 def test_latents_of_another_vae_are_refused(module: DiffusionModule) -> None:
     tensors = {**_batch(type(module.family)), "latents": torch.zeros(2, 6, 2, 4, 4)}
     with pytest.raises(
-        DataError, match=r"latents: the transformer of '.*' takes \d+ values per token, got \d+ from latents \[2, 6"
+        DataError,
+        match=r"latents: the transformer of '.*' takes \d+ values per token, got \d+ from latents \[2, 6",
     ):
         module.family.tokens(tensors)
 
 
 def test_prompts_of_another_encoder_are_refused(module: DiffusionModule) -> None:
     tensors = {**_batch(type(module.family)), "prompt_embeds": torch.zeros(2, 6, 5)}
-    with pytest.raises(DataError, match=r"prompt_embeds: the transformer of '.*' takes \[B, S, 16\], got \[2, 6, 5\]"):
+    with pytest.raises(
+        DataError, match=r"prompt_embeds: the transformer of '.*' takes \[B, S, 16\], got \[2, 6, 5\]"
+    ):
         _velocity(module, tensors)
 
 
@@ -231,12 +260,19 @@ def test_a_missing_tensor_is_named(family_type: type[Any], missing: str) -> None
     transformer = _transformer(family_type)
     module = DiffusionModule(transformer, find_family(transformer, STRIDES))
     tensors = {name: value for name, value in _batch(family_type).items() if name != missing}
-    with pytest.raises(DataError, match=f"{missing}: the family {family_type.name!r} needs it in every sample, got"):
+    with pytest.raises(
+        DataError, match=f"{missing}: the family {family_type.name!r} needs it in every sample, got"
+    ):
         _velocity(module, tensors)
 
 
 def test_sound_of_a_waveform_vae_is_placed_in_seconds() -> None:
-    oobleck = {"audio_hop_length": 2048, "audio_sampling_rate": 44100, "audio_scale_factor": 1, "audio_in_channels": 64}
+    oobleck = {
+        "audio_hop_length": 2048,
+        "audio_sampling_rate": 44100,
+        "audio_scale_factor": 1,
+        "audio_in_channels": 64,
+    }
     transformer = _transformer(LTX2, **oobleck, audio_out_channels=64)
     family = LTX2.of(transformer, STRIDES)
     assert family.audio_latents_per_second == 44100 / 2048
@@ -274,7 +310,9 @@ def test_operations_of_both_streams_and_between_them() -> None:
     transformer = _transformer(LTX2)
     family = find_family(transformer, STRIDES)
     count = {
-        tokens: family.flops_per_update(transformer, batch_size=1, num_tokens=dict(zip(("video", "audio"), tokens, strict=True)))
+        tokens: family.flops_per_update(
+            transformer, batch_size=1, num_tokens=dict(zip(("video", "audio"), tokens, strict=True))
+        )
         for tokens in ((1, 0), (0, 1), (1, 1))
     }
     weights = sum(parameter.numel() for parameter in transformer.parameters())

@@ -1,4 +1,5 @@
-"""Adapters: what is wrapped and trained, merging, and files that PEFT and diffusers read back to the same function."""
+"""Adapters: what is wrapped and trained, merging, and files that PEFT and diffusers read back to the same
+function."""
 
 from __future__ import annotations
 
@@ -25,8 +26,22 @@ from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.registry import FAMILIES, find_family
 from aiprod_ds.models.families.tokens import TokenGrid
 from aiprod_ds.models.families.wan import Wan
-from aiprod_ds.models.lora import adapter_tensors, add_lora, load_lora, merge_lora, merged_state, save_comfyui, save_peft
-from aiprod_ds.testing.families import adapted_transformer, pipeline_around, tiny_batch, tiny_transformer, velocities
+from aiprod_ds.models.lora import (
+    adapter_tensors,
+    add_lora,
+    load_lora,
+    merge_lora,
+    merged_state,
+    save_comfyui,
+    save_peft,
+)
+from aiprod_ds.testing.families import (
+    adapted_transformer,
+    pipeline_around,
+    tiny_batch,
+    tiny_transformer,
+    velocities,
+)
 from aiprod_ds.train.engines import decay_groups
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
@@ -52,8 +67,14 @@ def test_the_function_is_unchanged_at_the_start(family_type: type[Any]) -> None:
     before = _output(transformer)
     names = add_lora(transformer, CONFIG, allowed=family_type.lora_targets, seed=0)
     assert torch.equal(_output(transformer), before)
-    linear = {name for name, module in tiny_transformer(family_type).named_modules() if isinstance(module, nn.Linear)}
-    assert set(names) == {name for name in linear if "blocks." in name}  # the patterns name every Linear of these blocks
+    linear = {
+        name
+        for name, module in tiny_transformer(family_type).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert set(names) == {
+        name for name in linear if "blocks." in name
+    }  # the patterns name every Linear of these blocks
     assert not torch.allclose(_output(adapted_transformer(family_type, CONFIG)), before, atol=1e-2)
 
 
@@ -74,9 +95,14 @@ def test_only_adapters_are_trained_and_all_of_them(family_type: type[Any]) -> No
         tokens = family.tokens(tensors)
         noisy = {name: torch.randn(part.values.shape) for name, part in tokens.items()}
         levels = {name: torch.full((1, 1), 0.5) for name in tokens}
-        velocity = family.forward(transformer, noisy, levels, tensors, {name: part.grid for name, part in tokens.items()})
+        velocity = family.forward(
+            transformer, noisy, levels, tensors, {name: part.grid for name, part in tokens.items()}
+        )
         torch.stack([values.square().mean() for values in velocity.values()]).sum().backward()
-    assert all((value.grad is not None and bool(value.grad.any())) == value.requires_grad for value in transformer.parameters())
+    assert all(
+        (value.grad is not None and bool(value.grad.any())) == value.requires_grad
+        for value in transformer.parameters()
+    )
 
 
 def test_adapters_depend_on_the_seed_alone() -> None:
@@ -108,8 +134,14 @@ def test_planning_takes_no_memory() -> None:
     ("targets", "expected"),
     [
         (("attn1.to_q",), {"transformer_blocks.0.attn1.to_q", "transformer_blocks.1.attn1.to_q"}),
-        (("transformer_blocks.1.attn?.to_[kv]",), {f"transformer_blocks.1.attn{n}.to_{p}" for n in (1, 2) for p in "kv"}),
-        (("0.ff.*", "1.ff.net.2"), {f"transformer_blocks.{n}" for n in ("0.ff.net.0.proj", "0.ff.net.2", "1.ff.net.2")}),
+        (
+            ("transformer_blocks.1.attn?.to_[kv]",),
+            {f"transformer_blocks.1.attn{n}.to_{p}" for n in (1, 2) for p in "kv"},
+        ),
+        (
+            ("0.ff.*", "1.ff.net.2"),
+            {f"transformer_blocks.{n}" for n in ("0.ff.net.0.proj", "0.ff.net.2", "1.ff.net.2")},
+        ),
         (("*",), None),
     ],
 )
@@ -117,7 +149,9 @@ def test_patterns_choose_layers(targets: tuple[str, ...], expected: set[str] | N
     transformer = tiny_transformer(LTXVideo)
     names = add_lora(transformer, LoraConfig(rank=2, targets=targets), allowed=LTXVideo.lora_targets, seed=0)
     if expected is None:
-        assert len(names) == 2 * (8 + 2)  # two attentions of four layers and two of the feed-forward, in two blocks
+        assert len(names) == 2 * (
+            8 + 2
+        )  # two attentions of four layers and two of the feed-forward, in two blocks
     else:
         assert set(names) == expected
 
@@ -163,7 +197,9 @@ def test_a_16_bit_base_is_merged_in_fp32() -> None:
         double[f"{layer}.lora_B.default.weight"] @ double[f"{layer}.lora_A.default.weight"]
     )
     assert state[f"{layer}.weight"].dtype == torch.float32
-    torch.testing.assert_close(state[f"{layer}.weight"].double(), expected, rtol=1e-6, atol=1e-6)  # oracle: fp64
+    torch.testing.assert_close(
+        state[f"{layer}.weight"].double(), expected, rtol=1e-6, atol=1e-6
+    )  # oracle: fp64
     assert state["proj_in.weight"].dtype == torch.bfloat16
 
 
@@ -188,7 +224,9 @@ def test_peft_and_diffusers_read_the_peft_folder(family_type: type[Any], tmp_pat
     assert torch.equal(_output(by_peft.base_model.model), _output(wrapped))
 
     by_diffusers = tiny_transformer(family_type)
-    by_diffusers.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model")
+    by_diffusers.load_lora_adapter(
+        tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model"
+    )
     assert torch.equal(_output(by_diffusers), _output(wrapped))
 
 
@@ -207,12 +245,19 @@ def test_diffusers_pipelines_read_the_comfyui_file(family_type: type[Any], tmp_p
 def test_the_comfyui_file_folds_alpha_and_says_so(tmp_path: Path) -> None:
     wrapped = adapted_transformer(LTXVideo, CONFIG)
     adapters = adapter_tensors(wrapped.state_dict())
-    save_comfyui(adapters, CONFIG, tmp_path / "lora.safetensors", original_name=LTXVideo.of(wrapped, STRIDES).original_name)
+    save_comfyui(
+        adapters,
+        CONFIG,
+        tmp_path / "lora.safetensors",
+        original_name=LTXVideo.of(wrapped, STRIDES).original_name,
+    )
     layer = "transformer_blocks.1.attn2.to_out.0"
     tensors = load_file(tmp_path / "lora.safetensors")
     assert len(tensors) == len(adapters)
     assert torch.equal(tensors[f"diffusion_model.{layer}.lora_A.weight"], adapters[f"{layer}.lora_A.weight"])
-    assert torch.equal(tensors[f"diffusion_model.{layer}.lora_B.weight"], adapters[f"{layer}.lora_B.weight"] * 1.5)
+    assert torch.equal(
+        tensors[f"diffusion_model.{layer}.lora_B.weight"], adapters[f"{layer}.lora_B.weight"] * 1.5
+    )
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "rank": "4", "alpha": "6.0", "alpha_is_folded": "true"}
 
@@ -229,12 +274,16 @@ def test_a_saved_adapter_is_loaded_and_goes_on_training(tmp_path: Path) -> None:
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"must hold adapter_config\.json and adapter_model\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"must hold adapter_config\.json and adapter_model\.safetensors"
+    ):
         load_lora(tiny_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
 
     adapters = adapter_tensors(adapted_transformer(LTXVideo, CONFIG).state_dict())
     save_peft(adapters, CONFIG, tmp_path)
-    with pytest.raises(CheckpointError, match=r"must fit WanTransformer3DModel\. lora\.targets\[0\]: must match"):
+    with pytest.raises(
+        CheckpointError, match=r"must fit WanTransformer3DModel\. lora\.targets\[0\]: must match"
+    ):
         load_lora(tiny_transformer(Wan), tmp_path, allowed=Wan.lora_targets)
 
     half, wide = dict(adapters), dict(adapters)
@@ -245,7 +294,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (wide, r"lora_A\.weight \[4, 48\] instead of \[4, 24\]"),
     ):
         save_peft(tensors, CONFIG, tmp_path)
-        with pytest.raises(CheckpointError, match=rf"must hold the adapters' shapes in LTX.*to_q\.{message}\. Take"):
+        with pytest.raises(
+            CheckpointError, match=rf"must hold the adapters' shapes in LTX.*to_q\.{message}\. Take"
+        ):
             load_lora(tiny_transformer(LTXVideo), tmp_path, allowed=LTXVideo.lora_targets)
 
     values = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -255,13 +306,17 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_engine_updates_fp32_adapters_on_a_frozen_16_bit_base() -> None:
-    module = DiffusionModule(adapted_transformer(LTXVideo, CONFIG), find_family(tiny_transformer(LTXVideo), STRIDES))
+    module = DiffusionModule(
+        adapted_transformer(LTXVideo, CONFIG), find_family(tiny_transformer(LTXVideo), STRIDES)
+    )
     base = {name: value.bfloat16() for name, value in module.state_dict().items() if ".lora_" not in name}
     engine = LocalEngine(
         module,
         decay_groups(module),
         optimizer=OptimizerConfig(),
-        settings=parse_deepspeed_settings({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "test"),
+        settings=parse_deepspeed_settings(
+            {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "test"
+        ),
         micro_batch_size=1,
         accumulation=1,
     )
@@ -269,7 +324,9 @@ def test_an_engine_updates_fp32_adapters_on_a_frozen_16_bit_base() -> None:
     before = engine.module_state()
     grid = TokenGrid(latent_shape=(4, 1, 2, 2), patch=(1, 1, 1))
     tensors = {"prompt_embeds": torch.randn(1, 3, 16), "fps": torch.ones(1)}
-    velocity = engine({"video": torch.randn(1, 4, 4)}, {"video": torch.full((1, 1), 0.5)}, tensors, {"video": grid})
+    velocity = engine(
+        {"video": torch.randn(1, 4, 4)}, {"video": torch.full((1, 1), 0.5)}, tensors, {"video": grid}
+    )
     engine.backward(velocity["video"].float().square().mean())
     engine.step()
 
@@ -277,7 +334,9 @@ def test_an_engine_updates_fp32_adapters_on_a_frozen_16_bit_base() -> None:
     assert all(torch.equal(after[name], value) for name, value in base.items())
     adapters = adapter_tensors({name.removeprefix("transformer."): value for name, value in after.items()})
     assert all(
-        after[name].dtype == torch.float32 and not torch.equal(after[name], before[name]) for name in after if ".lora_" in name
+        after[name].dtype == torch.float32 and not torch.equal(after[name], before[name])
+        for name in after
+        if ".lora_" in name
     )
     assert len(adapters) == 2 * 20
 
@@ -294,7 +353,9 @@ def test_the_scale_is_alpha_over_rank() -> None:
     assert LoraConfig(rank=8).scale == 1.0
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": []}, {"ranks": 4}])
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": []}, {"ranks": 4}]
+)
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LoraConfig.model_validate(wrong)

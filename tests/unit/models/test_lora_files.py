@@ -22,7 +22,13 @@ from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.models.lora import adapter_tensors, add_lora, merge_lora, save_comfyui, save_peft, start_from
 from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
 from aiprod_ds.models.shapes import on_meta
-from aiprod_ds.testing.families import adapted_transformer, pipeline_around, tiny_batch, tiny_transformer, velocities
+from aiprod_ds.testing.families import (
+    adapted_transformer,
+    pipeline_around,
+    tiny_batch,
+    tiny_transformer,
+    velocities,
+)
 
 STRIDES = ModelStrides(spatial=32, temporal=8)
 CONFIG = LoraConfig(rank=4, alpha=6.0)
@@ -62,7 +68,8 @@ def _largest_difference(first: nn.Module, second: nn.Module) -> float:
     states = first.state_dict(), second.state_dict()
     assert states[0].keys() == states[1].keys()
     return max(
-        float((states[0][name] - value).abs().max() / value.abs().max().clamp_min(1e-30)) for name, value in states[1].items()
+        float((states[0][name] - value).abs().max() / value.abs().max().clamp_min(1e-30))
+        for name, value in states[1].items()
     )
 
 
@@ -88,7 +95,9 @@ def test_a_peft_folder_is_merged_to_the_bit(family_type: type[Family], tmp_path:
 def test_a_comfyui_file_is_merged(family_type: type[Family], tmp_path: Path) -> None:
     wrapped = adapted_transformer(family_type, CONFIG)
     path = tmp_path / "lora.safetensors"
-    save_comfyui(adapter_tensors(wrapped.state_dict()), CONFIG, path, original_name=_family(wrapped).original_name)
+    save_comfyui(
+        adapter_tensors(wrapped.state_dict()), CONFIG, path, original_name=_family(wrapped).original_name
+    )
     lora = _read(family_type, path)
     assert set(lora.scales().values()) == {1.0}
     merge_lora(wrapped)
@@ -102,7 +111,9 @@ def test_what_a_pipeline_of_diffusers_saves_is_read(family_type: type[Family], t
     adapters = adapter_tensors(wrapped.state_dict())
     pipeline = pipeline_around(tiny_transformer(family_type), _family(wrapped))
     settings = {"r": 4, "lora_alpha": 6.0, "target_modules": ["to_q"]}
-    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=adapters, transformer_lora_adapter_metadata=settings)
+    pipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers=adapters, transformer_lora_adapter_metadata=settings
+    )
     path = tmp_path / "pytorch_lora_weights.safetensors"
     assert all(name.startswith("transformer.") for name in load_file(path))
     merge_lora(wrapped)
@@ -111,7 +122,9 @@ def test_what_a_pipeline_of_diffusers_saves_is_read(family_type: type[Family], t
 
 @each_family
 @pytest.mark.parametrize("form", ["down_up", "flat"])
-def test_diffusers_and_this_reader_agree_on_files_of_others(family_type: type[Family], form: str, tmp_path: Path) -> None:
+def test_diffusers_and_this_reader_agree_on_files_of_others(
+    family_type: type[Family], form: str, tmp_path: Path
+) -> None:
     transformer = tiny_transformer(family_type)
     family = _family(transformer)
     tensors = {}
@@ -119,7 +132,9 @@ def test_diffusers_and_this_reader_agree_on_files_of_others(family_type: type[Fa
         layer, _, part = name.partition(".lora_")
         ending = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[part]
         original = family.original_name(layer)
-        key = f"diffusion_model.{original}" if form == "down_up" else f"lora_unet_{original.replace('.', '_')}"
+        key = (
+            f"diffusion_model.{original}" if form == "down_up" else f"lora_unet_{original.replace('.', '_')}"
+        )
         tensors[f"{key}.{ending}"] = value
         tensors[f"{key}.alpha"] = torch.tensor(6.0)
     path = _saved(tmp_path, tensors)
@@ -134,13 +149,17 @@ def test_diffusers_and_this_reader_agree_on_files_of_others(family_type: type[Fa
 
 
 @each_family
-def test_diffusers_loads_the_same_files_to_the_same_function(family_type: type[Family], tmp_path: Path) -> None:
+def test_diffusers_loads_the_same_files_to_the_same_function(
+    family_type: type[Family], tmp_path: Path
+) -> None:
     adapters = _adapters(family_type)
     transformer = tiny_transformer(family_type)
     family = _family(transformer)
     save_peft(adapters, CONFIG, tmp_path / "peft")
     save_comfyui(adapters, CONFIG, tmp_path / "comfyui.safetensors", original_name=family.original_name)
-    transformer.load_lora_adapter(tmp_path / "peft", weight_name="adapter_model.safetensors", prefix="base_model.model")
+    transformer.load_lora_adapter(
+        tmp_path / "peft", weight_name="adapter_model.safetensors", prefix="base_model.model"
+    )
     by_pipeline = tiny_transformer(family_type)
     pipeline_around(by_pipeline, family).load_lora_weights(tmp_path / "comfyui.safetensors")
     for theirs, path in ((transformer, tmp_path / "peft"), (by_pipeline, tmp_path / "comfyui.safetensors")):
@@ -170,17 +189,23 @@ def test_another_alpha_in_the_configuration_keeps_the_function(tmp_path: Path) -
     add_lora(again, LoraConfig(rank=4, alpha=2.0), allowed=LTXVideo.lora_targets, seed=5)
     start_from(again, _read(LTXVideo, tmp_path))
     ratio = (
-        adapter_tensors(again.state_dict())[f"{Q}.lora_B.weight"] / adapter_tensors(trained.state_dict())[f"{Q}.lora_B.weight"]
+        adapter_tensors(again.state_dict())[f"{Q}.lora_B.weight"]
+        / adapter_tensors(trained.state_dict())[f"{Q}.lora_B.weight"]
     )
     torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0))  # the docstring's worked number: 1.5 / 0.5
-    torch.testing.assert_close(_output(again), _output(trained), rtol=1e-6, atol=2e-6)  # outputs of order 1, fp32
+    torch.testing.assert_close(
+        _output(again), _output(trained), rtol=1e-6, atol=2e-6
+    )  # outputs of order 1, fp32
 
 
 def test_a_lora_of_other_layers_or_ranks_is_not_continued(tmp_path: Path) -> None:
     save_peft(_adapters(), CONFIG, tmp_path)
     lora = _read(LTXVideo, tmp_path)
     for config, message in (
-        (LoraConfig(rank=8), r"must have the rank of the configuration \(8\) in every layer, got 4\. Set lora\.rank"),
+        (
+            LoraConfig(rank=8),
+            r"must have the rank of the configuration \(8\) in every layer, got 4\. Set lora\.rank",
+        ),
         (
             LoraConfig(rank=4, targets=("to_q", "to_k", "to_v", "net.2")),
             r"got .*attn1\.to_out\.0, .* beside them and without .*net\.2",
@@ -200,10 +225,17 @@ def test_mixed_ranks_are_merged_and_not_continued(tmp_path: Path) -> None:
     tensors[f"transformer.{Q}.lora_B.weight"] = tensors[f"transformer.{Q}.lora_B.weight"][:, :2]
     lora = _read(LTXVideo, _saved(tmp_path, tensors), alpha=6.0)
     assert lora.ranks() == (2, 4)
-    assert (lora.scales()[Q], lora.scales()[Q.replace("_q", "_k")]) == (3.0, 1.5)  # alpha over each layer's own rank
-    change = _merged(LTXVideo, lora).get_parameter(f"{Q}.weight") - tiny_transformer(LTXVideo).get_parameter(f"{Q}.weight")
+    assert (lora.scales()[Q], lora.scales()[Q.replace("_q", "_k")]) == (
+        3.0,
+        1.5,
+    )  # alpha over each layer's own rank
+    change = _merged(LTXVideo, lora).get_parameter(f"{Q}.weight") - tiny_transformer(LTXVideo).get_parameter(
+        f"{Q}.weight"
+    )
     expected = 3.0 * (tensors[f"transformer.{Q}.lora_B.weight"] @ tensors[f"transformer.{Q}.lora_A.weight"])
-    torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)  # the sum with W of order 1 rounds at 6e-8
+    torch.testing.assert_close(
+        change, expected, rtol=1e-5, atol=1e-6
+    )  # the sum with W of order 1 rounds at 6e-8
     wrapped = tiny_transformer(LTXVideo)
     add_lora(wrapped, CONFIG, allowed=LTXVideo.lora_targets, seed=0)
     with pytest.raises(CheckpointError, match=r"in every layer, got 2, 4\."):
@@ -216,7 +248,9 @@ def test_a_16_bit_model_is_merged_in_fp32_and_rounded_once(tmp_path: Path) -> No
     before = transformer.get_parameter(f"{Q}.weight").detach().float()
     merge_into(transformer, lora)
     layer = lora.layers[Q]
-    assert torch.equal(transformer.get_parameter(f"{Q}.weight"), (before + 1.5 * (layer.up @ layer.down)).bfloat16())
+    assert torch.equal(
+        transformer.get_parameter(f"{Q}.weight"), (before + 1.5 * (layer.up @ layer.down)).bfloat16()
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,24 +261,39 @@ def test_a_16_bit_model_is_merged_in_fp32_and_rounded_once(tmp_path: Path) -> No
         ({"alpha": "2", "rank": "4", "alpha_is_folded": "true"}, None, None, 1.0),
         ({"alpha": "2"}, 8.0, None, 2.0),
         ({}, 8.0, None, 2.0),
-        ({"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 1, "text_encoder.r": 2}'}, None, None, 0.25),
+        (
+            {
+                "lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 1, '
+                '"text_encoder.r": 2}'
+            },
+            None,
+            None,
+            0.25,
+        ),
     ],
 )
 def test_where_alpha_comes_from(
     metadata: dict[str, str], own: float | None, given: float | None, expected: float, tmp_path: Path
 ) -> None:
-    tensors = {f"transformer.{Q}.lora_A.weight": torch.ones(4, 24), f"transformer.{Q}.lora_B.weight": torch.ones(24, 4)}
+    tensors = {
+        f"transformer.{Q}.lora_A.weight": torch.ones(4, 24),
+        f"transformer.{Q}.lora_B.weight": torch.ones(24, 4),
+    }
     if own is not None:
         tensors[f"transformer.{Q}.alpha"] = torch.tensor(own)
     assert _read(LTXVideo, _saved(tmp_path, tensors, **metadata), alpha=given).scales() == {Q: expected}
 
 
 def test_missing_and_surplus_alphas_are_errors(tmp_path: Path) -> None:
-    tensors = {f"transformer.{Q}.lora_A.weight": torch.ones(4, 24), f"transformer.{Q}.lora_B.weight": torch.ones(24, 4)}
+    tensors = {
+        f"transformer.{Q}.lora_A.weight": torch.ones(4, 24),
+        f"transformer.{Q}.lora_B.weight": torch.ones(24, 4),
+    }
     with pytest.raises(CheckpointError) as caught:
         _read(LTXVideo, _saved(tmp_path, tensors))
     assert str(caught.value) == (
-        f"{tmp_path}/lora.safetensors: must say alpha, got none for {Q}. Give the one that it was trained with as `alpha` "
+        f"{tmp_path}/lora.safetensors: must say alpha, got none for {Q}. Give the one that it was trained "
+        "with as `alpha` "
         f"(4, the rank of {Q}, makes the factor 1, which is what readers that know no alpha use)."
     )
     with pytest.raises(CheckpointError, match="alpha must not be given for a file that says its own, got 4"):
@@ -264,24 +313,39 @@ def _replaced(**changes: Tensor | None) -> Callable[[dict[str, Tensor]], dict[st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_replaced(dora_scale=torch.ones(24, 1)), r"got transformer_blocks\.0\.attn1\.to_q\.dora_scale\. DoRA, LoHa"),
+        (
+            _replaced(dora_scale=torch.ones(24, 1)),
+            r"got transformer_blocks\.0\.attn1\.to_q\.dora_scale\. DoRA, LoHa",
+        ),
         (_replaced(lora_B__bias=torch.ones(24)), r"attn1\.to_q\.lora_B\.bias\. DoRA"),
         (_replaced(hada_w1_a=torch.ones(24)), r"attn1\.to_q\.hada_w1_a\. DoRA"),
         (_replaced(diff=torch.ones(24)), r"attn1\.to_q\.diff\. DoRA"),
         (_replaced(lora_B__weight=None), rf"must hold A and B of {Q}, got alpha and down alone"),
         (_replaced(lora_A__weight=None, lora_B__weight=None), rf"must hold A and B of {Q}, got alpha alone"),
-        (_replaced(lora_A__weight=torch.ones(4, 48)), r"must be \[rank, 24\] and \[24, rank\], got \[4, 48\] and \[24, 4\]"),
+        (
+            _replaced(lora_A__weight=torch.ones(4, 48)),
+            r"must be \[rank, 24\] and \[24, rank\], got \[4, 48\] and \[24, 4\]",
+        ),
         (_replaced(lora_A__weight=torch.ones(3, 24)), r"got \[3, 24\] and \[24, 4\]"),
-        (_replaced(lora_A__weight=torch.ones(0, 24), lora_B__weight=torch.ones(24, 0)), r"got \[0, 24\] and \[24, 0\]"),
+        (
+            _replaced(lora_A__weight=torch.ones(0, 24), lora_B__weight=torch.ones(24, 0)),
+            r"got \[0, 24\] and \[24, 0\]",
+        ),
         (_replaced(lora_A__weight=torch.ones(4, 24, 1, 1)), r"got \[4, 24, 1, 1\] and \[24, 4\]"),
         (_replaced(lora_A__weight=torch.tensor(1.0)), r"got \[\] and \[24, 4\]"),
         (
             _replaced(lora_A__weight=torch.full((4, 24), torch.inf)),
             rf"must hold finite floating-point numbers, got others for {Q}",
         ),
-        (_replaced(lora_A__weight=torch.ones(4, 24, dtype=torch.int8)), "must hold finite floating-point numbers"),
+        (
+            _replaced(lora_A__weight=torch.ones(4, 24, dtype=torch.int8)),
+            "must hold finite floating-point numbers",
+        ),
         (_replaced(alpha=torch.ones(2)), rf"alpha of {Q} must be one number, got \[2\]"),
-        (_replaced(lora_down__weight=torch.ones(4, 24)), rf"must name every tensor once, got a second one in {Q}\.lora_"),
+        (
+            _replaced(lora_down__weight=torch.ones(4, 24)),
+            rf"must name every tensor once, got a second one in {Q}\.lora_",
+        ),
         (
             lambda tensors: {f"x.{name}": value for name, value in tensors.items()},
             r"Linear layers of LTXVideo.*3DModel, got x\.trans",
@@ -331,7 +395,10 @@ def test_files_that_are_not_safetensors_are_refused(content: bytes, message: str
         ("[" * 100_000, "must be the JSON of a PEFT adapter"),
         ('{"peft_type": "LOHA", "r": 4, "lora_alpha": 1}', "must be a plain LoRA, got LOHA"),
         ('{"use_dora": true, "r": 4, "lora_alpha": 1}', "must be a plain LoRA, got use_dora"),
-        ('{"alpha_pattern": {"to_q": 2}, "r": 4, "lora_alpha": 1}', "must be a plain LoRA, got alpha_pattern"),
+        (
+            '{"alpha_pattern": {"to_q": 2}, "r": 4, "lora_alpha": 1}',
+            "must be a plain LoRA, got alpha_pattern",
+        ),
         ('{"r": 8, "lora_alpha": 1}', r"r must be the rank of all adapters \[4\], got 8"),
         ('{"r": 4, "lora_alpha": "x"}', "lora_alpha must be a finite number, got 'x'"),
         ('{"r": 4, "lora_alpha": NaN}', "lora_alpha must be a finite number, got nan"),
@@ -358,7 +425,9 @@ def test_metadata_that_are_no_settings_are_refused(told: str, tmp_path: Path) ->
 def test_a_rank_pattern_is_the_tensors_own(tmp_path: Path) -> None:
     save_peft(_adapters(), CONFIG, tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "r": 16, "rank_pattern": {".*": 4}}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**settings, "r": 16, "rank_pattern": {".*": 4}})
+    )
     assert set(_read(LTXVideo, tmp_path).scales().values()) == {1.5}
 
 

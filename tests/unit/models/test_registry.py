@@ -1,4 +1,5 @@
-"""A model by diffusers name or import path: names that do not resolve, arguments that do not fit, weights from the seed."""
+"""A model by diffusers name or import path: names that do not resolve, arguments that do not fit, weights
+from the seed."""
 
 from __future__ import annotations
 
@@ -58,10 +59,16 @@ def test_planning_takes_no_memory() -> None:
     [
         (
             "AutoencoderKLLTXVide",
-            r"must name a diffusers class .* got 'AutoencoderKLLTXVide'\. Did you mean 'AutoencoderKLLTXVideo'\?",
+            (
+                r"must name a diffusers class .* got 'AutoencoderKLLTXVide'\. Did you mean "
+                r"'AutoencoderKLLTXVideo'\?"
+            ),
         ),
         ("torch.nn:Linnear", r"must be importable, got 'torch.nn:Linnear' \(.*Linnear"),
-        ("no_such_package.models:VAE", r"must be importable, got .*No module named 'no_such_package'.*PYTHONPATH"),
+        (
+            "no_such_package.models:VAE",
+            r"must be importable, got .*No module named 'no_such_package'.*PYTHONPATH",
+        ),
         (":VAE", r"must be importable, got ':VAE'"),
     ],
 )
@@ -78,12 +85,16 @@ def test_a_source_that_does_not_resolve_is_explained(source: str, message: str) 
     ],
 )
 def test_arguments_that_the_constructor_refuses_are_named(source: str, arguments: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"^model\.config: {source} must accept it, got .*{next(iter(arguments))}"):
+    with pytest.raises(
+        ConfigError, match=rf"^model\.config: {source} must accept it, got .*{next(iter(arguments))}"
+    ):
         build_model(ModelConfig(source=source, config=arguments), seed=0)
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"must make a torch module, got Counter from 'collections:Counter'"):
+    with pytest.raises(
+        ConfigError, match=r"must make a torch module, got Counter from 'collections:Counter'"
+    ):
         build_model(ModelConfig(source="collections:Counter"), seed=0)
 
 
@@ -91,7 +102,9 @@ def test_trained_weights_are_read_back(tiny_vae_folder: Path) -> None:
     module = build_model(ModelConfig(source="AutoencoderKLLTXVideo", pretrained=str(tiny_vae_folder)), seed=0)
     saved = load_file(tiny_vae_folder / WEIGHTS)
     assert module.training
-    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items() if name in saved)
+    assert all(
+        torch.equal(value, saved[name]) for name, value in module.state_dict().items() if name in saved
+    )
     assert set(saved) <= set(module.state_dict())
 
 
@@ -105,13 +118,18 @@ def test_a_folder_with_other_weights_is_refused_by_name(tiny_vae_folder: Path, k
         name = "surplus.weight"
         tensors[name] = torch.zeros(1)
     save_file(tensors, tiny_vae_folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=rf"^model\.pretrained: must hold exactly the weights of .* {kind}: {name}\. Name the"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^model\.pretrained: must hold exactly the weights of .* {kind}: {name}\. Name the",
+    ):
         build_model(ModelConfig(source="AutoencoderKLLTXVideo", pretrained=str(tiny_vae_folder)), seed=0)
 
 
 @pytest.fixture
 def tiny_vae_folder(tmp_path: Path) -> Path:
-    config = yaml.safe_load((Path(__file__).parents[3] / "configs" / "video_vae" / "tiny.yaml").read_text())["model"]["config"]
+    config = yaml.safe_load((Path(__file__).parents[3] / "configs" / "video_vae" / "tiny.yaml").read_text())[
+        "model"
+    ]["config"]
     model: Any = build_model(ModelConfig(source="AutoencoderKLLTXVideo", config=config), seed=1)
     model.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"

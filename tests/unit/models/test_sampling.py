@@ -1,4 +1,5 @@
-"""Noise levels, Euler's method and guidance against closed forms, and the way of every family's latents through them."""
+"""Noise levels, Euler's method and guidance against closed forms, and the way of every family's latents
+through them."""
 
 from __future__ import annotations
 
@@ -40,24 +41,33 @@ def test_the_shift_adds_its_logarithm_to_the_logit() -> None:
 
 
 def test_a_constant_velocity_is_exact_in_one_interval() -> None:
-    worked = integrate(lambda *_: {"video": torch.tensor(3.0)}, {"video": torch.tensor(5.0)}, noise_levels(1, shift=1.0))
+    worked = integrate(
+        lambda *_: {"video": torch.tensor(3.0)}, {"video": torch.tensor(5.0)}, noise_levels(1, shift=1.0)
+    )
     assert worked["video"] == 2.0
     sample, noise = _normal(2, 5, 4), _normal(2, 5, 4, seed=1)
     for count in (1, 7):
-        found = integrate(lambda *_: {"video": noise - sample}, {"video": noise}, noise_levels(count, shift=3.0))["video"]
-        torch.testing.assert_close(found, sample, rtol=0, atol=1e-6)  # rounding of 7 sums of numbers of order 1
+        found = integrate(
+            lambda *_: {"video": noise - sample}, {"video": noise}, noise_levels(count, shift=3.0)
+        )["video"]
+        torch.testing.assert_close(
+            found, sample, rtol=0, atol=1e-6
+        )  # rounding of 7 sums of numbers of order 1
 
 
 def test_data_of_one_point_is_exact_in_one_interval() -> None:
     # Its field (x - m) / s is straight: all noise runs to the point.
     found = integrate(
-        lambda state, level: {"video": (state["video"] - MEAN) / level}, {"video": _normal(100)}, noise_levels(1, shift=1.0)
+        lambda state, level: {"video": (state["video"] - MEAN) / level},
+        {"video": _normal(100)},
+        noise_levels(1, shift=1.0),
     )
     torch.testing.assert_close(found["video"], torch.full((100,), MEAN), rtol=0, atol=1e-6)
 
 
 def _gaussian_velocity(x: Tensor, level: float) -> Tensor:
-    """The exact field E[eps - x0 | x_s = x] of data N(m, d^2), from the joint normal distribution of x0, eps and x_s."""
+    """The exact field E[eps - x0 | x_s = x] of data N(m, d^2), from the joint normal distribution of x0, eps
+    and x_s."""
     variance = (1 - level) ** 2 * DEVIATION**2 + level**2
     slope = (level - (1 - level) * DEVIATION**2) / variance
     return slope * (x - (1 - level) * MEAN) - MEAN
@@ -68,7 +78,9 @@ def _gaussian_error(count: int, shift: float) -> float:
     noise = {"video": _normal(1000).double()}
     # In fp32 the sums of 800 intervals are off by 1e-5, far below the errors that are compared.
     found = integrate(
-        lambda state, level: {"video": _gaussian_velocity(state["video"], level)}, noise, noise_levels(count, shift=shift)
+        lambda state, level: {"video": _gaussian_velocity(state["video"], level)},
+        noise,
+        noise_levels(count, shift=shift),
     )
     return float((found["video"] - (MEAN + DEVIATION * noise["video"])).abs().max())
 
@@ -96,33 +108,52 @@ def test_guidance_leads_away_from_the_empty_prompt() -> None:
     prompt, empty = {"video": torch.tensor(3.0)}, {"video": torch.tensor(1.0)}
     assert guided(prompt, empty, scale=4.0)["video"] == 9.0
     assert guided(prompt, empty, scale=1.0)["video"] == 3.0
-    assert guided({"video": torch.ones(1).half()}, {"video": torch.ones(1).half()}, scale=2.0)["video"].dtype == torch.float32
+    assert (
+        guided({"video": torch.ones(1).half()}, {"video": torch.ones(1).half()}, scale=2.0)["video"].dtype
+        == torch.float32
+    )
 
 
 def test_noise_depends_on_its_seed_alone() -> None:
     both = draw_noise({"video": (4, 2, 3, 3), "audio": (2, 7)}, {"video": 1, "audio": 2})
-    assert {name: tuple(value.shape) for name, value in both.items()} == {"video": (1, 4, 2, 3, 3), "audio": (1, 2, 7)}
+    assert {name: tuple(value.shape) for name, value in both.items()} == {
+        "video": (1, 4, 2, 3, 3),
+        "audio": (1, 2, 7),
+    }
     assert torch.equal(draw_noise({"audio": (2, 7)}, {"audio": 2})["audio"], both["audio"])
     assert not torch.equal(draw_noise({"audio": (2, 7)}, {"audio": 1})["audio"], both["audio"])
 
 
 @each_family
-def test_every_family_gets_tokens_levels_and_prompts_and_gives_latents_back(family_type: type[Family]) -> None:
-    """The module knows the point to which each prompt leads; guidance then ends at empty + scale * (point - empty)."""
+def test_every_family_gets_tokens_levels_and_prompts_and_gives_latents_back(
+    family_type: type[Family],
+) -> None:
+    """The module knows the point to which each prompt leads; guidance then ends at empty + scale * (point -
+    empty)."""
     family = find_family(tiny_transformer(family_type), STRIDES)
     batch = tiny_batch()
     shapes = {modality: tuple(batch[LATENTS[modality]].shape[1:]) for modality in family.modalities}
-    ends = {name: {modality: _normal(1, *shape, seed=seed) for modality, shape in shapes.items()} for name, seed in
+    ends = {name: {modality: _normal(1, *shape, seed=seed) for modality, shape in shapes.items()} for name, seed in  # noqa: E501
             (("prompt", 5), ("empty", 6))}  # fmt: skip
     calls: list[str] = []
 
-    def module(noisy: Mapping[str, Tensor], timesteps: Mapping[str, Tensor], tensors: Mapping[str, Tensor], grids: Any) -> Any:
+    def module(
+        noisy: Mapping[str, Tensor],
+        timesteps: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        grids: Any,
+    ) -> Any:
         name = "prompt" if tensors["prompt_embeds"].item() == 1 else "empty"
         calls.append(name)
         assert tensors["fps"].tolist() == [24.0]
-        points = {modality: tokens_of(end, grids[modality].patch).values for modality, end in ends[name].items()}
+        points = {
+            modality: tokens_of(end, grids[modality].patch).values for modality, end in ends[name].items()
+        }
         assert all(levels.shape == (1, 1) for levels in timesteps.values())
-        return {modality: (noisy[modality] - points[modality]) / timesteps[modality][..., None] for modality in noisy}
+        return {
+            modality: (noisy[modality] - points[modality]) / timesteps[modality][..., None]
+            for modality in noisy
+        }
 
     found = sample_latents(
         module,
@@ -150,7 +181,11 @@ def test_guidance_of_1_needs_no_empty_prompt_and_half_the_forwards(family_type: 
     prompt = {name: batch[name] for name in ("prompt_embeds", "prompt_attention_mask")}
     forwards: list[int] = []
     transformer.register_forward_hook(lambda *_: forwards.append(1))
-    common: dict[str, Any] = {"noise": draw_noise(shapes, {"video": 1, "audio": 2}), "fps": batch["fps"], "prompt": prompt}
+    common: dict[str, Any] = {
+        "noise": draw_noise(shapes, {"video": 1, "audio": 2}),
+        "fps": batch["fps"],
+        "prompt": prompt,
+    }
     common["levels"] = noise_levels(2, shift=3.0)
     with torch.no_grad():
         module = DiffusionModule(transformer, family)

@@ -1,4 +1,5 @@
-"""Text encoders: random ones of every kind, a saved one, lengths, padding, fingerprints. The oracle is transformers itself."""
+"""Text encoders: random ones of every kind, a saved one, lengths, padding, fingerprints. The oracle is
+transformers itself."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_the_embeddings_are_those_of_the_model_itself(tmp_path: Path) -> None:
     )
     found = build_text_encoder(config, seed=0).encode(["abc"])
     with torch.inference_mode():
-        expected = model(input_ids=torch.tensor([[100, 101, 102, 1]])).last_hidden_state  # byte + 3, then the end
+        expected = model(
+            input_ids=torch.tensor([[100, 101, 102, 1]])
+        ).last_hidden_state  # byte + 3, then the end
     # Padding only adds masked scores, so the sums run over the same numbers in fp32.
     torch.testing.assert_close(found.prompt_embeds[:, :4], expected, rtol=1e-5, atol=1e-6)
 
@@ -95,7 +98,9 @@ def test_connectors_make_embeddings_for_both_modalities() -> None:
 
 def test_a_long_caption_is_an_error_or_cut_as_configured() -> None:
     caption = "x" * 16
-    message = r"caption: must have at most 16 tokens \(text\.max_tokens\), got 17: 'xxxxxxxxxxxxxxxx'\. Shorten it"
+    message = (
+        r"caption: must have at most 16 tokens \(text\.max_tokens\), got 17: 'xxxxxxxxxxxxxxxx'\. Shorten it"
+    )
     with pytest.raises(DataError, match=message):
         _encoder().encode(["short", caption])
     assert _encoder().encode(["x" * 15]).prompt_attention_mask.all()
@@ -122,9 +127,15 @@ def test_the_fingerprint_follows_whatever_decides_the_embeddings() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": "T5EncodrModel"}, r"text: must name a text encoder of transformers and its tokenizer, got 'T5EncodrModel'"),
+        (
+            {"source": "T5EncodrModel"},
+            r"text: must name a text encoder of transformers and its tokenizer, got 'T5EncodrModel'",
+        ),
         ({"config": {"d_model": "wide"}}, "text: must name a text encoder"),
-        ({"source": "CLIPTextModel", "config": _CLIP, "max_tokens": 78}, r"text\.max_tokens: must be at most .*\(77\), got 78"),
+        (
+            {"source": "CLIPTextModel", "config": _CLIP, "max_tokens": 78},
+            r"text\.max_tokens: must be at most .*\(77\), got 78",
+        ),
         ({"source": None, "config": {}, "pretrained": "/nowhere"}, r"text: must name .* got '/nowhere'"),
     ],
 )

@@ -1,4 +1,5 @@
-"""What the trace counts, against closed forms and against what autograd saves in a real forward on the CPU."""
+"""What the trace counts, against closed forms and against what autograd saves in a real forward on the
+CPU."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_one_linear_layer_takes_what_its_shapes_say() -> None:
     found = _traced(nn.Linear(WIDTH, WIDTH, bias=False))
 
     element, whole = 4, ROWS * WIDTH * 4
-    # Alive at the end of forward: the input, the output that the square keeps, and the loss (one allocation of 512 bytes).
+    # Alive at the end of forward: the input, the output that the square keeps, and the loss (one allocation
+    # of 512 bytes).
     assert found.saved_bytes == 2 * whole + 512
     # Forward and the gradient of the weight; nobody asks for the input's gradient.
     assert found.flops == 2 * 2 * ROWS * WIDTH * WIDTH
@@ -85,10 +87,16 @@ def test_recomputation_keeps_a_block_s_input_only() -> None:
     row = ROWS * WIDTH * 4
     assert recomputed.saved_bytes == (6 + 1) * row + 512  # six inputs, the last output, the loss
     assert recomputed.saved_bytes < whole.saved_bytes / 5
-    again = 6 * 2 * ROWS * WIDTH * 4 * WIDTH  # torch stops where all that backward needs is there: before the outer layer
+    again = (
+        6 * 2 * ROWS * WIDTH * 4 * WIDTH
+    )  # torch stops where all that backward needs is there: before the outer layer
     assert recomputed.flops == whole.flops + again
     # One block's activations come back while its gradients are computed.
-    assert recomputed.saved_bytes < recomputed.peak_bytes(bytes_per_gradient=0) < whole.peak_bytes(bytes_per_gradient=0)
+    assert (
+        recomputed.saved_bytes
+        < recomputed.peak_bytes(bytes_per_gradient=0)
+        < whole.peak_bytes(bytes_per_gradient=0)
+    )
 
 
 def test_gradients_that_stay_are_counted_where_they_are_there() -> None:
@@ -120,7 +128,9 @@ def test_fused_attention_keeps_rows_and_no_scores() -> None:
         sizes.append(found.saved_bytes)
         attention = sum(work.flops * work.count for work in found.work if work.kind is WorkKind.ATTENTION)
         assert attention == 7 * 2 * tokens * tokens * WIDTH  # two products forward, five backward
-    assert sizes[1] < 2.01 * sizes[0]  # linear in the length; the scores of 4 heads alone would be 4 * 2048^2 * 4 bytes
+    assert (
+        sizes[1] < 2.01 * sizes[0]
+    )  # linear in the length; the scores of 4 heads alone would be 4 * 2048^2 * 4 bytes
     assert sizes[1] < 4 * (2 * length) ** 2
 
 

@@ -22,7 +22,8 @@ UNKNOWN = ModelConfig(source="unused")
 
 
 class PairVAE(nn.Module):
-    """Causal in time (first frame alone, then pairs) with stride 2 in time and 4 in space; encode returns (mean, logvar)."""
+    """Causal in time (first frame alone, then pairs) with stride 2 in time and 4 in space; encode returns
+    (mean, logvar)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +40,8 @@ class PairVAE(nn.Module):
 
 
 class Declaring(nn.Module):
-    """Cannot be measured on the meta device, because it reads a value; says its strides itself, rightly or not."""
+    """Cannot be measured on the meta device, because it reads a value; says its strides itself, rightly or
+    not."""
 
     def __init__(self, **declared: int) -> None:
         super().__init__()
@@ -72,7 +74,9 @@ def video_BCTHW() -> Tensor:  # noqa: N802  # the suffix states the shape
 
 def test_the_tiny_ltx_vae_divides_space_by_8_and_time_by_4() -> None:
     # 8 = patch 2 x two halvings; 4 = two halvings
-    vae = build_model(ModelConfig(source="AutoencoderKLLTXVideo", config=tiny_ltx_vae()), seed=0, device="meta")
+    vae = build_model(
+        ModelConfig(source="AutoencoderKLLTXVideo", config=tiny_ltx_vae()), seed=0, device="meta"
+    )
     assert video_strides(vae, UNKNOWN) == ModelStrides(spatial=8, temporal=4)
 
 
@@ -112,7 +116,8 @@ def test_noise_belongs_to_the_clip_and_not_to_its_batch(wrapped: VideoVAE, video
     alone = torch.cat([wrapped(video_BCTHW[[i]], [seeds[i]])[0] for i in range(4)])
     order = [2, 0, 3, 1]
     shuffled = wrapped(video_BCTHW[order], [seeds[i] for i in order])[0]
-    # A convolution may add in another order for another batch: a few ulp of numbers around 1; noise itself moves them by 0.1.
+    # A convolution may add in another order for another batch: a few ulp of numbers around 1; noise itself
+    # moves them by 0.1.
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     torch.testing.assert_close(together[order], shuffled, rtol=0, atol=1e-6)
     assert (together - wrapped(video_BCTHW, [1, 2, 3, 4])[0]).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-2
@@ -120,7 +125,9 @@ def test_noise_belongs_to_the_clip_and_not_to_its_batch(wrapped: VideoVAE, video
 
 def test_the_draw_is_mean_plus_deviation_times_seeded_noise(wrapped: VideoVAE, video_BCTHW: Tensor) -> None:
     reconstruction, mean, logvar = wrapped(video_BCTHW, [5, 5, 6, 7])
-    noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6, 7)]
+    noise = [
+        torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6, 7)
+    ]
     latent = mean + torch.exp(logvar / 2) * torch.stack(noise)
     torch.testing.assert_close(reconstruction, wrapped.vae.decode(latent).sample)
 

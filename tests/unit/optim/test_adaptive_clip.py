@@ -45,7 +45,9 @@ def test_mean_and_variance_are_the_weighted_sums(smoothing: float) -> None:
     mean = np.average(norms, weights=weights)
     statistics = _statistics(norms.tolist(), AdaptiveClipConfig(smoothing=smoothing))
     assert statistics.mean == pytest.approx(mean, rel=1e-12)
-    assert statistics.variance == pytest.approx(np.average((norms - mean) ** 2, weights=weights), rel=1e-11, abs=1e-15)
+    assert statistics.variance == pytest.approx(
+        np.average((norms - mean) ** 2, weights=weights), rel=1e-11, abs=1e-15
+    )
 
 
 def test_the_limit_is_the_fixed_one_until_the_warm_up_is_over() -> None:
@@ -101,12 +103,22 @@ def test_resume_is_exact_wherever_the_run_stops(cut: int) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"mean": None}, {"mean": "inf"}, {"variance": "-0x1p+0"}, {"weight": 1.0}, {"norms": -1}, {"norms": 1.0}, {"other": 1}],
+    [
+        {"mean": None},
+        {"mean": "inf"},
+        {"variance": "-0x1p+0"},
+        {"weight": 1.0},
+        {"norms": -1},
+        {"norms": 1.0},
+        {"other": 1},
+    ],
 )
 def test_damaged_statistics_are_refused(change: dict[str, object]) -> None:
     values = _clip([1.0, 4.0]).to_dict() | change
     with pytest.raises(CheckpointError, match="must be saved statistics"):
-        AdaptiveClip(HALF, fixed=None).restore({key: value for key, value in values.items() if value is not None})
+        AdaptiveClip(HALF, fixed=None).restore(
+            {key: value for key, value in values.items() if value is not None}
+        )
 
 
 def test_anything_but_a_mapping_is_refused() -> None:
@@ -114,7 +126,9 @@ def test_anything_but_a_mapping_is_refused() -> None:
         AdaptiveClip(HALF, fixed=None).restore(None)
 
 
-@pytest.mark.parametrize("values", [{"smoothing": 1.1}, {"deviations": 0.0}, {"warmup_updates": 0}, {"sigma": 3.0}])
+@pytest.mark.parametrize(
+    "values", [{"smoothing": 1.1}, {"deviations": 0.0}, {"warmup_updates": 0}, {"sigma": 3.0}]
+)
 def test_impossible_settings_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(values))):
         AdaptiveClipConfig.model_validate(values)

@@ -1,4 +1,5 @@
-"""The average of the weights: its decay in closed form, its update against float64, exchange, files and refusals."""
+"""The average of the weights: its decay in closed form, its update against float64, exchange, files and
+refusals."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def _engine(precision: str = "fp32", *, seed: int = 0, width: int = 6) -> LocalE
     groups = [ParameterGroup(names=tuple(name for name, _ in net.named_parameters()), is_decayed=False)]
     values = {} if precision == "fp32" else {precision: {"enabled": True}}
     settings = parse_deepspeed_settings({"zero_optimization": {"stage": 1}, **values}, "test")
-    return LocalEngine(net, groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=8, accumulation=1)
+    return LocalEngine(
+        net, groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=8, accumulation=1
+    )
 
 
 def _train(engine: LocalEngine, ema: Ema, first: int, last: int) -> None:
@@ -68,21 +71,29 @@ def _average(engine: LocalEngine, ema: Ema) -> dict[str, Tensor]:
 def test_the_worked_numbers() -> None:
     assert ema_decay(EmaConfig(), samples_before=320, samples_after=352) == pytest.approx(0.266794, abs=5e-7)
     for before in (4_000_000, 10**9):
-        assert ema_decay(EmaConfig(), samples_before=before, samples_after=before + 32) == pytest.approx(0.99988910, abs=5e-9)
+        assert ema_decay(EmaConfig(), samples_before=before, samples_after=before + 32) == pytest.approx(
+            0.99988910, abs=5e-9
+        )
 
 
 def test_half_of_the_average_is_left_after_the_half_life() -> None:
-    assert ema_decay(EmaConfig(half_life_samples=100, ramp=None), samples_before=7, samples_after=107) == pytest.approx(0.5)
+    assert ema_decay(
+        EmaConfig(half_life_samples=100, ramp=None), samples_before=7, samples_after=107
+    ) == pytest.approx(0.5)
 
 
 def test_the_first_update_of_a_run_forgets_the_initial_weights_and_without_a_ramp_does_not() -> None:
     assert ema_decay(CONFIG, samples_before=0, samples_after=8) == 0.0
-    assert ema_decay(EmaConfig(half_life_samples=8, ramp=None), samples_before=0, samples_after=8) == pytest.approx(0.5)
+    assert ema_decay(
+        EmaConfig(half_life_samples=8, ramp=None), samples_before=0, samples_after=8
+    ) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("ramp", [None, 0.05, 0.5, 3.0])
 @pytest.mark.parametrize("chunks", [(8, 9, 500), (8, 100, 128, 129, 500), tuple(range(8, 501, 4))])
-def test_decay_does_not_depend_on_how_samples_are_cut_into_batches(ramp: float | None, chunks: tuple[int, ...]) -> None:
+def test_decay_does_not_depend_on_how_samples_are_cut_into_batches(
+    ramp: float | None, chunks: tuple[int, ...]
+) -> None:
     """The product of decays is that of one batch; 1e-12: some hundred float64 roundings."""
     config = EmaConfig(half_life_samples=64, ramp=ramp)
     product = 1.0
@@ -100,7 +111,8 @@ def test_decay_grows_up_to_the_end_of_the_ramp_and_then_stays() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_average_is_the_formula_over_the_masters(precision: str) -> None:
-    """Oracle: the recursion in float64 from the masters after each update; fp32 rounds at 6e-8 in each of 6 updates."""
+    """Oracle: the recursion in float64 from the masters after each update; fp32 rounds at 6e-8 in each of 6
+    updates."""
     engine = _engine(precision)
     ema = Ema(engine, CONFIG)
     expected = {name: value.double() for name, value in _values(engine).items()}
@@ -120,7 +132,11 @@ def test_swapping_lends_the_average_to_forward_and_gives_everything_back_bitwise
     ema = Ema(engine, CONFIG)
     _train(engine, ema, 0, 3)
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(9)).to(engine.compute_dtype)
-    before, weights, output = _values(engine), {k: v.clone() for k, v in engine.module.state_dict().items()}, engine(x)
+    before, weights, output = (
+        _values(engine),
+        {k: v.clone() for k, v in engine.module.state_dict().items()},
+        engine(x),
+    )
     with ema.swapped():
         average, inside = _values(engine), engine(x)
         assert _equal(engine.module_state(), average)
@@ -195,7 +211,9 @@ def test_a_state_without_an_average_is_refused(tmp_path: Path) -> None:
         read_engine(tmp_path, engine, Ema(engine, CONFIG))
 
 
-@pytest.mark.parametrize("values", [{"half_life_samples": 0}, {"ramp": 0.0}, {"ramp": float("nan")}, {"decay": 0.999}])
+@pytest.mark.parametrize(
+    "values", [{"half_life_samples": 0}, {"ramp": 0.0}, {"ramp": float("nan")}, {"decay": 0.999}]
+)
 def test_impossible_settings_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(values))):
         EmaConfig.model_validate(values)

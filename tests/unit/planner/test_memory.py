@@ -15,7 +15,9 @@ FILES = Path(__file__).parents[3] / "ds_configs"
 TRAINED, BUCKET = 10**9, 2 * 10**8
 
 
-def _footprint(*, held: int = 0, frozen: int = 0, curve: tuple[tuple[int, int], ...] | None = None) -> Workload:
+def _footprint(
+    *, held: int = 0, frozen: int = 0, curve: tuple[tuple[int, int], ...] | None = None
+) -> Workload:
     return Workload(
         parameters=TRAINED + frozen,
         trained=TRAINED,
@@ -33,8 +35,12 @@ def _settings(name: str) -> DeepSpeedSettings:
     return parse_deepspeed_settings(FILES / f"{name}.json", where=name)
 
 
-def _use(name: str, workload: Workload, *, world_size: int = 1, accumulation: int = 1, has_average: bool = False) -> MemoryUse:
-    return memory_use(workload, _settings(name), world_size=world_size, accumulation=accumulation, has_average=has_average)
+def _use(
+    name: str, workload: Workload, *, world_size: int = 1, accumulation: int = 1, has_average: bool = False
+) -> MemoryUse:
+    return memory_use(
+        workload, _settings(name), world_size=world_size, accumulation=accumulation, has_average=has_average
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,10 +55,14 @@ def _use(name: str, workload: Workload, *, world_size: int = 1, accumulation: in
         ("zero3_bf16", 1, 2 + 12 + 4 + 4),
     ],
 )
-def test_an_update_takes_what_the_table_says(name: str, world_size: int, bytes_per_parameter: float | None) -> None:
+def test_an_update_takes_what_the_table_says(
+    name: str, world_size: int, bytes_per_parameter: float | None
+) -> None:
     used = _use(name, _footprint(), world_size=world_size)
     if bytes_per_parameter is None:
-        assert used.moment == "backward"  # fp32 sums of gradients and their buckets are more than what the update needs
+        assert (
+            used.moment == "backward"
+        )  # fp32 sums of gradients and their buckets are more than what the update needs
         return
     has_bucket = name.startswith("zero3") or (used.moment == "backward" and not name.startswith("zero0"))
     bucket = (4 if name.endswith("fp32") else 2) * BUCKET if has_bucket else 0
@@ -84,7 +94,9 @@ def test_stages_share_out_what_they_say() -> None:
     peaks = [_use(f"zero{stage}_bf16", held, world_size=8) for stage in (1, 2, 3)]
     assert [used.optimizer for used in peaks] == [12 * TRAINED / 8] * 3
     assert peaks[1].gradients == 4 * TRAINED / 8 + 2 * BUCKET
-    assert peaks[2].weights == 2 * TRAINED / 8 + 2 * TRAINED  # all of them may be gathered at once: max_live_parameters is 1e9
+    assert (
+        peaks[2].weights == 2 * TRAINED / 8 + 2 * TRAINED
+    )  # all of them may be gathered at once: max_live_parameters is 1e9
 
 
 def test_frozen_weights_take_their_16_bits_and_no_more() -> None:
@@ -93,7 +105,9 @@ def test_frozen_weights_take_their_16_bits_and_no_more() -> None:
 
 
 def test_an_average_takes_4_bytes_of_each_own_parameter() -> None:
-    plain, averaged = (_use("zero1_bf16", _footprint(), world_size=4, has_average=has) for has in (False, True))
+    plain, averaged = (
+        _use("zero1_bf16", _footprint(), world_size=4, has_average=has) for has in (False, True)
+    )
     assert averaged.average == TRAINED
     assert averaged.peak - plain.peak == TRAINED
 
@@ -105,7 +119,8 @@ def test_an_offloaded_optimizer_is_on_the_host() -> None:
 
 
 def test_measured_peaks_of_an_h200_are_met() -> None:
-    """Oracle: torch.cuda.max_memory_allocated of the diffusion trainer on LTX-Video 2B, 2026-11-27; the aim is 10 %."""
+    """Oracle: torch.cuda.max_memory_allocated of the diffusion trainer on LTX-Video 2B, 2026-11-27; the aim
+    is 10 %."""
     trained, measured = 1_923_385_472, {"update": 42.38e9, "medium": 49.33e9}
     values: dict[str, Any] = {"parameters": trained, "trained": trained}
     workload = Workload(

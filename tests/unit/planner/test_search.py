@@ -31,7 +31,8 @@ def _trace(
     has_blocks: bool = True,
     trained: int = TRAINED,
 ) -> Workload:
-    """A model that keeps 10 GB for each clip, a tenth of it when it recomputes, which takes a third longer."""
+    """A model that keeps 10 GB for each clip, a tenth of it when it recomputes, which takes a third
+    longer."""
     if is_recomputed and not has_blocks:
         raise EngineError("nothing to recompute")
     held = BYTES_PER_CLIP * micro_batch_size * (phase.index + 1) // (10 if is_recomputed else 1)
@@ -65,7 +66,8 @@ def _bucket(global_batch_size: int, world_size: int) -> BucketPlan:
 def _plan(*, world_size: int = 1, batch: int = 8, phases: int = 2) -> RunPlan:
     bucket = _bucket(batch, world_size)
     return RunPlan(
-        phases=tuple(phase_plan(updates=3600, index=index, buckets=(bucket,)) for index in range(phases)), world_size=world_size
+        phases=tuple(phase_plan(updates=3600, index=index, buckets=(bucket,)) for index in range(phases)),
+        world_size=world_size,
     )
 
 
@@ -92,8 +94,12 @@ def test_what_fits_whole_is_neither_recomputed_nor_cut() -> None:
 
 def test_a_larger_phase_is_cut_before_it_is_recomputed_where_that_is_faster() -> None:
     choice = search(_estimator(), _settings, where="run")
-    # Phase 1 keeps 20 GB a clip: 8 clips are 160 of 150 GB, 4 are 80; cutting costs launches, recomputing a third of the time.
-    assert [(phase.is_recomputed, phase.micro_batch_sizes) for phase in choice.phases] == [(False, (8,)), (False, (4,))]
+    # Phase 1 keeps 20 GB a clip: 8 clips are 160 of 150 GB, 4 are 80; cutting costs launches, recomputing a
+    # third of the time.
+    assert [(phase.is_recomputed, phase.micro_batch_sizes) for phase in choice.phases] == [
+        (False, (8,)),
+        (False, (4,)),
+    ]
 
 
 def test_a_phase_of_which_no_clip_fits_is_recomputed() -> None:
@@ -111,12 +117,16 @@ def test_a_phase_of_which_no_clip_fits_is_recomputed() -> None:
 def test_more_is_sharded_or_offloaded_when_optimizer_state_does_not_fit() -> None:
     eight = search(_estimator("v100-32gb", _plan(world_size=8), trained=7 * 10**9), _settings, where="run")
     assert eight.zero_stage > 1
-    one = search(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=25 * 10**8), _settings, where="run")
+    one = search(
+        _estimator("v100-32gb", _plan(batch=1, phases=1), trained=25 * 10**8), _settings, where="run"
+    )
     assert one.is_offloaded
 
 
 def test_what_fits_nowhere_is_refused_with_the_least_need() -> None:
-    with pytest.raises(PlanError, match=r"run: must fit v100-32gb with 1 GPUs, got phase phase_0, which needs .* of 34\.0 GB"):
+    with pytest.raises(
+        PlanError, match=r"run: must fit v100-32gb with 1 GPUs, got phase phase_0, which needs .* of 34\.0 GB"
+    ):
         search(_estimator("v100-32gb", _plan(batch=1, phases=1), trained=40 * 10**9), _settings, where="run")
 
 
@@ -134,7 +144,13 @@ def test_a_choice_is_the_same_every_time_and_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("plan", "fits"),
-    [(_plan(), True), (_plan(batch=16), True), (_plan(batch=6), False), (_plan(phases=3), False), (_plan(world_size=2), False)],
+    [
+        (_plan(), True),
+        (_plan(batch=16), True),
+        (_plan(batch=6), False),
+        (_plan(phases=3), False),
+        (_plan(world_size=2), False),
+    ],
 )
 def test_a_choice_is_kept_for_plans_that_it_can_cut(plan: RunPlan, fits: bool) -> None:
     assert search(_estimator(), _settings, where="run").fits(plan) is fits
@@ -163,4 +179,6 @@ def test_time_is_bounded_by_flops_by_bytes_or_by_the_host() -> None:
     small = Workload(**{**{name: getattr(large, name) for name in Workload.__dataclass_fields__}, "work": ()})
     assert _seconds(h200, small) == pytest.approx(1000 * 17e-6 + step)
     assert _seconds(MACHINES["v100-32gb"], large) > 7 * _seconds(h200, large)
-    assert _seconds(h200, small, world_size=8) > 1000 * 17e-6 + SECONDS_PER_UPDATE + 7 / 8 * 4 * TRAINED / (450e9 * 0.7)
+    assert _seconds(h200, small, world_size=8) > 1000 * 17e-6 + SECONDS_PER_UPDATE + 7 / 8 * 4 * TRAINED / (
+        450e9 * 0.7
+    )

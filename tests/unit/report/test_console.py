@@ -54,7 +54,11 @@ def test_a_plain_line_says_where_the_run_stands() -> None:
     sink.close()
     assert text.getvalue().splitlines() == [
         "phase 1/2 low  100 updates, 9 frames 64x64, batch 8",
-        "low 1/2 update 1/150  loss 0.1235  L1 0.1000  KL 31234  perceptual 3.21e-05  lr 1.00e-04  clips/s 12.3  0:09:58 left",
+        (
+            "low 1/2 update 1/150  loss 0.1235  L1 0.1000  KL 31234  perceptual 3.21e-05  lr 1.00e-04  "
+            "clips/s "
+            "12.3  0:09:58 left"
+        ),
     ]
 
 
@@ -110,7 +114,9 @@ def test_time_left_is_open_before_the_first_measurement() -> None:
 def test_the_live_block_fits_the_terminal_and_is_removed(width: int) -> None:
     """Every line between control sequences is a line of the terminal; none may be longer than it is wide."""
     text = io.StringIO()
-    sink = ConsoleSink(Console(file=text, width=width, force_terminal=True, color_system=None), phases=PHASES, now=Hands())
+    sink = ConsoleSink(
+        Console(file=text, width=width, force_terminal=True, color_system=None), phases=PHASES, now=Hands()
+    )
     for update in (1, 2, 120):
         sink.log(update, metrics(int(update > 100)))
     sink.close()

@@ -28,7 +28,14 @@ FLAT = {
     "loss": {"perceptual_weight": 0.1},
     "augment": {"random_flip": False},
 }
-PASSES = {"name": "passes", **PHASE, "epochs": 3, "schedule": "constant", "moments": "decay", "moment_decay": 0.5}
+PASSES = {
+    "name": "passes",
+    **PHASE,
+    "epochs": 3,
+    "schedule": "constant",
+    "moments": "decay",
+    "moment_decay": 0.5,
+}
 BUCKETS = {
     **{key: value for key, value in COUNTED.items() if key not in ("resolution", "duration")},
     "buckets": [
@@ -39,9 +46,16 @@ BUCKETS = {
 STRIDES = ModelStrides(spatial=32, temporal=8)
 
 
-def page(*phases: dict[str, Any], clips: ClipCounts | None = None, data_problem: str | None = None) -> PlanPage:
+def page(
+    *phases: dict[str, Any], clips: ClipCounts | None = None, data_problem: str | None = None
+) -> PlanPage:
     config = VAETrainerConfig.model_validate(
-        {"output_dir": "out", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": {"phases": list(phases)}}
+        {
+            "output_dir": "out",
+            "model": {"source": "M"},
+            "data": {"train": "s"},
+            "curriculum": {"phases": list(phases)},
+        }
     )
     plan = plan_run(config, world_size=2, strides=STRIDES)
     return PlanPage(
@@ -76,7 +90,7 @@ def words(text: str) -> str:
 def test_a_counted_phase_is_told_in_full() -> None:
     text = shown(page(COUNTED, clips=[[32]]))
     assert {label: line(text, label) for label in (
-        "ends", "first update", "last update", "updates", "size", "frames", "frame rate", "batch", "clips", "epochs",
+        "ends", "first update", "last update", "updates", "size", "frames", "frame rate", "batch", "clips", "epochs",  # noqa: E501
         "pixels/update", "tokens/update", "peak rate", "schedule", "warm-up",
     )} == {
         "ends": "after 10 updates",
@@ -136,7 +150,10 @@ def test_buckets_stand_side_by_side_with_their_share() -> None:
 @pytest.mark.parametrize("width", [40, 80, 100, 160])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_page_fits_the_terminal_and_its_encoding(width: int, encoding: str) -> None:
-    phases = [{**phase, "name": f"{phase['name']}_{index}"} for index, phase in enumerate((COUNTED, FLAT, COUNTED, FLAT, PASSES))]
+    phases = [
+        {**phase, "name": f"{phase['name']}_{index}"}
+        for index, phase in enumerate((COUNTED, FLAT, COUNTED, FLAT, PASSES))
+    ]
     text = shown(page(*phases), width=width, encoding=encoding)
     assert max(len(row) for row in text.splitlines()) <= width
     assert all(phase["name"] in text for phase in phases)
@@ -156,8 +173,8 @@ def test_the_document_is_json_with_everything() -> None:
     assert document["phases"] == made.rows
     assert document["totals"] == made.totals
     assert document["learning_rate_curve"][0] == {"update": 0, "phase": 0, "learning_rate": 5e-4}
-    assert {key: document[key] for key in ("source", "model", "parameters", "world_size", "data_problem")} == {
-        "source": "c.yaml", "model": "M", "parameters": 1_719_533, "world_size": 2, "data_problem": "none there",
+    assert {key: document[key] for key in ("source", "model", "parameters", "world_size", "data_problem")} == {  # noqa: E501
+        "source": "c.yaml", "model": "M", "parameters": 1_719_533, "world_size": 2, "data_problem": "none there",  # noqa: E501
     }  # fmt: skip
 
 
@@ -185,7 +202,8 @@ FLOOR = Piece(name="a long name", first=8, end=16, points=[(8, 0.5), (15, 0.5)])
 
 
 def test_plots_line_by_line() -> None:
-    """Oracle: drawn by hand; a ramp over 8 columns, a jump, and a flat line at half height with its name cut to its width."""
+    """Oracle: drawn by hand; a ramp over 8 columns, a jump, and a flat line at half height with its name cut
+    to its width."""
     plot = CurvePlot(pieces=[RAMP, FLOOR], rows=4)
     assert plot.lines(22, ascii_only=True) == [
         "  1 +      **:",

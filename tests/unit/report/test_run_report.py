@@ -1,4 +1,5 @@
-"""The run report end to end: plots, pictures, sounds and both files from made-up results, read back and checked."""
+"""The run report end to end: plots, pictures, sounds and both files from made-up results, read back and
+checked."""
 
 from __future__ import annotations
 
@@ -71,7 +72,13 @@ def example_rows() -> list[MetricRow]:
     for update in range(1, 91):
         phase = (update - 1) // 30
         loss = math.exp(-update / 30)
-        values = {"loss/total": loss, "loss/kl": 1.0, "learning_rate": 1e-3, "clock/phase": phase, "memory/rss_bytes": 2.0**30}
+        values = {
+            "loss/total": loss,
+            "loss/kl": 1.0,
+            "learning_rate": 1e-3,
+            "clock/phase": phase,
+            "memory/rss_bytes": 2.0**30,
+        }
         values |= {
             "throughput/clips_per_second": 9.0,
             "gradient/loss_scale": 1.0,
@@ -92,9 +99,14 @@ def test_a_whole_report_is_written_and_every_link_leads_somewhere(tmp_path: Path
     (tmp_path / "samples").mkdir()
     plots = save_plots(example_rows(), tmp_path / "plots", phase_names=["low", "medium", "high"])
     original, reconstruction = example_clips()
-    save_comparison(original, reconstruction, tmp_path / "samples/high.png", title="high", psnr_db=[20.1, 19.9])
+    save_comparison(
+        original, reconstruction, tmp_path / "samples/high.png", title="high", psnr_db=[20.1, 19.9]
+    )
     save_comparison_video(original, reconstruction, tmp_path / "samples/high.mp4")
-    pictures = (Picture(path="samples/high.png", caption="Phase high"), Picture(path="samples/high.mp4", caption="Film"))
+    pictures = (
+        Picture(path="samples/high.png", caption="Phase high"),
+        Picture(path="samples/high.mp4", caption="Film"),
+    )
     json_path, page_path = write_report(tmp_path, example_summary(plots=plots, pictures=pictures))
 
     page = page_path.read_text()
@@ -107,18 +119,32 @@ def test_a_whole_report_is_written_and_every_link_leads_somewhere(tmp_path: Path
     assert "Nothing: every setting took effect" in page
     assert "Every file could be used." in page
     assert list(tmp_path.glob("*.tmp")) == []
-    assert json.loads(json_path.read_text())["plots"][0] == {"path": "plots/loss.png", "caption": "Loss terms, raw and smoothed"}
+    assert json.loads(json_path.read_text())["plots"][0] == {
+        "path": "plots/loss.png",
+        "caption": "Loss terms, raw and smoothed",
+    }
 
 
 def test_report_json_holds_what_the_contract_names(tmp_path: Path) -> None:
-    json_path, _ = write_report(tmp_path, example_summary(metrics={"psnr_db_before": math.inf, "psnr_db_after": 2.0}))
-    report = json.loads(json_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
-    assert (report["status"], report["updates"], report["world_size"], report["zero_stage"]) == ("completed", 900, 2, 1)
+    json_path, _ = write_report(
+        tmp_path, example_summary(metrics={"psnr_db_before": math.inf, "psnr_db_after": 2.0})
+    )
+    report = json.loads(
+        json_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON")
+    )
+    assert (report["status"], report["updates"], report["world_size"], report["zero_stage"]) == (
+        "completed",
+        900,
+        2,
+        1,
+    )
     assert report["precision"] == "bf16"
     assert report["final_state_sha256"] == "ab" * 32
     assert report["metrics"] == {"psnr_db_before": "inf", "psnr_db_after": 2.0}
     assert report["versions"]["torch"] == torch.__version__
-    assert {"name", "updates", "resolution", "frames", "batch", "lr_max", "seconds"} <= set(report["phases"][0])
+    assert {"name", "updates", "resolution", "frames", "batch", "lr_max", "seconds"} <= set(
+        report["phases"][0]
+    )
     assert report["data"]["unreadable"] == []
 
 
@@ -133,7 +159,9 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
         replacements=("frames 8 -> 9 in phase low",),
         resumed_from=("checkpoints/update_000300",),
         not_saved=({"update": 200, "reason": "the disk is full"}, {"update": 1300, "reason": "it still is"}),
-        data=DataSummary(clips=12, held_out_clips=4, unreadable=(("a|b.mp4", "Invalid | data\nfound"),), too_short=many),
+        data=DataSummary(
+            clips=12, held_out_clips=4, unreadable=(("a|b.mp4", "Invalid | data\nfound"),), too_short=many
+        ),
     )
     json_path, page_path = write_report(tmp_path, summary)
     page, report = page_path.read_text(), json.loads(json_path.read_text())
@@ -154,7 +182,9 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
 
 
 def test_a_report_without_evaluation_or_time_still_reads_well(tmp_path: Path) -> None:
-    _, page_path = write_report(tmp_path, example_summary(metrics={}, time_seconds={}, status=RunStatus.INTERRUPTED, updates=5))
+    _, page_path = write_report(
+        tmp_path, example_summary(metrics={}, time_seconds={}, status=RunStatus.INTERRUPTED, updates=5)
+    )
     page = page_path.read_text()
     assert "Interrupted after 5 of 900 updates" in page
     assert "held-out clips:" not in page
@@ -172,11 +202,16 @@ def test_the_printed_summary_shows_status_measures_and_report() -> None:
     assert "completed  900 of 900 updates in 0:04:27" in shown
     assert re.search(r"PSNR +11\.31 dB +23\.71 dB +\+12\.40 dB", shown)
     assert shown.endswith("report  runs/tiny/report.md\n")
-    assert "loss became NaN" in summary_text(example_summary(status=RunStatus.FAILED, error="loss became NaN"))
+    assert "loss became NaN" in summary_text(
+        example_summary(status=RunStatus.FAILED, error="loss became NaN")
+    )
 
 
 def test_plots_are_made_only_of_what_was_measured(tmp_path: Path) -> None:
-    names = [picture.path for picture in save_plots(example_rows(), tmp_path / "plots", phase_names=["low", "medium", "high"])]
+    names = [
+        picture.path
+        for picture in save_plots(example_rows(), tmp_path / "plots", phase_names=["low", "medium", "high"])
+    ]
     assert names == ["plots/loss.png", "plots/quality.png", "plots/training.png", "plots/speed.png"]
     assert save_plots([], tmp_path / "none", phase_names=[]) == ()
     only = save_plots([(1, {"loss/total": math.nan})], tmp_path / "nan", phase_names=[])
@@ -196,7 +231,8 @@ def test_pixels_have_the_range_of_bytes_and_show_what_is_not_finite() -> None:
 
 
 def test_a_comparison_shows_every_pixel_of_both(tmp_path: Path) -> None:
-    """16 pixels are enlarged by 10: the first tile is the first frame, the one below it its reconstruction."""
+    """16 pixels are enlarged by 10: the first tile is the first frame, the one below it its
+    reconstruction."""
     original, reconstruction = example_clips()
     save_comparison(original, reconstruction, tmp_path / "a.png", title="low")
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
@@ -229,7 +265,9 @@ def test_a_film_has_originals_left_and_reconstructions_right(tmp_path: Path) -> 
     assert frames[0][:, half + 8 :].max() < 10
 
 
-@pytest.mark.parametrize("save", [save_comparison_video, lambda a, b, path: save_comparison(a, b, path, title="x")])
+@pytest.mark.parametrize(
+    "save", [save_comparison_video, lambda a, b, path: save_comparison(a, b, path, title="x")]
+)
 def test_videos_of_different_shape_are_refused(tmp_path: Path, save: object) -> None:
     original, reconstruction = example_clips()
     with pytest.raises(ValueError, match=r"of one shape, got .* Crop the reconstruction"):

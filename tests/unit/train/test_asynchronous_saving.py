@@ -1,6 +1,8 @@
-"""Saves beside training: they hold the state of the moment they were asked for, one at a time, and tell of errors later.
+"""Saves beside training: they hold the state of the moment they were asked for, one at a time, and tell of
+errors later.
 
-One rank with the local engine. What two ranks do is in tests/resume/test_signals.py, where runs that save so are killed.
+One rank with the local engine. What two ranks do is in tests/resume/test_signals.py, where runs that save so
+are killed.
 """
 
 from __future__ import annotations
@@ -52,12 +54,20 @@ def engine() -> Iterator[LocalEngine]:
 
 def _saver(folder: Path, **config: Any) -> Saver:
     config = {"asynchronous": True, **config}
-    return Saver(store=CheckpointStore(folder / "checkpoints"), config=CheckpointConfig(**config), phase_names=("only",))
+    return Saver(
+        store=CheckpointStore(folder / "checkpoints"),
+        config=CheckpointConfig(**config),
+        phase_names=("only",),
+    )
 
 
 def _state(updates: int) -> RunState:
     return RunState(
-        clock=Clock(updates=updates), scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={"world_size": 1}
+        clock=Clock(updates=updates),
+        scheduler={},
+        fingerprint="f",
+        phase_fingerprints=("p",),
+        layout={"world_size": 1},
     )
 
 
@@ -88,7 +98,9 @@ def test_what_is_saved_is_of_the_moment_it_was_asked_for(engine: LocalEngine, tm
     saver.close()
 
 
-def test_boundaries_take_it_further_and_never_before_all_have_finished(engine: LocalEngine, tmp_path: Path) -> None:
+def test_boundaries_take_it_further_and_never_before_all_have_finished(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
     saver = _saver(tmp_path)
     _set(engine, 1.0)
     saver.save(engine, None, _state(1))
@@ -181,7 +193,9 @@ def test_copies_are_apart_from_what_they_copy_and_use_the_same_memory(engine: Lo
     assert copies.missing_bytes(captured) == needed
 
 
-def test_memory_is_got_before_the_first_save_and_once(engine: LocalEngine, tmp_path: Path, caplog: Any) -> None:
+def test_memory_is_got_before_the_first_save_and_once(
+    engine: LocalEngine, tmp_path: Path, caplog: Any
+) -> None:
     caplog.set_level(logging.INFO, logger=staging.__name__)
     saver = _saver(tmp_path)
     for update in (1, 2):
@@ -196,7 +210,9 @@ def test_memory_is_got_before_the_first_save_and_once(engine: LocalEngine, tmp_p
     saver.close()
 
 
-def test_no_memory_is_got_where_nothing_is_copied(engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_got_where_nothing_is_copied(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saver = _saver(tmp_path, asynchronous=False)
     saver.reserve(engine, None)
     assert not saver.is_reserving

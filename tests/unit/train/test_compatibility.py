@@ -24,11 +24,18 @@ BY_MICRO_BATCH = {"micro_batch_size": 4}
 def _config(batch: dict[str, int], **sections: Any) -> VAETrainerConfig:
     phase = {"resolution": "64x64", "duration": {"frames": 9}, "updates": 10, "learning_rate": 1e-3}
     phases = [{"name": "first", **phase, **BY_GLOBAL_BATCH}, {"name": "second", **phase, **batch}]
-    base = {"output_dir": "out", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": {"phases": phases}}
+    base = {
+        "output_dir": "out",
+        "model": {"source": "M"},
+        "data": {"train": "s"},
+        "curriculum": {"phases": phases},
+    }
     return VAETrainerConfig.model_validate({**base, **sections})
 
 
-def _layout(config: VAETrainerConfig, *, ranks: int, stage: int = 1, precision: str = "bf16") -> dict[str, Any]:
+def _layout(
+    config: VAETrainerConfig, *, ranks: int, stage: int = 1, precision: str = "bf16"
+) -> dict[str, Any]:
     values = {"zero_optimization": {"stage": stage}, precision: {"enabled": True}}
     plan = plan_run(config, world_size=ranks, strides=ModelStrides(spatial=32, temporal=8))
     resolved = ResolvedRun(plan=plan, settings=parse_deepspeed_settings(values, "settings"), choice=None)
@@ -63,13 +70,18 @@ def test_the_precision_must_stay() -> None:
 def test_the_global_batch_of_the_running_phase_must_stay() -> None:
     config = _config(BY_MICRO_BATCH)
     state = _saved(config, _layout(config, ranks=2))
-    with pytest.raises(ConfigError, match=r"phases\[1\], \[4\] on 1 ranks, got \[\[8\]\] on 2\. Name them in global_batch_size"):
+    with pytest.raises(
+        ConfigError,
+        match=r"phases\[1\], \[4\] on 1 ranks, got \[\[8\]\] on 2\. Name them in global_batch_size",
+    ):
         check_compatible(state, config, _layout(config, ranks=1), where="run")
 
 
 def test_that_of_a_phase_to_come_may_change() -> None:
     config = _config(BY_MICRO_BATCH)
-    check_compatible(_saved(config, _layout(config, ranks=2), phase=0), config, _layout(config, ranks=1), where="run")
+    check_compatible(
+        _saved(config, _layout(config, ranks=2), phase=0), config, _layout(config, ranks=1), where="run"
+    )
 
 
 def test_another_configuration_is_refused() -> None:
@@ -85,4 +97,7 @@ def test_a_change_is_told_in_words_and_no_change_is_none() -> None:
     saved, local = _layout(config, ranks=2), {**_layout(config, ranks=1, stage=0), "engine": "local"}
     assert change_in_words(saved, saved) is None
     assert change_in_words(saved, local) == "deepspeed on 2 ranks, ZeRO-1 -> local on 1 rank"
-    assert change_in_words(local, _layout(config, ranks=1, stage=3)) == "local on 1 rank -> deepspeed on 1 rank, ZeRO-3"
+    assert (
+        change_in_words(local, _layout(config, ranks=1, stage=3))
+        == "local on 1 rank -> deepspeed on 1 rank, ZeRO-3"
+    )

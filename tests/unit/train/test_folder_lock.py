@@ -18,7 +18,8 @@ from aiprod_ds.train.resume.folder_lock import LOCK, FolderLock
 
 @pytest.fixture
 def another(tmp_path: Path) -> Any:
-    """Starts processes that do something with the folder's lock, tell so, and live on; kills what is left of them."""
+    """Starts processes that do something with the folder's lock, tell so, and live on; kills what is left of
+    them."""
     started: list[int] = []
 
     def start(hold: Callable[[FolderLock], None]) -> int:
@@ -42,7 +43,10 @@ def another(tmp_path: Path) -> Any:
 
 def test_a_run_that_is_alive_is_named(another: Any, tmp_path: Path) -> None:
     process = another(lambda lock: lock.take())
-    with FolderLock(tmp_path) as lock, pytest.raises(CheckpointError, match=rf"one run at a time.* process {process} on "):
+    with (
+        FolderLock(tmp_path) as lock,
+        pytest.raises(CheckpointError, match=rf"one run at a time.* process {process} on "),
+    ):
         lock.take(within_seconds=0.0)
     with FolderLock(tmp_path) as lock, pytest.raises(CheckpointError, match="one run at a time"):
         lock.take_if_used(within_seconds=0.0)
@@ -94,7 +98,9 @@ def test_a_folder_in_which_no_run_was_stays_as_it_is(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -1,4 +1,5 @@
-"""Signals and request files, as the loop sees them: what counts, what is taken away, and what a second signal does."""
+"""Signals and request files, as the loop sees them: what counts, what is taken away, and what a second signal
+does."""
 
 from __future__ import annotations
 
@@ -133,7 +134,9 @@ with SignalWatch() as watch:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_leaves_at_once_even_from_a_c_call(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", PROGRAM.format(seconds=0)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(seconds=0)], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
         process.send_signal(number)

@@ -1,4 +1,5 @@
-"""What a phase sets once when it begins: activation checkpointing, weight decay, moments; on the local engine."""
+"""What a phase sets once when it begins: activation checkpointing, weight decay, moments; on the local
+engine."""
 
 from __future__ import annotations
 
@@ -58,11 +59,14 @@ def _engine() -> LocalEngine:
     torch.manual_seed(0)
     module = Blocks()
     names = {
-        is_decayed: tuple(n for n, p in module.named_parameters() if (p.dim() > 1) is is_decayed) for is_decayed in (True, False)
+        is_decayed: tuple(n for n, p in module.named_parameters() if (p.dim() > 1) is is_decayed)
+        for is_decayed in (True, False)
     }
     groups = [ParameterGroup(names=names[is_decayed], is_decayed=is_decayed) for is_decayed in (True, False)]
     settings = parse_deepspeed_settings({"zero_optimization": {"stage": 1}}, where="test")
-    engine = LocalEngine(module, groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=2, accumulation=1)
+    engine = LocalEngine(
+        module, groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=2, accumulation=1
+    )
     for _ in range(UPDATES_BEFORE):
         _update(engine, rate=0.1)
     return engine
@@ -87,7 +91,9 @@ def test_moments_are_scaled_when_the_phase_begins(policy: str, factor: float) ->
     engine = _engine()
     before = _moments(engine)
     _begin(engine, FIRST_MOMENT, moments=policy, moment_scale=factor)
-    assert all(torch.equal(after, moment * factor) for after, moment in zip(_moments(engine), before, strict=True))
+    assert all(
+        torch.equal(after, moment * factor) for after, moment in zip(_moments(engine), before, strict=True)
+    )
     assert {state.step for state in engine.parameter_states()} == {0 if policy == "reset" else UPDATES_BEFORE}
 
 
@@ -114,8 +120,12 @@ def test_matrices_are_decayed_by_the_phase_and_vectors_never(clock: Clock) -> No
         torch.testing.assert_close(state.value, before[state.name] * kept, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("own", "default", "expected"), [(None, False, 2), (None, True, 4), (True, False, 4), (False, True, 2)])
-def test_blocks_are_recomputed_as_the_phase_or_else_the_settings_say(own: bool | None, default: bool, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("own", "default", "expected"), [(None, False, 2), (None, True, 4), (True, False, 4), (False, True, 2)]
+)
+def test_blocks_are_recomputed_as_the_phase_or_else_the_settings_say(
+    own: bool | None, default: bool, expected: int
+) -> None:
     engine = _engine()
     _begin(engine, FIRST_MOMENT, default=default, activation_checkpointing=own)
     Block.forwards = 0
@@ -124,8 +134,12 @@ def test_blocks_are_recomputed_as_the_phase_or_else_the_settings_say(own: bool |
 
 
 def test_a_model_without_blocks_is_refused_before_the_run() -> None:
-    plan = RunPlan(phases=(replace(PHASE, index=0), replace(PHASE, activation_checkpointing=True)), world_size=1)
-    with pytest.raises(ConfigError, match=r"c.yaml: curriculum.phases\[1\]: activation_checkpointing: needs repeated blocks"):
+    plan = RunPlan(
+        phases=(replace(PHASE, index=0), replace(PHASE, activation_checkpointing=True)), world_size=1
+    )
+    with pytest.raises(
+        ConfigError, match=r"c.yaml: curriculum.phases\[1\]: activation_checkpointing: needs repeated blocks"
+    ):
         check_recompute(nn.Linear(2, 2), plan, default=False, source="c.yaml")
 
 

@@ -1,4 +1,5 @@
-"""Estimates of real trainers from their own losses, and what `engine.parallel: auto` chooses, keeps and refuses."""
+"""Estimates of real trainers from their own losses, and what `engine.parallel: auto` chooses, keeps and
+refuses."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ import pytest
 
 from aiprod_ds.cli import main
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings, read_settings, with_parallel
+from aiprod_ds.config.deepspeed import (
+    DeepSpeedSettings,
+    parse_deepspeed_settings,
+    read_settings,
+    with_parallel,
+)
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.load import load_config
 from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -46,7 +52,13 @@ def _audio() -> AudioVAETrainer:
 
 
 def _diffusion(**changes: Any) -> DiffusionTrainer:
-    phase = {"duration": {"frames": 9}, "resolution": "64x64", "global_batch_size": 2, "updates": 10, "learning_rate": 1e-4}
+    phase = {
+        "duration": {"frames": 9},
+        "resolution": "64x64",
+        "global_batch_size": 2,
+        "updates": 10,
+        "learning_rate": 1e-4,
+    }
     values: dict[str, Any] = {
         "trainer": "diffusion",
         "output_dir": "unused",
@@ -65,7 +77,13 @@ def _diffusion(**changes: Any) -> DiffusionTrainer:
 
 
 def _joint() -> DiffusionTrainer:
-    phase = {"duration": {"frames": 9}, "resolution": "64x64", "global_batch_size": 2, "updates": 10, "learning_rate": 1e-4}
+    phase = {
+        "duration": {"frames": 9},
+        "resolution": "64x64",
+        "global_batch_size": 2,
+        "updates": 10,
+        "learning_rate": 1e-4,
+    }
     audio = {"hop_length": 16, "sampling_rate": 16000}
     config = {**LTX2.tiny_config(), "audio_hop_length": audio["hop_length"], "audio_scale_factor": 1}
     oobleck = {
@@ -77,7 +95,10 @@ def _joint() -> DiffusionTrainer:
         "sampling_rate": audio["sampling_rate"],
     }
     return _diffusion(
-        model={"source": "LTX2VideoTransformer3DModel", "config": {**config, "audio_sampling_rate": audio["sampling_rate"]}},
+        model={
+            "source": "LTX2VideoTransformer3DModel",
+            "config": {**config, "audio_sampling_rate": audio["sampling_rate"]},
+        },
         audio_vae={"source": "AutoencoderOobleck", "config": oobleck},
         curriculum={"phases": [{**phase, "name": "joint"}]},
     )
@@ -95,7 +116,9 @@ def test_every_trainer_has_footprints(make: Any) -> None:
         assert one.curve[-1][0] == one.trained
         assert one.flops > 0
     if make is _diffusion:
-        adapters, full = (workloads.of(phase, 0, micro_batch_size=1, is_recomputed=False) for phase in plan.phases)
+        adapters, full = (
+            workloads.of(phase, 0, micro_batch_size=1, is_recomputed=False) for phase in plan.phases
+        )
         assert adapters.trained < full.trained == full.parameters < adapters.parameters
 
 
@@ -105,14 +128,18 @@ def test_the_perceptual_network_counts_without_its_weights() -> None:
     for changes in ({}, with_network):
         trainer = _video(**changes)
         plan = trainer.plan(world_size=1)
-        workload = Workloads(trainer, plan, precision="fp32").of(plan.phases[0], 0, micro_batch_size=2, is_recomputed=False)
+        workload = Workloads(trainer, plan, precision="fp32").of(
+            plan.phases[0], 0, micro_batch_size=2, is_recomputed=False
+        )
         saved.append(workload.saved_bytes)
     assert saved[1] > 1.5 * saved[0]
 
 
 def test_an_estimate_fits_and_names_its_choice() -> None:
     trainer = _video()
-    found = estimate_run(trainer, trainer.plan(world_size=2), MACHINES["a100-80gb"], dollars_per_gpu_hour=10.0)
+    found = estimate_run(
+        trainer, trainer.plan(world_size=2), MACHINES["a100-80gb"], dollars_per_gpu_hour=10.0
+    )
     document = found.document()
     assert (
         [row["name"] for row in document["configured"]]
@@ -126,16 +153,23 @@ def test_an_estimate_fits_and_names_its_choice() -> None:
 
 
 def test_the_first_estimate_of_the_project_is_met_by_the_first_phases_on_8_v100() -> None:
-    """Oracle: 2,300 to 5,500 GPU-hours, the estimate that the project began with; docs/guide.md says what is counted here."""
+    """Oracle: 2,300 to 5,500 GPU-hours, the estimate that the project began with; docs/guide.md says what is
+    counted here."""
     config = load_config(ROOT / "configs/video_vae/ltx_v100.yaml", [], None)
     assert isinstance(config, VAETrainerConfig)
     trainer = VideoVAETrainer(config, source="ltx_v100.yaml")
-    plan, settings = trainer.plan(world_size=8), read_settings(config, source="configs/video_vae/ltx_v100.yaml")
+    plan, settings = (
+        trainer.plan(world_size=8),
+        read_settings(config, source="configs/video_vae/ltx_v100.yaml"),
+    )
     estimator = estimator_of(trainer, plan, MACHINES["v100-32gb"], settings)
     costs = [estimator.cost(phase, 0, settings, is_recomputed=True) for phase in plan.phases[:2]]
     assert all(cost.fits for cost in costs)
     assert 2_300 < sum(cost.gpu_hours for cost in costs) < 5_500
-    assert f"{round(sum(cost.gpu_hours for cost in costs), -2):,.0f} as configured" in (ROOT / "docs/guide.md").read_text()
+    assert (
+        f"{round(sum(cost.gpu_hours for cost in costs), -2):,.0f} as configured"
+        in (ROOT / "docs/guide.md").read_text()
+    )
 
 
 def test_bf16_on_a_v100_is_no_plan() -> None:
@@ -145,9 +179,12 @@ def test_bf16_on_a_v100_is_no_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "is_offloaded", "sums"), [(1, False, "bf16"), (2, False, "fp32"), (3, False, "fp32"), (2, True, "fp32")]
+    ("stage", "is_offloaded", "sums"),
+    [(1, False, "bf16"), (2, False, "fp32"), (3, False, "fp32"), (2, True, "fp32")],
 )
-def test_settings_of_another_stage_are_like_the_shipped_ones(stage: int, is_offloaded: bool, sums: str) -> None:
+def test_settings_of_another_stage_are_like_the_shipped_ones(
+    stage: int, is_offloaded: bool, sums: str
+) -> None:
     start = parse_deepspeed_settings(ROOT / "ds_configs/zero3_bf16.json", where="start")
     made = with_parallel(start, zero_stage=stage, is_offloaded=is_offloaded, where="made")
     shipped_name = f"zero{stage}_bf16{'_offload' if is_offloaded else ''}.json"
@@ -169,17 +206,23 @@ def test_a_choice_is_made_once_and_kept_by_resumed_runs() -> None:
     trainer = _auto()
     plan = trainer.plan(world_size=1)
     phases = tuple(PhaseChoice(is_recomputed=True, micro_batch_sizes=(1,)) for _ in plan.phases)
-    chosen = ParallelChoice(zero_stage=2, is_offloaded=False, world_size=1, phases=phases, reason=("because",))
+    chosen = ParallelChoice(
+        zero_stage=2, is_offloaded=False, world_size=1, phases=phases, reason=("because",)
+    )
 
     def resolved(saved: Any, search_now: Any) -> Any:
-        return resolve(trainer.config, plan, _settings(), saved=saved, search_now=search_now, source="run.yaml")
+        return resolve(
+            trainer.config, plan, _settings(), saved=saved, search_now=search_now, source="run.yaml"
+        )
 
     first = resolved(None, lambda _plan, _settings: chosen)
     again = resolved({"parallel": chosen.to_dict()}, _never)
     assert first == again
     assert first.settings.zero_stage == 2
     assert [phase.activation_checkpointing for phase in first.plan.phases] == [True] * len(plan.phases)
-    assert [bucket.micro_batch_size for phase in first.plan.phases for bucket in phase.buckets] == [1] * len(plan.phases)
+    assert [bucket.micro_batch_size for phase in first.plan.phases for bucket in phase.buckets] == [1] * len(
+        plan.phases
+    )
     other_world = {"parallel": {**chosen.to_dict(), "world_size": 2}}
     assert resolved(other_world, lambda _plan, _settings: chosen).choice == chosen
 
@@ -209,7 +252,10 @@ def _auto(**phase: Any) -> VideoVAETrainer:
     [
         ({"micro_batch_size": 2}, r"phases\[0\]\.micro_batch_size: is chosen by engine\.parallel: auto"),
         ({"accumulation": 2}, r"phases\[0\]\.accumulation: is chosen by engine\.parallel: auto"),
-        ({"activation_checkpointing": False}, r"phases\[0\]\.activation_checkpointing: is chosen by engine\.parallel: auto"),
+        (
+            {"activation_checkpointing": False},
+            r"phases\[0\]\.activation_checkpointing: is chosen by engine\.parallel: auto",
+        ),
     ],
 )
 def test_what_auto_chooses_cannot_be_given(changes: dict[str, Any], message: str) -> None:
@@ -225,7 +271,18 @@ def test_auto_has_no_effect_on_the_local_engine() -> None:
 
 def test_the_command_shows_memory_time_and_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "cost.png"
-    arguments = ["plan", str(VIDEO), "--machine", "h100-80gb", "--gpus", "2", "--plot", str(plot), "--price-per-gpu-hour", "4"]
+    arguments = [
+        "plan",
+        str(VIDEO),
+        "--machine",
+        "h100-80gb",
+        "--gpus",
+        "2",
+        "--plot",
+        str(plot),
+        "--price-per-gpu-hour",
+        "4",
+    ]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "on 2 x h100-80gb, estimated" in shown
@@ -241,6 +298,13 @@ def test_options_of_estimates_need_a_machine(option: str, capsys: pytest.Capture
 
 
 def test_check_refuses_what_the_machine_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["check", str(VIDEO), "--machine", "v100-32gb", "--set", "engine.deepspeed_config=ds_configs/zero1_bf16.json"]
+    arguments = [
+        "check",
+        str(VIDEO),
+        "--machine",
+        "v100-32gb",
+        "--set",
+        "engine.deepspeed_config=ds_configs/zero1_bf16.json",
+    ]
     assert main(arguments) == 2
     assert "bf16.enabled: needs compute capability 8.0 or higher, got v100-32gb" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The trainer on the local engine: the run folder, the report, and resume that repeats an uninterrupted run bit for bit."""
+"""The trainer on the local engine: the run folder, the report, and resume that repeats an uninterrupted run
+bit for bit."""
 
 from __future__ import annotations
 
@@ -89,8 +90,20 @@ def _trainer(
     settings: dict[str, Any] = {"zero_optimization": {"stage": 1}}
     if precision != "fp32":
         settings[precision] = {"enabled": True}
-    low = {"name": "low", "resolution": "12x12", "duration": {"frames": 3}, "updates": LOW_UPDATES, "learning_rate": 0.01}
-    high = {"name": "high", "resolution": "16x16", "duration": {"frames": 5}, "updates": HIGH_UPDATES, "learning_rate": 0.005}
+    low = {
+        "name": "low",
+        "resolution": "12x12",
+        "duration": {"frames": 3},
+        "updates": LOW_UPDATES,
+        "learning_rate": 0.01,
+    }
+    high = {
+        "name": "high",
+        "resolution": "16x16",
+        "duration": {"frames": 5},
+        "updates": HIGH_UPDATES,
+        "learning_rate": 0.005,
+    }
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "model": {"source": "given_in_code"},
@@ -109,7 +122,9 @@ def _trainer(
     }
     torch.manual_seed(0)
     config = VAETrainerConfig.model_validate(values)
-    return VideoVAETrainer(config, model=SmallVAE(), dataset=dataset or _clips(), validation=validation or _clips(seed=1))
+    return VideoVAETrainer(
+        config, model=SmallVAE(), dataset=dataset or _clips(), validation=validation or _clips(seed=1)
+    )
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -151,8 +166,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_says_what_was_done(whole: Path) -> None:
     report = _report(whole)
-    assert (report["status"], report["updates"], report["planned_updates"]) == ("completed", ALL_UPDATES, ALL_UPDATES)
-    assert (report["world_size"], report["engine"], report["zero_stage"], report["precision"]) == (1, "local", 0, "fp32")
+    assert (report["status"], report["updates"], report["planned_updates"]) == (
+        "completed",
+        ALL_UPDATES,
+        ALL_UPDATES,
+    )
+    assert (report["world_size"], report["engine"], report["zero_stage"], report["precision"]) == (
+        1,
+        "local",
+        0,
+        "fp32",
+    )
     keys = ("name", "updates", "resolution", "frames", "batch", "lr_max")
     assert [tuple(phase[key] for key in keys) for phase in report["phases"]] == [
         ("low", LOW_UPDATES, "12x12", 3, 4, 0.01),
@@ -167,10 +191,22 @@ def test_the_report_says_what_was_done(whole: Path) -> None:
 
 
 def test_the_run_folder_is_complete(whole: Path) -> None:
-    for name in ("config.yaml", "plan.json", "environment.json", "report.md", "plots/loss.png", "samples/before.png"):
+    for name in (
+        "config.yaml",
+        "plan.json",
+        "environment.json",
+        "report.md",
+        "plots/loss.png",
+        "samples/before.png",
+    ):
         assert (whole / name).stat().st_size > 0
     saved = sorted(path.name for path in (whole / "checkpoints").glob("update_*"))
-    assert saved == ["update_000002", "update_000003", "update_000004", "update_000005"]  # every 2, each edge, the end
+    assert saved == [
+        "update_000002",
+        "update_000003",
+        "update_000004",
+        "update_000005",
+    ]  # every 2, each edge, the end
 
 
 def test_metrics_have_one_row_per_update(whole: Path) -> None:
@@ -198,8 +234,12 @@ def test_another_seed_is_another_run(whole: Path, run_folder: Path) -> None:
     assert _trainer(run_folder, seed=1).train().final_state_sha256 != _report(whole)["final_state_sha256"]
 
 
-@pytest.mark.parametrize("updates", [2, LOW_UPDATES, 4, ALL_UPDATES], ids=["middle", "edge", "second phase", "end"])
-def test_resume_from_a_checkpoint_repeats_the_uninterrupted_run(whole: Path, run_folder: Path, updates: int) -> None:
+@pytest.mark.parametrize(
+    "updates", [2, LOW_UPDATES, 4, ALL_UPDATES], ids=["middle", "edge", "second phase", "end"]
+)
+def test_resume_from_a_checkpoint_repeats_the_uninterrupted_run(
+    whole: Path, run_folder: Path, updates: int
+) -> None:
     checkpoint = whole / "checkpoints" / f"update_{updates:06d}"
     summary = _trainer(run_folder).train(resume=str(checkpoint))
     report, expected = _report(run_folder), _report(whole)
@@ -216,11 +256,15 @@ def test_a_run_that_died_goes_on_where_it_was_saved(tmp_path: Path, precision: s
     uninterrupted = _trainer(tmp_path / "whole", precision=precision).train()
     # 4 clips are read for each of the first updates: this dies in the third, after the save.
     with pytest.raises(DataError, match="PowerCutError"):
-        _trainer(tmp_path / "died", precision=precision, dataset=ActingDataset(0, LENGTHS + 2 * 4 + 2, _lose_power)).train()
+        _trainer(
+            tmp_path / "died", precision=precision, dataset=ActingDataset(0, LENGTHS + 2 * 4 + 2, _lose_power)
+        ).train()
     died = _report(tmp_path / "died")
     assert (died["status"], died["updates"], died["final_state_sha256"]) == ("failed", 2, None)
     assert "PowerCutError" in died["error"]
-    assert {"psnr_db_before"} == {name for name in died["metrics"] if name.startswith("psnr")}, "no phase has ended"
+    assert {"psnr_db_before"} == {name for name in died["metrics"] if name.startswith("psnr")}, (
+        "no phase has ended"
+    )
     resumed = _trainer(tmp_path / "died", precision=precision).train()
     assert resumed.resumed_from == ("update_000002",)
     assert resumed.final_state_sha256 == uninterrupted.final_state_sha256
@@ -241,8 +285,11 @@ class _StopAtTheEdge(logging.Handler):
 
 
 @pytest.fixture
-def stopped_at_the_edge(run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
-    """The folder of a run that was asked to stop after the last update of its first phase, and saved before it was evaluated."""
+def stopped_at_the_edge(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Path:
+    """The folder of a run that was asked to stop after the last update of its first phase, and saved before
+    it was evaluated."""
     monkeypatch.setattr(requests, "LOOK_SECONDS", 0.0)
     asking, log = _StopAtTheEdge(run_folder), logging.getLogger("aiprod_ds.train.loop")
     caplog.set_level(logging.INFO, log.name)
@@ -260,7 +307,9 @@ def _phase_metrics_saved(folder: Path) -> set[str]:
     return set(newest.state.history["phase_metrics"])
 
 
-def test_a_stop_during_the_evaluation_of_a_phase_saves_what_it_found(stopped_at_the_edge: Path, whole: Path) -> None:
+def test_a_stop_during_the_evaluation_of_a_phase_saves_what_it_found(
+    stopped_at_the_edge: Path, whole: Path
+) -> None:
     evaluated = ActingDataset(1, LENGTHS, (stopped_at_the_edge / "STOP").touch)
     assert _trainer(stopped_at_the_edge, validation=evaluated).train().status is RunStatus.INTERRUPTED
     assert _phase_metrics_saved(stopped_at_the_edge) == {"low"}
@@ -299,7 +348,9 @@ def test_resume_never_moves_the_old_run_aside(run_folder: Path) -> None:
         ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(whole: Path, run_folder: Path, sections: dict[str, Any], message: str) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    whole: Path, run_folder: Path, sections: dict[str, Any], message: str
+) -> None:
     trainer = _trainer(run_folder, **sections)
     with pytest.raises(ConfigError, match=message):
         trainer.train(resume=str(whole / "checkpoints" / "update_000002"))

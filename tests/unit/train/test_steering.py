@@ -11,21 +11,34 @@ from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.train.resume.compatibility import check_steering
 
-PHASE = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 4, "updates": 10, "learning_rate": 1e-3}
+PHASE = {
+    "resolution": "64x64",
+    "duration": {"frames": 9},
+    "global_batch_size": 4,
+    "updates": 10,
+    "learning_rate": 1e-3,
+}
 NOW = Clock(updates=13, phase=1, phase_updates=3)
 
 
 def config(*changes: dict[str, Any]) -> VAETrainerConfig:
     phases = [{"name": f"p{index}", **PHASE, **change} for index, change in enumerate(changes)]
     return VAETrainerConfig.model_validate(
-        {"output_dir": "out", "model": {"source": "M"}, "data": {"train": "s"}, "curriculum": {"phases": phases}}
+        {
+            "output_dir": "out",
+            "model": {"source": "M"},
+            "data": {"train": "s"},
+            "curriculum": {"phases": phases},
+        }
     )
 
 
 OLD = config({}, {}, {})
 
 
-def steer(new: VAETrainerConfig, *, clock: Clock = NOW, saved_config: VAETrainerConfig | None = OLD) -> tuple[str, ...]:
+def steer(
+    new: VAETrainerConfig, *, clock: Clock = NOW, saved_config: VAETrainerConfig | None = OLD
+) -> tuple[str, ...]:
     return check_steering(phase_fingerprints(OLD), new, clock, saved_config=saved_config)
 
 
@@ -37,12 +50,18 @@ def test_unchanged_curriculum_has_nothing_to_say() -> None:
     ("new", "lines"),
     [
         (config({}, {}, {"updates": 99}), ("curriculum.phases[2]: phase 'p2' with updates 10 -> 99",)),
-        (config({}, {}, {"duration": {"frames": 17}}), ("curriculum.phases[2]: phase 'p2' with duration.frames 9 -> 17",)),
+        (
+            config({}, {}, {"duration": {"frames": 17}}),
+            ("curriculum.phases[2]: phase 'p2' with duration.frames 9 -> 17",),
+        ),
         (config({}, {}), ("curriculum.phases[2]: removed",)),
         (config({}, {}, {}, {}), ("curriculum.phases[3]: phase 'p3' added",)),
         (
             config({}, {}, {"learning_rate": 0.5}, {}),
-            ("curriculum.phases[2]: phase 'p2' with learning_rate 0.001 -> 0.5", "curriculum.phases[3]: phase 'p3' added"),
+            (
+                "curriculum.phases[2]: phase 'p2' with learning_rate 0.001 -> 0.5",
+                "curriculum.phases[3]: phase 'p3' added",
+            ),
         ),
     ],
 )
@@ -68,7 +87,12 @@ FIX = "Restore it, edit later phases only, or start a new run in another output_
                 f"curriculum.phases[1]: must stay as it was, because it is running (update 13), got phase 'p1' with loss.kl_weight None -> 1.0. {FIX}"
             ],
         ),
-        (config({}), [f"curriculum.phases[1]: must stay as it was, because it is running (update 13), got removed. {FIX}"]),
+        (
+            config({}),
+            [
+                f"curriculum.phases[1]: must stay as it was, because it is running (update 13), got removed. {FIX}"
+            ],
+        ),
     ],
 )
 def test_pinned_phases_may_not(new: VAETrainerConfig, messages: list[str]) -> None:

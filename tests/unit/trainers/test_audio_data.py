@@ -1,4 +1,5 @@
-"""What an audio run makes of its files: held-out sounds, files that cannot be used, the probe cache, a stream of waveforms."""
+"""What an audio run makes of its files: held-out sounds, files that cannot be used, the probe cache, a stream
+of waveforms."""
 
 from __future__ import annotations
 
@@ -34,11 +35,19 @@ def _save(path: Path, *, seed: int, samples: int = 4_000, level: float = 0.2) ->
 
 
 def _config(folder: Path, **changes: Any) -> AudioDataConfig:
-    return AudioDataConfig(**{"train": str(folder), "sample_rate_hz": RATE_HZ, "channels": 2, "num_workers": 0, **changes})
+    return AudioDataConfig(
+        **{"train": str(folder), "sample_rate_hz": RATE_HZ, "channels": 2, "num_workers": 0, **changes}
+    )
 
 
 def _plan(config: AudioDataConfig, frames: int) -> RunPlan:
-    phase = {"name": "p", "duration": {"frames": frames}, "global_batch_size": 2, "updates": 5, "learning_rate": 1e-3}
+    phase = {
+        "name": "p",
+        "duration": {"frames": frames},
+        "global_batch_size": 2,
+        "updates": 5,
+        "learning_rate": 1e-3,
+    }
     data = config.model_dump(mode="json")
     values = {"output_dir": "o", "model": {"source": "M"}, "data": data, "curriculum": {"phases": [phase]}}
     strides = ModelStrides(spatial=1, temporal=8, is_causal=False)
@@ -61,8 +70,12 @@ def test_files_become_a_stream_of_waveforms(folder: Path) -> None:
     stream = data.stream(plan.phases[0], Clock(), rank=0, world_size=1, seed=0, num_workers=0)
     batches = list(islice(stream, 3))
     stream.close()
-    assert [(set(batch.tensors), batch.tensors["audio"].shape) for batch in batches] == [({"audio"}, (2, 2, 2_048))] * 3
-    assert torch.equal(batches[0].tensors["audio"][:, 0], batches[0].tensors["audio"][:, 1]), "mono is repeated"
+    assert [(set(batch.tensors), batch.tensors["audio"].shape) for batch in batches] == [
+        ({"audio"}, (2, 2, 2_048))
+    ] * 3
+    assert torch.equal(batches[0].tensors["audio"][:, 0], batches[0].tensors["audio"][:, 1]), (
+        "mono is repeated"
+    )
     assert data.held_out_clip(0, plan.phases[0].buckets[0])["audio"].shape == (2, 2_048)
 
 
@@ -71,7 +84,9 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(folder: Path, tmp_p
     (folder / "torn.flac").write_bytes(b"fLaC not a sound")
     _save(folder / "silent.wav", seed=9, level=1e-5)
     shutil.copytree(folder, tmp_path / "held_out")
-    config = _config(folder, validation=str(tmp_path / "held_out"), max_unreadable_fraction=0.5, silence_threshold_db=-60.0)
+    config = _config(
+        folder, validation=str(tmp_path / "held_out"), max_unreadable_fraction=0.5, silence_threshold_db=-60.0
+    )
     data = open_audio_files(config, seed=0)
     assert (len(data.train_clips), len(data.validation_clips)) == (4, 4)
     names = [path for path, _ in data.unreadable]

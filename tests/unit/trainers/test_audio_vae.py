@@ -1,4 +1,5 @@
-"""The audio trainer on the local engine: run folder, report, resume, mel models, and what it refuses before training."""
+"""The audio trainer on the local engine: run folder, report, resume, mel models, and what it refuses before
+training."""
 
 from __future__ import annotations
 
@@ -59,13 +60,19 @@ def _config(folder: Path, **sections: Any) -> AudioVAETrainerConfig:
     return AudioVAETrainerConfig.model_validate(values)
 
 
-def _trainer(folder: Path, *, module: nn.Module | None = None, dataset: Any = None, **sections: Any) -> AudioVAETrainer:
+def _trainer(
+    folder: Path, *, module: nn.Module | None = None, dataset: Any = None, **sections: Any
+) -> AudioVAETrainer:
     clips = {"dataset": dataset or _sounds(6), "validation": _sounds(3, seed=1)}
     return AudioVAETrainer(_config(folder, **sections), model=module, **clips)
 
 
 def _losses(folder: Path) -> dict[int, float]:
-    return {update: row["loss/total"] for update, row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row}
+    return {
+        update: row["loss/total"]
+        for update, row in read_metrics(folder / "metrics.jsonl")
+        if "loss/total" in row
+    }
 
 
 @pytest.fixture
@@ -97,7 +104,11 @@ def report(whole: Path) -> dict[str, Any]:
 
 
 def test_the_report_says_what_was_done(report: dict[str, Any]) -> None:
-    assert (report["status"], report["trainer"], report["updates"]) == ("completed", "audio_vae", SHORT_UPDATES + LONG_UPDATES)
+    assert (report["status"], report["trainer"], report["updates"]) == (
+        "completed",
+        "audio_vae",
+        SHORT_UPDATES + LONG_UPDATES,
+    )
     assert [(phase["name"], phase["resolution"], phase["frames"]) for phase in report["phases"]] == [
         ("short", "", 512),
         ("long", "", 1_040),
@@ -127,13 +138,27 @@ def test_there_is_something_to_see_and_to_hear(whole: Path, report: dict[str, An
 
 def test_the_terms_that_are_measured_stand_in_every_row(whole: Path) -> None:
     rows = [row for _, row in read_metrics(whole / "metrics.jsonl") if "loss/total" in row]
-    terms = {"loss/waveform_l1", "loss/spectral", "loss/kl", "loss/mel", "latent/mean", "latent/std", "latent/collapsed_share"}
+    terms = {
+        "loss/waveform_l1",
+        "loss/spectral",
+        "loss/kl",
+        "loss/mel",
+        "latent/mean",
+        "latent/std",
+        "latent/collapsed_share",
+    }
     assert all(terms <= set(row) for row in rows)
     config = _config(whole).loss
     for row in rows[:SHORT_UPDATES]:  # fp32 sums of two micro-batches
-        weighted = config.waveform_weight * row["loss/waveform_l1"] + row["loss/spectral"] + config.kl_weight * row["loss/kl"]
+        weighted = (
+            config.waveform_weight * row["loss/waveform_l1"]
+            + row["loss/spectral"]
+            + config.kl_weight * row["loss/kl"]
+        )
         assert row["loss/total"] == pytest.approx(weighted, rel=1e-5)
-    assert rows[-1]["loss/total"] > rows[-1]["loss/spectral"] + 0.1 * rows[-1]["loss/mel"], "the last phase weighs the mel term"
+    assert rows[-1]["loss/total"] > rows[-1]["loss/spectral"] + 0.1 * rows[-1]["loss/mel"], (
+        "the last phase weighs the mel term"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")  # diffusers' own
@@ -159,7 +184,9 @@ def test_resume_from_a_checkpoint_repeats_the_uninterrupted_run(
     summary = _trainer(run_folder).train(resume=str(whole / "checkpoints" / f"update_{updates:06d}"))
     assert summary.final_state_sha256 == report["final_state_sha256"]
     assert dict(summary.metrics) == report["metrics"]
-    assert _losses(run_folder) == {update: loss for update, loss in _losses(whole).items() if update > updates}
+    assert _losses(run_folder) == {
+        update: loss for update, loss in _losses(whole).items() if update > updates
+    }
 
 
 def test_evaluation_repeats_the_reported_measures(whole: Path, report: dict[str, Any]) -> None:
@@ -176,23 +203,36 @@ def test_a_phase_may_recompute_activations(whole: Path, report: dict[str, Any], 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_begin_as_fp32_does(whole: Path, run_folder: Path, precision: str) -> None:
     # 16 channels: bf16 convolutions of 8 with kernel 8 are wrong in oneDNN of torch 2.14.1 on a CPU with AMX.
-    model = {"source": "AutoencoderOobleck", "config": {**OOBLECK, "encoder_hidden_size": 16, "decoder_channels": 16}}
+    model = {
+        "source": "AutoencoderOobleck",
+        "config": {**OOBLECK, "encoder_hidden_size": 16, "decoder_channels": 16},
+    }
     model["config"]["decoder_input_channels"] = 8
     losses = {}
     for name in ("fp32", precision):
         settings: dict[str, Any] = {"zero_optimization": {"stage": 1}}
         if name != "fp32":
-            settings[name] = {"enabled": True} if name == "bf16" else {"enabled": True, "initial_scale_power": 8}
+            settings[name] = (
+                {"enabled": True} if name == "bf16" else {"enabled": True, "initial_scale_power": 8}
+            )
         folder = run_folder.with_name(name)
-        summary = _trainer(folder, model=model, engine={"kind": "local", "deepspeed_config": settings}).train()
-        assert (summary.precision, summary.updates, summary.skipped_updates) == (name, SHORT_UPDATES + LONG_UPDATES, 0)
+        summary = _trainer(
+            folder, model=model, engine={"kind": "local", "deepspeed_config": settings}
+        ).train()
+        assert (summary.precision, summary.updates, summary.skipped_updates) == (
+            name,
+            SHORT_UPDATES + LONG_UPDATES,
+            0,
+        )
         losses[name] = list(_losses(folder).values())
     assert losses[precision] != losses["fp32"]
     # Oracle: fp32. Weights and activations have 8 or 11 bits; measured: 2e-4 in bf16, 7e-5 in fp16.
     assert losses[precision][0] == pytest.approx(losses["fp32"][0], rel=2e-3)
 
 
-def test_sound_that_diverged_is_shown_but_not_written(run_folder: Path, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sound_that_diverged_is_shown_but_not_written(
+    run_folder: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Loud(nn.Module):
         """Decodes to infinity."""
 
@@ -244,17 +284,32 @@ def test_a_mel_model_learns_spectrograms(run_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"train": "s", "channels": 1}}, "data.sample_rate_hz: must be the model's, 8000, got 44100. Set it"),
-        ({"data": {"train": "s", "sample_rate_hz": RATE_HZ}}, "data.channels: must be the model's, 1, got 2. Set it"),
+        (
+            {"data": {"train": "s", "channels": 1}},
+            "data.sample_rate_hz: must be the model's, 8000, got 44100. Set it",
+        ),
+        (
+            {"data": {"train": "s", "sample_rate_hz": RATE_HZ}},
+            "data.channels: must be the model's, 1, got 2. Set it",
+        ),
     ],
 )
-def test_data_that_the_model_does_not_take_is_refused(run_folder: Path, sections: dict[str, Any], message: str) -> None:
+def test_data_that_the_model_does_not_take_is_refused(
+    run_folder: Path, sections: dict[str, Any], message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         _trainer(run_folder, **sections).plan()
 
 
 def _one_phase(**changes: Any) -> dict[str, Any]:
-    phase = {"name": "a", "duration": {"frames": 2_048}, "global_batch_size": 2, "updates": 2, "learning_rate": 1e-3, **changes}
+    phase = {
+        "name": "a",
+        "duration": {"frames": 2_048},
+        "global_batch_size": 2,
+        "updates": 2,
+        "learning_rate": 1e-3,
+        **changes,
+    }
     return {"phases": [phase]}
 
 
@@ -271,11 +326,16 @@ def _one_phase(**changes: Any) -> dict[str, Any]:
         ),
         (
             {"curriculum": {**_one_phase(duration={"seconds": 0.2002}), "frames_policy": "strict"}},
-            r"duration.seconds: must give 8 \* k samples for this model \(frames_policy: strict\), got 1602. Use 1600 or 1608",
+            (
+                r"duration.seconds: must give 8 \* k samples for this model \(frames_policy: strict\), got "
+                r"1602. Use 1600 or 1608"
+            ),
         ),
     ],
 )
-def test_phases_that_cannot_be_trained_or_measured_are_refused(run_folder: Path, sections: dict[str, Any], message: str) -> None:
+def test_phases_that_cannot_be_trained_or_measured_are_refused(
+    run_folder: Path, sections: dict[str, Any], message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         _trainer(run_folder, **sections).plan()
 
@@ -290,7 +350,10 @@ def test_a_mel_model_is_not_trained_on_waveforms(run_folder: Path) -> None:
         _trainer(run_folder, **sections).plan()
     text = str(caught.value)
     assert "curriculum.phases[0].loss: one of mel_weight must exceed 0 in this phase, got 0 for all." in text
-    assert "waveform_weight has no effect on a model of mel spectrograms, got 0.1. Set loss.waveform_weight to 0." in text
+    assert (
+        "waveform_weight has no effect on a model of mel spectrograms, got 0.1. Set loss.waveform_weight to "
+        "0." in text
+    )
     assert "loss.mel: neither this nor loss.spectral has an effect on a model of mel spectrograms" in text
 
 
@@ -298,7 +361,9 @@ def test_sounds_that_are_too_short_are_named(run_folder: Path) -> None:
     sounds = [*_sounds(3), *_sounds(1, samples=600)]
     summary = _trainer(run_folder, dataset=sounds).train()
     assert summary.data.too_short == (("dataset[3]", "under 1,040 samples (0.13 s), unused in phase long"),)
-    with pytest.raises(PlanError, match=r"duration: must be at most the samples of the longest clip at 8000 Hz \(600, "):
+    with pytest.raises(
+        PlanError, match=r"duration: must be at most the samples of the longest clip at 8000 Hz \(600, "
+    ):
         _trainer(run_folder, dataset=_sounds(2, samples=600)).train()
 
 
@@ -311,7 +376,9 @@ def test_a_deterministic_model_is_refused(run_folder: Path) -> None:
             self.encode = nn.Conv1d(1, 2, 8, stride=8)
             self.decode = nn.ConvTranspose1d(2, 1, 8, stride=8)
 
-    with pytest.raises(ConfigError, match="needs a model with a posterior, got a deterministic autoencoder in phase short"):
+    with pytest.raises(
+        ConfigError, match="needs a model with a posterior, got a deterministic autoencoder in phase short"
+    ):
         _trainer(run_folder, module=Plain(), model=HOP_8).train()
 
 

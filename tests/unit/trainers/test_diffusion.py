@@ -1,4 +1,5 @@
-"""The diffusion trainer on the local engine: every family, full and LoRA, its report, and what it refuses before training."""
+"""The diffusion trainer on the local engine: every family, full and LoRA, its report, and what it refuses
+before training."""
 
 from __future__ import annotations
 
@@ -26,8 +27,15 @@ LTX_VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32
 WAN_VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 16, "temporal_stride": 8}
 SOUND = {"audio_vae": {"source": "AutoencoderKLLTX2Audio"}}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "ltx": {"model": {"source": "LTXVideoTransformer3DModel", "config": LTXVideo.tiny_config()}, "vae": LTX_VAE},
-    "ltx2": {"model": {"source": "LTX2VideoTransformer3DModel", "config": LTX2.tiny_config()}, "vae": LTX_VAE, **SOUND},
+    "ltx": {
+        "model": {"source": "LTXVideoTransformer3DModel", "config": LTXVideo.tiny_config()},
+        "vae": LTX_VAE,
+    },
+    "ltx2": {
+        "model": {"source": "LTX2VideoTransformer3DModel", "config": LTX2.tiny_config()},
+        "vae": LTX_VAE,
+        **SOUND,
+    },
     "wan": {"model": {"source": "WanTransformer3DModel", "config": Wan.tiny_config()}, "vae": WAN_VAE},
 }
 
@@ -35,7 +43,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def _clips(count: int, *, seed: int, channels: int = 4) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"latents": (channels, 2, 4, 4), "audio_latents": (2, 5, 4), "prompt_embeds": (3, 16)}
-    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)]
+    return [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in range(count)
+    ]
 
 
 def _trainer(
@@ -54,7 +65,9 @@ def _trainer(
         {
             "output_dir": str(folder),
             "data": {"train": "given_in_code", "num_workers": 0},
-            "curriculum": {"phases": [{**phase, "updates": updates, "learning_rate": 3e-3, "global_batch_size": 4}]},
+            "curriculum": {
+                "phases": [{**phase, "updates": updates, "learning_rate": 3e-3, "global_batch_size": 4}]
+            },
             "engine": {"kind": "local", "deepspeed_config": {"zero_optimization": {"stage": 1}}},
             "evaluation": {"max_clips": 2, "num_pictures": 0, "noise_levels": LEVELS},
             **chosen,
@@ -71,7 +84,9 @@ def _no_plots() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_full_run_reports_every_noise_level_and_exports_a_model_that_loads(tmp_path: Path, family: str) -> None:
+def test_a_full_run_reports_every_noise_level_and_exports_a_model_that_loads(
+    tmp_path: Path, family: str
+) -> None:
     _trainer(tmp_path, family).train()
     report = json.loads((tmp_path / "report.json").read_text())
     modalities = ("video", "audio") if family == "ltx2" else ("video",)
@@ -90,19 +105,26 @@ def test_a_lora_run_trains_adapters_alone_and_exports_them(tmp_path: Path, famil
     assert summary.updates == 2
     adapters = load_file(tmp_path / "export" / "peft" / "adapter_model.safetensors")
     assert all(".lora_A." in name or ".lora_B." in name for name in adapters)
-    assert all(value.abs().max() > 0 for name, value in adapters.items() if ".lora_B." in name), "B starts at zero"
+    assert all(value.abs().max() > 0 for name, value in adapters.items() if ".lora_B." in name), (
+        "B starts at zero"
+    )
     assert not (tmp_path / "export" / "config.json").exists()
 
 
 def test_the_loss_falls_at_every_noise_level_on_clips_that_are_alike(tmp_path: Path) -> None:
     alike = [{**clip, "latents": _clips(1, seed=3)[0]["latents"]} for clip in _clips(8, seed=0)]
-    metrics = _trainer(tmp_path, "ltx", clips=alike, updates=60, loss={"noise_level": {"uniform_fraction": 1.0}}).train().metrics
+    metrics = (
+        _trainer(tmp_path, "ltx", clips=alike, updates=60, loss={"noise_level": {"uniform_fraction": 1.0}})
+        .train()
+        .metrics
+    )
     for level in LEVELS:
         assert metrics[f"video_loss_at_{level}_after"] < 0.9 * metrics[f"video_loss_at_{level}_before"]
 
 
 def test_the_held_out_loss_goes_on_where_it_was_when_all_weights_are_trained(tmp_path: Path) -> None:
-    """Phases after the first move nothing: what they measure is what the adapters have reached, through both changes."""
+    """Phases after the first move nothing: what they measure is what the adapters have reached, through both
+    changes."""
     alike = [{**clip, "latents": _clips(1, seed=3)[0]["latents"]} for clip in _clips(8, seed=0)]
     phase = {"resolution": "128x128", "duration": {"frames": 9}, "global_batch_size": 4}
     lora = {"training_mode": "lora", "lora": {"rank": 4}}
@@ -118,14 +140,17 @@ def test_the_held_out_loss_goes_on_where_it_was_when_all_weights_are_trained(tmp
         name = f"video_loss_at_{level}"
         learned = report["metrics"][f"{name}_before"] - reached[name]
         assert learned > 0.01, "or the adapters would not be missed"
-        assert whole[name] == pytest.approx(reached[name], rel=1e-6, abs=0)  # fp32: W x + B (A x) against (W + B A) x
+        assert whole[name] == pytest.approx(
+            reached[name], rel=1e-6, abs=0
+        )  # fp32: W x + B (A x) against (W + B A) x
         assert again[name] == pytest.approx(reached[name], rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("form", ["peft", "comfyui.safetensors"])
 @pytest.mark.parametrize("family", ["ltx", "wan"])
 def test_a_run_goes_on_from_a_lora_merged_or_as_adapters(tmp_path: Path, family: str, form: str) -> None:
-    """Both start with the function that the first run ended with: the same loss on the same held-out clips and noise."""
+    """Both start with the function that the first run ended with: the same loss on the same held-out clips
+    and noise."""
     lora = {"training_mode": "lora", "lora": {"rank": 2, "alpha": 3.0}}
     before = _trainer(tmp_path / "first", family, **lora).train().metrics
     file = {"path": str(tmp_path / "first" / "export" / form)}
@@ -135,10 +160,14 @@ def test_a_run_goes_on_from_a_lora_merged_or_as_adapters(tmp_path: Path, family:
     again = _trainer(tmp_path / "again", family, model={**model, "lora_checkpoint": file}, **lora)
     again.train()
     assert (tmp_path / "again" / "export" / "base" / "config.json").exists(), "nobody else has it"
-    further = _trainer(tmp_path / "further", family, model={**model, "lora_init": file}, **lora).train().metrics
+    further = (
+        _trainer(tmp_path / "further", family, model={**model, "lora_init": file}, **lora).train().metrics
+    )
     assert before["loss_after"] != before["loss_before"]
     for found in (merged, further):
-        assert found["loss_before"] == pytest.approx(before["loss_after"], rel=1e-6)  # fp32 sums in another order
+        assert found["loss_before"] == pytest.approx(
+            before["loss_after"], rel=1e-6
+        )  # fp32 sums in another order
         assert found["loss_after"] != found["loss_before"]
 
 
@@ -154,15 +183,36 @@ def test_a_lora_that_does_not_fit_is_refused_before_weights_are_loaded(tmp_path:
 @pytest.mark.parametrize(
     ("family", "sections", "message"),
     [
-        ("ltx2", {"audio_vae": None}, "test.yaml: audio_vae: must be given for the family 'ltx2', which makes sound"),
         (
             "ltx2",
-            {"model": {"source": "LTX2VideoTransformer3DModel", "config": {**LTX2.tiny_config(), "audio_hop_length": 320}}},
-            "test.yaml: model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be .* 25, got 12.5",
+            {"audio_vae": None},
+            "test.yaml: audio_vae: must be given for the family 'ltx2', which makes sound",
+        ),
+        (
+            "ltx2",
+            {
+                "model": {
+                    "source": "LTX2VideoTransformer3DModel",
+                    "config": {**LTX2.tiny_config(), "audio_hop_length": 320},
+                }
+            },
+            (
+                "test.yaml: model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must "
+                "be "
+                ".* 25, got 12.5"
+            ),
         ),
         ("ltx", SOUND, "test.yaml: audio_vae: has no effect for the family"),
-        ("ltx", {"loss": {"shared_noise_level": True}}, "test.yaml: loss.shared_noise_level: has no effect for the family"),
-        ("ltx", {"loss": {"video_weight": 0.0}}, r"test.yaml: curriculum.phases\[0\].loss: video_weight must exceed 0, got 0"),
+        (
+            "ltx",
+            {"loss": {"shared_noise_level": True}},
+            "test.yaml: loss.shared_noise_level: has no effect for the family",
+        ),
+        (
+            "ltx",
+            {"loss": {"video_weight": 0.0}},
+            r"test.yaml: curriculum.phases\[0\].loss: video_weight must exceed 0, got 0",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_family_are_refused(
@@ -190,6 +240,8 @@ def test_latents_of_another_size_than_the_phase_are_refused_by_name(tmp_path: Pa
 
 
 def test_an_unknown_transformer_is_refused(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, "ltx", model={"source": "torch.nn:Linear", "config": {"in_features": 1, "out_features": 1}})
+    trainer = _trainer(
+        tmp_path, "ltx", model={"source": "torch.nn:Linear", "config": {"in_features": 1, "out_features": 1}}
+    )
     with pytest.raises(ConfigError, match="must be a transformer of a known family"):
         trainer.plan()

@@ -80,7 +80,10 @@ def test_diffusers_loads_a_whole_model(family_type: type[Family], tmp_path: Path
     engine, module = _trained(family_type)
     _assert_trained(module.transformer, family_type)
     export_transformer(engine, module, tmp_path / "export", lora=None)
-    assert {path.name for path in (tmp_path / "export").iterdir()} == {"config.json", f"{WEIGHTS}.safetensors"}
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {
+        "config.json",
+        f"{WEIGHTS}.safetensors",
+    }
     # The same weights in the same arithmetic: equal to the bit.
     assert torch.equal(_output(_load(family_type, tmp_path / "export")), _output(module.transformer))
 
@@ -94,7 +97,9 @@ def test_diffusers_loads_adapters_from_both_files(family_type: type[Family], tmp
     assert {path.name for path in tmp_path.iterdir()} == {"peft", "comfyui.safetensors"}
 
     by_peft = tiny_transformer(family_type)
-    by_peft.load_lora_adapter(tmp_path / "peft", weight_name="adapter_model.safetensors", prefix="base_model.model")
+    by_peft.load_lora_adapter(
+        tmp_path / "peft", weight_name="adapter_model.safetensors", prefix="base_model.model"
+    )
     assert torch.equal(_output(by_peft), expected)
 
     by_pipeline = tiny_transformer(family_type)
@@ -108,7 +113,9 @@ def test_a_model_above_the_limit_is_cut_into_files_with_an_index(tmp_path: Path)
     export_transformer(engine, module, tmp_path, lora=None, shard_bytes=30_000)
     index = json.loads((tmp_path / f"{WEIGHTS}.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == [f"{WEIGHTS}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    assert files == [
+        f"{WEIGHTS}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
+    ]
     assert set(index["weight_map"].values()) == set(files)
     assert set(index["weight_map"]) == set(module.transformer.state_dict())
     sizes = {name: sum(tensor.nbytes for tensor in load_file(tmp_path / name).values()) for name in files}

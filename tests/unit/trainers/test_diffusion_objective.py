@@ -1,6 +1,8 @@
-"""The diffusion objective against the loss written out: noise and levels drawn here from the documented streams.
+"""The diffusion objective against the loss written out: noise and levels drawn here from the documented
+streams.
 
-The transformer's last layers are zero, so it predicts a velocity of 0 and the loss is the mean square of eps - x0.
+The transformer's last layers are zero, so it predicts a velocity of 0 and the loss is the mean square of eps
+- x0.
 """
 
 from __future__ import annotations
@@ -41,7 +43,12 @@ def engine() -> LocalEngine:
     module = DiffusionModule(model, find_family(model, ModelStrides(spatial=32, temporal=8)))
     settings = parse_deepspeed_settings({"zero_optimization": {"stage": 1}}, "test")
     return LocalEngine(
-        module, decay_groups(module), optimizer=OptimizerConfig(), settings=settings, micro_batch_size=4, accumulation=1
+        module,
+        decay_groups(module),
+        optimizer=OptimizerConfig(),
+        settings=settings,
+        micro_batch_size=4,
+        accumulation=1,
     )
 
 
@@ -64,14 +71,19 @@ def _loss(engine: LocalEngine, batch: dict[str, Tensor], places: Any = PLACES, *
 
 
 def _velocity(latents: Tensor, modality: str) -> Tensor:
-    """[B,L,D] of what the transformer should answer; the tokens of this model are latent positions with all their channels."""
+    """[B,L,D] of what the transformer should answer; the tokens of this model are latent positions with all
+    their channels."""
     tokens = latents.flatten(2).transpose(1, 2) if modality == "video" else latents.transpose(1, 2).flatten(2)
     seeds = [stream_seed(SEED, "noise", modality, *place) for place in PLACES]
-    noise = torch.stack([torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.stack(
+        [torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     return noise - tokens
 
 
-def test_a_prediction_of_zero_costs_the_mean_square_of_the_velocity(engine: LocalEngine, batch: dict[str, Tensor]) -> None:
+def test_a_prediction_of_zero_costs_the_mean_square_of_the_velocity(
+    engine: LocalEngine, batch: dict[str, Tensor]
+) -> None:
     terms = _loss(engine, batch).terms
     video = float(_velocity(batch["latents"], "video").square().mean())
     audio = float(_velocity(batch["audio_latents"], "audio").square().mean())
@@ -102,13 +114,20 @@ def test_draws_belong_to_samples_and_not_to_the_batch(engine: LocalEngine, batch
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_modalities_share_a_level_when_told(engine: LocalEngine, batch: dict[str, Tensor], is_shared: bool) -> None:
+def test_modalities_share_a_level_when_told(
+    engine: LocalEngine, batch: dict[str, Tensor], is_shared: bool
+) -> None:
     terms = _loss(engine, batch, shared_noise_level=is_shared).terms
-    shares = [[float(terms[f"loss/{modality}_s{bucket}_share"]) for bucket in range(4)] for modality in ("video", "audio")]
+    shares = [
+        [float(terms[f"loss/{modality}_s{bucket}_share"]) for bucket in range(4)]
+        for modality in ("video", "audio")
+    ]
     assert (shares[0] == shares[1]) == is_shared
 
 
-def test_held_out_noise_is_the_same_at_every_level_in_every_run(engine: LocalEngine, batch: dict[str, Tensor]) -> None:
+def test_held_out_noise_is_the_same_at_every_level_in_every_run(
+    engine: LocalEngine, batch: dict[str, Tensor]
+) -> None:
     one = {name: tensor[:1] for name, tensor in batch.items()}
     found = [
         FlowObjective(family=engine.module.family, config=FlowConfig(), seed=seed).held_out(  # type: ignore[arg-type]
@@ -117,7 +136,11 @@ def test_held_out_noise_is_the_same_at_every_level_in_every_run(engine: LocalEng
         for seed in (1, 2)
         for level in (0.125, 0.875)
     ]
-    assert all(measures == found[0] for measures in found), "a prediction of zero makes the loss depend on the noise alone"
-    noise = torch.randn(12, 4, generator=torch.Generator().manual_seed(stream_seed(0, "evaluation_noise", "video", 5)))
+    assert all(measures == found[0] for measures in found), (
+        "a prediction of zero makes the loss depend on the noise alone"
+    )
+    noise = torch.randn(
+        12, 4, generator=torch.Generator().manual_seed(stream_seed(0, "evaluation_noise", "video", 5))
+    )
     velocity = noise - one["latents"][0].flatten(1).transpose(0, 1)
     assert found[0]["video"] == pytest.approx(float(velocity.square().mean()), **CLOSE)

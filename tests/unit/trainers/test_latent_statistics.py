@@ -41,7 +41,9 @@ def test_parts_add_up_to_the_whole() -> None:
     # Oracle: torch in fp64.
     wide = latents.double()
     assert together.compute()["latents_mean"] == pytest.approx(wide.mean(dim=(0, 2, 3)).tolist(), rel=1e-12)
-    assert together.compute()["latents_std"] == pytest.approx(wide.std(dim=(0, 2, 3), correction=0).tolist(), rel=1e-12)
+    assert together.compute()["latents_std"] == pytest.approx(
+        wide.std(dim=(0, 2, 3), correction=0).tolist(), rel=1e-12
+    )
 
 
 def test_nothing_seen_is_no_statistics() -> None:
@@ -49,7 +51,8 @@ def test_nothing_seen_is_no_statistics() -> None:
 
 
 class _WithStatistics(nn.Module):
-    """Holds them in the configuration, as diffusers' AutoencoderKLWan, and in buffers, as AutoencoderKLLTXVideo."""
+    """Holds them in the configuration, as diffusers' AutoencoderKLWan, and in buffers, as
+    AutoencoderKLLTXVideo."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,7 +61,9 @@ class _WithStatistics(nn.Module):
         self.register_buffer("latents_std", torch.ones(channels))
 
     def save_config(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps({"latents_mean": [0.0], "latents_std": None, "other": 1}))
+        (folder / "config.json").write_text(
+            json.dumps({"latents_mean": [0.0], "latents_std": None, "other": 1})
+        )
 
 
 class _Module(nn.Module):
@@ -73,7 +78,12 @@ def _export(vae: nn.Module, folder: Path) -> dict[str, Tensor]:
     optimizer = OptimizerConfig()
     batch = {"micro_batch_size": 1, "accumulation": 1}
     engine = LocalEngine(
-        module, decay_groups(module), optimizer=optimizer, settings=settings, device=torch.device("cpu"), **batch
+        module,
+        decay_groups(module),
+        optimizer=optimizer,
+        settings=settings,
+        device=torch.device("cpu"),
+        **batch,
     )
     clips = [
         HeldOutClip(place=place, original=torch.zeros(1), output=torch.zeros(1), mean=mean[None])
@@ -101,7 +111,14 @@ def test_buffers_of_another_size_stay(tmp_path: Path) -> None:
 
 def test_vectors_of_any_shape_are_not_decayed() -> None:
     module = nn.Module()
-    shapes = {"kernel": (4, 2, 3), "matrix": (4, 2), "bias": (4,), "gain": (4, 1, 1), "slope": (1, 4, 1), "scalar": ()}
+    shapes = {
+        "kernel": (4, 2, 3),
+        "matrix": (4, 2),
+        "bias": (4,),
+        "gain": (4, 1, 1),
+        "slope": (1, 4, 1),
+        "scalar": (),
+    }
     for name, shape in shapes.items():
         module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
     module.register_parameter("frozen", nn.Parameter(torch.zeros(2, 2), requires_grad=False))

@@ -1,4 +1,5 @@
-"""Checkpoints of adapters refer to the weights that they were trained on, and a run goes on with no others."""
+"""Checkpoints of adapters refer to the weights that they were trained on, and a run goes on with no
+others."""
 
 from __future__ import annotations
 
@@ -49,10 +50,15 @@ def _write_model(folder: Path, *, seed: int) -> None:
 def _clips(count: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"latents": (4, 2, 2, 2), "prompt_embeds": (3, 16)}
-    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)]
+    return [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in range(count)
+    ]
 
 
-def _trainer(folder: Path, model: Path, *phases: dict[str, Any], updates: int = 2, **checkpoint: Any) -> DiffusionTrainer:
+def _trainer(
+    folder: Path, model: Path, *phases: dict[str, Any], updates: int = 2, **checkpoint: Any
+) -> DiffusionTrainer:
     shape = {"resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 4}
     each = [
         {"name": f"phase{index}", "updates": updates, "learning_rate": 3e-3, **shape, **phase}
@@ -62,7 +68,11 @@ def _trainer(folder: Path, model: Path, *phases: dict[str, Any], updates: int = 
         {
             "output_dir": str(folder),
             "model": {"source": SOURCE, "pretrained": str(model)},
-            "vae": {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8},
+            "vae": {
+                "source": "aiprod_ds.testing.tiny:TinyVideoVAE",
+                "spatial_stride": 32,
+                "temporal_stride": 8,
+            },
             "data": {"train": "given_in_code", "num_workers": 0},
             "curriculum": {"phases": each},
             "engine": {"kind": "local", "deepspeed_config": {"bf16": {"enabled": True}}},
@@ -100,7 +110,9 @@ def test_a_checkpoint_holds_the_adapters_and_says_what_they_belong_to(tmp_path: 
         assert short.names("frozen") == frozen
         size = sum(whole.whole("frozen", name).nbytes for name in frozen)
         assert _bytes(holding) - _bytes(referring) == pytest.approx(size, rel=0.2)  # headers and names too
-        with pytest.raises(CheckpointError, match=rf"holds no frozen/.*, only what was trained on {model}\. Read it there"):
+        with pytest.raises(
+            CheckpointError, match=rf"holds no frozen/.*, only what was trained on {model}\. Read it there"
+        ):
             short.whole("frozen", frozen[0])
 
 
@@ -115,7 +127,9 @@ def test_resuming_repeats_the_uninterrupted_run(
     for update in updates:
         shutil.copytree(tmp_path / "run", tmp_path / str(update))
         _drop(tmp_path / str(update), update + 1)
-        again = _trainer(tmp_path / str(update), model, LORA, FULL, SMALLER, self_contained=self_contained).train()
+        again = _trainer(
+            tmp_path / str(update), model, LORA, FULL, SMALLER, self_contained=self_contained
+        ).train()
         assert again.resumed_from == (f"update_{update:06d}",)
         assert again.final_state_sha256 == whole.final_state_sha256
 
@@ -133,11 +147,13 @@ def test_a_run_may_change_between_references_and_copies(tmp_path: Path, model: P
     assert base.is_stored, "what a copy held may have been trained before"
 
 
-def test_other_weights_under_the_same_name_are_refused_and_both_are_named(tmp_path: Path, model: Path) -> None:
+def test_other_weights_under_the_same_name_are_refused_and_both_are_named(
+    tmp_path: Path, model: Path
+) -> None:
     _trainer(tmp_path / "run", model, LORA).train()
     _drop(tmp_path / "run", 2)
     _write_model(model, seed=1)
-    message = rf"that its adapters were trained on, {model} \(sha256 [0-9a-f]{{16}}\), got {model} \(sha256 [0-9a-f]{{16}}\)"
+    message = rf"that its adapters were trained on, {model} \(sha256 [0-9a-f]{{16}}\), got {model} \(sha256 [0-9a-f]{{16}}\)"  # noqa: E501
     for act in ("train", "evaluate"):
         with pytest.raises(CheckpointError, match=message):
             getattr(_trainer(tmp_path / "run", model, LORA), act)()
@@ -147,13 +163,20 @@ def test_a_copy_needs_no_weights_elsewhere(tmp_path: Path, model: Path) -> None:
     whole = _trainer(tmp_path / "run", model, LORA, self_contained=True).train()
     _drop(tmp_path / "run", 2)
     _write_model(model, seed=1)
-    assert _trainer(tmp_path / "run", model, LORA, self_contained=True).train().final_state_sha256 == whole.final_state_sha256
+    assert (
+        _trainer(tmp_path / "run", model, LORA, self_contained=True).train().final_state_sha256
+        == whole.final_state_sha256
+    )
 
 
-def test_weights_that_the_run_made_are_stored_once_and_read_through_the_checkpoint(tmp_path: Path, model: Path) -> None:
+def test_weights_that_the_run_made_are_stored_once_and_read_through_the_checkpoint(
+    tmp_path: Path, model: Path
+) -> None:
     _trainer(tmp_path / "run", model, FULL, LORA).train()
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in (checkpoints / "bases").iterdir()] == [base_of(checkpoints / "update_000003").sha256]  # type: ignore[union-attr]
+    assert [path.name for path in (checkpoints / "bases").iterdir()] == [
+        base_of(checkpoints / "update_000003").sha256
+    ]  # type: ignore[union-attr]
     with (
         ShardReader(checkpoints / "update_000002" / "engine") as full,
         ShardReader(checkpoints / "update_000004" / "engine") as last,
@@ -185,7 +208,9 @@ def test_a_checkpoint_whose_base_is_damaged_is_skipped(tmp_path: Path, model: Pa
     again = _trainer(tmp_path / "run", model, FULL, LORA).train()
     assert again.resumed_from == ("update_000002",)
     assert store.newest() is not None
-    assert (store.read(store.folder / "update_000004").folder / "engine").is_dir(), "the base was stored again"
+    assert (store.read(store.folder / "update_000004").folder / "engine").is_dir(), (
+        "the base was stored again"
+    )
 
 
 def test_a_base_goes_with_the_last_checkpoint_that_refers_to_it(tmp_path: Path, model: Path) -> None:
@@ -202,5 +227,7 @@ def test_a_base_goes_with_the_last_checkpoint_that_refers_to_it(tmp_path: Path, 
 
 
 def test_self_contained_without_adapters_is_refused(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(ValidationError, match=r"checkpoint\.self_contained: has no effect unless a phase trains adapters"):
+    with pytest.raises(
+        ValidationError, match=r"checkpoint\.self_contained: has no effect unless a phase trains adapters"
+    ):
         _trainer(tmp_path / "run", model, FULL, self_contained=True)

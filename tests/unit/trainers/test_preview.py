@@ -31,7 +31,13 @@ STRIDES = ModelStrides(spatial=32, temporal=8)
 VAE = ModelConfig(source="aiprod_ds.testing.tiny:TinyVideoVAE")
 AUDIO_VAE = ModelConfig(
     source="AutoencoderKLLTX2Audio",
-    config={"base_channels": 8, "ch_mult": [1, 2, 4], "num_res_blocks": 1, "latent_channels": 2, "mel_bins": 16},
+    config={
+        "base_channels": 8,
+        "ch_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "latent_channels": 2,
+        "mel_bins": 16,
+    },
 )
 CONFIG = PreviewConfig(num_forwards=3, decode_precision="fp32")
 EMPTY = {"prompt_embeds": torch.zeros(6, 16), "prompt_attention_mask": torch.arange(6) < 1}
@@ -42,7 +48,9 @@ def engine() -> LocalEngine:
     module = DiffusionModule(transformer := tiny_transformer(LTX2), find_family(transformer, STRIDES))
     settings = parse_deepspeed_settings({"zero_optimization": {"stage": 1}}, where="test")
     groups = decay_groups(module)
-    built = LocalEngine(module, groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=1, accumulation=1)
+    built = LocalEngine(
+        module, groups, optimizer=OptimizerConfig(), settings=settings, micro_batch_size=1, accumulation=1
+    )
     built.eval()
     return built
 
@@ -52,7 +60,9 @@ def _items(num: int) -> list[dict[str, Tensor]]:
     return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
 
 
-def _previews(engine: LocalEngine, config: PreviewConfig = CONFIG, *, empty: Any = EMPTY, seed: int = 0) -> Previews:
+def _previews(
+    engine: LocalEngine, config: PreviewConfig = CONFIG, *, empty: Any = EMPTY, seed: int = 0
+) -> Previews:
     decoder = LatentDecoder(VAE, AUDIO_VAE, config, seed=0)
     return Previews(config, family=engine.module.family, decoder=decoder, empty_prompt=empty, seed=seed)
 
@@ -82,17 +92,23 @@ def test_every_item_becomes_a_film_with_sound_on_one_sheet(engine: LocalEngine, 
     assert len(shapes) == 3
 
 
-def test_a_clip_depends_on_its_prompt_its_place_and_the_seed_alone(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_clip_depends_on_its_prompt_its_place_and_the_seed_alone(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
     items = _items(2)
     other_latents = [{**item, "latents": item["latents"] + 1.0} for item in items]
     same_prompt = [items[0], items[0]]
     both = _frames(_previews(engine).make(engine, items), tmp_path / "a")
     assert np.array_equal(_frames(_previews(engine).make(engine, items[:1]), tmp_path / "b")[0], both[0])
-    assert np.array_equal(np.stack(_frames(_previews(engine).make(engine, other_latents), tmp_path / "c")), np.stack(both))
+    assert np.array_equal(
+        np.stack(_frames(_previews(engine).make(engine, other_latents), tmp_path / "c")), np.stack(both)
+    )
     first, second = _frames(_previews(engine).make(engine, same_prompt), tmp_path / "d")
     assert not np.array_equal(first, second), "other noise at another place"
     assert not np.array_equal(second, both[1]), "another prompt"
-    assert not np.array_equal(_frames(_previews(engine, seed=1).make(engine, items[:1]), tmp_path / "e")[0], both[0])
+    assert not np.array_equal(
+        _frames(_previews(engine, seed=1).make(engine, items[:1]), tmp_path / "e")[0], both[0]
+    )
 
 
 def test_the_weights_decide(engine: LocalEngine, tmp_path: Path) -> None:
@@ -106,11 +122,16 @@ def test_the_weights_decide(engine: LocalEngine, tmp_path: Path) -> None:
 
 
 def test_guidance_needs_the_empty_prompt_and_changes_the_clip(engine: LocalEngine, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"preview\.guidance_scale: must be 1 without embeddings of the empty prompt, got 4\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"preview\.guidance_scale: must be 1 without embeddings of the empty prompt, got 4\.",
+    ):
         _previews(engine, empty=None)
     plain = CONFIG.model_copy(update={"guidance_scale": 1.0})
     without = _frames(_previews(engine, plain, empty=None).make(engine, _items(1)), tmp_path / "a")[0]
-    assert np.array_equal(_frames(_previews(engine, plain).make(engine, _items(1)), tmp_path / "b")[0], without)
+    assert np.array_equal(
+        _frames(_previews(engine, plain).make(engine, _items(1)), tmp_path / "b")[0], without
+    )
     assert not np.array_equal(_frames(_previews(engine).make(engine, _items(1)), tmp_path / "c")[0], without)
 
 
@@ -124,7 +145,11 @@ def test_nothing_is_drawn_from_the_global_stream_and_nothing_needs_gradients(eng
 def test_without_items_nothing_is_built(engine: LocalEngine) -> None:
     config = ModelConfig(source="no_such_package:VAE")
     previews = Previews(
-        CONFIG, family=engine.module.family, decoder=LatentDecoder(config, None, CONFIG, seed=0), empty_prompt=EMPTY, seed=0
+        CONFIG,
+        family=engine.module.family,
+        decoder=LatentDecoder(config, None, CONFIG, seed=0),
+        empty_prompt=EMPTY,
+        seed=0,
     )
     assert previews.make(engine, []) is None
     with pytest.raises(ConfigError, match="must be importable"):
