@@ -1,10 +1,10 @@
-"""The state of a run as pieces of whole tensors, whoever holds them: what engines, averages and checkpoints
+"""The state of a run as chunks of whole tensors, whoever holds them: what engines, averages and checkpoints
 share.
 
-A piece is a contiguous range of one flattened tensor. What an engine captures names its pieces; what it
-restores from is asked for ranges. So neither side knows by how many ranks, or under which ZeRO stage, the
-other one was chunk. Owns the records and the copying between shards and ranges. Files are
-`aiprod_ds.checkpoint.shard_files`; how an engine chunks is its own matter.
+A chunk is a contiguous range of one flattened tensor. What an engine captures names its chunks; what it
+restores from is asked for ranges. So neither side knows on how many ranks, or under which ZeRO stage, the
+other one was sharded. Owns the records and the copying between shards and ranges. Files are
+`aiprod_ds.checkpoint.shard_files`; how an engine shards is its own matter.
 
     master, exp_avg, exp_avg_sq, ema   of trained parameters, always fp32
     frozen                             weights of the other parameters, in their own type
@@ -50,14 +50,14 @@ class ShardSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """One piece of what was captured.
+    """A range of one tensor of a snapshot.
 
     Attributes:
         kind: What the tensor is.
         name: Of the parameter or buffer.
         tensor: Index in `Snapshot.tensors`.
         start: First element, in the flattened whole tensor.
-        offset: Of that element in the flattened captured tensor.
+        offset: Of that element in `Snapshot.tensors[tensor]`, flattened.
         length: In elements.
     """
 
@@ -71,7 +71,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMetadata:
-    """What the pieces of one tensor make together.
+    """What the chunks of one tensor make together.
 
     Attributes:
         shape: Of the whole tensor.
@@ -221,16 +221,16 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What one rank writes of a state: tensors that still belong to the engine, and how to chunk them.
+    """What one rank writes of a state: tensors that still belong to the engine, and which chunks they hold.
 
-    Whoever lets training go on before they are written copies them first: `replace(captured, tensors=copies)`
+    Whoever lets training go on before they are written copies them first: `replace(snapshot, tensors=copies)`
     in the same order.
 
     Attributes:
         rank: Of the process.
         facts: Of the whole state, the same on every rank.
         tensors: Not copied, on any device, of any shape; in no file as they are.
-        chunks: The pieces; together, those of all ranks are every tensor of `facts` exactly once.
+        chunks: Together, those of all ranks are every tensor of `facts` exactly once.
     """
 
     rank: int
@@ -239,7 +239,7 @@ class Snapshot:
     chunks: tuple[Chunk, ...]
 
     def pieces(self) -> Iterator[tuple[Chunk, Tensor]]:
-        """Yields every piece with its values [length], views where the captured tensor is contiguous."""
+        """Yields every chunk with its values [length], views where the tensor is contiguous."""
         for chunk in self.chunks:
             yield chunk, self.tensors[chunk.tensor].detach().reshape(-1).narrow(0, chunk.offset, chunk.length)
 
@@ -320,7 +320,7 @@ def split_key(key: str) -> tuple[Kind, str]:
 
 
 def chunks_of(kind: Kind, slices: Sequence[ShardSlice], *, tensor: int) -> Iterator[Chunk]:
-    """Yields the chunks of one captured shard."""
+    """Yields the chunks of one shard."""
     for part in slices:
         yield Chunk(
             kind=kind, name=part.name, tensor=tensor, start=part.start, offset=part.offset, length=part.length

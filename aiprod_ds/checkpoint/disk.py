@@ -1,4 +1,9 @@
-"""Room on the disk: asked for before a checkpoint is written, and recognised as what ended a write."""
+"""The disk under checkpoints: room, asked for before a save and recognised as what ended a write, and
+deletion.
+
+Owns what an `OSError` means to the user, and that a folder has a name that does not count before anything in
+it goes. What is deleted is decided in `store.py` and `frozen_bases.py`.
+"""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 written once.
 
     bases/<sha256>/manifest.json      as of a checkpoint
-    bases/<sha256>/engine/...         pieces, of kind `frozen` only
+    bases/<sha256>/engine/...         chunks, of kind `frozen` only
 
 Owns these folders: their commit, their comparison with the manifest, and the deletion of those that no
 checkpoint refers to. Knows no engine and no collectives; a base is committed before the first checkpoint that
-refers to it. Called by `store.py` and the trainer.
+refers to it. Called by `store.py` and by saving.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint: pieces of whole tensors, in two safetensors files for each rank that wrote
+"""The tensors of a checkpoint: chunks of whole tensors, in two safetensors files for each rank that wrote
 some.
 
     engine.json                             `EngineFacts`: what there is, in whole tensors
-    rank_00000_of_00002.safetensors         the pieces of rank 0, by `<kind>/<name>`; metadata
+    rank_00000_of_00002.safetensors         the chunks of rank 0, by `<kind>/<name>`; metadata
                                             `starts`: JSON {key: first element}
     rank_00000_of_00002.moments.safetensors the same of `MOMENTS`, which only training needs
 
@@ -56,7 +56,7 @@ def base_folder(checkpoints: Path, sha256: str) -> Path:
 
 
 def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
-    """Writes this rank's files, each if it has pieces for it, and on rank 0 the facts, into an existing
+    """Writes this rank's files, each if it has chunks for it, and on rank 0 the facts, into an existing
     folder, down to the disk.
 
     Waits for nobody. Memory holds one tensor; its bytes are hashed as they are written.
@@ -96,7 +96,7 @@ def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
 
 
 def holds_moments_only(name: str) -> bool:
-    """Returns whether a file is so called that readers of weights need not read it; one with other pieces is
+    """Returns whether a file is so called that readers of weights need not read it; one with other chunks is
     refused."""
     return name.endswith(_MOMENTS_SUFFIX)
 
@@ -236,7 +236,7 @@ class ShardReader:
             raise CheckpointError(f"{path}: {key} must be readable, got {error}. Check the disk.") from error
 
     def _tiled(self) -> dict[str, list[_Piece]]:
-        """Returns the pieces of every tensor in order, after checking that they are the whole of it."""
+        """Returns the chunks of every tensor in order, after checking that they are the whole of it."""
         has_all = self.facts.base is None
         found: dict[str, list[_Piece]] = {
             key: [] for key in self.facts.tensors if has_all or split_key(key)[0] != "frozen"
@@ -295,7 +295,7 @@ def _write_file(path: Path, pieces: Mapping[str, tuple[Chunk, Tensor]]) -> FileR
 
 
 def _pieces_in(path: Path) -> Iterator[tuple[str, _Piece, str]]:
-    """Yields key, piece and type of everything in a file; reads its header only."""
+    """Yields key, chunk and type of everything in a file; reads its header only."""
     try:
         with TensorFile(path) as file:
             specs, starts = file.specs, _starts(path, file.metadata, file.specs)

@@ -1,7 +1,7 @@
-"""A copy of a captured state in memory of the host, so that training may go on while it is written.
+"""A copy of a snapshot in memory of the host, so that training may go on while it is written.
 
 Owns the memory, kept from save to save, and how the copy is made: on a side stream, into page-locked memory,
-with one wait. Asks for no agreement between ranks. `train/saving.py` is the only caller.
+with one wait. Asks for no agreement between ranks. `train/resume/saver.py` is the only caller.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PINNED_FROM_BYTES = 64 << 20  # smaller memory may share its pages, which canno
 
 
 class StagingBuffer:
-    """Memory for one copy of what one rank captures."""
+    """Memory for one copy of one rank's snapshot."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None

@@ -9,7 +9,7 @@ folder is:
                              where the new one is not there yet
     *.pending                a save or a deletion that is not finished; nobody reads it, and the next save
                              removes it
-    bases/                   frozen weights that checkpoints refer to (`bases.py`)
+    bases/                   frozen weights that checkpoints refer to (`frozen_bases.py`)
 
 At every moment of a save, and of the deletions after it, what stands is the old checkpoints or these and the
 new one.

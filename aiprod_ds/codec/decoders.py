@@ -1,7 +1,7 @@
 """Latents to pictures and sound: the VAEs that decode, on the CPU between uses so that training has the
 device to itself.
 
-Owns one clip's normalised latents in, one clip out; the inverse of `encode_models`. Called by previews and by
+Owns one clip's normalised latents in, one clip out; the inverse of `encoders`. Called by previews and by
 sampling. Shape suffixes: B batch, C channels, T frames, H height, W width, F latent frames, N samples, M mel
 bands.
 """

@@ -1,7 +1,7 @@
 """The VAEs that encode: built, cast and moved, with the normalisation of their latents and their fingerprint.
 
-Owns one clip in, one normalised latent out. Called by encoding; trainers ask here for the fingerprint of
-their latents. Shape suffixes: B batch, C channels, T frames, H height, W width, N samples.
+Owns one clip in, one normalised latent out. Called by `aiprod_ds.encode`; trainers ask here for the
+fingerprint of their latents. Shape suffixes: B batch, C channels, T frames, H height, W width, N samples.
 """
 
 from __future__ import annotations

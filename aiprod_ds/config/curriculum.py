@@ -121,7 +121,7 @@ def default_phases() -> tuple[PhaseConfig, ...]:
 def expand_preset(curriculum: Any) -> Any:
     """Returns the mapping `curriculum` with `preset: default` replaced by its phases; anything else as it is.
 
-    The loader calls it before `--set` is applied, so that `curriculum.phases[2].updates` exists.
+    `load` calls it before `--set` is applied, so that `curriculum.phases[2].updates` exists.
 
     Raises:
         ValueError: If the preset is unknown or stands beside phases.

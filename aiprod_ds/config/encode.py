@@ -1,8 +1,8 @@
 """What `aiprod-ds encode` may be told: which clips, in which shapes, by which encoders, and where the results
 go.
 
-Owns the schema and its reader. Field names are the YAML keys; what needs the data or the models is checked in
-`aiprod_ds.encode.run`.
+Owns the schema; `load` reads the file. Field names are the YAML keys; what needs the data or the models is
+checked in `aiprod_ds.encode.run`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ at once.
 
 Owns which kind a file is (a trainer's, of `encode` or of `sample`), which trainer's schema counts, and the
 curriculum's preset. `merge` reads and merges the values before, `messages` words what pydantic finds.
+Called by the command line, the launcher, conversions and encoding.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def load_encode_config(
     path: Path, overrides: Sequence[str] = (), output_dir: str | None = None
 ) -> EncodeConfig:
     """Returns the validated configuration of `path`; arguments and messages are those of
-    `loader.load_config`.
+    `load_config`.
 
     Args:
         path: A YAML file, which may have a `base`.
@@ -128,7 +129,7 @@ def load_sample_config(
     path: Path, overrides: Sequence[str] = (), output_dir: str | None = None
 ) -> SampleConfig:
     """Returns the validated configuration of `path`; arguments and messages are those of
-    `loader.load_config`.
+    `load_config`.
 
     Args:
         path: A YAML file, which may have a `base`.

@@ -1,8 +1,7 @@
 """A configuration before validation: plain YAML values plus, for every path, the file or option that it came
 from.
 
-Owns `base:` files, merging and `--set`. Called by the readers of configuration files; knows nothing of the
-schema.
+Owns `base:` files, merging and `--set`. Called by `load`; knows nothing of the schema.
 """
 
 from __future__ import annotations

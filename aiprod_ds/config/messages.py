@@ -1,6 +1,7 @@
 """Validation errors of pydantic rewritten as the project's messages: where, rule, got, fix.
 
-Called by `loader` with the model class and the document; the only place that knows pydantic's error types.
+Owns those words, and the guess at the name that was meant. Called by `load` with the schema and the document;
+the only place that knows pydantic's error types. Others take `suggestion` alone.
 Validators of our own raise `ValueError` with one problem a line, each either `field: rule, got X. Fix.` or
 `rule, got X. Fix.`.
 """

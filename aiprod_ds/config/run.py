@@ -1,8 +1,10 @@
-"""The sections that every trainer shares: model source, optimizer, engine, checkpoints, evaluation, report.
+"""What every trainer's configuration is, and the sections that all share: engine, checkpoints, evaluation,
+report.
 
-Owns their schema and `RunConfig`, of which every trainer's configuration is one; `vae.py` and `audio_vae.py`
-add data and losses. Nothing here is derived: batch triples and phase bounds are computed in
-`aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in `aiprod_ds.config.deepspeed`.
+Owns `RunConfig`, of which `video_vae.py`, `audio_vae.py` and `diffusion.py` derive theirs with data and
+losses; the sections `model`, `optimizer` and `curriculum` are in files of their own. Nothing here is derived:
+batch triples and phase bounds are computed in `aiprod_ds.curriculum.plan`, the DeepSpeed dictionary in
+`aiprod_ds.config.deepspeed`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What `aiprod-ds sample` may be told: which trained model, with which encoders and VAEs, makes which clips.
+"""What `aiprod-ds sample` may be told: which trained model, with which encoders and VAEs, makes which clips;
+and how clips are sampled, there and in the previews of a training run.
 
-Owns the schema and its reader. Field names are the YAML keys; what needs the models is checked in
+Owns the schema; `load` reads the file. Field names are the YAML keys; what needs the models is checked in
 `aiprod_ds.encode.sample`.
 """
 

@@ -3,8 +3,8 @@ them.
 
 Differences from PyYAML's YAML 1.1: `1e-4` is a number; `on`, `off`, `yes`, `no` and dates are text; `017`
 (octal in 1.1) is refused, because readers disagree about it; anchors, aliases and tags are refused, because
-`base:` does their work without hidden sharing. `1_000` and `0x10` stay integers. Called by `loader` and
-`overrides`; knows nothing of the schema.
+`base:` does their work without hidden sharing. `1_000` and `0x10` stay integers. Called by `merge`,
+and by `fingerprint` to write; knows nothing of the schema.
 """
 
 from __future__ import annotations

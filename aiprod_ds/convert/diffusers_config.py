@@ -1,7 +1,8 @@
 """A model of diffusers as a `config.json` describes it: its class, and names and shapes of its tensors
 without any weights.
 
-Called by the conversions, for any class of diffusers; `transformer_folder` adds the family of a transformer.
+Called by the files beside it, for any class of diffusers; `transformer_folder` adds the family of a
+transformer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a file or folder is, by names and headers alone: nothing is unpickled to find out.
 
-Called by `inspect` and `convert`.
+Called by `inspect` and `sources`.
 """
 
 from __future__ import annotations

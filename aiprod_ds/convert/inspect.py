@@ -1,7 +1,7 @@
 """What a file or folder holds, verified as far as it can be without running anything: what
 `aiprod-ds inspect` says.
 
-Owns the facts; how they look is `report.inspect_page`.
+Owns the facts; how they look is `aiprod_ds.report.inspect_view`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Merging and extracting LoRA between folders, with memory for one file of weights: what tools/ calls.
+"""Merging and extracting LoRA between folders, with memory for one file of weights: what `tools/` and `run`
+call.
 
-Ties the names and families of `models` to the tensors of `checkpoint.convert`; trains nothing.
+Ties the names and families of `aiprod_ds.models` to the tensors of `weights`; trains nothing.
 """
 
 from __future__ import annotations

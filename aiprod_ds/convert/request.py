@@ -1,5 +1,7 @@
-"""What a conversion is asked for and what it starts from: the records between the command line, sources and
-results."""
+"""What a conversion is asked for, what it starts from, and the bar that shows how far it is.
+
+Owns the records between the command line, `sources` and `run`; opens and writes nothing.
+"""
 
 from __future__ import annotations
 

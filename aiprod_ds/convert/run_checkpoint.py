@@ -1,7 +1,7 @@
 """Opening a run's checkpoint for a conversion: its weights without the module around them, its adapters, and
 their base.
 
-The model's class comes from the run's config.yaml. Called by `conversion_sources`.
+The model's class comes from the run's config.yaml. Called by `sources`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 plain facts; decodes nothing.
 
 Rules stop a run (clips that are long enough, some for every bucket): `check`, `plan` and the trainers call
-them once the manifest is read. Notes are sentences for the report.
+them once the manifest is read. Notes are sentences for `check` and
+the report.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads the clips of tasks ahead of the encoders, in worker processes; a clip that cannot be read becomes a
 `Failure`.
 
-Owns the worker processes; what a clip is is `encode_media.py`'s.
+Owns the worker processes; what a clip is is `media.py`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The state of an engine as pieces: what a shard holds of which parameter, and how both engines capture and
+"""The state of an engine as chunks: what a shard holds of which parameter, and how both engines capture and
 restore it.
 
-Owns the cutting, not where an engine keeps its shards: an engine describes them, once for its own kind. No
+Owns the slices, not where an engine keeps its shards: an engine describes them, once for its own kind. No
 collectives here.
 """
 

@@ -1,6 +1,6 @@
 """What the phases of a run need and cost on a kind of GPU: memory, seconds per update, GPU-hours and money.
 
-Pure: workloads come in through `Trace`, so nothing here knows torch. `choice` asks the same questions to
+Pure: workloads come in through `Trace`, so nothing here knows torch. `search` asks the same questions to
 decide what fits.
 """
 

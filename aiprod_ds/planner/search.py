@@ -1,4 +1,4 @@
-"""The fastest settings that fit: ZeRO stage and offload for the run, checkpointing for each phase,
+"""The fastest settings that fit: ZeRO stage and offload for the run, recomputation for each phase,
 micro-batch for each bucket.
 
 Pure and deterministic. For each stage, each phase takes recomputation off before on and the largest
@@ -45,7 +45,7 @@ class ParallelChoice:
     reason: tuple[str, ...] = ()
 
     def fits(self, plan: RunPlan) -> bool:
-        """Returns whether `plan` is for as many ranks and its batches can be cut like this."""
+        """Returns whether `plan` is for as many ranks and its batches can be split like this."""
         sizes = [phase.micro_batch_sizes for phase in self.phases]
         own = [
             [bucket.global_batch_size // plan.world_size for bucket in phase.buckets] for phase in plan.phases
@@ -61,7 +61,7 @@ class ParallelChoice:
         )
 
     def applied(self, plan: RunPlan) -> RunPlan:
-        """Returns `plan` with these micro-batches and this checkpointing."""
+        """Returns `plan` with these micro-batches and this recomputation."""
         return replace(
             plan,
             phases=tuple(_applied(phase, own) for phase, own in zip(plan.phases, self.phases, strict=True)),

@@ -2,7 +2,7 @@
 memory and time.
 
 Pure records. `aiprod_ds.models.tracing` fills them by running forward and backward on shapes; `memory` and
-`speed` read them.
+`roofline` read them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The result of a run as files: report.json for programs, report.md for people.
 
-Owns how a `RunSummary` becomes JSON; the page is laid out in `report_page`. Both files are replaced as a
+Owns how a `RunSummary` becomes JSON; the page is laid out in `report_view`. Both files are replaced as a
 whole, so a reader never sees half a report.
 """
 

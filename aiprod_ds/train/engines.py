@@ -1,4 +1,8 @@
-"""From configuration to engine: the settings file, and which of the two engines runs."""
+"""From configuration to engine: which of the two runs, and which of its parameters are decayed.
+
+Owns the construction; the settings come from `aiprod_ds.config.deepspeed`. Called by `run.py`; the trainers'
+units take `decay_groups`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What is asked of a run from outside, by signals and by files in its folder, agreed by all ranks at the
 boundary of an update.
 
-Owns the agreement and the files. `signal_watch.py` receives the signals; the loop acts.
+Owns the signals, the files and the agreement (`SignalWatch`, `Interrupts`); the loop acts.
 
     SIGTERM, SIGUSR1 to any rank     save and leave
     a file SAVE in the run folder    save and go on

@@ -1,35 +1,155 @@
-"""What happens to module and engine when a phase begins, in one fixed order. The engine is never rebuilt
-here.
+"""The change from one phase to the next, the one place that does it.
 
-Owns what a phase sets once: activation checkpointing, weight decay and the optimizer's moments. What it sets
-at every update (learning rate, batch) and its data belong to the loop, its loss weights and augmentations to
-the unit.
+`change_phase` is the order: save, close the loader, rebuild if other parameters are trained, then what the
+phase sets once, batch, rate, loader and first micro-batch. It returns what the loop goes on with and changes
+nothing of the loop. `enter_phase` is its second half alone, with which a run starts or resumes.
+
+A process that is killed anywhere in between finds the checkpoint that was saved first, repeats the change
+from there and arrives at the same numbers. What a phase sets at every update belongs to the loop, its loss
+weights and augmentations to the unit.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from aiprod_ds.clock import Clock
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
-from aiprod_ds.train.unit import Unit
+from aiprod_ds.train.engines import build_engine
+from aiprod_ds.train.planning.auto import ResolvedRun
+from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
+from aiprod_ds.train.resume.history import History
+from aiprod_ds.train.state import TrainState, new_train_state
+from aiprod_ds.train.unit import Stream, Unit
 
 _LOG = logging.getLogger(__name__)
 # What rounding may do: the merge adds fp32 products, and in 16 bits the merged weights are rounded where W
 # and B A were before.
 MAX_DIFFERENCE = {torch.float32: 1e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunParts:
+    """What no phase changes: a change of phase reads it.
+
+    Attributes:
+        config: The whole configuration.
+        resolved: Phases and engine settings that the run really has, the same for unit, engine and loop.
+        unit: What is trained; its module is rebuilt where other parameters are trained.
+    """
+
+    config: RunConfig
+    resolved: ResolvedRun
+    unit: Unit
+
+    def build_engine(self) -> Engine:
+        """Returns an engine that trains what the unit was prepared for. Collective."""
+        return build_engine(self.config, self.resolved.settings, self.unit, self.resolved.plan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entered:
+    """A phase that is ready for its next update; every field is replaced by a change of phase.
+
+    Attributes:
+        phase: The running one.
+        state: As it was, or new if `phase` trains other parameters than the phase before.
+        clock: At the first moment of the phase, or where a resumed run stands in it.
+        stream: The data of the phase; owns the loader's processes.
+        batches: What `stream` yields from the clock's position on.
+    """
+
+    phase: PhasePlan
+    state: TrainState
+    clock: Clock
+    stream: Stream
+    batches: Iterator[MicroBatch]
+
+
+def change_phase(
+    parts: RunParts,
+    left: Entered | None,
+    *,
+    state: TrainState,
+    clock: Clock,
+    history: History,
+    save: Callable[[], None],
+    finish_save: Callable[[], None],
+    replace_state: Callable[[TrainState | None], None],
+) -> Entered:
+    """Returns the phase after the clock's, ready for its first update. Collective.
+
+    Changes, in this order: the checkpoints (one more, at the end of the phase that is left); `stream` and
+    `batches` of `left`, which end; if other parameters are trained `engine`, `ema`, `clip` and `base` of the
+    state, the unit's module and `history.retrained`; then `phase`, `phase_updates`, `phase_skipped` and
+    `epoch` of the clock; and what `enter_phase` changes.
+
+    Args:
+        parts: Of the run.
+        left: What is left; None where a resumed run stood at the phase's end and opened no data.
+        state: What was trained so far.
+        clock: At the end of the phase that is left.
+        history: Gets what was rebuilt.
+        save: Saves the run as it stands, or begins to.
+        finish_save: Waits until what was begun is written.
+        replace_state: Told of the state whenever it changes, so that an error closes the engine that is
+            alive: None while there is none.
+
+    Raises:
+        EngineError: If the module answers otherwise than before it was rebuilt.
+        DataError: If the first clips cannot be read.
+    """
+    before, after = (parts.resolved.plan.phases[index] for index in (clock.phase, clock.phase + 1))
+    save()
+    if left is not None:
+        left.stream.close()  # idempotent: the loop has closed it before it measured the phase
+    if after.adapters != before.adapters:
+        finish_save()  # it reads from the engine that is about to be closed
+        state = _rebuild(parts, state, before, after, history, replace_state)
+    return enter_phase(parts, after, state=state, clock=clock.at_phase(after.index))
+
+
+def enter_phase(parts: RunParts, phase: PhasePlan, *, state: TrainState, clock: Clock) -> Entered:
+    """Returns `phase` ready for the update that `clock` stands before. Collective.
+
+    Changes recomputation of the module, and of the engine weight decay, moments (at the phase's first moment
+    only: a checkpoint holds them as scaled), batch and learning rate.
+
+    Raises:
+        DataError: If the first clips cannot be read.
+    """
+    _LOG.info("phase_begins name=%s update=%d", phase.name, clock.updates)
+    reset_device_peak()
+    engine, unit = state.engine, parts.unit
+    default = parts.resolved.settings.activation_checkpointing
+    begin_phase(engine, unit.module, phase, clock, recompute_default=default)
+    stream = unit.open_stream(phase, clock, rank=engine.rank, world_size=engine.world_size)
+    try:
+        bucket = phase.buckets[stream.bucket_at(clock.phase_position)]
+        engine.set_batch(micro_batch_size=bucket.micro_batch_size, accumulation=bucket.accumulation)
+        engine.set_learning_rate(phase.learning_rate.at(clock.phase_updates))
+        batches = iter(stream)
+        first = next(batches)  # what cannot be read is found before the phase counts as begun
+        assert first.position == clock.phase_position, f"loader at {first.position}, clock at {clock}"
+    except BaseException:
+        stream.close()
+        raise
+    return Entered(phase=phase, state=state, clock=clock, stream=stream, batches=chain([first], batches))
 
 
 def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: str) -> None:
@@ -73,8 +193,24 @@ def begin_phase(
         )
 
 
-def _is_recomputed(phase: PhasePlan, *, default: bool) -> bool:
-    return default if phase.activation_checkpointing is None else phase.activation_checkpointing
+def _rebuild(
+    parts: RunParts,
+    state: TrainState,
+    before: PhasePlan,
+    after: PhasePlan,
+    history: History,
+    replace_state: Callable[[TrainState | None], None],
+) -> TrainState:
+    """Returns the state that trains what `after` trains; the one of `before` is closed."""
+    replace_state(None)  # average and clip follow parameters that are about to go
+    engine, done = retrain(state.engine, parts.unit, before, after, build=parts.build_engine)
+    rebuilt = new_train_state(engine, parts.config)
+    replace_state(rebuilt)
+    origin = f"{start_in_words(parts.config)}, trained until phase {after.name}"
+    # Starting the run anew does not give these weights, so the first checkpoint that needs them stores them.
+    base = base_of_phase(engine, after, parts.config, origin=origin, is_stored=True)
+    history.retrained.append(done.to_dict())
+    return replace(rebuilt, base=base)
 
 
 @runtime_checkable
@@ -171,3 +307,7 @@ def _relative_difference(before: Tensor, after: Tensor) -> float:
 
 def _in_words(phase: PhasePlan) -> str:
     return "all weights" if phase.adapters is None else f"adapters of rank {phase.adapters.rank}"
+
+
+def _is_recomputed(phase: PhasePlan, *, default: bool) -> bool:
+    return default if phase.activation_checkpointing is None else phase.activation_checkpointing

@@ -37,7 +37,7 @@ class RunFacts:
 
     Attributes:
         parameters: Of the model, trained or not.
-        layout: From `belonging.run_layout`.
+        layout: From `compatibility.run_layout`.
     """
 
     config: RunConfig

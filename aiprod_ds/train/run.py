@@ -99,7 +99,7 @@ def run_training(
     console: Console | None = None,
 ) -> RunSummary:
     """Trains `unit` through `plan` and writes the run folder, or saves and returns earlier if asked to
-    (`requests.py`).
+    (`interrupts.py`).
 
     Args:
         config: The whole configuration; `output_dir` is the run folder.

@@ -1,7 +1,8 @@
 """What every trainer is: a configuration, a model, data and a unit, brought together for the loop.
 
-Owns the order of preparation; `run.py` owns what happens after it. `video_vae.py` and `audio_vae.py` say how
-the model's strides are found, where clips come from and what the unit is.
+Owns the order of preparation; `aiprod_ds.train.run` owns what happens after it. `video_vae.py`,
+`audio_vae.py` and `diffusion.py` say how the model's strides are found, where clips come from and what the
+unit is.
 """
 
 from __future__ import annotations

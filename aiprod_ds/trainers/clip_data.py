@@ -2,7 +2,7 @@
 used.
 
 Owns how manifests and a user's own datasets become requests; what a clip holds and how it is decoded is the
-dataset's (`aiprod_ds.data`). `video_data` and `audio_data` open the two kinds.
+dataset's (`aiprod_ds.data`). `open_data.py` opens each kind.
 """
 
 from __future__ import annotations

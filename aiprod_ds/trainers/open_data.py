@@ -1,4 +1,9 @@
-"""Opens the clips of a video run: files that a configuration names, or a user's own datasets."""
+"""Opens the clips of a run: files that a configuration names, or a user's own datasets; of pictures, of sound
+and of latents.
+
+Owns which dataset of `aiprod_ds.data` reads which kind, and that latents are of the configured VAEs. Called
+by the trainers.
+"""
 
 from __future__ import annotations
 

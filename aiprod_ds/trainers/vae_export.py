@@ -1,4 +1,8 @@
-"""The trained VAE for others: a folder that `from_pretrained` loads, and the statistics of its latents."""
+"""The trained VAE for others: a folder that `from_pretrained` loads, and the statistics of its latents.
+
+Owns the files and the accumulation of the statistics; the held-out clips they are taken of are
+`evaluation.py`'s. Called by the units of both VAEs.
+"""
 
 from __future__ import annotations
 

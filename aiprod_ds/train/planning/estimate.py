@@ -1,8 +1,8 @@
 """What a trainer's run needs and costs on a kind of GPU, as it is configured and with the fastest settings
 that fit.
 
-Brings the pure estimates of `aiprod_ds.curriculum` and the workloads together. `plan --machine` shows it;
-`parallel.py` asks for the choice alone.
+Brings the pure estimates of `aiprod_ds.planner` and the workloads together. `plan --machine` shows it;
+`auto.py` asks for the choice alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whether a checkpoint is of this run, and on what it may go on: other ranks and another ZeRO stage, never
 other numbers.
 
-Owns the layout that stands in a checkpoint's run state and the comparison at a resume. Reads nothing but that
-state.
+Owns the layout that stands in a checkpoint's run state and the comparison at a resume, phase by phase:
+phases that have not begun may be edited. Reads nothing but that state.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 however they end.
 
 Owns that file. A rank that outlives its launcher, or has not noticed yet that another rank was killed, still
-writes; beside it a new start would commit a checkpoint of two runs' pieces. The lock is a POSIX record lock:
+writes; beside it a new start would commit a checkpoint of two runs' chunks. The lock is a POSIX record lock:
 the kernel drops it with the process, loader workers do not inherit it, and network file systems with a lock
 service carry it between hosts.
 """

@@ -46,7 +46,7 @@ _SEEN_WITHIN_SECONDS = 90.0  # NFS may hide a new folder from other clients for 
 class Saver:
     """Saves and prunes the checkpoints of one run, at most one at a time.
 
-    A save is two pieces of work: every rank writes its own pieces; when all have, rank 0 commits and prunes.
+    A save is two pieces of work: every rank writes its own chunks; when all have, rank 0 commits and prunes.
     With `checkpoint.asynchronous` the state is copied to the host first, and the work is done while training
     goes on: `advance` takes it further once all ranks are known to have finished a piece. Without it the same
     work is waited for. Memory for the copies is got beside training too, if `reserve` is called early enough.
@@ -370,7 +370,7 @@ def _sees(folder: Path, token: str, within_seconds: float) -> bool:
 
 
 def _write(folder: Path, state: Snapshot) -> None:
-    """Every rank writes its pieces; an error of one is raised on all."""
+    """Every rank writes its chunks; an error of one is raised on all."""
     _gather_records(lambda: write_shards(folder, state), folder)
 
 
