@@ -7,7 +7,6 @@ by the audio VAE trainer. Shapes: B batch, C channels, N samples, L latent posit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from aiprod_ds.losses.kl import gaussian_kl, latent_statistics
 from aiprod_ds.losses.mel import MelLoss
 from aiprod_ds.losses.precision import no_autocast
 from aiprod_ds.losses.spectral import SpectralLoss
-from aiprod_ds.losses.terms import LossSum, LossTerms
-from aiprod_ds.losses.waveform import WavePair, aligned_pair, sample_mean
+from aiprod_ds.losses.terms import LossSum, LossTerms, graph_for
+from aiprod_ds.losses.waveform import aligned_pair, sample_mean
 
 
 class AudioVAELoss(nn.Module):
@@ -82,23 +81,26 @@ class AudioVAELoss(nn.Module):
         config, total = self.config, LossSum()
         with no_autocast(reconstruction):
             pair = aligned_pair(reconstruction, target, num_samples)
-            distance = {"reconstruction": reconstruction, "target": target, "num_samples": num_samples}
-            total.add("loss/waveform_l1", config.waveform_weight, partial(_waveform_l1, pair))
-            total.add("loss/spectral", config.spectral_weight, partial(self.spectral, **distance))
+            with graph_for(config.waveform_weight):
+                waveform = sample_mean((pair.reconstruction - pair.target).abs(), pair)
+            total.add("loss/waveform_l1", config.waveform_weight, waveform)
+            with graph_for(config.spectral_weight):
+                spectral = self.spectral(reconstruction, target, num_samples=num_samples)
+            total.add("loss/spectral", config.spectral_weight, spectral)
             posteriors = _true_posteriors(mean, logvar, num_samples, padded_samples=reconstruction.shape[-1])
-            total.add("loss/kl", config.kl_weight, partial(_mean_kl, posteriors))
+            with graph_for(config.kl_weight):
+                kl = _mean_kl(posteriors)
+            total.add("loss/kl", config.kl_weight, kl)
             if self.mel is not None:
-                total.add("loss/mel", config.mel_weight, partial(self.mel, **distance))
+                with graph_for(config.mel_weight):
+                    mel = self.mel(reconstruction, target, num_samples=num_samples)
+                total.add("loss/mel", config.mel_weight, mel)
         for name, value in _statistics(posteriors).items():
             total.measure(name, value)
         return total.finish()
 
 
 _Posterior = tuple[Tensor, Tensor]
-
-
-def _waveform_l1(pair: WavePair) -> Tensor:
-    return sample_mean((pair.reconstruction - pair.target).abs(), pair)
 
 
 def _true_posteriors(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aiprod_ds.errors import DataError
 from aiprod_ds.losses.kl import gaussian_kl, latent_statistics
 from aiprod_ds.losses.precision import no_autocast, widened
-from aiprod_ds.losses.terms import LossSum, LossTerms
+from aiprod_ds.losses.terms import LossSum, LossTerms, graph_for
 
 
 class MelVAELoss(nn.Module):
@@ -57,9 +57,11 @@ class MelVAELoss(nn.Module):
             )
         total = LossSum()
         with no_autocast(reconstruction_BCTM):
-            difference = (widened(reconstruction_BCTM) - widened(target_BCTM)).abs()
-            total.add("loss/mel", self._mel_weight, difference.mean)
-            total.add("loss/kl", self._kl_weight, lambda: gaussian_kl(mean, logvar, reduction="per_position"))
+            distance = (widened(reconstruction_BCTM) - widened(target_BCTM)).abs().mean()
+            total.add("loss/mel", self._mel_weight, distance)
+            with graph_for(self._kl_weight):
+                kl = gaussian_kl(mean, logvar, reduction="per_position")
+            total.add("loss/kl", self._kl_weight, kl)
         for name, value in latent_statistics(mean, logvar).items():
             total.measure(name, value)
         return total.finish()

@@ -5,7 +5,8 @@ Owns the record and how terms become a total, nothing about any one loss. The tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,16 @@ class LossTerms:
     terms: dict[str, Tensor]
 
 
+@contextmanager
+def graph_for(weight: float) -> Iterator[None]:
+    """Computes the term in the body without a graph if its weight is 0.
+
+    It is measured then, not trained, and keeps no activations for a backward pass that never comes.
+    """
+    with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+        yield
+
+
 class LossSum:
     """Adds weighted terms up to a `LossTerms`.
 
@@ -37,14 +48,11 @@ class LossSum:
         self._total: Tensor | None = None
         self._terms: dict[str, Tensor] = {}
 
-    def add(self, name: str, weight: float, term: Callable[[], Tensor]) -> None:
-        """Evaluates `term` (0-dim) and adds `weight` times it; without a graph, and not added at all, when
-        the weight is 0.
+    def add(self, name: str, weight: float, value: Tensor) -> None:
+        """Adds `weight` times a 0-dim term, which comes out of `graph_for(weight)`.
 
         The product is skipped rather than taken with 0, because 0 * NaN would poison the total.
         """
-        with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
-            value = term()
         self._terms[name] = value.detach()
         if weight > 0:
             weighted = weight * value

@@ -7,7 +7,6 @@ Called by the video VAE trainer. Shapes: B batch, C channels, T frames, H height
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from aiprod_ds.losses.haar import haar_l1
 from aiprod_ds.losses.kl import gaussian_kl, latent_statistics
 from aiprod_ds.losses.perceptual import PerceptualLoss
 from aiprod_ds.losses.precision import no_autocast, widened
-from aiprod_ds.losses.terms import LossSum, LossTerms
+from aiprod_ds.losses.terms import LossSum, LossTerms, graph_for
 
 
 class VideoVAELoss(nn.Module):
@@ -77,16 +76,18 @@ class VideoVAELoss(nn.Module):
         config, perceptual, total = self.config, self.perceptual, LossSum()
         with no_autocast(reconstruction_BCTHW):
             y_BCTHW, x_BCTHW = widened(reconstruction_BCTHW), widened(target_BCTHW)
-            total.add(
-                f"loss/reconstruction_{config.reconstruction}",
-                1.0,
-                lambda: _reconstruction(y_BCTHW, x_BCTHW, config),
-            )
+            reconstruction = _reconstruction(y_BCTHW, x_BCTHW, config)
+            total.add(f"loss/reconstruction_{config.reconstruction}", 1.0, reconstruction)
             if perceptual is not None:
-                distance = partial(perceptual, y_BCTHW, x_BCTHW, frame_seeds=frame_seeds)
+                with graph_for(config.perceptual_weight):
+                    distance = perceptual(y_BCTHW, x_BCTHW, frame_seeds=frame_seeds)
                 total.add("loss/perceptual", config.perceptual_weight, distance)
-            total.add("loss/kl", config.kl_weight, lambda: self._kl(mean, logvar, x_BCTHW))
-            total.add("loss/haar", config.haar_weight, lambda: haar_l1(y_BCTHW, x_BCTHW))
+            with graph_for(config.kl_weight):
+                kl = self._kl(mean, logvar, x_BCTHW)
+            total.add("loss/kl", config.kl_weight, kl)
+            with graph_for(config.haar_weight):
+                haar = haar_l1(y_BCTHW, x_BCTHW)
+            total.add("loss/haar", config.haar_weight, haar)
         for name, value in latent_statistics(mean, logvar).items():
             total.measure(name, value)
         return total.finish()

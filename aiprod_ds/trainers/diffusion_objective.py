@@ -63,7 +63,7 @@ class FlowObjective:
         total = LossSum()
         for modality, sample in samples.items():
             losses_B = flow_losses(predicted[modality], sample)
-            total.add(f"loss/{modality}", weights[f"{modality}_weight"], losses_B.mean)
+            total.add(f"loss/{modality}", weights[f"{modality}_weight"], losses_B.mean())
             for name, value in bucket_terms(modality, losses_B, sample.noise_levels).items():
                 total.measure(name, value)
         return total.finish()
