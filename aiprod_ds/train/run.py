@@ -46,10 +46,12 @@ from aiprod_ds.train.phase_change import check_recompute, retrain
 from aiprod_ds.train.planning.auto import ResolvedRun, Search, resolve
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
 from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
+from aiprod_ds.train.resume.engine_files import read_engine
 from aiprod_ds.train.resume.folder_lock import FolderLock
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
-from aiprod_ds.train.resume.saver import Saver, read_engine, require_shared
+from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.resume.shared_folder import require_shared
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from aiprod_ds.engine.protocol import Engine, ParameterGroup, UpdateResult
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema, ema_decay
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.train.resume.saver import read_engine, write_engine
+from aiprod_ds.train.resume.engine_files import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 NAMES = [path.stem for path in FILES]

@@ -31,7 +31,7 @@ from aiprod_ds.errors import AiprodError
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import UnevenBlock, distance, is_same_state, optimized_state
 from aiprod_ds.train.engines import decay_groups
-from aiprod_ds.train.resume.saver import read_engine, write_engine
+from aiprod_ds.train.resume.engine_files import read_engine, write_engine
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 NAMES = [path.stem for path in FILES]

@@ -33,8 +33,8 @@ from aiprod_ds.snapshot import KINDS
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import copy_as_if_stopped_at, record_of, series, without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
+from aiprod_ds.train.resume.engine_files import read_engine, write_engine
 from aiprod_ds.train.resume.frozen_base import frozen_sha256
-from aiprod_ds.train.resume.saver import read_engine, write_engine
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 BATCH = 4

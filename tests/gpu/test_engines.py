@@ -30,7 +30,7 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import deepspeed_engine, distance, is_same_state, optimized_state
 from aiprod_ds.train.engines import decay_groups
-from aiprod_ds.train.resume.saver import capture, read_engine
+from aiprod_ds.train.resume.engine_files import capture, read_engine
 
 FILES = {
     path.stem: path

@@ -1,8 +1,7 @@
 """Saving a checkpoint from all ranks: what the ranks must agree on around `CheckpointStore`.
 
-Every rank writes into one folder that rank 0 makes and commits, so the run folder must be on a file system
-that all ranks share; a folder of the same name on each node's own disk is found out before anything is
-written into it.
+Every rank writes into one folder that rank 0 makes and commits; that it is one for all ranks is found out in
+`shared_folder.py`, and what is written is in `engine_files.py`. Called by the loop.
 """
 
 from __future__ import annotations
@@ -14,32 +13,29 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from uuid import uuid4
 
 import torch
 
-from aiprod_ds.checkpoint.disk import DiskFullError, explained, write_error
+from aiprod_ds.checkpoint.disk import DiskFullError
 from aiprod_ds.checkpoint.frozen_bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.manifest import FileRecord
-from aiprod_ds.checkpoint.shard_files import ShardReader, write_shards
+from aiprod_ds.checkpoint.shard_files import write_shards
 from aiprod_ds.checkpoint.staging import StagingBuffer, available_bytes
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.errors import AiprodError, CheckpointError
+from aiprod_ds.errors import CheckpointError
 from aiprod_ds.optim.ema import Ema
-from aiprod_ds.snapshot import Base, EngineFacts, Snapshot
+from aiprod_ds.snapshot import Base, Snapshot
 from aiprod_ds.train.resume.background import Background
-from aiprod_ds.train.resume.frozen_base import require_same_base
+from aiprod_ds.train.resume.engine_files import capture, gather_records, write_together
+from aiprod_ds.train.resume.shared_folder import require_shared
 
 _LOG = logging.getLogger(__name__)
-_TOKEN = ".seen_by_all_ranks"
 _ENGINE = "engine"
 _USABLE_SHARE = 0.9  # of the memory that a host has left; the rest is for what else grows
-_SEEN_WITHIN_SECONDS = 90.0  # NFS may hide a new folder from other clients for 60
 
 
 @dataclass(slots=True, kw_only=True)
@@ -188,7 +184,7 @@ class Saver:
     def _go_on(self, state: RunState) -> None:
         """Waits for what was begun on all ranks and begins what comes next, if anything does."""
         if not self._is_written:
-            known = _gather_records(self._work.result, self.store.pending_folder(state.clock.updates))
+            known = gather_records(self._work.result, self.store.pending_folder(state.clock.updates))
             self._is_written = True
             self._work.start(partial(self._commit, state, known) if dist.is_main() else _nothing)
         else:
@@ -238,7 +234,7 @@ class Saver:
         try:
             pending = dist.from_main(lambda: open_base(folder, sha256, num_bytes=num_bytes))
             require_shared(pending)
-            _write(pending / _ENGINE, frozen)
+            write_together(pending / _ENGINE, frozen)
             dist.from_main(lambda: commit_base(folder, sha256))
         except Exception:
             if dist.is_main():
@@ -265,131 +261,6 @@ class Saver:
             return None
         value = state.history.get("phase_metrics", {}).get(self.phase_names[phase], {}).get(rule.metric)
         return float(value) if isinstance(value, int | float) else None
-
-
-def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) -> Snapshot:
-    """Returns what this rank writes of engine and average, not copied; without frozen weights where there is
-    a `base`."""
-    state = engine.capture()
-    if ema is not None:
-        state = ema.capture(state)
-    return state if base is None else state.on(base)
-
-
-def write_engine(folder: Path, engine: Engine, ema: Ema | None = None, base: Base | None = None) -> None:
-    """Writes what `read_engine` needs into an existing folder, each rank its own part. Collective; nothing is
-    committed here.
-
-    Raises:
-        DiskFullError: On every rank, if one had no room.
-        CheckpointError: On every rank, if one failed otherwise.
-    """
-    _write(folder, capture(engine, ema, base))
-
-
-def read_engine(
-    folder: Path,
-    engine: Engine,
-    ema: Ema | None = None,
-    *,
-    origin: str = "the weights that the engine was built with",
-) -> EngineFacts:
-    """Restores engine and average from what any number of ranks wrote under any ZeRO stage; returns what they
-    were. Collective.
-
-    Args:
-        folder: Of the engine, in a checkpoint.
-        engine: As it was built: its frozen weights may be those that the checkpoint refers to.
-        ema: Its average.
-        origin: Of the engine's weights, in words.
-
-    Raises:
-        CheckpointError: If `folder` is damaged, or of another model, precision or base.
-    """
-    with ShardReader(folder) as reader:
-        base = reader.facts.base
-        if base is not None and not base.is_stored:
-            require_same_base(engine, base, folder=folder, origin=origin)
-        engine.restore(reader)
-        if ema is not None:
-            ema.restore(reader)
-        return reader.facts
-
-
-def require_shared(folder: Path, *, within_seconds: float = _SEEN_WITHIN_SECONDS) -> None:
-    """Checks that every rank sees in `folder` what rank 0 writes there. Collective; leaves the folder as it
-    was.
-
-    Args:
-        folder: Exists for rank 0.
-        within_seconds: How long others look for it.
-
-    Raises:
-        CheckpointError: On every rank, if one does not see it.
-    """
-    if dist.world_size() == 1:
-        return
-    token = dist.from_main(lambda: _write_token(folder))
-    blind = [
-        host
-        for host, sees in dist.gather_objects((socket.gethostname(), _sees(folder, token, within_seconds)))
-        if not sees
-    ]
-    dist.from_main(lambda: _remove_token(folder))
-    if blind:
-        raise CheckpointError(
-            f"{folder}: must be one folder for all ranks, got {len(blind)} ranks on "
-            f"{', '.join(sorted(set(blind)))} "
-            "that do not see what rank 0 writes there. Put output_dir on a file system that all nodes share."
-        )
-
-
-def _write_token(folder: Path) -> str:
-    token = uuid4().hex
-    with explained(folder):
-        (folder / _TOKEN).write_text(token)
-    return token
-
-
-def _remove_token(folder: Path) -> None:
-    with explained(folder):
-        (folder / _TOKEN).unlink(missing_ok=True)
-
-
-def _sees(folder: Path, token: str, within_seconds: float) -> bool:
-    deadline = time.monotonic() + within_seconds
-    while True:
-        try:
-            if (folder / _TOKEN).read_text() == token:
-                return True
-        except OSError:
-            pass  # not yet, or never
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.05)
-
-
-def _write(folder: Path, state: Snapshot) -> None:
-    """Every rank writes its chunks; an error of one is raised on all."""
-    _gather_records(lambda: write_shards(folder, state), folder)
-
-
-def _gather_records(write: Callable[[], dict[str, FileRecord]], folder: Path) -> dict[str, FileRecord]:
-    """Returns what all ranks have written; an error of one is raised on all. Collective."""
-    outcomes = dist.gather_objects(_outcome(write, folder))
-    for outcome in outcomes:
-        if isinstance(outcome, AiprodError):
-            raise outcome
-    return {
-        name: record for outcome in outcomes if isinstance(outcome, dict) for name, record in outcome.items()
-    }
-
-
-def _outcome(write: Callable[[], dict[str, FileRecord]], folder: Path) -> dict[str, FileRecord] | AiprodError:
-    try:
-        return write()
-    except Exception as error:  # noqa: BLE001  whatever a writer raises, the other ranks must hear of it
-        return write_error(error, folder)
 
 
 def _nothing() -> None:

@@ -16,7 +16,7 @@ from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import ParameterGroup, UpdateResult
 from aiprod_ds.errors import CheckpointError, EngineError
-from aiprod_ds.train.resume.saver import read_engine, write_engine
+from aiprod_ds.train.resume.engine_files import read_engine, write_engine
 
 OPTIMIZER = OptimizerConfig(betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, gradient_clip_norm=0.5)
 PRECISIONS = ("fp32", "bf16", "fp16")

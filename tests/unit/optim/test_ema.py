@@ -18,7 +18,7 @@ from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError, EngineError
 from aiprod_ds.optim import ema as ema_module
 from aiprod_ds.optim.ema import Ema, ema_decay
-from aiprod_ds.train.resume.saver import read_engine, write_engine
+from aiprod_ds.train.resume.engine_files import read_engine, write_engine
 
 CONFIG = EmaConfig(half_life_samples=64, ramp=0.5)
 PRECISIONS = ("fp32", "bf16", "fp16")
