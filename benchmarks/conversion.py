@@ -1,7 +1,7 @@
 """How long does a checkpoint take to become fp32 safetensors, and how much memory, against DeepSpeed's
 zero_to_fp32?
 
-The same numbers are written twice: as a checkpoint of this project (pieces of two ranks, with both moments
+The same numbers are written twice: as a checkpoint of this project (chunks of two ranks, with both moments
 and a manifest) and in DeepSpeed 0.19's layout (ZeRO-2, two ranks, bf16 model file; made with torch.save, not
 by its engine, so that no training has to fit into memory). Each conversion runs in a process of its own; its
 seconds begin after the imports and end when the result is on the disk, and the input is dropped from the page

@@ -41,7 +41,7 @@ GLOBAL_BATCH = 4
 UPDATES = 4
 SAMPLES = 256
 OPTIMIZER = OptimizerConfig(gradient_clip_norm=0.5, weight_decay=0.1)
-# Not 8 channels: see test_models_audio_vae.py.
+# Not 8 channels: see tests/unit/models/test_audio_vae.py.
 MODEL = ModelConfig(source="AutoencoderOobleck", config=tiny_oobleck(width=16, latent_channels=8))
 
 # Largest difference to the oracle in the losses and the gradient norms (at most 9.4), and the L2 distance of

@@ -106,7 +106,7 @@ class SmallEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailingCapture(Snapshot):
-    """Its pieces end in an error, as a disk does while they are written."""
+    """Its chunks end in an error, as a disk does while they are written."""
 
     error: Exception | None
 

@@ -1,7 +1,7 @@
-"""Pieces on disk: any range comes back bit for bit, and a folder that is not exactly its `engine.json` is
+"""Chunks on disk: any range comes back bit for bit, and a folder that is not exactly its `engine.json` is
 refused.
 
-Oracle of the ranges: the tensors that were cut. Pieces are cut at every possible place by a seeded generator.
+Oracle of the ranges: the whole tensors. Chunks begin and end at any place, chosen by a seeded generator.
 Moments have files of their own; checkpoints from before have them beside the weights, and are read too.
 """
 
@@ -101,7 +101,7 @@ def _write(folder: Path, *, cut_at: dict[str, int] | None = None, as_before: boo
 
 
 def _join(source: Path, target: Path) -> None:
-    """Writes the pieces of both files into the second."""
+    """Writes the chunks of both files into the second."""
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
     for path in (path for path in (target, source) if path.exists()):
