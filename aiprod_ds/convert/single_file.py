@@ -2,63 +2,22 @@
 diffusers.
 
 Reading: diffusers' own conversion functions say what becomes of a file's names; they are asked with tensors
-without data, so that weights can be read one at a time. Writing: the inverse, stated here for the
-transformers of the known families, and every use is checked against the function it inverts.
+without data, so that weights can be read one at a time. Writing: the inverse, which a transformer's family
+states (`Family.published`), and every use is checked against the function it inverts.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.models.families.facts import PIPELINE_PREFIX
+from aiprod_ds.models.families.registry import FAMILIES
 from aiprod_ds.models.lora_files import listed
 from aiprod_ds.tensor_file import TensorSpec
-
-_PREFIX = "model.diffusion_model."
-_LTX = (
-    (r"\bproj_in\b", "patchify_proj"),
-    (r"\btime_embed\b", "adaln_single"),
-    (r"\bnorm_(q|k)\b", r"\1_norm"),
-)
-_LTX_2 = (
-    (r"\bav_cross_attn_(video|audio)_scale_shift\b", r"av_ca_\1_scale_shift_adaln_single"),
-    (r"\bav_cross_attn_(?:video|audio)_(a2v|v2a)_gate\b", r"av_ca_\1_gate_adaln_single"),
-    (r"\b(video|audio)_a2v_cross_attn_scale_shift_table\b", r"scale_shift_table_a2v_ca_\1"),
-    (r"\b(audio_)?proj_in\b", r"\1patchify_proj"),
-    (r"\b(audio_)?time_embed\b", r"\1adaln_single"),
-    (r"\bnorm_(q|k)\b", r"\1_norm"),
-)
-_WAN = (
-    (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
-    (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
-    (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"\.scale_shift_table$", ".modulation"),
-    (r"^proj_out\.", "head.head."),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.0\.", ".o."),
-    (r"\.to_(q|k|v)\.", r".\1."),
-    (r"\.add_(k|v)_proj\.", r".\1_img."),
-    (r"\.norm_added_k\.", ".norm_k_img."),
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    (r"\.ffn\.net\.2\.", ".ffn.2."),
-    (r"\.norm(2|3)\.", lambda match: f".norm{5 - int(match[1])}."),
-)
-# Prefix and rules, one after another, by class. Prefixes are those of the files that were published.
-_WRITTEN: dict[str, tuple[str, tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]]] = {
-    "LTXVideoTransformer3DModel": (_PREFIX, _LTX),
-    "LTX2VideoTransformer3DModel": (_PREFIX, _LTX_2),
-    "WanTransformer3DModel": ("", _WAN),
-}
 
 
 def names_in_single_file(
@@ -79,11 +38,13 @@ def names_in_single_file(
     if set(wanted) <= specs.keys():
         return {name: name for name in wanted}
     convert = _converter(class_name)
-    is_whole_pipeline = any(name.startswith(_PREFIX) for name in specs) and "Transformer" in class_name
+    is_whole_pipeline = (
+        any(name.startswith(PIPELINE_PREFIX) for name in specs) and "Transformer" in class_name
+    )
     given = {
         name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         for name, spec in specs.items()
-        if not is_whole_pipeline or name.startswith(_PREFIX)
+        if not is_whole_pipeline or name.startswith(PIPELINE_PREFIX)
     }
     origins = {id(value): name for name, value in given.items()}
     kept = list(given.values())  # their ids stay theirs
@@ -120,17 +81,13 @@ def names_for_single_file(specs: Mapping[str, TensorSpec], class_name: str) -> d
         CheckpointError: If nobody knows the class's names, or diffusers' own function does not lead back to
             every tensor.
     """
-    if class_name not in _WRITTEN:
+    known = {family.transformer_class: family.published for family in FAMILIES if family.published}
+    if class_name not in known:
         raise CheckpointError(
-            f"single file: must be one of {', '.join(_WRITTEN)}, got {class_name}. Write it as diffusers."
+            f"single file: must be one of {', '.join(known)}, got {class_name}. Write it as diffusers."
         )
-    prefix, rules = _WRITTEN[class_name]
-    written: dict[str, str] = {}
-    for name in specs:
-        original = name
-        for pattern, replacement in rules:
-            original = re.sub(pattern, replacement, original)
-        written[prefix + original] = name
+    published = known[class_name]
+    written = {published.name_of(name): name for name in specs}
     back = names_in_single_file(
         {there: specs[name] for there, name in written.items()}, class_name, list(specs)
     )

@@ -185,13 +185,12 @@ def _problems(config: SampleConfig, strides: ModelStrides, family: Family) -> It
             f"resolution: must be a multiple of the VAE's stride {strides.spatial} both ways, got "
             f"{height}x{width}. Change it."
         )
-    makes_sound = "audio" in family.modalities
-    if makes_sound and config.audio_vae is None:
+    if family.sound is not None and config.audio_vae is None:
         yield (
             f"audio_vae: must be given for the family {family.name!r}, which makes sound, got nothing. Name "
             "its VAE."
         )
-    if not makes_sound and config.audio_vae is not None:
+    if family.sound is None and config.audio_vae is not None:
         yield (
             f"audio_vae: has no effect for the family {family.name!r}, which makes no sound, got a value. "
             "Remove it."

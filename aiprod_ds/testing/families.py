@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.models.families.protocol import Family
 
-_PIPELINES = {"ltx": "LTXPipeline", "ltx2": "LTX2Pipeline", "wan": "WanPipeline"}
-
 
 def tiny_transformer(family_type: type[Family], *, seed: int = 0) -> Any:
     """Returns the family's transformer by `tiny_config`, fp32, with weights that depend on `seed` alone."""
@@ -72,7 +70,7 @@ def velocities(
 def pipeline_around(transformer: nn.Module, family: Family) -> Any:
     """Returns diffusers' pipeline with `transformer` in it and nothing else; it can load adapters, not
     sample."""
-    pipeline = getattr(diffusers, _PIPELINES[family.name])
+    pipeline = getattr(diffusers, family.pipeline_class)
     parameters = inspect.signature(pipeline).parameters.values()
     missing = {
         parameter.name: None for parameter in parameters if parameter.default is inspect.Parameter.empty

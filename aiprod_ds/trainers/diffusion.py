@@ -25,7 +25,6 @@ from aiprod_ds.curriculum.plan import snap_notes
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
 from aiprod_ds.models.diffusion import DiffusionModule
-from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.protocol import Family, require_token_timesteps
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
@@ -85,18 +84,18 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         return plan
 
     def _problems(self, plan: RunPlan) -> Iterator[str]:
-        name, modalities = self.family.name, self.family.modalities
-        if "audio" in modalities and self.config.audio_vae is None:
+        name, modalities, sound = self.family.name, self.family.modalities, self.family.sound
+        if sound is not None and self.config.audio_vae is None:
             yield (
                 f"audio_vae: must be given for the family {name!r}, which makes sound, got nothing. Name "
                 "the latents' VAE."
             )
-        if "audio" not in modalities and self.config.audio_vae is not None:
+        if sound is None and self.config.audio_vae is not None:
             yield (
                 f"audio_vae: has no effect for the family {name!r}, which makes no sound, got a value. "
                 "Remove it."
             )
-        if "audio" not in modalities and self.config.loss.shared_noise_level:
+        if sound is None and self.config.loss.shared_noise_level:
             yield (
                 f"loss.shared_noise_level: has no effect for the family {name!r}, which makes no sound, got "
                 "true. Remove it."
@@ -117,18 +116,16 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
     def _rate_problems(self) -> Iterator[str]:
         """Positions of sound are in seconds, so transformer and audio VAE must agree on how long a latent
         lasts."""
-        expected = getattr(self.family, "audio_latents_per_second", None)
-        if self.config.audio_vae is None or expected is None:
+        sound = self.family.sound
+        if self.config.audio_vae is None or sound is None:
             return
         vae = build_model(self.config.audio_vae, seed=self.config.seed, device="meta")
         form = audio_form(vae, AudioEncoderConfig(model=self.config.audio_vae))
-        found = form.sample_rate_hz / form.hop
+        found, expected = form.sample_rate_hz / form.hop, sound.latents_per_second
         if abs(found - expected) > 1e-6 * expected:
             yield (
-                "model.config: audio_sampling_rate / audio_hop_length / audio_scale_factor must be the "
-                "latents per second of "
-                f"audio_vae, {found:g}, got {expected:g}. Correct them, or name the VAE that belongs to the "
-                "model."
+                f"model.config: {sound.rate_keys} must be the latents per second of audio_vae, {found:g}, "
+                f"got {expected:g}. Correct them, or name the VAE that belongs to the model."
             )
 
     def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
@@ -143,13 +140,11 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             ),
             "prompt_embeds": (family.text_tokens, family.text_width),
         }
-        if isinstance(family, LTX2):
+        if (sound := family.sound) is not None:
             seconds = bucket.frames / (bucket.frame_rate_hz or _ASSUMED_FPS)
-            shapes["audio_latents"] = (
-                family.audio_token_width,
-                max(1, round(seconds * family.audio_latents_per_second)),
-            )
-            shapes["audio_prompt_embeds"] = (family.text_tokens, family.audio_text_width)
+            num_latents = max(1, round(seconds * sound.latents_per_second))
+            shapes["audio_latents"] = (sound.token_width, num_latents)
+            shapes["audio_prompt_embeds"] = (family.text_tokens, sound.text_width)
         clip = {
             name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()
         }
@@ -159,9 +154,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         return open_latent_datasets(dataset, validation, strides=self.strides)
 
     def _open_files(self) -> ClipData:
-        return open_latent_files(
-            self.config, strides=self.strides, with_audio="audio" in self.family.modalities
-        )
+        has_sound = self.family.sound is not None
+        return open_latent_files(self.config, strides=self.strides, with_audio=has_sound)
 
     def _unit(
         self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]

@@ -12,11 +12,17 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from aiprod_ds.curriculum.strides import ModelStrides
+from aiprod_ds.models.families.facts import PIPELINE_PREFIX, PublishedNames
 from aiprod_ds.models.families.flops import single_stream_flops
 from aiprod_ds.models.families.inputs import frame_rates, latent_tokens, prompt, same_width_out
 from aiprod_ds.models.families.tokens import TokenGrid, Tokens
 
 _TIMESTEP_SCALE = 1000.0  # the scheduler's num_train_timesteps
+_PUBLISHED = (
+    (r"\bproj_in\b", "patchify_proj"),
+    (r"\btime_embed\b", "adaln_single"),
+    (r"\bnorm_(q|k)\b", r"\1_norm"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +50,13 @@ class LTXVideo:
 
     name: ClassVar[str] = "ltx"
     transformer_class: ClassVar[str] = "LTXVideoTransformer3DModel"
+    pipeline_class: ClassVar[str] = "LTXPipeline"
     modalities: ClassVar[tuple[str, ...]] = ("video",)
+    sound: ClassVar[None] = None
     has_token_timesteps: ClassVar[bool] = True
     text_tokens: ClassVar[int] = 128
     lora_targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*",)
+    published: ClassVar[PublishedNames | None] = PublishedNames(prefix=PIPELINE_PREFIX, rules=_PUBLISHED)
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> LTXVideo:

@@ -15,9 +15,20 @@ from torch import Tensor, nn
 
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.models.families.facts import PIPELINE_PREFIX, PublishedNames, SoundFacts
 from aiprod_ds.models.families.flops import attention_flops, linear_flops
 from aiprod_ds.models.families.inputs import frame_rates, latent_tokens, prompt, require, same_width_out
 from aiprod_ds.models.families.tokens import TokenGrid, Tokens
+
+_RATE_KEYS = "audio_sampling_rate / audio_hop_length / audio_scale_factor"
+_PUBLISHED = (
+    (r"\bav_cross_attn_(video|audio)_scale_shift\b", r"av_ca_\1_scale_shift_adaln_single"),
+    (r"\bav_cross_attn_(?:video|audio)_(a2v|v2a)_gate\b", r"av_ca_\1_gate_adaln_single"),
+    (r"\b(video|audio)_a2v_cross_attn_scale_shift_table\b", r"scale_shift_table_a2v_ca_\1"),
+    (r"\b(audio_)?proj_in\b", r"\1patchify_proj"),
+    (r"\b(audio_)?time_embed\b", r"\1adaln_single"),
+    (r"\bnorm_(q|k)\b", r"\1_norm"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,29 +47,26 @@ class LTX2:
     Attributes:
         patch: Latent frames, rows and columns per token of video.
         token_width: Values per token of video.
-        audio_token_width: Values per token of sound.
         text_width: Of the prompt's embeddings for video.
-        audio_text_width: Of the prompt's embeddings for sound; where it equals `text_width`, `prompt_embeds`
-            serves both when there is no `audio_prompt_embeds`.
         timestep_scale: What the class calls `timestep_scale_multiplier`.
-        audio_latents_per_second: As the positions of sound have it; what the audio VAE makes must be the
-            same.
+        sound: Where its `text_width` equals that of video, `prompt_embeds` serves both when there is no
+            `audio_prompt_embeds`.
     """
 
     patch: tuple[int, int, int]
     token_width: int
-    audio_token_width: int
     text_width: int
-    audio_text_width: int
     timestep_scale: float
-    audio_latents_per_second: float
+    sound: SoundFacts
 
     name: ClassVar[str] = "ltx2"
     transformer_class: ClassVar[str] = "LTX2VideoTransformer3DModel"
+    pipeline_class: ClassVar[str] = "LTX2Pipeline"
     modalities: ClassVar[tuple[str, ...]] = ("video", "audio")
     has_token_timesteps: ClassVar[bool] = True
     text_tokens: ClassVar[int] = 1024
     lora_targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*",)
+    published: ClassVar[PublishedNames | None] = PublishedNames(prefix=PIPELINE_PREFIX, rules=_PUBLISHED)
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> LTX2:
@@ -78,16 +86,20 @@ class LTX2:
                 f"{list(config.vae_scale_factors)}. Positions in seconds and pixels depend on them."
             )
         has_projection = config.use_prompt_embeddings
+        sound = SoundFacts(
+            token_width=config.audio_in_channels,
+            text_width=config.caption_channels if has_projection else config.audio_cross_attention_dim,
+            latents_per_second=config.audio_sampling_rate
+            / config.audio_hop_length
+            / config.audio_scale_factor,
+            rate_keys=_RATE_KEYS,
+        )
         return cls(
             patch=(config.patch_size_t, config.patch_size, config.patch_size),
             token_width=config.in_channels,
-            audio_token_width=config.audio_in_channels,
             text_width=config.caption_channels if has_projection else config.cross_attention_dim,
-            audio_text_width=config.caption_channels if has_projection else config.audio_cross_attention_dim,
             timestep_scale=float(config.timestep_scale_multiplier),
-            audio_latents_per_second=config.audio_sampling_rate
-            / config.audio_hop_length
-            / config.audio_scale_factor,
+            sound=sound,
         )
 
     @staticmethod
@@ -116,7 +128,7 @@ class LTX2:
                 tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name
             ),
             "audio": latent_tokens(
-                tensors, "audio", patch=(1, *bands), token_width=self.audio_token_width, family=self.name
+                tensors, "audio", patch=(1, *bands), token_width=self.sound.token_width, family=self.name
             ),
         }
 
@@ -133,7 +145,7 @@ class LTX2:
         _, frames, height, width = grids["video"].latent_shape
         audio_text = "audio_prompt_embeds" if "audio_prompt_embeds" in tensors else "prompt_embeds"
         text_BSD = prompt(tensors, "prompt_embeds", width=self.text_width, family=self.name)
-        audio_text_BSD = prompt(tensors, audio_text, width=self.audio_text_width, family=self.name)
+        audio_text_BSD = prompt(tensors, audio_text, width=self.sound.text_width, family=self.name)
         mask_BS = tensors.get("prompt_attention_mask")
         scaled = {modality: levels * self.timestep_scale for modality, levels in timesteps.items()}
         video, audio = transformer(

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.models.families.facts import PublishedNames, SoundFacts
 from aiprod_ds.models.families.tokens import TokenGrid, Tokens
 
 LATENTS = {"video": "latents", "audio": "audio_latents"}
@@ -30,19 +31,24 @@ class Family(Protocol):
     Attributes:
         name: As configurations and messages call it.
         transformer_class: The class in diffusers.
-        modalities: Keys of what `forward` takes and returns: "video", or "video" and "audio".
+        pipeline_class: The pipeline in diffusers whose conventions it has, and which loads its adapters.
+        modalities: Keys of what `forward` takes and returns: "video", or "video" and "audio"; the latter
+            where there is `sound`.
         has_token_timesteps: Whether tokens of one sample may have different noise levels, as first-frame
             conditioning needs.
         text_tokens: Of a prompt, as diffusers' pipeline pads it.
         lora_targets: Patterns (see `models.lora`) of the modules that may get an adapter.
+        published: How the one file of its first publication names the tensors. None: it is not written.
     """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
+    pipeline_class: ClassVar[str]
     modalities: ClassVar[tuple[str, ...]]
     has_token_timesteps: ClassVar[bool]
     text_tokens: ClassVar[int]
     lora_targets: ClassVar[tuple[str, ...]]
+    published: ClassVar[PublishedNames | None]
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -55,6 +61,10 @@ class Family(Protocol):
     @property
     def text_width(self) -> int:
         """Of the prompt's embeddings."""
+
+    @property
+    def sound(self) -> SoundFacts | None:
+        """What it needs of sound; None if it makes video alone."""
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> Self:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.models.families.facts import PublishedNames
 from aiprod_ds.models.families.flops import single_stream_flops
 from aiprod_ds.models.families.inputs import latent_tokens, prompt, same_width_out
 from aiprod_ds.models.families.tokens import TokenGrid, Tokens, latents_of, tokens_of
@@ -30,6 +31,27 @@ _ORIGINAL_NAMES = (
     (".to_out.0", ".o"),
     (".ffn.net.0.proj", ".ffn.0"),
     (".ffn.net.2", ".ffn.2"),
+)
+_PUBLISHED = (
+    (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_(q|k|v)\.", r".\1."),
+    (r"\.add_(k|v)_proj\.", r".\1_img."),
+    (r"\.norm_added_k\.", ".norm_k_img."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"\.norm(2|3)\.", lambda match: f".norm{5 - int(match[1])}."),
 )
 
 
@@ -55,10 +77,13 @@ class Wan:
 
     name: ClassVar[str] = "wan"
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
+    pipeline_class: ClassVar[str] = "WanPipeline"
     modalities: ClassVar[tuple[str, ...]] = ("video",)
+    sound: ClassVar[None] = None
     has_token_timesteps: ClassVar[bool] = True
     text_tokens: ClassVar[int] = 512
     lora_targets: ClassVar[tuple[str, ...]] = ("blocks.*",)
+    published: ClassVar[PublishedNames | None] = PublishedNames(prefix="", rules=_PUBLISHED)
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> Wan:  # noqa: ARG003  # positions are counted, not measured

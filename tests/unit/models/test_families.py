@@ -209,6 +209,10 @@ def test_a_family_is_found_on_the_meta_device_and_behind_a_subclass(family_type:
     assert type(blocks[0]).__name__ in transformer._repeated_blocks
 
 
+def test_sound_is_a_modality_where_there_is_any(module: DiffusionModule) -> None:
+    assert module.family.modalities == (("video",) if module.family.sound is None else ("video", "audio"))
+
+
 def test_an_unknown_transformer_is_named() -> None:
     with pytest.raises(ConfigError, match=r"known family \(LTXVideoTransformer3DModel, .*\), got Linear\."):
         find_family(nn.Linear(1, 1), STRIDES)
@@ -275,7 +279,7 @@ def test_sound_of_a_waveform_vae_is_placed_in_seconds() -> None:
     }
     transformer = _transformer(LTX2, **oobleck, audio_out_channels=64)
     family = LTX2.of(transformer, STRIDES)
-    assert family.audio_latents_per_second == 44100 / 2048
+    assert family.sound.latents_per_second == 44100 / 2048
     tensors = {**_batch(LTX2), "audio_latents": _normal(2, 64, 7, seed=3)}
     assert family.tokens(tensors)["audio"].values.shape == (2, 7, 64)
     coordinates = transformer.audio_rope.prepare_audio_coords(1, 7, "cpu")
