@@ -28,10 +28,10 @@ def decode_audio(
     file's own rate, within 2e-6 at another.
 
     Args:
-        path: The file.
+        path: Any container and codec that FFmpeg decodes; its first audio stream is taken.
         start_sample: The first sample, counted at `sample_rate_hz` from the file's first.
-        num_samples: How many samples, at least 1.
-        sample_rate_hz: Rate of the result.
+        num_samples: How many samples, at least 1, at `sample_rate_hz`.
+        sample_rate_hz: Rate of the result; that of the file needs no resampling.
         channels: 1 averages a stereo file, 2 repeats a mono file.
 
     Returns:
@@ -79,10 +79,10 @@ def fit_sound(
     Args:
         window_CN: [C,N] floating: the samples of `resampling.input_window`.
         start: First sample of the result, counted at `to_hz`.
-        num_samples: Length of the result.
+        num_samples: Length of the result, at `to_hz`.
         from_hz: Rate of `window_CN`.
         to_hz: Rate of the result.
-        channels: 1 or 2.
+        channels: 1 averages stereo, 2 repeats mono.
         where: How messages name the sound.
 
     Returns:
@@ -92,6 +92,7 @@ def fit_sound(
         DataError: If a sample is not finite, there are more than two channels, or the rates have no simple
             ratio.
     """
+    # Before the clamp, which would turn infinity into full scale.
     if not bool(window_CN.isfinite().all()):
         raise DataError(f"{where}: samples must be finite, got NaN or infinity. Repair or remove it.")
     try:

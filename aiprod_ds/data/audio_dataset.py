@@ -48,8 +48,9 @@ class AudioClipDataset:
 
     Args:
         manifest: What to draw from: `scan(..., medium="sound")`, then `usable_sounds`.
-        seed: The run's seed.
-        config: Rate, channels, loudness and silence.
+        seed: With sample and epoch it decides where a clip starts.
+        config: Rate and channels that all clips get, loudness that they are brought to, and silence that is
+            drawn again.
     """
 
     def __init__(self, manifest: Manifest, *, seed: int, config: AudioDataConfig) -> None:
@@ -62,7 +63,7 @@ class AudioClipDataset:
         return len(self._manifest.records)
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
-        """Returns the requested clip as `audio`, [C,N] float32 in [-1,1].
+        """See `ClipSource.__getitem__`: `audio`, [C,N] float32 in [-1,1].
 
         Raises:
             DataError: If the sound is too short for the request or cannot be decoded.
@@ -90,7 +91,7 @@ class AudioClipDataset:
         }
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every sound, in order."""
+        """See `ClipDataset.lengths`; opens no file."""
         return [
             _facts(record.path, _length(record, self._config), self._config.sample_rate_hz)
             for record in self._manifest.records
@@ -103,8 +104,9 @@ class TensorAudioDataset:
     Args:
         dataset: Items are floating tensors [N] or [C,N] in [-1,1], or mappings with one under `audio` and
             optionally its rate under `sample_rate_hz`; without it the configured rate is taken for theirs.
-        seed: The run's seed.
-        config: Rate, channels, loudness and silence.
+        seed: With sample and epoch it decides where a clip starts.
+        config: Rate and channels that all clips get, loudness that they are brought to, and silence that is
+            drawn again.
     """
 
     def __init__(self, dataset: MapDataset, *, seed: int, config: AudioDataConfig) -> None:
@@ -118,7 +120,7 @@ class TensorAudioDataset:
         return len(self._dataset)
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
-        """Returns the requested clip as `audio`, [C,N] float32 in [-1,1].
+        """See `ClipSource.__getitem__`: `audio`, [C,N] float32 in [-1,1].
 
         Raises:
             DataError: If the item is no sound, is too short for the request or holds NaN or infinity.
@@ -142,8 +144,7 @@ class TensorAudioDataset:
         return {"audio": _clip(request, length, read, name, seed=self._seed, config=self._config)}
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every item, in order; the first call reads each item
-        once.
+        """See `ClipDataset.lengths`; the first call reads each item once.
 
         Raises:
             DataError: If an item is no sound, has more than two channels, or its rate has no simple ratio to

@@ -60,18 +60,17 @@ class PassOrder:
 
     Args:
         sizes: Of every bucket, samples and global batch size; one without samples has no turn.
-        seed: The run's.
-        phase: Index of the phase.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], *, seed: int, phase: int) -> None:
         self._sizes = tuple(sizes)
         self._names = (seed, "buckets", phase)
+        # Exact: a float just below a whole number would lose the pass that ends at a position.
         self._passes_per_update = 1 / sum((Fraction(samples, batch) for samples, batch in sizes), Fraction(0))
         self._pass = self._make_pass(0)
 
     def turn(self, position: int) -> Turn:
-        """Returns the update at `position` >= 0."""
+        """See `BucketOrder.turn`."""
         current = self._pass
         if not 0 <= position - current.first < len(current.buckets):
             current = self._pass = self._make_pass(self.passes_before(position))
@@ -80,12 +79,11 @@ class PassOrder:
         return Turn(bucket, current.before[bucket] + current.places[offset])
 
     def updates_in(self, passes: int) -> int:
-        """Returns how many updates the first `passes` passes take: the sum of ceil(passes * samples /
-        batch)."""
+        """See `BucketOrder.updates_in`: the sum of ceil(passes * samples / batch)."""
         return sum(_updates(passes, samples, batch) for samples, batch in self._sizes)
 
     def passes_before(self, position: int) -> int:
-        """Returns how many passes are complete before the update at `position`."""
+        """See `BucketOrder.passes_before`."""
         if 0 <= position - self._pass.first < len(self._pass.buckets):
             return self._pass.index
         # Rounding up makes passes longer, never shorter, than position * passes_per_update says.
@@ -116,8 +114,6 @@ class ShareOrder:
         sizes: Of every bucket, samples and global batch size.
         shares: Of every bucket, > 0 and together 1; kept to within 1e-6.
         num_samples: Different samples of all buckets together.
-        seed: The run's.
-        phase: Index of the phase.
     """
 
     def __init__(
@@ -133,14 +129,14 @@ class ShareOrder:
         self._names = (seed, "buckets", phase)
         forwards = _spread(self._weights)
         self._patterns = tuple((order, _places(np.asarray(order))) for order in (forwards, forwards[::-1]))
-        self._pattern = (-1, self._patterns[0])
+        self._pattern = (-1, self._patterns[0])  # of the block asked for last: a seed takes a hash
         samples_per_block = sum(
             weight * batch for weight, (_, batch) in zip(self._weights, sizes, strict=True)
         )
         self._updates_per_pass = Fraction(num_samples * len(forwards), samples_per_block)
 
     def turn(self, position: int) -> Turn:
-        """Returns the update at `position` >= 0."""
+        """See `BucketOrder.turn`."""
         block, offset = divmod(position, len(self._patterns[0][0]))
         if self._pattern[0] != block:
             self._pattern = (block, self._patterns[stream_seed(*self._names, block) % 2])
@@ -149,11 +145,11 @@ class ShareOrder:
         return Turn(bucket, block * self._weights[bucket] + places[offset])
 
     def updates_in(self, passes: int) -> int:
-        """Returns how many updates the first `passes` passes take."""
+        """See `BucketOrder.updates_in`."""
         return _updates(passes, self._updates_per_pass.numerator, self._updates_per_pass.denominator)
 
     def passes_before(self, position: int) -> int:
-        """Returns how many passes are complete before the update at `position`."""
+        """See `BucketOrder.passes_before`."""
         return position * self._updates_per_pass.denominator // self._updates_per_pass.numerator
 
 
@@ -204,7 +200,9 @@ def _spread(weights: Sequence[int]) -> list[int]:
     given = [0] * len(weights)
     order: list[int] = []
     for position in range(total):
+        # Another update of these would not put them one ahead of their shares.
         ready = [b for b, weight in enumerate(weights) if given[b] * total < (position + 1) * weight]
+        # The one that would first be one behind; of equals the first bucket, on every rank.
         bucket = min(ready, key=lambda b: _updates(given[b] + 1, total, weights[b]))
         given[bucket] += 1
         order.append(bucket)

@@ -73,8 +73,8 @@ class VideoClipDataset:
     """Clips of a manifest's files, decoded when asked for.
 
     Args:
-        manifest: What to draw from.
-        seed: The run's seed.
+        manifest: From `scan` of videos or images; `ClipRequest.sample_index` counts its records.
+        seed: With sample and epoch it decides start, crop and flip.
     """
 
     def __init__(self, manifest: Manifest, *, seed: int) -> None:
@@ -86,7 +86,7 @@ class VideoClipDataset:
         return len(self._manifest.records)
 
     def __getitem__(self, request: ClipRequest) -> ClipSample:
-        """Returns the requested clip.
+        """See `ClipSource.__getitem__`.
 
         Raises:
             DataError: If the file is too short for the request or cannot be decoded.
@@ -105,7 +105,7 @@ class VideoClipDataset:
         return _sample(frames_THWC, self._seed, request)
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every file, in order."""
+        """See `ClipDataset.lengths`; opens no file."""
         return [
             ClipFacts(
                 name=record.path,
@@ -124,7 +124,7 @@ class TensorVideoDataset:
     Args:
         dataset: Items are floating tensors [3,T,H,W] in [-1,1], or mappings with one under `video` and
             optionally its rate under `fps`, which requests with a `frame_rate_hz` need.
-        seed: The run's seed.
+        seed: With sample and epoch it decides start, crop and flip.
     """
 
     def __init__(self, dataset: MapDataset, *, seed: int) -> None:
@@ -137,7 +137,7 @@ class TensorVideoDataset:
         return len(self._dataset)
 
     def __getitem__(self, request: ClipRequest) -> ClipSample:
-        """Returns the requested clip.
+        """See `ClipSource.__getitem__`.
 
         Raises:
             DataError: If the item is no clip, has too few frames, or has no `fps` where a rate is asked for.
@@ -157,8 +157,7 @@ class TensorVideoDataset:
         return _sample(video_CTHW[:, indices], self._seed, request)
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every item, in order; the first call reads each item
-        once.
+        """See `ClipDataset.lengths`; the first call reads each item once.
 
         An item without `fps` counts as one frame a second.
         """

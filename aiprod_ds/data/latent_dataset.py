@@ -42,9 +42,9 @@ class LatentDataset:
     """Clips of a scanned folder, read when asked for.
 
     Args:
-        manifest: Of `scan_latents`.
-        seed: The run's seed.
-        strides: Of the video VAE.
+        manifest: From `scan_latents`, whose clips are complete and fit each other.
+        seed: With sample and epoch it decides which captions are dropped.
+        strides: Of the video VAE that encoded: what pixels and frames a latent of some shape stands for.
         with_audio: Whether clips come with audio latents.
         caption_dropout: Share of augmented requests that get the empty caption.
 
@@ -106,7 +106,7 @@ class LatentDataset:
         return {**item, **_prompt(prompt)}
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every clip, in order."""
+        """See `ClipDataset.lengths`; opens no file."""
         return [
             ClipFacts(
                 name=record.path,

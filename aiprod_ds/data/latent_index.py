@@ -62,7 +62,7 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
     Args:
         source: A folder with `latents/`, a folder with `.precomputed/`, or the table beside it, whose rows
             choose the clips.
-        needs: Of the run.
+        needs: What a clip must have, or it counts as unreadable.
 
     Raises:
         DataError: If there are no latents, the table is malformed, or an entry was made by another encoder.

@@ -64,7 +64,6 @@ class Header:
 
     Attributes:
         metadata: Text by name; of ltx-trainer's files, their numbers as text.
-        shapes: Of every tensor.
     """
 
     metadata: Mapping[str, str]

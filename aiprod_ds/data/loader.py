@@ -34,7 +34,7 @@ class MicroBatch:
     Attributes:
         tensors: The items of the dataset, stacked name by name: `video` [B,3,T,H,W] or `audio` [B,C,N],
             float32 in [-1,1], or latents and embeddings in the types of their files.
-        samples: Where each of the B clips comes from.
+        samples: Where each of the B clips comes from, in the order of the tensors.
         bucket: Which of the phase's buckets all of them belong to.
         position: The update of the phase to which the micro-step belongs.
     """
@@ -54,10 +54,10 @@ class ClipLoader:
 
     Args:
         dataset: Reads clips; must be picklable where worker processes are not forked.
-        sampler: Of the phase.
-        buckets: Of the phase's plan, in the sampler's order.
+        sampler: Names the samples; made for the same phase as `buckets`.
+        buckets: Shape and micro-batch of each of the sampler's buckets, in its order.
         rank: 0 <= rank < world_size.
-        world_size: Ranks that share every global batch.
+        world_size: Ranks that share every global batch, which is a multiple of world_size * micro_batch_size.
         start_position: The first update to deliver; its first micro-batch comes first.
         num_workers: Processes that decode ahead; 0 decodes in this one.
         augment: Whether clips are drawn at a random place instead of the centre.
@@ -84,19 +84,20 @@ class ClipLoader:
         buckets = tuple(buckets)
         loader: DataLoader[MicroBatch | _Failure] = DataLoader(
             _Clips(dataset, buckets, augment=augment, flip=flip),
-            batch_size=None,
+            batch_size=None,  # the sampler names whole micro-batches, which `_Clips` stacks
             sampler=_MicroBatches(
                 sampler, buckets, rank=rank, world_size=world_size, start_position=start_position
             ),
-            num_workers=num_workers,
+            num_workers=num_workers,  # batches come in the sampler's order, whoever is ready first
             collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(),  # or the copy to the GPU would make the host wait
             worker_init_fn=_start_worker,
             prefetch_factor=PREFETCHED_PER_WORKER if num_workers else None,
         )
         self._batches: Iterator[MicroBatch | _Failure] | None = None
         failure: _Failure | None = None
         try:
+            # The only iterator: another one would have workers of its own and begin at the start position.
             self._batches = iter(loader)
         except RuntimeError as error:
             # The workers start here, and the signal of one that dies at once interrupts whatever runs then.
@@ -244,7 +245,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(_worker: int) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the workers are the threads, as many as cores are to be used
     # Ctrl-C reaches the whole process group; the training process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So do the signals that make it save, which needs the batches of the update under way; only its own

@@ -37,7 +37,7 @@ def loudness_lufs(wave_CN: Tensor, *, sample_rate_hz: int) -> float:
 
     Args:
         wave_CN: [C,N] in [-1,1], mono or stereo.
-        sample_rate_hz: Of the clip.
+        sample_rate_hz: Places the two filters on the frequencies.
     """
     num_samples = wave_CN.shape[1]
     spectrum_CF = torch.fft.rfft(wave_CN.double())

@@ -77,9 +77,7 @@ class ListedClip:
     the list.
 
     Attributes:
-        path: Of the media.
         audio: Of a sound file beside the media; None where the media's own sound counts.
-        caption: None where there is none.
     """
 
     path: str
@@ -125,7 +123,7 @@ def read_table(table: Path, medium: Medium = "video") -> list[ListedClip]:
 
     Args:
         table: Its columns are those of `scan`.
-        medium: Which column names the clip.
+        medium: For `sound`, `audio` names the clip where a row has it.
 
     Raises:
         DataError: If the table cannot be read, or a row names no file.
@@ -150,9 +148,9 @@ def require_readable(
     """Checks that the manifest holds clips and that few enough files are unreadable.
 
     Args:
-        manifest: Of `scan`.
-        max_unreadable_fraction: The share that may be.
-        setting: How the message names that share.
+        manifest: From `scan`.
+        max_unreadable_fraction: In [0, 1], of all clips that were listed; at 1 still one must be readable.
+        setting: What the message advises to raise.
 
     Raises:
         DataError: If no clip is readable, or the unreadable share is over `max_unreadable_fraction`; names

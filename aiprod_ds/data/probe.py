@@ -66,7 +66,7 @@ class ProbeCache:
         file: JSON in which probes are kept between runs; None keeps none. If it cannot be read or written,
             the log says so and the files are probed. One file is for one medium: probes of the other are not
             believed.
-        medium: What of the files counts.
+        medium: `sound` decodes each file to its end, `video` reads packets and one frame.
     """
 
     def __init__(self, file: Path | None, *, medium: Medium = "video") -> None:

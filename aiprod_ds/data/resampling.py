@@ -69,9 +69,9 @@ def resample_window(window_CN: Tensor, start: int, num_samples: int, *, from_hz:
     Args:
         window_CN: [C,N] float32: the samples of `input_window`, fewer only where the sound ends.
         start: First output sample, counted in the resampled sound.
-        num_samples: How many.
+        num_samples: Output samples; the caller has checked that the sound has them.
         from_hz: Rate of the input.
-        to_hz: Rate of the output.
+        to_hz: Rate of the output; with equal rates the window is the result.
 
     Returns:
         [C,num_samples] float32. For any two windows, what they share differs by less than 2e-6 (sums in

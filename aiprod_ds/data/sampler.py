@@ -30,7 +30,7 @@ class SampleRef(NamedTuple):
     """One sample of one update.
 
     Attributes:
-        sample_index: In the dataset.
+        sample_index: Index into the dataset.
         epoch: Which permutation of its bucket it comes from; with `sample_index` it names the sample's random
             streams.
         ordinal: Its place in the global batch, 0 <= ordinal < global_batch_size.
@@ -48,9 +48,9 @@ class Samples(Sequence[SampleRef]):
     workers look.
 
     Args:
-        indices: `sample_index` of each.
-        epochs: `epoch` of each.
-        ordinals: `ordinal` of each.
+        indices: `SampleRef.sample_index`, a column as long as the other two.
+        epochs: `SampleRef.epoch`.
+        ordinals: `SampleRef.ordinal`.
     """
 
     __slots__ = ("_epochs", "_indices", "_ordinals")
@@ -125,8 +125,7 @@ class PhaseSampler:
     permutation, and 2 updates in pass 1.
 
     Args:
-        seed: The run's.
-        phase: Index of the phase; every phase has its own order.
+        phase: Index of the phase; every phase has its own order, and every seed.
         buckets: In the order of the phase's plan; without shares, one that has no samples is never drawn.
 
     Raises:
@@ -204,6 +203,7 @@ class _Stream:
         count = len(self._indices)
         stop = start + size
         epochs = range(start // count, (stop - 1) // count + 1)
+        # A batch may reach into the next permutation, and the one after it begins there: both are kept.
         self._permutations = {epoch: self._permutation(epoch) for epoch in epochs}
         indices: list[int] = []
         origins: list[int] = []
@@ -217,6 +217,7 @@ class _Stream:
         known = self._permutations.get(epoch)
         if known is not None:
             return known
+        # A generator for each permutation: any of them can be made without those before it.
         return np.random.default_rng(stream_seed(self._seed, *self._names, epoch)).permutation(self._indices)
 
 

@@ -51,9 +51,6 @@ class Piece(NamedTuple):
 class SoundFile:
     """The first audio stream of a file, open for one reading; a context manager.
 
-    Args:
-        path: The file.
-
     Raises:
         ValueError: If it holds no sound.
         av.FFmpegError: If it cannot be opened or its beginning not decoded.
@@ -160,11 +157,13 @@ class SoundFile:
         if self._is_among(_EXACT_SEEK):
             self._container.seek(ticks, stream=self._stream)
             return self._decoded()
+        # The decoder has seen the first packets; those that it is given next do not follow them.
         self._stream.codec_context.flush_buffers()
         return self._decoded(after=ticks)
 
     def _counted(self, frames: Iterable[av.AudioFrame]) -> Iterator[Piece]:
-        """Yields frames with their positions: of the first by its timestamp, of the others by counting."""
+        """Yields frames with their positions: of the first by its timestamp, of the others by counting,
+        because some containers round timestamps to milliseconds."""
         position: int | None = None
         before: av.AudioFrame | None = None
         for frame in frames:

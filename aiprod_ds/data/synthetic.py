@@ -26,9 +26,8 @@ class SyntheticVideoDataset(Dataset[Tensor]):
     """Clips [3,T,H,W] float32 in [-1,1]; the same (seed, index) gives the same clip on every machine.
 
     Args:
-        num_clips: Length of the dataset.
-        frames: T.
-        height: H in pixels.
+        frames: T, at 24 Hz.
+        height: H in pixels, even or odd.
         width: W in pixels.
         seed: Another seed gives other colours, shapes and motion.
     """
@@ -69,12 +68,12 @@ def write_synthetic_clips(
     """Writes `clip_00000.mp4` and so on (H.264, AAC) and returns their paths.
 
     Args:
-        folder: Made if missing.
+        folder: Made if missing; files of the same names are replaced.
         num_clips: Number of files.
         frames: Frames per clip at 24 Hz.
         height: In pixels; even, as the 4:2:0 pixel format needs.
         width: In pixels; even.
-        seed: As of `SyntheticVideoDataset`.
+        seed: That of the `SyntheticVideoDataset` whose clips are written.
         with_sound: Adds a stereo tone at 48 kHz of the clip's length, whose pitch depends on the clip.
 
     Raises:

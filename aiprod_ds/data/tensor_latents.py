@@ -26,7 +26,7 @@ class TensorLatentDataset:
         dataset: Items are mappings with normalised `latents` [C,F,H,W], `prompt_embeds` [S,D], and where the
             model takes them `audio_latents`, `prompt_attention_mask` [S] bool and `audio_prompt_embeds`;
             `fps` is 24 where it is missing.
-        strides: Of the video VAE.
+        strides: Of the video VAE that encoded: what pixels and frames a latent of some shape stands for.
     """
 
     def __init__(self, dataset: MapDataset, *, strides: ModelStrides) -> None:
@@ -38,7 +38,7 @@ class TensorLatentDataset:
         return len(self._dataset)
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
-        """Returns the requested item.
+        """See `ClipSource.__getitem__`: the item's tensors.
 
         Raises:
             DataError: If the item is no mapping with latents, or they have another shape than is asked for.
@@ -60,7 +60,7 @@ class TensorLatentDataset:
         return item
 
     def lengths(self) -> list[ClipFacts]:
-        """Returns what the plan's rules need to know of every item, in order; reads each item once."""
+        """See `ClipDataset.lengths`; every call reads each item once."""
         return [self._facts(index) for index in range(len(self._dataset))]
 
     def _facts(self, index: int) -> ClipFacts:

@@ -50,7 +50,7 @@ def decode_clip(
     """Decodes `num_frames` frames from `start_seconds` on, counted from the stream's first timestamp.
 
     Args:
-        path: The file.
+        path: Any container and codec that FFmpeg decodes; its first video stream is taken.
         start_seconds: Where to start; the first frame is the one nearest to it.
         num_frames: How many frames, at least 1.
         frame_rate_hz: Frame i is the one nearest to `start_seconds + i / frame_rate_hz`; None takes
@@ -105,7 +105,7 @@ def fit_clip(
 
     Args:
         frames: [T,H,W,3] uint8, or [3,T,H,W] floating in [-1,1].
-        height: Height of the result in pixels.
+        height: Height of the result in pixels; a smaller clip is enlarged.
         width: Width of the result in pixels.
         seed: Decides the crop and the flip; None takes the centre and never flips.
         flip: Whether half of the seeds mirror the clip from left to right.
@@ -123,13 +123,13 @@ def fit_clip(
     if seed is not None:
         draws = np.random.default_rng(seed)
         top, left = int(draws.integers(spare_height + 1)), int(draws.integers(spare_width + 1))
-        is_flipped = flip and bool(draws.integers(2))
+        is_flipped = flip and bool(draws.integers(2))  # drawn last: `flip` changes no crop
     video_CTHW = torch.empty(3, frames_TCHW.shape[0], height, width)
     # One frame at a time: a 1080p clip of 49 frames in float32 at its own size would take 1.2 GB.
     for index, frame_CHW in enumerate(frames_TCHW):
         scaled_CHW = _scaled(_as_float(frame_CHW), covering)[:, top : top + height, left : left + width]
         video_CTHW[:, index] = scaled_CHW.flip(-1) if is_flipped else scaled_CHW
-    return video_CTHW.clamp_(-1.0, 1.0)
+    return video_CTHW.clamp_(-1.0, 1.0)  # antialiasing weights add up to 1 but for rounding
 
 
 def _as_TCHW(frames: NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:  # noqa: N802  # the suffix is the result's shape
@@ -166,7 +166,7 @@ def _decode(
         if not container.streams.video:
             raise DataError(f"{path}: must hold a video stream, got none. Remove the file.")
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type = "AUTO"  # PyAV's default, threads within a frame, leaves most codecs on one core
         stream.codec_context.options = _STRICT_DECODING
         if _seek(container, stream, start_seconds):
             try:
@@ -255,6 +255,7 @@ def _consecutive(timed: Iterable[_Timed], start_seconds: float, num_frames: int)
             and before is not None
             and start_seconds - before.seconds <= item.seconds - start_seconds
         ):
+            # Only now, because most frames that are decoded on the way are not converted to RGB.
             chosen.append(_pixels(before.frame))
         if len(chosen) < num_frames:
             chosen.append(_pixels(item.frame))
