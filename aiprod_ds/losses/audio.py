@@ -38,7 +38,7 @@ class AudioVAELoss(nn.Module):
     there is a sample rate), `latent/mean`, `latent/std`, `latent/collapsed_share`.
 
     Args:
-        config: Weights and resolutions.
+        config: Resolutions and the weights of one phase.
         sample_rate_hz: Of the waveforms; None leaves the mel term out altogether, then its weight must be 0.
 
     Raises:

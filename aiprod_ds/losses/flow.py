@@ -117,7 +117,7 @@ def flow_losses(prediction_BLC: Tensor, sample: FlowSample) -> Tensor:
 
     Args:
         prediction_BLC: [B,L,C] any float type: the transformer's answer.
-        sample: What it was asked.
+        sample: What `noised` gave the transformer; says which tokens count.
 
     Raises:
         DataError: If the shapes differ.

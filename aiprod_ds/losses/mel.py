@@ -35,8 +35,7 @@ class MelLoss(nn.Module):
     as in SpectralLoss; bands too narrow for their FFT are left out of the mean instead of counting as zero.
 
     Args:
-        config: Resolutions and bands.
-        sample_rate_hz: Of both waveforms.
+        sample_rate_hz: Of both waveforms; the bands end at half of it.
     """
 
     def __init__(self, config: MelConfig, *, sample_rate_hz: int) -> None:

@@ -43,7 +43,7 @@ class MelVAELoss(nn.Module):
 
         Args:
             reconstruction_BCTM: [B,C,T,M], any float type.
-            target_BCTM: The same shape.
+            target_BCTM: Same shape: the clip's own spectrogram.
             mean: [B,channels,...] posterior mean.
             logvar: Posterior log-variance, the mean's shape or broadcastable to it.
 

@@ -43,7 +43,7 @@ def draw_noise_levels(config: NoiseLevelConfig, *, num_tokens: Sequence[int], se
     A share of `uniform_fraction` of the samples has a level that is uniform in [0,1) instead.
 
     Args:
-        config: The distribution.
+        config: The line and bounds of mu, the deviation of the logit, the uniform share.
         num_tokens: Latent tokens of each sample, padding not counted.
         seeds: One per sample, `stream_seed(seed, "noise_level", modality, sample_index, update)`. For a level
             that modalities share, draw once and hand it to both.

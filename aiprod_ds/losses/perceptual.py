@@ -120,12 +120,14 @@ class PerceptualLoss(nn.Module):
             frames = choose_frames(
                 reconstruction.shape[0], reconstruction.shape[2], self._frames_per_clip, frame_seeds
             )
+            # fp64 too becomes fp32, the type of the network.
             return self._feature_distance(
                 _images(reconstruction, frames).float(), _images(target, frames).float()
             )
 
     def _feature_distance(self, reconstruction_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
         network = self._hidden["network"].to(reconstruction_NCHW.device)
+        # The target first: what its pass needs is free again before that of the reconstruction is kept.
         with torch.no_grad():
             targets = network(target_NCHW)
         outputs = network(reconstruction_NCHW)

@@ -92,6 +92,7 @@ def magnitude(wave_BCN: Tensor, fft_size: int) -> Tensor:
         pad_mode="constant",
         return_complex=True,
     )
+    # Not `spectrum.abs()`: its root would stand before the epsilon is added.
     power = torch.view_as_real(spectrum).square().sum(dim=-1)
     return torch.unflatten((power + _POWER_EPSILON).sqrt(), 0, wave_BCN.shape[:2])
 

@@ -75,7 +75,7 @@ class VGGFeatures(nn.Module):
         outputs: dict[str, Tensor] = {}
         for index, layer in enumerate(self.features):
             hidden = layer(hidden)
-            if index in names:
+            if index in names:  # of a ReLU, which works in place; no layer after it does so on its output
                 outputs[names[index]] = hidden
             if index == LAYERS["relu5_3"]:
                 break
@@ -95,7 +95,7 @@ def locate_weights(configured: str | None, *, allow_unverified: bool = False) ->
     race for it, and gives up after 10 seconds without an answer.
 
     Args:
-        configured: A local path, or None.
+        configured: `perceptual.weights` of the configuration; None looks into the cache.
         allow_unverified: Skips the hash check of a configured file, for weights of one's own.
 
     Raises:

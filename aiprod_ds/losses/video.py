@@ -33,7 +33,7 @@ class VideoVAELoss(nn.Module):
     `loss/kl`, `loss/haar`, `latent/mean`, `latent/std`, `latent/collapsed_share`.
 
     Args:
-        config: Weights and reductions.
+        config: Reductions and the weights of one phase.
         perceptual: The network distance. None leaves the term out altogether; then its weight must be 0.
 
     Raises:

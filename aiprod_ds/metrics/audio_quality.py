@@ -42,7 +42,7 @@ class AudioQuality(QualitySums):
     Source: Kumar et al. 2023 (DAC), `scripts/evaluate.py` and the defaults of `dac/nn/loss.py`.
 
     Args:
-        sample_rate_hz: Of both sounds.
+        sample_rate_hz: Of both sounds; the mel bands end at half of it.
     """
 
     def __init__(self, *, sample_rate_hz: int) -> None:

@@ -24,7 +24,7 @@ class JsonlSink:
     and "-inf".
 
     Args:
-        path: The file; its folder must exist.
+        path: Its folder must exist.
         resume_from_update: Update count of the checkpoint that the run continues from; later lines are
             dropped. None starts a new file.
         evaluates_again: Whether the evaluation at just that update is still to come for the continued run; a
@@ -56,7 +56,7 @@ class JsonlSink:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file. Idempotent."""
+        """See `Sink.close`."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -44,7 +44,7 @@ class MetricsRecorder:
                 ranks; device tensors must not be written to afterwards.
         """
         for name in metrics:
-            find_metric(name)
+            find_metric(name)  # an unknown name fails at the update that brings it, not in a later flush
         self._window.append((update, {name: _detached(value) for name, value in metrics.items()}))
 
     def flush(self, reduce: Callable[[Tensor], Tensor]) -> list[MetricRow]:
@@ -60,6 +60,7 @@ class MetricsRecorder:
             reduced.
         """
         window, self._window = self._window, []
+        # The names stand before their values come, so that lines keep the order of recording.
         rows: list[MetricRow] = [(update, dict.fromkeys(metrics, 0.0)) for update, metrics in window]
         cells = [(row, name) for row, (_, metrics) in enumerate(window) for name in metrics]
         # What is the same everywhere stays out of the collective: a mean of three equal float64 need not be
@@ -69,6 +70,7 @@ class MetricsRecorder:
         stacked = _stack([window[row][1][name] for row, name in shared + own], self._device)
         if shared:
             stacked = torch.cat([reduce(stacked[: len(shared)]), stacked[len(shared) :]])
+        # `tolist` is the only wait for the device.
         for (row, name), value in zip(shared + own, stacked.tolist(), strict=True):
             is_sum = find_metric(name).reduction is Reduction.SUM
             rows[row][1][name] = value * self._world_size if is_sum else value
@@ -128,6 +130,8 @@ def _stack(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
     parts = [torch.tensor(on_host, dtype=torch.float64, device=device)]
     if on_device:
         parts.append(torch.stack(on_device).to(torch.float64))
+    # Back into the given order: the collective adds place by place, and another rank may hold as a float
+    # what is a tensor here.
     order = sorted(range(len(values)), key=lambda index: isinstance(values[index], Tensor))
     position = torch.empty(len(values), dtype=torch.long)
     position[torch.tensor(order, dtype=torch.long)] = torch.arange(len(values))

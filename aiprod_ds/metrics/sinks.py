@@ -28,7 +28,7 @@ class MirrorSink:
     """A sink whose failure costs one warning and nothing else.
 
     Args:
-        sink: The destination to guard.
+        sink: After its first failure it is neither called nor closed.
         name: What the warning calls it.
     """
 

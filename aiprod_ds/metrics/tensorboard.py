@@ -12,7 +12,7 @@ class TensorBoardSink:
     """Writes every metric as a scalar; put it behind a `MirrorSink`.
 
     Args:
-        folder: Where the event files go.
+        folder: Of the event files; made if it is missing.
         resume_from_update: Update count of the checkpoint that the run continues from; TensorBoard hides what
             was written later.
 
@@ -37,5 +37,5 @@ class TensorBoardSink:
             self._writer.add_scalar(name, value, update)
 
     def close(self) -> None:
-        """Writes what is pending. Idempotent."""
+        """See `Sink.close`."""
         self._writer.close()

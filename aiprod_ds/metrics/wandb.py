@@ -25,7 +25,7 @@ def open_wandb(
     """Returns the sink for this run, or None if it is off or could not be started (one warning).
 
     Args:
-        config: Mode, project, name and tags.
+        config: Without a name, the run has that of its folder.
         folder: The run folder; wandb keeps its files in `folder/wandb`, and the run's id, so that a resumed
             run goes on in the same wandb run.
         run_config: The resolved configuration, shown beside the run.

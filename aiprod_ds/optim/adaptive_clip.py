@@ -52,10 +52,8 @@ class NormStatistics:
     deviations 3 + 3 * 1.41421 = 7.24264.
 
     Attributes:
-        mean: Of the norms.
-        variance: Of the norms, not below 0.
-        weight: Sum of their weights; 1 / (1 - s) in the long run.
-        norms: How many were seen.
+        weight: Sum of the norms' weights; 1 / (1 - s) in the long run.
+        norms: Finite norms seen, which is what `warmup_updates` counts.
     """
 
     mean: float = 0.0
@@ -65,7 +63,7 @@ class NormStatistics:
 
     def observe(self, norm: float, config: AdaptiveClipConfig) -> NormStatistics:
         """Returns the statistics after one more norm; NaN and infinity leave them as they are."""
-        if not math.isfinite(norm):
+        if not math.isfinite(norm):  # of an update that the engine skips; one would stay in the mean for good
             return self
         weight = config.smoothing * self.weight + 1.0
         change = norm - self.mean
@@ -119,7 +117,6 @@ class AdaptiveClip:
     """The limit for each update. All ranks see the same norm, so all reach the same limit without talking.
 
     Args:
-        config: Smoothing, deviations, warm-up.
         fixed: `optimizer.gradient_clip_norm`, which the limit never exceeds; None: nothing but the statistics
             bounds it.
     """
@@ -141,7 +138,7 @@ class AdaptiveClip:
         Args:
             gradient_norm: `UpdateResult.gradient_norm`.
         """
-        self._read()
+        self._read()  # the one before, if no limit was asked for since: there is room for one
         self._unread = _HostCopy(gradient_norm)
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,7 +170,7 @@ class _HostCopy:
         if isinstance(number, Tensor) and number.is_cuda:
             self._number = number.detach().to("cpu", non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+            self._done.record()  # until the device is here, the memory holds anything
 
     def value(self) -> float:
         if self._done is not None:

@@ -53,7 +53,6 @@ class Ema:
 
     Args:
         holder: The engine; a new engine needs a new average.
-        config: Half-life and ramp.
     """
 
     def __init__(self, holder: MasterHolder, config: EmaConfig) -> None:
@@ -75,6 +74,7 @@ class Ema:
         """
         self._require_own_place("update")
         decay = ema_decay(self._config, samples_before=samples_before, samples_after=samples_after)
+        # A few kernels for all shards, in place of one for each, whose launching the host would pay for.
         torch._foreach_lerp_(self._shards, self._holder.master_shards(), 1.0 - decay)
 
     @contextmanager
@@ -107,6 +107,7 @@ class Ema:
             EngineError: If called while the average is swapped in.
         """
         self._require_own_place("capture")
+        # Masters that are not partitioned are the same on every rank: one writes them.
         writes = self._holder.has_partitioned_masters or self._holder.rank == 0
         return state.plus("ema", self._shards if writes else [], self._holder.slices() if writes else [])
 
@@ -164,7 +165,7 @@ def ema_decay(config: EmaConfig, *, samples_before: int, samples_after: int) -> 
     depends on the batch size.
 
     Args:
-        config: Half-life and ramp.
+        config: Without a `ramp` the half-life is `half_life_samples` from the first sample on.
         samples_before: n >= 0.
         samples_after: m > n.
 
