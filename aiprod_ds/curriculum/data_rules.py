@@ -54,8 +54,8 @@ def check_data(
     dropped in silence.
 
     Args:
-        plan: Of `plan_run`.
-        clips: Those to train on.
+        plan: Its buckets are what is asked of the clips.
+        clips: All clips to train on; `members` holds indices into them.
         members: One entry a phase.
         source: How messages name the configuration.
 
@@ -136,8 +136,8 @@ def data_notes(plan: RunPlan, clips: Sequence[ClipFacts], members: Sequence[Memb
     Example: `phase high: 2 clips are smaller than 1024x1024 and enlarged: a.mp4, b.mp4`.
 
     Args:
-        plan: Of `plan_run`.
-        clips: Those to train on.
+        plan: Its buckets are what the clips are compared with.
+        clips: All clips to train on; `members` holds indices into them.
         members: One entry a phase.
     """
     return tuple(

@@ -37,26 +37,27 @@ def describe(
     | key | meaning |
     |---|---|
     | `phase`, `name`, `bucket` | index and name of the phase, index of the bucket in it |
-    | `height`, `width`, `requested_frames`, `frames`, `frame_rate_hz` | of a clip; frames asked for and used;
-    null: own rate | | `share` | of the phase's updates; from the clips where the configuration has none; null
-    when that is unknown | | `global_batch_size`, `micro_batch_size`, `accumulation` | the batch triple; the
-    first is the others' product x ranks | | `ends_by` | the rules that end the phase, joined by `or` |
-    | `end` | `limit_updates`, `minimum_updates`, `epochs` and `plateau` as configured, null where there is
-    none | | `first_update`, `last_update` | of the phase in the run, counted from 0, so the next phase begins
-    one later | | `updates` | of the phase, all buckets together |
+    | `height`, `width` | of a clip, in pixels |
+    | `requested_frames`, `frames`, `frame_rate_hz` | frames asked for and used; a null rate: the clip's own |
+    | `share` | of the phase's updates; from the clips where the configuration has none; null: unknown |
+    | `global_batch_size`, `micro_batch_size`, `accumulation` | the first is the others' product x ranks |
+    | `ends_by` | the rules that end the phase, joined by `or` |
+    | `end` | `limit_updates`, `minimum_updates`, `epochs`, `plateau` as configured; null: no such rule |
+    | `first_update`, `last_update` | of the phase in the run, counted from 0: the next begins one later |
+    | `updates` | of the phase, all buckets together |
     | `samples` | clips that the bucket gives over all ranks |
-    | `clips`, `epochs` | clips that the bucket can use and passes over them; null when the data was not read
-    | | `pixels_per_update`, `latent_tokens_per_update` | over all ranks; tokens are null without `strides` |
-    | `learning_rate_max`, `learning_rate_final` | the peak, and the rate at the longest that the phase can be
-    | | `schedule`, `warmup_updates` | shape and warm-up of the learning rate |
-    | `weight_decay`, `loss_weights`, `random_flip`, `activation_checkpointing` | in force; null: as the
-    engine's settings say | | `training_mode`, `lora_rank` | `full` or `lora`, and the rank of the adapters;
-    null under `full` | | `moments`, `moment_scale` | what happens to the optimizer's moments at the start of
-    the phase | | `overrides` | those of the last two lines that differ from the trainer's own `config`; null
-    without it |
+    | `clips`, `epochs` | clips that the bucket can use, and passes over them; null: the data was not read |
+    | `pixels_per_update`, `latent_tokens_per_update` | over all ranks; tokens are null without `strides` |
+    | `learning_rate_max`, `learning_rate_final` | the peak, and the rate at the phase's longest end |
+    | `schedule`, `warmup_updates` | shape and warm-up of the learning rate |
+    | `weight_decay`, `loss_weights`, `random_flip` | in force |
+    | `activation_checkpointing` | in force; null: as the engine's settings say |
+    | `training_mode`, `lora_rank` | `full` or `lora`, and the rank of the adapters; null under `full` |
+    | `moments`, `moment_scale` | what happens to the optimizer's moments at the start of the phase |
+    | `overrides` | those of the last four lines that differ from the trainer's `config`; null without it |
 
     Args:
-        plan: The run's phases.
+        plan: After `with_epoch_lengths` where the data was read; else bounds of lengths may be open.
         config: Of the run; needed for `overrides`.
         strides: Of the model; needed for the latent tokens.
         clips: How many clips each bucket of each phase can use; needed for `clips`, `epochs` and a share that

@@ -18,7 +18,7 @@ def with_epoch_lengths(
     epoch.
 
     Args:
-        plan: Of `plan_run`.
+        plan: With the bounds that the configuration alone gives, from `plan_run`.
         epoch_updates: Of every phase with `epochs`, by its index: the updates, >= 1, that these epochs take
             together. They are counted at once because passes over the same data differ by an update where
             batches do not divide them.

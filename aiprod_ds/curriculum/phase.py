@@ -77,8 +77,7 @@ class UpdateRange:
     """A number of updates that is known only within bounds.
 
     Attributes:
-        minimum: The smallest it can be.
-        maximum: The largest it can be; None when nothing bounds it before the data is known.
+        maximum: None when nothing bounds it before the data is known.
     """
 
     minimum: int
@@ -104,7 +103,6 @@ class PhaseEnd:
         limit_updates: Length that is never exceeded; None when only epochs end the phase.
         minimum_updates: Neither epochs nor plateau end the phase before this length.
         epochs: Completed passes over the phase's data that end it.
-        plateau: The loss plateau that ends it.
     """
 
     limit_updates: int | None
@@ -120,7 +118,6 @@ class PhasePlan:
     Attributes:
         first: Range of the run's update count when the phase begins.
         length: Range of the number of its updates.
-        end: What ends it.
         weight_decay: Of the parameter groups that are decayed.
         loss_weights: Every weight of the trainer's loss, by its configuration name (`perceptual_weight`).
         random_flip: Whether clips are mirrored at random.

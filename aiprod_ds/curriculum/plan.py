@@ -28,9 +28,9 @@ def plan_run(
     """Returns the phases of `config` as they run on `world_size` ranks.
 
     Args:
-        config: The validated configuration.
+        config: Valid by itself; what needs the model and the number of ranks is checked here.
         world_size: Ranks that share each global batch.
-        strides: Of the model that is trained.
+        strides: Snap the lengths and refuse sizes; of latents, those of the VAE that made them.
         source: How messages name the configuration, usually its file.
 
     Raises:

@@ -51,9 +51,6 @@ class CurriculumScheduler:
     Life: `decision(clock)` -> STAY: run an update, advance the clock, `observe(clock, loss)`; NEXT_PHASE: do
     the transition and go on with `clock.at_phase(clock.phase + 1)`; FINISHED: stop. Observing the same clock
     again changes nothing.
-
-    Args:
-        plan: The run's phases.
     """
 
     def __init__(self, plan: RunPlan) -> None:
@@ -75,7 +72,7 @@ class CurriculumScheduler:
         """Takes in the update that led to `clock` and returns what to do next.
 
         Args:
-            clock: After the update.
+            clock: After the update, applied or skipped.
             loss: Reduced over ranks; None for a skipped update or where `needs_loss` was False.
 
         Raises:

@@ -16,7 +16,7 @@ class ModelStrides:
 
     Attributes:
         spatial: Height and width must be multiples of it; 1 for sound.
-        temporal: Of the frames; see `is_causal`.
+        temporal: Frames that become one latent; see `is_causal`.
         is_causal: The model takes 1 + temporal * k frames, as video models do; otherwise temporal * k, k >=
             1.
     """

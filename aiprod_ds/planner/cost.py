@@ -80,9 +80,7 @@ class Estimator:
     """Answers for one run on one kind of GPU.
 
     Attributes:
-        plan: The run.
-        machine: The GPU.
-        trace: Makes workloads.
+        plan: The number of ranks is taken from here; phases come with each question.
         has_average: Whether the run keeps an average of the weights.
         dollars_per_gpu_hour: In place of the machine's.
     """

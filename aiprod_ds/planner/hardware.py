@@ -113,13 +113,7 @@ MACHINES = {
 
 
 def settings_problems(settings: DeepSpeedSettings, machine: Machine, *, where: str) -> Iterator[str]:
-    """Yields what the engine's settings ask for and the GPU has not.
-
-    Args:
-        settings: Of the engine.
-        machine: The GPU.
-        where: How messages name the settings.
-    """
+    """Yields what the engine's settings, which messages call `where`, ask for and the GPU has not."""
     if settings.precision == "bf16" and not machine.has_bf16:
         major, minor = machine.compute_capability
         yield (

@@ -76,8 +76,8 @@ def memory_use(
     """Returns the larger of what backward and what the update take.
 
     Args:
-        workload: Of one micro-batch.
-        settings: Of the engine.
+        workload: One micro-batch of one rank, before any sharding.
+        settings: Stage, precision, offload and sizes of reduction are read.
         world_size: Ranks that share optimizer state.
         accumulation: Micro-batches of an update; with more than one, gradients are there when forward runs.
         has_average: Whether the run keeps an average of the weights.

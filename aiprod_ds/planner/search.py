@@ -34,7 +34,7 @@ class ParallelChoice:
     """What a run runs with in place of what it does not say.
 
     Attributes:
-        world_size: That it was made for.
+        world_size: The only one that `fits`.
         reason: Why, in words; one line for each phase.
     """
 
@@ -93,7 +93,7 @@ def search(
     """Returns the settings with the least GPU-hours of those that fit.
 
     Args:
-        estimator: Of the run and the GPU.
+        estimator: Of its plan's batches only the global ones count; how they are split is searched.
         settings_of: Engine settings for a ZeRO stage, with or without offload.
         where: How messages name the run.
 

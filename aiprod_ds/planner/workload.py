@@ -43,16 +43,14 @@ class Workload:
     """One micro-batch of one shape on one rank, forward and backward, before any sharding.
 
     Attributes:
-        parameters: Of the engine's module.
+        parameters: Elements of the engine's module, frozen ones among them.
         trained: Those of them that the optimizer changes.
         trained_tensors: How many tensors these are.
         largest_trained: Elements of the largest of these.
-        buffer_bytes: Of the module's buffers.
         saved_bytes: What autograd and the caller hold when forward has ended: the activations.
         curve: Pairs of (trained elements whose gradient is done, highest bytes held at once up to that
             gradient since the one before); gradients themselves are not in it. The first pair, with 0
             elements, is forward.
-        work: The kernels.
         dispatched: Operations that the host started, views among them.
     """
 
