@@ -29,7 +29,7 @@ class Clip:
     """A clip in the form in which it is written, small enough to travel between processes.
 
     Attributes:
-        mp4: The whole clip with its sound.
+        mp4: Bytes of the file: all frames, and the sound.
         stills: [N, H, W, 3], at most five frames, evenly spaced from the first to the last.
     """
 
@@ -46,7 +46,7 @@ def make_clip(video_CTHW: Tensor, *, frame_rate_hz: float, sound: Sound | None =
     Args:
         video_CTHW: [3, T, H, W] in [-1, 1]; values outside are clipped.
         frame_rate_hz: Frames per second.
-        sound: Begins with the first frame.
+        sound: Begins with the first frame; need not end with the last.
     """
     frames_THWC = to_pixels(video_CTHW)
     scale = enlargement(*frames_THWC.shape[1:3])

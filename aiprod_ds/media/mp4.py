@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sound:
-    """A sound.
+    """What is heard beside pictures.
 
     Attributes:
         samples: [1 or 2, N] float in [-1, 1].
@@ -44,7 +44,7 @@ def encode_mp4(frames_THWC: Pixels, *, frame_rate_hz: float, sound: Sound | None
     outside [-1, 1] are clipped. A sound with samples that are not finite is left out, and the log says so.
 
     Args:
-        frames_THWC: [T, H, W, 3] RGB.
+        frames_THWC: [T, H, W, 3] RGB bytes.
         frame_rate_hz: Frames per second.
         sound: Begins with the first frame. AAC knows some rates only; others are resampled to 48 kHz.
 

@@ -40,7 +40,7 @@ def save_comparison(
 
     Args:
         original_NCTHW: [N, 3, T, H, W] in [-1, 1].
-        reconstruction_NCTHW: The same shape and range; values outside are clipped.
+        reconstruction_NCTHW: Same shape; values outside are clipped.
         path: The PNG; its folder must exist.
         title: Printed on top, e.g. the phase and its resolution.
         psnr_db: One value per clip, printed above it.
@@ -127,7 +127,7 @@ def save_comparison_video(
 
     Args:
         original_NCTHW: [N, 3, T, H, W] in [-1, 1].
-        reconstruction_NCTHW: The same shape and range.
+        reconstruction_NCTHW: Same shape; values outside are clipped.
         path: The MP4; its folder must exist.
         frame_rate_hz: Frames per second.
         num_loops: How often the clips are shown, because short clips are over before one has looked.

@@ -35,7 +35,7 @@ def save_spectrograms(
 
     Args:
         original_NCL: [N, C, L] in [-1, 1].
-        reconstruction_NCL: The same shape.
+        reconstruction_NCL: Same shape; may be louder than the scale shows.
         path: The PNG; its folder must exist.
         sample_rate_hz: Samples per second.
         title: Printed on top.
@@ -67,7 +67,7 @@ def save_mels(original_NCTM: Tensor, reconstruction_NCTM: Tensor, path: Path, *,
 
     Args:
         original_NCTM: [N, C, T, M] natural logarithms of mel magnitudes.
-        reconstruction_NCTM: The same shape.
+        reconstruction_NCTM: Same shape; may be louder than the scale shows.
         path: The PNG; its folder must exist.
         title: Printed on top.
 

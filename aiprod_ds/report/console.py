@@ -33,8 +33,7 @@ class PhaseSpan:
     """A phase as the display needs it.
 
     Attributes:
-        name: Its name in the configuration.
-        updates: Planned updates.
+        updates: The most that are planned, the fewest where nothing bounds them.
         description: What it trains on, e.g. `9 frames 64x64, batch 8`.
         relative_cost: Cost of one update in any unit shared by all phases (clips x frames x pixels); weighs
             the time left.
@@ -51,7 +50,7 @@ class ConsoleSink:
 
     Args:
         console: Where to draw; a live block if it is a terminal, plain lines if not.
-        phases: All phases in order.
+        phases: All of the run, in order; those before `first_update` count as done.
         first_update: Updates already done when this process began (a resumed run).
         interval_seconds: Least time between two plain lines.
         now: Monotonic time in seconds; tests pass their own.
@@ -100,7 +99,7 @@ class ConsoleSink:
             self._console.print(self._line(), soft_wrap=True, highlight=False, markup=False)
 
     def close(self) -> None:
-        """Takes the block away and leaves one last line. Idempotent."""
+        """See `Sink.close`: takes the live block away and leaves its last state as text."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -183,13 +182,7 @@ class ConsoleSink:
 
 
 def print_summary(console: Console, summary: RunSummary, *, report: Path) -> None:
-    """Prints how the run ended: measures before and after, phases, time, and where the report is.
-
-    Args:
-        console: Where to print.
-        summary: The finished run.
-        report: The page to open.
-    """
+    """Prints how the run ended: measures before and after, updates, time, and the path of the page."""
     colour = {RunStatus.COMPLETED: "green", RunStatus.INTERRUPTED: "yellow", RunStatus.FAILED: "red"}[
         summary.status
     ]

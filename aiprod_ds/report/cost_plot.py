@@ -26,8 +26,8 @@ def save_cost_plot(document: Mapping[str, Any], memory_bytes: int, path: Path) -
     GPU-hours.
 
     Args:
-        document: Of `aiprod_ds.train.planning.estimate.Estimate`.
-        memory_bytes: Of the GPU.
+        document: What `aiprod_ds.train.planning.estimate.Estimate.document` returns.
+        memory_bytes: What one card has for torch; drawn as a line.
         path: Its folder must exist.
     """
     rows = [

@@ -44,8 +44,8 @@ class CostPage:
     """A rich renderable.
 
     Attributes:
-        document: Of `aiprod_ds.train.planning.estimate.Estimate`.
-        memory_bytes: Of the GPU.
+        document: What `aiprod_ds.train.planning.estimate.Estimate.document` returns.
+        memory_bytes: What one card has for torch; the width of the bars.
     """
 
     document: Row

@@ -32,11 +32,10 @@ class CheckpointRow:
     """One checkpoint of a run.
 
     Attributes:
-        name: Of its folder.
-        clock: Where the run stood; empty if it is not whole.
-        layout: What saved it; empty if it is not whole.
+        clock: Counts by name, as in `Clock`; empty if it is not whole.
+        layout: `RunState.layout`; empty if it is not whole.
         num_bytes: On disk; 0 if it is not whole.
-        problem: Why it is not whole.
+        problem: Why it is not whole; None if it is.
     """
 
     name: str
@@ -51,14 +50,13 @@ class Inspection:
     """Everything that is said of one file or folder.
 
     Attributes:
-        kind: What it is, in words.
-        path: The folder or file.
-        facts: By name, in order.
-        checkpoints: Of a run, newest first.
-        tensors: What it holds.
-        verified: What was checked and found good.
-        problem: What is wrong with it.
-        all_tensors: Whether the table shows all of them.
+        kind: In words, for the first line.
+        facts: Lines of the page by name, in their order.
+        checkpoints: Newest first; empty for anything but a run.
+        tensors: Empty where nothing was opened.
+        verified: What was compared and found good, in words; None if nothing was.
+        problem: What is wrong with it, in words; None if nothing is.
+        all_tensors: Whether the terminal shows all of them; the JSON document always does.
     """
 
     kind: str

@@ -28,13 +28,11 @@ class PlanPage:
     """A rich renderable.
 
     Attributes:
-        source: The configuration.
-        model: What is trained.
-        parameters: Of the model.
-        world_size: Ranks that share each global batch.
-        rows: Of `describe`, with the configuration.
-        totals: Of `totals`.
-        curve: Of `learning_rate_curve`.
+        source: As messages name the configuration, usually its file.
+        parameters: Elements of the whole model, frozen ones among them.
+        rows: From `curriculum.describe.describe`, with the configuration.
+        totals: From `totals` there.
+        curve: From `learning_rate_curve` there.
         data_problem: Why the data was not read; None if it was.
     """
 

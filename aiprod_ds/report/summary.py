@@ -29,7 +29,7 @@ class PhaseSummary:
             the first.
         ended_by: updates, epochs or plateau; None while the phase goes on.
         lr_max: Highest learning rate reached.
-        seconds: Training time, pauses excluded.
+        seconds: Training time; evaluation, saving and phase changes excluded.
         metrics: Held-out measures at the end of the phase, by name.
     """
 
