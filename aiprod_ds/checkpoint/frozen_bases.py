@@ -98,8 +98,8 @@ def verify_base(folder: Path, *, hashes: HashCheck | None = None) -> None:
     it.
 
     Args:
-        folder: Of the checkpoint.
-        hashes: As of `verify_folder`.
+        folder: A checkpoint; its base is looked for beside it, in `bases/`.
+        hashes: See `verify_folder`.
 
     Raises:
         CheckpointError: If it is missing or damaged.

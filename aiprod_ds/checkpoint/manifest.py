@@ -122,7 +122,7 @@ def verify_folder(
     """Compares `folder` with its manifest, sizes before hashes, and returns the manifest.
 
     Args:
-        folder: Of a checkpoint or a base.
+        folder: A checkpoint or a base: what has a `manifest.json`.
         is_read: Whether the caller reads the file of this name; those that it does not read are not hashed.
         hashes: Is left to compare files of tensors, and the caller to confirm it; None: all is compared here.
 

@@ -17,8 +17,6 @@ class Standing:
     """A checkpoint as the choice sees it.
 
     Attributes:
-        name: Of its folder.
-        updates: Applied updates.
         value: The measure that `keep_best` names, if it was taken at these very updates.
     """
 

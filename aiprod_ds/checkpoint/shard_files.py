@@ -62,7 +62,7 @@ def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
     Waits for nobody. Memory holds one tensor; its bytes are hashed as they are written.
 
     Args:
-        folder: The same for all ranks.
+        folder: The one that all ranks write into; the files' names say whose they are.
         state: Its tensors must not change before this returns. Those on a GPU are copied to the host one by
             one.
 
@@ -90,6 +90,7 @@ def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
         written[FACTS] = FileRecord(
             bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest()
         )
+    # Here, because the main rank, which commits, cannot empty another host's cache onto the disk.
     for name in written:
         sync(folder / name)
     return written
@@ -177,12 +178,7 @@ class ShardReader:
             ) from error
 
     def read(self, kind: Kind, name: str, start: int, length: int) -> Tensor:
-        """Returns elements `start` to `start + length` of a flattened tensor [length] on the CPU: a new
-        tensor.
-
-        Raises:
-            CheckpointError: If there is no such tensor or range, or it cannot be read.
-        """
+        """See `StateReader.read`; a range beyond the tensor's end is an error too."""
         whole, key = self.metadata_of(kind, name), tensor_key(kind, name)
         if kind == "frozen" and self.facts.base is not None:
             return self._read_base(self.facts.base, name, start, length)
@@ -191,6 +187,7 @@ class ShardReader:
                 f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}."
             )
         result = torch.empty(length, dtype=getattr(torch, whole.dtype), device="cpu")
+        # Who resumes has other shards than who saved: a range may lie in several pieces.
         for piece in self._pieces[key]:
             begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
             if begin < end:

@@ -25,8 +25,7 @@ class RunState:
     """Everything that a resumed run needs and cannot compute.
 
     Attributes:
-        clock: Where the run stood.
-        scheduler: State of the curriculum scheduler.
+        scheduler: What `CurriculumScheduler.state_dict` returned at this clock.
         fingerprint: Hash of the configuration without its phases.
         phase_fingerprints: One hash per phase, so that phases not yet reached may still be edited.
         layout: Engine, world size, ZeRO stage and precision that saved, and the global batches by phase and

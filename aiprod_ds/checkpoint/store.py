@@ -78,7 +78,7 @@ class CheckpointStore:
         First it finishes or removes what an interrupted save left, then it looks for room.
 
         Args:
-            updates: Applied updates.
+            updates: Applied updates of the run, after which the folder is named.
             num_bytes: Of its tensors; room is asked for these and a tenth of them.
 
         Raises:
@@ -109,7 +109,7 @@ class CheckpointStore:
 
         Args:
             updates: As in `open_pending`.
-            state: Of the run at that moment.
+            state: Of the run after these updates; `read` refuses another clock.
             known: Of files, by path in the checkpoint, that their writers have hashed and brought to the
                 disk.
 
@@ -127,7 +127,7 @@ class CheckpointStore:
             if final.exists():
                 final.rename(replaced)
             pending.rename(final)
-            sync(self.folder)
+            sync(self.folder)  # before the old one goes, the new name must outlive a power cut
             if replaced.exists():
                 discard(replaced)
             write_atomically(self.folder / "latest", final.name + "\n")
@@ -151,9 +151,9 @@ class CheckpointStore:
         compared, but of hashes only the run state's.
 
         Args:
-            updates: Of the checkpoint just written.
-            config: The rules.
-            measure: Returns what `keep_best` compares.
+            updates: Those of the checkpoint just written.
+            config: Without `keep_last` nothing is deleted.
+            measure: Returns what `keep_best` compares; None where it was not taken.
 
         Raises:
             CheckpointError: If the disk fails.
@@ -179,8 +179,8 @@ class CheckpointStore:
         nothing.
 
         Args:
-            weights_only: As of `read`.
-            hashes: As of `read`.
+            weights_only: See `read`.
+            hashes: See `read`.
 
         Raises:
             CheckpointError: If checkpoints exist and none of them is good: starting over would lose them
@@ -208,7 +208,7 @@ class CheckpointStore:
         manifests.
 
         Args:
-            folder: Of the checkpoint.
+            folder: Of this run or another.
             weights_only: Whether the caller reads no moments: then files of moments are compared but for
                 their hashes.
             hashes: Is left to compare files of tensors, and the caller to confirm it; None: all is compared
