@@ -138,10 +138,6 @@ class AudioVAELossConfig(LossConfig):
             )
         return self
 
-    def weights(self) -> dict[str, float]:
-        """Returns the fields that a phase may override, by name: every `*_weight`."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name.endswith("_weight")}
-
 
 class NoiseLevelConfig(StrictModel):
     """Logit-normal noise levels whose mean shifts with the number of tokens.
