@@ -42,13 +42,13 @@ def run_host(
     """Returns what this host's ranks measured and which probes' files it does not see.
 
     Args:
-        first_rank: Of this host's ranks.
+        first_rank: Rank of this host's first slot; the others follow.
         slots: The GPUs to use, one rank each.
-        world_size: Ranks on all hosts.
-        address: Of the first host.
+        world_size: Ranks on all hosts; the group waits for every one of them.
+        address: That of the first host, where rank 0 listens.
         port: Free there.
         folder: Where the probes left their files; None without a run folder.
-        tokens: Names of all of them.
+        tokens: Names of the files of all hosts' probes.
     """
     missing = [] if folder is None else _missing(Path(folder), tokens)
     ranks = [

@@ -28,8 +28,8 @@ class Launch:
     Attributes:
         hostfile: For DeepSpeed; checked beforehand.
         include: Hosts and slots to use, as DeepSpeed's option; empty: all.
-        exclude: The same, not to use.
-        config: The configuration.
+        exclude: Hosts and slots to leave out; not beside `include`.
+        config: As every host finds it.
         run_folder: `--output-dir` of the run.
         options: More arguments of `aiprod-ds train`.
         master_address: Of the first host, as all hosts reach it.

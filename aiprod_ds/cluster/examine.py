@@ -28,13 +28,13 @@ class Examined:
     """What was found on one host.
 
     Attributes:
-        probe: What it told; None if it did not.
-        unreachable: Why ssh failed; None if it did not.
-        failed: Why the probe failed; None if it did not.
+        probe: What `probe.probe` returned there; None if it was not reached or the probe failed.
+        unreachable: Why ssh failed, in words; None if it did not.
+        failed: Why the probe failed, in words; None if it did not.
         skew_seconds: Its clock minus this machine's.
         skew_error_seconds: How far off that may be.
         all_reduce: What `all_reduce.run_host` returned; None if it did not run or failed.
-        all_reduce_failed: Why; None if it did not.
+        all_reduce_failed: Why, in words; None if it did not.
     """
 
     host: Host

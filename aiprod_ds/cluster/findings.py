@@ -38,9 +38,9 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        host: Where; empty for all together.
-        problem: The rule and what was found.
-        fix: What to do.
+        host: Its name; empty for all together.
+        problem: The rule and what was found, without a full stop.
+        fix: What to do, a sentence.
     """
 
     level: Level

@@ -92,9 +92,9 @@ def select_hosts(hosts: Sequence[Host], *, include: str = "", exclude: str = "")
     """Returns the chosen hosts and slots, in the order of the hostfile.
 
     Args:
-        hosts: All that there are.
+        hosts: Those of the hostfile, which need not be reachable.
         include: `name`, or `name:slot,slot`, joined by `@`: only these. Empty: all.
-        exclude: The same: all but these.
+        exclude: In the same form, all but these. Empty: none.
 
     Raises:
         ConfigError: With every unknown host or slot; if both are given, or nothing is left.

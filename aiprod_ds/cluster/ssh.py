@@ -75,8 +75,8 @@ def ask_all(
     """Runs a command on every host at the same time and returns the answers in the order of `hosts`.
 
     Args:
-        hosts: Names that ssh takes.
-        ssh: How to reach them.
+        hosts: Names that ssh takes; at most 64 are asked at once.
+        ssh: Options of every call.
         command: The arguments for the host with this index; they reach the program as they are.
         timeout_seconds: For each host, connecting included. What runs there then loses its connection.
         shell: What the shell there does first, e.g. `cd FOLDER && `; quoted by the caller.

@@ -34,7 +34,7 @@ class Supervisor:
     Attributes:
         pattern: Finds the command lines of the run's ranks, for `pkill -f`.
         hosts: Where they run; empty: on this machine only.
-        ssh: How to reach the hosts.
+        ssh: Options for the hosts; without effect if there are none.
     """
 
     pattern: str

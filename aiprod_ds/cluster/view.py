@@ -22,8 +22,8 @@ class DoctorPage:
     """A rich renderable.
 
     Attributes:
-        found: What was found, host by host.
-        findings: What is wrong with it, errors first.
+        found: Host by host, in the order of the hostfile.
+        findings: From `judge`, errors first.
     """
 
     found: Sequence[Examined]

@@ -60,7 +60,7 @@ class CheckpointWeights(TensorSource):
         Args:
             base: By their names in the plain model, in any type that holds them.
             plain_name: Returns the name there of a tensor here.
-            where: For the message.
+            where: How the message names those weights.
 
         Raises:
             CheckpointError: If they are others.

@@ -65,13 +65,13 @@ class DeepSpeedFolder(TensorSource):
     """The weights in one of DeepSpeed's checkpoints.
 
     Args:
-        folder: With the files, from `find_tag_folder`.
+        folder: The one of a tag, with the files in it, from `find_tag_folder`.
         is_trusted: Whether the user said so. Without it nothing is opened.
 
     Attributes:
         zero_stage: 0; 2 for 1 and 2, which have one layout; 3.
         world_size: Ranks that saved.
-        updates: What DeepSpeed counted.
+        updates: DeepSpeed's `global_steps`.
         trained: Names of the parameters whose fp32 weights were found.
 
     Raises:

@@ -21,7 +21,7 @@ class Renamed(TensorSource):
     """Some tensors of another source under other names, in the order of `names`.
 
     Args:
-        source: Holds them.
+        source: May hold more tensors than are named.
         names: Name there by name here.
     """
 
@@ -37,7 +37,6 @@ class Cast(TensorSource):
     """The same with all floating tensors in one type, rounded to nearest.
 
     Args:
-        source: Holds them.
         dtype: None changes nothing.
 
     Raises:
@@ -71,7 +70,6 @@ class Merged(TensorSource):
     """A plain model with adapters added to its weights: the sum is made in fp32 and rounded once.
 
     Args:
-        base: The plain model.
         adapters: A and B, by `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
         scales: Factor of B A, by layer.
         dtype: Of all floating tensors; None keeps each tensor's own.
@@ -104,8 +102,7 @@ class Confirmed(TensorSource):
     So a result that is made of all of them cannot become whole without it.
 
     Args:
-        source: Holds them.
-        confirm: Raises if nothing may be made of them.
+        confirm: Raises if nothing may be made of the tensors; may be called more than once.
     """
 
     def __init__(self, source: TensorSource, confirm: Callable[[], object]) -> None:
@@ -124,7 +121,6 @@ class Counted(TensorSource):
     """The same, telling how many bytes were asked for: what a progress bar shows.
 
     Args:
-        source: Holds them.
         passed: Called with the bytes of each tensor after it was read.
     """
 

@@ -27,9 +27,9 @@ class DiffusersModel:
     """What is known of a model without its weights.
 
     Attributes:
-        class_name: In diffusers.
+        class_name: As diffusers calls it.
         config: Text of its `config.json`.
-        module: On the meta device.
+        module: On the meta device: shapes only.
     """
 
     class_name: str

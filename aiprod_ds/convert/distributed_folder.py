@@ -35,7 +35,7 @@ class DistributedFolder(TensorSource):
     """The tensors of a checkpoint of torch.distributed.checkpoint; what is no tensor is left out.
 
     Args:
-        folder: From `find_distributed_folder`.
+        folder: The one with `.metadata`, from `find_distributed_folder`.
         is_trusted: Whether the user said so. Without it nothing is opened.
 
     Attributes:

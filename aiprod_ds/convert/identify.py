@@ -35,7 +35,6 @@ class Found:
     """What was found.
 
     Attributes:
-        kind: What it is.
         path: The folder or file that holds it, which may lie below the one that was named.
     """
 

@@ -30,8 +30,6 @@ class Merge:
     """A LoRA and the folder that it is merged into; nothing is written before `write`.
 
     Attributes:
-        base: The plain model.
-        lora: Of its layers.
         dtype: Of all floating tensors that are written; None keeps each tensor's own.
     """
 
@@ -46,9 +44,9 @@ class Merge:
         """Reads the LoRA and checks that the folder holds the whole model.
 
         Args:
-            base: A transformer in diffusers' layout.
-            lora: Of any form that `lora_files` reads.
-            alpha: For a LoRA that does not say it.
+            base: Folder of a plain transformer in diffusers' layout.
+            lora: Folder or file of any form that `lora_files` reads.
+            alpha: For a LoRA that does not say it, and for no other.
             dtype: See the attributes.
 
         Raises:
@@ -102,9 +100,7 @@ class Extraction:
     Attributes:
         base: Before training.
         tuned: After it.
-        family: Of both.
-        layers: Names, in the model's order.
-        rank: Of every adapter.
+        layers: Names, in the model's order; some may turn out not to differ.
     """
 
     base: WeightsFolder
@@ -118,9 +114,9 @@ class Extraction:
         """Checks that both folders hold whole models of one shape and finds the layers.
 
         Args:
-            base: A transformer in diffusers' layout.
-            tuned: The same.
-            rank: Of every adapter.
+            base: Folder of the transformer before training, in diffusers' layout.
+            tuned: Folder of the transformer after it.
+            rank: Of every adapter; at most the smaller side of the weights.
             targets: As `lora.targets` of a configuration; every Linear layer of the repeated blocks by
                 default.
 

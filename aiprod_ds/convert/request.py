@@ -45,13 +45,13 @@ class Request:
         ema: Whether to take the average of a run's weights.
         checkpoint: Name of one of a run's checkpoints; None: the newest whole one.
         config: A `config.json` or its folder, for weights that have none.
-        base: Of a LoRA, or before training.
-        alpha: Of a LoRA that does not say it.
-        rank: Of a LoRA that is extracted.
-        targets: Layers of a LoRA that is extracted.
+        base: Folder of the model that a LoRA belongs to, or of the one before training.
+        alpha: For a LoRA that does not say it, and for no other.
+        rank: Extracts a LoRA of this rank from `base` and `source`; None extracts none.
+        targets: Layers that an extracted LoRA may have, as `lora.targets` of a configuration.
         prefix: Only tensors whose names begin so are taken, without it.
         is_trusted: Whether folders of pickles may be opened.
-        shard_bytes: The most that one file holds.
+        shard_bytes: The most that one file of the result holds, unless a tensor is larger.
     """
 
     source: Path
@@ -88,11 +88,10 @@ class Opened:
     """What a conversion starts from.
 
     Attributes:
-        found: What it is.
-        weights: Of the plain model; None of a LoRA without base.
-        adapters: Of a LoRA.
-        model: What the weights are of; None where nobody says it.
-        told: What the user should know.
+        weights: Those of the plain model; None for a LoRA without base.
+        adapters: Those of a LoRA or a run that trained one; None for anything else.
+        model: The class that the weights are of; None where nobody says it.
+        told: Lines for the user, such as which checkpoint was taken.
     """
 
     found: Found
@@ -107,9 +106,9 @@ def shown(source: TensorSource, title: str, console: Console | None) -> Iterator
     """Gives `source` with a bar that moves as its tensors are read.
 
     Args:
-        source: What is read once.
-        title: Beside the bar.
-        console: None shows nothing.
+        source: Each of its tensors is read once, or the bar ends elsewhere than at 100 %.
+        title: What is done, as in `merging`.
+        console: Draws the bar; None shows nothing.
     """
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None) as progress:

@@ -47,11 +47,7 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """What a conversion did, for people.
-
-    Attributes:
-        lines: In order.
-    """
+    """What a conversion did, for people: lines in order."""
 
     lines: tuple[str, ...]
 
@@ -60,7 +56,7 @@ def convert(request: Request, *, verify: bool = False, console: Console | None =
     """Does what the request asks for.
 
     Args:
-        request: Source, result and options.
+        request: Checked against the source here; options without effect are refused.
         verify: Whether the result is read again and compared with a second conversion, bit by bit.
         console: Shows progress; None shows nothing.
 

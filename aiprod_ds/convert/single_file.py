@@ -28,7 +28,7 @@ def names_in_single_file(
     Args:
         specs: Of the file's tensors, by the names of the publication or those of diffusers; others beside
             them, as of a VAE in the same file, are left out.
-        class_name: Of diffusers.
+        class_name: As diffusers calls the model's class.
         wanted: Names of the model's tensors in diffusers.
 
     Raises:
@@ -74,8 +74,8 @@ def names_for_single_file(specs: Mapping[str, TensorSpec], class_name: str) -> d
     """Returns the name in diffusers of every tensor, by the name that the publication has for it.
 
     Args:
-        specs: Of the model in diffusers.
-        class_name: Of diffusers.
+        specs: Those of all tensors of the model, by their names in diffusers.
+        class_name: As diffusers calls the model's class.
 
     Raises:
         CheckpointError: If nobody knows the class's names, or diffusers' own function does not lead back to

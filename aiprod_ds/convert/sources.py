@@ -26,7 +26,7 @@ def open_source(request: Request, hashes: HashCheck | None = None) -> Opened:
     """Returns what the request names, without having read any weights.
 
     Args:
-        request: What was asked for.
+        request: Its options must fit what `source` turns out to be.
         hashes: Is left to compare a run's files of tensors, and the caller to confirm it before what it makes
             of the weights counts; adapters are confirmed. None: all is compared here.
 

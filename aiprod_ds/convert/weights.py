@@ -34,7 +34,7 @@ class Extracted:
     """The difference of one layer as an adapter of scale 1.
 
     Attributes:
-        layer: Its name.
+        layer: Name in the plain model, without `.weight`.
         down: A [rank,in] fp32.
         up: B [out,rank] fp32.
         difference_norm: Frobenius norm of W' - W.
@@ -61,8 +61,8 @@ def merge(
     Worked number: W = 1, A = 2, B = 3, scale 0.5: 4.
 
     Args:
-        base: The plain model.
-        adapters: A and B.
+        base: State of the plain model, each tensor read when its turn comes.
+        adapters: A and B of every layer in `scales`, in any float type.
         scales: Factor of B A, by layer.
 
     Raises:
@@ -114,9 +114,9 @@ def extract(
     sqrt(14) 0.598.
 
     Args:
-        base: The plain model.
-        tuned: The same after training.
-        rank: Of every adapter.
+        base: State of the plain model before training.
+        tuned: State after it, of the same names and shapes.
+        rank: Of every adapter; at most the smaller side of every weight.
         layers: Names of layers with a matrix as weight.
 
     Raises:

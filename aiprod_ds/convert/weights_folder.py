@@ -45,7 +45,7 @@ class WeightsFolder(TensorSource):
         folder: In the layout above.
 
     Attributes:
-        stem: Of the files' names.
+        stem: What the files' names begin with, `diffusion_pytorch_model` or `model`.
 
     Raises:
         CheckpointError: If the folder has another layout or its files are not what the index says.
@@ -74,7 +74,7 @@ class WeightsFolder(TensorSource):
         """Checks names and shapes without reading any tensor.
 
         Args:
-            shapes: Of every tensor that the model has.
+            shapes: By name, of all tensors that the model has.
 
         Raises:
             CheckpointError: If one is missing, surplus or of another shape.
@@ -99,8 +99,8 @@ def require_shapes(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], 
 
     Args:
         source: What there is.
-        shapes: Of every tensor that the model has.
-        where: For the message.
+        shapes: By name, of all tensors that the model has.
+        where: How the message names the source.
 
     Raises:
         CheckpointError: If one is missing, surplus or of another shape.
@@ -121,9 +121,9 @@ def write_like(source: WeightsFolder, folder: Path, tensors: TensorSource) -> No
     """Writes another state of the model in `source`, with its configuration, cut into files as `source` is.
 
     Args:
-        source: Names, files and configuration.
+        source: Names, files and configuration are taken from it.
         folder: Must not exist.
-        tensors: Of the same names.
+        tensors: The values, under the names of `source`; types may be others.
 
     Raises:
         CheckpointError: If `folder` exists.
@@ -149,7 +149,7 @@ def write_weights(
     Args:
         tensors: In the order in which files are filled.
         folder: Must not exist.
-        stem: Of the files' names.
+        stem: What the files' names begin with.
         shard_bytes: The most that one file holds, unless a single tensor is larger.
         config: Text of `config.json`; None writes none.
 
@@ -167,7 +167,7 @@ def write_one_file(tensors: TensorSource, path: Path, *, metadata: Mapping[str, 
     """Writes weights as one safetensors file; memory holds one tensor.
 
     Args:
-        tensors: All of them.
+        tensors: Wide types are written first, else in the order given.
         path: Must not exist.
         metadata: Text by name.
 
