@@ -1,4 +1,4 @@
-"""Carried values on one process; tests/distributed/test_engine_rebuild.py has two."""
+"""Values on their way between engines, on one process; tests/distributed/test_engine_rebuild.py has two."""
 
 from __future__ import annotations
 

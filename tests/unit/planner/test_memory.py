@@ -15,7 +15,7 @@ FILES = Path(__file__).parents[3] / "ds_configs"
 TRAINED, BUCKET = 10**9, 2 * 10**8
 
 
-def _footprint(
+def _workload(
     *, held: int = 0, frozen: int = 0, curve: tuple[tuple[int, int], ...] | None = None
 ) -> Workload:
     return Workload(
@@ -58,7 +58,7 @@ def _use(
 def test_an_update_takes_what_the_table_says(
     name: str, world_size: int, bytes_per_parameter: float | None
 ) -> None:
-    used = _use(name, _footprint(), world_size=world_size)
+    used = _use(name, _workload(), world_size=world_size)
     if bytes_per_parameter is None:
         assert (
             used.moment == "backward"
@@ -71,7 +71,7 @@ def test_an_update_takes_what_the_table_says(
 
 
 def test_activations_come_on_top_of_weights_optimizer_and_bucket() -> None:
-    used = _use("zero1_bf16", _footprint(held=50 * 10**9))
+    used = _use("zero1_bf16", _workload(held=50 * 10**9))
     assert used.moment == "backward"
     assert (used.weights, used.optimizer, used.activations) == (2 * TRAINED, 12 * TRAINED, 50 * 10**9)
     assert used.gradients == 0  # none is there yet when forward ends
@@ -79,18 +79,18 @@ def test_activations_come_on_top_of_weights_optimizer_and_bucket() -> None:
 
 
 def test_with_accumulation_gradients_are_there_before_forward() -> None:
-    one, two = (_use("zero1_bf16", _footprint(held=50 * 10**9), accumulation=count) for count in (1, 2))
+    one, two = (_use("zero1_bf16", _workload(held=50 * 10**9), accumulation=count) for count in (1, 2))
     assert two.peak - one.peak == 2 * TRAINED
 
 
 def test_the_peak_may_lie_inside_backward() -> None:
     curve = ((0, 30 * 10**9), (TRAINED // 2, 29_500_000_000), (TRAINED, 0))
-    used = _use("zero1_bf16", _footprint(curve=curve))
+    used = _use("zero1_bf16", _workload(curve=curve))
     assert (used.activations, used.gradients) == (29_500_000_000, TRAINED)
 
 
 def test_stages_share_out_what_they_say() -> None:
-    held = _footprint(held=20 * 10**9)
+    held = _workload(held=20 * 10**9)
     peaks = [_use(f"zero{stage}_bf16", held, world_size=8) for stage in (1, 2, 3)]
     assert [used.optimizer for used in peaks] == [12 * TRAINED / 8] * 3
     assert peaks[1].gradients == 4 * TRAINED / 8 + 2 * BUCKET
@@ -100,20 +100,20 @@ def test_stages_share_out_what_they_say() -> None:
 
 
 def test_frozen_weights_take_their_16_bits_and_no_more() -> None:
-    plain, more = (_use("zero1_bf16", _footprint(held=10**10, frozen=frozen)) for frozen in (0, 10**9))
+    plain, more = (_use("zero1_bf16", _workload(held=10**10, frozen=frozen)) for frozen in (0, 10**9))
     assert more.peak - plain.peak == 2 * 10**9
 
 
 def test_an_average_takes_4_bytes_of_each_own_parameter() -> None:
     plain, averaged = (
-        _use("zero1_bf16", _footprint(), world_size=4, has_average=has) for has in (False, True)
+        _use("zero1_bf16", _workload(), world_size=4, has_average=has) for has in (False, True)
     )
     assert averaged.average == TRAINED
     assert averaged.peak - plain.peak == TRAINED
 
 
 def test_an_offloaded_optimizer_is_on_the_host() -> None:
-    used = _use("zero2_bf16_offload", _footprint(held=10**9), world_size=2, has_average=True)
+    used = _use("zero2_bf16_offload", _workload(held=10**9), world_size=2, has_average=True)
     assert (used.optimizer, used.average) == (0, 0)
     assert used.host == (12 + 4 + 2 + 4) * TRAINED / 2
 
