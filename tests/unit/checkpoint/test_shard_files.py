@@ -139,7 +139,7 @@ def test_any_cut_gives_back_any_range_bitwise(tmp_path: Path, as_before: bool) -
         ({"exp_avg/a.weight": 1, "frozen/scale": 0}, [MOMENTS_0, RANK_0, MOMENTS_1, RANK_1]),
     ],
 )
-def test_what_a_rank_has_no_pieces_of_leaves_no_file(
+def test_what_a_rank_has_no_chunks_of_leaves_no_file(
     tmp_path: Path, cut_at: dict[str, int], files: list[str]
 ) -> None:
     folder = _write(tmp_path, cut_at=cut_at)

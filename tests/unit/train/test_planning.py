@@ -105,7 +105,7 @@ def _joint() -> DiffusionTrainer:
 
 
 @pytest.mark.parametrize("make", [_video, _audio, _diffusion, _joint])
-def test_every_trainer_has_footprints(make: Any) -> None:
+def test_every_trainer_has_workloads(make: Any) -> None:
     trainer: Trainer[Any] = make()
     plan = trainer.plan(world_size=1)
     workloads = Workloads(trainer, plan, precision="bf16")
