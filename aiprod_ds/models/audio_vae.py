@@ -58,8 +58,7 @@ class AudioVAE(nn.Module):
 
         Args:
             wave_BCN: [B,C,N] in [-1,1], in the module's dtype.
-            seeds: One seed per sample for the posterior's noise, so that a draw does not depend on the rank
-                or the batch it falls in; None takes the posterior's mode, as evaluation does.
+            seeds: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
 
         Returns:
             (reconstruction_BCN, mean, logvar): the first cropped to N where the codec pads, the last two

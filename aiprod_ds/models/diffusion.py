@@ -21,8 +21,7 @@ class DiffusionModule(nn.Module):
     `engine(...)`.
 
     Args:
-        transformer: Of the family's class, with or without adapters.
-        family: Its description.
+        transformer: Of the class that `family` describes, with or without adapters.
     """
 
     def __init__(self, transformer: nn.Module, family: Family) -> None:

@@ -47,9 +47,9 @@ def add_lora(
 
     Args:
         transformer: May be on the meta device, for planning.
-        config: Rank, alpha, dropout, patterns.
+        config: Its `targets` must each match a layer; the others of its fields go to PEFT.
         allowed: Patterns of layers that may be wrapped: `Family.lora_targets`.
-        seed: The run's seed.
+        seed: Draws A in a stream of its own; the global generator is left as it was.
 
     Returns:
         The names of the wrapped layers, in the model's order.
@@ -117,8 +117,8 @@ def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
     Worked number: W = 1, A = 2, B = 3, scale 0.5: 4.
 
     Args:
-        state: Of the wrapped transformer.
-        scale: `LoraConfig.scale`.
+        state: That of a wrapped transformer; a plain one comes back as it is.
+        scale: `LoraConfig.scale`, the same for all layers.
 
     Returns:
         Merged weights in fp32, everything else as it is.
@@ -258,7 +258,7 @@ def save_peft(adapters: Mapping[str, Tensor], config: LoraConfig, folder: Path) 
 
     Args:
         adapters: From `adapter_tensors`.
-        config: What they were trained with.
+        config: Its rank and alpha stand in the file; targets are taken from the adapters' names.
         folder: Made if it is missing.
     """
     peft_config = _peft_config(config, _layers_of(adapters))
@@ -279,8 +279,8 @@ def save_diffusers(adapters: Mapping[str, Tensor], config: LoraConfig, path: Pat
 
     Args:
         adapters: From `adapter_tensors`.
-        config: What they were trained with.
-        path: The file, in a folder that exists.
+        config: Its scale is multiplied into lora_B.
+        path: In a folder that exists.
     """
     _save_one_file(adapters, config, path, key_of=lambda layer: f"{_DIFFUSERS_PREFIX}{layer}")
 
@@ -296,8 +296,8 @@ def save_comfyui(
 
     Args:
         adapters: From `adapter_tensors`.
-        config: What they were trained with.
-        path: The file, in a folder that exists.
+        config: Its scale is multiplied into lora_B.
+        path: In a folder that exists.
         original_name: `Family.original_name`.
     """
     _save_one_file(adapters, config, path, key_of=lambda layer: f"{_COMFYUI_PREFIX}{original_name(layer)}")
@@ -319,7 +319,7 @@ def load_lora(transformer: nn.Module, folder: Path, *, allowed: Sequence[str]) -
     """Wraps `transformer` with the adapters that `save_peft` wrote, in place.
 
     Args:
-        transformer: The plain model.
+        transformer: A plain model, without adapters.
         folder: What `save_peft` made.
         allowed: Patterns of layers that may be wrapped: `Family.lora_targets`.
 

@@ -103,8 +103,8 @@ def read_lora(
     Args:
         path: A PEFT folder or a file.
         transformer: The plain model; may be on the meta device.
-        family: Of the transformer; knows its layers' original names.
-        alpha: For a file that does not say it.
+        family: The one that describes `transformer`; knows its layers' original names.
+        alpha: For a file that does not say it, and for no other.
 
     Raises:
         CheckpointError: If the file cannot be read, is of another kind, has layers or shapes that the

@@ -34,8 +34,8 @@ def approximate_sound(mel_CTM: Tensor, *, sample_rate_hz: int, hop: int) -> Tens
 
     Args:
         mel_CTM: [C,T,M] as `LogMel` makes them.
-        sample_rate_hz: Of the sound.
-        hop: Samples between frames.
+        sample_rate_hz: That of the sound; the bands end at half of it.
+        hop: Samples between frames, as `LogMel` had them.
 
     Returns:
         [C,N] fp32, N = (T - 1) * hop, on the device of the spectrogram.

@@ -37,7 +37,7 @@ class LogMel:
     proven.
 
     Args:
-        sample_rate_hz: Of the waveforms.
+        sample_rate_hz: Of the waveforms; the bands end at half of it.
         hop: Samples between frames.
         num_bands: M.
     """
@@ -92,7 +92,7 @@ class MelVAE(nn.Module):
         Args:
             wave_BCN: [B,C,N] in [-1,1]; fp32 even when the module is not, because 16 bits bury quiet bands in
                 rounding noise.
-            seeds: One seed per sample for the posterior's noise; None takes the posterior's mode.
+            seeds: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
 
         Returns:
             (mel_BCTM, mean, logvar): the reconstructed spectrogram, of which `self.mel(wave_BCN)` is the

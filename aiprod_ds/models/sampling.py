@@ -109,7 +109,7 @@ def sample_latents(
     Args:
         module: Called as `DiffusionModule.forward` is: that module or the engine that holds it. Once for each
             interval, twice with an empty prompt.
-        family: Of the transformer.
+        family: Cuts the noise into tokens and joins the latents again.
         noise: [B,C,...] of each modality, on the module's device.
         fps: [B] frames per second.
         prompt: What `Family.forward` wants to know of the prompts, with the axis B.

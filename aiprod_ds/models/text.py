@@ -49,10 +49,9 @@ class TextEncoder:
     """A tokenizer and a frozen model.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: As transformers makes it; its padding is set here.
         model: Takes `input_ids`, `attention_mask` and `output_hidden_states`.
         connectors: diffusers' LTX2TextConnectors, or None.
-        config: Tokens, precision and padding.
     """
 
     def __init__(

@@ -41,8 +41,7 @@ class VideoVAE(nn.Module):
 
         Args:
             video_BCTHW: [B, 3, T, H, W] in [-1, 1], in the module's dtype.
-            seeds: One seed per sample for the posterior's noise, so that a draw does not depend on the rank
-                or the batch it falls in; None takes the posterior's mode, as evaluation does.
+            seeds: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
 
         Returns:
             (reconstruction_BCTHW, mean, logvar), the last two fp32; logvar is None for a deterministic
