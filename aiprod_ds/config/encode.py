@@ -186,7 +186,7 @@ class EncodeConfig(StrictModel):
     """Everything that `aiprod-ds encode` needs."""
 
     seed: NonNegativeInt = 0
-    """Of random weights."""
+    """Draws the weights of a network without `pretrained`."""
     data: EncodeDataConfig
     """The clips and the results."""
     video: VideoEncoderConfig

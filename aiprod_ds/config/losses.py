@@ -161,7 +161,7 @@ class NoiseLevelConfig(StrictModel):
     """The mean of the logit is not above this. null: it may be; from some 50,000 tokens on nearly every level
     is then 1."""
     standard_deviation: PositiveFloat = 1.0
-    """Of the logit."""
+    """Spread of the logit of the noise level around its mean."""
     uniform_fraction: Fraction = 0.1
     """Share of the samples whose level is drawn evenly from 0 to 1."""
 

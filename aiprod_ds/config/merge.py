@@ -26,7 +26,6 @@ class Document:
     """Merged values and their origins.
 
     Attributes:
-        values: The merged mapping.
         origins: Path of a value -> file or option that set it; a value without an entry has that of its
             nearest ancestor. The root `()` always has one.
     """

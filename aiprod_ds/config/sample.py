@@ -45,13 +45,13 @@ class SampleConfig(StrictModel):
     """Where the clips go, relative to the working folder; `--output-dir` replaces it. Clips of an earlier run
     are replaced."""
     seed: NonNegativeInt = 0
-    """Of the noise of every clip, and of random weights."""
+    """Draws the noise of every clip, and the weights of a network without `pretrained`."""
     model: ModelConfig
     """The transformer; `pretrained` names a diffusers folder, such as `export/` of a run."""
     lora: str | None = None
     """A folder with a LoRA adapter in PEFT's layout that was trained on `model`. null: none."""
     precision: Precision = "bf16"
-    """Of the transformer."""
+    """Type of the transformer's weights and computation."""
     vae: ModelConfig
     """The video VAE whose latents the transformer was trained on."""
     audio_vae: ModelConfig | None = None
