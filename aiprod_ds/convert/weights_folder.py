@@ -71,14 +71,7 @@ class WeightsFolder(TensorSource):
         return self._file_of[name]
 
     def require_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Checks names and shapes without reading any tensor.
-
-        Args:
-            shapes: By name, of all tensors that the model has.
-
-        Raises:
-            CheckpointError: If one is missing, surplus or of another shape.
-        """
+        """See the function `require_shapes`; messages name the folder."""
         require_shapes(self, shapes, where=str(self.folder))
 
 
