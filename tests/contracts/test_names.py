@@ -104,7 +104,9 @@ def _exists(path: str) -> bool:
 
 def _is_file(name: str, place: str) -> bool:
     """Returns whether `place` may call a file `name`: the end of a path; alone it is beside what names it, or
-    the only one that is called so."""
+    the only one that is called so. `my_package` is the reader's."""
+    if name.startswith("my_package/"):
+        return True
     beside = (_ROOT / place.partition(":")[0]).parent / name
     found = [file for file in _files() if file == name or file.endswith(f"/{name}")]
     return beside.is_file() or len(found) == 1
