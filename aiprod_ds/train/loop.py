@@ -1,42 +1,45 @@
 """THE training loop: phases, updates, evaluation, metrics and saving, the same for every trainer.
 
-Owns the order of things and the clock. What is trained comes from a `Unit`, how from an `Engine`, when phases
-end from the `CurriculumScheduler`. Everything that depends on time is a function of the clock, so a resumed
-run repeats an uninterrupted one.
+Owns the order of things inside a phase, and the clock. What is trained comes from a `Unit`, how from an
+`Engine`, when phases end from the `CurriculumScheduler`, which stage follows which from `stages.py`, and the
+change from one phase to the next is `phase_change.py`. Everything that depends on time is a function of the
+clock, so a resumed run repeats an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.clock import Clock
+from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
-from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
-from aiprod_ds.engine.protocol import Engine, UpdateResult
+from aiprod_ds.engine.protocol import UpdateResult
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
-from aiprod_ds.optim.adaptive_clip import AdaptiveClip
-from aiprod_ds.optim.ema import Ema, evaluated_weights
-from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak, rss_bytes
+from aiprod_ds.optim.ema import evaluated_weights
+from aiprod_ds.report.environment import device_peak_bytes, rss_bytes
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.snapshot import Base
 from aiprod_ds.train.interrupts import Interrupt, Interrupts
 from aiprod_ds.train.overflow import OverflowWatch
-from aiprod_ds.train.phase_change import begin_phase
+from aiprod_ds.train.phase_change import Entered, RunParts, change_phase, enter_phase
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
-from aiprod_ds.train.unit import Evaluation, Stream, Unit
+from aiprod_ds.train.stages import ENDS, Change, Event, Saved, Stage, Staging, after_change, next_stage
+from aiprod_ds.train.state import TrainState
+from aiprod_ds.train.unit import Evaluation
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,39 +49,30 @@ class TrainingLoop:
     """Runs updates until the curriculum is finished or someone asks the run to stop.
 
     Attributes:
-        save: Saves a checkpoint of the given clock, or begins to. Collective.
-        saver: What `save` begins goes on in it.
-        retrain: Given the phase that ended and the one that begins, replaces `engine`, `ema` and `clip` by
-            those of a new trained set. Collective.
+        parts: Configuration, plan and unit, which no update changes.
+        state: What is trained; a change of phase may fill it anew.
+        saver: Saves it, possibly beside training.
         interrupts: What is asked of the run from outside.
         overflows: Judges updates with non-finite gradients.
-        recompute_default: Whether phases that do not say recompute activations.
+        layout: How the state is spread over ranks, for checkpoints.
         clock: Where the run stands; replaced, never changed.
-        ema: The average of the weights that is evaluated in their place, if the run keeps one.
-        clip: Finds the norm to clip each update at, if the run adapts it.
-        base: The frozen weights that checkpoints refer to in place of holding them.
+        history: What the report will say of the past; saved with every checkpoint.
     """
 
-    config: RunConfig
-    plan: RunPlan
-    unit: Unit
-    engine: Engine
+    parts: RunParts
+    state: TrainState
     scheduler: CurriculumScheduler
     recorder: MetricsRecorder
     stopwatch: Stopwatch
     folder: Path
-    save: Callable[[Clock], None]
     saver: Saver
-    retrain: Callable[[TrainingLoop, PhasePlan, PhasePlan], None]
     interrupts: Interrupts
     overflows: OverflowWatch
-    recompute_default: bool
+    layout: Mapping[str, Any]
     clock: Clock
     history: History
-    ema: Ema | None = None
-    clip: AdaptiveClip | None = None
-    base: Base | None = None
-    _saved_updates: int = -1
+    _saved: Saved = Saved.NO
+    _entered: Entered | None = None
     _phase_left_at: float | None = None
 
     def run(self) -> RunStatus:
@@ -91,65 +85,81 @@ class TrainingLoop:
         Raises:
             NonFiniteError: If too many updates had a non-finite gradient; see `overflow.py`.
         """
-        self._saved_updates = self.clock.updates if self.clock.updates else -1
+        if self.clock.updates:
+            self._saved = after_change(self._saved, Change.RESUMED)
         _LOG.info("training_begins update=%d", self.clock.updates)
-        if not self.history.before:
-            self.history.before = dict(self._evaluate("before training", "before").metrics)
-        while True:
-            phase = self.plan.phases[self.clock.phase]
-            action = self._run_phase(phase)
-            # An evaluation or a change of engine may last longer than the sender of a signal waits.
-            if action is Action.STAY or self._must_stop(at_once=True):
-                return RunStatus.INTERRUPTED
-            self._finish_phase(phase)
-            if action is Action.FINISHED:
-                self._finish_save()
-                return RunStatus.COMPLETED
-            if self._must_stop(at_once=True):
-                return RunStatus.INTERRUPTED
-            following = self.plan.phases[phase.index + 1]
-            if following.adapters != phase.adapters:
-                self._finish_save()
-                with self.stopwatch.during(Activity.TRANSITION):
-                    self.retrain(self, phase, following)
-            self.clock = self.clock.at_phase(following.index)
+        stage = Stage.MEASURE_START
+        while stage not in ENDS:
+            stage = next_stage(stage, self._do(stage))
+        return RunStatus.COMPLETED if stage is Stage.COMPLETED else RunStatus.INTERRUPTED
 
-    def _run_phase(self, phase: PhasePlan) -> Action:
-        """Returns why the phase ended; `STAY` if it did not and the run is to stop."""
+    @property
+    def config(self) -> RunConfig:
+        """The whole configuration."""
+        return self.parts.config
+
+    @property
+    def plan(self) -> RunPlan:
+        """The phases as they run."""
+        return self.parts.resolved.plan
+
+    def _do(self, stage: Stage) -> Event:
+        """Does what `stage` stands for and returns how it ended."""
+        if stage is Stage.MEASURE_START:
+            if not self.history.before:
+                self.history.before = dict(self._evaluate("before training", "before").metrics)
+            return Event.DONE
+        if stage is Stage.TRAIN:
+            return self._train()
+        if stage is Stage.CHANGE_PHASE:
+            with self.stopwatch.during(Activity.TRANSITION):
+                self._change_phase()
+            return Event.DONE
+        self._measure_phase(self.plan.phases[self.clock.phase])
+        if stage is Stage.MEASURE_LAST:
+            self._save()
+            self._finish_save()
+            return Event.DONE
+        return Event.STOP if self._must_stop(at_once=True) else Event.DONE
+
+    def _train(self) -> Event:
         decision = self.scheduler.decision(self.clock)
-        if decision.action is not Action.STAY:  # resumed exactly at the edge
-            return decision.action
-        _LOG.info("phase_begins name=%s update=%d", phase.name, self.clock.updates)
-        with self.stopwatch.during(Activity.TRANSITION):
-            reset_device_peak()
-            module, default = self.unit.module, self.recompute_default
-            begin_phase(self.engine, module, phase, self.clock, recompute_default=default)
-            stream = self.unit.open_stream(
-                phase, self.clock, rank=self.engine.rank, world_size=self.engine.world_size
-            )
+        if decision.action is Action.STAY:  # else resumed exactly at the edge
+            decision = self._train_phase(self.plan.phases[self.clock.phase], decision)
+            if decision.action is Action.STAY:
+                return Event.STOP
+        # An evaluation or a change of engine may last longer than the sender of a signal waits.
+        if self._must_stop(at_once=True):
+            return Event.STOP
+        return Event.LAST_PHASE_ENDED if decision.action is Action.FINISHED else Event.PHASE_ENDED
+
+    def _train_phase(self, phase: PhasePlan, decision: Decision) -> Decision:
+        """Returns why the phase ended; `STAY` if it did not and the run is to stop."""
+        if self._entered is None:
+            with self.stopwatch.during(Activity.TRANSITION):
+                self._entered = enter_phase(self.parts, phase, state=self.state, clock=self.clock)
+        entered = self._entered
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
             with self.stopwatch.during(Activity.TRAIN):
-                decision = self._updates(phase, stream, began, decision)
+                decision = self._updates(entered, began, decision)
         finally:
-            stream.close()
-        if decision.action is Action.STAY:
-            return decision.action
-        self.history.phase_ends[phase.name] = decision.reason.value
-        _LOG.info(
-            "phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, decision.reason.value
-        )
-        return decision.action
+            entered.stream.close()
+        if decision.action is not Action.STAY:
+            reason = decision.reason.value
+            self.history.phase_ends[phase.name] = reason
+            _LOG.info("phase_ends name=%s update=%d reason=%s", phase.name, self.clock.updates, reason)
+        return decision
 
-    def _updates(self, phase: PhasePlan, stream: Stream, began: float, decision: Decision) -> Decision:
-        batches = iter(stream)
+    def _updates(self, entered: Entered, began: float, decision: Decision) -> Decision:
+        phase, before, staging = entered.phase, self.clock.updates, Staging.DUE
         must_stop = self._must_stop(at_once=True)  # asked for while the run started or the phase changed
-        first = self.clock.updates + 1
         while decision.action is Action.STAY and not must_stop:
-            loss = self._update(phase, stream, batches)
-            if self.clock.updates == first:  # there are moments now
-                self.saver.reserve(self.engine, self.ema, base=self.base)
-                first = 0
+            loss = self._update(entered)
+            if staging is Staging.DUE and self.clock.updates > before:
+                # Only now are there moments, and their size is what the memory for copies depends on.
+                self.saver.reserve(self.state.engine, self.state.ema, base=self.state.base)
+                staging = Staging.ASKED_FOR
             decision = self.scheduler.observe(self.clock, loss)
             self.history.phase_updates[phase.name] = self.clock.phase_updates
             self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began
@@ -164,35 +174,45 @@ class TrainingLoop:
         self._phase_left_at = time.perf_counter()
         return decision
 
-    def _update(self, phase: PhasePlan, stream: Stream, batches: Iterator[MicroBatch]) -> float | None:
-        """Runs one update, advances the clock and returns the reduced loss if the curriculum asked for it."""
+    def _update(self, entered: Entered) -> float | None:
+        """Runs one update, advances the clock and returns the reduced loss if the curriculum asked for it.
+
+        Nobody here looks whether a value is finite: the engine finds a non-finite gradient norm, leaves
+        weights and moments as they are and says that the update was not applied; `overflows` judges that.
+        """
         began, waited_before = time.perf_counter(), self.stopwatch.seconds(Activity.DATA_WAIT)
+        phase, stream, engine = entered.phase, entered.stream, self.state.engine
         position = self.clock.phase_position
         bucket = phase.buckets[stream.bucket_at(position)]
         needs_loss = self.scheduler.needs_loss(self.clock)
         rate = phase.learning_rate.at(self.clock.phase_updates)
-        self.engine.set_batch(micro_batch_size=bucket.micro_batch_size, accumulation=bucket.accumulation)
-        self.engine.set_learning_rate(rate)
+        # Between two updates no gradients are held, so this is where another bucket's accumulation may begin.
+        engine.set_batch(micro_batch_size=bucket.micro_batch_size, accumulation=bucket.accumulation)
+        engine.set_learning_rate(rate)
         sums: dict[str, Tensor] = {}
         result: UpdateResult | None = None
         clipped: dict[str, float] = {}
         for index in range(bucket.accumulation):
             with self.stopwatch.during(Activity.DATA_WAIT):
-                batch = next(batches)
+                batch = next(entered.batches)
             assert batch.position == position, f"loader at {batch.position}, clock at {position}"
+            # Dropout inside the module draws from torch's own stream. Seeded by the count of micro-batches it
+            # is the same after a resume, and differs between micro-batches and ranks.
             torch.manual_seed(
-                stream_seed(self.config.seed, "module", self.clock.micro_batches + index, self.engine.rank)
+                stream_seed(self.config.seed, "module", self.clock.micro_batches + index, engine.rank)
             )
-            terms = self.unit.loss(self.engine, batch, phase)
-            self.engine.backward(terms.total)
+            terms = self.parts.unit.loss(engine, batch, phase)
+            engine.backward(terms.total)
             if index == bucket.accumulation - 1:
+                # Not earlier: the limit needs the norm of the update before, whose copy from the device is
+                # done by now, so that nobody waits. Not later: the engine clips inside the step.
                 clipped = self._set_clip_norm()
-            result = self.engine.step()
+            result = engine.step()
             for name, value in {**terms.terms, "loss/total": terms.total.detach()}.items():
                 sums[name] = sums[name] + value if name in sums else value
         assert result is not None, "the engine's accumulation window differs from the bucket's"
-        if self.clip is not None:
-            self.clip.observe(result.gradient_norm)
+        if self.state.clip is not None:
+            self.state.clip.observe(result.gradient_norm)
         self._advance(result, bucket, stream.epoch_at(position + 1))
         if not result.applied:
             return None
@@ -207,10 +227,10 @@ class TrainingLoop:
 
     def _set_clip_norm(self) -> dict[str, float]:
         """Sets the limit of the update whose last gradient is being computed, and returns it as a metric."""
-        limit = None if self.clip is None else self.clip.limit()
+        limit = None if self.state.clip is None else self.state.clip.limit()
         if limit is None:
             return {}
-        self.engine.set_clip_norm(limit)
+        self.state.engine.set_clip_norm(limit)
         return {"gradient/clip_norm": limit}
 
     def _advance(self, result: UpdateResult, bucket: BucketPlan, epoch: int) -> None:
@@ -220,10 +240,11 @@ class TrainingLoop:
             self.clock = self.clock.after_update(
                 micro_batches=bucket.accumulation, samples=samples, epoch=epoch
             )
-            if self.ema is not None:
-                self.ema.update(samples_before=before, samples_after=self.clock.samples)
+            if self.state.ema is not None:
+                self.state.ema.update(samples_before=before, samples_after=self.clock.samples)
         else:
             self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
+        self._saved = after_change(self._saved, Change.UPDATED if result.applied else Change.SKIPPED)
         self.overflows.observe(
             is_applied=result.applied, loss_scale=result.loss_scale, update=self.clock.updates
         )
@@ -246,10 +267,12 @@ class TrainingLoop:
             **times,
             "throughput/clips_per_second": bucket.global_batch_size
             / times["time/update_seconds"]
-            / self.engine.world_size,
+            / self.state.engine.world_size,
             "memory/rss_bytes": rss_bytes(),
             **(
-                {"memory/device_peak_bytes": device_peak_bytes()} if self.engine.device.type == "cuda" else {}
+                {"memory/device_peak_bytes": device_peak_bytes()}
+                if self.state.engine.device.type == "cuda"
+                else {}
             ),
             "clock/phase": clock.phase,
             "clock/epoch": clock.epoch,
@@ -258,20 +281,31 @@ class TrainingLoop:
         }
         self.recorder.record(clock.updates, values)
 
-    def _finish_phase(self, phase: PhasePlan) -> None:
+    def _change_phase(self) -> None:
+        self._entered = change_phase(
+            self.parts,
+            self._entered,
+            state=self.state,
+            clock=self.clock,
+            history=self.history,
+            save=self._save,
+            finish_save=self._finish_save,
+        )
+        self.clock = self._entered.clock
+
+    def _measure_phase(self, phase: PhasePlan) -> None:
         self.recorder.flush(dist.reduce_mean)
         if phase.name not in self.history.phase_metrics:
             found = self._evaluate(f"after phase {phase.name}", f"phase_{phase.index + 1}_{phase.name}")
             self.history.phase_metrics[phase.name] = dict(found.metrics)
-            self._saved_updates = -1  # a request at the edge may have saved without them
-        self._save()
+            self._saved = after_change(self._saved, Change.MEASURED)
 
     def _evaluate(self, title: str, picture: str) -> Evaluation:
         with self.stopwatch.during(Activity.EVALUATION):
-            self.engine.eval()
-            with evaluated_weights(self.ema):
-                found = self.unit.evaluate(self.engine)
-            self.engine.train()
+            self.state.engine.eval()
+            with evaluated_weights(self.state.ema):
+                found = self.parts.unit.evaluate(self.state.engine)
+            self.state.engine.train()
             if dist.is_main():
                 measures = {f"evaluation/{name}": value for name, value in found.metrics.items()}
                 self.recorder.log_now(self.clock.updates, measures)
@@ -283,24 +317,36 @@ class TrainingLoop:
 
     def _must_stop(self, *, at_once: bool = False) -> bool:
         """Does what is asked of the run between two updates and returns whether it is to end."""
-        request = self.interrupts.agreed(at_once=at_once)
+        interrupt = self.interrupts.agreed(at_once=at_once)
         with self.stopwatch.during(Activity.CHECKPOINT):
             self.saver.advance(self.interrupts.finished_by_all)
-        if request is not Interrupt.NONE:
+        if interrupt is not Interrupt.NONE:
             self._save()
             self._finish_save()
-            self.interrupts.done(request)
-            _LOG.warning("request_done name=%s update=%d", request.name, self.clock.updates)
-        return request is Interrupt.STOP
+            self.interrupts.done(interrupt)
+            _LOG.warning("request_done name=%s update=%d", interrupt.name, self.clock.updates)
+        return interrupt is Interrupt.STOP
 
     def _finish_save(self) -> None:
         with self.stopwatch.during(Activity.CHECKPOINT):
             self.saver.finish()
 
     def _save(self) -> None:
-        if self.clock.updates == self._saved_updates:
+        if self._saved is Saved.YES:
             return
         self.recorder.flush(dist.reduce_mean)
         with self.stopwatch.during(Activity.CHECKPOINT):
-            self.save(self.clock)
-        self._saved_updates = self.clock.updates
+            self.saver.save(self.state.engine, self.state.ema, self._run_state(), base=self.state.base)
+        self._saved = after_change(self._saved, Change.SAVED)
+
+    def _run_state(self) -> RunState:
+        clip = self.state.clip
+        return RunState(
+            clock=self.clock,
+            scheduler=self.scheduler.state_dict(),
+            fingerprint=config_fingerprint(self.config),
+            phase_fingerprints=phase_fingerprints(self.config),
+            layout=dict(self.layout),
+            history=self.history.to_dict(),
+            adaptive_clip={} if clip is None else clip.to_dict(),
+        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,7 +34,7 @@ from aiprod_ds.train.engines import build_engine
 from aiprod_ds.train.planning.auto import ResolvedRun
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
-from aiprod_ds.train.state import TrainState, new_train_state
+from aiprod_ds.train.state import TrainState, new_clip, new_ema
 from aiprod_ds.train.unit import Stream, Unit
 
 _LOG = logging.getLogger(__name__)
@@ -64,18 +64,16 @@ class RunParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entered:
-    """A phase that is ready for its next update; every field is replaced by a change of phase.
+    """A phase that is ready for its next update.
 
     Attributes:
         phase: The running one.
-        state: As it was, or new if `phase` trains other parameters than the phase before.
         clock: At the first moment of the phase, or where a resumed run stands in it.
         stream: The data of the phase; owns the loader's processes.
         batches: What `stream` yields from the clock's position on.
     """
 
     phase: PhasePlan
-    state: TrainState
     clock: Clock
     stream: Stream
     batches: Iterator[MicroBatch]
@@ -90,25 +88,22 @@ def change_phase(
     history: History,
     save: Callable[[], None],
     finish_save: Callable[[], None],
-    replace_state: Callable[[TrainState | None], None],
 ) -> Entered:
     """Returns the phase after the clock's, ready for its first update. Collective.
 
     Changes, in this order: the checkpoints (one more, at the end of the phase that is left); `stream` and
-    `batches` of `left`, which end; if other parameters are trained `engine`, `ema`, `clip` and `base` of the
-    state, the unit's module and `history.retrained`; then `phase`, `phase_updates`, `phase_skipped` and
+    `batches` of `left`, which end; if other parameters are trained `engine`, `ema`, `clip` and `base` of
+    `state`, the unit's module and `history.retrained`; then `phase`, `phase_updates`, `phase_skipped` and
     `epoch` of the clock; and what `enter_phase` changes.
 
     Args:
-        parts: Of the run.
-        left: What is left; None where a resumed run stood at the phase's end and opened no data.
-        state: What was trained so far.
+        parts: Read, apart from the unit's module.
+        left: What ends; None where a resumed run stood at the phase's end and opened no data.
+        state: What was trained so far, and from now on.
         clock: At the end of the phase that is left.
-        history: Gets what was rebuilt.
+        history: Remembers what was rebuilt.
         save: Saves the run as it stands, or begins to.
         finish_save: Waits until what was begun is written.
-        replace_state: Told of the state whenever it changes, so that an error closes the engine that is
-            alive: None while there is none.
 
     Raises:
         EngineError: If the module answers otherwise than before it was rebuilt.
@@ -120,7 +115,7 @@ def change_phase(
         left.stream.close()  # idempotent: the loop has closed it before it measured the phase
     if after.adapters != before.adapters:
         finish_save()  # it reads from the engine that is about to be closed
-        state = _rebuild(parts, state, before, after, history, replace_state)
+        _rebuild(parts, state, before, after, history)
     return enter_phase(parts, after, state=state, clock=clock.at_phase(after.index))
 
 
@@ -149,7 +144,7 @@ def enter_phase(parts: RunParts, phase: PhasePlan, *, state: TrainState, clock: 
     except BaseException:
         stream.close()
         raise
-    return Entered(phase=phase, state=state, clock=clock, stream=stream, batches=chain([first], batches))
+    return Entered(phase=phase, clock=clock, stream=stream, batches=chain([first], batches))
 
 
 def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: str) -> None:
@@ -194,23 +189,16 @@ def begin_phase(
 
 
 def _rebuild(
-    parts: RunParts,
-    state: TrainState,
-    before: PhasePlan,
-    after: PhasePlan,
-    history: History,
-    replace_state: Callable[[TrainState | None], None],
-) -> TrainState:
-    """Returns the state that trains what `after` trains; the one of `before` is closed."""
-    replace_state(None)  # average and clip follow parameters that are about to go
-    engine, done = retrain(state.engine, parts.unit, before, after, build=parts.build_engine)
-    rebuilt = new_train_state(engine, parts.config)
-    replace_state(rebuilt)
+    parts: RunParts, state: TrainState, before: PhasePlan, after: PhasePlan, history: History
+) -> None:
+    """Makes `state` train what `after` trains."""
+    state.ema = state.clip = None  # they follow parameters that are about to go, and hold memory
+    state.engine, done = retrain(state.engine, parts.unit, before, after, build=parts.build_engine)
+    state.ema, state.clip = new_ema(state.engine, parts.config), new_clip(parts.config)
     origin = f"{start_in_words(parts.config)}, trained until phase {after.name}"
-    # Starting the run anew does not give these weights, so the first checkpoint that needs them stores them.
-    base = base_of_phase(engine, after, parts.config, origin=origin, is_stored=True)
+    # Starting the run anew does not give these weights, so the next checkpoint stores them.
+    state.base = base_of_phase(state.engine, after, parts.config, origin=origin, is_stored=True)
     history.retrained.append(done.to_dict())
-    return replace(rebuilt, base=base)
 
 
 @runtime_checkable
@@ -276,8 +264,13 @@ def retrain(
     engine.close()
     unit.prepare(after)
     new = build()
-    new.write_values(unit.written(carried))
-    difference = _relative_difference(answer, unit.probe(new))
+    try:
+        new.write_values(unit.written(carried))
+        difference = _relative_difference(answer, unit.probe(new))
+        _require_same_answer(difference, new, after)
+    except BaseException:
+        new.close()
+        raise
     done = Retraining(
         phase=after.name,
         trained=(_in_words(before), _in_words(after)),
@@ -289,16 +282,17 @@ def retrain(
         "retrained phase=%s trained=%s relative_difference=%.2e seconds=%.2f device_peak_bytes=%d",
         done.phase, " -> ".join(done.trained), difference, done.seconds, done.device_peak_bytes,
     )  # fmt: skip
-    allowed = MAX_DIFFERENCE[new.compute_dtype]
-    if not difference <= allowed:
-        new.close()
-        raise EngineError(
-            f"phase {after.name}: the model must answer as before it was rebuilt, within {allowed:g}, got a "
-            "relative difference "
-            f"of {difference:g}. Resume from the checkpoint of the phase before it, with training_mode as "
-            "it was there."
-        )
     return new, done
+
+
+def _require_same_answer(difference: float, engine: Engine, phase: PhasePlan) -> None:
+    allowed = MAX_DIFFERENCE[engine.compute_dtype]
+    if not difference <= allowed:
+        raise EngineError(
+            f"phase {phase.name}: the model must answer as before it was rebuilt, within {allowed:g}, got a "
+            f"relative difference of {difference:g}. Resume from the checkpoint of the phase before it, with "
+            "training_mode as it was there."
+        )
 
 
 def _relative_difference(before: Tensor, after: Tensor) -> float:

@@ -25,6 +25,7 @@ from aiprod_ds.report.plots import save_plots
 from aiprod_ds.report.run_report import write_report
 from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummary
 from aiprod_ds.train.loop import TrainingLoop
+from aiprod_ds.train.phase_change import RunParts
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.unit import Unit
 
@@ -36,15 +37,29 @@ class RunFacts:
     """What is known of a run before its first update.
 
     Attributes:
+        parts: Configuration, resolved plan and unit.
         parameters: Of the model, trained or not.
         layout: From `compatibility.run_layout`.
     """
 
-    config: RunConfig
-    plan: RunPlan
-    unit: Unit
+    parts: RunParts
     parameters: int
     layout: dict[str, Any]
+
+    @property
+    def config(self) -> RunConfig:
+        """The whole configuration."""
+        return self.parts.config
+
+    @property
+    def plan(self) -> RunPlan:
+        """The phases as they run."""
+        return self.parts.resolved.plan
+
+    @property
+    def unit(self) -> Unit:
+        """What is trained."""
+        return self.parts.unit
 
     @property
     def folder(self) -> Path:
@@ -52,12 +67,13 @@ class RunFacts:
         return Path(self.config.output_dir)
 
 
-def report_completed(facts: RunFacts, engine: Engine, loop: TrainingLoop) -> RunSummary:
+def report_completed(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
     """Exports the model, writes the report of a finished run and returns its summary. Collective; the main
     rank writes."""
+    engine = loop.state.engine
     digest = final_state_sha256(engine)
     engine.eval()
-    with evaluated_weights(loop.ema):
+    with evaluated_weights(loop.state.ema):
         facts.unit.export(engine, facts.folder / "export")
     summary = _summarize(facts, loop, RunStatus.COMPLETED, digest=digest)
     if dist.is_main():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property, partial
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from rich.console import Console
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.train.planning.auto import search_here, this_machine
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
-from aiprod_ds.train.run import evaluate_checkpoint, run_training
+from aiprod_ds.train.run import Prepared, evaluate_checkpoint, run_training
 from aiprod_ds.train.unit import Unit
 from aiprod_ds.trainers.clip_data import ClipData
 
@@ -36,6 +36,12 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 class Trainer(ABC, Generic[ConfigT]):
     """Trains a model through a curriculum.
+
+    A class derived from it may take other arguments, as long as those here reach this constructor; the
+    command line calls it with `config` and `source` alone, by name.
+
+    Attributes:
+        config_class: What `config` is an instance of; a file that names the trainer is read as that.
 
     Args:
         config: The whole configuration.
@@ -47,6 +53,8 @@ class Trainer(ABC, Generic[ConfigT]):
     Raises:
         ConfigError: If `dataset` comes without `validation`.
     """
+
+    config_class: ClassVar[type[RunConfig]]
 
     def __init__(
         self,
@@ -81,8 +89,24 @@ class Trainer(ABC, Generic[ConfigT]):
         """Returns the clips of the files that the configuration names."""
 
     @abstractmethod
-    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> Unit:
-        """Returns what the loop trains."""
+    def build_unit(
+        self,
+        config: ConfigT,
+        *,
+        model: nn.Module,
+        plan: RunPlan,
+        data: ClipData,
+        too_short: tuple[TooShort, ...],
+    ) -> Unit:
+        """Returns what the loop trains.
+
+        Args:
+            config: The trainer's own, or for estimates what `blank_config` leaves of it.
+            model: With its weights, or on the meta device.
+            plan: The phases.
+            data: The clips.
+            too_short: Those that some phase cannot use.
+        """
 
     @abstractmethod
     def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
@@ -92,15 +116,13 @@ class Trainer(ABC, Generic[ConfigT]):
     def blank_unit(self, plan: RunPlan) -> Unit:
         """Returns the unit without weights and data, on the meta device: for estimates of memory and time."""
         clips = [self.blank_clip(plan.phases[-1].buckets[0])]
-        blank = type(self)(
+        return self.build_unit(
             blank_config(self.config),
             model=on_meta(self.shapes),
-            dataset=clips,
-            validation=clips,
-            source=self.source,
+            plan=plan,
+            data=self._open_datasets(clips, clips),
+            too_short=(),
         )
-        assert blank._model is not None, "it was passed in"
-        return blank._unit(blank._model, plan, blank.open_data(), ())
 
     def plan(self, *, world_size: int = 1) -> RunPlan:
         """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights.
@@ -135,11 +157,7 @@ class Trainer(ABC, Generic[ConfigT]):
         Returns:
             What the report says; files are in `config.output_dir`.
         """
-        plan, unit = self._prepare()
-        search = partial(search_here, self)
-        return run_training(
-            self.config, unit, plan, resume=resume, source=self.source, search_now=search, console=console
-        )
+        return run_training(self._prepare(), resume=resume, console=console)
 
     def evaluate(self, *, resume: str = "auto") -> dict[str, float]:
         """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that
@@ -148,11 +166,10 @@ class Trainer(ABC, Generic[ConfigT]):
         Raises:
             CheckpointError: If there is none.
         """
-        plan, unit = self._prepare()
-        search = partial(search_here, self)
-        return evaluate_checkpoint(
-            self.config, unit, plan, resume=resume, source=self.source, search_now=search
-        )
+        return evaluate_checkpoint(self._prepare(), resume=resume)
+
+    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> Unit:
+        return self.build_unit(self.config, model=model, plan=plan, data=data, too_short=too_short)
 
     @cached_property
     def shapes(self) -> nn.Module:
@@ -168,16 +185,26 @@ class Trainer(ABC, Generic[ConfigT]):
             require_runnable(self.shapes, settings, machine, where=self.source)
             prepare_gpu(machine)
 
-    def _prepare(self) -> tuple[RunPlan, Unit]:
+    def _prepare(self) -> Prepared:
         plan = self.plan(world_size=dist.world_size())
         self._prepare_gpu()
         data = self.open_data()
         too_short = data.check(plan, self.source)
         plan = data.with_lengths(plan, self.source)
-        model = (
-            self._model if self._model is not None else build_model(self.config.model, seed=self.config.seed)
+
+        def build_unit(resolved: RunPlan) -> Unit:
+            return self._unit(self._own_model(), resolved, data, too_short)
+
+        return Prepared(
+            config=self.config,
+            plan=plan,
+            build_unit=build_unit,
+            search_now=partial(search_here, self),
+            source=self.source,
         )
-        return plan, self._unit(model, plan, data, too_short)
+
+    def _own_model(self) -> nn.Module:
+        return build_model(self.config.model, seed=self.config.seed) if self._model is None else self._model
 
 
 def blank_config(config: ConfigT) -> ConfigT:

@@ -28,7 +28,7 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume, without_plots
-from aiprod_ds.train import retrain, run
+from aiprod_ds.train import phase_change
 from aiprod_ds.train.resume import saver as saving
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
@@ -154,13 +154,13 @@ def run_locally(folder: str) -> dict[str, Any]:
         .get_parameter(WITHOUT_ADAPTER)
         .detach()
     ]
-    retrain_as_it_is = run.retrain
+    retrain_as_it_is = phase_change.retrain
 
     def watch(engine: Any, *arguments: Any, **settings: Any) -> Any:
         seen.append(engine.read_value(f"transformer.{WITHOUT_ADAPTER}"))
         return retrain_as_it_is(engine, *arguments, **settings)
 
-    run.retrain = watch
+    phase_change.retrain = watch
     with without_plots():
         record = _train("zero0_fp32", Path(folder) / "local", kind="local")
     seen.append(
@@ -173,14 +173,14 @@ def run_locally(folder: str) -> dict[str, Any]:
 
 def die_inside_the_change(folder: str) -> None:
     """Trains until the first change, in which rank 1 kills itself."""
-    measure = retrain._relative_difference
+    measure = phase_change._relative_difference
 
     def die(before: Tensor, after: Tensor) -> float:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return measure(before, after)
 
-    retrain._relative_difference = die  # type: ignore[assignment]
+    phase_change._relative_difference = die  # type: ignore[assignment]
     _train(KILLED, Path(folder) / "run")
 
 
@@ -193,15 +193,15 @@ def finish(folder: str) -> dict[str, Any]:
 def _train_asynchronously(folder: Path) -> dict[str, Any]:
     """Returns the record of a run, and the checkpoints, committed or not, that it found at each change."""
     found: list[list[str]] = []
-    retrain_as_it_is = run.retrain
+    retrain_as_it_is = phase_change.retrain
 
     def watch(*arguments: Any, **settings: Any) -> Any:
         found.append(sorted(path.name for path in (folder / "checkpoints").glob("update_*")))
         return retrain_as_it_is(*arguments, **settings)
 
-    run.retrain = watch
+    phase_change.retrain = watch
     record = _train(ASYNCHRONOUS, folder, asynchronous=True)
-    run.retrain = retrain_as_it_is
+    phase_change.retrain = retrain_as_it_is
     return {**record, "checkpoints_at_changes": found}
 
 

@@ -27,11 +27,11 @@ class Time:
 # Prints what it does and then waits in a C call, where no handler that is written in Python can run.
 PROGRAM = """
 import ctypes, logging, os, sys
-from aiprod_ds.train import signal_watch
-signal_watch.ONE_REQUEST_SECONDS = {seconds}
+from aiprod_ds.train import interrupts
+interrupts.ONE_REQUEST_SECONDS = {seconds}
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 reader, writer = os.pipe()
-with signal_watch.SignalWatch():
+with interrupts.SignalWatch():
     print("open", flush=True)
     ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(1), 1)
 """
