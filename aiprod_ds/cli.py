@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,13 @@ from rich.logging import RichHandler
 from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
+from aiprod_ds.config.trainers import trainer_class
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
 from aiprod_ds.planner.hardware import MACHINES
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
-_TRAINERS = {
-    "video_vae": ("aiprod_ds.trainers.video_vae", "VideoVAETrainer"),
-    "audio_vae": ("aiprod_ds.trainers.audio_vae", "AudioVAETrainer"),
-    "diffusion": ("aiprod_ds.trainers.diffusion", "DiffusionTrainer"),
-}
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
 
@@ -141,9 +136,8 @@ def _configured(
 
 def _trainer(arguments: argparse.Namespace) -> Any:
     config = load_config(arguments.config, arguments.overrides, arguments.output_dir)
-    module, name = _TRAINERS[config.trainer]
-    trainer = getattr(import_module(module), name)  # loads torch and diffusers, which takes seconds
-    return trainer(config, source=str(arguments.config))
+    trainer = trainer_class(config.trainer)  # loads torch and diffusers, which takes seconds
+    return trainer(config=config, source=str(arguments.config))
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.config.losses import AudioVAELossConfig
-from aiprod_ds.config.run import RunConfig
+from aiprod_ds.config.run import RunConfig, TrainerPath
 
 
 class AudioVAETrainerConfig(RunConfig):
@@ -20,8 +20,9 @@ class AudioVAETrainerConfig(RunConfig):
     resolution.
     """
 
-    trainer: Literal["audio_vae"] = "audio_vae"
-    """What is trained."""
+    trainer: Literal["audio_vae"] | TrainerPath = "audio_vae"
+    """What is trained: by this name, or by the import path of a class derived from its trainer
+    (`my_package.module:MyTrainer`)."""
     data: AudioDataConfig
     """The clips."""
     loss: AudioVAELossConfig = AudioVAELossConfig()

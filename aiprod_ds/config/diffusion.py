@@ -13,7 +13,7 @@ from aiprod_ds.config.data import LatentDataConfig
 from aiprod_ds.config.losses import FlowConfig
 from aiprod_ds.config.model import LoraConfig, LoraFileConfig, ModelConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
-from aiprod_ds.config.run import EvaluationConfig, RunConfig
+from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
 from aiprod_ds.config.sample import PreviewConfig
 
 NoiseLevel = Annotated[float, Field(gt=0, le=1)]
@@ -46,8 +46,9 @@ class DiffusionTrainerConfig(RunConfig):
 
     has_adapters: ClassVar[bool] = True
 
-    trainer: Literal["diffusion"] = "diffusion"
-    """What is trained."""
+    trainer: Literal["diffusion"] | TrainerPath = "diffusion"
+    """What is trained: by this name, or by the import path of a class derived from its trainer
+    (`my_package.module:MyTrainer`)."""
     model: DiffusionModelConfig
     """The transformer."""
     vae: ModelConfig
@@ -78,9 +79,7 @@ class DiffusionTrainerConfig(RunConfig):
 
     def phase_adapters(self, phase: PhaseConfig) -> LoraConfig | None:
         """Returns the adapters that `phase` trains; None if it trains the weights themselves."""
-        if (phase.training_mode or self.training_mode) == "full":
-            return None
-        return phase.lora or self.lora or LoraConfig()
+        return adapters_of(phase, training_mode=self.training_mode, lora=self.lora)
 
     def loss_weights(self) -> dict[str, float]:
         """Returns every `*_weight` of the loss section."""
@@ -143,3 +142,19 @@ class DiffusionTrainerConfig(RunConfig):
                     "Remove it: a new optimizer begins with the phase."
                 )
             previous = adapters
+
+
+def adapters_of(
+    phase: PhaseConfig, *, training_mode: TrainingMode, lora: LoraConfig | None
+) -> LoraConfig | None:
+    """Returns the adapters that `phase` trains, its own before those of the run; None if it trains the
+    weights themselves.
+
+    Args:
+        phase: Of the curriculum.
+        training_mode: Of phases that have no own.
+        lora: Of phases that have no own.
+    """
+    if (phase.training_mode or training_mode) == "full":
+        return None
+    return phase.lora or lora or LoraConfig()

@@ -14,25 +14,18 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.curriculum import CurriculumConfig, expand_preset
-from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.encode import (
-    EncodeConfig,
-)
+from aiprod_ds.config.diffusion import DiffusionModelConfig, adapters_of
+from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.config.merge import Document, apply_overrides, read_document
-from aiprod_ds.config.messages import problems_of, suggestion
+from aiprod_ds.config.messages import problems_of
+from aiprod_ds.config.model import LoraConfig
+from aiprod_ds.config.phase import PhaseConfig, TrainingMode
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.sample import SampleConfig
-from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.config.trainers import DEFAULT_TRAINER, TRAINERS, trainer_config_class
 from aiprod_ds.errors import ConfigError
 
-_TRAINERS: dict[str, type[RunConfig]] = {
-    "video_vae": VAETrainerConfig,
-    "audio_vae": AudioVAETrainerConfig,
-    "diffusion": DiffusionTrainerConfig,
-}
-_DEFAULT_TRAINER = "video_vae"
 ConfigKind = Literal["trainer", "encode", "sample"]
 # Keys that the other kinds do not have; an encode file's `curriculum` is also a trainer's section.
 _OWN_KEYS: tuple[tuple[ConfigKind, frozenset[str]], ...] = (
@@ -77,17 +70,13 @@ def _expand(document: Document) -> list[str]:
 
 
 def _trainer(document: Document, problems: list[str]) -> type[RunConfig]:
-    name: Any = document.values.get("trainer", _DEFAULT_TRAINER)
-    if isinstance(name, str) and name in _TRAINERS:
-        return _TRAINERS[name]
+    try:
+        return trainer_config_class(document.values.get("trainer", DEFAULT_TRAINER))
+    except ConfigError as error:
+        problems += [f"{document.origin(('trainer',))}: {problem}" for problem in error.problems]
     # The other sections are still checked, against the default trainer, so that one run shows every problem.
-    document.values["trainer"] = _DEFAULT_TRAINER
-    where = document.origin(("trainer",))
-    problems.append(
-        f"{where}: trainer: must be one of {sorted(_TRAINERS)}, got {name!r}. "
-        f"{suggestion(str(name), _TRAINERS)}"
-    )
-    return _TRAINERS[_DEFAULT_TRAINER]
+    document.values["trainer"] = DEFAULT_TRAINER
+    return TRAINERS[DEFAULT_TRAINER].config_class
 
 
 def load_encode_config(
@@ -123,6 +112,37 @@ def read_curriculum(path: Path) -> CurriculumConfig:
 
 class _CurriculumFile(BaseModel):
     curriculum: CurriculumConfig
+
+
+def read_saved_run(path: Path) -> SavedRun:
+    """Returns what a conversion needs of the `config.yaml` in a run folder, whichever trainer wrote it.
+
+    Nothing that the file names is imported: the folder may be someone else's.
+
+    Raises:
+        ConfigError: If the file cannot be read or one of the sections is broken, with one problem for every
+            rule.
+    """
+    document = read_document(path)
+    return validated(document, SavedRun, _expand(document))
+
+
+class _SavedModel(DiffusionModelConfig, extra="ignore"):
+    """The section `model` of any trainer: its keys are those of all models, a transformer's, or a user's
+    own."""
+
+
+class SavedRun(BaseModel):
+    """The sections of a finished run that say which model it trained, and with which adapters."""
+
+    model: _SavedModel
+    curriculum: CurriculumConfig
+    training_mode: TrainingMode = "full"
+    lora: LoraConfig | None = None
+
+    def phase_adapters(self, phase: PhaseConfig) -> LoraConfig | None:
+        """Returns the adapters that `phase` trained; None if it trained the weights themselves."""
+        return adapters_of(phase, training_mode=self.training_mode, lora=self.lora)
 
 
 def load_sample_config(

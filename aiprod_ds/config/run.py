@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -29,6 +29,9 @@ from aiprod_ds.config.schema import (
     PositiveInt,
     StrictModel,
 )
+
+# A user's own trainer, `my_package.module:MyTrainer`; `trainers` imports it, or says why it cannot.
+TrainerPath = Annotated[str, Field(pattern="^[^:]+:[^:]+$")]
 
 
 class EngineConfig(StrictModel):

@@ -9,14 +9,15 @@ from typing_extensions import Self
 
 from aiprod_ds.config.data import VideoDataConfig
 from aiprod_ds.config.losses import VideoVAELossConfig
-from aiprod_ds.config.run import RunConfig
+from aiprod_ds.config.run import RunConfig, TrainerPath
 
 
 class VAETrainerConfig(RunConfig):
     """Everything that the training of a video VAE needs."""
 
-    trainer: Literal["video_vae"] = "video_vae"
-    """What is trained."""
+    trainer: Literal["video_vae"] | TrainerPath = "video_vae"
+    """What is trained: by this name, or by the import path of a class derived from its trainer
+    (`my_package.module:MyTrainer`)."""
     data: VideoDataConfig
     """The clips."""
     loss: VideoVAELossConfig = VideoVAELossConfig()

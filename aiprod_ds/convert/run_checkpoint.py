@@ -13,9 +13,7 @@ import torch
 
 from aiprod_ds.checkpoint.manifest import HashCheck
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
-from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.load import load_config
-from aiprod_ds.config.run import RunConfig
+from aiprod_ds.config.load import SavedRun, read_saved_run
 from aiprod_ds.convert.checkpoint_weights import CheckpointWeights
 from aiprod_ds.convert.derived import Cast, Merged, Renamed
 from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
@@ -35,16 +33,16 @@ def open_run(request: Request, found: Found, hashes: HashCheck | None = None) ->
     """Returns the weights and adapters of a run's checkpoint.
 
     Args:
-        request: What was asked for.
+        request: `checkpoint`, `ema`, `config`, `base` and `form` are read.
         found: A run folder or a checkpoint.
-        hashes: As of `open_source`.
+        hashes: See `open_source`.
 
     Raises:
         CheckpointError: If no checkpoint is whole, or it has not what the request asks for.
         ConfigError: If the run's configuration is broken.
     """
     checkpoint, run = _checkpoint(request, found, hashes)
-    config = load_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
+    config = read_saved_run(run / "config.yaml") if (run / "config.yaml").is_file() else None
     source = CheckpointWeights(checkpoint.folder, ema=request.ema)
     weights = _without_module(source)
     model, told = _model_of_run(request, config)
@@ -105,9 +103,7 @@ def _without_module(weights: CheckpointWeights) -> TensorSource:
     return weights
 
 
-def _model_of_run(
-    request: Request, config: RunConfig | None
-) -> tuple[DiffusersModel | None, tuple[str, ...]]:
+def _model_of_run(request: Request, config: SavedRun | None) -> tuple[DiffusersModel | None, tuple[str, ...]]:
     if request.config is not None:
         return read_diffusers_config(request.config), ()
     if config is None:
@@ -118,17 +114,13 @@ def _model_of_run(
         return None, (f"the model's config.json is not known ({error}); --config names it",)
 
 
-def _adapters(weights: TensorSource, config: RunConfig | None, checkpoint: Checkpoint) -> Adapters:
+def _adapters(weights: TensorSource, config: SavedRun | None, checkpoint: Checkpoint) -> Adapters:
     from aiprod_ds.models.lora import adapter_tensors  # imports peft, which takes seconds
 
     tensors = adapter_tensors({name: weights[name] for name in weights if ".lora_" in name})
     (rank,) = {value.shape[0] for name, value in tensors.items() if name.endswith(_DOWN)}
     phase = checkpoint.state.clock.phase
-    adapters = (
-        config.phase_adapters(config.curriculum.phases[phase])
-        if isinstance(config, DiffusionTrainerConfig)
-        else None
-    )
+    adapters = None if config is None else config.phase_adapters(config.curriculum.phases[phase])
     if adapters is None or adapters.rank != rank:
         raise CheckpointError(
             f"{checkpoint.folder}: must be of a phase whose adapters config.yaml describes, got adapters of "
@@ -146,7 +138,7 @@ def _base(
     request: Request,
     source: CheckpointWeights,
     weights: TensorSource,
-    config: RunConfig | None,
+    config: SavedRun | None,
     model: DiffusersModel | None,
 ) -> TensorSource | None:
     """Returns what the adapters were trained on: from the checkpoint, or from where the run started; None if
@@ -164,10 +156,10 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _start(request: Request, config: RunConfig | None, model: DiffusersModel | None) -> TensorSource | None:
+def _start(request: Request, config: SavedRun | None, model: DiffusersModel | None) -> TensorSource | None:
     if request.base is not None:
         return WeightsFolder(request.base)
-    if not isinstance(config, DiffusionTrainerConfig) or config.model.pretrained is None:
+    if config is None or config.model.pretrained is None:
         return None
     folder = Path(config.model.pretrained) / (config.model.subfolder or "")
     if not folder.is_dir():  # a name on the hub, or gone

@@ -7,7 +7,6 @@ by `plan`, which builds on the meta device so that no memory is taken.
 from __future__ import annotations
 
 import difflib
-import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aiprod_ds.config.import_path import import_object
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.rng import stream_seed
@@ -26,8 +26,8 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> nn.Mo
     Random weights depend on `seed` alone, so that all ranks build the same model.
 
     Args:
-        config: The `model` section.
-        seed: The run's seed.
+        config: Where the class and its arguments or weights come from.
+        seed: Without effect where `config.pretrained` gives the weights.
         device: `"meta"` builds shapes only, for planning.
 
     Raises:
@@ -51,7 +51,7 @@ def resolve(source: str) -> Callable[..., Any]:
     """Returns the class or function that `source` names: `AutoencoderKLWan` in diffusers, or
     `package.module:Name`."""
     if ":" in source:
-        return _import_path(source)
+        return import_object(source, key="model.source")  # type: ignore[no-any-return]
     import diffusers  # takes seconds to import; needed only here
 
     found = getattr(diffusers, source, None)
@@ -63,16 +63,6 @@ def resolve(source: str) -> Callable[..., Any]:
             f"{source!r}.{hint}"
         )
     return found  # type: ignore[no-any-return]  # diffusers resolves names lazily and is untyped
-
-
-def _import_path(source: str) -> Callable[..., Any]:
-    module_name, _, attribute = source.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"model.source: must be importable, got {source!r} ({error}). Check the spelling and PYTHONPATH."
-        ) from error
 
 
 def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: bool) -> Any:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.plan import snap_notes
@@ -44,6 +45,8 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
     items of a dataset are [N] or [C, N] in [-1, 1] or dicts with 'audio' and optionally 'sample_rate_hz'. The
     arguments are those of `Trainer`.
     """
+
+    config_class: ClassVar[type[RunConfig]] = AudioVAETrainerConfig
 
     @cached_property
     def strides(self) -> ModelStrides:
@@ -90,14 +93,39 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
     def _open_files(self) -> ClipData:
         return open_audio_files(self.config.data, seed=self.config.seed)
 
-    def _unit(
-        self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]
+    def build_unit(
+        self,
+        config: AudioVAETrainerConfig,
+        *,
+        model: nn.Module,
+        plan: RunPlan,
+        data: ClipData,
+        too_short: tuple[TooShort, ...],
     ) -> AudioVAEUnit:
-        snapped = snap_notes(plan, self.strides)
-        module = wrap_audio_vae(model)
-        return AudioVAEUnit(
-            config=self.config, plan=plan, data=data, too_short=too_short, snapped=snapped, module=module
+        """Returns `build_audio_vae_unit` with the model's strides."""
+        return build_audio_vae_unit(
+            config, model=model, plan=plan, data=data, too_short=too_short, strides=self.strides
         )
+
+
+def build_audio_vae_unit(
+    config: AudioVAETrainerConfig,
+    *,
+    model: nn.Module,
+    plan: RunPlan,
+    data: ClipData,
+    too_short: tuple[TooShort, ...],
+    strides: ModelStrides,
+) -> AudioVAEUnit:
+    """Returns what the loop trains; arguments as `Trainer.build_unit` says, and the model's strides."""
+    return AudioVAEUnit(
+        config=config,
+        plan=plan,
+        data=data,
+        too_short=too_short,
+        snapped=snap_notes(plan, strides),
+        module=wrap_audio_vae(model),
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from aiprod_ds.codec.encoders import audio_form
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import AudioEncoderConfig
 from aiprod_ds.config.model import LoraFileConfig
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.plan import snap_notes
@@ -45,6 +46,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
     A model that is passed in must be of a known family (`aiprod_ds.models.families`); items of a dataset are
     what `TensorLatentDataset` says. The arguments are those of `Trainer`.
     """
+
+    config_class: ClassVar[type[RunConfig]] = DiffusionTrainerConfig
 
     @cached_property
     def strides(self) -> ModelStrides:
@@ -79,8 +82,9 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
             transformer = on_meta(self.shapes)
             set_adapters(transformer, self.family, phase, seed=self.config.seed)
             if phase.index == 0:
-                self._read_lora(self.config.model.lora_checkpoint, self.shapes)
-                start_adapters(transformer, self._read_lora(self.config.model.lora_init, self.shapes))
+                model = self.config.model
+                _read_lora(model.lora_checkpoint, self.shapes, self.family)
+                start_adapters(transformer, _read_lora(model.lora_init, self.shapes, self.family))
         return plan
 
     def _problems(self, plan: RunPlan) -> Iterator[str]:
@@ -157,22 +161,47 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         has_sound = self.family.sound is not None
         return open_latent_files(self.config, strides=self.strides, with_audio=has_sound)
 
-    def _unit(
-        self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]
+    def build_unit(
+        self,
+        config: DiffusionTrainerConfig,
+        *,
+        model: nn.Module,
+        plan: RunPlan,
+        data: ClipData,
+        too_short: tuple[TooShort, ...],
     ) -> DiffusionUnit:
-        started_with = self._read_lora(self.config.model.lora_init, model)
-        merged = self._read_lora(self.config.model.lora_checkpoint, model)
-        if merged is not None:
-            merge_into(model, merged)
-        return DiffusionUnit(
-            config=self.config,
-            plan=plan,
-            data=data,
-            too_short=too_short,
-            snapped=snap_notes(plan, self.strides),
-            module=DiffusionModule(model, self.family),
-            started_with=started_with,
+        """Returns `build_diffusion_unit` with the video VAE's strides."""
+        return build_diffusion_unit(
+            config, model=model, plan=plan, data=data, too_short=too_short, strides=self.strides
         )
 
-    def _read_lora(self, file: LoraFileConfig | None, model: nn.Module) -> LoraWeights | None:
-        return None if file is None else read_lora(Path(file.path), model, self.family, alpha=file.alpha)
+
+def build_diffusion_unit(
+    config: DiffusionTrainerConfig,
+    *,
+    model: nn.Module,
+    plan: RunPlan,
+    data: ClipData,
+    too_short: tuple[TooShort, ...],
+    strides: ModelStrides,
+) -> DiffusionUnit:
+    """Returns what the loop trains, with the LoRA in it that `config` merges; arguments as
+    `Trainer.build_unit` says, and the strides of the video VAE."""
+    family = find_family(model, strides)
+    started_with = _read_lora(config.model.lora_init, model, family)
+    merged = _read_lora(config.model.lora_checkpoint, model, family)
+    if merged is not None:
+        merge_into(model, merged)
+    return DiffusionUnit(
+        config=config,
+        plan=plan,
+        data=data,
+        too_short=too_short,
+        snapped=snap_notes(plan, strides),
+        module=DiffusionModule(model, family),
+        started_with=started_with,
+    )
+
+
+def _read_lora(file: LoraFileConfig | None, model: nn.Module, family: Family) -> LoraWeights | None:
+    return None if file is None else read_lora(Path(file.path), model, family, alpha=file.alpha)

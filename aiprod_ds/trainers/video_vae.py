@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
@@ -46,6 +47,8 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
     or dicts with 'video'. The arguments are those of `Trainer`.
     """
 
+    config_class: ClassVar[type[RunConfig]] = VAETrainerConfig
+
     @cached_property
     def strides(self) -> ModelStrides:
         """How the model divides height, width and frames; found on the meta device."""
@@ -61,18 +64,39 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
     def _open_files(self) -> ClipData:
         return open_video_files(self.config.data, seed=self.config.seed)
 
-    def _unit(
-        self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]
+    def build_unit(
+        self,
+        config: VAETrainerConfig,
+        *,
+        model: nn.Module,
+        plan: RunPlan,
+        data: ClipData,
+        too_short: tuple[TooShort, ...],
     ) -> VideoVAEUnit:
-        notes = snap_notes(plan, self.strides)
-        return VideoVAEUnit(
-            config=self.config,
-            plan=plan,
-            data=data,
-            too_short=too_short,
-            snapped=notes,
-            module=VideoVAE(model),
+        """Returns `build_video_vae_unit` with the model's strides."""
+        return build_video_vae_unit(
+            config, model=model, plan=plan, data=data, too_short=too_short, strides=self.strides
         )
+
+
+def build_video_vae_unit(
+    config: VAETrainerConfig,
+    *,
+    model: nn.Module,
+    plan: RunPlan,
+    data: ClipData,
+    too_short: tuple[TooShort, ...],
+    strides: ModelStrides,
+) -> VideoVAEUnit:
+    """Returns what the loop trains; arguments as `Trainer.build_unit` says, and the model's strides."""
+    return VideoVAEUnit(
+        config=config,
+        plan=plan,
+        data=data,
+        too_short=too_short,
+        snapped=snap_notes(plan, strides),
+        module=VideoVAE(model),
+    )
 
 
 @dataclass(slots=True, kw_only=True)

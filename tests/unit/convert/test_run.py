@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 
 from aiprod_ds.checkpoint import manifest
-from aiprod_ds.cli import DONE, FAILED, main
+from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, main
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.load import load_config
 from aiprod_ds.files import file_sha256
@@ -176,6 +176,24 @@ def test_adapters_of_a_run_become_what_it_exported(lora_run: Path, tmp_path: Pat
         )
         == DONE
     )
+
+
+def test_adapters_of_a_trainer_that_is_not_here_become_what_it_exported(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    text = (run / "config.yaml").read_text()
+    assert "trainer: diffusion\n" in text
+    own = text.replace("trainer: diffusion\n", "trainer: not_here.at_all:Own\n")
+    (run / "config.yaml").write_text("key_of_its_own: 1\n" + own)
+    assert _convert(run, tmp_path / "peft", "--to", "peft", "--verify") == DONE
+    weights = "adapter_model.safetensors"
+    assert _same(load_file(tmp_path / "peft" / weights), load_file(run / "export" / "peft" / weights))
+    assert _convert(run, tmp_path / "merged", "--verify") == DONE
+    (run / "config.yaml").write_text(own.replace("learning_rate: ", "learning_rat: "))
+    assert _convert(run, tmp_path / "out") == BAD_CONFIGURATION
+    assert "learning_rat: is not a known key" in capsys.readouterr().err
 
 
 def test_adapters_of_a_run_are_merged_as_those_of_a_file(
