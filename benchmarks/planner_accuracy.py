@@ -31,11 +31,9 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 from trainer_runs import measured_training, run_in_own_process, seconds_per_update
 
-from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.run import RunConfig
-from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.config.trainers import trainer_class, trainer_config_class
 from aiprod_ds.engine import dist
 from aiprod_ds.losses import perceptual
 from aiprod_ds.models.families.ltx import LTXVideo
@@ -44,10 +42,7 @@ from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.testing.tiny import tiny_ltx_vae, tiny_oobleck
 from aiprod_ds.train.planning.estimate import estimate_run
-from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 from aiprod_ds.trainers.base import Trainer
-from aiprod_ds.trainers.diffusion import DiffusionTrainer
-from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _SPATIAL, _TEMPORAL, _TEXT_TOKENS = 32, 8, 128
@@ -138,16 +133,6 @@ MODELS = {
         cases=_VAE_CASES,
     ),
 }
-_TRAINERS: dict[str, Any] = {
-    "diffusion": DiffusionTrainer,
-    "video_vae": VideoVAETrainer,
-    "audio_vae": AudioVAETrainer,
-}
-_CONFIGS: dict[str, type[RunConfig]] = {
-    "diffusion": DiffusionTrainerConfig,
-    "video_vae": VAETrainerConfig,
-    "audio_vae": AudioVAETrainerConfig,
-}
 _FITTED = {
     ("ltx", "low"),
     ("ltx", "high"),
@@ -223,7 +208,8 @@ def _both(name: str, case: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the case's measured memory and time, with what the planner predicts for an H200 beside them."""
     kind, shape = MODELS[name], MODELS[name].cases[case]
     model = build_model(_source(kind, is_tiny=False), seed=0, device="meta")
-    trainer = _TRAINERS[kind.trainer](_config(kind, shape, Path("unused"), is_tiny=False), model=model)
+    config = _config(kind, shape, Path("unused"), is_tiny=False)
+    trainer = trainer_class(kind.trainer)(config, model=model)
     plan = trainer.plan(world_size=1)
     (cost,) = estimate_run(trainer, plan, MACHINES["h200-141gb"]).configured
     label = f"{name} {case}: {cost.shape}{', recomputed' if shape.is_recomputed else ''}"
@@ -296,7 +282,9 @@ def trainer_for(name: str, case: str, folder: Path, *, model: nn.Module, is_tiny
         make[kind.trainer](torch.Generator().manual_seed(seed), shape) for seed in range(2 * shape.batch)
     ]
     config = _config(kind, shape, folder, is_tiny=is_tiny)
-    trainer: Trainer[Any] = _TRAINERS[kind.trainer](config, model=model, dataset=clips, validation=clips[-1:])
+    trainer: Trainer[Any] = trainer_class(kind.trainer)(
+        config, model=model, dataset=clips, validation=clips[-1:]
+    )
     return trainer
 
 
@@ -337,7 +325,7 @@ def _config(model: Model, case: Case, folder: Path, *, is_tiny: bool) -> RunConf
     if model.trainer == "diffusion":
         vae = {"source": "AutoencoderKLLTXVideo", "spatial_stride": _SPATIAL, "temporal_stride": _TEMPORAL}
         values |= {"vae": vae, "evaluation": {**values["evaluation"], "noise_levels": [0.5]}}
-    return _CONFIGS[model.trainer].model_validate(values)
+    return trainer_config_class(model.trainer).model_validate(values)
 
 
 def _sound(generator: torch.Generator, case: Case) -> Tensor:
