@@ -26,9 +26,14 @@ class Background:
         self.finished = 0
         self._outcome: Future[Any] | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the last piece of work has not ended yet."""
+        return self.finished < self.started
+
     def start(self, work: Callable[[], Any]) -> None:
         """Begins `work`; the one before it has ended."""
-        assert self.finished == self.started, "one at a time"
+        assert not self.is_running, "one at a time"
         self.started += 1
         outcome: Future[Any] = Future()
         self._outcome = outcome

@@ -1,7 +1,8 @@
 """Saving a checkpoint from all ranks: what the ranks must agree on around `CheckpointStore`.
 
 Every rank writes into one folder that rank 0 makes and commits; that it is one for all ranks is found out in
-`shared_folder.py`, and what is written is in `engine_files.py`. Called by the loop.
+`shared_folder.py`, and what is written is in `engine_files.py`. What may follow what, as a table, is in
+`save_states.py`. Called by the loop.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from aiprod_ds.optim.ema import Ema
 from aiprod_ds.snapshot import Base, Snapshot
 from aiprod_ds.train.resume.background import Background
 from aiprod_ds.train.resume.engine_files import capture, gather_records, write_together
+from aiprod_ds.train.resume.save_states import SaveEvent, SaveState, next_state
 from aiprod_ds.train.resume.shared_folder import require_shared
 
 _LOG = logging.getLogger(__name__)
@@ -62,17 +64,26 @@ class Saver:
     on_not_saved: Callable[[int, str], None] = lambda _update, _reason: None
     on_replaced: Callable[[str], None] = lambda _words: None
     _stored: set[str] = field(default_factory=set)  # bases that are whole
-    _work: Background = field(default_factory=Background)
+    _state: SaveState = SaveState.IDLE
+    _work: Background = field(default_factory=Background)  # of the state
     _copies: StagingBuffer = field(default_factory=StagingBuffer)
-    _reserving: Background = field(default_factory=Background)
-    _saved: RunState | None = None  # what is being saved
-    _is_written: bool = False
+    _saved: RunState = field(init=False, repr=False, compare=False)  # by the save under way or the last one
     _began: float = 0.0
+
+    @property
+    def state(self) -> SaveState:
+        """What is under way, the same on all ranks."""
+        return self._state
 
     @property
     def is_saving(self) -> bool:
         """Whether a save is under way."""
-        return self._saved is not None
+        return self._state in (SaveState.WRITING, SaveState.COMMITTING)
+
+    @property
+    def is_reserving(self) -> bool:
+        """Whether memory is still being got."""
+        return self._state is SaveState.RESERVING and self._work.is_running
 
     @property
     def finished(self) -> int:
@@ -90,12 +101,8 @@ class Saver:
             self._await_memory()
             captured = capture(engine, ema, base)
             if self._has_memory(captured):
-                self._reserving.start(self._copies.request(captured))
-
-    @property
-    def is_reserving(self) -> bool:
-        """Whether memory is still being got."""
-        return self._reserving.finished < self._reserving.started
+                self._work.start(self._copies.request(captured))
+                self._happened(SaveEvent.RESERVE)
 
     def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> None:
         """Saves, or copies what is to be saved, after the save under way has been finished. Collective.
@@ -112,9 +119,7 @@ class Saver:
         self.finish()
         self._began = time.monotonic()
         with self._going_on_without_room(state):
-            is_waited_for = self._begin(engine, ema, state, base)
-            if is_waited_for:
-                self.finish()
+            self._begin(engine, ema, state, base)
 
     def advance(self, finished: int) -> None:
         """Goes on with the save under way if all ranks have finished what was begun. Collective, between
@@ -127,9 +132,8 @@ class Saver:
             DiskFullError: As `save`.
             CheckpointError: As `save`.
         """
-        if self._saved is not None and finished >= self._work.started:
-            with self._going_on_without_room(self._saved):
-                self._go_on(self._saved)
+        if self.is_saving and finished >= self._work.started:
+            self._go_on()
 
     def finish(self) -> None:
         """Waits until nothing is being saved any more. Collective.
@@ -138,15 +142,17 @@ class Saver:
             DiskFullError: As `save`.
             CheckpointError: As `save`.
         """
-        while self._saved is not None:
-            with self._going_on_without_room(self._saved):
-                self._go_on(self._saved)
+        while self.is_saving:
+            self._go_on()
 
     def close(self) -> None:
         """Gives memory back; nothing may be under way, unless the run has failed."""
-        if self._saved is None:
+        if not self.is_saving:
             self._await_memory()
             self._copies.release()
+
+    def _happened(self, event: SaveEvent) -> None:
+        self._state = next_state(self._state, event)
 
     @contextmanager
     def _going_on_without_room(self, state: RunState) -> Iterator[None]:
@@ -154,7 +160,7 @@ class Saver:
         try:
             yield
         except Exception as error:
-            self._saved = None
+            self._happened(SaveEvent.FAILED)
             if dist.is_main():
                 self.store.discard_pending(updates)
             if not isinstance(error, DiskFullError) or self.config.on_full_disk == "stop":
@@ -162,8 +168,8 @@ class Saver:
             _LOG.warning("checkpoint_not_saved update=%d reason=%s", updates, error)
             self.on_not_saved(updates, str(error))
 
-    def _begin(self, engine: Engine, ema: Ema | None, state: RunState, base: Base | None) -> bool:
-        """Starts the writing; returns whether it must be waited for, because nothing was copied."""
+    def _begin(self, engine: Engine, ema: Ema | None, state: RunState, base: Base | None) -> None:
+        """Starts the writing, and waits for all of the save if nothing was copied."""
         if base is not None and base.is_stored:
             self._store_base(engine, base.sha256)
         self._await_memory()
@@ -177,21 +183,24 @@ class Saver:
             captured = self._copies.take(captured)
         elif engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)  # another thread's stream knows nothing of this one's
-        self._saved, self._is_written = state, False
+        self._saved = state
         self._work.start(lambda: write_shards(pending / _ENGINE, captured))
-        return not is_copied
+        self._happened(SaveEvent.SAVE)
+        if not is_copied:
+            self.finish()
 
-    def _go_on(self, state: RunState) -> None:
-        """Waits for what was begun on all ranks and begins what comes next, if anything does."""
-        if not self._is_written:
-            known = gather_records(self._work.result, self.store.pending_folder(state.clock.updates))
-            self._is_written = True
-            self._work.start(partial(self._commit, state, known) if dist.is_main() else _nothing)
-        else:
-            if not dist.is_main():
-                self._work.result()
-            dist.from_main(self._work.result)
-            self._saved = None
+    def _go_on(self) -> None:
+        """Waits for the work of this state on all ranks and begins that of the next, if it has any."""
+        state = self._saved
+        with self._going_on_without_room(state):
+            if self._state is SaveState.WRITING:
+                known = gather_records(self._work.result, self.store.pending_folder(state.clock.updates))
+                self._work.start(partial(self._commit, state, known) if dist.is_main() else _nothing)
+            else:
+                if not dist.is_main():
+                    self._work.result()
+                dist.from_main(self._work.result)
+            self._happened(SaveEvent.DONE)
 
     def _commit(self, state: RunState, known: Mapping[str, FileRecord]) -> None:
         updates = state.clock.updates
@@ -200,8 +209,9 @@ class Saver:
         self._prune(state)
 
     def _await_memory(self) -> None:
-        if self._reserving.started:
-            self._reserving.result()
+        if self._state is SaveState.RESERVING:
+            self._work.result()
+            self._happened(SaveEvent.DONE)
 
     def _has_memory(self, captured: Snapshot) -> bool:
         """Returns whether every host has room for the copies of its ranks; tells once if one has not.
