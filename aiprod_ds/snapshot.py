@@ -36,7 +36,6 @@ class ShardSlice:
     """Where a range of one parameter lies in one flattened shard.
 
     Attributes:
-        name: Of the parameter.
         start: First element, in the flattened parameter.
         offset: Of that element in the flattened shard.
         length: In elements.
@@ -227,7 +226,6 @@ class Snapshot:
     in the same order.
 
     Attributes:
-        rank: Of the process.
         facts: Of the whole state, the same on every rank.
         tensors: Not copied, on any device, of any shape; in no file as they are.
         chunks: Together, those of all ranks are every tensor of `facts` exactly once.
@@ -335,7 +333,6 @@ def fill(
 
     Args:
         source: Has the kind for every name in `slices`.
-        kind: Of the tensors.
         shards: On any device; each is contiguous, or one whole parameter.
         slices: For each shard, what lies in it.
 

@@ -151,7 +151,6 @@ class TensorFile(TensorSource):
 
         Args:
             target: [elements], contiguous, of the same type, on the CPU.
-            name: Of the tensor in the file.
             start: First element.
 
         Raises:

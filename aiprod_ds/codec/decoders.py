@@ -38,11 +38,6 @@ _REFLECTED_SAMPLES = 1024  # at least what the mel front end reflects at an end
 class VideoDecoder:
     """A frozen video VAE.
 
-    Args:
-        config: The VAE.
-        precision: Of the computation.
-        seed: Of random weights.
-
     Raises:
         ConfigError: If it cannot be built.
     """
@@ -81,10 +76,7 @@ class AudioDecoder:
     """A frozen audio VAE; one of mel spectrograms, with what makes sound of them.
 
     Args:
-        config: The VAE.
         vocoder: Makes sound of mel spectrograms. None: it is approximated.
-        precision: Of the computation.
-        seed: Of random weights.
 
     Raises:
         ConfigError: If a model cannot be built or does not declare its rate, or there is a vocoder for a VAE
@@ -156,10 +148,8 @@ class LatentDecoder:
     """The VAEs of a diffusion model, built at the first use.
 
     Args:
-        vae: Of the pictures.
         audio_vae: Of the sound; None where there is none.
         config: Precision, and what makes sound of mel spectrograms.
-        seed: Of random weights.
     """
 
     def __init__(

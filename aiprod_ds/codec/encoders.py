@@ -50,8 +50,6 @@ class VideoEncoder:
     """A frozen video VAE on a device.
 
     Args:
-        config: The section `video`.
-        seed: Of random weights.
         device: Where it runs.
 
     Raises:
@@ -85,8 +83,6 @@ class AudioEncoder:
     """A frozen audio VAE on a device.
 
     Args:
-        config: The section `audio`.
-        seed: Of random weights.
         device: Where it runs.
 
     Raises:

@@ -72,9 +72,6 @@ def read_sound(
     frame. What the file's sound does not reach is silent, as in a player.
 
     Args:
-        root: The manifest's.
-        record: Of the media.
-        shape: Of the clip.
         form: What the audio encoder takes.
         fill_with_silence: Whether more than 0.1 s may be filled up, or all of it.
 

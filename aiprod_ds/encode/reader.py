@@ -50,7 +50,6 @@ class MediaReader:
     """Reads pictures and sound; a caption needs no reading.
 
     Attributes:
-        root: The manifest's.
         form: What the audio encoder takes; None without one.
         fill_with_silence: Whether missing sound is silence.
     """
@@ -86,7 +85,6 @@ def load_tasks(
     """Yields every task with what was read for it, in order.
 
     Args:
-        tasks: Of this rank.
         read: Picklable where worker processes are not forked.
         num_workers: Processes that read ahead; 0 reads in this one.
 

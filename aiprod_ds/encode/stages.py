@@ -56,8 +56,6 @@ class CaptionStage:
     """Encodes captions. Collective to make.
 
     Args:
-        config: The section `text`.
-        seed: Of random weights.
         device: Where the encoder runs.
     """
 
@@ -96,7 +94,6 @@ class MediaStage:
     """Encodes pictures and sound. Collective to make.
 
     Args:
-        config: The whole configuration.
         device: Where the encoders run.
     """
 

@@ -108,7 +108,6 @@ def media_tasks(
     short.
 
     Args:
-        manifest: The clips.
         shapes: Of `shape_groups`: a clip goes to those buckets of a group that will draw it.
         sources: What each task writes.
     """

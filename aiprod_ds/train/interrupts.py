@@ -146,7 +146,7 @@ class SignalWatch:
     None.
 
     Attributes:
-        received: The signal that was noted.
+        received: The first signal that came; None before.
     """
 
     def __init__(self) -> None:

@@ -48,7 +48,6 @@ class RunParts:
     """What no phase changes: a change of phase reads it.
 
     Attributes:
-        config: The whole configuration.
         resolved: Phases and engine settings that the run really has, the same for unit, engine and loop.
         unit: What is trained; its module is rebuilt where other parameters are trained.
     """
@@ -67,7 +66,6 @@ class Entered:
     """A phase that is ready for its next update.
 
     Attributes:
-        phase: The running one.
         clock: At the first moment of the phase, or where a resumed run stands in it.
         stream: The data of the phase; owns the loader's processes.
         batches: What `stream` yields from the clock's position on.
@@ -153,7 +151,6 @@ def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: 
 
     Args:
         module: Before an engine takes it.
-        plan: The run's phases.
         default: Whether phases that do not say recompute; from the engine's settings.
         source: How messages name the configuration.
 
@@ -249,8 +246,6 @@ def retrain(
     Args:
         engine: Closed by this.
         unit: Whose module it holds.
-        before: The phase that has ended.
-        after: The phase that begins.
         build: Makes the new engine of the unit's module.
 
     Raises:

@@ -49,7 +49,6 @@ def resolve(
     """Returns plan and settings with what `engine.parallel: auto` chooses, or as they are. Collective.
 
     Args:
-        config: Of the run.
         plan: For this world size.
         settings: As configured.
         saved: The layout of the checkpoint that the run goes on from.

@@ -61,9 +61,7 @@ def estimate_run(
     """Returns what the run needs and costs.
 
     Args:
-        trainer: Of the run.
         plan: Its phases for the GPUs in question.
-        machine: The GPU.
         dollars_per_gpu_hour: In place of the machine's.
 
     Raises:

@@ -26,8 +26,6 @@ def require_runnable(model: nn.Module, settings: DeepSpeedSettings, machine: Mac
 
     Args:
         model: May be on the meta device.
-        settings: Of the engine.
-        machine: The GPU.
         where: How messages name the configuration.
 
     Raises:

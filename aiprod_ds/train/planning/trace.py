@@ -45,8 +45,6 @@ class Workloads:
 
     Args:
         trainer: Of the run; neither its data nor its weights are read.
-        plan: Its phases.
-        precision: Of the engine.
     """
 
     def __init__(self, trainer: Shaped, plan: RunPlan, *, precision: Precision) -> None:

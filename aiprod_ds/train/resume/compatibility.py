@@ -43,7 +43,6 @@ def check_compatible(state: RunState, config: RunConfig, layout: Mapping[str, An
 
     Args:
         state: Of the checkpoint.
-        config: Of this run.
         layout: Of this run, from `run_layout`.
         where: How messages name the checkpoint.
 
@@ -99,7 +98,6 @@ def check_steering(
 
     Args:
         saved: `phase_fingerprints` of the run that is resumed.
-        config: The configuration to go on with.
         clock: Where the run stands; phases up to and including `clock.phase` are pinned.
         saved_config: The configuration of that run; with it, messages name the keys that changed.
 

@@ -53,7 +53,6 @@ def read_engine(
     Args:
         folder: Of the engine, in a checkpoint.
         engine: As it was built: its frozen weights may be those that the checkpoint refers to.
-        ema: Its average.
         origin: Of the engine's weights, in words.
 
     Raises:

@@ -25,8 +25,6 @@ def base_of_phase(
 
     Args:
         engine: Holds the frozen weights as they stay through the phase.
-        phase: The one that it trains.
-        config: Of the run.
         origin: Of these weights, in words.
         is_stored: Whether they must be stored, because starting the run anew does not give them.
     """
