@@ -8,22 +8,34 @@ with a gloo group of their own; whoever forks them must not have joined a group.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 
-from aiprod_ds.testing.dist import free_port
+from aiprod_ds.testing.processes import free_port
 
 _SURVIVOR_SECONDS = 30.0
 
 
-def fork_ranks(work: Callable[[], int], *, ranks: int) -> list[int]:
-    """Starts `work` on each of `ranks` new processes, which exit with what it returns, or 1 if it raises;
-    returns their ids.
+def fork_ranks(
+    work: Callable[[], int],
+    *,
+    ranks: int,
+    environment: Mapping[str, str] | None = None,
+    is_launched: bool = True,
+) -> list[int]:
+    """Starts `work` on each of `ranks` new processes, which exit with what it returns, or 1 if it raises.
 
-    A single rank gets no launcher's environment.
+    Args:
+        work: To be done.
+        ranks: Processes.
+        environment: Theirs in place of this process's.
+        is_launched: Whether they get the variables that a launcher sets; a single rank needs none.
+
+    Returns:
+        Their ids.
     """
     port = free_port()
     # every engine that closes collects garbage, and all that is imported would be looked through again
@@ -32,37 +44,59 @@ def fork_ranks(work: Callable[[], int], *, ranks: int) -> list[int]:
     for rank in range(ranks):
         process = os.fork()
         if process == 0:
-            _be_rank(work, rank, ranks, port)
+            _be_rank(work, environment, _launched(rank, ranks, port) if is_launched else {})
         processes.append(process)
     return processes
 
 
-def wait_for_ranks(processes: list[int], *, timeout_seconds: float = 120.0) -> list[int]:
-    """Returns the exit codes, negative for signals; a rank that outlives a failed one by 30 s, or the time
-    limit, is killed."""
+def wait_for_ranks(
+    processes: list[int],
+    *,
+    timeout_seconds: float = 120.0,
+    survivor_seconds: float = _SURVIVOR_SECONDS,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> list[int]:
+    """Returns the exit codes, negative for signals, once all have ended.
+
+    Args:
+        processes: From `fork_ranks`.
+        timeout_seconds: A rank that takes longer is killed.
+        survivor_seconds: So is one that outlives a failed one by more than this.
+        is_wanted: Asked again and again; False kills all at once.
+    """
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout_seconds
     while len(codes) < len(processes):
+        if not is_wanted():
+            deadline = 0.0
         for process in (process for process in processes if process not in codes):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
                 codes[process] = os.waitstatus_to_exitcode(status)
                 if codes[process] != 0:
-                    deadline = min(deadline, time.monotonic() + _SURVIVOR_SECONDS)
+                    deadline = min(deadline, time.monotonic() + survivor_seconds)
             elif time.monotonic() > deadline:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
     return [codes[process] for process in processes]
 
 
-def _be_rank(work: Callable[[], int], rank: int, ranks: int, port: int) -> None:
+def _launched(rank: int, ranks: int, port: int) -> dict[str, str]:
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    return {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _be_rank(
+    work: Callable[[], int], environment: Mapping[str, str] | None, launched: dict[str, str]
+) -> None:
     code = 1
     try:
-        if ranks > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if environment is not None:
+            os.environ.clear()
+            os.environ |= environment
+        os.environ |= launched
         code = work()
-    except BaseException:
-        logging.getLogger(__name__).exception("rank %d", rank)
+    except BaseException:  # noqa: BLE001  the process ends with it
+        traceback.print_exc()
     finally:
         os._exit(code)

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from aiprod_ds.metrics.jsonl import read_metrics
-from aiprod_ds.testing.dist import free_port, run_in_own_session
+from aiprod_ds.testing.processes import free_port, run_in_own_session
 
 UPDATES = (60, 4)
 SAMPLES = (4_000, 8_000)

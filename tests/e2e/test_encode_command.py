@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from aiprod_ds.config.yaml import write_yaml
 from aiprod_ds.data.synthetic import write_synthetic_clips
-from aiprod_ds.testing.dist import run_in_own_session
+from aiprod_ds.strict_yaml import write_yaml
+from aiprod_ds.testing.processes import run_in_own_session
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 ENTRIES = 2 + 2 + 1  # captions, latents, the empty caption

@@ -15,7 +15,7 @@ import pytest
 
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.metrics.jsonl import read_metrics
-from aiprod_ds.testing.dist import kill_session
+from aiprod_ds.testing.processes import kill_session
 
 INTERRUPTED = 75
 PATIENCE_SECONDS = 120.0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from aiprod_ds.convert.request import Request
 from aiprod_ds.convert.run import convert
 from aiprod_ds.metrics.jsonl import read_metrics
-from aiprod_ds.testing.dist import free_port, run_in_own_session
+from aiprod_ds.testing.processes import free_port, run_in_own_session
 
 PHASES = ("low", "medium", "high")
 UPDATES = (3, 2, 2)

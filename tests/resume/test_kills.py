@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from aiprod_ds.testing.dist import kill_session
+from aiprod_ds.testing.processes import kill_session
 
 KILLS = {1: 10, 3: 10}  # by ZeRO stage
 PHASES, UPDATES_PER_PHASE = 40, 2  # a signal that comes too late uses a phase up and does not count

@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from aiprod_ds.testing.dist import kill_session, launcher_command, run_in_own_session
+from aiprod_ds.testing.processes import kill_session, launcher_command, run_in_own_session
 
 STOPS = {2: 4, 1: 16}  # by ranks
 KILLS = int(os.environ.get("AIPROD_DS_KILLS", "8"))
@@ -333,7 +333,7 @@ def _ask_for_a_checkpoint(folder: Path) -> list[str]:
 def _start(folder: Path, ranks: int, **checkpoint: Any) -> list[int]:
     from aiprod_ds.testing.forked import fork_ranks
 
-    return fork_ranks(lambda: _train(folder, ranks, checkpoint), ranks=ranks)
+    return fork_ranks(lambda: _train(folder, ranks, checkpoint), ranks=ranks, is_launched=ranks > 1)
 
 
 def _train(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> int:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aiprod_ds.engine import dist
-from aiprod_ds.testing.dist import free_port, kill_session, run_on_ranks
+from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.processes import free_port, kill_session
 
 pytestmark = [pytest.mark.upstream, pytest.mark.dist]
 

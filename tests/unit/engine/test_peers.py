@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as torch_dist
 
 from aiprod_ds.engine.peers import _PREFIX, LOST_CODE, PeerWatch
-from aiprod_ds.testing.dist import free_port
+from aiprod_ds.testing.processes import free_port
 
 # a beat is a sixth; the watch ends this process only after the limit and a grace, so tests are done by then
 LIMIT_SECONDS = 6.0
