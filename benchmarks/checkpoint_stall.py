@@ -45,8 +45,9 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.report.environment import peak_rss_bytes, rss_bytes
 from aiprod_ds.train.engines import decay_groups
-from aiprod_ds.train.interrupts import Requests, SignalWatch
+from aiprod_ds.train.interrupts import Interrupts, SignalWatch
 from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.state import TrainState
 
 _SETTINGS = Path(__file__).parents[1] / "ds_configs"
 _GOAL_SECONDS = 1.0
@@ -183,7 +184,7 @@ class _Run:
         longest update."""
         before, began = self._updates, self._idle()
         longest, last = 0.0, began
-        saver.reserve(self._engine, None)
+        saver.reserve(TrainState(engine=self._engine))
         while dist.from_main(lambda: saver.is_reserving) or self._updates == before:
             self._update()
             now = self._idle()
@@ -198,17 +199,19 @@ class _Run:
             if dist.is_main():
                 folder.mkdir(exist_ok=True)
             dist.barrier()
-            found.append(self._save(saver, Requests(SignalWatch(), folder, finished=lambda: saver.finished)))
+            found.append(
+                self._save(saver, Interrupts(SignalWatch(), folder, finished=lambda: saver.finished))
+            )
             assert dist.from_main(lambda: len(saver.store.names())) == 1
             self._clear(folder)
         return found
 
-    def _save(self, saver: Saver, requests: Requests) -> tuple[float, float, float]:
+    def _save(self, saver: Saver, requests: Interrupts) -> tuple[float, float, float]:
         layout = {"world_size": self._engine.world_size}
         clock = Clock(updates=self._updates)
         state = RunState(clock=clock, scheduler={}, fingerprint="", phase_fingerprints=("",), layout=layout)
         began = self._idle()
-        saver.save(self._engine, None, state)
+        saver.save(TrainState(engine=self._engine), state)
         stalled, updates_before = self._idle() - began, self._updates
         resumed, waited = time.perf_counter(), 0.0
         while saver.is_saving:

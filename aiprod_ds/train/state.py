@@ -27,9 +27,9 @@ class TrainState:
     """
 
     engine: Engine
-    ema: Ema | None
-    clip: AdaptiveClip | None
-    base: Base | None
+    ema: Ema | None = None
+    clip: AdaptiveClip | None = None
+    base: Base | None = None
 
 
 def new_ema(engine: Engine, config: RunConfig) -> Ema | None:

@@ -168,9 +168,6 @@ class Trainer(ABC, Generic[ConfigT]):
         """
         return evaluate_checkpoint(self._prepare(), resume=resume)
 
-    def _unit(self, model: nn.Module, plan: RunPlan, data: ClipData, too_short: tuple[TooShort, ...]) -> Unit:
-        return self.build_unit(self.config, model=model, plan=plan, data=data, too_short=too_short)
-
     @cached_property
     def shapes(self) -> nn.Module:
         """The model, on the meta device unless it was passed in."""
@@ -193,7 +190,8 @@ class Trainer(ABC, Generic[ConfigT]):
         plan = data.with_lengths(plan, self.source)
 
         def build_unit(resolved: RunPlan) -> Unit:
-            return self._unit(self._own_model(), resolved, data, too_short)
+            model = self._own_model()
+            return self.build_unit(self.config, model=model, plan=resolved, data=data, too_short=too_short)
 
         return Prepared(
             config=self.config,

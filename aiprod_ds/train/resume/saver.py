@@ -28,12 +28,12 @@ from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.optim.ema import Ema
-from aiprod_ds.snapshot import Base, Snapshot
+from aiprod_ds.snapshot import Snapshot
 from aiprod_ds.train.resume.background import Background
 from aiprod_ds.train.resume.engine_files import capture, gather_records, write_together
 from aiprod_ds.train.resume.save_states import SaveEvent, SaveState, next_state
 from aiprod_ds.train.resume.shared_folder import require_shared
+from aiprod_ds.train.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 _ENGINE = "engine"
@@ -90,7 +90,7 @@ class Saver:
         """Pieces of work that this rank has finished; the least of all ranks is what `advance` wants."""
         return self._work.finished
 
-    def reserve(self, engine: Engine, ema: Ema | None, *, base: Base | None = None) -> None:
+    def reserve(self, trained: TrainState) -> None:
         """Begins to get the memory that copies of such a state need, beside training; the first save waits
         for it. Collective.
 
@@ -99,18 +99,22 @@ class Saver:
         """
         if self.config.asynchronous and not self.is_saving:
             self._await_memory()
-            captured = capture(engine, ema, base)
+            captured = capture(trained.engine, trained.ema, trained.base)
             if self._has_memory(captured):
                 self._work.start(self._copies.request(captured))
                 self._happened(SaveEvent.RESERVE)
 
-    def save(self, engine: Engine, ema: Ema | None, state: RunState, *, base: Base | None = None) -> None:
+    def save(self, trained: TrainState, state: RunState) -> None:
         """Saves, or copies what is to be saved, after the save under way has been finished. Collective.
 
-        Frozen weights are left out where there is a `base`; one that must be stored and is not there yet is
+        Frozen weights are left out where there is a base; one that must be stored and is not there yet is
         stored first.
 
         An error is raised on every rank, here or later in `advance` and `finish`.
+
+        Args:
+            trained: What is written.
+            state: What stands beside it: clock, scheduler, history, the adaptive clip's statistics.
 
         Raises:
             DiskFullError: If there is no room and the configuration says to stop then.
@@ -119,7 +123,7 @@ class Saver:
         self.finish()
         self._began = time.monotonic()
         with self._going_on_without_room(state):
-            self._begin(engine, ema, state, base)
+            self._begin(trained, state)
 
     def advance(self, finished: int) -> None:
         """Goes on with the save under way if all ranks have finished what was begun. Collective, between
@@ -168,12 +172,13 @@ class Saver:
             _LOG.warning("checkpoint_not_saved update=%d reason=%s", updates, error)
             self.on_not_saved(updates, str(error))
 
-    def _begin(self, engine: Engine, ema: Ema | None, state: RunState, base: Base | None) -> None:
+    def _begin(self, trained: TrainState, state: RunState) -> None:
         """Starts the writing, and waits for all of the save if nothing was copied."""
+        engine, base = trained.engine, trained.base
         if base is not None and base.is_stored:
             self._store_base(engine, base.sha256)
         self._await_memory()
-        updates, captured = state.clock.updates, capture(engine, ema, base)
+        updates, captured = state.clock.updates, capture(engine, trained.ema, base)
         pending = dist.from_main(
             lambda: self.store.open_pending(updates, num_bytes=captured.facts.num_bytes())
         )

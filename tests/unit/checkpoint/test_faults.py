@@ -40,6 +40,7 @@ from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.snapshot import Base
 from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.state import TrainState
 
 KEEP_TWO = CheckpointConfig(keep_last=2)
 # Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may
@@ -337,7 +338,7 @@ def test_old_or_new_stands_whatever_operation_of_a_whole_save_does_not_happen(
 
     def save(folder: Path, updates: int) -> None:
         saver = _saver(folder, asynchronous=asynchronous)
-        saver.save(engine, None, _state(updates))
+        saver.save(TrainState(engine=engine), _state(updates))
         saver.finish()
 
     engine = _engine()

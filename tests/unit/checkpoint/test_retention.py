@@ -28,6 +28,7 @@ from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.snapshot import Chunk, EngineFacts, Snapshot, TensorMetadata
 from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.state import TrainState
 
 Usage = namedtuple("Usage", "total used free")
 BEST = {"metric": "psnr_db", "mode": "max"}
@@ -135,7 +136,7 @@ def _save(
     """Returns what was not saved."""
     found: list[tuple[int, str]] = []
     saver.on_not_saved = lambda update, reason: found.append((update, reason))
-    saver.save(cast("Engine", engine or SmallEngine()), None, _state(updates, **state))
+    saver.save(TrainState(engine=cast("Engine", engine or SmallEngine())), _state(updates, **state))
     saver.finish()
     return found
 

@@ -34,6 +34,7 @@ from aiprod_ds.errors import CheckpointError
 from aiprod_ds.train.resume import saver as saving
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.state import TrainState
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -89,7 +90,7 @@ def test_what_is_saved_is_of_the_moment_it_was_asked_for(engine: LocalEngine, tm
     saver = _saver(tmp_path)
     for update in (1, 2):  # the second time into the same memory
         _set(engine, float(update))
-        saver.save(engine, None, _state(update))
+        saver.save(TrainState(engine=engine), _state(update))
         _set(engine, -1.0)
         assert saver.is_saving
         saver.finish()
@@ -103,7 +104,7 @@ def test_boundaries_take_it_further_and_never_before_all_have_finished(
 ) -> None:
     saver = _saver(tmp_path)
     _set(engine, 1.0)
-    saver.save(engine, None, _state(1))
+    saver.save(TrainState(engine=engine), _state(1))
     saver.advance(0)
     assert saver.store.names() == []
     while saver.is_saving:
@@ -115,7 +116,7 @@ def test_the_next_save_waits_for_the_one_under_way(engine: LocalEngine, tmp_path
     saver = _saver(tmp_path)
     for update in (1, 2, 3):
         _set(engine, float(update))
-        saver.save(engine, None, _state(update))
+        saver.save(TrainState(engine=engine), _state(update))
         assert saver.store.names() == [f"update_{number:06d}" for number in range(update - 1, 0, -1)]
     saver.finish()
     assert _saved(saver) == (3, 3.0)
@@ -128,7 +129,7 @@ def test_an_error_of_the_writer_comes_at_a_boundary_and_the_old_one_stays(
     saver, history = _saver(tmp_path, on_full_disk=on_full_disk), History()
     saver.on_not_saved = history.note_not_saved
     _set(engine, 1.0)
-    saver.save(engine, None, _state(1))
+    saver.save(TrainState(engine=engine), _state(1))
     saver.finish()
 
     def fail(*_: object) -> None:
@@ -136,7 +137,7 @@ def test_an_error_of_the_writer_comes_at_a_boundary_and_the_old_one_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(saving, "write_shards", fail)
-        saver.save(engine, None, _state(2))
+        saver.save(TrainState(engine=engine), _state(2))
         if on_full_disk == "stop":
             with pytest.raises(DiskFullError, match=r"lower checkpoint\.keep_last"):
                 saver.finish()
@@ -146,7 +147,7 @@ def test_an_error_of_the_writer_comes_at_a_boundary_and_the_old_one_stays(
     assert _saved(saver) == (1, 1.0)
     assert [path.name for path in saver.store.folder.iterdir() if path.name != "latest"] == ["update_000001"]
     _set(engine, 3.0)
-    saver.save(engine, None, _state(3))
+    saver.save(TrainState(engine=engine), _state(3))
     saver.finish()
     assert _saved(saver) == (3, 3.0)
 
@@ -157,7 +158,7 @@ def test_a_full_disk_is_found_before_anything_is_copied(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 999, 1))
     saver = _saver(tmp_path)
     with pytest.raises(DiskFullError):
-        saver.save(engine, None, _state(1))
+        saver.save(TrainState(engine=engine), _state(1))
     assert not saver.is_saving
 
 
@@ -170,7 +171,7 @@ def test_without_memory_for_the_copies_training_waits_and_the_report_says_so_onc
     for update in (1, 2):
         _set(engine, float(update))
         with caplog.at_level(logging.WARNING):
-            saver.save(engine, None, _state(update))
+            saver.save(TrainState(engine=engine), _state(update))
         assert not saver.is_saving
         assert _saved(saver) == (update, float(update))
     [words] = history.replacements
@@ -199,10 +200,10 @@ def test_memory_is_got_before_the_first_save_and_once(
     caplog.set_level(logging.INFO, logger=staging.__name__)
     saver = _saver(tmp_path)
     for update in (1, 2):
-        saver.reserve(engine, None)
+        saver.reserve(TrainState(engine=engine))
         _set(engine, float(update))
-        saver.save(engine, None, _state(update))
-        saver.reserve(engine, None)  # the memory is in use
+        saver.save(TrainState(engine=engine), _state(update))
+        saver.reserve(TrainState(engine=engine))  # the memory is in use
         _set(engine, -1.0)
         saver.finish()
         assert _saved(saver) == (update, float(update))
@@ -214,12 +215,12 @@ def test_no_memory_is_got_where_nothing_is_copied(
     engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = _saver(tmp_path, asynchronous=False)
-    saver.reserve(engine, None)
+    saver.reserve(TrainState(engine=engine))
     assert not saver.is_reserving
     monkeypatch.setattr(saving, "available_bytes", lambda: 0)
     short, told = _saver(tmp_path), []
     short.on_replaced = told.append
-    short.reserve(engine, None)
+    short.reserve(TrainState(engine=engine))
     assert not short.is_reserving
     assert len(told) == 1
 
@@ -242,7 +243,7 @@ def test_a_file_that_is_shorter_than_its_writer_says_is_not_committed(
 
     monkeypatch.setattr(saving, "write_shards", lose)
     saver = _saver(tmp_path)
-    saver.save(engine, None, _state(1))
+    saver.save(TrainState(engine=engine), _state(1))
     with pytest.raises(CheckpointError, match=r"must have the \d+ bytes that were written"):
         saver.finish()
     assert saver.store.names() == []

@@ -40,6 +40,7 @@ from aiprod_ds.train.resume import saver as saving
 from aiprod_ds.train.resume.background import Background
 from aiprod_ds.train.resume.save_states import SaveEvent, SaveState, next_state
 from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.state import TrainState
 
 OLD, UNDER_WAY, NEXT, LATER = (
     1,
@@ -261,10 +262,10 @@ class Bench:
             layout={"world_size": 1},
         )
         self.engine.write_values([("bias", torch.full((2,), float(updates)))])
-        self.saver.save(self.engine, None, state)
+        self.saver.save(TrainState(engine=self.engine), state)
 
     def reserve(self) -> None:
-        self.saver.reserve(self.engine, None)
+        self.saver.reserve(TrainState(engine=self.engine))
 
     def await_work(self) -> None:
         before, deadline = self.saver.finished, time.monotonic() + PATIENCE_SECONDS
