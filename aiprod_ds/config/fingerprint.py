@@ -11,7 +11,7 @@ import json
 from typing import Any, cast
 
 from aiprod_ds.config.run import RunConfig
-from aiprod_ds.config.yaml import write_yaml
+from aiprod_ds.strict_yaml import write_yaml
 
 # Where results go, how often they are saved, measured or shown, how fast data comes, and how the state is
 # spread over ranks: none of it changes the weights by more than rounding.
@@ -22,6 +22,7 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "evaluation": True,
     "preview": True,
     "engine": True,
+    "performance": True,
     "data": {"num_workers"},
     "curriculum": {"phases"},
 }
@@ -30,8 +31,9 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
 def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
-    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `data.num_workers` and
-    `curriculum.phases`. That the precision stays is checked with what the checkpoint says of itself.
+    Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `performance`,
+    `data.num_workers` and `curriculum.phases`. That the precision stays is checked with what the checkpoint
+    says of itself.
     """
     return _sha256(config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT)))
 

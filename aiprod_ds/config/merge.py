@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiprod_ds.config.yaml import read_yaml
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.strict_yaml import read_yaml
 
 KeyPath = tuple[str | int, ...]
 

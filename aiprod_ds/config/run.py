@@ -53,6 +53,18 @@ class EngineConfig(StrictModel):
     and buckets. A resumed run keeps its choice."""
 
 
+class PerformanceConfig(StrictModel):
+    """How a run computes; no choice changes the result beyond rounding. The report says what was chosen, and
+    why."""
+
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    """`blocks` makes kernels of the model's repeated blocks, once for each shape, by torch.compile. `auto`
+    does so on GPUs where it can."""
+    attention: Literal["auto", "torch", "cudnn"] = "auto"
+    """Whose attention kernel: `torch` lets torch choose, `cudnn` takes cuDNN's wherever it can. `auto` takes
+    cuDNN's on GPUs of compute capability 9.x (H100, H200)."""
+
+
 class KeepBestConfig(StrictModel):
     """Keeps the checkpoints of the phase ends with the best held-out measure, beside the last ones."""
 
@@ -166,6 +178,8 @@ class RunConfig(StrictModel):
     themselves are."""
     engine: EngineConfig = EngineConfig()
     """What it runs on: ZeRO stage, precision, offload."""
+    performance: PerformanceConfig = PerformanceConfig()
+    """How it computes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run is saved."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -14,11 +14,11 @@ from typing import Any
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.import_path import import_object
 from aiprod_ds.config.messages import suggestion
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.import_path import import_object
 
 DEFAULT_TRAINER = "video_vae"
 _BASE = "aiprod_ds.trainers.base:Trainer"

@@ -48,7 +48,7 @@ def set_recompute(module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Modul
         return
     if models:
         return
-    chosen = list(blocks) if blocks is not None else list(_repeated_blocks(module))
+    chosen = list(blocks) if blocks is not None else list(repeated_blocks(module))
     if not chosen:
         raise EngineError(
             f"activation_checkpointing: needs repeated blocks in the model, got {type(module).__name__} "
@@ -81,12 +81,13 @@ def _diffusers_models(module: nn.Module) -> Iterable[nn.Module]:
         yield from _diffusers_models(child)
 
 
-def _repeated_blocks(module: nn.Module) -> Iterable[nn.Module]:
+def repeated_blocks(module: nn.Module) -> Iterable[nn.Module]:
+    """Yields every member of the outermost `nn.ModuleList`s of at least two modules of one class."""
     if isinstance(module, nn.ModuleList) and _is_row_of_blocks(module):
         yield from module
         return
     for child in module.children():
-        yield from _repeated_blocks(child)
+        yield from repeated_blocks(child)
 
 
 def _is_row_of_blocks(members: nn.ModuleList) -> bool:

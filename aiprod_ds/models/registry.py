@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from aiprod_ds.config.import_path import import_object
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.import_path import import_object
 from aiprod_ds.rng import stream_seed
 
 

@@ -40,7 +40,7 @@ def render_page(summary: RunSummary) -> str:
         _phases(summary),
         _retrained(summary.retrained),
         _pictures("Curves", summary.plots),
-        _time(summary.time_seconds),
+        _time(summary.time_seconds, summary.performance),
         _replacements(summary.replacements),
         _data(summary.data),
         _reproduce(summary),
@@ -181,7 +181,7 @@ def _pictures(title: str, pictures: Sequence[Picture]) -> str:
     return f"## {title}\n\n" + "\n\n".join(blocks) if blocks else ""
 
 
-def _time(seconds: Mapping[str, float]) -> str:
+def _time(seconds: Mapping[str, float], performance: Sequence[str]) -> str:
     total = sum(seconds.values())
     if total <= 0:
         return ""
@@ -190,9 +190,11 @@ def _time(seconds: Mapping[str, float]) -> str:
         for name, value in sorted(seconds.items(), key=lambda item: -item[1])
         if value > 0
     ]
-    return "## Where the time went\n\n" + _table(
-        ("activity", "time", "share"), [*rows, ("total", _duration(total), "100.0%")]
+    table = _table(("activity", "time", "share"), [*rows, ("total", _duration(total), "100.0%")])
+    chosen = (
+        "\n\nHow it computed:\n\n" + "\n".join(f"- {line}" for line in performance) if performance else ""
     )
+    return f"## Where the time went\n\n{table}{chosen}"
 
 
 def _replacements(replacements: Sequence[str]) -> str:

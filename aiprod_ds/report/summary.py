@@ -73,6 +73,7 @@ class RunSummary:
         final_state_sha256: Over parameters and optimizer state; None if the run did not get to its end.
         time_seconds: Wall time per activity (`Stopwatch.breakdown`).
         environment: What `environment.describe_environment` returns: versions, hardware, commit, command.
+        performance: What was chosen of what changes speed alone, and why, one line each.
         replacements: Everything done in place of what was asked, in words, one entry each.
         retrained: Changes of the trained parameters between phases: phase, what was trained before and after,
             the relative difference of the model's answer, seconds.
@@ -101,6 +102,7 @@ class RunSummary:
     peak_rss_bytes: int
     environment: Mapping[str, Any]
     data: DataSummary
+    performance: tuple[str, ...] = ()
     replacements: tuple[str, ...] = ()
     retrained: tuple[Mapping[str, Any], ...] = ()
     resumed_from: tuple[str, ...] = ()

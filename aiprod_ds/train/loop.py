@@ -158,7 +158,7 @@ class TrainingLoop:
             loss = self._update(entered)
             if staging is Staging.DUE and self.clock.updates > before:
                 # Only now are there moments, and their size is what the memory for copies depends on.
-                self.saver.reserve(self.state.engine, self.state.ema, base=self.state.base)
+                self.saver.reserve(self.state)
                 staging = Staging.ASKED_FOR
             decision = self.scheduler.observe(self.clock, loss)
             self.history.phase_updates[phase.name] = self.clock.phase_updates
@@ -336,7 +336,7 @@ class TrainingLoop:
             return
         self.recorder.flush(dist.reduce_mean)
         with self.stopwatch.during(Activity.CHECKPOINT):
-            self.saver.save(self.state.engine, self.state.ema, self._run_state(), base=self.state.base)
+            self.saver.save(self.state, self._run_state())
         self._saved = after_change(self._saved, Change.SAVED)
 
     def _run_state(self) -> RunState:

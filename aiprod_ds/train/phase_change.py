@@ -31,6 +31,7 @@ from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
 from aiprod_ds.train.engines import build_engine
+from aiprod_ds.train.performance import Performance
 from aiprod_ds.train.planning.auto import ResolvedRun
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
@@ -50,14 +51,17 @@ class RunParts:
     Attributes:
         resolved: Phases and engine settings that the run really has, the same for unit, engine and loop.
         unit: What is trained; its module is rebuilt where other parameters are trained.
+        performance: How it computes.
     """
 
     config: RunConfig
     resolved: ResolvedRun
     unit: Unit
+    performance: Performance
 
     def build_engine(self) -> Engine:
         """Returns an engine that trains what the unit was prepared for. Collective."""
+        self.performance.prepare(self.unit.module)
         return build_engine(self.config, self.resolved.settings, self.unit, self.resolved.plan)
 
 

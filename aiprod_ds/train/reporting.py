@@ -141,6 +141,7 @@ def _summarize(
         time_seconds=loop.stopwatch.breakdown(),
         peak_rss_bytes=peak_rss_bytes(),
         environment=describe_environment() if dist.is_main() else {},
+        performance=facts.parts.performance.reasons,
         data=facts.unit.data_summary(),
         replacements=(*facts.unit.replacements(), *_chosen(facts.layout), *history.replacements),
         retrained=tuple(history.retrained),

@@ -31,8 +31,9 @@ from aiprod_ds.report.summary import RunStatus, RunSummary
 from aiprod_ds.train.interrupts import Interrupts, SignalWatch
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.overflow import OverflowWatch
+from aiprod_ds.train.performance import choose_performance
 from aiprod_ds.train.phase_change import RunParts, check_recompute
-from aiprod_ds.train.planning.auto import Search, resolve
+from aiprod_ds.train.planning.auto import Search, resolve, this_machine
 from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
 from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
 from aiprod_ds.train.resume.engine_files import read_engine
@@ -108,7 +109,7 @@ def run_training(prepared: Prepared, *, resume: str, console: Console | None = N
         require_shared(facts.folder)
         if not dist.is_main():
             lock.share()
-        with SignalWatch() as watch:
+        with SignalWatch() as watch, facts.parts.performance.active(facts.plan):
             return _train(facts, checkpoint, watch, console or Console(stderr=True))
 
 
@@ -130,7 +131,7 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> dict[str, float]:
         ema = new_ema(engine, facts.config)
         read_engine(checkpoint.engine_folder, engine, ema, origin=start_in_words(facts.config))
         engine.eval()
-        with evaluated_weights(ema):
+        with evaluated_weights(ema), facts.parts.performance.active(facts.plan):
             return dict(facts.unit.evaluate(engine).metrics)
     finally:
         engine.close()
@@ -155,7 +156,17 @@ def _resolved(prepared: Prepared, checkpoint: Checkpoint | None) -> RunFacts:
     unit = prepared.build_unit(resolved.plan)
     # Counted here because an engine may shard them.
     parameters = sum(parameter.numel() for parameter in unit.module.parameters())
-    parts = RunParts(config=config, resolved=resolved, unit=unit)
+    machine = this_machine()
+    performance = choose_performance(
+        config.performance,
+        unit.module,
+        capability=None if machine is None else machine.compute_capability,
+        settings=resolved.settings,
+        where=source,
+    )
+    for reason in performance.reasons:
+        _LOG.info("performance %s", reason)
+    parts = RunParts(config=config, resolved=resolved, unit=unit, performance=performance)
     return RunFacts(parts=parts, parameters=parameters, layout=layout)
 
 
@@ -178,9 +189,11 @@ def _train(
         loop = _new_loop(facts, state, standing, saver, watch, console)
         return _run(facts, loop, console)
     finally:
-        if saver is not None:
-            saver.close()
-        state.engine.close()  # not `engine`: a change of phase may have built another
+        try:
+            if saver is not None:
+                saver.close()
+        finally:
+            state.engine.close()  # not `engine`: a change of phase may have built another
 
 
 def _restore(facts: RunFacts, state: TrainState, checkpoint: Checkpoint | None) -> _Standing:

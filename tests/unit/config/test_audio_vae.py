@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.fingerprint import to_yaml
-from aiprod_ds.config.yaml import read_yaml
+from aiprod_ds.strict_yaml import read_yaml
 
 SECONDS = {"duration": {"seconds": 1.5}}
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.fingerprint import to_yaml
 from aiprod_ds.config.model import LoraConfig
-from aiprod_ds.config.yaml import read_yaml
+from aiprod_ds.strict_yaml import read_yaml
 
 SHAPE = {"resolution": "64x64", "duration": {"frames": 9}}
 

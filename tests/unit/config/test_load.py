@@ -12,8 +12,8 @@ from aiprod_ds.config.fingerprint import to_yaml
 from aiprod_ds.config.load import load_config
 from aiprod_ds.config.messages import suggestion
 from aiprod_ds.config.video_vae import VAETrainerConfig
-from aiprod_ds.config.yaml import read_yaml, write_yaml
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.strict_yaml import read_yaml, write_yaml
 
 BASE = """\
 output_dir: runs/x

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiprod_ds.config.yaml import read_yaml, write_yaml
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.strict_yaml import read_yaml, write_yaml
 
 VALUES = [
     ("1e-4", 1e-4),

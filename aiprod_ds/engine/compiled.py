@@ -1,0 +1,71 @@
+"""Compiled blocks: the repeated blocks of a model run as kernels that torch.compile makes of their forward.
+
+Owns the switch. Blocks, not the whole model: they are alike, so one compilation serves all of them, takes
+seconds where the model takes minutes, and leaves the hooks of engines outside of what is compiled.
+
+Shapes are static: a bucket's first batch compiles, later ones find it. With dynamic shapes an evaluation of
+one clip before training would mark batch and tokens dynamic for good, which costs speed in every update.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_PLAIN_CLASS = "_class_without_compilation"
+# A block is compiled with and without gradients, in training and for the held-out clips, for each shape.
+_ENTRIES_PER_SHAPE = 4
+_SPARE_ENTRIES = 8
+
+
+def set_compiled(blocks: Iterable[nn.Module], *, enabled: bool, backend: str = "inductor") -> None:
+    """Switches compilation of `blocks` on or off, in place; parameters and keys of `state_dict` stay.
+
+    Call it while recomputation is off, so that what is recomputed is the compiled forward.
+
+    Args:
+        blocks: Each is compiled on its own; those of one class share what is compiled.
+        enabled: Off undoes what on did, and is allowed at any time.
+        backend: Of torch.compile.
+    """
+    for block in blocks:
+        plain: type[nn.Module] = getattr(type(block), _PLAIN_CLASS, None) or type(block)
+        # A subclass, not a wrapper or an instance attribute: keys stay, hooks stay outside, and a deep copy
+        # calls itself.
+        block.__class__ = _compiled(plain, backend) if enabled else plain  # type: ignore[arg-type]  # mypy: a class is hashable
+
+
+@contextmanager
+def compiled_shapes(count: int) -> Iterator[None]:
+    """Lets torch keep as many compiled forms of one function as a run has shapes.
+
+    Without room it falls back to eager with a warning. The limits are the process's; they are put back.
+
+    Args:
+        count: Of shapes that the run trains and evaluates: one a bucket.
+    """
+    config: Any = torch._dynamo.config
+    needed = count * _ENTRIES_PER_SHAPE + _SPARE_ENTRIES
+    before = config.recompile_limit, config.accumulated_recompile_limit
+    config.recompile_limit = max(before[0], needed)
+    config.accumulated_recompile_limit = max(before[1], needed * _SPARE_ENTRIES)
+    try:
+        yield
+    finally:
+        config.recompile_limit, config.accumulated_recompile_limit = before
+
+
+@functools.cache
+def _compiled(plain: type[nn.Module], backend: str) -> type[nn.Module]:
+    """Returns the class whose forward is compiled: one for the process, so that a new engine finds it."""
+    compiled = torch.compile(plain.forward, dynamic=False, backend=backend)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return compiled(self, *args, **kwargs)
+
+    return type(plain.__name__, (plain,), {"forward": forward, _PLAIN_CLASS: plain})

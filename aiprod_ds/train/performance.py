@@ -1,0 +1,138 @@
+"""How a run computes: which of the choices that change no result beyond rounding it takes, and why.
+
+Owns the rules behind `performance: auto` and the time for which torch is set by them. A choice holds from the
+first update to the last resume's, because a captured or compiled kernel adds in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.config.run import PerformanceConfig
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.engine.compiled import compiled_shapes, set_compiled
+from aiprod_ds.engine.recompute import repeated_blocks
+from aiprod_ds.errors import ConfigError
+
+_TRITON_FROM, _CUDNN_FROM, _HOPPER = (7, 0), (8, 0), 9
+_PARTITIONED = 3
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Performance:
+    """What was chosen.
+
+    Attributes:
+        compiles_blocks: Whether the repeated blocks run compiled.
+        has_cudnn_first: Whether attention takes cuDNN's kernel wherever it can; otherwise torch chooses.
+        reasons: One line a choice, `choice: why`, for plan and report.
+    """
+
+    compiles_blocks: bool
+    has_cudnn_first: bool
+    reasons: tuple[str, ...]
+
+    def prepare(self, module: nn.Module) -> None:
+        """Makes the blocks of `module` run as chosen; call it before an engine takes the module."""
+        set_compiled(repeated_blocks(module), enabled=self.compiles_blocks)
+
+    @contextmanager
+    def active(self, plan: RunPlan) -> Iterator[None]:
+        """Sets torch as chosen while the block runs: backward passes too, which may recompute attention."""
+        buckets = sum(len(phase.buckets) for phase in plan.phases)
+        with compiled_shapes(buckets + 1):  # and the clip that is evaluated
+            if not self.has_cudnn_first:
+                yield
+                return
+            with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+                yield
+
+
+def choose_performance(
+    config: PerformanceConfig,
+    module: nn.Module,
+    *,
+    capability: tuple[int, int] | None,
+    settings: DeepSpeedSettings,
+    where: str,
+) -> Performance:
+    """Returns what a run computes with.
+
+    Args:
+        config: What was asked for; `auto` is decided here.
+        module: May be on the meta device.
+        capability: Compute capability of the GPU; None for the CPU.
+        settings: Of the engine: ZeRO stage and precision.
+        where: How messages name the configuration.
+
+    Raises:
+        ConfigError: If something is asked for by name that cannot be.
+    """
+    compile_by, compile_why = _compiling(config.compile, module, capability, settings, where)
+    attention_by, attention_why = _attention(config.attention, capability, where)
+    return Performance(
+        compiles_blocks=compile_by == "blocks",
+        has_cudnn_first=attention_by == "cudnn",
+        reasons=(f"compile {compile_by}: {compile_why}", f"attention {attention_by}: {attention_why}"),
+    )
+
+
+def _compiling(
+    asked: str, module: nn.Module, capability: tuple[int, int] | None, settings: DeepSpeedSettings, where: str
+) -> tuple[str, str]:
+    if asked == "off":
+        return "off", "as configured"
+    against = _against_compiling(module, settings)
+    if asked == "blocks":
+        if against is not None:
+            raise ConfigError(
+                f"{where}: performance.compile: cannot be blocks, got {against}. Set auto or off."
+            )
+        return "blocks", "as configured"
+    if capability is None:
+        return "off", "on a CPU compiling takes longer than it saves in a short run"
+    if capability < _TRITON_FROM:
+        return "off", f"Triton needs compute capability 7.0, the GPU has {capability[0]}.{capability[1]}"
+    return ("off", against) if against is not None else ("blocks", "each shape is compiled once")
+
+
+def _against_compiling(module: nn.Module, settings: DeepSpeedSettings) -> str | None:
+    """Returns why the blocks cannot be compiled; None if they can."""
+    blocks = list(repeated_blocks(module))
+    if not blocks:
+        return f"{type(module).__name__} has no repeated blocks"
+    if settings.zero_stage == _PARTITIONED:
+        return "ZeRO-3 gathers weights inside of them, and its own linear loses gradients when compiled"
+    if settings.precision == "fp16" and any(
+        name.endswith("weight_g") for block in blocks for name, _ in block.named_parameters()
+    ):
+        return "the backward pass of weight normalisation does not compile in fp16"  # torch 2.11
+    return None
+
+
+def _attention(asked: str, capability: tuple[int, int] | None, where: str) -> tuple[str, str]:
+    has_cudnn = capability is not None and capability >= _CUDNN_FROM
+    if asked == "cudnn":
+        if not has_cudnn:
+            raise ConfigError(
+                f"{where}: performance.attention: cudnn needs a GPU of compute capability 8.0 or newer, got "
+                f"{'none' if capability is None else f'{capability[0]}.{capability[1]}'}. Set auto."
+            )
+        return "cudnn", "as configured"
+    if asked == "torch":
+        return "torch", "as configured"
+    if capability is not None and capability[0] == _HOPPER:
+        return "cudnn", "on compute capability 9.x it is a third faster than FlashAttention-2"
+    return "torch", "torch's own order is the fastest known here"

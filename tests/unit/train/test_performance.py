@@ -1,0 +1,135 @@
+"""What `performance` chooses on which GPU, why, and for how long torch is set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+from aiprod_ds.config.deepspeed import parse_deepspeed_settings
+from aiprod_ds.config.run import PerformanceConfig
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.errors import ConfigError
+from aiprod_ds.testing.plans import phase_plan
+from aiprod_ds.train.performance import Performance, choose_performance
+
+V100, A100, H200 = (7, 0), (8, 0), (9, 0)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = [nn.utils.weight_norm(nn.Conv1d(2, 2, 1)) for _ in range(2)]
+        self.blocks = nn.ModuleList(convolutions)
+
+
+def _choose(
+    capability: tuple[int, int] | None,
+    *,
+    module: nn.Module | None = None,
+    stage: int = 1,
+    precision: str = "bf16",
+    **asked: Any,
+) -> Performance:
+    settings: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    if precision != "fp32":
+        settings[precision] = {"enabled": True}
+    return choose_performance(
+        PerformanceConfig(**asked),
+        module or Blocks(),
+        capability=capability,
+        settings=parse_deepspeed_settings(settings, where="test"),
+        where="c.yaml",
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        (None, (False, False)),
+        ((6, 1), (False, False)),
+        (V100, (True, False)),
+        (A100, (True, False)),
+        (H200, (True, True)),
+    ],
+)
+def test_what_auto_takes(capability: tuple[int, int] | None, expected: tuple[bool, bool]) -> None:
+    found = _choose(capability)
+    assert (found.compiles_blocks, found.has_cudnn_first) == expected
+    assert [reason.split()[0] for reason in found.reasons] == ["compile", "attention"]
+    assert all(": " in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize(
+    ("module", "stage", "precision", "why"),
+    [
+        (nn.Linear(2, 2), 1, "bf16", "Linear has no repeated blocks"),
+        (Blocks(), 3, "bf16", "ZeRO-3"),
+        pytest.param(
+            Normed,
+            1,
+            "fp16",
+            "weight normalisation",
+            marks=pytest.mark.filterwarnings("ignore:.*weight_norm"),
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_is_left_out_by_auto_and_refused_by_name(
+    module: Any, stage: int, precision: str, why: str
+) -> None:
+    module = module() if isinstance(module, type) else module
+    found = _choose(H200, module=module, stage=stage, precision=precision)
+    assert not found.compiles_blocks
+    assert why in found.reasons[0]
+    with pytest.raises(ConfigError, match=f"c.yaml: performance.compile: cannot be blocks, got .*{why}"):
+        _choose(H200, module=module, stage=stage, precision=precision, compile="blocks")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_weight_normed_blocks_compile_in_bf16() -> None:
+    assert _choose(H200, module=Normed()).compiles_blocks
+
+
+def test_what_is_asked_for_by_name_is_taken() -> None:
+    assert _choose(None, compile="blocks").compiles_blocks
+    assert not _choose(H200, compile="off").compiles_blocks
+    assert _choose(A100, attention="cudnn").has_cudnn_first
+    assert not _choose(H200, attention="torch").has_cudnn_first
+
+
+@pytest.mark.parametrize("capability", [None, V100])
+def test_cudnn_is_refused_where_it_is_not(capability: tuple[int, int] | None) -> None:
+    with pytest.raises(ConfigError, match=r"c.yaml: performance.attention: cudnn needs .*8\.0 or newer, got"):
+        _choose(capability, attention="cudnn")
+
+
+def test_torch_is_set_for_the_run_alone() -> None:
+    def order() -> list[Any]:
+        return list(torch._C._get_sdp_priority_order())
+
+    plan = RunPlan(phases=(phase_plan(index=0, updates=1),), world_size=1)
+    before, limit = order(), torch._dynamo.config.recompile_limit
+    with pytest.raises(KeyError), _choose(H200).active(plan):
+        assert SDPBackend(order()[0]) is SDPBackend.CUDNN_ATTENTION
+        assert torch._dynamo.config.recompile_limit > limit
+        raise KeyError
+    assert order() == before
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_blocks_are_prepared_and_put_back() -> None:
+    module = Blocks()
+    plain = type(module.blocks[0])
+    _choose(None, compile="blocks").prepare(module)
+    assert type(module.blocks[0]) is not plain
+    _choose(None, compile="off").prepare(module)
+    assert type(module.blocks[0]) is plain
