@@ -50,7 +50,8 @@ class FlatLayout:
     def pieces(self) -> tuple[list[int], list[int]]:
         """Returns the sizes of members and paddings in order, without paddings of 0, and the indices of the
         members among them."""
-        sizes, places = [], []
+        sizes: list[int] = []
+        places: list[int] = []
         ends = [*(member.start for member in self.members[1:]), self.numel]
         for member, end in zip(self.members, ends, strict=True):
             places.append(len(sizes))

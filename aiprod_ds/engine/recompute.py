@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from aiprod_ds.engine.flat_views import call_with_views, placed_blocks
 from aiprod_ds.errors import EngineError
 
 _ORIGINAL_CLASS = "_class_without_checkpointing"
@@ -67,6 +68,10 @@ def _original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    blocks = () if torch.compiler.is_compiling() else placed_blocks()  # a compiled block keeps its weights
+    if blocks:
+        # A part of a block is recomputed without the block's hooks, after the forward of the block.
+        function = functools.partial(call_with_views, blocks, function)
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
