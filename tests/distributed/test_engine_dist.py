@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +55,24 @@ def hang(folder: str) -> None:
     child = subprocess.Popen(["sleep", "600"])
     Path(folder, str(dist.rank())).write_text(f"{os.getpid()} {child.pid}", encoding="utf-8")
     time.sleep(600)
+
+
+def count() -> int:
+    return dist.world_size()
+
+
+def be_a_caller(folder: str) -> None:
+    """Is interrupted in a call, makes another and waits for its own end in a third."""
+
+    def give_up(*_: Any) -> None:
+        raise InterruptedError
+
+    signal.signal(signal.SIGUSR1, give_up)
+    with pytest.raises(InterruptedError):
+        run_on_ranks(hang, ranks=2, arguments={"folder": f"{folder}/given_up"})
+    (Path(folder) / "part").write_text(str(run_on_ranks(count, ranks=1)), encoding="utf-8")
+    (Path(folder) / "part").rename(Path(folder) / "answer")
+    run_on_ranks(hang, ranks=2, arguments={"folder": f"{folder}/last"})
 
 
 def look_around() -> dict[str, Any]:
@@ -131,37 +148,24 @@ def test_ranks_with_an_environment_of_their_own_are_launched() -> None:
     assert ranks[0]["threads"] == 2
 
 
-def test_a_call_after_one_that_was_given_up_gets_its_own_answer(tmp_path: Path) -> None:
-    def give_up(*_: Any) -> None:
-        raise InterruptedError
-
-    def interrupt() -> None:
-        _await(lambda: len(_started(tmp_path)) == 4)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, give_up)
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    try:
-        with pytest.raises(InterruptedError):
-            run_on_ranks(hang, ranks=2, arguments={"folder": str(tmp_path)}, timeout_seconds=120)
-    finally:
-        interrupter.join()
-        signal.signal(signal.SIGUSR1, before)
-    assert not any(map(_is_alive, _started(tmp_path)))
-    assert [rank["variable"] for rank in run_on_ranks(look_around, ranks=1)] == [None]
-
-
-def test_nothing_outlives_the_caller(tmp_path: Path) -> None:
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_engine_dist as t\n"
-    script += "t.run_on_ranks(t.hang, ranks=2, arguments={'folder': sys.argv[2]})"
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
-    with subprocess.Popen(command) as caller:
-        _await(lambda: len(_started(tmp_path)) == 4)
-        server = Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text(encoding="utf-8").split()
-        assert len(server) == 1
+def test_a_caller_may_give_a_call_up_and_make_another_and_nothing_outlives_it(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("given_up", "last")]
+    script = "import sys, test_engine_dist; test_engine_dist.be_a_caller(sys.argv[1])"
+    for folder in folders:
+        folder.mkdir()
+    # what stands beside the file that is run can be imported
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent) as caller:
+        _await(lambda: len(_started(folders[0])) == 4)
+        caller.send_signal(signal.SIGUSR1)
+        _await((tmp_path / "answer").exists)
+        assert (tmp_path / "answer").read_text(encoding="utf-8") == "[1]", (
+            "not what was left of the first call"
+        )
+        assert not any(map(_is_alive, _started(folders[0])))
+        _await(lambda: len(_started(folders[1])) == 4)
+        (server,) = Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text(encoding="utf-8").split()
         caller.kill()
-    _await(lambda: not any(map(_is_alive, [*server, *_started(tmp_path)])))
+    _await(lambda: not any(map(_is_alive, [server, *_started(folders[1])])))
 
 
 def _started(folder: Path) -> list[str]:
