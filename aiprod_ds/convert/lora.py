@@ -174,6 +174,6 @@ class Extraction:
             adapters[f"{part.layer}.lora_B.weight"] = part.up
         with new_folder(folder) as pending:
             save_peft(adapters, config, pending / "peft")
-            save_comfyui(
-                adapters, config, pending / "comfyui.safetensors", original_name=self.family.original_name
-            )
+            if self.family.published is not None:
+                path = pending / "comfyui.safetensors"
+                save_comfyui(adapters, config, path, original_name=self.family.original_name)

@@ -232,8 +232,13 @@ def _save_adapters(adapters: Adapters, model: DiffusersModel, form: Form, path: 
     if form == "peft":
         save_peft(adapters.tensors, adapters.config, path)
     elif form == "comfyui":
-        original_name = family_of(model, where=str(path)).original_name
-        save_comfyui(adapters.tensors, adapters.config, path, original_name=original_name)
+        family = family_of(model, where=str(path))
+        if family.published is None:
+            raise CheckpointError(
+                f"--to comfyui: must be of a family whose published names are known, got {family.name!r}. "
+                "Write it as peft or diffusers-lora."
+            )
+        save_comfyui(adapters.tensors, adapters.config, path, original_name=family.original_name)
     else:
         save_diffusers(adapters.tensors, adapters.config, path)
 

@@ -33,8 +33,8 @@ def export_transformer(
 
     The whole model: `config.json` and safetensors as diffusers lays them out; above `shard_bytes` several of
     them and the index `diffusion_pytorch_model.safetensors.index.json`. Adapters: `peft/` for PEFT and
-    diffusers, `comfyui.safetensors` for ComfyUI and for `load_lora_weights` of diffusers' pipelines; their
-    base model, with `with_base`, as a whole model in `base/`.
+    diffusers, `comfyui.safetensors` for ComfyUI and for `load_lora_weights` of diffusers' pipelines if the
+    family has `published` names; their base model, with `with_base`, as a whole model in `base/`.
 
     Args:
         engine: Holds `module`.
@@ -67,7 +67,9 @@ def export_transformer(
 
     adapters = adapter_tensors(tensors)
     save_peft(adapters, lora, folder / "peft")
-    save_comfyui(adapters, lora, folder / "comfyui.safetensors", original_name=module.family.original_name)
+    if module.family.published is not None:
+        path = folder / "comfyui.safetensors"
+        save_comfyui(adapters, lora, path, original_name=module.family.original_name)
 
 
 def _save_model(module: DiffusionModule, tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:

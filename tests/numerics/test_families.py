@@ -3,6 +3,7 @@ learn by heart."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.losses.flow import flow_losses, noised
+from aiprod_ds.losses.flow import draw_noise, flow_losses, noised
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
@@ -45,8 +46,11 @@ def _first_call(pipeline: Any, **arguments: Any) -> tuple[dict[str, Any], tuple[
     """Returns what the pipeline gave its transformer in the first denoising step, and what came back."""
     seen: dict[str, Any] = {}
 
-    def keep(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-        seen.update(kwargs=kwargs, output=output)
+    def keep(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]
+    ) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs)  # some pipelines name no arguments
+        seen.update(kwargs=given.arguments, output=output)
         raise _Captured
 
     handle = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
@@ -253,7 +257,10 @@ def test_a_tiny_model_learns_one_batch(family_type: type[Any]) -> None:
     tensors = _batch(family_type)
     tokens = family.tokens(tensors)
     levels = torch.tensor([0.6, 0.9])
-    samples = {name: noised(part.values, levels, seeds=[1, 2]) for name, part in tokens.items()}
+    samples = {
+        name: noised(part.values, levels, draw_noise(part.values.shape[1:], seeds=[1, 2]))
+        for name, part in tokens.items()
+    }
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     history = []
     for _ in range(30):

@@ -38,7 +38,8 @@ class Family(Protocol):
             conditioning needs.
         text_tokens: Of a prompt, as diffusers' pipeline pads it.
         lora_targets: Patterns (see `models.lora`) of the modules that may get an adapter.
-        published: How the one file of its first publication names the tensors. None: it is not written.
+        published: How the one file of its first publication names the tensors. None: neither that file nor a
+            LoRA for ComfyUI is written, because nobody would read its names.
     """
 
     name: ClassVar[str]

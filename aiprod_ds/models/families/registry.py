@@ -35,5 +35,5 @@ def find_family(transformer: nn.Module, strides: ModelStrides) -> Family:
     known = ", ".join(family.transformer_class for family in FAMILIES)
     raise ConfigError(
         f"model.source: must be a transformer of a known family ({known}), got {type(transformer).__name__}. "
-        "Use one of them or pass a family of your own."
+        'Use one of them, or write a family for it (docs/guide.md, "Adding a family").'
     )

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import pytest
@@ -23,7 +23,9 @@ from aiprod_ds.checkpoint import manifest
 from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, main
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.load import load_config
+from aiprod_ds.convert.lora import Extraction
 from aiprod_ds.files import file_sha256
+from aiprod_ds.models.families import registry
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES
@@ -35,6 +37,9 @@ VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "temporal_stride": 8}
 LORA = {"training_mode": "lora", "lora": {"rank": 4, "alpha": 6.0, "targets": ["*"]}}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 each_family = pytest.mark.parametrize("family_type", FAMILIES, ids=lambda family: family.name)
+each_published = pytest.mark.parametrize(
+    "family_type", [family for family in FAMILIES if family.published], ids=lambda family: family.name
+)
 
 
 def _train(folder: Path, family: type[Family], stride: int, **sections: Any) -> Path:
@@ -234,7 +239,7 @@ def test_a_checkpoint_that_holds_its_base_needs_nothing_else(tmp_path: Path) -> 
     assert _same(_loaded(Wan, tmp_path / "merged"), _loaded(Wan, tmp_path / "again"))
 
 
-@each_family
+@each_published
 def test_a_single_file_and_back_is_the_same_to_the_bit(family_type: type[Family], tmp_path: Path) -> None:
     source = _folder(family_type, tmp_path / "source")
     assert _convert(source, tmp_path / "x.safetensors", "--to", "single-file", "--verify") == DONE
@@ -263,7 +268,9 @@ def test_a_file_of_diffusers_names_starts_a_run_once_it_has_its_configuration(tm
 def test_every_form_of_a_lora_becomes_every_other(family_type: type[Family], tmp_path: Path) -> None:
     base, tuned = _folder(family_type, tmp_path / "base"), _folder(family_type, tmp_path / "tuned", seed=1)
     assert _convert(tuned, tmp_path / "peft", "--base", base, "--rank", 2, "--to", "peft", "--verify") == DONE
-    forms = {"peft": "peft", "comfyui": "c.safetensors", "diffusers-lora": "d.safetensors"}
+    forms = {"peft": "peft", "diffusers-lora": "d.safetensors"}
+    if family_type.published is not None:
+        forms["comfyui"] = "c.safetensors"
     merged: dict[str, dict[str, Tensor]] = {}
     for first, source in forms.items():
         if first != "peft":
@@ -276,8 +283,7 @@ def test_every_form_of_a_lora_becomes_every_other(family_type: type[Family], tmp
             assert _convert(tmp_path / source, target, "--to", second, "--config", base, "--verify") == DONE
         assert _convert(tmp_path / source, tmp_path / f"{first}_merged", "--base", base, "--verify") == DONE
         merged[first] = _loaded(family_type, tmp_path / f"{first}_merged")
-    assert _same(merged["peft"], merged["comfyui"])
-    assert _same(merged["peft"], merged["diffusers-lora"])
+    assert all(_same(merged["peft"], other) for other in merged.values())
     assert not _same(merged["peft"], _loaded(family_type, base))
     pipeline = pipeline_around(
         tiny_transformer(family_type), family_type.of(tiny_transformer(family_type), _strides(family_type))
@@ -285,6 +291,27 @@ def test_every_form_of_a_lora_becomes_every_other(family_type: type[Family], tmp
     pipeline.load_lora_weights(str(tmp_path / "d.safetensors"))  # diffusers' own reader knows every key
     adapted = [name for name, _ in pipeline.transformer.named_parameters() if ".lora_A." in name]
     assert len(adapted) == len(load_file(tmp_path / "d.safetensors")) // 2
+
+
+class Unpublished(Wan):
+    """A family whose publication has names that nobody wrote down."""
+
+    published: ClassVar[None] = None
+
+
+def test_a_family_without_a_publication_has_no_lora_for_comfyui(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "FAMILIES", (Unpublished,))
+    base, tuned = _folder(Wan, tmp_path / "base"), _folder(Wan, tmp_path / "tuned", seed=1)
+    extracted = ("--base", base, "--rank", 2)
+    assert _convert(tuned, tmp_path / "x.safetensors", *extracted, "--to", "comfyui") == FAILED
+    assert "must be of a family whose published names are known, got 'wan'" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+    assert _convert(tuned, tmp_path / "d.safetensors", *extracted, "--to", "diffusers-lora") == DONE
+    extraction = Extraction.of(base, tuned, rank=2)
+    extraction.write(tmp_path / "out", extraction.parts())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["peft"]
 
 
 def test_a_lora_of_several_ranks_is_merged_and_one_of_several_scales_is_written(

@@ -16,27 +16,24 @@ from torch import Tensor
 
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.errors import CheckpointError, ConfigError, PlanError
-from aiprod_ds.models.families.ltx import LTXVideo
+from aiprod_ds.models.families import registry
 from aiprod_ds.models.families.ltx2 import LTX2
-from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 LEVELS = (0.25, 0.75)
-LTX_VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 32, "temporal_stride": 8}
-WAN_VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "spatial_stride": 16, "temporal_stride": 8}
 SOUND = {"audio_vae": {"source": "AutoencoderKLLTX2Audio"}}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "ltx": {
-        "model": {"source": "LTXVideoTransformer3DModel", "config": LTXVideo.tiny_config()},
-        "vae": LTX_VAE,
-    },
-    "ltx2": {
-        "model": {"source": "LTX2VideoTransformer3DModel", "config": LTX2.tiny_config()},
-        "vae": LTX_VAE,
-        **SOUND,
-    },
-    "wan": {"model": {"source": "WanTransformer3DModel", "config": Wan.tiny_config()}, "vae": WAN_VAE},
+    family.name: {
+        "model": {"source": family.transformer_class, "config": family.tiny_config()},
+        "vae": {
+            "source": "aiprod_ds.testing.tiny:TinyVideoVAE",
+            "spatial_stride": 32,
+            "temporal_stride": 8,
+        },
+        **(SOUND if "audio" in family.modalities else {}),
+    }
+    for family in registry.FAMILIES
 }
 
 
@@ -89,7 +86,7 @@ def test_a_full_run_reports_every_noise_level_and_exports_a_model_that_loads(
 ) -> None:
     _trainer(tmp_path, family).train()
     report = json.loads((tmp_path / "report.json").read_text())
-    modalities = ("video", "audio") if family == "ltx2" else ("video",)
+    modalities = ("video", "audio") if "audio_vae" in FAMILIES[family] else ("video",)
     measures = {f"{modality}_loss_at_{level}" for modality in modalities for level in LEVELS}
     assert {f"{name}_{when}" for name in measures for when in ("before", "after")} <= set(report["metrics"])
     assert report["metrics"]["loss_after"] != report["metrics"]["loss_before"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import pytest
@@ -18,9 +18,11 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.models.diffusion import DiffusionModule
+from aiprod_ds.models.families import registry
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.registry import FAMILIES, find_family
+from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.models.lora import add_lora
 from aiprod_ds.testing.families import pipeline_around, tiny_batch, tiny_transformer, velocities
 from aiprod_ds.train.engines import decay_groups
@@ -94,7 +96,8 @@ def test_diffusers_loads_adapters_from_both_files(family_type: type[Family], tmp
     _assert_trained(module.transformer, family_type)
     expected = _output(module.transformer)
     export_transformer(engine, module, tmp_path, lora=LORA)
-    assert {path.name for path in tmp_path.iterdir()} == {"peft", "comfyui.safetensors"}
+    one_file = {"comfyui.safetensors"} if family_type.published else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"peft", *one_file}
 
     by_peft = tiny_transformer(family_type)
     by_peft.load_lora_adapter(
@@ -102,10 +105,26 @@ def test_diffusers_loads_adapters_from_both_files(family_type: type[Family], tmp
     )
     assert torch.equal(_output(by_peft), expected)
 
-    by_pipeline = tiny_transformer(family_type)
-    pipeline_around(by_pipeline, module.family).load_lora_weights(tmp_path / "comfyui.safetensors")
-    # Outputs of order 1; the scale inside B and the scale after B A x round differently in fp32.
-    torch.testing.assert_close(_output(by_pipeline), expected, rtol=1e-6, atol=2e-6)
+    for name in one_file:
+        by_pipeline = tiny_transformer(family_type)
+        pipeline_around(by_pipeline, module.family).load_lora_weights(tmp_path / name)
+        # Outputs of order 1; the scale inside B and the scale after B A x round differently in fp32.
+        torch.testing.assert_close(_output(by_pipeline), expected, rtol=1e-6, atol=2e-6)
+
+
+class Unpublished(Wan):
+    """A family whose publication has names that nobody wrote down."""
+
+    published: ClassVar[None] = None
+
+
+def test_a_family_without_a_publication_exports_adapters_for_peft_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "FAMILIES", (Unpublished,))
+    engine, module = _trained(Unpublished, lora=LORA)
+    export_transformer(engine, module, tmp_path, lora=LORA)
+    assert {path.name for path in tmp_path.iterdir()} == {"peft"}
 
 
 def test_a_model_above_the_limit_is_cut_into_files_with_an_index(tmp_path: Path) -> None:
