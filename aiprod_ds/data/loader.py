@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ from aiprod_ds.data.sampler import PhaseSampler, SampleRef, rank_slice
 from aiprod_ds.errors import DataError
 
 PREFETCHED_PER_WORKER = 2
+
+Draw = Callable[[Mapping[str, Tensor], Sequence[tuple[int, ...]]], Mapping[str, Tensor]]
+"""Given the tensors of a micro-batch and the place of each of its clips in the global order (phase, position,
+ordinal), returns what chance adds to them."""
+
+
+def no_draws(_tensors: Mapping[str, Tensor], _places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
+    """Returns nothing."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,6 +72,7 @@ class ClipLoader:
         num_workers: Processes that decode ahead; 0 decodes in this one.
         augment: Whether clips are drawn at a random place instead of the centre.
         flip: Whether clips are mirrored at random.
+        draw: Adds what chance decides, in the workers: it is there and pinned when an update wants it.
 
     Raises:
         DataError: When iterating, if a clip cannot be read or has another shape than its bucket; when
@@ -80,10 +91,11 @@ class ClipLoader:
         num_workers: int,
         augment: bool,
         flip: bool,
+        draw: Draw = no_draws,
     ) -> None:
         buckets = tuple(buckets)
         loader: DataLoader[MicroBatch | _Failure] = DataLoader(
-            _Clips(dataset, buckets, augment=augment, flip=flip),
+            _Clips(dataset, buckets, augment=augment, flip=flip, draw=partial(_placed, draw, sampler.phase)),
             batch_size=None,  # the sampler names whole micro-batches, which `_Clips` stacks
             sampler=_MicroBatches(
                 sampler, buckets, rank=rank, world_size=world_size, start_position=start_position
@@ -177,18 +189,26 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
     """Reads described micro-batches; runs in the workers."""
 
     def __init__(
-        self, dataset: ClipSource, buckets: Sequence[BucketPlan], *, augment: bool, flip: bool
+        self,
+        dataset: ClipSource,
+        buckets: Sequence[BucketPlan],
+        *,
+        augment: bool,
+        flip: bool,
+        draw: Callable[[Mapping[str, Tensor], _Description], Mapping[str, Tensor]],
     ) -> None:
         self._dataset = dataset
         self._buckets = buckets
         self._augment = augment
         self._flip = flip
+        self._draw = draw
 
     def __getitem__(self, description: _Description) -> MicroBatch | _Failure:
         bucket = self._buckets[description.bucket]
         try:
             items = [self._read(sample, bucket) for sample in description.samples]
             tensors = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            tensors |= self._draw(tensors, description)
         except DataError as error:
             return _Failure(message=str(error))
         except Exception as error:  # noqa: BLE001  the training process raises it again
@@ -221,6 +241,12 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
                     f"{tuple(tensor.shape)}. Make the dataset return what the request asks for."
                 )
         return item
+
+
+def _placed(
+    draw: Draw, phase: int, tensors: Mapping[str, Tensor], description: _Description
+) -> Mapping[str, Tensor]:
+    return draw(tensors, [(phase, description.position, sample.ordinal) for sample in description.samples])
 
 
 def _expected_shape(name: str, tensor: Tensor, bucket: BucketPlan) -> tuple[int, ...] | None:

@@ -134,6 +134,7 @@ class PhaseSampler:
 
     def __init__(self, *, seed: int, phase: int, buckets: Sequence[BucketSamples]) -> None:
         _check(phase, buckets)
+        self.phase = phase
         self._batch_sizes = tuple(bucket.global_batch_size for bucket in buckets)
         self._streams = tuple(
             _Stream(bucket.indices, names=("order", phase, number), seed=seed)

@@ -40,8 +40,8 @@ class FlowSample:
 def noised(
     latent_BLC: Tensor,
     noise_levels_B: Tensor,
+    noise_BLC: Tensor,
     *,
-    seeds: Sequence[int],
     is_clean_BL: Tensor | None = None,
     is_token_BL: Tensor | None = None,
 ) -> FlowSample:
@@ -55,21 +55,22 @@ def noised(
     Args:
         latent_BLC: [B,L,C] any float type, normalised latents.
         noise_levels_B: [B] in [0,1].
-        seeds: One per sample, `stream_seed(seed, "noise", modality, sample_index, update)`. Noise is drawn in
-            fp32 on the CPU, so that it is the same on every device and for every batch.
+        noise_BLC: [B,L,C], from `draw_noise`.
         is_clean_BL: [B,L] bool, tokens that stay clean (a given first frame); None: none.
         is_token_BL: [B,L] bool, False in padding; None: all are tokens.
 
     Raises:
-        DataError: If the shapes do not fit or there is not one seed per sample.
+        DataError: If the shapes do not fit.
 
     Source: Lipman et al. 2023, rectified-flow form of Liu et al. 2022; per-token timesteps after LTX-Video
     (HaCohen et al. 2024).
     """
-    _check_inputs(latent_BLC, noise_levels_B, seeds, {"is_clean_BL": is_clean_BL, "is_token_BL": is_token_BL})
+    _check_inputs(
+        latent_BLC, noise_levels_B, noise_BLC, {"is_clean_BL": is_clean_BL, "is_token_BL": is_token_BL}
+    )
     with torch.no_grad(), no_autocast(latent_BLC):
         x0_BLC = widened(latent_BLC)
-        eps_BLC = _noise_like(x0_BLC, seeds)
+        eps_BLC = noise_BLC.to(x0_BLC)
         levels_B = noise_levels_B.to(x0_BLC)
         timesteps_BL = levels_B.unsqueeze(1).expand(x0_BLC.shape[:2])
         has_loss_BL = (
@@ -89,6 +90,17 @@ def noised(
             has_loss=has_loss_BL,
             noise_levels=levels_B,
         )
+
+
+def draw_noise(shape_LC: Sequence[int], *, seeds: Sequence[int]) -> Tensor:
+    """Returns normal noise for each sample, [B,L,C] fp32 on the CPU: the same for every device and batch.
+
+    Args:
+        shape_LC: Tokens and channels of one sample.
+        seeds: One per sample, `stream_seed(seed, "noise", modality, *place)`.
+    """
+    draws = [torch.randn(*shape_LC, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws)
 
 
 def first_frame_mask(
@@ -155,23 +167,16 @@ def bucket_terms(name: str, losses_B: Tensor, noise_levels_B: Tensor) -> dict[st
     return terms
 
 
-def _noise_like(latent_BLC: Tensor, seeds: Sequence[int]) -> Tensor:
-    shape = latent_BLC.shape[1:]
-    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws).to(latent_BLC)
-
-
 def _check_inputs(
-    latent: Tensor, noise_levels: Tensor, seeds: Sequence[int], masks: Mapping[str, Tensor | None]
+    latent: Tensor, noise_levels: Tensor, noise: Tensor, masks: Mapping[str, Tensor | None]
 ) -> None:
     if latent.dim() != 3 or latent.numel() == 0:
         raise DataError(f"flow matching: latents must be [B,L,C] and not empty, got {list(latent.shape)}.")
     batch = latent.shape[0]
-    if list(noise_levels.shape) != [batch] or len(seeds) != batch:
+    if list(noise_levels.shape) != [batch] or noise.shape != latent.shape:
         raise DataError(
-            f"flow matching: needs one noise level and one seed for each of {batch} samples, got "
-            f"{list(noise_levels.shape)} and "
-            f"{len(seeds)}."
+            f"flow matching: needs one noise level for each of {batch} samples and noise of shape "
+            f"{list(latent.shape)}, got {list(noise_levels.shape)} and {list(noise.shape)}."
         )
     for name, mask in masks.items():
         if mask is not None and (mask.shape != latent.shape[:2] or mask.dtype != torch.bool):

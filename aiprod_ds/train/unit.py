@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.curriculum.phase import PhasePlan
@@ -72,6 +72,14 @@ class Unit(Protocol):
 
     def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> Stream:
         """Returns the data of `phase` from where `clock` stands."""
+
+    def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
+        """Returns what chance adds to the tensors of a micro-batch, on the CPU; the loader's workers call it.
+
+        Args:
+            tensors: The clips, stacked name by name.
+            places: Of each clip: phase, position and ordinal in the global order. A draw depends on it alone.
+        """
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Runs the module forward on one micro-batch and returns its loss."""

@@ -21,7 +21,7 @@ from aiprod_ds.curriculum.epochs import with_epoch_lengths
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.data.buckets import bucket_clips, long_enough
 from aiprod_ds.data.dataset import ClipDataset, ClipRequest, ClipSample
-from aiprod_ds.data.loader import ClipLoader, MicroBatch
+from aiprod_ds.data.loader import ClipLoader, Draw, MicroBatch, no_draws
 from aiprod_ds.data.manifest import Manifest, holdout, require_readable
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.errors import DataError, PlanError
@@ -122,7 +122,15 @@ class ClipData:
         return data_notes(plan, self.train_clips, self._members(plan))
 
     def stream(
-        self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int, seed: int, num_workers: int
+        self,
+        phase: PhasePlan,
+        clock: Clock,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        num_workers: int,
+        draw: Draw = no_draws,
     ) -> ClipStream:
         """Returns the micro-batches of `phase` from the clock's position on, for one rank."""
         sampler = self._sampler(phase, seed)
@@ -136,6 +144,7 @@ class ClipData:
             num_workers=num_workers,
             augment=True,
             flip=phase.random_flip,
+            draw=draw,
         )
         return ClipStream(sampler=sampler, loader=loader)
 

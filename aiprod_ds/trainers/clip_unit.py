@@ -6,7 +6,7 @@ Owns nothing that depends on what a clip holds: loss, held-out measures and expo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -54,8 +54,22 @@ class ClipUnit:
         """Returns the data of `phase` from where `clock` stands."""
         workers = self.config.data.num_workers
         return self.data.stream(
-            phase, clock, rank=rank, world_size=world_size, seed=self.config.seed, num_workers=workers
+            phase,
+            clock,
+            rank=rank,
+            world_size=world_size,
+            seed=self.config.seed,
+            num_workers=workers,
+            draw=self.draws,
         )
+
+    def draws(
+        self,
+        tensors: Mapping[str, Tensor],  # noqa: ARG002  a trainer whose loss needs chance reads it
+        places: Sequence[tuple[int, ...]],  # noqa: ARG002
+    ) -> Mapping[str, Tensor]:
+        """Returns nothing: the loss draws what it needs, or nothing is left to chance."""
+        return {}
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""

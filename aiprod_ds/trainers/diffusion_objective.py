@@ -15,13 +15,15 @@ from torch import Tensor
 
 from aiprod_ds.config.losses import FlowConfig
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.losses.flow import FlowSample, bucket_terms, first_frame_mask, flow_losses, noised
+from aiprod_ds.losses.flow import FlowSample, bucket_terms, draw_noise, first_frame_mask, flow_losses, noised
 from aiprod_ds.losses.noise_level import draw_noise_levels
 from aiprod_ds.losses.terms import LossSum, LossTerms
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.tokens import Tokens
 from aiprod_ds.rng import stream_seed
 
+# Names of what is drawn among the tensors of a micro-batch; no file of latents has a slash in its names.
+_NOISE, _LEVEL, _GIVEN = "noise/", "noise_level/", "given/video"
 _EVALUATION_SEED = 0  # not the run's, so that runs of different seeds are measured with the same noise
 
 
@@ -39,26 +41,47 @@ class FlowObjective:
     config: FlowConfig
     seed: int
 
+    def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+        """Returns what chance adds to a micro-batch: noise, noise levels and given first frames, on the CPU.
+
+        Drawn where clips are read, beside training, so that no update waits for it; from streams of each
+        sample's own, so that neither rank nor world size nor number of workers matters.
+
+        Args:
+            tensors: As `LatentDataset` gives them, stacked.
+            places: Of each sample in the global order.
+        """
+        tokens = self.family.tokens(tensors)
+        drawn: dict[str, Tensor] = {}
+        for modality, part in tokens.items():
+            shape_LC, seeds = part.values.shape[1:], self._seeds("noise", modality, places)
+            drawn[_NOISE + modality] = draw_noise(shape_LC, seeds=seeds)
+            drawn[_LEVEL + modality] = self._levels(modality, tokens, places)
+        if self.config.first_frame_probability > 0 and "video" in tokens:
+            drawn[_GIVEN] = self._given_first_frames(tokens["video"], places)
+        return drawn
+
     def loss(
-        self,
-        engine: Engine,
-        tensors: Mapping[str, Tensor],
-        *,
-        places: Sequence[tuple[int, ...]],
-        weights: Mapping[str, float],
+        self, engine: Engine, tensors: Mapping[str, Tensor], *, weights: Mapping[str, float]
     ) -> LossTerms:
         """Returns the weighted loss of one micro-batch, and of every modality its loss and the means of its
         four noise levels.
 
         Args:
             engine: Holds a `DiffusionModule`.
-            tensors: As `LatentDataset` gives them, stacked, on the engine's device.
-            places: Of each sample in the global order; every draw depends on it alone, so neither on rank nor
-                on world size.
+            tensors: As `LatentDataset` gives them, stacked, and their `draws`, on the engine's device.
             weights: `<modality>_weight` of the phase.
         """
         tokens = self.family.tokens(tensors)
-        samples = self._samples(tokens, places)
+        samples = {
+            modality: noised(
+                part.values,
+                tensors[_LEVEL + modality],
+                tensors[_NOISE + modality],
+                is_clean_BL=tensors.get(_GIVEN) if modality == "video" else None,
+            )
+            for modality, part in tokens.items()
+        }
         predicted = self._predict(engine, samples, tensors, tokens)
         total = LossSum()
         for modality, sample in samples.items():
@@ -95,27 +118,11 @@ class FlowObjective:
     ) -> tuple[dict[str, FlowSample], dict[str, Tensor]]:
         tokens = self.family.tokens(tensors)
         level_B = torch.tensor([noise_level])
-        samples = {
-            modality: noised(
-                part.values,
-                level_B,
-                seeds=[stream_seed(_EVALUATION_SEED, "evaluation_noise", modality, place)],
-            )
-            for modality, part in tokens.items()
-        }
-        return samples, self._predict(engine, samples, tensors, tokens)
-
-    def _samples(
-        self, tokens: Mapping[str, Tokens], places: Sequence[tuple[int, ...]]
-    ) -> dict[str, FlowSample]:
         samples = {}
         for modality, part in tokens.items():
-            is_clean_BL = self._given_first_frames(part, places) if modality == "video" else None
-            seeds = self._seeds("noise", modality, places)
-            samples[modality] = noised(
-                part.values, self._levels(modality, tokens, places), seeds=seeds, is_clean_BL=is_clean_BL
-            )
-        return samples
+            seed = stream_seed(_EVALUATION_SEED, "evaluation_noise", modality, place)
+            samples[modality] = noised(part.values, level_B, draw_noise(part.values.shape[1:], seeds=[seed]))
+        return samples, self._predict(engine, samples, tensors, tokens)
 
     def _levels(
         self, modality: str, tokens: Mapping[str, Tokens], places: Sequence[tuple[int, ...]]
@@ -126,9 +133,7 @@ class FlowObjective:
             self.config.noise_level, num_tokens=num_tokens, seeds=self._seeds("noise_level", stream, places)
         )
 
-    def _given_first_frames(self, video: Tokens, places: Sequence[tuple[int, ...]]) -> Tensor | None:
-        if self.config.first_frame_probability == 0:
-            return None
+    def _given_first_frames(self, video: Tokens, places: Sequence[tuple[int, ...]]) -> Tensor:
         return first_frame_mask(
             self.config.first_frame_probability,
             num_frames=video.grid.sizes[0],

@@ -7,7 +7,7 @@ measures and exports.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,11 +109,13 @@ class DiffusionUnit(ClipUnit):
         )
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
-        """Noises one micro-batch and compares velocities; every draw depends on a clip's place in the global
-        order."""
-        places = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
+        """Noises one micro-batch and compares velocities."""
         tensors = _on_device(batch.tensors, engine.device)
-        return self._objective.loss(engine, tensors, places=places, weights=phase.loss_weights)
+        return self._objective.loss(engine, tensors, weights=phase.loss_weights)
+
+    def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
+        """See `FlowObjective.draws`."""
+        return self._objective.draws(tensors, places)
 
     def evaluate(self, engine: Engine) -> Evaluation:
         """Measures held-out clips in the last phase's shape at the configured noise levels, spread over

@@ -6,7 +6,7 @@ import torch
 
 from aiprod_ds.config.losses import AudioVAELossConfig, VideoVAELossConfig
 from aiprod_ds.losses import AudioVAELoss, VideoVAELoss
-from aiprod_ds.losses.flow import flow_losses, noised
+from aiprod_ds.losses.flow import draw_noise, flow_losses, noised
 
 VIDEO = VideoVAELoss(VideoVAELossConfig(perceptual_weight=0.0, haar_weight=0.1), None)
 AUDIO = AudioVAELoss(AudioVAELossConfig(mel_weight=15.0), sample_rate_hz=44100)
@@ -62,9 +62,9 @@ def test_scaled_gradients_survive_fp16(name, scale):
 
 def test_flow_loss_in_fp32_agrees_with_fp64():
     latent, prediction = torch.randn(2, 2, 4096, 128, generator=torch.Generator().manual_seed(0))
-    levels = torch.tensor([0.3, 0.9])
+    levels, noise = torch.tensor([0.3, 0.9]), draw_noise(latent.shape[1:], seeds=[0, 1])
     losses = [
-        flow_losses(prediction.to(t), noised(latent.to(t), levels.to(t), seeds=[0, 1]))
+        flow_losses(prediction.to(t), noised(latent.to(t), levels.to(t), noise.to(t)))
         for t in (torch.float32, torch.float64)
     ]
 

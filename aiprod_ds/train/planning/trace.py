@@ -102,6 +102,8 @@ def _traced(
 
     def loss() -> Tensor:
         tensors = {name: tensor.new_ones((size, *tensor.shape)) for name, tensor in clip.items()}
+        places = [(phase.index, 0, ordinal) for ordinal in range(size)]
+        tensors |= {name: drawn.to("meta") for name, drawn in unit.draws(tensors, places).items()}
         samples = [SampleRef(sample_index=0, epoch=0, ordinal=ordinal) for ordinal in range(size)]
         batch = MicroBatch(tensors=tensors, samples=samples, bucket=bucket, position=0)
         return unit.loss(engine, batch, phase).total

@@ -8,13 +8,17 @@ from scipy.stats import kstest, norm
 
 from aiprod_ds.config.losses import FlowConfig, NoiseLevelConfig
 from aiprod_ds.errors import DataError
-from aiprod_ds.losses.flow import bucket_terms, first_frame_mask, flow_losses, noised
+from aiprod_ds.losses.flow import bucket_terms, draw_noise, first_frame_mask, flow_losses, noised
 from aiprod_ds.losses.noise_level import draw_noise_levels, noise_level_shift
 from aiprod_ds.metrics.recorder import with_quotients
 
 
 def _latents(batch=4, tokens=6, channels=8, dtype=torch.float32):
     return torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _noise(latents, seeds):
+    return draw_noise(latents.shape[1:], seeds=seeds)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_very_many_tokens_still_give_finite_levels_below_one():
 def test_noising_follows_the_formula_and_leads_back():
     x0 = _latents()
     levels = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    sample = noised(x0, levels, seeds=range(4))
+    sample = noised(x0, levels, _noise(x0, range(4)))
     eps = sample.velocity + x0
     s = levels.view(-1, 1, 1)
 
@@ -91,11 +95,11 @@ def test_noising_follows_the_formula_and_leads_back():
 
 def test_noise_is_normal_and_a_function_of_the_samples_own_seed():
     x0 = torch.zeros(4, 50, 40)
-    noise = noised(x0, torch.ones(4), seeds=[1, 2, 3, 1]).noisy
+    noise = noised(x0, torch.ones(4), _noise(x0, [1, 2, 3, 1])).noisy
 
     assert torch.equal(noise[0], noise[3])
     assert not torch.equal(noise[0], noise[1])
-    assert torch.equal(noised(x0[:1], torch.ones(1), seeds=[2]).noisy[0], noise[1])
+    assert torch.equal(noised(x0[:1], torch.ones(1), _noise(x0[:1], [2])).noisy[0], noise[1])
     assert kstest(noise[:3].flatten().numpy(), "norm").pvalue > 0.01
 
 
@@ -103,7 +107,7 @@ def test_conditioning_tokens_are_clean_and_have_no_loss():
     x0 = _latents()
     is_clean = torch.zeros(4, 6, dtype=torch.bool)
     is_clean[:2, :2] = True
-    sample = noised(x0, torch.full((4,), 0.5), seeds=range(4), is_clean_BL=is_clean)
+    sample = noised(x0, torch.full((4,), 0.5), _noise(x0, range(4)), is_clean_BL=is_clean)
     prediction = sample.velocity.clone()
     prediction[:2, :2] += 100.0
 
@@ -116,7 +120,9 @@ def test_conditioning_tokens_are_clean_and_have_no_loss():
 def test_loss_is_the_mean_over_generated_tokens():
     is_clean = torch.zeros(2, 6, dtype=torch.bool)
     is_clean[1, :4] = True
-    sample = noised(_latents(batch=2), torch.full((2,), 0.5), seeds=[0, 1], is_clean_BL=is_clean)
+    sample = noised(
+        _latents(batch=2), torch.full((2,), 0.5), _noise(_latents(batch=2), [0, 1]), is_clean_BL=is_clean
+    )
 
     # fp32: velocity + 3 - velocity rounds.
     assert flow_losses(sample.velocity + 3, sample).tolist() == pytest.approx([9.0, 9.0], rel=1e-5)
@@ -127,7 +133,7 @@ def test_padding_may_hold_anything():
     is_token[0, 3:] = False
     x0 = _latents(batch=2)
     x0[0, 3:] = float("nan")
-    sample = noised(x0, torch.full((2,), 0.5), seeds=[0, 1], is_token_BL=is_token)
+    sample = noised(x0, torch.full((2,), 0.5), _noise(x0, [0, 1]), is_token_BL=is_token)
     prediction = torch.full_like(x0, float("inf"))
     prediction[is_token] = 0.0
     prediction.requires_grad_()
@@ -141,14 +147,18 @@ def test_padding_may_hold_anything():
 
 def test_a_sample_without_generated_tokens_has_loss_zero():
     sample = noised(
-        _latents(batch=1), torch.ones(1), seeds=[0], is_clean_BL=torch.ones(1, 6, dtype=torch.bool)
+        _latents(batch=1),
+        torch.ones(1),
+        _noise(_latents(batch=1), [0]),
+        is_clean_BL=torch.ones(1, 6, dtype=torch.bool),
     )
     assert flow_losses(torch.ones(1, 6, 8), sample).item() == 0.0
 
 
 def test_gradient_agrees_with_finite_differences():
     is_clean = torch.tensor([[True, False, False]])
-    sample = noised(_latents(1, 3, 2, torch.float64), torch.full((1,), 0.5), seeds=[0], is_clean_BL=is_clean)
+    x0 = _latents(1, 3, 2, torch.float64)
+    sample = noised(x0, torch.full((1,), 0.5), _noise(x0, [0]), is_clean_BL=is_clean)
     prediction = _latents(1, 3, 2, torch.float64).mul(0.3).requires_grad_()
 
     assert torch.autograd.gradcheck(lambda p: flow_losses(p, sample), (prediction,))
@@ -158,14 +168,14 @@ def test_gradient_agrees_with_finite_differences():
 def test_half_precision_inputs_are_computed_in_fp32(dtype):
     x0 = _latents(dtype=dtype)
     levels = torch.linspace(0, 1, 4)
-    sample = noised(x0, levels, seeds=range(4))
+    sample = noised(x0, levels, _noise(x0, range(4)))
     prediction = _latents(dtype=dtype).flip(0).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = flow_losses(prediction, sample)
     losses.mean().backward()
 
     assert {sample.noisy.dtype, sample.velocity.dtype, losses.dtype} == {torch.float32}
-    assert torch.equal(sample.noisy, noised(x0.float(), levels, seeds=range(4)).noisy)
+    assert torch.equal(sample.noisy, noised(x0.float(), levels, _noise(x0.float(), range(4))).noisy)
     assert torch.equal(losses.detach(), flow_losses(prediction.detach().float(), sample))
     assert prediction.grad.dtype == dtype
 
@@ -198,8 +208,8 @@ def test_buckets_add_up_and_average_over_ranks():
     ("change", "message"),
     [
         ({"latent_BLC": torch.zeros(2, 3)}, r"latents must be \[B,L,C\]"),
-        ({"noise_levels_B": torch.zeros(3)}, "one noise level and one seed for each of 2 samples"),
-        ({"seeds": [1]}, "one noise level and one seed for each of 2 samples"),
+        ({"noise_levels_B": torch.zeros(3)}, "one noise level for each of 2 samples and noise"),
+        ({"noise_BLC": torch.zeros(1, 3, 4)}, "one noise level for each of 2 samples and noise"),
         ({"is_clean_BL": torch.zeros(2, 4, dtype=torch.bool)}, r"is_clean_BL must be bool \[2, 3\]"),
         ({"is_token_BL": torch.zeros(2, 3)}, r"is_token_BL must be bool \[2, 3\], got torch.float32"),
     ],
@@ -208,14 +218,14 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
     arguments = {
         "latent_BLC": torch.zeros(2, 3, 4),
         "noise_levels_B": torch.zeros(2),
-        "seeds": [0, 1],
+        "noise_BLC": torch.zeros(2, 3, 4),
     } | change
     with pytest.raises(DataError, match=message):
-        noised(arguments.pop("latent_BLC"), arguments.pop("noise_levels_B"), **arguments)
+        noised(**arguments)
 
 
 def test_a_prediction_of_another_shape_is_refused():
-    sample = noised(_latents(), torch.zeros(4), seeds=range(4))
+    sample = noised(_latents(), torch.zeros(4), _noise(_latents(), range(4)))
     with pytest.raises(DataError, match=r"latent's shape \[4, 6, 8\], got \[4, 6, 4\]"):
         flow_losses(torch.zeros(4, 6, 4), sample)
 

@@ -67,7 +67,7 @@ def batch() -> dict[str, Tensor]:
 def _loss(engine: LocalEngine, batch: dict[str, Tensor], places: Any = PLACES, **config: Any) -> LossTerms:
     objective = FlowObjective(family=engine.module.family, config=FlowConfig(**config), seed=SEED)  # type: ignore[arg-type]
     with torch.no_grad():
-        return objective.loss(engine, batch, places=places, weights=WEIGHTS)
+        return objective.loss(engine, batch | objective.draws(batch, places), weights=WEIGHTS)
 
 
 def _velocity(latents: Tensor, modality: str) -> Tensor:
