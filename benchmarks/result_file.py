@@ -33,8 +33,8 @@ def figure(
     }
 
 
-def write_result(path: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the result file of benchmark `name` and prints its rows."""
+def write_result(path: Path, name: str, rows: Sequence[dict[str, Any]], *, is_told: bool = True) -> None:
+    """Writes the result file of benchmark `name` and, if `is_told`, prints its rows."""
     environment = describe_environment()
     result = {
         "name": name,
@@ -45,5 +45,5 @@ def write_result(path: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    for row in rows:
+    for row in rows if is_told else ():
         print(f"{row['case']}: {row['metric']} {row['value']:.4g} {row['unit']}")

@@ -1,9 +1,10 @@
 """Training in a benchmark's own process, with what it leaves out and what it looks at: shared by the
 benchmarks of the trainers.
 
-`measured_training` runs a trainer through its phase and ends it before the export; nothing is saved, because
-a checkpoint of 25 GB takes longer than the updates that are measured. It also reads the memory of the device
-around the parts of an update.
+Nothing is saved, because a checkpoint of 25 GB takes longer than the updates that are measured.
+`measured_training` runs a trainer through its phase, ends it before the export, and reads the memory of the
+device around the parts of an update. `timed_training` takes the time of as many updates as are wanted and
+ends the run after them.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from update_timer import UpdateTimer
 
 from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
-from aiprod_ds.engine.protocol import UpdateResult
+from aiprod_ds.engine.protocol import Engine, UpdateResult
 from aiprod_ds.metrics.jsonl import read_metrics
+from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.report.environment import device_peak_bytes
 from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.state import TrainState
 from aiprod_ds.trainers.base import Trainer
 
 
 class _FinishedError(Exception):
-    """The last phase has been measured."""
+    """What was wanted has been measured."""
 
 
 def run_in_own_process(script: str, case: str, *options: str) -> Any:
@@ -74,6 +78,35 @@ def measured_training(trainer: Trainer[Any]) -> dict[str, Any]:
     return {"rows": rows, "memory": memory}
 
 
+def timed_training(
+    trainer: Trainer[Any], timer: UpdateTimer, *, after_first: Callable[[Engine], None]
+) -> dict[str, float]:
+    """Trains until `timer` has seen enough updates, without saving. Inside `dist.process_group`.
+
+    Args:
+        trainer: Its phase must be longer.
+        timer: Is told of every applied update once the loop has recorded it: what the loop does between two
+            updates is in the time.
+        after_first: Called with the engine after the first update.
+
+    Returns:
+        `first_seconds`, of the first update, and `waited_seconds`, for the loader inside of the timed runs.
+    """
+    found = {"first_seconds": 0.0, "waited_seconds": 0.0}
+
+    def recorded(metrics: Mapping[str, Any]) -> None:
+        found["first_seconds"] = found["first_seconds"] or metrics["time/update_seconds"]
+        is_last = timer.after_update()
+        found["waited_seconds"] += metrics["time/data_wait_seconds"] * timer.is_measuring
+        if is_last:
+            raise _FinishedError
+
+    with _told_of_updates(recorded, after_first), suppress(_FinishedError):
+        trainer.train(resume="never")
+    gc.collect()
+    return found
+
+
 def seconds_per_update(rows: list[dict[str, float]], *, dropped: int) -> float:
     """Returns the mean over the rows after the first `dropped`."""
     measured = rows[dropped:]
@@ -105,6 +138,29 @@ def _watched(memory: dict[str, int]) -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine.backward, DeepSpeedEngine.step, Saver.save = backward, step, save  # type: ignore[method-assign]
+
+
+@contextmanager
+def _told_of_updates(
+    recorded: Callable[[Mapping[str, Any]], None], after_first: Callable[[Engine], None]
+) -> Iterator[None]:
+    """Calls `recorded` with what the loop records of every update, and `after_first` where it would get
+    memory for copies, while the block runs; no such memory is got."""
+    record, reserve = MetricsRecorder.record, Saver.reserve
+
+    def told(recorder: MetricsRecorder, update: int, metrics: Mapping[str, float | Tensor]) -> None:
+        record(recorder, update, metrics)
+        recorded(metrics)
+
+    def first_done(_saver: Saver, trained: TrainState) -> None:
+        after_first(trained.engine)
+
+    try:
+        MetricsRecorder.record = told  # type: ignore[method-assign]
+        Saver.reserve = first_done  # type: ignore[method-assign]
+        yield
+    finally:
+        MetricsRecorder.record, Saver.reserve = record, reserve  # type: ignore[method-assign]
 
 
 def _note(memory: dict[str, int], part: str) -> None:
