@@ -21,10 +21,10 @@ TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 # Test files that run side by side; more than the cores helps little, because some start two ranks of their own.
 TEST_WORKERS ?= 2
 
-.PHONY: help venv quickstart chain test unit check clean
+.PHONY: help venv quickstart chain test test-all unit check clean
 
 help: ## Shows this list.
-	@grep -E '^[a-z]+: .*## ' Makefile | sed -E 's/^([a-z]+): .*## (.*)/  make \1 \t\2/' | expand -t 20
+	@grep -E '^[a-z-]+: .*## ' Makefile | sed -E 's/^([a-z-]+): .*## (.*)/  make \1 \t\2/' | expand -t 20
 
 venv: $(STAMP) ## Makes the virtual environment in .venv and installs everything.
 
@@ -35,11 +35,16 @@ chain: $(STAMP) ## Trains tiny video and audio VAEs, encodes with them, trains a
 	@VENV="$(VENV)" launch/chain.sh
 
 # pytest-xdist would begin with the files of most tests, and those of few tests take longest here: they would come last, one alone.
-test: $(STAMP) ## Runs every test that this machine can run.
-	@$(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(TEST_ENV) PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP) ## Runs the tests that this machine can run, of long sweeps one case of each kind.
+	@$(PYTEST) -m "not exhaustive"
+
+test-all: $(STAMP) ## Runs every test that this machine can run, before a release.
+	@$(PYTEST)
 
 unit: $(STAMP) ## Runs the fast tests only.
-	@$(TEST_ENV) "$(BIN)/python" -m pytest -n $(TEST_WORKERS) --dist loadfile tests/unit tests/contracts
+	@$(PYTEST) -m "not slow and not exhaustive" tests/unit tests/contracts
 
 check: $(STAMP) ## Runs the linter, the formatter, the type checker and the import contracts.
 	@"$(BIN)/ruff" check .

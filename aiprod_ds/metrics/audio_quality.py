@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks
-from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 from aiprod_ds.errors import DataError
 from aiprod_ds.metrics.quality_sums import QualitySums
@@ -107,6 +106,9 @@ def _magnitude(wave_CN: Tensor, window_size: int) -> Tensor:
 
 
 def _si_sdr_db(x_CN: Tensor, y_CN: Tensor) -> float:
+    # loads all of torchmetrics, which takes over a second
+    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
+
     # fp64, because at 60 dB the distortion is a difference of nearly equal fp32 numbers.
     ratio = scale_invariant_signal_distortion_ratio(
         y_CN.flatten().double(), x_CN.flatten().double(), zero_mean=True

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from aiprod_ds.errors import DataError
 from aiprod_ds.metrics.quality_sums import QualitySums
@@ -87,11 +86,16 @@ class VideoQuality(QualitySums):
 
 
 def _psnr_db(x_TCHW: Tensor, y_TCHW: Tensor) -> float:
+    # loads all of torchmetrics, which takes over a second
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     return min(float(peak_signal_noise_ratio(y_TCHW, x_TCHW, data_range=1.0)), PSNR_CEILING_DB)
 
 
 def _ssim(x_TCHW: Tensor, y_TCHW: Tensor) -> float:
     """In pieces of some frames, because torchmetrics filters five stacked copies of its input at once."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     total = 0.0
     for first in range(0, len(x_TCHW), _SSIM_FRAMES):
         x, y = x_TCHW[first : first + _SSIM_FRAMES], y_TCHW[first : first + _SSIM_FRAMES]

@@ -9,9 +9,6 @@ the server's side; it ends with the process that started it.
 from __future__ import annotations
 
 import atexit
-import gc
-import importlib
-import importlib.util
 import json
 import os
 import select
@@ -25,31 +22,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from aiprod_ds.errors import EngineError
-from aiprod_ds.testing.forked import fork_ranks, wait_for_ranks
+from aiprod_ds.testing.forked import fork_ranks, import_for_ranks, wait_for_ranks
 from aiprod_ds.testing.processes import kill_session
-from aiprod_ds.testing.rank import ask_for_the_cpu_once, call_on_this_rank
+from aiprod_ds.testing.rank import call_on_this_rank
 
-# What ranks of this project import sooner or later: together ten seconds of a process. Others load much of it
-# only when they need it, as DeepSpeed loads torch's compiler with its first engine.
-_IMPORTED = (
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "deepspeed.module_inject",
-    "deepspeed.runtime.engine",
-    "diffusers.models.autoencoders",
-    "diffusers.models.transformers",
-    "aiprod_ds.engine.deepspeed_engine",
-    "aiprod_ds.models.lora",
-    "aiprod_ds.trainers.audio_vae",
-    "aiprod_ds.trainers.diffusion",
-    "aiprod_ds.trainers.video_vae",
-    "aiprod_ds.encode.run",
-    "aiprod_ds.testing.runs",
-    "pytest",
-)
-_SURVIVOR_SECONDS = (
-    1.0  # the launcher looks once a second whether a rank has failed, and then ends the others
-)
+_SURVIVOR_SECONDS = 1.0  # as the launcher, which looks once a second whether a rank has failed
 _END_SECONDS = 10.0
 
 
@@ -182,13 +159,7 @@ def _close(own: int) -> None:
 
 def _serve() -> None:
     requests, replies = _take_pipes()
-    for name in _IMPORTED:
-        if (
-            importlib.util.find_spec(name.partition(".")[0]) is not None
-        ):  # a user's project may do without pytest
-            importlib.import_module(name)
-    ask_for_the_cpu_once()
-    gc.freeze()
+    import_for_ranks()
     for line in requests:
         request = json.loads(line)
         end = _run(request, lambda: not select.select([requests], [], [], 0)[0])

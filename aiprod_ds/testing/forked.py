@@ -8,6 +8,8 @@ with a gloo group of their own; whoever forks them must not have joined a group.
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import os
 import signal
 import time
@@ -15,8 +17,41 @@ import traceback
 from collections.abc import Callable, Mapping
 
 from aiprod_ds.testing.processes import free_port
+from aiprod_ds.testing.rank import ask_for_the_cpu_once
 
+# What ranks of this project import sooner or later: together ten seconds of a process. Others load much of it
+# only when they need it, as DeepSpeed loads torch's compiler with its first engine.
+_IMPORTED = (
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed.module_inject",
+    "deepspeed.runtime.engine",
+    "diffusers.models.autoencoders",
+    "diffusers.models.transformers",
+    "torchmetrics.functional.audio",
+    "torchmetrics.functional.image",
+    "aiprod_ds.engine.deepspeed_engine",
+    "aiprod_ds.models.lora",
+    "aiprod_ds.trainers.audio_vae",
+    "aiprod_ds.trainers.diffusion",
+    "aiprod_ds.trainers.video_vae",
+    "aiprod_ds.encode.run",
+    "aiprod_ds.testing.runs",
+    "pytest",
+)
 _SURVIVOR_SECONDS = 30.0
+
+
+def import_for_ranks() -> None:
+    """Imports what ranks of this project need, so that those forked from now on need not.
+
+    Starts no threads: whoever calls this may fork.
+    """
+    for name in _IMPORTED:
+        package = name.partition(".")[0]
+        if importlib.util.find_spec(package) is not None:  # a user's project may do without pytest
+            importlib.import_module(name)
+    ask_for_the_cpu_once()
 
 
 def fork_ranks(

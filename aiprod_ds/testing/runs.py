@@ -24,15 +24,17 @@ _MEASURED_TIME = ("time/", "throughput/", "memory/")
 _WRITTEN_AT_THE_END = ("export", "plots", "report.json", "report.md")
 
 
-def alike_on_ranks(function: Callable[..., dict[str, Any]], *, ranks: int, folder: Path) -> dict[str, Any]:
-    """Returns what `function(folder=...)` returns on each of `ranks` CPU ranks, which must be the same on all
-    of them.
+def alike_on_ranks(
+    function: Callable[..., dict[str, Any]], *, ranks: int, folder: Path, **arguments: Any
+) -> dict[str, Any]:
+    """Returns what `function(folder=..., **arguments)` returns on each of `ranks` CPU ranks, which must be
+    the same on all of them.
 
     Raises:
         EngineError: As `run_on_ranks`.
     """
     results: list[dict[str, Any]] = run_on_ranks(
-        function, ranks=ranks, arguments={"folder": str(folder)}, timeout_seconds=600
+        function, ranks=ranks, arguments={"folder": str(folder), **arguments}, timeout_seconds=600
     )
     assert all(result == results[0] for result in results), "every rank reports the run's own numbers"
     return results[0]

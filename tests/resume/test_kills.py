@@ -89,14 +89,10 @@ def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, 
 
 def serve(folder: Path, stage: int, kills: int) -> None:
     """Trains a whole run, then one that dies `kills` times, and writes what was seen to `outcome.json`."""
-    import torch._dynamo  # noqa: F401  the ranks are forked with everything imported
-
-    import aiprod_ds.engine.deepspeed_engine
-    import aiprod_ds.testing.runs
-    import aiprod_ds.trainers.video_vae  # noqa: F401
     from aiprod_ds.checkpoint.store import CheckpointStore
-    from aiprod_ds.testing.forked import wait_for_ranks
+    from aiprod_ds.testing.forked import import_for_ranks, wait_for_ranks
 
+    import_for_ranks()
     chance = random.Random(stage)
     whole = folder / "whole"
     assert wait_for_ranks(_start(whole, stage)) == [0] * RANKS, "the run that nobody kills"

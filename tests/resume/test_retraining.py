@@ -13,6 +13,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,12 @@ WRITER_WAITS_SECONDS = 0.1  # from the save of a phase's end to the change pass 
 PHASES = ({"training_mode": "lora", "lora": {"rank": 4}}, {}, {"training_mode": "lora", "lora": {"rank": 2}})
 EACH = 2  # updates of a phase; a checkpoint stands at every update
 RESUMES = {"before_full": 2, "in_full": 3, "before_smaller": 4}
+RESUMED = [
+    # the others differ from these in stage, precision and way of saving alone
+    pytest.param(case, resumed, marks=() if (number + place) % len(RESUMES) == 0 else pytest.mark.exhaustive)
+    for number, case in enumerate([*CASES, "asynchronous"])
+    for place, resumed in enumerate(RESUMES)
+]
 KILLED = "zero2_fp32"
 WITHOUT_ADAPTER = "proj_in.weight"
 
@@ -51,8 +59,11 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return alike_on_ranks(run_every_case, ranks=2, folder=tmp_path_factory.mktemp("ranks"))
+def runs(
+    points_to_resume: Callable[..., dict[str, list[str]]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    folder, points = tmp_path_factory.mktemp("ranks"), points_to_resume("case")
+    return alike_on_ranks(run_every_case, ranks=2, folder=folder, points=points)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +71,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return alike_on_ranks(run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))
 
 
-@pytest.mark.parametrize("case", [*CASES, "asynchronous"])
-@pytest.mark.parametrize("resumed", RESUMES)
+@pytest.mark.parametrize(("case", "resumed"), RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     runs: dict[str, Any], case: str, resumed: str
 ) -> None:
@@ -130,12 +140,14 @@ def test_a_run_killed_inside_a_change_repeats_it(runs: dict[str, Any], tmp_path:
 # Below runs on the ranks.
 
 
-def run_every_case(folder: str) -> dict[str, Any]:
-    """Returns by case the uninterrupted run and its resumed copies."""
-    records = {
-        case: train_and_resume(lambda at, c=case: _train(c, at), Path(folder) / case, RESUMES)
-        for case in CASES
-    }
+def run_every_case(folder: str, points: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Returns by case the uninterrupted run and its copies resumed at `points`."""
+
+    def record(case: str, train: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        resumes = {point: RESUMES[point] for point in points.get(case, ())}
+        return train_and_resume(train, Path(folder) / case, resumes)
+
+    records = {case: record(case, partial(_train, case)) for case in CASES}
     write_as_it_is = saving.write_shards
 
     def write_late(*arguments: Any) -> Any:
@@ -143,7 +155,7 @@ def run_every_case(folder: str) -> dict[str, Any]:
         return write_as_it_is(*arguments)
 
     saving.write_shards = write_late
-    records["asynchronous"] = train_and_resume(_train_asynchronously, Path(folder) / "asynchronous", RESUMES)
+    records["asynchronous"] = record("asynchronous", _train_asynchronously)
     return records
 
 

@@ -107,14 +107,10 @@ def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, 
 def serve(folder: Path, ranks: int) -> None:
     """Trains a whole run, one that is stopped again and again and one that is killed so; writes
     `outcome.json`."""
-    import torch._dynamo  # noqa: F401  the ranks are forked with everything imported
-
-    import aiprod_ds.engine.deepspeed_engine
-    import aiprod_ds.testing.runs
-    import aiprod_ds.trainers.video_vae  # noqa: F401
-    from aiprod_ds.testing.forked import wait_for_ranks
+    from aiprod_ds.testing.forked import import_for_ranks, wait_for_ranks
     from aiprod_ds.train import interrupts as requests
 
+    import_for_ranks()
     requests.LOOK_SECONDS = 0.1  # an update takes about 20 ms
     chance = random.Random(ranks)
     whole, stopped = folder / "whole", folder / "stopped"
@@ -403,7 +399,7 @@ def _last_update(folder: Path) -> int:
 
 
 def _await(condition: Callable[[], bool], *, poll_seconds: float = 0.002) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 180.0  # a launcher starts in ten seconds where nothing else runs
     while not condition():
         assert time.monotonic() < deadline, "the run did not come that far"
         time.sleep(poll_seconds)
