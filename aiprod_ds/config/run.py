@@ -51,6 +51,18 @@ class EngineConfig(StrictModel):
     """`auto` chooses ZeRO stage, offload, activation checkpointing and micro-batches: the fastest that fit
     the GPUs by the estimates of `plan --machine`. Of the DeepSpeed settings then count precision, loss scale
     and buckets. A resumed run keeps its choice."""
+    flat_parameters: Literal["auto", "on", "off"] = "auto"
+    """`auto` puts the weights of each repeated block into a few flat parameters, which DeepSpeed updates
+    faster than many small ones; what cannot be a view of one stays as it is, and with `on` is an error.
+    Checkpoints are the same."""
+
+    @model_validator(mode="after")
+    def _flat_parameters_have_an_effect(self) -> Self:
+        if self.kind == "local" and self.flat_parameters == "on":
+            raise ValueError(
+                "flat_parameters: on has no effect with kind: local, got both. Remove one of the two."
+            )
+        return self
 
 
 class PerformanceConfig(StrictModel):

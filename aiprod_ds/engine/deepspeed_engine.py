@@ -7,8 +7,11 @@ writes the learning rate. DeepSpeed's own counters serve nothing; the clock is t
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -21,20 +24,23 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings, deepspeed_dictionary
 from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import deepspeed_state, dist
-from aiprod_ds.engine.layout import (
-    TORCH_DTYPES,
-    find_parameter,
-    group_parameters,
-    persistent_tensors,
-    require_precision,
-    require_shape,
-    whole_shape,
-)
+from aiprod_ds.engine.deepspeed_parameters import EngineParameters, ModuleNames
+from aiprod_ds.engine.flat_parameters import MAX_ELEMENTS, FlatMode, FlatParameters, Sharding
+from aiprod_ds.engine.flat_views import saving_by_place
+from aiprod_ds.engine.layout import TORCH_DTYPES, group_parameters, require_precision
 from aiprod_ds.engine.moments import scale_moments
-from aiprod_ds.engine.protocol import ParameterGroup, ParameterState, UpdateResult, require_clip_norm
-from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
+from aiprod_ds.engine.protocol import (
+    ParameterGroup,
+    ParameterState,
+    UpdateResult,
+    group_names,
+    require_clip_norm,
+)
 from aiprod_ds.errors import EngineError
 from aiprod_ds.snapshot import EngineFacts, ShardSlice, Snapshot, StateReader
+
+_LOG = logging.getLogger(__name__)
+_PARTITIONED = 3
 
 
 class DeepSpeedEngine:
@@ -51,9 +57,15 @@ class DeepSpeedEngine:
         micro_batch_size: Samples per micro-batch and rank.
         accumulation: Micro-batches per update.
         device: Must be what `dist.initialize` returned; that is also the default.
+        flat_parameters: Whether the weights of each repeated block become a few flat parameters until
+            `close`, as `flat_parameters` says: under ZeRO-3 all of them, otherwise the trained ones.
+
+    Attributes:
+        layout_notes: What of the blocks stays as it is, and why.
 
     Raises:
-        EngineError: If the groups do not fit the module, or the device cannot run the settings.
+        EngineError: If the groups do not fit the module, the device cannot run the settings, or
+            `flat_parameters` cannot be on.
     """
 
     def __init__(
@@ -66,6 +78,7 @@ class DeepSpeedEngine:
         micro_batch_size: int,
         accumulation: int,
         device: torch.device | None = None,
+        flat_parameters: FlatMode = "auto",
     ) -> None:
         self.device = _device_for(settings, device)
         self.module = module
@@ -77,37 +90,46 @@ class DeepSpeedEngine:
         self._groups = tuple(
             group for group in groups if group.names
         )  # as DeepSpeed 0.19.8, runtime/engine.py:2348
-        parameters = group_parameters(module, groups)
-        self._trained = {
-            name: parameter
-            for group, members in zip(groups, parameters, strict=True)
-            for name, parameter in zip(group.names, members, strict=True)
-        }
-        self._parameters = dict(module.named_parameters())
+        group_parameters(module, groups)
         self._needs_own_norm = settings.zero_stage == 0 and settings.precision == "fp32"
         internals.cast_added_parameters(module, self.compute_dtype)
+        names = ModuleNames(module)
+        self._flat = _flat_parameters(module, groups, settings, flat_parameters)
+        self.layout_notes = self._flat.notes
+        self._optimized = self._flat.groups(module, groups)
+        dictionary = deepspeed_dictionary(
+            settings,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            world_size=self.world_size,
+            gradient_clip_norm=optimizer.gradient_clip_norm,
+        )
+        if self._flat.layouts and settings.zero_stage == _PARTITIONED:
+            internals.keep_linear(dictionary)
         self._engine: Any = _initialize(
-            module,
-            _adamw(parameters, optimizer, settings, self.device),
-            deepspeed_dictionary(
-                settings,
-                micro_batch_size=micro_batch_size,
-                accumulation=accumulation,
-                world_size=self.world_size,
-                gradient_clip_norm=optimizer.gradient_clip_norm,
-            ),
+            module, _adamw(self._optimized, optimizer, settings, self.device), dictionary
         )
         internals.prepare(self._engine)
-        self._masters = deepspeed_state.trained_shards(
-            self._engine, {id(value): name for name, value in self._trained.items()}
+        internals.unhook_parts(self._engine, self._flat.blocks())
+        self._parameters = EngineParameters(
+            self._engine,
+            module,
+            names,
+            trained=group_names(groups),
+            layouts=self._flat.layouts,
+            device=self.device,
+            is_sharded=self.has_partitioned_masters,
         )
+        # After DeepSpeed's own hooks, so that what they gather is there.
+        self._flat.attach(is_traced=not deepspeed_state.is_partitioned(self._engine))
         self.set_weight_decay(optimizer.weight_decay)
         internals.count_overflows_at_minimum(self._engine)
         _broadcast_buffers(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward through DeepSpeed's hooks."""
-        return self._engine(*args, **kwargs)
+        with self._saving():
+            return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the
@@ -193,44 +215,29 @@ class DeepSpeedEngine:
     def master_shards(self) -> list[Tensor]:
         """Returns the fp32 masters that this rank owns, not copied; with an offloaded optimizer they are on
         the CPU."""
-        return [shard.tensor for shard in self._masters]
+        return [shard.tensor for shard in self._parameters.masters]
 
     def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of `master_shards`, which parts of which parameters lie in it."""
-        return [shard.slices for shard in self._masters]
+        return [shard.slices for shard in self._parameters.masters]
 
     def refresh_weights(self) -> None:
         """Casts the masters into the weights of all ranks. Collective."""
         deepspeed_state.refresh_weights(self._engine)
 
+    def frozen_dtypes(self) -> dict[str, torch.dtype]:
+        """Returns the types of the weights that are not trained, by name."""
+        return self._parameters.frozen_dtypes()
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """Yields every trained parameter in name order. Collective; rank 0 gets the tensors, others get empty
         ones."""
-        deepspeed_state.prepare_to_gather(self._engine)
-        for name in sorted(self._trained):
-            gathered = deepspeed_state.gather_state(self._engine, self._trained[name])
-            yield ParameterState(
-                name=name,
-                value=self._on_rank_0(gathered.value),
-                optimizer={key: self._on_rank_0(value) for key, value in gathered.moments.items()},
-                step=gathered.step,
-            )
+        return self._parameters.states()
 
     def module_state(self) -> dict[str, Tensor]:
         """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict
         on the others. Collective."""
-        values = {state.name: state.value for state in self.parameter_states()}
-        for name, parameter in self.module.named_parameters():
-            if name not in values:
-                with deepspeed.zero.GatheredParameters(
-                    [parameter], enabled=deepspeed_state.is_partitioned(self._engine)
-                ):
-                    values[name] = self._on_rank_0(parameter)
-        if self.rank != 0:
-            return {}
-        own_names, buffers = persistent_tensors(self.module)
-        state = {key: values[name] for key, name in own_names.items()}
-        return state | {key: self._on_rank_0(buffer) for key, buffer in buffers.items()}
+        return self._parameters.module_state()
 
     def read_value(self, name: str) -> Tensor:
         """Returns one parameter, whole and in fp32, on every rank: the master of a trained one, the weight of
@@ -239,13 +246,7 @@ class DeepSpeedEngine:
         Raises:
             EngineError: If there is no such parameter.
         """
-        parameter = find_parameter(self._parameters, name, where="read_value")
-        if name in self._trained:
-            return deepspeed_state.gather_master(self._engine, parameter).to(self.device, copy=True)
-        with deepspeed.zero.GatheredParameters(
-            [parameter], enabled=deepspeed_state.is_partitioned(self._engine)
-        ):
-            return parameter.detach().to(self.device, torch.float32, copy=True)
+        return self._parameters.read(name)
 
     def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Sets masters of trained parameters and weights of frozen ones, each rank its own part of them; the
@@ -254,19 +255,13 @@ class DeepSpeedEngine:
         Raises:
             EngineError: If there is no such parameter, or a shape differs.
         """
-        for name, value in values:
-            parameter = find_parameter(self._parameters, name, where="write_values")
-            require_shape(value, whole_shape(parameter), name=name)
-            if name in self._trained:
-                deepspeed_state.write_master(self._engine, parameter, value)
-            else:
-                deepspeed_state.write_weight(parameter, value)
+        self._parameters.write(values)
         self.refresh_weights()
 
     def capture(self) -> Snapshot:
         """Returns what this rank writes into a checkpoint, not copied: its partitions, and on rank 0 what
         nobody partitions."""
-        shards = self._shards()
+        shards = self._parameters.shards()
         facts = EngineFacts(
             engine="deepspeed",
             zero_stage=self._settings.zero_stage,
@@ -287,38 +282,41 @@ class DeepSpeedEngine:
             CheckpointError: If it is of another model or precision, or cannot be read.
         """
         require_precision(source.facts, self._settings.precision)
-        self._shards().restore(source)
+        self._parameters.shards().restore(source)
         deepspeed_state.restore_loss_scale(self._engine, source.facts.loss_scale)
         self._engine.micro_steps = 0
         self.refresh_weights()
 
     def close(self) -> None:
-        """Releases everything, so that the module may be given to a new engine. Idempotent."""
-        if self._engine is not None:
-            internals.full_teardown(self._engine)
-            self._engine = None
-            self._trained = self._parameters = {}
-            self._masters = []
+        """Releases everything, so that the module may be given to a new engine. Idempotent.
 
-    def _shards(self) -> EngineShards:
-        frozen = {
-            name: parameter for name, parameter in self._parameters.items() if name not in self._trained
-        }
-        _, buffers = persistent_tensors(self.module)
-        return EngineShards(
-            masters=self._masters,
-            frozen=[deepspeed_state.frozen_shard(parameter, name) for name, parameter in frozen.items()],
-            buffers=[Shard.whole(name, buffer) for name, buffer in buffers.items()],
-            wholes=describe_wholes(self._trained, frozen, buffers),
-            optimizer=self._engine.basic_optimizer,
-            writes_masters=self.has_partitioned_masters or self.rank == 0,
-            writes_frozen=deepspeed_state.is_partitioned(self._engine) or self.rank == 0,
-        )
+        Collective under ZeRO-3 if there are flat parameters; after an error, where other ranks may be gone,
+        the module is left without its weights.
+        """
+        if self._engine is None:
+            return
+        is_partitioned = deepspeed_state.is_partitioned(self._engine)
+        internals.full_teardown(self._engine)
+        self._engine = None
+        self._optimized = []
+        del self._parameters
+        if is_partitioned and sys.exc_info()[0] is not None:
+            self._flat.detach()
+            return
+        had_flat = bool(self._flat.layouts)
+        self._flat.restore()
+        if had_flat and is_partitioned:
+            internals.separate_partitions(self.module)
+
+    def _saving(self) -> AbstractContextManager[Any]:
+        has_gathered = self._flat.layouts and deepspeed_state.is_partitioned(self._engine)
+        return saving_by_place() if has_gathered else nullcontext()
 
     def _replicated_norm(self) -> Tensor:
         """ZeRO-0 in fp32 reports no norm and applies non-finite gradients; here gradients are already
         averaged over ranks."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
+        gradients = [value.grad for group in self._optimized for value in group if value.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _skip(self, norm: Tensor) -> UpdateResult:
         self._engine.zero_grad()
@@ -326,9 +324,6 @@ class DeepSpeedEngine:
         self._engine.skipped_steps += 1
         self._engine.global_steps += 1
         return UpdateResult(applied=False, gradient_norm=norm, loss_scale=1.0)
-
-    def _on_rank_0(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=True) if self.rank == 0 else torch.empty(0)
 
 
 def _device_for(settings: DeepSpeedSettings, device: torch.device | None) -> torch.device:
@@ -356,6 +351,27 @@ def _device_for(settings: DeepSpeedSettings, device: torch.device | None) -> tor
             "precision: bf16 needs compute capability 8.0 or higher, got a lower one. Use an fp16 file."
         )
     return chosen
+
+
+def _flat_parameters(
+    module: nn.Module, groups: Sequence[ParameterGroup], settings: DeepSpeedSettings, mode: FlatMode
+) -> FlatParameters:
+    is_partitioned = settings.zero_stage == _PARTITIONED
+    bucket = settings.zero_setting("reduce_bucket_size", default=MAX_ELEMENTS)
+    flat = FlatParameters(
+        module,
+        groups,
+        mode=mode,
+        includes_frozen=is_partitioned,
+        max_elements=min(MAX_ELEMENTS, int(bucket)),  # DeepSpeed reduces what fits no bucket apart
+        sharding=Sharding(gather=internals.gathered, partition=internals.partition_as),
+    )
+    _LOG.info(
+        "flat_parameters mode=%s flat=%d of=%d%s",
+        mode, len(flat.layouts), sum(len(layout.members) for layout in flat.layouts.values()),
+        "".join(f" note={note!r}" for note in flat.notes),
+    )  # fmt: skip
+    return flat
 
 
 def _adamw(

@@ -12,8 +12,8 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
@@ -29,11 +29,17 @@ from deepspeed.runtime.zero.partition_parameters import (
     ZeroParamStatus,
 )
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch import nn
+from torch import Tensor, nn
 
 from aiprod_ds.engine.deepspeed_state import is_partitioned
 
-_FORWARD_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+_MODULE_STATE = (
+    "pre_bwd_fn",
+    "post_bwd_fn",
+    "applied_pre_backward_ref_cnt",
+    "ds_grads_remaining",
+    "_original_parameters",
+)
 _PARAMETER_STATE = ("_z3_optimizer", "_zero_optimizer")
 
 
@@ -74,12 +80,58 @@ def prepare(engine: Any) -> None:
         # runtime/zero/parameter_offload.py:263: an engine puts its `linear` in place only for a module
         # without any partitioned parameter. With torch's own, a rebuilt engine would keep every gathered
         # weight from forward to backward.
-        torch.nn.functional.linear = zero3_linear_wrap
+        torch.nn.functional.linear = _memory_efficient_linear
+    else:
+        _restore_linear()
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # runtime/fp16/unfused_optimizer.py, initialize_optimizer_states: construction takes a real optimizer
         # step on zero gradients, which leaves Adam's step count one ahead, so the first update is smaller
         # than AdamW's.
         engine.optimizer.optimizer.state.clear()
+
+
+def keep_linear(dictionary: dict[str, Any]) -> None:
+    """Changes the configuration of a ZeRO-3 engine so that it leaves `torch.nn.functional.linear` alone.
+
+    runtime/zero/linear.py saves parameters; a view of a flat one it would keep, as torch's own does.
+    """
+    dictionary["zero_optimization"]["memory_efficient_linear"] = False
+
+
+def unhook_parts(engine: Any, blocks: Iterable[nn.Module]) -> None:
+    """Takes DeepSpeed's hooks off the parts of blocks that own no parameter, where nothing is to be gathered.
+
+    They cost time in every forward, and cut what torch.compile makes of the block's forward. A block marked
+    as a leaf (utils/z3_leaf_module.py) would have none, but reduces gradients when those of its inputs are
+    there (runtime/zero/stage3.py:1534): before that of a flat parameter, which then counts as 0.
+    """
+    if not is_partitioned(engine):
+        return
+    empty = {
+        id(hooks)
+        for block in blocks
+        for part in block.modules()
+        if part is not block and all(parameter is None for parameter in part._parameters.values())
+        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+    }
+    offload = engine.optimizer.parameter_offload
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in empty:
+            handle.remove()
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Returns a context in which parameters are whole, partitioned ones too. Collective."""
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters))
+    return context
+
+
+def partition_as(parameters: Sequence[nn.Parameter], like: nn.Parameter) -> None:
+    """Partitions parameters if `like` is partitioned, as runtime/zero/parameter_offload.py:263 does what was
+    added to a module. Collective then."""
+    convert = getattr(like, "convert_to_zero_parameters", None)
+    if convert is not None:
+        convert(param_list=list(parameters))
 
 
 def loss_scale(engine: Any) -> float:
@@ -180,7 +232,8 @@ def full_teardown(engine: Any) -> None:
     `DeepSpeedEngine.destroy` (runtime/engine.py:1243) leaves: the root forward hooks (runtime/engine.py:624);
     backward functions on every module that call the old coordinator after a new engine took the module
     (runtime/zero/parameter_offload.py:444, 483); the optimizer on every parameter
-    (runtime/zero/stage3.py:807, stage_1_and_2.py:822); the module in a global list
+    (runtime/zero/stage3.py:807, stage_1_and_2.py:822); on every module the dictionary of parameters that it
+    replaced (runtime/zero/parameter_offload.py:85); the module in a global list
     (parameter_offload.py:315); an unbounded class-level cache (partitioned_param_coordinator.py:633);
     parameters as they are, all of them gathered if a forward without a backward was last, and gatherings
     under way on the module (parameter_offload.py:199); a process-wide autocast flag
@@ -195,7 +248,7 @@ def full_teardown(engine: Any) -> None:
             hook.remove()
             setattr(engine, name, None)
     for part in module.modules():
-        for attribute in _FORWARD_STATE:
+        for attribute in _MODULE_STATE:
             part.__dict__.pop(attribute, None)
     for parameter in module.parameters():
         for attribute in _PARAMETER_STATE:
@@ -205,10 +258,40 @@ def full_teardown(engine: Any) -> None:
     _clear_caches(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     torch_autocast.TORCH_AUTOCAST_DTYPE = None
-    if torch.nn.functional.linear is zero3_linear_wrap:
-        torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
+    _restore_linear()
     engine.optimizer = engine.basic_optimizer = engine.lr_scheduler = None
     gc.collect()
+
+
+def separate_partitions(module: nn.Module) -> None:
+    """Gives each partition memory of its own, of a module whose flat parameters are gone.
+
+    runtime/zero/stage3.py keeps the partitions of a group in one buffer, so that a single one of them would
+    keep those of all.
+    """
+    for parameter in module.parameters():
+        part = getattr(parameter, "ds_tensor", None)
+        if part is not None and part.untyped_storage().nbytes() > part.nbytes:
+            part.data = part.data.clone()
+
+
+def _memory_efficient_linear(
+    input: Tensor,  # noqa: A002  as torch's is called
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Calls DeepSpeed's function, except where torch.compile traces it: there it loses gradients of weights
+    (inductor of torch 2.11 on a GPU), and saves nothing."""
+    if torch.compiler.is_compiling():
+        result: Tensor = InsertPostInitMethodToModuleSubClasses.linear_bk(input, weight, bias)
+        return result
+    efficient: Tensor = zero3_linear_wrap(input, weight, bias)
+    return efficient
+
+
+def _restore_linear() -> None:
+    if torch.nn.functional.linear in {zero3_linear_wrap, _memory_efficient_linear}:
+        torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
 
 
 def _remove_from_forward_stack(modules: set[nn.Module]) -> None:

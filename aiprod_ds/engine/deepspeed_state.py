@@ -9,7 +9,6 @@ Places are relative to the installed `deepspeed/`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -17,20 +16,9 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
-from torch import Tensor, nn
 
 from aiprod_ds.engine.shards import Shard
-from aiprod_ds.snapshot import MOMENTS, LossScale, ShardSlice
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatheredState:
-    """One parameter's fp32 master and Adam state, whole, on the engine's device."""
-
-    value: Tensor
-    moments: dict[str, Tensor]
-    step: int
+from aiprod_ds.snapshot import LossScale, ShardSlice
 
 
 def is_partitioned(engine: Any) -> bool:
@@ -114,77 +102,6 @@ def restore_loss_scale(engine: Any, state: LossScale | None) -> None:
     scaler.cur_hysteresis = min(state.tolerance, scaler.delayed_shift)
 
 
-def prepare_to_gather(engine: Any) -> None:
-    """Links parameters to their optimizer state as it is now.
-
-    runtime/zero/stage_1_and_2.py:2986 links once, after the first group's first step, so that later groups
-    and everything that a loaded checkpoint replaced stay unlinked and `safe_get_full_optimizer_state` raises
-    or returns old values.
-    """
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "_hp_optimizer_states_linked") and optimizer.optimizer.state:
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def gather_state(engine: Any, parameter: nn.Parameter) -> GatheredState:
-    """Returns one trained parameter's master and Adam state, whole. Collective; call `prepare_to_gather`
-    first."""
-    optimizer = engine.optimizer
-    if is_partitioned(engine):
-        group, _, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        state = optimizer.optimizer.state.get(optimizer.fp32_partitioned_groups_flat[group], {})
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        state = optimizer.optimizer.state.get(_flat_partition(optimizer, parameter), {})
-    else:
-        return _replicated_state(optimizer, parameter)
-    return GatheredState(
-        value=gather_master(engine, parameter),
-        moments={key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if key in state},
-        step=int(state.get("step", 0)),
-    )
-
-
-def gather_master(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """Returns one trained parameter's fp32 master, whole; at stage 0 the master itself. Collective."""
-    if is_partitioned(engine) or isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        gathered: Tensor = safe_get_full_fp32_param(parameter)
-        return gathered
-    return _replicated_master(engine.optimizer, parameter).detach()
-
-
-@torch.no_grad()
-def write_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
-    """Sets one trained parameter's fp32 master to the whole `value`; `refresh_weights` must follow.
-
-    runtime/zero/stage3.py:3183 takes a slice of a partition's length from `value`, which is shorter on the
-    last rank if the ranks share the parameter unevenly, so that the setter of ZeRO-3 fails there.
-    """
-    optimizer = engine.optimizer
-    if is_partitioned(engine):
-        group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        _write_own_part(
-            optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, length), parameter, value
-        )
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        safe_set_full_fp32_param(parameter, value)
-    else:
-        _replicated_master(optimizer, parameter).copy_(value)
-
-
-@torch.no_grad()
-def write_weight(parameter: Any, value: Tensor) -> None:
-    """Sets one frozen parameter to the whole `value`, in its own type; `refresh_weights` must follow.
-
-    `deepspeed.zero.GatheredParameters` would gather what is about to be overwritten and broadcast what every
-    rank has.
-    """
-    if hasattr(parameter, "ds_id"):
-        _write_own_part(parameter.ds_tensor, parameter, value)
-    else:
-        parameter.copy_(value)
-
-
 @torch.no_grad()
 def refresh_weights(engine: Any) -> None:
     """Does what ends an update: masters are cast into the weights of all ranks. Collective.
@@ -226,40 +143,3 @@ def _fragment_span(optimizer: Any, parameter: Any, name: str) -> Iterator[ShardS
     if mapping is not None:  # None: all of it is in other ranks' partitions
         whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
         yield ShardSlice(name=name, start=whole.start, offset=flat.start, length=whole.numel)
-
-
-def _flat_partition(optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    for partition, group in zip(
-        optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
-    ):
-        if any(parameter is member for member in group):
-            result: Tensor = partition
-            return result
-    raise AssertionError("a parameter with _hp_mapping stands in one of the optimizer's groups")
-
-
-def _replicated_state(optimizer: Any, parameter: nn.Parameter) -> GatheredState:
-    master = _replicated_master(optimizer, parameter)
-    base = optimizer.optimizer if isinstance(optimizer, FP16_UnfusedOptimizer) else optimizer
-    state = base.state.get(master, {})
-    return GatheredState(
-        value=master.detach(),
-        moments={key: state[key] for key in MOMENTS if key in state},
-        step=int(state.get("step", 0)),
-    )
-
-
-def _replicated_master(optimizer: Any, parameter: nn.Parameter) -> Tensor:
-    """ZeRO-0: masters are the parameters themselves in fp32, and a parallel list of groups in 16 bit."""
-    if not isinstance(optimizer, FP16_UnfusedOptimizer):
-        return parameter
-    pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
-    master: Tensor = next(fp32 for bit16, fp32 in pairs if bit16 is parameter)
-    return master
-
-
-def _write_own_part(part: Tensor, parameter: Any, value: Tensor) -> None:
-    """Copies this rank's part of `value` into a partition, which is longer than it where ranks share
-    unevenly."""
-    own = value.flatten()[parameter.ds_zero_partition_rank * part.numel() :][: part.numel()]
-    part[: own.numel()].copy_(own)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from aiprod_ds.engine.flat_layout import FlatLayout, in_runs, lay_out
-from aiprod_ds.engine.flat_views import BlockHooks, FlatSplit
+from aiprod_ds.engine.flat_views import IN_FLAT_PARAMETER, BlockHooks, FlatSplit
 from aiprod_ds.engine.layout import whole_shape
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.engine.recompute import repeated_blocks
@@ -72,7 +72,7 @@ class _Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlatBlock:
+class _FlatBlock:
     """A block with flat parameters.
 
     Attributes:
@@ -126,10 +126,14 @@ class FlatParameters:
             raise EngineError(
                 f"engine.flat_parameters: cannot be on, got {'; '.join(self.notes[:3])}. Set auto or off."
             )
-        self.blocks = [self._flatten(candidate, max_elements) for candidate in found if candidate.members]
+        self._blocks = [self._flatten(candidate, max_elements) for candidate in found if candidate.members]
         self.layouts: Mapping[str, FlatLayout] = {
-            layout.name: layout for block in self.blocks for layout in block.layouts
+            layout.name: layout for block in self._blocks for layout in block.layouts
         }
+
+    def blocks(self) -> list[nn.Module]:
+        """Returns the blocks that have flat parameters."""
+        return [each.block for each in self._blocks]
 
     def groups(self, module: nn.Module, groups: Sequence[ParameterGroup]) -> list[list[nn.Parameter]]:
         """Returns the trained parameters as they are now, in groups as those of `__init__`."""
@@ -147,7 +151,7 @@ class FlatParameters:
             is_traced: Whether torch.compile may trace how it finds them, where it compiles more than a
                 forward.
         """
-        self._hooks = [BlockHooks(each.block, each.splits, is_traced=is_traced) for each in self.blocks]
+        self._hooks = [BlockHooks(each.block, each.splits, is_traced=is_traced) for each in self._blocks]
 
     def detach(self) -> None:
         """Takes back what `attach` did; blocks have no weights then."""
@@ -161,15 +165,15 @@ class FlatParameters:
         Collective if they are partitioned.
         """
         self.detach()
-        for each in self.blocks:
+        for each in self._blocks:
             for layout, split in zip(each.layouts, each.splits, strict=True):
                 self._unflatten(each.block, layout, split)
             for owner, order in each.orders:
                 _reorder(owner, order)
-        self.blocks = []
+        self._blocks = []
         self.layouts = {}
 
-    def _flatten(self, candidate: _Candidate, max_elements: int) -> FlatBlock:
+    def _flatten(self, candidate: _Candidate, max_elements: int) -> _FlatBlock:
         layouts: list[FlatLayout] = []
         splits: list[FlatSplit] = []
         owners = dict.fromkeys(member.owner for members in candidate.members.values() for member in members)
@@ -188,7 +192,7 @@ class FlatParameters:
             self._move(candidate.block, attribute, layout, members)
             layouts.append(layout)
             splits.append(FlatSplit.of(attribute, layout, [(each.owner, each.attribute) for each in members]))
-        return FlatBlock(block=candidate.block, layouts=tuple(layouts), splits=tuple(splits), orders=orders)
+        return _FlatBlock(block=candidate.block, layouts=tuple(layouts), splits=tuple(splits), orders=orders)
 
     @torch.no_grad()
     def _move(self, block: nn.Module, attribute: str, layout: FlatLayout, members: Sequence[_Member]) -> None:
@@ -200,6 +204,7 @@ class FlatParameters:
         flat = nn.Parameter(values, requires_grad=first.requires_grad)
         for member in members:
             del member.owner._parameters[member.attribute]
+            setattr(member.owner, member.attribute, IN_FLAT_PARAMETER)
         block.register_parameter(attribute, flat)
         self._sharding.partition([flat], first)
 
@@ -216,7 +221,7 @@ class FlatParameters:
                 for member in layout.members
             ]
         for view, parameter in zip(split.views, restored, strict=True):
-            view.owner.__dict__.pop(view.attribute, None)  # a view that an error left would hide it
+            del view.owner.__dict__[view.attribute]  # it would hide the parameter
             view.owner._parameters[view.attribute] = parameter
         self._sharding.partition(restored, flat)
 

@@ -26,6 +26,14 @@ _VIEWS = "_flat_views"
 _PLACED: list[nn.Module] = []  # the innermost last
 
 
+class InFlatParameter:
+    """Stands where a weight was while its block does not run: whoever computes with it gets an error that
+    says so, and whoever prints the module does not."""
+
+
+IN_FLAT_PARAMETER = InFlatParameter()
+
+
 @dataclass(slots=True, kw_only=True)
 class FlatView:
     """Where a member of a flat parameter goes.
@@ -140,13 +148,14 @@ def _place(block: nn.Module, *_: Any) -> None:
 
 
 def _remove(block: nn.Module, *_: Any) -> None:
-    if not torch.compiler.is_compiling() and block in _PLACED:
+    if (
+        not torch.compiler.is_compiling() and block in _PLACED
+    ):  # not after an error that came before the views
         _PLACED.remove(block)
     splits: list[FlatSplit] = block.__dict__[_VIEWS]
     for split in splits:
         for view in split.views:
-            if view.attribute in view.owner.__dict__:  # not after an error that came before the views
-                delattr(view.owner, view.attribute)
+            setattr(view.owner, view.attribute, IN_FLAT_PARAMETER)
 
 
 _untraced_place: Callable[..., None] = torch.compiler.disable(_place)  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ by the engines; `whole_shape` also by the trainers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from aiprod_ds.engine.protocol import ParameterGroup, group_names
 from aiprod_ds.errors import CheckpointError, EngineError
 from aiprod_ds.snapshot import EngineFacts
 
+Value = TypeVar("Value", bound=Tensor)
 TORCH_DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -73,7 +75,7 @@ def group_parameters(module: nn.Module, groups: Sequence[ParameterGroup]) -> lis
     return [[by_name[name] for name in group.names] for group in groups]
 
 
-def find_parameter(parameters: Mapping[str, nn.Parameter], name: str, *, where: str) -> nn.Parameter:
+def find_parameter(parameters: Mapping[str, Value], name: str, *, where: str) -> Value:
     """Returns the parameter of that name.
 
     Args:

@@ -206,6 +206,11 @@ class LocalEngine:
                 if self._masters[name] is not weight:
                     weight.copy_(self._masters[name])
 
+    def frozen_dtypes(self) -> dict[str, torch.dtype]:
+        """Returns the types of the weights that are not trained, by name."""
+        parameters = self.module.named_parameters()
+        return {name: value.dtype for name, value in parameters if name not in self._masters}
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """Yields every trained parameter in name order."""
         for name in sorted(self._masters):

@@ -152,6 +152,9 @@ class Engine(Protocol):
         """Casts the masters into the weights that `module` computes with, as an update does at its end.
         Collective."""
 
+    def frozen_dtypes(self) -> dict[str, torch.dtype]:
+        """Returns the types of the weights that are not trained, by name."""
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """Yields every trained parameter in name order. Collective: all ranks iterate to the end; rank 0 gets
         the tensors, other ranks may get empty ones."""

@@ -42,7 +42,13 @@ def build_engine(config: RunConfig, settings: DeepSpeedSettings, unit: Unit, pla
     from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 
     return DeepSpeedEngine(
-        unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch
+        unit.module,
+        groups,
+        optimizer=config.optimizer,
+        settings=settings,
+        device=device,
+        flat_parameters=config.engine.flat_parameters,
+        **batch,
     )
 
 

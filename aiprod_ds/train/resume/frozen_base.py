@@ -44,9 +44,7 @@ def start_in_words(config: RunConfig) -> str:
 def frozen_sha256(engine: Engine) -> str:
     """Returns `weights_sha256` of all frozen parameters, whatever the sharding. Collective; the ranks share
     the tensors."""
-    frozen = {
-        name: value.dtype for name, value in engine.module.named_parameters() if not value.requires_grad
-    }
+    frozen = engine.frozen_dtypes()
     own: dict[str, str] = {}
     for index, name in enumerate(sorted(frozen)):
         value = engine.read_value(name)  # fp32, which every type of weights fits into

@@ -245,8 +245,9 @@ def test_an_error_inside_a_block_leaves_no_views() -> None:
 def test_weights_are_not_there_between_forwards() -> None:
     net = _net()
     _flat(net)
-    with pytest.raises(AttributeError, match="no attribute 'weight'"):
+    with pytest.raises(TypeError, match="must be Tensor, not InFlatParameter"):
         net.blocks[0].up(torch.ones(1, 8))
+    assert "(up): Linear(in_features=8, out_features=33, bias=True)" in repr(net)
 
 
 class Tied(Net):
