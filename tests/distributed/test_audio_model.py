@@ -1,7 +1,7 @@
 """Oobleck with weight norm under ZeRO 0 to 3 on two ranks against the plain PyTorch engine on one, with and
 without activation checkpointing.
 
-One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
+One call runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
 is `LocalEngine` with the whole batch on one process. `test_engine.py` has the cases that do not depend on the
 model.
 """

@@ -1,7 +1,7 @@
 """The average of the weights and the clip norm of each update on two ranks, for every settings file that
 ships.
 
-One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
+One call runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
 of the average is the same recursion on whole parameters, from the masters that rank 0 gathers after every
 update. Under ZeRO-3 one part of the parameters is partitioned and the other, below the persistence threshold,
 stays gathered; masters lie in several sub-groups.

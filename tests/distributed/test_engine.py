@@ -1,7 +1,7 @@
 """The DeepSpeed engine on two ranks against the plain PyTorch engine on one, for every settings file that
 ships.
 
-One launch runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
+One call runs all cases on both ranks and returns measurements; the tests below only read them. The oracle
 is `LocalEngine` with the whole batch on one process. Both engines see the same data and learning rates; the
 module mixes Conv3d, GroupNorm, LayerNorm, Linear, a frozen Linear, parameters that a block owns itself, and a
 buffer.

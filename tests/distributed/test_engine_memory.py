@@ -1,7 +1,7 @@
 """What DeepSpeed holds between the parts of an update on two ranks, counted tensor by tensor, against
 `aiprod_ds.planner.memory`.
 
-One launch measures all stages; the tests below only read. Copies that live inside `step` differ between CPU
+One call measures all stages; the tests below only read. Copies that live inside `step` differ between CPU
 and GPU and are not counted here: those were measured on an H200 (`benchmarks/planner_accuracy.py`).
 """
 

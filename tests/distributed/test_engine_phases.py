@@ -1,7 +1,7 @@
 """What a curriculum does to a live engine: batch, weight decay, moments and activation checkpointing change
 between updates.
 
-One launch runs one story on two ranks for every settings file that ships, and once on one process with
+One call runs one story on two ranks for every settings file that ships, and once on one process with
 `LocalEngine`, the oracle, which takes every global batch as one micro-batch. The tests below only read the
 measurements. What does not change inside a run is in tests/distributed/test_engine.py.
 """

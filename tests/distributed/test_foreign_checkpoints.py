@@ -1,5 +1,5 @@
 """Checkpoints of DeepSpeed and of torch.distributed.checkpoint, saved by two ranks, read without either; one
-launch makes all."""
+call makes all."""
 
 from __future__ import annotations
 

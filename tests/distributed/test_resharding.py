@@ -1,11 +1,11 @@
 """A saved state goes on under any ZeRO stage and number of ranks: 2 -> 2, 2 -> 1 and 1 -> 2, in fp32 every
 stage to every other.
 
-Three launches: two ranks save, one rank saves and loads what two saved, two ranks load both. What was loaded
+Three calls: two ranks save, one rank saves and loads what two saved, two ranks load both. What was loaded
 is written again and compared tensor by tensor, bit for bit; then two updates must have the losses that the
 saved engine had, in fp32 to 1e-6: the ranks add in another order. The module has adapters on a frozen layer,
 a tied weight, buffers, two groups, sizes that two ranks cannot share evenly, and a parameter that no forward
-uses. In the same launches a whole run goes 2 -> 1 -> 2 ranks.
+uses. In the same calls a whole run goes 2 -> 1 -> 2 ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whole training runs on one and two ranks: resuming repeats an uninterrupted run bit for bit, and every ZeRO
 stage computes what the plain PyTorch engine computes.
 
-One launch per world size trains a tiny video VAE through two phases (other resolution, frames, batch and
+One call per world size trains a tiny video VAE through two phases (other resolution, frames, batch and
 accumulation in the second) for every settings file, then trains copies of the run folder whose later
 checkpoints were taken away. Without the exhaustive tests every case is resumed from one point: each point
 comes at each world size, and at each stage and precision.

@@ -1,7 +1,7 @@
 """What DeepSpeed 0.19.8 does that this project works around. A failure here means that an upgrade changed it:
 see the remedy.
 
-All cases run in one launch on two CPU ranks; the tests read its report. Each docstring names the remedy. The
+All cases run in one call on two CPU ranks; the tests read its report. Each docstring names the remedy. The
 last test starts the launcher itself.
 """
 
