@@ -66,6 +66,7 @@ def choose_performance(
     *,
     capability: tuple[int, int] | None,
     settings: DeepSpeedSettings,
+    is_flat: bool,
     where: str,
 ) -> Performance:
     """Returns what a run computes with.
@@ -75,12 +76,14 @@ def choose_performance(
         module: May be on the meta device.
         capability: Compute capability of the GPU; None for the CPU.
         settings: Of the engine: ZeRO stage and precision.
+        is_flat: Whether the weights of blocks stand in flat parameters; ZeRO-3 gathers those beforehand.
         where: How messages name the configuration.
 
     Raises:
         ConfigError: If something is asked for by name that cannot be.
     """
-    compile_by, compile_why = _compiling(config.compile, module, capability, settings, where)
+    against = _against_compiling(module, settings, is_flat=is_flat)
+    compile_by, compile_why = _compiling(config.compile, capability, against, where)
     attention_by, attention_why = _attention(config.attention, capability, where)
     return Performance(
         compiles_blocks=compile_by == "blocks",
@@ -90,11 +93,10 @@ def choose_performance(
 
 
 def _compiling(
-    asked: str, module: nn.Module, capability: tuple[int, int] | None, settings: DeepSpeedSettings, where: str
+    asked: str, capability: tuple[int, int] | None, against: str | None, where: str
 ) -> tuple[str, str]:
     if asked == "off":
         return "off", "as configured"
-    against = _against_compiling(module, settings)
     if asked == "blocks":
         if against is not None:
             raise ConfigError(
@@ -108,13 +110,13 @@ def _compiling(
     return ("off", against) if against is not None else ("blocks", "each shape is compiled once")
 
 
-def _against_compiling(module: nn.Module, settings: DeepSpeedSettings) -> str | None:
+def _against_compiling(module: nn.Module, settings: DeepSpeedSettings, *, is_flat: bool) -> str | None:
     """Returns why the blocks cannot be compiled; None if they can."""
     blocks = list(repeated_blocks(module))
     if not blocks:
         return f"{type(module).__name__} has no repeated blocks"
-    if settings.zero_stage == _PARTITIONED:
-        return "ZeRO-3 gathers weights inside of them, and its own linear loses gradients when compiled"
+    if settings.zero_stage == _PARTITIONED and not is_flat:
+        return "ZeRO-3 without flat parameters gathers weights inside of them"
     if settings.precision == "fp16" and any(
         name.endswith("weight_g") for block in blocks for name, _ in block.named_parameters()
     ):

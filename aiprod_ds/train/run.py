@@ -162,6 +162,7 @@ def _resolved(prepared: Prepared, checkpoint: Checkpoint | None) -> RunFacts:
         unit.module,
         capability=None if machine is None else machine.compute_capability,
         settings=resolved.settings,
+        is_flat=config.engine.flat_parameters != "off",
         where=source,
     )
     for reason in performance.reasons:

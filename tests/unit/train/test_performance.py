@@ -39,6 +39,7 @@ def _choose(
     module: nn.Module | None = None,
     stage: int = 1,
     precision: str = "bf16",
+    is_flat: bool = False,
     **asked: Any,
 ) -> Performance:
     settings: dict[str, Any] = {"zero_optimization": {"stage": stage}}
@@ -49,6 +50,7 @@ def _choose(
         module or Blocks(),
         capability=capability,
         settings=parse_deepspeed_settings(settings, where="test"),
+        is_flat=is_flat,
         where="c.yaml",
     )
 
@@ -74,7 +76,7 @@ def test_what_auto_takes(capability: tuple[int, int] | None, expected: tuple[boo
     ("module", "stage", "precision", "why"),
     [
         (nn.Linear(2, 2), 1, "bf16", "Linear has no repeated blocks"),
-        (Blocks(), 3, "bf16", "ZeRO-3"),
+        (Blocks(), 3, "bf16", "ZeRO-3 without flat parameters"),
         pytest.param(
             Normed,
             1,
@@ -93,6 +95,10 @@ def test_what_cannot_be_compiled_is_left_out_by_auto_and_refused_by_name(
     assert why in found.reasons[0]
     with pytest.raises(ConfigError, match=f"c.yaml: performance.compile: cannot be blocks, got .*{why}"):
         _choose(H200, module=module, stage=stage, precision=precision, compile="blocks")
+
+
+def test_flat_parameters_let_blocks_compile_under_zero_3() -> None:
+    assert _choose(H200, stage=3, is_flat=True).compiles_blocks
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
