@@ -132,13 +132,11 @@ class DeepSpeedEngine:
             return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the
-        accumulation."""
+        """See `Engine.backward`."""
         self._engine.backward(loss)
 
     def step(self) -> UpdateResult | None:
-        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its
-        end."""
+        """See `Engine.step`."""
         engine = self._engine
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
@@ -156,40 +154,26 @@ class DeepSpeedEngine:
         return UpdateResult(applied=engine.was_step_applied(), gradient_norm=norm, loss_scale=scale)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets the rate that the next update uses, in every parameter group."""
+        """See `Engine.set_learning_rate`."""
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = group["initial_lr"] = learning_rate
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Sets the decay that the next update uses, in the groups that are decayed."""
+        """See `Engine.set_weight_decay`."""
         for values, group in zip(self._engine.basic_optimizer.param_groups, self._groups, strict=True):
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
     def set_clip_norm(self, clip_norm: float | None) -> None:
-        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are
-        not.
-
-        Raises:
-            EngineError: If it is not a positive finite number.
-        """
+        """See `Engine.set_clip_norm`."""
         require_clip_norm(clip_norm)
         internals.set_clip_norm(self._engine, clip_norm)
 
     def scale_moments(self, factor: float) -> None:
-        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new
-        optimizer. Collective.
-
-        Raises:
-            EngineError: If `factor` is out of range.
-        """
+        """See `Engine.scale_moments`."""
         scale_moments(self._engine.basic_optimizer.state.values(), factor)
 
     def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
-        """Changes the batch for the updates that follow.
-
-        Raises:
-            EngineError: If called inside an accumulation window.
-        """
+        """See `Engine.set_batch`."""
         engine = self._engine
         done = engine.micro_steps % engine.gradient_accumulation_steps()
         if done:
@@ -205,11 +189,11 @@ class DeepSpeedEngine:
         )
 
     def train(self) -> None:
-        """Puts the module in training mode."""
+        """See `Engine.train`."""
         self._engine.train()
 
     def eval(self) -> None:
-        """Puts the module in evaluation mode."""
+        """See `Engine.eval`."""
         self._engine.eval()
 
     def master_shards(self) -> list[Tensor]:
@@ -226,7 +210,7 @@ class DeepSpeedEngine:
         deepspeed_state.refresh_weights(self._engine)
 
     def frozen_dtypes(self) -> dict[str, torch.dtype]:
-        """Returns the types of the weights that are not trained, by name."""
+        """See `Engine.frozen_dtypes`."""
         return self._parameters.frozen_dtypes()
 
     def parameter_states(self) -> Iterator[ParameterState]:
@@ -235,8 +219,7 @@ class DeepSpeedEngine:
         return self._parameters.states()
 
     def module_state(self) -> dict[str, Tensor]:
-        """Returns the whole model (trained in fp32, frozen and buffers as they are) on rank 0, an empty dict
-        on the others. Collective."""
+        """See `Engine.module_state`."""
         return self._parameters.module_state()
 
     def read_value(self, name: str) -> Tensor:
@@ -249,12 +232,7 @@ class DeepSpeedEngine:
         return self._parameters.read(name)
 
     def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Sets masters of trained parameters and weights of frozen ones, each rank its own part of them; the
-        optimizer's state stays as it is. Collective.
-
-        Raises:
-            EngineError: If there is no such parameter, or a shape differs.
-        """
+        """See `Engine.write_values`; each rank sets its own part."""
         self._parameters.write(values)
         self.refresh_weights()
 

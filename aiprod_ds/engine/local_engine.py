@@ -123,8 +123,7 @@ class LocalEngine:
             weight.grad = None
 
     def step(self) -> UpdateResult | None:
-        """Ends a micro-batch; returns None inside an accumulation window and the result of the update at its
-        end."""
+        """See `Engine.step`."""
         self._micro_batches += 1
         if self._micro_batches < self._accumulation:
             return None
@@ -140,40 +139,26 @@ class LocalEngine:
         return UpdateResult(applied=applied, gradient_norm=norm, loss_scale=scale)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets the rate that the next update uses, in every parameter group."""
+        """See `Engine.set_learning_rate`."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Sets the decay that the next update uses, in the groups that are decayed."""
+        """See `Engine.set_weight_decay`."""
         for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
             values["weight_decay"] = weight_decay if group.is_decayed else 0.0
 
     def set_clip_norm(self, clip_norm: float | None) -> None:
-        """Sets the norm to which the gradients of the updates that follow are scaled down; None: they are
-        not.
-
-        Raises:
-            EngineError: If it is not a positive finite number.
-        """
+        """See `Engine.set_clip_norm`."""
         require_clip_norm(clip_norm)
         self._clip_norm = clip_norm
 
     def scale_moments(self, factor: float) -> None:
-        """Multiplies Adam's moments by `factor` in [0, 1]; 0 also sets its step count to 0, as in a new
-        optimizer.
-
-        Raises:
-            EngineError: If `factor` is out of range.
-        """
+        """See `Engine.scale_moments`."""
         scale_moments(self._optimizer.state.values(), factor)
 
     def set_batch(self, *, micro_batch_size: int, accumulation: int) -> None:
-        """Changes the batch for the updates that follow.
-
-        Raises:
-            EngineError: If called inside an accumulation window.
-        """
+        """See `Engine.set_batch`."""
         if self._micro_batches:
             raise EngineError(
                 f"set_batch: must be called between updates, got {self._micro_batches} of "
@@ -184,11 +169,11 @@ class LocalEngine:
         self._accumulation = accumulation
 
     def train(self) -> None:
-        """Puts the module in training mode."""
+        """See `Engine.train`."""
         self.module.train()
 
     def eval(self) -> None:
-        """Puts the module in evaluation mode."""
+        """See `Engine.eval`."""
         self.module.eval()
 
     def master_shards(self) -> list[Tensor]:
@@ -207,12 +192,12 @@ class LocalEngine:
                     weight.copy_(self._masters[name])
 
     def frozen_dtypes(self) -> dict[str, torch.dtype]:
-        """Returns the types of the weights that are not trained, by name."""
+        """See `Engine.frozen_dtypes`."""
         parameters = self.module.named_parameters()
         return {name: value.dtype for name, value in parameters if name not in self._masters}
 
     def parameter_states(self) -> Iterator[ParameterState]:
-        """Yields every trained parameter in name order."""
+        """See `Engine.parameter_states`."""
         for name in sorted(self._masters):
             master = self._masters[name]
             state = self._optimizer.state.get(master, {})
@@ -243,12 +228,7 @@ class LocalEngine:
         return self._masters.get(name, parameter).detach().to(torch.float32, copy=True)
 
     def write_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Sets masters of trained parameters and weights of frozen ones; the optimizer's state stays as it
-        is.
-
-        Raises:
-            EngineError: If there is no such parameter, or a shape differs.
-        """
+        """See `Engine.write_values`."""
         parameters = dict(self.module.named_parameters())
         with torch.no_grad():
             for name, value in values:
