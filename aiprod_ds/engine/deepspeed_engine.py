@@ -141,7 +141,8 @@ class DeepSpeedEngine:
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
             return None
-        scale = internals.loss_scale(engine)
+        scale = internals.loss_scale(engine)  # before the step, which may change it
+        # ZeRO-0 in fp32 looks for nothing: a non-finite gradient must be found before it reaches the weights.
         norm = self._replicated_norm() if self._needs_own_norm else None
         if norm is not None and not bool(torch.isfinite(norm)):
             return self._skip(norm)
