@@ -12,7 +12,9 @@ import pytest
 
 # Heavy packages and the only modules that may load them.
 _OWNERS = {
-    "deepspeed": {f"aiprod_ds.engine.deepspeed_{name}" for name in ("engine", "internals", "state")},
+    "deepspeed": {
+        f"aiprod_ds.engine.deepspeed_{name}" for name in ("engine", "internals", "parameters", "state")
+    },
     "wandb": {"aiprod_ds.metrics.wandb"},
     "peft": {"aiprod_ds.models.lora"},
 }

@@ -212,7 +212,7 @@ class Denoiser(nn.Module):
             "attention_head_dim": head_width,
             "cross_attention_dim": heads * head_width,
         }
-        self.transformer = LTXVideoTransformer3DModel(**LTXVideo.tiny_config() | width | {"num_layers": 1})
+        self.transformer = LTXVideoTransformer3DModel(**LTXVideo.tiny_config() | width)
 
     def forward(self, latents: Tensor, text: Tensor, level: Tensor) -> Tensor:
         output: Tensor = self.transformer(
@@ -266,9 +266,9 @@ def _writing_oracle(precision: str) -> dict[str, Tensor]:
 
 
 def _measure_writing(path: Path, oracle: dict[str, Tensor]) -> dict[str, Any]:
-    written = _written()
-    with _engine(_net(0), path) as engine:
-        trained = {name for group in decay_groups(engine.module) for name in group.names}
+    written, net = _written(), _net(0)
+    trained = {name for group in decay_groups(net) for name in group.names}
+    with _engine(net, path) as engine:
         _update_net(engine, 0)
         before = {state.name: state for state in engine.parameter_states()}
         engine.write_values(iter(written.items()))
@@ -326,9 +326,9 @@ def _measure_chain(path: Path) -> dict[str, Any]:
         change_module = functools.partial(_set_lora, rank=rank)
         change_module(module)
         with _engine(module, path) as engine:
-            engine.write_values(_renamed(module, carried))
+            engine.write_values(_renamed(engine, carried))
             found[change] = _compare(
-                engine, before, dict(_renamed(module, carried)), change_module(_denoiser(0)), path
+                engine, before, dict(_renamed(engine, carried)), change_module(_denoiser(0)), path
             )
             before, carried = _answer(engine), _merged(engine)
             if rank is None:
@@ -505,8 +505,7 @@ def _remove_lora(module: nn.Module) -> None:
 
 def _merged(engine: Any) -> WeightHandoff:
     """Returns the values of the plain module that computes the same as the engine's."""
-    carried = WeightHandoff()
-    names = dict(engine.module.named_parameters())
+    carried, names = WeightHandoff(), _names(engine)
     for name in names:
         if ".lora_" in name:
             continue
@@ -518,9 +517,15 @@ def _merged(engine: Any) -> WeightHandoff:
     return carried
 
 
-def _renamed(module: nn.Module, carried: WeightHandoff) -> Iterator[tuple[str, Tensor]]:
+def _names(engine: Engine) -> list[str]:
+    """Returns the names of all parameters, trained and frozen."""
+    facts = engine.capture().facts
+    return [*facts.names("master"), *facts.names("frozen")]
+
+
+def _renamed(engine: Engine, carried: WeightHandoff) -> Iterator[tuple[str, Tensor]]:
     """Yields what was carried by the names in a module that may have adapters."""
-    names = {name.replace(".base_layer.", "."): name for name, _ in module.named_parameters()}
+    names = {name.replace(".base_layer.", "."): name for name in _names(engine)}
     for name, value in carried.whole():
         yield names[name], value
 
@@ -539,10 +544,14 @@ def _weights(engine: Any) -> dict[str, Tensor]:
     """Returns what the module computes with, whole and on every rank."""
     import deepspeed
 
-    found = {}
+    found, layouts = {}, engine._flat.layouts
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            found[name] = parameter.detach().clone()
+            whole = parameter.detach().clone()
+        members = layouts[name].members if name in layouts else ()
+        found |= {each.name: whole[each.start :][: each.numel].view(each.shape) for each in members}
+        if not members:
+            found[name] = whole
     return found
 
 
