@@ -13,56 +13,49 @@ import logging
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aiprod_ds.testing.processes import kill_session
+from aiprod_ds.testing.processes import run_in_own_session
 
-KILLS = {1: 10, 3: 10}  # by ZeRO stage
-PHASES, UPDATES_PER_PHASE = 40, 2  # a signal that comes too late uses a phase up and does not count
+STAGES = (1, 3)
+# Before and after the checkpoint of an edge, of one rank, the other and both: six kinds.
+KILLS = (6, pytest.param(24, marks=pytest.mark.exhaustive))
+PHASES_PER_KILL, UPDATES_PER_PHASE = 4, 2  # a signal that comes too late uses a phase up and does not count
 RANKS = 2
 ATTEMPT_SECONDS = 120
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """What each stage's server saw; they run side by side."""
+@pytest.fixture(scope="module", params=KILLS, ids=lambda kills: f"{kills}_kills")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What was seen, by stage."""
     # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op in
     # turns.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    folder = tmp_path_factory.mktemp("kills")
-    servers = {}
-    for stage, kills in KILLS.items():
-        (folder / str(stage)).mkdir()
-        command = [sys.executable, __file__, str(folder / str(stage)), str(stage), str(kills)]
-        with (folder / f"{stage}.txt").open("w") as output:
-            servers[stage] = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-    try:
-        for stage, server in servers.items():
-            assert server.wait(timeout=500) == 0, (folder / f"{stage}.txt").read_text()[-8000:]
-    finally:
-        for server in servers.values():
-            kill_session(server.pid)
-    return {stage: json.loads((folder / str(stage) / "outcome.json").read_text()) for stage in KILLS}
+    folder, kills = tmp_path_factory.mktemp("kills"), request.param
+    command = [sys.executable, __file__, str(folder), str(kills)]
+    code, output = run_in_own_session(command, timeout_seconds=500 + 30 * kills, environment=environment)
+    assert code == 0, output[-8000:]
+    seen = {str(stage): json.loads((folder / f"{stage}.json").read_text()) for stage in STAGES}
+    return {"kills": kills, **seen}
 
 
-@pytest.fixture(params=KILLS, ids=lambda stage: f"zero{stage}")
-def outcome(outcomes: dict[int, dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
-    return outcomes[request.param]
+@pytest.fixture(params=STAGES, ids=lambda stage: f"zero{stage}")
+def outcome(outcomes: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = outcomes[str(request.param)]
+    return {"wanted": outcomes["kills"], **found}
 
 
 def test_every_kill_hit_a_phase_change(outcome: dict[str, Any]) -> None:
-    assert len(outcome["kills"]) == KILLS[outcome["stage"]]
+    assert len(outcome["kills"]) == outcome["wanted"]
     assert {kill["target"] for kill in outcome["kills"]} == {"rank 0", "rank 1", "all"}
 
 
@@ -81,27 +74,38 @@ def test_every_kill_left_a_whole_checkpoint_of_before_or_after(outcome: dict[str
 def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, Any]) -> None:
     assert outcome["killed"]["sha256"] == outcome["whole"]["sha256"]
     assert outcome["killed"]["rows"] == outcome["whole"]["rows"]
-    assert len(outcome["whole"]["rows"]) >= PHASES * UPDATES_PER_PHASE
+    assert len(outcome["whole"]["rows"]) >= PHASES_PER_KILL * outcome["wanted"] * UPDATES_PER_PHASE
 
 
 # Below runs in the server and in the ranks that it forks.
 
 
-def serve(folder: Path, stage: int, kills: int) -> None:
-    """Trains a whole run, then one that dies `kills` times, and writes what was seen to `outcome.json`."""
-    from aiprod_ds.checkpoint.store import CheckpointStore
-    from aiprod_ds.testing.forked import import_for_ranks, wait_for_ranks
+def serve(folder: Path, kills: int) -> None:
+    """Imports everything and forks a process for each stage; they work side by side."""
+    from aiprod_ds.testing.forked import fork_ranks, import_for_ranks, wait_for_ranks
 
     import_for_ranks()
+    processes = [
+        fork_ranks(partial(_kill_again_and_again, folder, stage, kills), ranks=1, is_launched=False)[0]
+        for stage in STAGES
+    ]
+    assert wait_for_ranks(processes, timeout_seconds=600 + 30 * kills) == [0] * len(STAGES)
+
+
+def _kill_again_and_again(folder: Path, stage: int, kills: int) -> int:
+    """Trains a whole run, then one that dies `kills` times, and writes what was seen to `STAGE.json`."""
+    from aiprod_ds.checkpoint.store import CheckpointStore
+    from aiprod_ds.testing.forked import wait_for_ranks
+
     chance = random.Random(stage)
-    whole = folder / "whole"
-    assert wait_for_ranks(_start(whole, stage)) == [0] * RANKS, "the run that nobody kills"
+    whole, start = folder / f"{stage}_whole", partial(_start, stage=stage, phases=PHASES_PER_KILL * kills)
+    assert wait_for_ranks(start(whole)) == [0] * RANKS, "the run that nobody kills"
     change_seconds = _longest_phase_change(whole)
-    killed, seen, attempts = folder / "killed", [], 0
+    killed, seen, attempts = folder / f"{stage}_killed", [], 0
     while len(seen) < kills:
         attempts += 1
         events = _events(killed)
-        ranks = _start(killed, stage)
+        ranks = start(killed)
         edge = _await_phase_end(killed, events)
         span = 0.9 * change_seconds
         if (
@@ -122,7 +126,7 @@ def serve(folder: Path, stage: int, kills: int) -> None:
         clock = newest.state.clock
         if clock.updates <= edge:  # otherwise the next phase had begun when the signal came
             seen.append({"target": target, "edge": edge, "newest": clock.to_dict()})
-    assert wait_for_ranks(_start(killed, stage)) == [0] * RANKS, "the last attempt"
+    assert wait_for_ranks(start(killed)) == [0] * RANKS, "the last attempt"
     outcome = {
         "stage": stage,
         "attempts": attempts,
@@ -130,16 +134,17 @@ def serve(folder: Path, stage: int, kills: int) -> None:
         "whole": _result(whole),
         "killed": _result(killed),
     }
-    (folder / "outcome.json").write_text(json.dumps(outcome))
+    (folder / f"{stage}.json").write_text(json.dumps(outcome))
+    return 0
 
 
-def _start(folder: Path, stage: int) -> list[int]:
+def _start(folder: Path, *, stage: int, phases: int) -> list[int]:
     from aiprod_ds.testing.forked import fork_ranks
 
-    return fork_ranks(lambda: _train(folder, stage), ranks=RANKS)
+    return fork_ranks(partial(_train, folder, stage, phases), ranks=RANKS)
 
 
-def _train(folder: Path, stage: int) -> int:
+def _train(folder: Path, stage: int, num_phases: int) -> int:
     import torch
 
     from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -159,12 +164,12 @@ def _train(folder: Path, stage: int) -> int:
             "dataset": SyntheticVideoDataset(6, 5, 24, 24),
             "validation": SyntheticVideoDataset(8, 5, 24, 24, seed=1),
         }
-        config = VAETrainerConfig.model_validate(_config(folder, stage))
+        config = VAETrainerConfig.model_validate(_config(folder, stage, num_phases))
         VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
     return 0
 
 
-def _config(folder: Path, stage: int) -> dict[str, Any]:
+def _config(folder: Path, stage: int, num_phases: int) -> dict[str, Any]:
     policies: tuple[dict[str, Any], ...] = (
         {},
         {"moments": "reset"},
@@ -183,7 +188,7 @@ def _config(folder: Path, stage: int) -> dict[str, Any]:
             "activation_checkpointing": index % 4 == 1,
             **(policies[index % 3] if index else {}),
         }
-        for index in range(PHASES)
+        for index in range(num_phases)
     ]
     return {
         "output_dir": str(folder),
@@ -209,7 +214,7 @@ def _await_phase_end(folder: Path, before: int) -> int:
     """Returns the update at which a phase ended, as soon as one more has ended than `before`."""
     deadline = time.monotonic() + ATTEMPT_SECONDS
     while _events(folder) <= before:
-        assert not _is_completed(folder), "the run has ended before it was killed often enough: raise PHASES"
+        assert not _is_completed(folder), "the run has ended before it was killed often enough"
         assert time.monotonic() < deadline, "no phase ended"
         time.sleep(0.002)
     line = next(
@@ -249,4 +254,4 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

@@ -5,10 +5,11 @@ A server process imports everything once and forks the ranks of each attempt. Tw
 one on the local engine with a worker that decodes ahead. Moments are what the run's own log and metrics tell,
 plus a random part of an update.
 
-Two ranks are also killed by SIGKILL: 8 times, or as often as the environment variable AIPROD_DS_KILLS says
-(the promise is 50), at least three in ten inside a save. Half of the attempts save while training goes on. In
-two attempts of seven a real deepspeed launcher starts the ranks and one of its two processes is killed:
-`runner`, which the user starts, or `launch`, which starts the ranks. The ranks then train on as orphans.
+Two ranks are also killed by SIGKILL, at least three times in ten inside a save. Half of the attempts save
+while training goes on. In two attempts of seven a real deepspeed launcher starts the ranks and one of its two
+processes is killed: `runner`, which the user starts, or `launch`, which starts the ranks. The ranks then
+train on as orphans. Without the exhaustive tests every moment, way and target comes once; with them a run is
+killed 50 times, which is the promise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +31,50 @@ import pytest
 
 from aiprod_ds.testing.processes import kill_session, launcher_command, run_in_own_session
 
-STOPS = {2: 4, 1: 16}  # by ranks
-KILLS = int(os.environ.get("AIPROD_DS_KILLS", "8"))
-INSIDE_A_SAVE = -(-3 * KILLS // 10)
 SAVED_EVERY = 5
 LAUNCHER = ("runner", "launch")
 TARGETS = ("rank 0", "rank 1", "all", "runner", "rank 1", "rank 0", "launch")
-PHASES, UPDATES_PER_PHASE = 7 + KILLS // 5, 15  # a kill takes the run forward by some four updates
+UPDATES_PER_PHASE = 15  # a kill takes the run forward by some four updates, a stop by up to a phase
 WITHIN_SECONDS = 25.0
 INTERRUPTED = 75
 MOMENTS = ("resumed", "row", "phase_begins", "row", "phase_ends", "row")
 HOW = ("SIGTERM to rank 0", "SIGUSR1 to the last rank", "SIGTERM to all", "SIGUSR1 to all", "STOP")
 
+Sweep = dict[str, int]
+SWEEPS = [
+    pytest.param({"ranks": 2, "stops": len(HOW), "kills": len(TARGETS), "phases": 8}, id="2_ranks"),
+    pytest.param({"ranks": 1, "stops": len(MOMENTS), "kills": 0, "phases": 7}, id="1_rank"),
+    *(
+        pytest.param(
+            {"ranks": ranks, "stops": len(HOW) * len(MOMENTS), "kills": kills, "phases": 20},
+            id=f"{ranks}_ranks_often",
+            marks=pytest.mark.exhaustive,
+        )
+        for ranks, kills in ((2, 50), (1, 0))
+    ),
+]
+
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=STOPS, ids=lambda ranks: f"{ranks}_ranks")
+@pytest.fixture(scope="module", params=SWEEPS)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("signals")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(request.param)]
-    code, output = run_in_own_session(command, timeout_seconds=400 + 30 * KILLS, environment=environment)
+    sweep: Sweep = request.param
+    command = [sys.executable, __file__, str(folder), json.dumps(sweep)]
+    seconds = 400 + 30 * (sweep["stops"] + sweep["kills"])
+    code, output = run_in_own_session(command, timeout_seconds=seconds, environment=environment)
     assert code == 0, output[-8000:]
     found: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
-    return found
+    return {**found, "wanted": sweep}
 
 
 def test_every_request_saves_and_leaves_in_time(outcome: dict[str, Any]) -> None:
-    assert len(outcome["stops"]) == STOPS[outcome["ranks"]]
+    assert len(outcome["stops"]) == outcome["wanted"]["stops"]
     for stop in outcome["stops"]:
-        assert stop["codes"] == [INTERRUPTED] * outcome["ranks"], stop
+        assert stop["codes"] == [INTERRUPTED] * outcome["wanted"]["ranks"], stop
         assert stop["seconds"] < WITHIN_SECONDS, stop
         assert stop["status"] == "interrupted", stop
 
@@ -80,14 +95,14 @@ def test_a_file_asks_for_a_checkpoint_and_goes_away(outcome: dict[str, Any]) -> 
 def test_the_stopped_run_ends_like_the_one_that_nobody_stopped(outcome: dict[str, Any]) -> None:
     assert outcome["stopped"]["sha256"] == outcome["whole"]["sha256"]
     assert outcome["stopped"]["rows"] == outcome["whole"]["rows"]
-    assert len(outcome["whole"]["rows"]) >= PHASES * UPDATES_PER_PHASE
+    assert len(outcome["whole"]["rows"]) >= outcome["wanted"]["phases"] * UPDATES_PER_PHASE
 
 
-@pytest.mark.parametrize("outcome", [2], indirect=True, ids=["2_ranks"])
+@pytest.mark.parametrize("outcome", SWEEPS[::2], indirect=True)
 def test_a_kill_loses_at_most_what_was_done_since_the_last_save(outcome: dict[str, Any]) -> None:
     kills = outcome["kills"]
-    assert len(kills) == KILLS
-    assert sum(kill["inside_a_save"] for kill in kills) >= INSIDE_A_SAVE
+    assert len(kills) == outcome["wanted"]["kills"]
+    assert sum(kill["inside_a_save"] for kill in kills) >= _inside_a_save(len(kills))
     assert {kill["target"] for kill in kills} == set(TARGETS)
     for kill in kills:
         # A save that was not finished when the next was due is the one before.
@@ -95,7 +110,7 @@ def test_a_kill_loses_at_most_what_was_done_since_the_last_save(outcome: dict[st
         assert kill["done"] - kill["saved"] <= allowed, kill
 
 
-@pytest.mark.parametrize("outcome", [2], indirect=True, ids=["2_ranks"])
+@pytest.mark.parametrize("outcome", SWEEPS[::2], indirect=True)
 def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, Any]) -> None:
     assert outcome["killed"]["sha256"] == outcome["whole"]["sha256"]
     assert outcome["killed"]["rows"] == outcome["whole"]["rows"]
@@ -104,7 +119,7 @@ def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, 
 # Below runs in the server and in the ranks that it forks.
 
 
-def serve(folder: Path, ranks: int) -> None:
+def serve(folder: Path, sweep: Sweep) -> None:
     """Trains a whole run, one that is stopped again and again and one that is killed so; writes
     `outcome.json`."""
     from aiprod_ds.testing.forked import import_for_ranks, wait_for_ranks
@@ -112,32 +127,33 @@ def serve(folder: Path, ranks: int) -> None:
 
     import_for_ranks()
     requests.LOOK_SECONDS = 0.1  # an update takes about 20 ms
+    ranks = sweep["ranks"]
     chance = random.Random(ranks)
     whole, stopped = folder / "whole", folder / "stopped"
-    assert wait_for_ranks(_start(whole, ranks)) == [0] * ranks, "the run that nobody stops"
+    assert wait_for_ranks(_start(whole, sweep)) == [0] * ranks, "the run that nobody stops"
     stops = []
-    for number in range(STOPS[ranks]):
+    for number in range(sweep["stops"]):
         stops.append(
-            _stop_once(stopped, ranks, chance, MOMENTS[number % len(MOMENTS)], HOW[number % len(HOW)])
+            _stop_once(stopped, sweep, chance, MOMENTS[number % len(MOMENTS)], HOW[number % len(HOW)])
         )
-    processes = _start(stopped, ranks)
+    processes = _start(stopped, sweep)
     asked_for = _ask_for_a_checkpoint(stopped)
     assert wait_for_ranks(processes) == [0] * ranks, "the last attempt"
     left_files = [name for name in ("SAVE", "STOP") if (stopped / name).exists()]
-    outcome = {"ranks": ranks, "stops": stops, "asked_for": asked_for, "left_files": left_files}
+    outcome = {"stops": stops, "asked_for": asked_for, "left_files": left_files}
     outcome |= {"whole": _result(whole), "stopped": _result(stopped)}
-    if ranks > 1:
-        outcome |= _kill(folder / "killed", ranks, chance)
+    if sweep["kills"]:
+        outcome |= _kill(folder / "killed", sweep, chance)
     (folder / "outcome.json").write_text(json.dumps(outcome))
 
 
-def _stop_once(folder: Path, ranks: int, chance: random.Random, moment: str, how: str) -> dict[str, Any]:
+def _stop_once(folder: Path, sweep: Sweep, chance: random.Random, moment: str, how: str) -> dict[str, Any]:
     from aiprod_ds.checkpoint.store import CheckpointStore
     from aiprod_ds.testing.forked import wait_for_ranks
 
     log = Path(f"{folder}.log")
     before = len(_lines(log))
-    processes = _start(folder, ranks)
+    processes = _start(folder, sweep)
     event = "training_begins" if moment == "resumed" else moment
     if moment == "row":
         _await_phase(folder, before)
@@ -167,34 +183,39 @@ def _stop_once(folder: Path, ranks: int, chance: random.Random, moment: str, how
     }
 
 
-def _kill(folder: Path, ranks: int, chance: random.Random) -> dict[str, Any]:
+def _kill(folder: Path, sweep: Sweep, chance: random.Random) -> dict[str, Any]:
     """Kills a run again and again, goes on to its end, and returns what was seen."""
     from aiprod_ds.testing.forked import wait_for_ranks
 
     kills: list[dict[str, Any]] = []
-    while len(kills) < KILLS:
-        missing = INSIDE_A_SAVE - sum(kill["inside_a_save"] for kill in kills)
-        in_save = len(kills) % 2 == 0 or missing >= KILLS - len(kills)
-        kills.append(_kill_once(folder, ranks, chance, len(kills), in_save=in_save))
-    assert wait_for_ranks(_start(folder, ranks, every_updates=SAVED_EVERY)) == [0] * ranks, "the last attempt"
+    while len(kills) < sweep["kills"]:
+        missing = _inside_a_save(sweep["kills"]) - sum(kill["inside_a_save"] for kill in kills)
+        in_save = len(kills) % 2 == 0 or missing >= sweep["kills"] - len(kills)
+        kills.append(_kill_once(folder, sweep, chance, len(kills), in_save=in_save))
+    codes = wait_for_ranks(_start(folder, sweep, every_updates=SAVED_EVERY))
+    assert codes == [0] * sweep["ranks"], "the last attempt"
     return {"kills": kills, "killed": _result(folder)}
 
 
+def _inside_a_save(kills: int) -> int:
+    return -(-3 * kills // 10)
+
+
 def _kill_once(
-    folder: Path, ranks: int, chance: random.Random, number: int, *, in_save: bool
+    folder: Path, sweep: Sweep, chance: random.Random, number: int, *, in_save: bool
 ) -> dict[str, Any]:
     from aiprod_ds.checkpoint.store import CheckpointStore
 
     target, asynchronous = TARGETS[number % len(TARGETS)], number % 4 in (1, 2)
     checkpoint = {"every_updates": SAVED_EVERY, "asynchronous": asynchronous}
     if target in LAUNCHER:
-        inside_a_save = _kill_launcher(folder, ranks, chance, checkpoint, target, in_save=in_save)
+        inside_a_save = _kill_launcher(folder, sweep, chance, checkpoint, target, in_save=in_save)
     else:
         # To find out that a rank is gone takes the others some seconds, so only a quarter of them gets the
         # time.
         patience = None if number % 4 == 0 else chance.uniform(0.0, 0.2)
         inside_a_save = _kill_ranks(
-            folder, ranks, chance, checkpoint, target, in_save=in_save, patience_seconds=patience
+            folder, sweep, chance, checkpoint, target, in_save=in_save, patience_seconds=patience
         )
     newest = CheckpointStore(folder / "checkpoints").newest()
     return {
@@ -208,7 +229,7 @@ def _kill_once(
 
 def _kill_ranks(
     folder: Path,
-    ranks: int,
+    sweep: Sweep,
     chance: random.Random,
     checkpoint: dict[str, Any],
     target: str,
@@ -220,7 +241,7 @@ def _kill_ranks(
     from aiprod_ds.testing.forked import wait_for_ranks
 
     before = len(_lines(Path(f"{folder}.log")))
-    processes = _start(folder, ranks, **checkpoint)
+    processes = _start(folder, sweep, **checkpoint)
     _await_phase(folder, before)
     _await_moment_to_kill(folder, chance, in_save=in_save)
     inside_a_save = _is_saving(folder)
@@ -238,7 +259,13 @@ def _kill_ranks(
 
 
 def _kill_launcher(
-    folder: Path, ranks: int, chance: random.Random, checkpoint: dict[str, Any], target: str, *, in_save: bool
+    folder: Path,
+    sweep: Sweep,
+    chance: random.Random,
+    checkpoint: dict[str, Any],
+    target: str,
+    *,
+    in_save: bool,
 ) -> bool:
     """Kills a process of the launcher, and later the orphans; returns whether those died inside a save.
 
@@ -247,7 +274,8 @@ def _kill_launcher(
     batch system does: it ends what remains of the process group, and only then is the run started anew.
     """
     before = len(_lines(Path(f"{folder}.log")))
-    command = [*launcher_command(ranks=ranks), __file__, str(folder), str(ranks), json.dumps(checkpoint)]
+    arguments = [__file__, str(folder), json.dumps(sweep), json.dumps(checkpoint)]
+    command = [*launcher_command(ranks=sweep["ranks"]), *arguments]
     with Path(f"{folder}_launcher.txt").open("w") as output:
         runner = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
@@ -260,7 +288,7 @@ def _kill_launcher(
         _require_refusal(folder)
         _await_moment_to_kill(folder, chance, in_save=in_save)
         inside_a_save = _is_saving(folder)
-        assert len(orphans) == ranks, orphans
+        assert len(orphans) == sweep["ranks"], orphans
         assert all(_is_running(process) for process in orphans), (
             "the run has ended before it was killed often enough"
         )
@@ -326,13 +354,14 @@ def _ask_for_a_checkpoint(folder: Path) -> list[str]:
     return sorted({path.name for path in (folder / "checkpoints").glob("update_*")} - before)
 
 
-def _start(folder: Path, ranks: int, **checkpoint: Any) -> list[int]:
+def _start(folder: Path, sweep: Sweep, **checkpoint: Any) -> list[int]:
     from aiprod_ds.testing.forked import fork_ranks
 
-    return fork_ranks(lambda: _train(folder, ranks, checkpoint), ranks=ranks, is_launched=ranks > 1)
+    ranks = sweep["ranks"]
+    return fork_ranks(partial(_train, folder, sweep, checkpoint), ranks=ranks, is_launched=ranks > 1)
 
 
-def _train(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> int:
+def _train(folder: Path, sweep: Sweep, checkpoint: dict[str, Any]) -> int:
     import torch
 
     from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -352,12 +381,12 @@ def _train(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> int:
             "dataset": SyntheticVideoDataset(6, 5, 24, 24),
             "validation": SyntheticVideoDataset(4, 5, 24, 24, seed=1),
         }
-        config = VAETrainerConfig.model_validate(_config(folder, ranks, checkpoint))
+        config = VAETrainerConfig.model_validate(_config(folder, sweep, checkpoint))
         summary = VideoVAETrainer(config, model=TinyVideoVAE(), **clips).train(resume="auto")
     return 0 if summary.status is RunStatus.COMPLETED else INTERRUPTED
 
 
-def _config(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def _config(folder: Path, sweep: Sweep, checkpoint: dict[str, Any]) -> dict[str, Any]:
     phases = [
         {
             "name": f"phase_{index}",
@@ -368,16 +397,16 @@ def _config(folder: Path, ranks: int, checkpoint: dict[str, Any]) -> dict[str, A
             "updates": UPDATES_PER_PHASE,
             "learning_rate": 1e-3,
         }
-        for index in range(PHASES)
+        for index in range(sweep["phases"])
     ]
     return {
         "output_dir": str(folder),
         "model": {"source": "given_in_code", "spatial_stride": 4, "temporal_stride": 2},
-        "data": {"train": "unused", "num_workers": 2 - ranks},
+        "data": {"train": "unused", "num_workers": 2 - sweep["ranks"]},
         "loss": {"perceptual_weight": 0.0, "kl_weight": 1e-3},
         "curriculum": {"phases": phases},
         "engine": {
-            "kind": "deepspeed" if ranks > 1 else "local",
+            "kind": "deepspeed" if sweep["ranks"] > 1 else "local",
             "deepspeed_config": str(Path(__file__).parents[2] / "ds_configs" / "zero1_fp32.json"),
         },
         "checkpoint": {"every_updates": 1000, **checkpoint},  # without it only requests and edges save
@@ -413,8 +442,8 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _folder, _ranks = Path(sys.argv[1]), int(sys.argv[2])
+    _folder, _sweep = Path(sys.argv[1]), json.loads(sys.argv[2])
     if len(sys.argv) == 3:
-        serve(_folder, _ranks)
+        serve(_folder, _sweep)
     else:
-        sys.exit(_train(_folder, _ranks, json.loads(sys.argv[3])))
+        sys.exit(_train(_folder, _sweep, json.loads(sys.argv[3])))
