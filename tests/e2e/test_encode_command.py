@@ -1,14 +1,16 @@
-"""`aiprod-ds encode` in a process of its own: encodes, finds everything present, explains bad input; then on
-two ranks."""
+"""`aiprod-ds encode`, in a process of its own and on two ranks; in this process it explains bad input and
+clips."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from aiprod_ds.cli import main
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.strict_yaml import write_yaml
 from aiprod_ds.testing.processes import run_in_own_session
@@ -36,7 +38,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _encode(
+Encode = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def encode(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Encode:
+    """Runs the command with options in this process: to start one takes most of its seconds."""
+
+    def run(*options: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(["encode", "encode.yaml", *options])
+        return code, "".join(capsys.readouterr())
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return run
+
+
+def _encode_in_a_process(
     folder: Path, *options: str, program: tuple[str, ...] = (sys.executable, "-m", "aiprod_ds", "encode")
 ) -> tuple[int | None, str]:
     binaries = Path(sys.executable).parent
@@ -56,8 +75,8 @@ def _entries(output: Path) -> list[Path]:
     return sorted(path.relative_to(output) for path in output.rglob("*.safetensors"))
 
 
-def test_it_encodes_and_then_finds_everything_present(folder: Path) -> None:
-    code, output = _encode(folder)
+def test_it_encodes_and_then_finds_everything_present(folder: Path, encode: Encode) -> None:
+    code, output = _encode_in_a_process(folder)
     assert code == DONE, output
     assert "Traceback" not in output
     lines = output.splitlines()
@@ -70,16 +89,15 @@ def test_it_encodes_and_then_finds_everything_present(folder: Path) -> None:
     }
     assert len(before) == ENTRIES
 
-    code, output = _encode(folder)
+    code, output = encode()
     assert code == DONE, output
     assert "  conditions           0        2" in output.splitlines()
     assert "  latents              0        2" in output.splitlines()
     assert {path: (folder / ".precomputed" / path).stat().st_mtime_ns for path in before} == before
 
 
-def test_every_problem_of_a_configuration_is_told_and_nothing_written(folder: Path) -> None:
-    code, output = _encode(
-        folder,
+def test_every_problem_of_a_configuration_is_told_and_nothing_written(folder: Path, encode: Encode) -> None:
+    code, output = encode(
         "--set",
         "data.mdia=x",
         "--set",
@@ -101,8 +119,8 @@ def test_every_problem_of_a_configuration_is_told_and_nothing_written(folder: Pa
     assert not (folder / "bad").exists()
 
 
-def test_media_that_are_not_there_are_a_bad_configuration(folder: Path) -> None:
-    code, output = _encode(folder, "--set", "data.media=gone.csv", "--output-dir", "bad")
+def test_media_that_are_not_there_are_a_bad_configuration(folder: Path, encode: Encode) -> None:
+    code, output = encode("--set", "data.media=gone.csv", "--output-dir", "bad")
     assert code == BAD_CONFIGURATION
     assert (
         "error: encode.yaml: data.media: gone.csv: must be a folder or a CSV, JSON or JSONL manifest"
@@ -111,7 +129,7 @@ def test_media_that_are_not_there_are_a_bad_configuration(folder: Path) -> None:
     assert not (folder / "bad").exists()
 
 
-def test_a_damaged_clip_fails_by_name_and_the_others_are_encoded(folder: Path) -> None:
+def test_a_damaged_clip_fails_by_name_and_the_others_are_encoded(folder: Path, encode: Encode) -> None:
     (long,) = write_synthetic_clips(folder / "long", num_clips=1, frames=48, height=32, width=48)
     content = bytearray(long.read_bytes())
     start, stop = (
@@ -122,12 +140,12 @@ def test_a_damaged_clip_fails_by_name_and_the_others_are_encoded(folder: Path) -
     (folder / "clips" / "damaged.mp4").write_bytes(content)
     (folder / "damaged.csv").write_text("video,caption\nclips/clip_00000.mp4,one\nclips/damaged.mp4,two\n")
     media = ["--set", "data.media=damaged.csv", "--output-dir", "damaged"]
-    code, output = _encode(folder, *media)
+    code, output = encode(*media)
     assert code == FAILED
     assert "error: damaged.csv: at most 5% of the clips may fail, got 1 of 2: clips/damaged.mp4 (" in output
     assert "Traceback" not in output
 
-    code, output = _encode(folder, *media, "--set", "data.max_failed_fraction=0.5")
+    code, output = encode(*media, "--set", "data.max_failed_fraction=0.5")
     assert code == DONE, output
     assert "Failed: 1" in output.splitlines()
     assert "All of them: damaged/failures_damaged.json" in output.splitlines()
@@ -138,9 +156,9 @@ def test_a_damaged_clip_fails_by_name_and_the_others_are_encoded(folder: Path) -
 
 def test_the_script_encodes_on_two_ranks(folder: Path, repository_root: Path) -> None:
     program = (str(repository_root / "launch" / "encode_local.sh"),)
-    code, output = _encode(folder, "--output-dir", "two", program=program)
+    code, output = _encode_in_a_process(folder, "--output-dir", "two", program=program)
     assert code == DONE, output
     assert len(_entries(folder / "two")) == ENTRIES
     assert output.count("Encoded into two in ") == 1, "one rank tells"
-    code, output = _encode(folder, "--set", "seed=x", "--output-dir", "two", program=program)
+    code, output = _encode_in_a_process(folder, "--set", "seed=x", "--output-dir", "two", program=program)
     assert code == BAD_CONFIGURATION, output
