@@ -76,7 +76,7 @@ def test_a_row_holds_every_number_of_the_plan() -> None:
         "schedule": "cosine", "warmup_updates": 3,
         "weight_decay": 0.01, "random_flip": True, "activation_checkpointing": None, "training_mode": "full", "lora_rank": None,  # noqa: E501
         "moments": "keep", "moment_scale": 1.0,
-        "loss_weights": {"perceptual_weight": 1.0, "kl_weight": 0.5, "haar_weight": 0.0}, "overrides": {"loss.kl_weight": 0.5},  # noqa: E501
+        "loss_weights": {**given.loss_weights(), "kl_weight": 0.5}, "overrides": {"loss.kl_weight": 0.5},
     }  # fmt: skip
 
 
