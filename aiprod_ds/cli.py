@@ -186,13 +186,13 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
-    from aiprod_ds.report.plan_view import PlanPage
+    from aiprod_ds.report.plan_view import PlanView
 
     _require_machine_for_estimates(arguments)
     trainer = _trainer(arguments)
     plan = trainer.plan(world_size=arguments.world_size)
     plan, clips, data_problem = _with_data(trainer, plan)
-    page = PlanPage(
+    page = PlanView(
         source=trainer.source,
         model=trainer.config.model.source,
         parameters=trainer.num_parameters(),
@@ -208,10 +208,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         Console(highlight=False).print(page)
         if estimate:
-            from aiprod_ds.report.cost_view import CostPage
+            from aiprod_ds.report.cost_view import CostView
 
             Console(highlight=False).print(
-                CostPage(document=estimate["estimate"], memory_bytes=MACHINES[arguments.machine].memory_bytes)
+                CostView(document=estimate["estimate"], memory_bytes=MACHINES[arguments.machine].memory_bytes)
             )
     return DONE
 
@@ -258,13 +258,13 @@ def _encode(arguments: argparse.Namespace) -> int:
         GROUP_TIMEOUT_SECONDS,
         run_encoding,
     )  # loads torch and diffusers, which takes seconds
-    from aiprod_ds.encode.summary import summary_page
+    from aiprod_ds.encode.summary import summary_text
     from aiprod_ds.engine import dist
 
     with dist.process_group(timeout_seconds=GROUP_TIMEOUT_SECONDS):
         summary = run_encoding(config, source=str(arguments.config), console=arguments.console)
         if dist.is_main():
-            print(summary_page(summary))
+            print(summary_text(summary))
     return DONE
 
 

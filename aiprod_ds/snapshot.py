@@ -236,7 +236,7 @@ class Snapshot:
     tensors: tuple[Tensor, ...]
     chunks: tuple[Chunk, ...]
 
-    def pieces(self) -> Iterator[tuple[Chunk, Tensor]]:
+    def chunk_values(self) -> Iterator[tuple[Chunk, Tensor]]:
         """Yields every chunk with its values [length], views where the tensor is contiguous."""
         for chunk in self.chunks:
             yield chunk, self.tensors[chunk.tensor].detach().reshape(-1).narrow(0, chunk.offset, chunk.length)

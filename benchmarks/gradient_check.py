@@ -6,14 +6,16 @@ compared is Adam's first moment after the first update, m = (1 - beta1) * c * g 
 every engine has it for every parameter, whatever it does to gradients on the way, so reduction, flattening,
 clipping and capture are seen too.
 
-The differences are ||found - expected|| / ||expected|| of every parameter (`gradient_errors`). A gradient
-that is lost makes 1, one that is counted twice 1, one of two halves 0.5; rounding of another order of the
-same products makes a few hundredths in bf16.
+The differences are ||found - expected|| / ||expected|| of every parameter (`gradient_errors`) and of all as
+one vector. A gradient that is lost makes 1, one that is counted twice 1, one of two halves 0.5. What bf16
+itself costs, against fp32, is 0.01 for most parameters of LTX-Video and 0.08 where a gradient nearly vanishes
+(a key's bias in attention to text: softmax does not see it, and 2048 channels leave little of it), at full
+width and two blocks. So one parameter may differ by more than all of them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +30,32 @@ from aiprod_ds.snapshot import Snapshot
 from aiprod_ds.testing.gradients import gradient_errors
 from aiprod_ds.trainers.base import Trainer
 
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.15}
 CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How far gradients may differ.
+
+    Attributes:
+        one: Those of any parameter.
+        all: Those of all parameters, as one vector.
+    """
+
+    one: float
+    all: float
+
+
+TOLERANCES = {"fp32": Tolerance(one=1e-3, all=1e-4), "bf16": Tolerance(one=0.3, all=0.05)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Worst:
-    """The largest difference of a parameter's gradient, and whose it is."""
+    """The largest difference of a parameter's gradient and whose it is, and that of all gradients together."""
 
     name: str
     error: float
+    error_of_all: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,27 +80,30 @@ class Oracle:
             case: Whose they are, for the message.
 
         Raises:
-            SystemExit: If a gradient differs by more than the tolerance of the precision.
+            SystemExit: If they differ by more than the tolerance of the precision.
         """
+        tolerance = TOLERANCES[self.precision]
         device = next(iter(moments.values())).device
         expected = {name: value.to(device) for name, value in self.gradients.items()}
-        scale = 1.0 - beta1
-        if is_clipped:
-            norm = torch.stack([value.float().norm() for value in expected.values()]).norm()
-            scale *= min(1.0, CLIP_NORM / (float(norm) + 1e-6))
+        norm = _norm(expected.values())
+        scale = (1.0 - beta1) * (min(1.0, CLIP_NORM / (norm + 1e-6)) if is_clipped else 1.0)
         found = {
-            name: (value.float() / scale).view(self.gradients[name].shape) for name, value in moments.items()
+            # Without a moment there was no gradient.
+            name: torch.zeros_like(value) if name not in moments else moments[name].view(value.shape) / scale
+            for name, value in expected.items()
         }
         errors = gradient_errors(found, expected)
+        error_of_all = _norm(found[name].float() - value for name, value in expected.items()) / norm
         name = max(errors, key=lambda each: (not errors[each] <= torch.inf, errors[each]))  # NaN is the worst
-        if not errors[name] <= TOLERANCES[self.precision]:
-            wrong = sum(not error <= TOLERANCES[self.precision] for error in errors.values())
+        if not (errors[name] <= tolerance.one and error_of_all <= tolerance.all):
+            wrong = sum(not error <= tolerance.one for error in errors.values())
             raise SystemExit(
-                f"{case}: the gradient of {name} must be plain autograd's within "
-                f"{TOLERANCES[self.precision]:g} ({self.precision}), got a relative difference of "
-                f"{errors[name]:.3g}; {wrong} of {len(errors)} parameters differ. No figure is written."
+                f"{case}: gradients must be plain autograd's within {tolerance.one:g} each and "
+                f"{tolerance.all:g} together ({self.precision}), got a relative difference of "
+                f"{errors[name]:.3g} of {name} and of {error_of_all:.3g} together; {wrong} of {len(errors)} "
+                "parameters differ by too much. No figure is written."
             )
-        return Worst(name=name, error=errors[name])
+        return Worst(name=name, error=errors[name], error_of_all=error_of_all)
 
 
 def bare_oracle(workload: Workload, shape: Shape, device: str, choices: Choices) -> Oracle:
@@ -127,7 +148,7 @@ def engine_moments(engine: Engine) -> dict[str, Tensor]:
 
 def _moments(snapshot: Snapshot) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for chunk, values in snapshot.pieces():
+    for chunk, values in snapshot.chunk_values():
         if chunk.kind != "exp_avg":
             continue
         whole = snapshot.facts.tensors[f"{chunk.kind}/{chunk.name}"].numel
@@ -150,6 +171,10 @@ class _Plain:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+
+def _norm(values: Iterable[Tensor]) -> float:
+    return float(torch.stack([value.float().norm() for value in values]).norm())
 
 
 def _recompute(module: nn.Module) -> None:

@@ -73,13 +73,13 @@ def write_shards(folder: Path, state: Snapshot) -> dict[str, FileRecord]:
         OSError: If the disk fails.
     """
     written: dict[str, FileRecord] = {}
-    pieces = {tensor_key(chunk.kind, chunk.name): (chunk, values) for chunk, values in state.pieces()}
-    assert len(pieces) == len(state.chunks), "a rank has one piece of a tensor"
+    chunks = {tensor_key(chunk.kind, chunk.name): (chunk, values) for chunk, values in state.chunk_values()}
+    assert len(chunks) == len(state.chunks), "a rank has one chunk of a tensor"
     for suffix in (_SUFFIX, _MOMENTS_SUFFIX):
         own = {
-            key: piece
-            for key, piece in pieces.items()
-            if (piece[0].kind in MOMENTS) == (suffix == _MOMENTS_SUFFIX)
+            key: chunk
+            for key, chunk in chunks.items()
+            if (chunk[0].kind in MOMENTS) == (suffix == _MOMENTS_SUFFIX)
         }
         if own:
             name = f"rank_{state.rank:05d}_of_{state.facts.world_size:05d}{suffix}"
@@ -103,7 +103,7 @@ def holds_moments_only(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
+class _StoredChunk:
     file: str
     start: int
     length: int
@@ -136,7 +136,7 @@ class ShardReader:
         )
         self._opened: dict[str, TensorFile] = {}
         try:
-            self._pieces = self._tiled()
+            self._chunks = self._tiled()
             self._require_base()
         finally:
             self.close()
@@ -187,11 +187,11 @@ class ShardReader:
                 f"{self.folder}: {key} has {whole.numel} elements, got the range {start}+{length}."
             )
         result = torch.empty(length, dtype=getattr(torch, whole.dtype), device="cpu")
-        # Who resumes has other shards than who saved: a range may lie in several pieces.
-        for piece in self._pieces[key]:
-            begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
+        # Who resumes has other shards than who saved: a range may lie in several chunks.
+        for chunk in self._chunks[key]:
+            begin, end = max(start, chunk.start), min(start + length, chunk.start + chunk.length)
             if begin < end:
-                self._read_piece(piece, key, begin - piece.start, result[begin - start : end - start])
+                self._read_chunk(chunk, key, begin - chunk.start, result[begin - start : end - start])
         return result
 
     def whole(self, kind: Kind, name: str) -> Tensor:
@@ -223,23 +223,23 @@ class ShardReader:
                 f"{self._base.folder}: must hold the frozen weights that {self.folder} names, got others."
             )
 
-    def _read_piece(self, piece: _Piece, key: str, first: int, target: Tensor) -> None:
-        path = self.folder / piece.file
+    def _read_chunk(self, chunk: _StoredChunk, key: str, first: int, target: Tensor) -> None:
+        path = self.folder / chunk.file
         try:
-            if piece.file not in self._opened:
-                self._opened[piece.file] = TensorFile(path)
-            self._opened[piece.file].read_into(target, key, first)
+            if chunk.file not in self._opened:
+                self._opened[chunk.file] = TensorFile(path)
+            self._opened[chunk.file].read_into(target, key, first)
         except TensorFileError as error:
             raise CheckpointError(f"{path}: {key} must be readable, got {error}. Check the disk.") from error
 
-    def _tiled(self) -> dict[str, list[_Piece]]:
+    def _tiled(self) -> dict[str, list[_StoredChunk]]:
         """Returns the chunks of every tensor in order, after checking that they are the whole of it."""
         has_all = self.facts.base is None
-        found: dict[str, list[_Piece]] = {
+        found: dict[str, list[_StoredChunk]] = {
             key: [] for key in self.facts.tensors if has_all or split_key(key)[0] != "frozen"
         }
         for path in self._rank_files():
-            for key, piece, dtype in _pieces_in(path):
+            for key, chunk, dtype in _chunks_in(path):
                 whole = self.facts.tensors.get(key)
                 if whole is None or key not in found:
                     raise CheckpointError(
@@ -251,18 +251,18 @@ class ShardReader:
                     )
                 if dtype != whole.dtype:
                     raise CheckpointError(f"{path}: {key} must be {whole.dtype}, got {dtype}. It is damaged.")
-                found[key].append(piece)
-        for key, pieces in found.items():
-            pieces.sort(key=lambda piece: piece.start)
+                found[key].append(chunk)
+        for key, chunks in found.items():
+            chunks.sort(key=lambda chunk: chunk.start)
             end = 0
-            for piece in pieces:
-                if piece.start != end:
+            for chunk in chunks:
+                if chunk.start != end:
                     raise CheckpointError(
-                        f"{self.folder / piece.file}: {key} must go on at element {end}, got a piece from "
-                        f"{piece.start}. "
+                        f"{self.folder / chunk.file}: {key} must go on at element {end}, got a piece from "
+                        f"{chunk.start}. "
                         "A piece is missing or there twice."
                     )
-                end += piece.length
+                end += chunk.length
             if end != self.facts.tensors[key].numel:
                 raise CheckpointError(
                     f"{self.folder}: {key} must have {self.facts.tensors[key].numel} elements, got {end}. A "
@@ -282,16 +282,16 @@ class ShardReader:
         return paths
 
 
-def _write_file(path: Path, pieces: Mapping[str, tuple[Chunk, Tensor]]) -> FileRecord:
-    specs = by_width({key: TensorSpec.of(values) for key, (_, values) in pieces.items()})
-    tensors = ((key, pieces[key][1].cpu()) for key in specs)
-    starts = {key: pieces[key][0].start for key in specs}
+def _write_file(path: Path, chunks: Mapping[str, tuple[Chunk, Tensor]]) -> FileRecord:
+    specs = by_width({key: TensorSpec.of(values) for key, (_, values) in chunks.items()})
+    tensors = ((key, chunks[key][1].cpu()) for key in specs)
+    starts = {key: chunks[key][0].start for key in specs}
     digest = hashlib.sha256()
     write_tensor_file(path, specs, tensors, metadata={_STARTS: json.dumps(starts)}, observe=digest.update)
     return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def _pieces_in(path: Path) -> Iterator[tuple[str, _Piece, str]]:
+def _chunks_in(path: Path) -> Iterator[tuple[str, _StoredChunk, str]]:
     """Yields key, chunk and type of everything in a file; reads its header only."""
     try:
         with TensorFile(path) as file:
@@ -304,7 +304,7 @@ def _pieces_in(path: Path) -> Iterator[tuple[str, _Piece, str]]:
                 f"{path}: {key[:200]} must be a range of numbers, got {list(spec.shape)}. It is damaged."
             )
         dtype = str(spec.dtype).removeprefix("torch.")
-        yield key, _Piece(file=path.name, start=starts[key], length=spec.numel), dtype
+        yield key, _StoredChunk(file=path.name, start=starts[key], length=spec.numel), dtype
 
 
 def _starts(path: Path, metadata: Mapping[str, str], keys: Collection[str]) -> dict[str, int]:

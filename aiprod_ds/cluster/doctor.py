@@ -12,13 +12,13 @@ from aiprod_ds.cluster.findings import judge
 from aiprod_ds.cluster.hostfile import Host, read_hostfile, select_hosts
 from aiprod_ds.cluster.options import ssh_of
 from aiprod_ds.cluster.start import ranks_environment
-from aiprod_ds.cluster.view import DoctorPage
+from aiprod_ds.cluster.view import DoctorView
 from aiprod_ds.errors import ConfigError
 
 _CPU_RANKS = 2
 
 
-def visit(arguments: argparse.Namespace) -> DoctorPage:
+def visit(arguments: argparse.Namespace) -> DoctorView:
     """Returns what was found on the hosts of the hostfile, or on this machine without one.
 
     Raises:
@@ -45,7 +45,7 @@ def visit(arguments: argparse.Namespace) -> DoctorPage:
         master_address=arguments.master_addr,
     )
     found = examiner.examine(measures=True)
-    return DoctorPage(found=found, findings=judge(found))
+    return DoctorView(found=found, findings=judge(found))
 
 
 def _hosts(arguments: argparse.Namespace) -> tuple[Host, ...]:

@@ -18,7 +18,7 @@ _STYLES = {Level.ERROR: "red", Level.WARNING: "yellow"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DoctorPage:
+class DoctorView:
     """A rich renderable.
 
     Attributes:

@@ -10,7 +10,7 @@ from aiprod_ds.encode.run import EncodeSummary
 _MOST_NAMES = 5
 
 
-def summary_page(summary: EncodeSummary) -> str:
+def summary_text(summary: EncodeSummary) -> str:
     """Returns a table of the entries by source, and the clips that have none: five of them by name, the rest
     in a file."""
     return "\n".join(

@@ -40,7 +40,7 @@ _LETTERS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostPage:
+class CostView:
     """A rich renderable.
 
     Attributes:

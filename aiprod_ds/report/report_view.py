@@ -31,7 +31,7 @@ _PICTURE_SUFFIXES = (".png", ".jpg", ".gif")
 _MAX_FILES_LISTED = 50
 
 
-def render_page(summary: RunSummary) -> str:
+def render_report(summary: RunSummary) -> str:
     """Returns the Markdown of report.md; links are relative to the run folder."""
     sections = [
         _headline(summary),

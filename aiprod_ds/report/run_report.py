@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.files import write_atomically
-from aiprod_ds.report.report_view import render_page
+from aiprod_ds.report.report_view import render_report
 from aiprod_ds.report.summary import RunSummary
 
 REPORT_FORMAT = 1
@@ -28,7 +28,7 @@ def write_report(folder: Path, summary: RunSummary) -> tuple[Path, Path]:
     """
     json_path, page_path = folder / "report.json", folder / "report.md"
     write_atomically(json_path, json.dumps(report_dict(summary), indent=2, allow_nan=False) + "\n")
-    write_atomically(page_path, render_page(summary))
+    write_atomically(page_path, render_report(summary))
     return json_path, page_path
 
 

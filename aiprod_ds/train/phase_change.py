@@ -206,11 +206,11 @@ def _rebuild(
 class RetrainableUnit(Unit, Protocol):
     """A unit whose phases may train adapters."""
 
-    def carried(self, engine: Engine) -> WeightHandoff:
+    def hand_off(self, engine: Engine) -> WeightHandoff:
         """Returns what the weights are with the adapters merged, by the names of the plain module.
         Collective."""
 
-    def written(self, carried: WeightHandoff) -> Iterable[tuple[str, Tensor]]:
+    def take_over(self, handoff: WeightHandoff) -> Iterable[tuple[str, Tensor]]:
         """Yields what was carried by the names that the module has now, after `prepare`. Collective."""
 
     def probe(self, engine: Engine) -> Tensor:
@@ -259,12 +259,12 @@ def retrain(
     began = time.perf_counter()
     reset_device_peak()
     answer = unit.probe(engine)
-    carried = unit.carried(engine)
+    handoff = unit.hand_off(engine)
     engine.close()
     unit.prepare(after)
     new = build()
     try:
-        new.write_values(unit.written(carried))
+        new.write_values(unit.take_over(handoff))
         difference = _relative_difference(answer, unit.probe(new))
         _require_same_answer(difference, new, after)
     except BaseException:

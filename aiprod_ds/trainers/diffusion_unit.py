@@ -74,7 +74,7 @@ class DiffusionUnit(ClipUnit):
         if phase.index == 0:
             start_adapters(self.module.transformer, self.started_with)
 
-    def carried(self, engine: Engine) -> WeightHandoff:
+    def hand_off(self, engine: Engine) -> WeightHandoff:
         """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer.
         Collective."""
         from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
@@ -87,12 +87,12 @@ class DiffusionUnit(ClipUnit):
             values.add(names.plain, base + names.scale * (up @ down))
         return values
 
-    def written(self, carried: WeightHandoff) -> Iterator[tuple[str, Tensor]]:
+    def take_over(self, handoff: WeightHandoff) -> Iterator[tuple[str, Tensor]]:
         """Yields what was carried by the names in the module as it is now. Collective."""
         from aiprod_ds.models.lora import adapter_names  # imports peft, which takes seconds
 
         wrapped = {names.plain: names.base for names in adapter_names(self.module.transformer)}
-        for name, value in carried.whole():
+        for name, value in handoff.whole():
             yield f"{TRANSFORMER}{wrapped.get(name, name)}", value
 
     def probe(self, engine: Engine) -> Tensor:

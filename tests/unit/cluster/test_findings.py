@@ -15,7 +15,7 @@ from aiprod_ds.cluster.examine import Examined, address_of
 from aiprod_ds.cluster.findings import Level, judge
 from aiprod_ds.cluster.hostfile import Host
 from aiprod_ds.cluster.probe import has_kernels
-from aiprod_ds.cluster.view import DoctorPage
+from aiprod_ds.cluster.view import DoctorView
 
 GIB = 1 << 30
 GPU = {
@@ -205,7 +205,7 @@ CASES = {
 
 
 def test_healthy_hosts_give_no_finding() -> None:
-    page = DoctorPage(found=healthy(), findings=judge(healthy()))
+    page = DoctorView(found=healthy(), findings=judge(healthy()))
     assert page.findings == []
     assert page.document()["healthy"]
 
@@ -220,7 +220,7 @@ def test_a_rule_finds_what_it_is_for(name: str) -> None:
     assert (findings[0].level is Level.ERROR) == (name in ERRORS)
     assert problem in str(findings[0])
     assert findings[0].fix.endswith(".")
-    assert DoctorPage(found=found, findings=findings).has_errors == (name in ERRORS)
+    assert DoctorView(found=found, findings=findings).has_errors == (name in ERRORS)
 
 
 def test_errors_come_first() -> None:
@@ -262,7 +262,7 @@ def test_the_page_shows_problems_first_and_then_the_facts_of_every_host() -> Non
     CASES["no bf16"][0](found)
     found.append(Examined(host=Host(name="node-c", slots=(0,)), unreachable="timed out"))
     console = Console(width=200, file=StringIO())
-    console.print(DoctorPage(found=found, findings=judge(found)))
+    console.print(DoctorView(found=found, findings=judge(found)))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0].startswith("error node-c: must be reachable by ssh without a question, got: timed out.")
     assert lines[1].startswith("warning node-b: GPU 1 (NVIDIA H100) should have bf16")

@@ -17,7 +17,7 @@ from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import plan_run, snap_notes
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
-from aiprod_ds.report.plan_view import PlanPage
+from aiprod_ds.report.plan_view import PlanView
 
 HOP = ModelStrides(spatial=1, temporal=2048, is_causal=False)
 FRAMES = ModelStrides(spatial=32, temporal=8)
@@ -135,7 +135,7 @@ def test_the_page_speaks_of_samples() -> None:
     )
     plan = plan_run(config, world_size=1, strides=HOP)
     rows, curve = describe(plan, config=config), learning_rate_curve(plan, 50)
-    page = PlanPage(
+    page = PlanView(
         source="c.yaml", model="M", parameters=1, world_size=1, rows=rows, totals=totals(plan), curve=curve
     )
     console = Console(width=100, file=io.StringIO())

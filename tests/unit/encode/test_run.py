@@ -36,7 +36,7 @@ from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.encode.media import read_pictures, read_sound, start_seconds
 from aiprod_ds.encode.reader import Failure
 from aiprod_ds.encode.run import EncodeSummary, run_encoding
-from aiprod_ds.encode.summary import summary_page
+from aiprod_ds.encode.summary import summary_text
 from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_ltx_vae
@@ -325,7 +325,7 @@ def test_the_page_names_five_clips_and_where_the_rest_is() -> None:
         failures_file=Path("out/failures_train.json"),
         seconds=3.21,
     )
-    assert summary_page(summary).splitlines() == [
+    assert summary_text(summary).splitlines() == [
         "Encoded into out in 3.2 s.",
         "                 written  present",
         "  conditions           3        4",

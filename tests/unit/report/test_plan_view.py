@@ -14,7 +14,7 @@ from aiprod_ds.curriculum.describe import ClipCounts, describe, learning_rate_cu
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.report.curve_plot import CurvePlot, Piece
-from aiprod_ds.report.plan_view import PlanPage, in_units
+from aiprod_ds.report.plan_view import PlanView, in_units
 
 PHASE = {"resolution": "64x64", "duration": {"frames": 8}, "global_batch_size": 8, "learning_rate": 1e-3}
 COUNTED = {"name": "first", **PHASE, "updates": 10, "warmup_updates": 2}
@@ -48,7 +48,7 @@ STRIDES = ModelStrides(spatial=32, temporal=8)
 
 def page(
     *phases: dict[str, Any], clips: ClipCounts | None = None, data_problem: str | None = None
-) -> PlanPage:
+) -> PlanView:
     config = VAETrainerConfig.model_validate(
         {
             "output_dir": "out",
@@ -58,7 +58,7 @@ def page(
         }
     )
     plan = plan_run(config, world_size=2, strides=STRIDES)
-    return PlanPage(
+    return PlanView(
         source="c.yaml",
         model="M",
         parameters=1_719_533,
