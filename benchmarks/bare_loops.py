@@ -292,7 +292,9 @@ def _adamw(trained: dict[str, nn.Parameter]) -> torch.optim.AdamW:
 
 
 def _moments(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: optimizer.state[value]["exp_avg"] for name, value in trained.items()}
+    return {
+        name: optimizer.state[value]["exp_avg"] for name, value in trained.items() if value in optimizer.state
+    }
 
 
 def _flat_adamw(

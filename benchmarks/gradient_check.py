@@ -51,7 +51,7 @@ TOLERANCES = {"fp32": Tolerance(one=1e-3, all=1e-4), "bf16": Tolerance(one=0.3, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worst:
-    """The largest difference of a parameter's gradient and whose it is, and that of all gradients together."""
+    """The largest difference of a parameter's gradient and whose it is, and that of all together."""
 
     name: str
     error: float

@@ -40,6 +40,7 @@ class Measured:
         peak_bytes: Highest memory of tensors on the device.
         worst_gradient: Largest relative difference from plain autograd's.
         worst_name: Of the parameter that has it.
+        all_gradients: Relative difference of all together.
     """
 
     seconds: list[float]
@@ -50,6 +51,7 @@ class Measured:
     peak_bytes: int
     worst_gradient: float
     worst_name: str
+    all_gradients: float
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""
@@ -177,6 +179,7 @@ def _measured(
         peak_bytes=peak,
         worst_gradient=worst.error,
         worst_name=worst.name,
+        all_gradients=worst.error_of_all,
     )
 
 

@@ -90,7 +90,8 @@ def main() -> None:
         for phase, found in measured[case]["phases"].items():
             print(
                 f"{phase}, {case}: {1000 * statistics.median(found['seconds']):.1f} ms, gradients differ by "
-                f"{found['worst_gradient']:.2g} at most ({found['worst_name']})",
+                f"{found['all_gradients']:.2g}, the worst by {found['worst_gradient']:.2g}: "
+                f"{found['worst_name']}",
                 flush=True,
             )
         write_result(arguments.output, "training_speed", _rows(measured, arguments), is_told=False)
@@ -213,6 +214,7 @@ def _case_rows(
         row("host time of an update", "ms", [1000 * each for each in found["host_seconds"]]),
         row("first update", "s", [found["first_seconds"]]),
         row("largest difference of a gradient", "1", [found["worst_gradient"]]),
+        row("difference of all gradients", "1", [found["all_gradients"]]),
     ]
     if found["waited_share"] is not None:
         rows.append(row("waiting for data", "%", [100 * found["waited_share"]]))

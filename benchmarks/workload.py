@@ -108,7 +108,7 @@ class Workload(ABC):
             "global_batch_size": shape.batch,
             "learning_rate": 1e-5,
             "updates": _UNREACHED,
-            "activation_checkpointing": choices.recomputes,
+            **({"activation_checkpointing": True} if choices.recomputes else {}),
         }
         values: dict[str, Any] = {
             "trainer": self.trainer,

@@ -36,10 +36,11 @@ def _oracle(**gradients: Tensor) -> Any:
 def test_the_worst_gradient_is_named() -> None:
     oracle = _oracle(first=torch.tensor([3.0, 0.0]), second=torch.tensor([0.0, 4.0]))
     # Adam's beta1 is 0.9 and nothing is clipped, so moments are a tenth of gradients.
-    moments = {"first": torch.tensor([0.3, 0.0]), "second": torch.tensor([0.0, 0.44])}
+    moments = {"first": torch.tensor([0.3, 0.0]), "second": torch.tensor([0.0, 0.416])}
     worst = oracle.compare(moments, beta1=0.9, is_clipped=False, case="plain")
     assert worst.name == "second"
-    assert worst.error == pytest.approx(0.1, rel=1e-5)
+    assert worst.error == pytest.approx(0.16 / 4, rel=1e-5)
+    assert worst.error_of_all == pytest.approx(0.16 / 5, rel=1e-5)
 
 
 def test_gradients_are_compared_as_they_are_clipped() -> None:
@@ -56,7 +57,20 @@ def test_gradients_are_compared_as_they_are_clipped() -> None:
 def test_a_wrong_gradient_ends_the_benchmark_with_its_name(found: float, what: str) -> None:
     oracle = _oracle(first=torch.tensor([3.0]), second=torch.tensor([4.0]))
     moments = {"first": torch.tensor([0.3]), "second": torch.tensor([found])}
-    with pytest.raises(SystemExit, match=r"flat: the gradient of second must be plain autograd's.*1 of 2"):
+    with pytest.raises(SystemExit, match=r"flat: gradients must be plain autograd's.* of second and.*1 of 2"):
+        oracle.compare(moments, beta1=0.9, is_clipped=False, case="flat")
+
+
+def test_a_parameter_without_a_moment_had_no_gradient() -> None:
+    oracle = _oracle(first=torch.tensor([3.0]), second=torch.tensor([4.0]))
+    with pytest.raises(SystemExit, match="difference of 1 of second"):
+        oracle.compare({"first": torch.tensor([0.3])}, beta1=0.9, is_clipped=False, case="plain")
+
+
+def test_gradients_that_are_all_a_little_wrong_are_refused() -> None:
+    oracle = _oracle(first=torch.tensor([3.0]), second=torch.tensor([4.0]))
+    moments = {"first": torch.tensor([0.33]), "second": torch.tensor([0.44])}
+    with pytest.raises(SystemExit, match=r"and of 0\.1 together; 0 of 2"):
         oracle.compare(moments, beta1=0.9, is_clipped=False, case="flat")
 
 
