@@ -91,6 +91,9 @@ def timed_training(
 
     Returns:
         `first_seconds`, of the first update, and `waited_seconds`, for the loader inside of the timed runs.
+
+    Raises:
+        SystemExit: If the run ended by itself, as it does when it is sent a signal.
     """
     found = {"first_seconds": 0.0, "waited_seconds": 0.0}
 
@@ -102,7 +105,8 @@ def timed_training(
             raise _FinishedError
 
     with _told_of_updates(recorded, after_first), suppress(_FinishedError):
-        trainer.train(resume="never")
+        summary = trainer.train(resume="never")
+        raise SystemExit(f"the run ended before enough updates were timed: {summary.status.value}")
     gc.collect()
     return found
 
