@@ -91,7 +91,11 @@ class LTXVideo:
         """Cuts `latents` into tokens."""
         return {
             "video": latent_tokens(
-                tensors, "video", patch=self.patch, token_width=self.token_width, family=self.name
+                tensors,
+                "video",
+                patch=self.patch,
+                token_width=self.token_width,
+                family=self.name,
             )
         }
 
