@@ -118,12 +118,12 @@ def test_there_is_no_optimizer_state_before_the_first_update(report: dict[str, A
 
 
 def test_optimizer_state_of_later_groups_is_not_linked(report: dict[str, Any]) -> None:
-    """Remedy: `prepare_to_gather`."""
+    """Remedy: never used; reading goes by shards (`EngineParameters`)."""
     assert report["linked_groups"] == [True, False]
 
 
 def test_setting_an_uneven_parameter_under_zero_3_fails_on_the_last_rank_only(report: dict[str, Any]) -> None:
-    """Remedy: never used; writing goes by slices."""
+    """Remedy: never used; writing goes by shards."""
     assert (report["set_uneven"], report["of_rank_1"]["set_uneven"]) == ("set", "RuntimeError")
 
 
