@@ -26,7 +26,7 @@ from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import deepspeed_state, dist
 from aiprod_ds.engine.deepspeed_parameters import EngineParameters, ModuleNames
 from aiprod_ds.engine.flat_parameters import MAX_ELEMENTS, FlatMode, FlatParameters, Sharding
-from aiprod_ds.engine.flat_views import saving_by_place
+from aiprod_ds.engine.flat_views import InFlatParameter, saving_by_place
 from aiprod_ds.engine.layout import TORCH_DTYPES, group_parameters, require_precision
 from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import (
@@ -128,8 +128,16 @@ class DeepSpeedEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward through DeepSpeed's hooks."""
-        with self._saving():
-            return self._engine(*args, **kwargs)
+        try:
+            with self._saving():
+                return self._engine(*args, **kwargs)
+        except (TypeError, AttributeError) as error:
+            if InFlatParameter.__name__ not in str(error):
+                raise
+            raise EngineError(
+                "engine.flat_parameters: must be off for a model that reads the weights of a block while the "
+                f"block does not run, got: {error}. Set it to off."
+            ) from error
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""

@@ -139,23 +139,31 @@ def saving_by_place() -> saved_tensors_hooks:
 
 def _place(block: nn.Module, *_: Any) -> None:
     splits: list[FlatSplit] = block.__dict__[_VIEWS]
+    is_traced = torch.compiler.is_compiling()
     for split in splits:
         pieces = torch.split(getattr(block, split.attribute), split.sizes)
         for view in split.views:
-            setattr(view.owner, view.attribute, pieces[view.piece].view(view.shape))
-    if not torch.compiler.is_compiling():
+            piece = pieces[view.piece]
+            weight = piece if len(view.shape) == 1 else piece.view(view.shape)
+            if is_traced:
+                setattr(view.owner, view.attribute, weight)
+            else:  # without what nn.Module.__setattr__ looks up first, a weight at a time
+                view.owner.__dict__[view.attribute] = weight
+    if not is_traced:
         _PLACED.append(block)
 
 
 def _remove(block: nn.Module, *_: Any) -> None:
-    if (
-        not torch.compiler.is_compiling() and block in _PLACED
-    ):  # not after an error that came before the views
-        _PLACED.remove(block)
     splits: list[FlatSplit] = block.__dict__[_VIEWS]
+    is_traced = torch.compiler.is_compiling()
+    if not is_traced and block in _PLACED:  # not after an error that came before the views
+        _PLACED.remove(block)
     for split in splits:
         for view in split.views:
-            setattr(view.owner, view.attribute, IN_FLAT_PARAMETER)
+            if is_traced:
+                setattr(view.owner, view.attribute, IN_FLAT_PARAMETER)
+            else:
+                view.owner.__dict__[view.attribute] = IN_FLAT_PARAMETER
 
 
 _untraced_place: Callable[..., None] = torch.compiler.disable(_place)  # type: ignore[no-untyped-call]

@@ -27,6 +27,7 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist, flat_views
 from aiprod_ds.engine.compiled import set_compiled
 from aiprod_ds.engine.recompute import repeated_blocks, set_recompute
+from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.engines import optimized_state
 from aiprod_ds.testing.gradients import TRANSFORMERS, VAES, Subject, gradient_errors, plain_gradients, subject
@@ -126,6 +127,12 @@ def test_zero_3_has_hooks_on_blocks_alone_and_the_linear_of_torch() -> None:
 def test_an_engine_closes_alone_after_an_error() -> None:
     for rank in _compared():
         assert rank["closed"] == {"hooks": 0, "linear_is_torchs": True}
+
+
+def test_weights_that_are_read_while_their_block_does_not_run_are_an_error() -> None:
+    for rank in _compared():
+        assert "flat_parameters: must be off for a model that reads the weights" in rank["read_outside"]
+        assert "InFlatParameter" in rank["read_outside"]
 
 
 def test_a_wrong_place_of_a_saved_view_is_found() -> None:
@@ -228,6 +235,7 @@ def measure_runs() -> dict[str, Any]:
         "gathered": {form: _gathered(form) for form in ("eager", "compiled")},
         "hooks": _hooks(),
         "closed": _closed_after_an_error(),
+        "read_outside": _read_outside(),
         "mutated": _mutated(),
     }
 
@@ -365,6 +373,32 @@ def _closed_after_an_error() -> dict[str, Any]:
         "hooks": sum(len(part._forward_hooks) for part in trained.module.modules()),
         "linear_is_torchs": torch.nn.functional.linear is torch._C._nn.linear,
     }
+
+
+class _Outsider(nn.Module):
+    """Scales what a transformer answers by a weight of its first block."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> dict[str, Tensor]:
+        blocks = list(repeated_blocks(self.inner))
+        answer: dict[str, Tensor] = self.inner(*args)
+        return {name: value * blocks[0].attn1.to_q.bias.mean() for name, value in answer.items()}
+
+
+def _read_outside() -> str:
+    trained = subject("ltx")
+    outsider = Subject(module=_Outsider(trained.module), loss=trained.loss)
+    engine = _engine(outsider, 1, "on")
+    try:
+        outsider.loss(engine, 0)
+    except EngineError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "no error"
 
 
 def _mutated() -> float:
