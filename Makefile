@@ -16,6 +16,9 @@ PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 pyth
 # What DeepSpeed compiles when a setting needs it (Adam on the CPU, for offload) belongs to this environment's torch.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
+# pytest keeps the files of tests as it has prepared them, six seconds of work for each of its processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run on the CPU wherever they are started, with one thread a process, so that their figures do not depend on the machine.
 TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 # Test files that run side by side; more than the cores helps little, because some start two ranks of their own.

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -62,10 +61,8 @@ def _trainer(folder: Path) -> VideoVAETrainer:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *_, **__: None)
-        with dist.process_group():
-            _trainer(folder).train()
+    with dist.process_group():
+        _trainer(folder).train()
     return folder
 
 
@@ -244,10 +241,7 @@ def test_the_undamaged_copy_is_read(run: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, MOMENTS])
-def test_without_a_good_one_only_resume_never_starts_over(
-    run: Path, file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+def test_without_a_good_one_only_resume_never_starts_over(run: Path, file: str) -> None:
     for folder in (run / "checkpoints").glob("update_*"):
         _flip(folder / file, random.Random(0))
     before = _contents(run)

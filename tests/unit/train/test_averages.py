@@ -7,7 +7,6 @@ On the local engine; `Ema` and `AdaptiveClip` themselves have tests of their own
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,12 @@ from torch import Tensor
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.metrics.jsonl import read_metrics
-from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 BATCH = 4
 HALF_LIFE = 4  # samples, so one batch halves what the average remembers
 CLIP = {"warmup_updates": 1, "smoothing": 0.5, "deviations": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def _no_plots() -> Iterator[None]:
-    with without_plots():
-        yield
 
 
 def _trainer(folder: Path, *, updates: int, every: int = 100, **sections: Any) -> VideoVAETrainer:

@@ -8,11 +8,11 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -22,9 +22,11 @@ from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError
+from aiprod_ds.report.plots import save_plots
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.testing.runs import repeatable_rows
 from aiprod_ds.train import interrupts as requests
+from aiprod_ds.train import reporting
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 LOW_UPDATES, HIGH_UPDATES = 3, 2
@@ -142,14 +144,8 @@ def _losses(folder: Path) -> dict[int, float]:
     return {row["update"]: row["loss/total"] for row in _rows(folder)}
 
 
-@pytest.fixture
-def _without_drawing(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take seconds a run, of which the rest takes half a second; `whole` has drawn them once."""
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-
-
 @pytest.fixture(autouse=True)
-def _group(_without_drawing: None) -> Iterator[None]:
+def _group() -> Iterator[None]:
     dist.initialize()
     yield
     dist.shutdown()
@@ -157,9 +153,9 @@ def _group(_without_drawing: None) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing interrupted."""
+    """The folder of a run that nothing interrupted, with plots, which others here do not draw."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    with dist.process_group():
+    with dist.process_group(), patch.object(reporting, "save_plots", save_plots):
         _trainer(folder).train()
     return folder
 

@@ -4,7 +4,6 @@ before training."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.errors import CheckpointError, ConfigError, PlanError
 from aiprod_ds.models.families import registry
 from aiprod_ds.models.families.ltx2 import LTX2
-from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 LEVELS = (0.25, 0.75)
@@ -72,12 +70,6 @@ def _trainer(
     )
     clips = clips or _clips(8, seed=0)
     return DiffusionTrainer(config, source="test.yaml", dataset=clips[:6], validation=clips[6:])
-
-
-@pytest.fixture(autouse=True)
-def _no_plots() -> Iterator[None]:
-    with without_plots():
-        yield
 
 
 @pytest.mark.parametrize("family", FAMILIES)

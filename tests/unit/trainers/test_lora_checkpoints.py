@@ -4,7 +4,6 @@ others."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,12 @@ from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.ltx import LTXVideo
-from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 SOURCE = "LTXVideoTransformer3DModel"
 LORA = {"training_mode": "lora", "lora": {"rank": 2}}
 FULL: dict[str, Any] = {"training_mode": "full"}
 SMALLER = {"training_mode": "lora", "lora": {"rank": 1}}
-
-
-@pytest.fixture(autouse=True)
-def _no_plots() -> Iterator[None]:
-    with without_plots():
-        yield
 
 
 @pytest.fixture

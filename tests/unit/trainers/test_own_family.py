@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,6 @@ from aiprod_ds.models.families.inputs import latent_tokens, prompt
 from aiprod_ds.models.families.tokens import TokenGrid, Tokens
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.tensor_file import TensorSpec
-from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.train.planning.estimate import estimate_run
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
@@ -123,10 +122,8 @@ class Duet:
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, Duet))
-    with without_plots():
-        yield
 
 
 def _trainer(folder: Path, *, rate: float = 25.0, **changes: Any) -> DiffusionTrainer:

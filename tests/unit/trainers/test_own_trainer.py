@@ -24,7 +24,6 @@ from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.planner.hardware import MACHINES
-from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.testing.tiny import tiny_ltx_vae
 from aiprod_ds.train.planning.estimate import estimate_run
 from aiprod_ds.trainers.base import Trainer
@@ -111,8 +110,7 @@ def _quiet() -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     names = ("torch", "DeepSpeed", "deepspeed", "httpx", "huggingface_hub", "matplotlib", "PIL")
     levels = {name: logging.getLogger(name).level for name in names}
-    with without_plots():
-        yield
+    yield
     root.handlers[:] = handlers
     root.setLevel(level)
     for name, value in levels.items():
