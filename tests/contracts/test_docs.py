@@ -273,7 +273,13 @@ def _plan_commands() -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("command", _plan_commands())
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if "ltx2" in command else ())  # of 19 billion parameters
+        for command in _plan_commands()
+    ],
+)
 def test_plan_commands_work(
     command: str, in_repository_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

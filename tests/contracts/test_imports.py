@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # Heavy packages and the only modules that may load them.
 _OWNERS = {
     "deepspeed": {
@@ -68,6 +70,7 @@ def test_imports_point_downwards(repository_root: Path) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+@pytest.mark.slow
 def test_importing_a_module_does_nothing_else(repository_root: Path) -> None:
     modules = [
         name for name in _modules(repository_root) if not any(name in owners for owners in _OWNERS.values())
@@ -79,6 +82,7 @@ def test_importing_a_module_does_nothing_else(repository_root: Path) -> None:
     assert json.loads(finished.stdout) == []  # nothing but the answer on stdout: no module prints
 
 
+@pytest.mark.slow
 def test_looking_at_a_configuration_loads_no_training_engine(repository_root: Path) -> None:
     # peft is not looked for: diffusers loads it when it makes an autoencoder.
     probe = (

@@ -45,6 +45,7 @@ def test_the_nearest_folder_is_the_one_that_exists(tmp_path: Path) -> None:
     assert nearest_folder(tmp_path / "a" / "b" / "c") == tmp_path / "a"
 
 
+@pytest.mark.slow
 def test_files_of_other_hosts_that_are_not_seen_and_ranks_that_fail_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

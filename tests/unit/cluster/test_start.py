@@ -122,6 +122,7 @@ def test_a_host_that_does_not_answer_is_told_and_nothing_is_started(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_repository_root")
 def test_a_dry_run_prints_the_command_of_this_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

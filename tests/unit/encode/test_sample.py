@@ -270,6 +270,7 @@ def test_every_prompt_becomes_a_clip_with_sound(folders: dict[str, str], tmp_pat
     assert (record["seed"], record["sampling"]["num_forwards"], record["lora"]) == (0, 2, None)
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_seed_prompt_number_and_adapter(folders: dict[str, str], tmp_path: Path) -> None:
     prompt = {"prompts": ["a city at night"]}
     first = _sheet(_sample(folders, tmp_path / "a", **prompt))

@@ -58,6 +58,7 @@ def _gradients(module: nn.Module, value: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_recomputed", [False, True])
 def test_every_gradient_is_that_of_the_plain_blocks(is_recomputed: bool) -> None:
     value = torch.randn(4, 5, 8)

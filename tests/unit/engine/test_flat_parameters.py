@@ -86,6 +86,7 @@ def test_blocks_that_are_recomputed_by_their_class_find_their_weights(name: str)
 
 
 # dynamo looks at inputs that are no leaves
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("recomputes", [False, True])

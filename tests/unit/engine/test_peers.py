@@ -45,10 +45,12 @@ def watches(store: Any) -> Iterator[list[PeerWatch]]:
         watch.stop()
 
 
+@pytest.mark.slow
 def test_nobody_is_blamed_while_all_are_well(watches: list[PeerWatch]) -> None:
     assert watches[2].blame() is None
 
 
+@pytest.mark.slow
 def test_a_rank_that_fell_silent_is_named_with_its_host(watches: list[PeerWatch]) -> None:
     watches[1].blame()  # long enough for all to have heard of each other
     watches[1].stop()
@@ -58,6 +60,7 @@ def test_a_rank_that_fell_silent_is_named_with_its_host(watches: list[PeerWatch]
     }
 
 
+@pytest.mark.slow
 def test_a_rank_whose_last_beat_is_read_late_is_named(store: Any) -> None:
     """A rank dies right after a beat, and the other, which has just read the beats, finds out at once by its
     collective."""
@@ -103,6 +106,7 @@ time.sleep(120)
 """  # noqa: E501
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_a_lost_rank_ends_with_a_message() -> None:
     began = time.monotonic()
     command = [sys.executable, "-c", WAITING, str(free_port())]

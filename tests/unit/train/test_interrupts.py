@@ -111,6 +111,7 @@ def test_a_signal_is_a_wantedto_stop(tmp_path: Path, number: signal.Signals) -> 
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.slow
 def test_a_forked_process_has_its_own_signals() -> None:
     program = """
 import os, signal, threading
@@ -132,6 +133,7 @@ with SignalWatch() as watch:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_leaves_at_once_even_from_a_c_call(number: signal.Signals) -> None:
     with subprocess.Popen(

@@ -152,6 +152,7 @@ def test_an_estimate_fits_and_names_its_choice() -> None:
     assert document["configured"][0]["dollars"] == pytest.approx(10.0 * hours)
 
 
+@pytest.mark.slow
 def test_the_first_estimate_of_the_project_is_met_by_the_first_phases_on_8_v100() -> None:
     """Oracle: 2,300 to 5,500 GPU-hours, the estimate that the project began with; docs/guide.md says what is
     counted here."""
