@@ -111,7 +111,7 @@ class FailingCapture(Snapshot):
 
     error: Exception | None
 
-    def pieces(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    def chunk_values(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
         yield self.chunks[0], self.tensors[0]
         if self.error is not None:
             raise self.error
