@@ -88,6 +88,7 @@ def test_tables_made_from_the_code_are_current(tool: str) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["config_reference", "performance_tables"])
 def test_a_stale_table_is_found_and_put_right(tool: str, tmp_path: Path) -> None:
     for name in ("tools", "docs", "benchmarks"):

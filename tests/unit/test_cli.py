@@ -455,6 +455,7 @@ def test_eval_and_inspect_of_nothing(
     assert "must be a run folder with checkpoints, got none" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_from_training_to_a_damaged_checkpoint(
     config: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

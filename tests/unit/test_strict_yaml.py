@@ -151,6 +151,7 @@ _plain = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(value=_plain)
 def test_what_is_written_reads_back_equal(value: object) -> None:

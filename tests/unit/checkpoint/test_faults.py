@@ -254,6 +254,7 @@ def test_every_operation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(seen) == SCENARIOS[scenario][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("fault", ["killed", "failed"])
 def test_old_or_new_stands_whatever_operation_does_not_happen(
@@ -467,6 +468,7 @@ def test_every_operation_of_a_save_with_its_base_is_seen(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["killed", "failed"])
 def test_a_checkpoint_always_finds_its_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

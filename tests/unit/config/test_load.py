@@ -221,6 +221,7 @@ _junk = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_junk_anywhere_is_refused_in_the_house_form_or_taken(folder: Path, data: st.DataObject) -> None:

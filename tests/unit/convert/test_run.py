@@ -33,6 +33,8 @@ from aiprod_ds.models.families.wan import Wan
 from aiprod_ds.testing.families import pipeline_around, tiny_transformer
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
+pytestmark = pytest.mark.slow
+
 VAE = {"source": "aiprod_ds.testing.tiny:TinyVideoVAE", "temporal_stride": 8}
 LORA = {"training_mode": "lora", "lora": {"rank": 4, "alpha": 6.0, "targets": ["*"]}}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -107,6 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(name for name, _, _ in FORMATS), "r.mp3", "s.mp3"])
 def test_a_part_is_the_same_part_of_the_whole(folder: Path, name: str) -> None:
     # Oracle: all of the file as FFmpeg decodes it from the beginning, bit for bit.
@@ -346,6 +347,7 @@ def test_damage_in_a_part_is_an_error_and_elsewhere_none(folder: Path, tmp_path:
     assert torch.equal(decode_audio(file, start_sample=5 * rate_hz, **form), expected_CN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.wav", "f.mp3", "j.opus"])
 def test_a_truncated_file_counts_what_it_holds(folder: Path, tmp_path: Path, name: str) -> None:
     data = (folder / name).read_bytes()

@@ -96,6 +96,7 @@ def _write_moving(path: Path, *, codec: str, options: dict[str, str]) -> list[np
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
     [

@@ -41,6 +41,8 @@ from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_ltx_vae
 
+pytestmark = pytest.mark.slow
+
 STRIDES = ModelStrides(spatial=4, temporal=2)
 TINY = "aiprod_ds.testing.tiny:TinyVideoVAE"
 OOBLECK = {

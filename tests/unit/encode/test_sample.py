@@ -30,6 +30,8 @@ from aiprod_ds.models.mel_vae import LogMel
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import tiny_ltx_vae
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LTX = tiny_ltx_vae(patch_size=4, scaling=(True, True, True, False))
 OOBLECK = {
@@ -270,7 +272,6 @@ def test_every_prompt_becomes_a_clip_with_sound(folders: dict[str, str], tmp_pat
     assert (record["seed"], record["sampling"]["num_forwards"], record["lora"]) == (0, 2, None)
 
 
-@pytest.mark.slow
 def test_a_sample_depends_on_seed_prompt_number_and_adapter(folders: dict[str, str], tmp_path: Path) -> None:
     prompt = {"prompts": ["a city at night"]}
     first = _sheet(_sample(folders, tmp_path / "a", **prompt))

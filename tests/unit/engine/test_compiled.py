@@ -72,6 +72,7 @@ def test_every_gradient_is_that_of_the_plain_blocks(is_recomputed: bool) -> None
         assert gradient.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_one_compilation_a_shape_serves_all_blocks_also_between_evaluations() -> None:
     row, compiled = _row(), []
 

@@ -62,6 +62,7 @@ def _fresh_dynamo() -> Iterator[None]:
 CASES = [(name, False) for name in (*TRANSFORMERS, *VAES)] + [(name, True) for name in TRANSFORMERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize(("name", "has_adapters"), CASES)
 def test_gradients_are_those_of_plain_autograd(name: str, has_adapters: bool, recomputes: bool) -> None:

@@ -63,6 +63,7 @@ def test_measures_of_ranks_add_up_clip_by_clip() -> None:
         MelQuality().compute()
 
 
+@pytest.mark.slow
 def test_the_picture_shows_both(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     mels = [torch.randn(2, 1, 20, 8, generator=generator) for _ in range(2)]

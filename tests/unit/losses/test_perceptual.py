@@ -68,6 +68,7 @@ def _images(video):
     return video.transpose(1, 2).flatten(0, 1)
 
 
+@pytest.mark.slow
 def test_lpips_mode_agrees_with_torchmetrics(lpips_loss, weights_file):
     reference = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
     _give_weights(reference.net, weights_file)
@@ -77,6 +78,7 @@ def test_lpips_mode_agrees_with_torchmetrics(lpips_loss, weights_file):
     assert lpips_loss(y, x).item() == pytest.approx(reference(_images(y), _images(x)).mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:The parameter 'pretrained':UserWarning", "ignore:Arguments other than a weight enum:UserWarning"
 )
@@ -90,6 +92,7 @@ def test_lpips_mode_agrees_with_the_lpips_package(lpips_loss, weights_file):
     assert lpips_loss(y, x).item() == pytest.approx(reference(_images(y), _images(x)).mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_vgg_mode_is_the_mean_squared_feature_distance(weights_file):
     config = PerceptualConfig(mode="vgg", weights=str(weights_file))
     loss = PerceptualLoss(config, layers=["relu2_2", "relu3_3"], allow_unverified_weights=True)

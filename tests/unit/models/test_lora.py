@@ -230,6 +230,7 @@ def test_peft_and_diffusers_read_the_peft_folder(family_type: type[Any], tmp_pat
     assert torch.equal(_output(by_diffusers), _output(wrapped))
 
 
+@pytest.mark.slow
 @each_family
 def test_diffusers_pipelines_read_the_comfyui_file(family_type: type[Any], tmp_path: Path) -> None:
     wrapped = adapted_transformer(family_type, CONFIG)

@@ -120,6 +120,7 @@ def test_what_a_pipeline_of_diffusers_saves_is_read(family_type: type[Family], t
     assert _largest_difference(_merged(family_type, _read(family_type, path)), wrapped) == 0.0
 
 
+@pytest.mark.slow
 @each_family
 @pytest.mark.parametrize("form", ["down_up", "flat"])
 def test_diffusers_and_this_reader_agree_on_files_of_others(

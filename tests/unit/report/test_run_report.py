@@ -95,6 +95,7 @@ def example_clips(num_frames: int = 9, side: int = 16) -> tuple[torch.Tensor, to
     return original, original * 0.5
 
 
+@pytest.mark.slow
 def test_a_whole_report_is_written_and_every_link_leads_somewhere(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     plots = save_plots(example_rows(), tmp_path / "plots", phase_names=["low", "medium", "high"])
@@ -207,6 +208,7 @@ def test_the_printed_summary_shows_status_measures_and_report() -> None:
     )
 
 
+@pytest.mark.slow
 def test_plots_are_made_only_of_what_was_measured(tmp_path: Path) -> None:
     names = [
         picture.path

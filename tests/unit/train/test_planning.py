@@ -104,6 +104,7 @@ def _joint() -> DiffusionTrainer:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [_video, _audio, _diffusion, _joint])
 def test_every_trainer_has_workloads(make: Any) -> None:
     trainer: Trainer[Any] = make()
@@ -135,6 +136,7 @@ def test_the_perceptual_network_counts_without_its_weights() -> None:
     assert saved[1] > 1.5 * saved[0]
 
 
+@pytest.mark.slow
 def test_an_estimate_fits_and_names_its_choice() -> None:
     trainer = _video()
     found = estimate_run(
@@ -270,6 +272,7 @@ def test_auto_has_no_effect_on_the_local_engine() -> None:
         _video(engine={**AUTO, "kind": "local"})
 
 
+@pytest.mark.slow
 def test_the_command_shows_memory_time_and_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "cost.png"
     arguments = [

@@ -29,6 +29,8 @@ from aiprod_ds.train import interrupts as requests
 from aiprod_ds.train import reporting
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
+pytestmark = pytest.mark.slow
+
 LOW_UPDATES, HIGH_UPDATES = 3, 2
 ALL_UPDATES = LOW_UPDATES + HIGH_UPDATES
 LENGTHS = 6  # reads before anything else, of every clip, to learn its length

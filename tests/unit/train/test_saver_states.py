@@ -315,6 +315,7 @@ class Bench:
                 self.save(UNDER_WAY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "state", "event"), CASES)
 def test_what_happens_in_a_state_leads_where_the_table_says(
     engine: LocalEngine,

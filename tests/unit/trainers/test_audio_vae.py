@@ -22,6 +22,8 @@ from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 
+pytestmark = pytest.mark.slow
+
 RATE_HZ = 8_000
 SHORT_UPDATES, LONG_UPDATES = 3, 2
 OOBLECK = {**tiny_oobleck(), "audio_channels": 1, "sampling_rate": RATE_HZ}

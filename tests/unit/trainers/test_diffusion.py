@@ -19,6 +19,8 @@ from aiprod_ds.models.families import registry
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
+pytestmark = pytest.mark.slow
+
 LEVELS = (0.25, 0.75)
 SOUND = {"audio_vae": {"source": "AutoencoderKLLTX2Audio"}}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -90,6 +90,7 @@ def test_diffusers_loads_a_whole_model(family_type: type[Family], tmp_path: Path
     assert torch.equal(_output(_load(family_type, tmp_path / "export")), _output(module.transformer))
 
 
+@pytest.mark.slow
 @each_family
 def test_diffusers_loads_adapters_from_both_files(family_type: type[Family], tmp_path: Path) -> None:
     engine, module = _trained(family_type, lora=LORA)

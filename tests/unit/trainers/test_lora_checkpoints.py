@@ -21,6 +21,8 @@ from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
+pytestmark = pytest.mark.slow
+
 SOURCE = "LTXVideoTransformer3DModel"
 LORA = {"training_mode": "lora", "lora": {"rank": 2}}
 FULL: dict[str, Any] = {"training_mode": "full"}

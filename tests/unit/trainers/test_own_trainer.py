@@ -29,6 +29,8 @@ from aiprod_ds.train.planning.estimate import estimate_run
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = """\
 trainer: TRAINER

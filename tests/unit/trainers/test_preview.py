@@ -92,6 +92,7 @@ def test_every_item_becomes_a_film_with_sound_on_one_sheet(engine: LocalEngine, 
     assert len(shapes) == 3
 
 
+@pytest.mark.slow
 def test_a_clip_depends_on_its_prompt_its_place_and_the_seed_alone(
     engine: LocalEngine, tmp_path: Path
 ) -> None:
