@@ -94,6 +94,7 @@ def test_one_compilation_a_shape_serves_all_blocks_also_between_evaluations() ->
     assert compiled == [(1, 5, 8), (4, 5, 8), (2, 5, 8)], "static shapes, each once"
 
 
+@pytest.mark.slow
 def test_names_and_classes_come_back() -> None:
     row = _row()
     keys, kind = list(row.state_dict()), type(row.blocks[0])

@@ -84,6 +84,7 @@ def _await_change(read: Callable[[], bytes]) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_tells_why(watches: list[PeerWatch]) -> None:
     watches[2].tell("ValueError: no more")
     assert watches[0].blame() == f"rank 2 on {socket.gethostname()} failed: ValueError: no more"

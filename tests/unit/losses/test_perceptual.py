@@ -26,6 +26,8 @@ from aiprod_ds.losses import vgg
 from aiprod_ds.losses.perceptual import PerceptualLoss, choose_frames
 from aiprod_ds.losses.vgg import LAYERS, SHA256_PREFIX, WEIGHTS_NAME
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory):
@@ -68,7 +70,6 @@ def _images(video):
     return video.transpose(1, 2).flatten(0, 1)
 
 
-@pytest.mark.slow
 def test_lpips_mode_agrees_with_torchmetrics(lpips_loss, weights_file):
     reference = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
     _give_weights(reference.net, weights_file)
@@ -78,7 +79,6 @@ def test_lpips_mode_agrees_with_torchmetrics(lpips_loss, weights_file):
     assert lpips_loss(y, x).item() == pytest.approx(reference(_images(y), _images(x)).mean().item(), rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:The parameter 'pretrained':UserWarning", "ignore:Arguments other than a weight enum:UserWarning"
 )
@@ -92,7 +92,6 @@ def test_lpips_mode_agrees_with_the_lpips_package(lpips_loss, weights_file):
     assert lpips_loss(y, x).item() == pytest.approx(reference(_images(y), _images(x)).mean().item(), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_vgg_mode_is_the_mean_squared_feature_distance(weights_file):
     config = PerceptualConfig(mode="vgg", weights=str(weights_file))
     loss = PerceptualLoss(config, layers=["relu2_2", "relu3_3"], allow_unverified_weights=True)

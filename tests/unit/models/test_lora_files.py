@@ -149,6 +149,7 @@ def test_diffusers_and_this_reader_agree_on_files_of_others(
         torch.testing.assert_close(_output(transformer), _output(merged), rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 @each_family
 def test_diffusers_loads_the_same_files_to_the_same_function(
     family_type: type[Family], tmp_path: Path

@@ -28,6 +28,8 @@ from aiprod_ds.testing.families import pipeline_around, tiny_batch, tiny_transfo
 from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.diffusion_export import export_transformer
 
+pytestmark = pytest.mark.slow
+
 STRIDES = ModelStrides(spatial=32, temporal=8)
 LORA = LoraConfig(rank=4, alpha=6.0)
 WEIGHTS = "diffusion_pytorch_model"
@@ -90,7 +92,6 @@ def test_diffusers_loads_a_whole_model(family_type: type[Family], tmp_path: Path
     assert torch.equal(_output(_load(family_type, tmp_path / "export")), _output(module.transformer))
 
 
-@pytest.mark.slow
 @each_family
 def test_diffusers_loads_adapters_from_both_files(family_type: type[Family], tmp_path: Path) -> None:
     engine, module = _trained(family_type, lora=LORA)

@@ -27,6 +27,8 @@ from aiprod_ds.testing.families import tiny_batch, tiny_transformer
 from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.preview import Previews
 
+pytestmark = pytest.mark.slow
+
 STRIDES = ModelStrides(spatial=32, temporal=8)
 VAE = ModelConfig(source="aiprod_ds.testing.tiny:TinyVideoVAE")
 AUDIO_VAE = ModelConfig(
@@ -92,7 +94,6 @@ def test_every_item_becomes_a_film_with_sound_on_one_sheet(engine: LocalEngine, 
     assert len(shapes) == 3
 
 
-@pytest.mark.slow
 def test_a_clip_depends_on_its_prompt_its_place_and_the_seed_alone(
     engine: LocalEngine, tmp_path: Path
 ) -> None:
