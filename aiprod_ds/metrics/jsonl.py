@@ -15,6 +15,7 @@ from typing import TextIO
 
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import write_atomically
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 
 MetricRow = tuple[int, dict[str, float]]
 
@@ -54,6 +55,9 @@ class JsonlSink:
         record = {"update": update, **{name: _encode(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        """Does nothing: the row of its measures is written, and evaluations have a file of their own."""
 
     def close(self) -> None:
         """See `Sink.close`."""

@@ -9,10 +9,12 @@ only recorder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.metrics.jsonl import MetricRow
 from aiprod_ds.metrics.metric_names import Reduction, find_metric
 from aiprod_ds.metrics.sinks import Sink
@@ -82,6 +84,19 @@ class MetricsRecorder:
         """Sends already reduced metrics (an evaluation) straight to the sinks; `flush` comes first, so that
         lines keep order."""
         self._send([(update, {name: float(value) for name, value in metrics.items()})])
+
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        """Sends an evaluation straight to the sinks: its measures as a row, then what it has to show.
+
+        `flush` comes first, so that lines keep order.
+
+        Args:
+            record: With its media already written.
+            folder: The run folder.
+        """
+        self.log_now(record.update, {f"evaluation/{name}": value for name, value in record.metrics.items()})
+        for sink in self._sinks:
+            sink.log_evaluation(record, folder)
 
     def close(self) -> None:
         """Closes the sinks; what was not flushed is lost."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 
 
 class TensorBoardSink:
@@ -35,6 +39,16 @@ class TensorBoardSink:
         """Writes one scalar per metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, update)
+
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        """Writes the pictures of an evaluation."""
+        for medium in record.media:
+            path = folder / medium.path
+            if medium.kind == "picture" and path.is_file():
+                with Image.open(path) as picture:
+                    pixels_HWC = np.asarray(picture.convert("RGB"))
+                tag = f"evaluation/{medium.role}" + (f"/{medium.clip}" if medium.clip else "")
+                self._writer.add_image(tag, pixels_HWC, record.update, dataformats="HWC")
 
     def close(self) -> None:
         """See `Sink.close`."""

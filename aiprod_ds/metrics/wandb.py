@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.config.run import WandbConfig
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.metrics.sinks import MirrorSink, Sink
 
 _log = logging.getLogger(__name__)
@@ -78,6 +79,19 @@ class _WandbSink:
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=update)
+
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        import wandb
+
+        shown = {
+            f"samples/{medium.role}" + (f"_{medium.clip}" if medium.clip else ""): wandb.Image(
+                str(folder / medium.path), caption=medium.caption
+            )
+            for medium in record.media
+            if medium.kind == "picture" and (folder / medium.path).is_file()
+        }
+        if shown:
+            self._run.log(shown, step=record.update)
 
     def close(self) -> None:
         self._run.finish()

@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.metrics.metric_names import find_metric
 from aiprod_ds.report.report_view import measure_rows
 from aiprod_ds.report.summary import RunStatus, RunSummary
@@ -97,6 +98,9 @@ class ConsoleSink:
         elif self._now() - self._last_line >= self._interval_seconds or update == self._starts[-1]:
             self._last_line = self._now()
             self._console.print(self._line(), soft_wrap=True, highlight=False, markup=False)
+
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        """Does nothing: what is shown of an evaluation came as its row."""
 
     def close(self) -> None:
         """See `Sink.close`: takes the live block away and leaves its last state as text."""

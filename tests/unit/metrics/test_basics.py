@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.metrics.metric_names import METRICS, Reduction, find_metric, table_markdown
 from aiprod_ds.metrics.sinks import MirrorSink
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
@@ -94,6 +95,10 @@ class FailingSink:
         if update == self.fail_at:
             raise ConnectionError("no route")
 
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        assert folder == Path("run")
+        self.log(record.update, {})
+
     def close(self) -> None:
         self.log(-1, {})
 
@@ -108,6 +113,22 @@ def test_a_failing_mirror_warns_once_and_is_left_alone(caplog: pytest.LogCapture
     assert sink.asked == [1, 2]
     assert len(caplog.records) == 1
     assert "mirror=tracker update=2" in caplog.text
+
+
+def test_a_mirror_that_fails_at_media_goes_on_with_metrics(caplog: pytest.LogCaptureFixture) -> None:
+    sink = FailingSink(fail_at=2)
+    mirror = MirrorSink(sink, name="tracker")
+    record = EvaluationRecord(
+        update=2, samples=2, phase="low", phase_index=0, reason="interval", seconds=0.1, metrics={}
+    )
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            mirror.log_evaluation(record, Path("run"))
+        mirror.log(3, {})
+        mirror.close()
+    assert sink.asked == [2, 3, -1]
+    assert len(caplog.records) == 1
+    assert "mirror=tracker update=2 media disabled" in caplog.text
 
 
 def test_a_mirror_that_fails_to_close_warns(caplog: pytest.LogCaptureFixture) -> None:

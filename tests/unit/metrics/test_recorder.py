@@ -4,11 +4,13 @@ sets."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.metrics.recorder import MetricsRecorder
 
 CPU = torch.device("cpu")
@@ -20,9 +22,14 @@ class ListSink:
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.closed = False
+        self.evaluations: list[tuple[EvaluationRecord, Path]] = []
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         self.rows.append((update, dict(metrics)))
+
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        assert self.rows, "its row comes first"
+        self.evaluations.append((record, folder))
 
     def close(self) -> None:
         self.closed = True
@@ -129,7 +136,17 @@ def test_an_unknown_name_is_refused_when_it_is_recorded() -> None:
 def test_evaluations_and_close_reach_the_sinks() -> None:
     sink = ListSink()
     recorder = MetricsRecorder(device=CPU, world_size=1, sinks=[sink])
-    recorder.log_now(7, {"evaluation/psnr_db": 21.5})
+    record = EvaluationRecord(
+        update=7,
+        samples=56,
+        phase="low",
+        phase_index=0,
+        reason="interval",
+        seconds=1.0,
+        metrics={"psnr_db": 21.5},
+    )
+    recorder.log_evaluation(record, Path("run"))
     recorder.close()
     assert sink.rows == [(7, {"evaluation/psnr_db": 21.5})]
+    assert sink.evaluations == [(record, Path("run"))]
     assert sink.closed
