@@ -80,11 +80,6 @@ class MetricsRecorder:
         self._send(rows)
         return rows
 
-    def log_now(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Sends already reduced metrics (an evaluation) straight to the sinks; `flush` comes first, so that
-        lines keep order."""
-        self._send([(update, {name: float(value) for name, value in metrics.items()})])
-
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
         """Sends an evaluation straight to the sinks: its measures as a row, then what it has to show.
 
@@ -94,7 +89,8 @@ class MetricsRecorder:
             record: With its media already written.
             folder: The run folder.
         """
-        self.log_now(record.update, {f"evaluation/{name}": value for name, value in record.metrics.items()})
+        row = {f"evaluation/{name}": float(value) for name, value in record.metrics.items()}
+        self._send([(record.update, row)])
         for sink in self._sinks:
             sink.log_evaluation(record, folder)
 

@@ -26,6 +26,7 @@ from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import UpdateResult
+from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
 from aiprod_ds.optim.ema import evaluated_weights
@@ -301,18 +302,32 @@ class TrainingLoop:
             self._saved = after_change(self._saved, Change.MEASURED)
 
     def _evaluate(self, title: str, picture: str) -> Evaluation:
+        began, media, phase = time.perf_counter(), [], self.plan.phases[self.clock.phase]
         with self.stopwatch.during(Activity.EVALUATION):
             self.state.engine.eval()
             with evaluated_weights(self.state.ema):
                 found = self.parts.unit.evaluate(self.state.engine)
             self.state.engine.train()
             if dist.is_main():
-                measures = {f"evaluation/{name}": value for name, value in found.metrics.items()}
-                self.recorder.log_now(self.clock.updates, measures)
                 if found.examples is not None:
-                    samples = self.folder / "samples"
+                    samples, caption = self.folder / "samples", f"{title}: {found.headline}"
                     samples.mkdir(parents=True, exist_ok=True)
-                    found.examples.save(samples, picture, title=f"{title}: {found.headline}")
+                    found.examples.save(samples, picture, title=caption)
+                    path = f"samples/{picture}.png"
+                    media.append(Medium(path=path, kind="picture", role="sheet", caption=caption))
+                record = EvaluationRecord(
+                    update=self.clock.updates,
+                    samples=self.clock.samples,
+                    phase=phase.name,
+                    phase_index=phase.index,
+                    reason="before" if picture == "before" else "phase_end",
+                    seconds=time.perf_counter() - began,
+                    metrics=found.metrics,
+                    headline=found.headline,
+                    is_average=self.state.ema is not None,
+                    media=tuple(media),
+                )
+                self.recorder.log_evaluation(record, self.folder)
         return found
 
     def _must_stop(self, *, at_once: bool = False) -> bool:
