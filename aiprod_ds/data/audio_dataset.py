@@ -1,7 +1,7 @@
 """Sounds that answer a `ClipRequest`: which clip, how many samples, at a random place or in the middle.
 
 Owns the choice of the place as a pure function of (seed, sample, epoch), so that a resumed run hears the
-clips of an uninterrupted one, and what is done about silence and loudness; decoding is `audio.py`'s. A
+clips of an uninterrupted one, and what is done about silence and loudness; decoding is `decode/audio.py`'s. A
 sound's `frames` are its samples at the configured rate, its height and width are 1. Shapes: C channels, N
 samples.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
-from aiprod_ds.data.audio import check_channels, decode_audio, fit_sound
 from aiprod_ds.data.dataset import ClipRequest, MapDataset
 from aiprod_ds.data.loudness import level_db, normalized
 from aiprod_ds.data.manifest import Manifest, Unreadable
-from aiprod_ds.data.probe import MediaRecord
-from aiprod_ds.data.resampling import check_rates, input_window, resampled_length
+from aiprod_ds.decode.audio import check_channels, decode_audio, fit_sound
+from aiprod_ds.decode.probe import MediaRecord
+from aiprod_ds.decode.resampling import check_rates, input_window, resampled_length
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 

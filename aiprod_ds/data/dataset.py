@@ -1,7 +1,7 @@
 """Map-style datasets that answer a `ClipRequest`: which clip, how long, how large, augmented or not.
 
 Owns the choice of start, crop and flip as pure functions of (seed, sample, epoch), so that a resumed run sees
-the clips of an uninterrupted one; decoding is `video.py`'s, the order of requests the sampler's.
+the clips of an uninterrupted one; decoding is `decode/video.py`'s, the order of requests the sampler's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.data.manifest import Manifest
-from aiprod_ds.data.video import decode_clip, fit_clip, max_start_seconds
+from aiprod_ds.decode.video import decode_clip, fit_clip, max_start_seconds
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 

@@ -1,8 +1,8 @@
 """What media there is: a folder or table becomes a `Manifest` of probed, hashed, readable clips. An image is
 a clip of one frame; where sound is asked for, a clip is the sound of an audio file or a video.
 
-Owns finding files, reading tables and splitting; `probe.py` looks into files. Called by `check`, `plan` and
-the trainers.
+Owns finding files, reading tables and splitting; `decode/probe.py` looks into files. Called by `check`,
+`plan` and the trainers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aiprod_ds.data.probe import MediaRecord, Medium, ProbeCache, probe_audio
+from aiprod_ds.decode.probe import MediaRecord, Medium, ProbeCache, probe_audio
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 

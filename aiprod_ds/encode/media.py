@@ -1,7 +1,7 @@
 """The pictures and the sound of one clip for encoding: its middle, in a shape, and exactly the same span of
 time in both.
 
-Owns where a clip begins and how its sound is cut and filled up; decoding is `aiprod_ds.data`'s. Runs in
+Owns where a clip begins and how its sound is cut and filled up; decoding is `aiprod_ds.decode`'s. Runs in
 worker processes. Shapes: C channels, T frames, H height, W width, N samples.
 """
 
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aiprod_ds.codec.encoders import AudioForm
-from aiprod_ds.data.audio import fit_sound
 from aiprod_ds.data.latents import LatentShape
 from aiprod_ds.data.loudness import normalized
-from aiprod_ds.data.probe import MediaRecord
-from aiprod_ds.data.resampling import input_window, resampled_length
-from aiprod_ds.data.sound_file import SoundFile
-from aiprod_ds.data.video import decode_clip, fit_clip, max_start_seconds
+from aiprod_ds.decode.audio import fit_sound
+from aiprod_ds.decode.probe import MediaRecord
+from aiprod_ds.decode.resampling import input_window, resampled_length
+from aiprod_ds.decode.sound_file import SoundFile
+from aiprod_ds.decode.video import decode_clip, fit_clip, max_start_seconds
 from aiprod_ds.errors import DataError
 
 # An MP3 or AAC frame is 26 ms at most, so that encoders may end a sound up to two of them before the

@@ -32,7 +32,7 @@ from aiprod_ds.data.latents import (
     write_entry,
 )
 from aiprod_ds.data.manifest import require_readable, scan
-from aiprod_ds.data.probe import MediaRecord, default_probe_cache
+from aiprod_ds.decode.probe import MediaRecord, default_probe_cache
 from aiprod_ds.encode.media import clip_rate_hz, read_pictures
 from aiprod_ds.encode.progress import EncodeProgress
 from aiprod_ds.encode.reader import Failure, Loaded, MediaReader, load_tasks

@@ -27,7 +27,7 @@ from aiprod_ds.data.latents import (
     require_inside,
 )
 from aiprod_ds.data.manifest import Manifest, read_table
-from aiprod_ds.data.probe import MediaRecord
+from aiprod_ds.decode.probe import MediaRecord
 from aiprod_ds.errors import ConfigError, DataError
 
 

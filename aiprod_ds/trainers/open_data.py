@@ -27,8 +27,8 @@ from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, read_entry
 from aiprod_ds.data.manifest import Manifest, scan
-from aiprod_ds.data.probe import default_probe_cache
 from aiprod_ds.data.tensor_latents import TensorLatentDataset
+from aiprod_ds.decode.probe import default_probe_cache
 from aiprod_ds.trainers.clip_data import ClipData, require_clips, split_manifests, unreadable_files
 
 

@@ -22,7 +22,7 @@ from aiprod_ds.data.audio_dataset import AudioClipDataset, TensorAudioDataset, u
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.loudness import level_db, loudness_lufs, normalized
 from aiprod_ds.data.manifest import scan
-from aiprod_ds.data.resampling import resample_window
+from aiprod_ds.decode.resampling import resample_window
 from aiprod_ds.errors import DataError
 
 _RATE = 8_000

@@ -20,7 +20,7 @@ from aiprod_ds.data.manifest import (
     require_readable,
     scan,
 )
-from aiprod_ds.data.probe import MediaRecord, default_probe_cache
+from aiprod_ds.decode.probe import MediaRecord, default_probe_cache
 from aiprod_ds.errors import DataError
 
 

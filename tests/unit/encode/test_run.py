@@ -31,8 +31,8 @@ from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATENTS, LatentShape, read_header
 from aiprod_ds.data.loudness import loudness_lufs
 from aiprod_ds.data.manifest import scan
-from aiprod_ds.data.probe import MediaRecord
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.decode.probe import MediaRecord
 from aiprod_ds.encode.media import read_pictures, read_sound, start_seconds
 from aiprod_ds.encode.reader import Failure
 from aiprod_ds.encode.run import EncodeSummary, run_encoding

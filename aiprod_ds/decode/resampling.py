@@ -2,7 +2,7 @@
 resampled file.
 
 Owns which input samples an output needs and how they line up; the filter is torchaudio's. Called by
-`audio.py` and `audio_dataset.py`. Shapes: C channels, N samples.
+`audio.py` and `data/audio_dataset.py`. Shapes: C channels, N samples.
 
 With rates in lowest terms from : to, output sample n stands at n * from / to in the input, so every `to`
 outputs the pattern repeats `from` inputs later. A window that starts at a multiple of `from` therefore sees

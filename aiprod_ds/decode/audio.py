@@ -1,7 +1,7 @@
 """From a file to the samples of a training clip: decodes an exact part, then converts channels and rate.
 
-Owns samples and time; what a file holds is `probe.py`'s, what is asked is `audio_dataset.py`'s. PyAV's errors
-end here. Shapes: C channels, N samples.
+Owns samples and time; what a file holds is `probe.py`'s, what is asked is `data/audio_dataset.py`'s. PyAV's
+errors end here. Shapes: C channels, N samples.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import av
 import torch
 from torch import Tensor
 
-from aiprod_ds.data.resampling import check_rates, input_window, resample_window, resampled_length
-from aiprod_ds.data.sound_file import SoundFile
+from aiprod_ds.decode.resampling import check_rates, input_window, resample_window, resampled_length
+from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.errors import DataError
 
 MAX_CHANNELS = 2

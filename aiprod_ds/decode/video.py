@@ -1,7 +1,7 @@
 """From a file to a training clip: decodes exact frames, then resizes, crops and flips them.
 
-Owns pixels and time; what a file holds is `probe.py`'s, what is asked is `dataset.py`'s. PyAV's errors end
-here. Shapes: B batch, C channels, T frames, H height, W width.
+Owns pixels and time; what a file holds is `probe.py`'s, what is asked is `data/dataset.py`'s. PyAV's errors
+end here. Shapes: B batch, C channels, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from aiprod_ds.data.probe import MediaRecord
+from aiprod_ds.decode.probe import MediaRecord
 from aiprod_ds.errors import DataError
 
 _DEFAULT_RATE_HZ = 25.0

@@ -1,7 +1,8 @@
 """What one media file holds: probed once, remembered while the file's size and modification time stay as they
 were.
 
-Owns facts about files; `manifest.py` decides which files there are, `video.py` and `audio.py` decode them.
+Owns facts about files; `data/manifest.py` decides which files there are, `video.py` and `audio.py` decode
+them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Literal, TypeVar
 import av
 import numpy as np
 
-from aiprod_ds.data.audio import check_channels
-from aiprod_ds.data.sound_file import SoundFile
+from aiprod_ds.decode.audio import check_channels
+from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import file_sha256, write_atomically
 

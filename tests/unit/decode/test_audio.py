@@ -16,11 +16,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from aiprod_ds.data.audio import decode_audio
 from aiprod_ds.data.manifest import require_readable, scan
-from aiprod_ds.data.probe import default_probe_cache
-from aiprod_ds.data.resampling import check_rates, input_window, resample_window, resampled_length
-from aiprod_ds.data.sound_file import SoundFile
+from aiprod_ds.decode.audio import decode_audio
+from aiprod_ds.decode.probe import default_probe_cache
+from aiprod_ds.decode.resampling import check_rates, input_window, resample_window, resampled_length
+from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.errors import DataError
 
 _SECONDS = 6
