@@ -23,8 +23,8 @@ from rich.text import Text
 
 from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.metrics.metric_names import find_metric
-from aiprod_ds.report.report_view import measure_rows
-from aiprod_ds.report.summary import RunStatus, RunSummary
+from aiprod_ds.report.measures import Outcome, measure_rows, verdict_of
+from aiprod_ds.report.summary import RunStatus, RunSummary, phase_history
 
 _OF_NOISE_LEVEL = re.compile(r"_s\d$")  # parts of a loss by noise level: in the report, too many for a line
 
@@ -206,6 +206,10 @@ def print_summary(console: Console, summary: RunSummary, *, report: Path) -> Non
         table.add_row(*row)
     if table.row_count:
         console.print(table)
+    verdict = verdict_of(summary.metrics, phase_history(summary))
+    if verdict is not None and verdict.outcome is not Outcome.BETTER:
+        colour = "bold red" if verdict.outcome is Outcome.WORSE else "yellow"
+        console.print(Text(verdict.sentence, style=colour), soft_wrap=True)
     if summary.error is not None:
         console.print(Text(summary.error, style="red"))
     console.print(Text.assemble(("report  ", "dim"), str(report)), soft_wrap=True)

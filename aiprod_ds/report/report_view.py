@@ -10,23 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStatus, RunSummary
+from aiprod_ds.report.measures import (
+    MEASURES,
+    Outcome,
+    change_text,
+    changes_of,
+    label_of,
+    measure_order,
+    measure_rows,
+    value_text,
+    verdict_of,
+)
+from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStatus, RunSummary, phase_history
+from aiprod_ds.report.words import bytes_text, count_text, duration, plural
 
-_BEFORE, _AFTER = "_before", "_after"
-_MEASURES = {
-    "loss": ("loss", "", 4),
-    "video_loss": ("video loss", "", 4),
-    "audio_loss": ("audio loss", "", 4),
-    "psnr_db": ("PSNR", "dB", 2),
-    "ssim": ("SSIM", "", 4),
-    "lpips": ("LPIPS", "", 4),
-    "l1": ("L1", "", 4),
-    "flicker_ratio": ("flicker ratio", "", 3),
-    "mel_distance": ("mel distance", "", 3),
-    "stft_distance": ("STFT distance", "", 3),
-    "si_sdr_db": ("SI-SDR", "dB", 2),
-    "log_mel_l1": ("log-mel error", "", 3),
-}
 _PICTURE_SUFFIXES = (".png", ".jpg", ".gif")
 _MAX_FILES_LISTED = 50
 
@@ -48,31 +45,25 @@ def render_report(summary: RunSummary) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def measure_rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """Returns (measure, before, after, change) as text for every `<measure>_before` and `<measure>_after` in
-    `metrics`."""
-    return [
-        (_label(name), _value(name, before), _value(name, after), _difference(name, before, after))
-        for name, before, after in _measures(metrics)
-    ]
-
-
 def _headline(summary: RunSummary) -> str:
     lines = [f"# {summary.name}"]
     sentence = _STATUS_SENTENCE[summary.status].format(
         updates=summary.updates, planned=summary.planned_updates
     )
-    measure = next(iter(_measures(summary.metrics)), None)
-    if measure is not None:
-        name, before, after = measure
-        clips = f"{summary.data.held_out_clips} held-out {_plural('clip', summary.data.held_out_clips)}"
-        lines.append(f"**{_label(name)} on {clips}: {_change(name, before, after)}**")
+    first = next(iter(changes_of(summary.metrics)), None)
+    if first is not None:
+        clips = f"{summary.data.held_out_clips} held-out {plural('clip', summary.data.held_out_clips)}"
+        change = change_text(first.name, first.before, first.after)
+        lines.append(f"**{label_of(first.name)} on {clips}: {change}**")
+    verdict = verdict_of(summary.metrics, phase_history(summary))
+    if verdict is not None and verdict.outcome is not Outcome.BETTER:
+        lines.append(f"**{verdict.sentence}**")
     lines.append(
-        f"{sentence} `{summary.model}` ({_count(summary.parameters)} parameters) through "
+        f"{sentence} `{summary.model}` ({count_text(summary.parameters)} parameters) through "
         f"{len(summary.phases)} "
-        f"{_plural('phase', len(summary.phases))} in {_duration(sum(summary.time_seconds.values()))}, on "
+        f"{plural('phase', len(summary.phases))} in {duration(sum(summary.time_seconds.values()))}, on "
         f"{summary.world_size} "
-        f"{_plural('rank', summary.world_size)} with {summary.engine}, ZeRO stage {summary.zero_stage}, "
+        f"{plural('rank', summary.world_size)} with {summary.engine}, ZeRO stage {summary.zero_stage}, "
         f"{summary.precision}."
     )
     if summary.error is not None:
@@ -95,9 +86,7 @@ def _measures_table(metrics: Mapping[str, float]) -> str:
 
 def _phases(summary: RunSummary) -> str:
     measured = {name for phase in summary.phases for name in phase.metrics}
-    extra = sorted(
-        measured & set(_MEASURES) or measured, key=_measure_order
-    )  # the table above has all of them
+    extra = sorted(measured & set(MEASURES) or measured, key=measure_order)  # the table above has all of them
     unit = "frames" if any(phase.resolution for phase in summary.phases) else "samples"
     header = (
         "phase",
@@ -108,7 +97,7 @@ def _phases(summary: RunSummary) -> str:
         "batch",
         "highest lr",
         "time",
-        *map(_label, extra),
+        *map(label_of, extra),
     )
     rows = [
         (
@@ -117,8 +106,8 @@ def _phases(summary: RunSummary) -> str:
             phase.ended_by or "-",
             *_shape_cells(phase),
             f"{phase.lr_max:.2e}",
-            _duration(phase.seconds),
-            *(_value(name, phase.metrics[name]) if name in phase.metrics else "-" for name in extra),
+            duration(phase.seconds),
+            *(value_text(name, phase.metrics[name]) if name in phase.metrics else "-" for name in extra),
         )
         for phase in summary.phases
     ]
@@ -152,7 +141,7 @@ def _retrained(changes: Sequence[Mapping[str, Any]]) -> str:
             change["phase"],
             *change["trained"],
             f"{change['relative_difference']:.1e}",
-            _duration(change["seconds"]),
+            duration(change["seconds"]),
         )
         for change in changes
     ]
@@ -186,11 +175,11 @@ def _time(seconds: Mapping[str, float], performance: Sequence[str]) -> str:
     if total <= 0:
         return ""
     rows = [
-        (name.replace("_", " "), _duration(value), f"{value / total:.1%}")
+        (name.replace("_", " "), duration(value), f"{value / total:.1%}")
         for name, value in sorted(seconds.items(), key=lambda item: -item[1])
         if value > 0
     ]
-    table = _table(("activity", "time", "share"), [*rows, ("total", _duration(total), "100.0%")])
+    table = _table(("activity", "time", "share"), [*rows, ("total", duration(total), "100.0%")])
     chosen = (
         "\n\nHow it computed:\n\n" + "\n".join(f"- {line}" for line in performance) if performance else ""
     )
@@ -208,7 +197,7 @@ def _data(data: DataSummary) -> str:
     lines = [f"{data.clips:,} clips for training, {data.held_out_clips:,} held out."]
     for title, files in (("Unreadable", data.unreadable), ("Too short", data.too_short)):
         if files:
-            lines.append(f"{title}: {len(files):,} {_plural('file', len(files))}, left out.")
+            lines.append(f"{title}: {len(files):,} {plural('file', len(files))}, left out.")
             lines.append(
                 _table(
                     ("file", "reason"),
@@ -233,7 +222,7 @@ def _reproduce(summary: RunSummary) -> str:
     facts += [("continued from", f"`{name}`") for name in summary.resumed_from]
     facts += [("resharded", change) for change in summary.resharded]
     facts += list(_environment_facts(summary.environment))
-    facts.append(("peak host memory", _bytes(summary.peak_rss_bytes)))
+    facts.append(("peak host memory", bytes_text(summary.peak_rss_bytes)))
     lines.append(_table(("what", "value"), facts))
     return "\n\n".join(lines)
 
@@ -251,41 +240,6 @@ def _environment_facts(environment: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _measures(metrics: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Returns (measure, before, after) of every pair in `metrics`, the known ones first."""
-    names = [name.removesuffix(_AFTER) for name in metrics if name.endswith(_AFTER)]
-    return [
-        (name, metrics[name + _BEFORE], metrics[name + _AFTER])
-        for name in sorted(names, key=_measure_order)
-        if name + _BEFORE in metrics
-    ]
-
-
-def _measure_order(name: str) -> tuple[int, str]:
-    known = list(_MEASURES)
-    return (known.index(name) if name in known else len(known), name)
-
-
-def _label(name: str) -> str:
-    return _MEASURES[name][0] if name in _MEASURES else name.replace("_", " ")
-
-
-def _value(name: str, value: float) -> str:
-    _, unit, digits = _MEASURES.get(name, ("", "", 4))
-    return f"{value:.{digits}f} {unit}".rstrip()
-
-
-def _difference(name: str, before: float, after: float) -> str:
-    _, unit, digits = _MEASURES.get(name, ("", "", 4))
-    return f"{after - before:+.{digits}f} {unit}".rstrip()
-
-
-def _change(name: str, before: float, after: float) -> str:
-    _, unit, digits = _MEASURES.get(name, ("", "", 4))
-    values = f"{before:.{digits}f} → {after:.{digits}f} {unit}".rstrip()
-    return f"{values} ({_difference(name, before, after)})"
-
-
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -293,29 +247,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else noun + "s"
-
-
-def _count(number: int) -> str:
-    """Returns a count in three digits: 1234567 -> `1.23 M`."""
-    for factor, suffix in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{suffix}"
-    return str(number)
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    """Returns `12.3 s`, `4 min 05 s` or `3 h 07 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -111,3 +111,8 @@ class RunSummary:
     pictures: tuple[Picture, ...] = ()
     plots: tuple[Picture, ...] = ()
     error: str | None = None
+
+
+def phase_history(summary: RunSummary) -> list[tuple[str, Mapping[str, float]]]:
+    """Returns when and what was measured at the ends of phases, in words, for `measures.verdict_of`."""
+    return [(f"after phase {phase.name}", phase.metrics) for phase in summary.phases if phase.metrics]
