@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,20 +19,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from aiprod_ds.metrics.jsonl import MetricRow
 from aiprod_ds.metrics.metric_names import METRICS, find_metric
+from aiprod_ds.report.curves import Curve, Floats, smooth
 from aiprod_ds.report.summary import Picture
-
-Floats = npt.NDArray[np.float64]
 
 _LINE, _MARK, _BAND, _GRID, _TEXT = "#1f5fa8", "#c2410c", "#eef2f7", "#d5dbe3", "#5b6472"
 _PANEL_WIDTH, _PANEL_HEIGHT = 4.6, 2.7
 _LOG_FROM_RATIO = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Curve:
-    name: str
-    updates: Floats
-    values: Floats
+_MAX_SHADED = 60  # more phases are narrower than what tells them apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,24 +68,7 @@ def save_plots(rows: Sequence[MetricRow], folder: Path, *, phase_names: Sequence
     return tuple(pictures)
 
 
-def smooth(values: Floats, half_width: int) -> Floats:
-    """Returns the mean of the finite values up to `half_width` places before and after each; NaN where there
-    are none.
-
-    Centred, so that it does not lag; shorter at both ends. Example: 1, 4, 7 with half width 1 give 2.5, 4,
-    5.5.
-    """
-    is_finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(is_finite)])
-    places = np.arange(len(values))
-    first, last = np.maximum(places - half_width, 0), np.minimum(places + half_width + 1, len(values))
-    count = counts[last] - counts[first]
-    smoothed: Floats = np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
-    return smoothed
-
-
-def _curves(rows: Sequence[MetricRow]) -> list[_Curve]:
+def _curves(rows: Sequence[MetricRow]) -> list[Curve]:
     """Returns one curve per metric, in the order of the table, with terms of open groups after the listed
     ones."""
     names = {name for _, metrics in rows for name in metrics}
@@ -103,7 +78,7 @@ def _curves(rows: Sequence[MetricRow]) -> list[_Curve]:
         points = [(update, metrics[name]) for update, metrics in rows if name in metrics]
         updates, values = np.array(points, dtype=np.float64).T
         if name != "gradient/loss_scale" or (values != 1).any():
-            curves.append(_Curve(name=name, updates=updates, values=values))
+            curves.append(Curve(name=name, updates=updates, values=values))
     return curves
 
 
@@ -118,7 +93,7 @@ def _spans(rows: Sequence[MetricRow], phase_names: Sequence[str]) -> list[_Span]
     ]
 
 
-def _save_panels(curves: Sequence[_Curve], spans: Sequence[_Span], path: Path) -> None:
+def _save_panels(curves: Sequence[Curve], spans: Sequence[_Span], path: Path) -> None:
     columns = min(len(curves), 2 if len(curves) in {2, 4} else 3)
     rows = -(-len(curves) // columns)
     width = _PANEL_WIDTH * columns if columns > 1 else 1.6 * _PANEL_WIDTH
@@ -132,7 +107,7 @@ def _save_panels(curves: Sequence[_Curve], spans: Sequence[_Span], path: Path) -
     figure.savefig(path)
 
 
-def _draw(axes: Axes, curve: _Curve, spans: Sequence[_Span]) -> None:
+def _draw(axes: Axes, curve: Curve, spans: Sequence[_Span]) -> None:
     metric = find_metric(curve.name)
     unit, values = ("GiB", curve.values / 2**30) if metric.unit == "B" else (metric.unit, curve.values)
     if curve.name.startswith("evaluation/"):
@@ -205,6 +180,8 @@ def _dress(axes: Axes, title: str, *, has_phase_names: bool) -> None:
 
 
 def _shade(axes: Axes, spans: Sequence[_Span]) -> None:
+    if len(spans) > _MAX_SHADED:
+        return
     style: dict[str, Any] = {"fontsize": 7.5, "color": _TEXT, "ha": "center", "va": "bottom"}
     for index, span in enumerate(spans):
         if index % 2 == 0:

@@ -23,8 +23,9 @@ from aiprod_ds.media.pictures import save_comparison, save_comparison_video, to_
 from aiprod_ds.media.sounds import save_spectrograms, save_wav
 from aiprod_ds.metrics.jsonl import MetricRow
 from aiprod_ds.report.console import print_summary
+from aiprod_ds.report.curves import smooth
 from aiprod_ds.report.environment import describe_environment
-from aiprod_ds.report.plots import save_plots, smooth
+from aiprod_ds.report.plots import save_plots
 from aiprod_ds.report.run_report import write_report
 from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStatus, RunSummary
 
