@@ -1,13 +1,14 @@
-"""The one table of metrics: name, unit, meaning and how ranks are put together.
+"""The one table of metrics: name, unit, digits, meaning, which way is good, and how ranks are put together.
 
-The recorder, the console, the plots and the reference in the documentation all read it. A metric that is not
-here is refused, except `loss/<term>` and `evaluation/<measure>`, which trainers with their own losses and
-measures may add.
+The recorder, the console, the plots, the report, the check of `keep_best` and the reference in the
+documentation all read it. A metric that is not here is refused, except `loss/<term>` and
+`evaluation/<measure>`, which trainers with their own losses and measures may add.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -19,6 +20,15 @@ class Reduction(Enum):
     SAME = "same on all ranks"
 
 
+class Better(Enum):
+    """Which values of a metric are good."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+    NEAR_ONE = "near one"
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """One row of the table.
@@ -28,7 +38,9 @@ class Metric:
         unit: Unit of the value; `1` for a plain number.
         meaning: One sentence for the documentation.
         reduction: How ranks are put together.
-        label: Short form for the progress line and the plots.
+        label: Short form for the progress line, the plots and the report.
+        digits: Behind the point, where a value is printed to be read.
+        better: Which way is good; what a judgement of a run rests on.
     """
 
     name: str
@@ -36,6 +48,8 @@ class Metric:
     meaning: str
     reduction: Reduction
     label: str
+    digits: int = 4
+    better: Better = Better.UNKNOWN
 
 
 def _metric(name: str, unit: str, reduction: Reduction, label: str, meaning: str) -> Metric:
@@ -155,46 +169,134 @@ METRICS: tuple[Metric, ...] = (
         "skipped",
         "Updates computed but not applied (fp16 overflow).",
     ),
-    _metric(
-        "evaluation/psnr_db",
-        "dB",
-        _SAME,
-        "PSNR",
-        "Peak signal-to-noise ratio on held-out clips, peak 1 on [0, 1].",
-    ),
-    _metric("evaluation/ssim", "1", _SAME, "SSIM", "Structural similarity on held-out clips."),
-    _metric(
-        "evaluation/mel_distance",
-        "1",
-        _SAME,
-        "mel distance",
-        "Distance of mel bands on held-out sounds, as DAC measures it.",
-    ),
-    _metric(
-        "evaluation/stft_distance",
-        "1",
-        _SAME,
-        "STFT distance",
-        "Distance of STFTs on held-out sounds, as DAC measures it.",
-    ),
-    _metric(
-        "evaluation/si_sdr_db",
-        "dB",
-        _SAME,
-        "SI-SDR",
-        "Scale-invariant signal-to-distortion ratio on held-out sounds.",
-    ),
-    _metric(
-        "evaluation/log_mel_l1",
-        "1",
-        _SAME,
-        "log-mel error",
-        "Mean error of log-mel spectrograms (mel models).",
+    *(
+        Metric(
+            name=f"evaluation/{name}",
+            unit=unit,
+            meaning=meaning,
+            reduction=_SAME,
+            label=label,
+            digits=digits,
+            better=better,
+        )
+        # In the order of importance: the first that a run has is its headline.
+        for name, unit, digits, better, label, meaning in (
+            (
+                "loss",
+                "1",
+                4,
+                Better.LOWER,
+                "loss",
+                "Weighted sum of the losses of all modalities on held-out clips, at fixed noise levels.",
+            ),
+            (
+                "video_loss",
+                "1",
+                4,
+                Better.LOWER,
+                "video loss",
+                "Loss of video latents on held-out clips, mean over fixed noise levels.",
+            ),
+            (
+                "audio_loss",
+                "1",
+                4,
+                Better.LOWER,
+                "audio loss",
+                "Loss of audio latents on held-out clips, mean over fixed noise levels.",
+            ),
+            (
+                "psnr_db",
+                "dB",
+                2,
+                Better.HIGHER,
+                "PSNR",
+                "Peak signal-to-noise ratio on held-out clips, peak 1 on [0, 1].",
+            ),
+            ("ssim", "1", 4, Better.HIGHER, "SSIM", "Structural similarity on held-out clips."),
+            (
+                "lpips_vgg",
+                "1",
+                4,
+                Better.LOWER,
+                "LPIPS",
+                "Distance of VGG16 features of the frames of held-out clips, with learned weights.",
+            ),
+            (
+                "rfvd",
+                "1",
+                1,
+                Better.LOWER,
+                "rFVD",
+                "Fréchet distance of the features of held-out clips and their reconstructions.",
+            ),
+            (
+                "flicker_error",
+                "1",
+                4,
+                Better.LOWER,
+                "flicker error",
+                "Mean error of the change from frame to frame on held-out clips, on [0, 1].",
+            ),
+            (
+                "flicker_ratio",
+                "1",
+                3,
+                Better.NEAR_ONE,
+                "flicker ratio",
+                "Change from frame to frame of reconstructions over that of originals.",
+            ),
+            (
+                "mel_distance",
+                "1",
+                3,
+                Better.LOWER,
+                "mel distance",
+                "Distance of mel bands on held-out sounds, as DAC measures it.",
+            ),
+            (
+                "stft_distance",
+                "1",
+                3,
+                Better.LOWER,
+                "STFT distance",
+                "Distance of STFTs on held-out sounds, as DAC measures it.",
+            ),
+            (
+                "si_sdr_db",
+                "dB",
+                2,
+                Better.HIGHER,
+                "SI-SDR",
+                "Scale-invariant signal-to-distortion ratio on held-out sounds.",
+            ),
+            (
+                "visqol",
+                "1",
+                2,
+                Better.HIGHER,
+                "ViSQOL",
+                "Predicted opinion score of held-out sounds, 1 to about 4.7.",
+            ),
+            (
+                "log_mel_l1",
+                "1",
+                3,
+                Better.LOWER,
+                "log-mel error",
+                "Mean error of log-mel spectrograms (mel models).",
+            ),
+        )
     ),
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
 _OPEN_GROUPS = {"loss": _MEAN, "evaluation": _SAME}
+# Of measures that a trainer of one's own adds.
+_WAYS = (
+    (re.compile(r"loss|distance|error|_l1|_l2|_mse|fvd|fad|fid|lpips"), Better.LOWER),
+    (re.compile(r"psnr|ssim|sdr|accuracy|score|visqol|pesq|stoi"), Better.HIGHER),
+)
 
 
 def find_metric(name: str) -> Metric:
@@ -207,14 +309,31 @@ def find_metric(name: str) -> Metric:
         return _BY_NAME[name]
     group, _, term = name.partition("/")
     if group in _OPEN_GROUPS and term:
-        return _metric(
-            name, "1", _OPEN_GROUPS[group], term.replace("_", " "), "Added by the trainer of this run."
-        )
+        unit, label = "dB" if term.endswith("_db") else "1", term.replace("_", " ")
+        added = _metric(name, unit, _OPEN_GROUPS[group], label, "Added by the trainer of this run.")
+        ways = (way for pattern, way in _WAYS if pattern.search(term))
+        return replace(added, better=next(ways, Better.UNKNOWN))
     raise ValueError(
         "metrics: a name must stand in aiprod_ds.metrics.metric_names or be loss/<term> or "
         f"evaluation/<measure>, got {name!r}. "
         "Add a row."
     )
+
+
+def find_measure(name: str) -> Metric:
+    """Returns the row of a held-out measure, named without `evaluation/`."""
+    return find_metric(f"evaluation/{name}")
+
+
+def is_listed(name: str) -> bool:
+    """Returns whether a held-out measure has a row of its own in the table."""
+    return f"evaluation/{name}" in _BY_NAME
+
+
+def measure_order(name: str) -> tuple[int, str]:
+    """Sorts held-out measures: those of the table first, in its order, then others by name."""
+    names = list(_BY_NAME)
+    return (names.index(f"evaluation/{name}") if is_listed(name) else len(names), name)
 
 
 def table_markdown() -> str:

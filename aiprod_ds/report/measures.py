@@ -1,28 +1,20 @@
 """Held-out measures as people read them, and whether a run got better or worse by them.
 
-Owns which way of a measure is the good one. `report.md`, `report.html` and the console say the same sentence,
-because all of them ask here.
+Owns the judgement; label, unit, digits and which way is good stand in `aiprod_ds.metrics.metric_names`.
+`report.md`, `report.html` and the console say the same sentence, because all of them ask here.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from aiprod_ds.metrics.metric_names import Better, find_measure, measure_order
+
 _BEFORE, _AFTER = "_before", "_after"
 _MAX_NAMED = 3
-
-
-class Better(Enum):
-    """Which values of a measure are good."""
-
-    HIGHER = "higher"
-    LOWER = "lower"
-    NEAR_ONE = "near one"
-    UNKNOWN = "unknown"
 
 
 class Outcome(str, Enum):
@@ -32,16 +24,6 @@ class Outcome(str, Enum):
     MIXED = "mixed"
     SAME = "same"
     WORSE = "worse"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
-    """How one measure is written and read."""
-
-    label: str
-    unit: str = ""
-    digits: int = 4
-    better: Better = Better.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,67 +49,25 @@ class Change:
     is_better: bool | None
 
 
-# In the order of importance: the first one that a run has is its headline.
-MEASURES = {
-    "loss": Measure(label="loss", better=Better.LOWER),
-    "video_loss": Measure(label="video loss", better=Better.LOWER),
-    "audio_loss": Measure(label="audio loss", better=Better.LOWER),
-    "psnr_db": Measure(label="PSNR", unit="dB", digits=2, better=Better.HIGHER),
-    "ssim": Measure(label="SSIM", better=Better.HIGHER),
-    "lpips": Measure(label="LPIPS", better=Better.LOWER),
-    "lpips_vgg": Measure(label="LPIPS", better=Better.LOWER),
-    "rfvd": Measure(label="rFVD", digits=1, better=Better.LOWER),
-    "l1": Measure(label="L1", better=Better.LOWER),
-    "flicker_ratio": Measure(label="flicker ratio", digits=3, better=Better.NEAR_ONE),
-    "mel_distance": Measure(label="mel distance", digits=3, better=Better.LOWER),
-    "stft_distance": Measure(label="STFT distance", digits=3, better=Better.LOWER),
-    "si_sdr_db": Measure(label="SI-SDR", unit="dB", digits=2, better=Better.HIGHER),
-    "log_mel_l1": Measure(label="log-mel error", digits=3, better=Better.LOWER),
-    "visqol": Measure(label="ViSQOL", digits=2, better=Better.HIGHER),
-    "clip_score": Measure(label="CLIP score", digits=2, better=Better.HIGHER),
-}
-# Of measures that a trainer of one's own adds.
-_BY_NAME = (
-    (re.compile(r"loss|distance|error|_l1|_l2|_mse|fvd|fad|fid|lpips"), Better.LOWER),
-    (re.compile(r"psnr|ssim|sdr|accuracy|score|visqol|pesq|stoi"), Better.HIGHER),
-)
-
-
-def measure_of(name: str) -> Measure:
-    """Returns how to write a measure; one that is not listed gets its name in words and four digits."""
-    if name in MEASURES:
-        return MEASURES[name]
-    better = next((way for pattern, way in _BY_NAME if pattern.search(name)), Better.UNKNOWN)
-    return Measure(label=name.replace("_", " "), unit="dB" if name.endswith("_db") else "", better=better)
-
-
-def measure_order(name: str) -> tuple[int, str]:
-    """Sorts measures: the listed ones first, in the order of the list."""
-    known = list(MEASURES)
-    return (known.index(name) if name in known else len(known), name)
-
-
 def label_of(name: str) -> str:
     """Returns the measure's short name."""
-    return measure_of(name).label
+    return find_measure(name).label
 
 
 def value_text(name: str, value: float) -> str:
     """Returns the value with its unit."""
-    measure = measure_of(name)
-    return f"{value:.{measure.digits}f} {measure.unit}".rstrip()
+    return f"{value:.{find_measure(name).digits}f} {_unit(name)}".rstrip()
 
 
 def difference_text(name: str, before: float, after: float) -> str:
     """Returns the signed change with its unit."""
-    measure = measure_of(name)
-    return f"{after - before:+.{measure.digits}f} {measure.unit}".rstrip()
+    return f"{after - before:+.{find_measure(name).digits}f} {_unit(name)}".rstrip()
 
 
 def change_text(name: str, before: float, after: float) -> str:
     """Returns both values and the change: `11.31 → 23.71 dB (+12.40 dB)`."""
-    measure = measure_of(name)
-    values = f"{before:.{measure.digits}f} → {after:.{measure.digits}f} {measure.unit}".rstrip()
+    digits = find_measure(name).digits
+    values = f"{before:.{digits}f} → {after:.{digits}f} {_unit(name)}".rstrip()
     return f"{values} ({difference_text(name, before, after)})"
 
 
@@ -167,7 +107,7 @@ def is_better(name: str, before: float, after: float) -> bool | None:
     """
     if math.isnan(before) or math.isnan(after):
         return None if math.isnan(before) and math.isnan(after) else math.isnan(before)
-    measure = measure_of(name)
+    measure = find_measure(name)
     if measure.better is Better.UNKNOWN or f"{before:.{measure.digits}f}" == f"{after:.{measure.digits}f}":
         return None
     if measure.better is Better.NEAR_ONE:
@@ -210,6 +150,11 @@ def verdict_of(
     if better:
         return Verdict(outcome=Outcome.BETTER, sentence="Better than before training.")
     return Verdict(outcome=Outcome.SAME, sentence="No better and no worse than before training.")
+
+
+def _unit(name: str) -> str:
+    unit = find_measure(name).unit
+    return "" if unit == "1" else unit
 
 
 def _change(name: str, before: float, after: float) -> Change:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from aiprod_ds.metrics.metric_names import is_listed, measure_order
 from aiprod_ds.report.measures import (
-    MEASURES,
     Outcome,
     change_text,
     changes_of,
     label_of,
-    measure_order,
     measure_rows,
     value_text,
     verdict_of,
@@ -86,7 +85,9 @@ def _measures_table(metrics: Mapping[str, float]) -> str:
 
 def _phases(summary: RunSummary) -> str:
     measured = {name for phase in summary.phases for name in phase.metrics}
-    extra = sorted(measured & set(MEASURES) or measured, key=measure_order)  # the table above has all of them
+    extra = sorted(
+        set(filter(is_listed, measured)) or measured, key=measure_order
+    )  # the table above has all of them
     unit = "frames" if any(phase.resolution for phase in summary.phases) else "samples"
     header = (
         "phase",

@@ -66,11 +66,13 @@ def test_each_measure_knows_its_good_way(
             "Worse than before training: PSNR is no longer a number.",
         ),
         (
-            {"psnr_db": 11.0, "l1": 1.0, "lpips": 1.0, "ssim": 1.0, "my_loss": 1.0},
-            {"psnr_db": 10.0, "l1": 2.0, "lpips": 2.0, "ssim": 0.5, "my_loss": 2.0},
+            {"psnr_db": 11.0, "flicker_error": 1.0, "lpips_vgg": 1.0, "ssim": 1.0, "my_loss": 1.0},
+            {"psnr_db": 10.0, "flicker_error": 2.0, "lpips_vgg": 2.0, "ssim": 0.5, "my_loss": 2.0},
             Outcome.WORSE,
-            "Worse than before training: PSNR 11.00 → 10.00 dB (-1.00 dB); worse too: SSIM, LPIPS, L1 "
-            "and 1 more.",
+            (
+                "Worse than before training: PSNR 11.00 → 10.00 dB (-1.00 dB); worse too: SSIM, LPIPS, "
+                "flicker error and 1 more."
+            ),
         ),
     ],
 )
