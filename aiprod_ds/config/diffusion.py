@@ -85,6 +85,10 @@ class DiffusionTrainerConfig(RunConfig):
         """Returns every `*_weight` of the loss section."""
         return self.loss.weights()
 
+    def has_previews(self) -> bool:
+        """Returns whether evaluations sample clips."""
+        return self.evaluation.num_pictures > 0
+
     def random_flip(self) -> bool:
         """Returns False: latents are not mirrored."""
         return False

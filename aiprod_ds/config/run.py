@@ -78,7 +78,8 @@ class PerformanceConfig(StrictModel):
 
 
 class KeepBestConfig(StrictModel):
-    """Keeps the checkpoints of the phase ends with the best held-out measure, beside the last ones."""
+    """Keeps the checkpoints with the best held-out measure, beside the last ones. An evaluation inside a
+    phase that finds a new best is followed by a save, so that the best is never lost."""
 
     metric: str = Field(min_length=1)
     """A held-out measure, as `aiprod-ds eval` prints it: `psnr_db`, `mel_distance`, `loss`, ..."""
@@ -131,13 +132,21 @@ class CheckpointConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """How held-out clips are measured: always in the shape of the last phase, so that figures compare across
-    phases."""
+    """How held-out clips are measured: before training, at the end of every phase and where an interval says
+    so; always in the shape of the last phase, so that figures compare across phases."""
 
+    every_updates: PositiveInt | None = None
+    """Updates between two evaluations inside phases, counted over the whole run. null: none by updates."""
+    every_samples: PositiveInt | None = None
+    """Training clips between two evaluations inside phases, for phases whose batches differ. null: none by
+    samples."""
     max_clips: PositiveInt = 16
     """Held-out clips that are measured: the first that are long enough."""
     num_pictures: NonNegativeInt = 4
     """Clips shown as pictures, of those that are measured."""
+    keep_media: PositiveInt = 16
+    """Evaluations inside phases whose pictures, films and sounds are kept, evenly spread over the run; of the
+    others the measures stay."""
 
 
 class WandbConfig(StrictModel):
@@ -145,10 +154,16 @@ class WandbConfig(StrictModel):
 
     mode: Literal["online", "offline", "off"] = "off"
     """`offline` writes into the run folder only; `online` needs an API key."""
+    entity: str | None = None
+    """The user or team that the run belongs to. null: the default of the API key."""
     project: str = "aiprod_ds"
     """The project's name at the service."""
+    group: str | None = None
+    """Runs of one group are shown together."""
     name: str | None = None
     """The run's name at the service. null: the name of the run folder."""
+    notes: str | None = None
+    """What is written beside the run at the service."""
     tags: tuple[str, ...] = Field(default=(), strict=False)
     """Tags of the run at the service."""
 
@@ -160,9 +175,10 @@ class ReportConfig(StrictModel):
     """Updates between two readings of the metrics from the device; then they are reduced over ranks and
     written."""
     tensorboard: bool = False
-    """Mirrors the metrics into `tensorboard/` of the run folder; needs the extra `tensorboard`."""
+    """Mirrors metrics, pictures, films and sounds into `tensorboard/` of the run folder; needs the extra
+    `tensorboard`."""
     wandb: WandbConfig = WandbConfig()
-    """Mirrors the metrics to Weights & Biases."""
+    """Mirrors metrics, pictures, films and sounds to Weights & Biases."""
 
 
 class RunConfig(StrictModel):
@@ -251,6 +267,14 @@ class RunConfig(StrictModel):
 
     def phase_adapters(self, phase: PhaseConfig) -> LoraConfig | None:  # noqa: ARG002  a diffusion run reads it
         """Returns the adapters that `phase` trains; None if it trains the weights themselves."""
+        return None
+
+    def has_previews(self) -> bool:
+        """Returns whether evaluations may sample clips."""
+        return False
+
+    def preview_updates(self) -> int | None:
+        """Returns the updates between two previews inside phases; None if there are none."""
         return None
 
     @abstractmethod

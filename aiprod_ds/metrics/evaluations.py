@@ -74,6 +74,7 @@ class EvaluationRecord:
         metrics: Measure -> value, without the `evaluation/` prefix; only what was measured.
         is_average: Whether the average of the weights was evaluated (EMA).
         clips: Names of the files that were measured, in order.
+        thinned: How many media it had that were deleted, because the run keeps those of some evaluations.
     """
 
     update: int
@@ -88,6 +89,7 @@ class EvaluationRecord:
     clips: tuple[str, ...] = ()
     not_judged: tuple[NotJudged, ...] = ()
     media: tuple[Medium, ...] = field(default=())
+    thinned: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record ready for JSON; a value that is not finite becomes null."""

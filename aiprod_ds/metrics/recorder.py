@@ -90,7 +90,8 @@ class MetricsRecorder:
             folder: The run folder.
         """
         row = {f"evaluation/{name}": float(value) for name, value in record.metrics.items()}
-        self._send([(record.update, row)])
+        if row:  # an evaluation may have something to show alone
+            self._send([(record.update, row)])
         for sink in self._sinks:
             sink.log_evaluation(record, folder)
 

@@ -3,9 +3,10 @@ boundary of an update.
 
 Owns the signals, the files and the agreement (`SignalWatch`, `Interrupts`); the loop acts.
 
-    SIGTERM, SIGUSR1 to any rank     save and leave
-    a file SAVE in the run folder    save and go on
-    a file STOP in the run folder    save and leave
+    SIGTERM, SIGUSR1 to any rank         save and leave
+    a file EVALUATE in the run folder    evaluate and go on
+    a file SAVE in the run folder        save and go on
+    a file STOP in the run folder        save and leave
 
 A vote is cast at one boundary and read at the next, so that no update waits for it. Where updates take a
 second or longer, a wait costs nothing beside them and a request must not take two of them: the vote is read
@@ -44,8 +45,9 @@ class Interrupt(IntEnum):
     """What was asked; of several the greatest counts."""
 
     NONE = 0
-    SAVE = 1
-    STOP = 2
+    EVALUATE = 1
+    SAVE = 2
+    STOP = 3
 
 
 class Interrupts:
@@ -95,8 +97,14 @@ class Interrupts:
                 found = self._read()
         return found
 
+    def is_stop_agreed(self) -> bool:
+        """Returns whether all ranks are to stop, for work that takes longer than an update; what else is
+        asked is left for the next boundary. Collective."""
+        return self.agreed(at_once=True) is Interrupt.STOP
+
     def done(self, request: Interrupt) -> None:
-        """Takes away the files that asked for `request` or less, once it has been acted on. Collective.
+        """Takes away the file that asked for `request`, once it has been acted on; STOP has saved, but not
+        evaluated. Collective.
 
         Raises:
             CheckpointError: If a file cannot be removed.
@@ -106,9 +114,8 @@ class Interrupts:
 
     def _remove(self, done: Interrupt) -> None:
         with explained(self._folder):
-            for request in (Interrupt.SAVE, Interrupt.STOP):
-                if request <= done:
-                    (self._folder / request.name).unlink(missing_ok=True)
+            for request in (done, Interrupt.SAVE) if done is Interrupt.STOP else (done,):
+                (self._folder / request.name).unlink(missing_ok=True)
 
     def _cast(self) -> None:
         now = self._now()

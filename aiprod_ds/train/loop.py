@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +25,13 @@ from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import UpdateResult
-from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium
+from aiprod_ds.metrics.evaluations import Reason
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
-from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.environment import device_peak_bytes, rss_bytes
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
+from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupt, Interrupts
 from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.phase_change import Entered, RunParts, change_phase, enter_phase
@@ -40,7 +39,7 @@ from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.stages import ENDS, Change, Event, Saved, Stage, Staging, after_change, next_stage
 from aiprod_ds.train.state import TrainState
-from aiprod_ds.train.unit import Evaluation
+from aiprod_ds.train.unit import Evaluation, Part
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +52,7 @@ class TrainingLoop:
         parts: Configuration, plan and unit, which no update changes.
         state: What is trained; a change of phase may fill it anew.
         saver: Saves it, possibly beside training.
+        evaluator: Measures it and makes what shows it.
         interrupts: What is asked of the run from outside.
         overflows: Judges updates with non-finite gradients.
         layout: How the state is spread over ranks, for checkpoints.
@@ -65,7 +65,7 @@ class TrainingLoop:
     scheduler: CurriculumScheduler
     recorder: MetricsRecorder
     stopwatch: Stopwatch
-    folder: Path
+    evaluator: Evaluator
     saver: Saver
     interrupts: Interrupts
     overflows: OverflowWatch
@@ -106,22 +106,19 @@ class TrainingLoop:
 
     def _do(self, stage: Stage) -> Event:
         """Does what `stage` stands for and returns how it ended."""
-        if stage is Stage.MEASURE_START:
-            if not self.history.before:
-                self.history.before = dict(self._evaluate("before training", "before").metrics)
-            return Event.DONE
         if stage is Stage.TRAIN:
             return self._train()
         if stage is Stage.CHANGE_PHASE:
             with self.stopwatch.during(Activity.TRANSITION):
                 self._change_phase()
             return Event.DONE
-        self._measure_phase(self.plan.phases[self.clock.phase])
+        is_measured = self._measure_start() if stage is Stage.MEASURE_START else self._measure_phase()
+        if not is_measured or stage is Stage.MEASURE_PHASE:
+            return Event.STOP if self._must_stop(at_once=True) else Event.DONE
         if stage is Stage.MEASURE_LAST:
             self._save()
             self._finish_save()
-            return Event.DONE
-        return Event.STOP if self._must_stop(at_once=True) else Event.DONE
+        return Event.DONE
 
     def _train(self) -> Event:
         decision = self.scheduler.decision(self.clock)
@@ -154,7 +151,8 @@ class TrainingLoop:
 
     def _updates(self, entered: Entered, began: float, decision: Decision) -> Decision:
         phase, before, staging = entered.phase, self.clock.updates, Staging.DUE
-        must_stop = self._must_stop(at_once=True)  # asked for while the run started or the phase changed
+        # Asked for while the run started or the phase changed; or due where a resumed run was stopped.
+        must_stop = self._between_updates(at_once=True)
         while decision.action is Action.STAY and not must_stop:
             loss = self._update(entered)
             if staging is Staging.DUE and self.clock.updates > before:
@@ -166,12 +164,7 @@ class TrainingLoop:
             self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began
             if self.clock.updates % self.config.report.flush_updates == 0:
                 self.recorder.flush(dist.reduce_mean)
-            if (
-                self.clock.updates % self.config.checkpoint.every_updates == 0
-                and decision.action is Action.STAY
-            ):
-                self._save()
-            must_stop = decision.action is Action.STAY and self._must_stop()
+            must_stop = decision.action is Action.STAY and self._between_updates()
         self._phase_left_at = time.perf_counter()
         return decision
 
@@ -294,50 +287,69 @@ class TrainingLoop:
         )
         self.clock = self._entered.clock
 
-    def _measure_phase(self, phase: PhasePlan) -> None:
+    def _measure_start(self) -> bool:
+        """Returns False if the run is to stop before the evaluation has ended."""
+        if not self.history.before:
+            found = self._evaluate(self.evaluator.every_part, "before")
+            if found is None:
+                return False
+            self.history.before = dict(found.metrics)
+        return True
+
+    def _measure_phase(self) -> bool:
+        """Returns False if the run is to stop before the evaluation has ended."""
+        phase = self.plan.phases[self.clock.phase]
         self.recorder.flush(dist.reduce_mean)
         if phase.name not in self.history.phase_metrics:
-            found = self._evaluate(f"after phase {phase.name}", f"phase_{phase.index + 1}_{phase.name}")
+            found = self._evaluate(self.evaluator.every_part, "phase_end")
+            if found is None:
+                return False
             self.history.phase_metrics[phase.name] = dict(found.metrics)
-            self._saved = after_change(self._saved, Change.MEASURED)
+            self.evaluator.is_best()  # the end of a phase is saved in any case
+            self.interrupts.done(Interrupt.EVALUATE)
+        return True
 
-    def _evaluate(self, title: str, picture: str) -> Evaluation:
-        began, media, phase = time.perf_counter(), [], self.plan.phases[self.clock.phase]
-        with self.stopwatch.during(Activity.EVALUATION):
-            self.state.engine.eval()
-            with evaluated_weights(self.state.ema):
-                found = self.parts.unit.evaluate(self.state.engine)
-            self.state.engine.train()
-            if dist.is_main():
-                if found.examples is not None:
-                    samples, caption = self.folder / "samples", f"{title}: {found.headline}"
-                    samples.mkdir(parents=True, exist_ok=True)
-                    found.examples.save(samples, picture, title=caption)
-                    path = f"samples/{picture}.png"
-                    media.append(Medium(path=path, kind="picture", role="sheet", caption=caption))
-                record = EvaluationRecord(
-                    update=self.clock.updates,
-                    samples=self.clock.samples,
-                    phase=phase.name,
-                    phase_index=phase.index,
-                    reason="before" if picture == "before" else "phase_end",
-                    seconds=time.perf_counter() - began,
-                    metrics=found.metrics,
-                    headline=found.headline,
-                    is_average=self.state.ema is not None,
-                    media=tuple(media),
-                )
-                self.recorder.log_evaluation(record, self.folder)
+    def _evaluate(self, parts: Part, reason: Reason) -> Evaluation | None:
+        """Returns None if the run is to stop before the evaluation has ended."""
+        found = self.evaluator.make(parts, reason, state=self.state, clock=self.clock)
+        if found is not None:
+            self._saved = after_change(self._saved, Change.MEASURED)
         return found
 
-    def _must_stop(self, *, at_once: bool = False) -> bool:
+    def _evaluate_inside(self, parts: Part, reason: Reason) -> bool:
+        """Evaluates, saves what is the best so far, and returns whether that came to its end."""
+        if parts is Part.NONE:
+            return True
+        found = self._evaluate(parts, reason)
+        if found is not None and found.metrics and self.evaluator.is_best():
+            self._save()
+        return found is not None
+
+    def _between_updates(self, *, at_once: bool = False) -> bool:
+        """Evaluates and saves where it is time for that, does what is asked, and returns whether the run is
+        to end."""
+        due = self.evaluator.due(self.clock)
+        self._evaluate_inside(due, "interval")
+        # After the evaluation, whose measures belong to the checkpoint.
+        if self.clock.updates and self.clock.updates % self.config.checkpoint.every_updates == 0:
+            self._save()
+        # An evaluation may last longer than the sender of a signal waits.
+        return self._must_stop(at_once=at_once or due is not Part.NONE, may_evaluate=True)
+
+    def _must_stop(self, *, at_once: bool = False, may_evaluate: bool = False) -> bool:
         """Does what is asked of the run between two updates and returns whether it is to end."""
         interrupt = self.interrupts.agreed(at_once=at_once)
         with self.stopwatch.during(Activity.CHECKPOINT):
             self.saver.advance(self.interrupts.finished_by_all)
-        if interrupt is not Interrupt.NONE:
+        if interrupt is Interrupt.EVALUATE:
+            if not may_evaluate:  # the end of the phase, or its beginning, is near enough
+                return False
+            if not self._evaluate_inside(self.evaluator.missing(self.clock), "asked"):
+                return self._must_stop(at_once=True)
+        elif interrupt is not Interrupt.NONE:
             self._save()
             self._finish_save()
+        if interrupt is not Interrupt.NONE:
             self.interrupts.done(interrupt)
             _LOG.warning("request_done name=%s update=%d", interrupt.name, self.clock.updates)
         return interrupt is Interrupt.STOP

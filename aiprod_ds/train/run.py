@@ -28,7 +28,9 @@ from aiprod_ds.metrics.stopwatch import Stopwatch
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.console import print_summary
 from aiprod_ds.report.summary import RunStatus, RunSummary
+from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupts, SignalWatch
+from aiprod_ds.train.kept_media import drop_later_evaluations
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.performance import choose_performance
@@ -44,7 +46,7 @@ from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.resume.shared_folder import require_shared
 from aiprod_ds.train.run_folder import open_sinks, prepare_folder
 from aiprod_ds.train.state import TrainState, new_clip, new_ema
-from aiprod_ds.train.unit import Unit
+from aiprod_ds.train.unit import EvaluationRequest, Part, Unit
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,7 +134,8 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> dict[str, float]:
         read_engine(checkpoint.engine_folder, engine, ema, origin=start_in_words(facts.config))
         engine.eval()
         with evaluated_weights(ema), facts.parts.performance.active(facts.plan):
-            return dict(facts.unit.evaluate(engine).metrics)
+            request = EvaluationRequest(parts=Part.MEASURES)
+            return dict(facts.unit.evaluate(engine, request).metrics)
     finally:
         engine.close()
 
@@ -245,20 +248,36 @@ def _new_loop(
     console: Console,
 ) -> TrainingLoop:
     config, plan, clock, history = facts.config, facts.plan, standing.clock, standing.history
-    # A stop at the edge of a phase saves before the phase is evaluated.
-    evaluates_again = clock.phase_updates > 0 and plan.phases[clock.phase].name not in history.phase_metrics
+    # A stop saves before an evaluation of the same update that it has cut short or left out.
+    is_measured = history.measured.get("updates") == clock.updates
+    phase_is_measured = plan.phases[clock.phase].name in history.phase_metrics
+    evaluates_again = clock.phase_updates > 0 and not is_measured and not phase_is_measured
     resumed = {"is_resumed": standing.is_resumed, "evaluates_again": evaluates_again}
+    if dist.is_main():
+        drop_later_evaluations(facts.folder, count=history.evaluations)
     sinks = open_sinks(config, plan, console, clock, **resumed) if dist.is_main() else ()
-    engine = state.engine
+    engine, stopwatch = state.engine, Stopwatch()
+    recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
+    interrupts = Interrupts(watch, facts.folder, finished=lambda: saver.finished)
+    evaluator = Evaluator(
+        config=config,
+        plan=plan,
+        unit=facts.unit,
+        folder=facts.folder,
+        recorder=recorder,
+        stopwatch=stopwatch,
+        interrupts=interrupts,
+        history=history,
+    )
     return TrainingLoop(
         parts=facts.parts,
         state=state,
         scheduler=standing.scheduler,
-        recorder=MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks),
-        stopwatch=Stopwatch(),
-        folder=facts.folder,
+        recorder=recorder,
+        stopwatch=stopwatch,
+        evaluator=evaluator,
         saver=saver,
-        interrupts=Interrupts(watch, facts.folder, finished=lambda: saver.finished),
+        interrupts=interrupts,
         overflows=OverflowWatch(lowest_scale=_lowest_scale(facts.parts.resolved.settings)),
         layout=facts.layout,
         clock=clock,

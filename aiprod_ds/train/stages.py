@@ -37,6 +37,7 @@ class Event(Enum):
 
 _NEXT: Mapping[tuple[Stage, Event], Stage] = {
     (Stage.MEASURE_START, Event.DONE): Stage.TRAIN,
+    (Stage.MEASURE_START, Event.STOP): Stage.INTERRUPTED,
     (Stage.TRAIN, Event.PHASE_ENDED): Stage.MEASURE_PHASE,
     (Stage.TRAIN, Event.LAST_PHASE_ENDED): Stage.MEASURE_LAST,
     (Stage.TRAIN, Event.STOP): Stage.INTERRUPTED,
@@ -44,6 +45,7 @@ _NEXT: Mapping[tuple[Stage, Event], Stage] = {
     (Stage.MEASURE_PHASE, Event.STOP): Stage.INTERRUPTED,
     (Stage.CHANGE_PHASE, Event.DONE): Stage.TRAIN,
     (Stage.MEASURE_LAST, Event.DONE): Stage.COMPLETED,
+    (Stage.MEASURE_LAST, Event.STOP): Stage.INTERRUPTED,
 }
 ENDS = frozenset({Stage.COMPLETED, Stage.INTERRUPTED})
 

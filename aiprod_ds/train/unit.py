@@ -3,8 +3,9 @@ checkpoints are shared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Flag
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from aiprod_ds.curriculum.phase import PhasePlan
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine, ParameterGroup
 from aiprod_ds.losses.terms import LossTerms
+from aiprod_ds.metrics.evaluations import Medium, NotJudged
 from aiprod_ds.report.summary import DataSummary
 
 
@@ -34,12 +36,44 @@ class Stream(Protocol):
         """Ends the workers. Idempotent."""
 
 
-class Examples(Protocol):
-    """A few held-out clips, as they are and through the model."""
+class Part(Flag):
+    """What an evaluation consists of; each has an interval of its own."""
 
-    def save(self, folder: Path, name: str, *, title: str) -> None:
-        """Writes `<name>.png` with `title` on top, and whatever else shows this kind of clip, into
-        `folder`."""
+    NONE = 0
+    MEASURES = 1
+    """Held-out clips through the model, and pictures, films or sounds of them."""
+    PREVIEWS = 2
+    """Clips sampled from prompts; only diffusion makes them."""
+    ALL = 3
+
+
+class EvaluationStoppedError(Exception):
+    """Leaves an evaluation that nobody waits for, on all ranks at the same place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """What is asked of a unit.
+
+    Attributes:
+        parts: What to make; a unit without previews is asked for none.
+        go_on: Called between two forwards, by every rank as often: raises `EvaluationStoppedError` on all of
+            them once the run is to stop. Collective.
+    """
+
+    parts: Part = Part.ALL
+    go_on: Callable[[], None] = lambda: None
+
+
+class Examples(Protocol):
+    """A few held-out clips, as they are and through the model, or clips that it has sampled."""
+
+    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
+        """Writes `<name>.png` with `title` on top, and whatever else shows this kind of clip, into `folder`.
+
+        Returns:
+            What was written, the sheet first; paths begin with the folder's own name.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +81,18 @@ class Evaluation:
     """Held-out measures, equal on all ranks, and a few clips to look at or to hear (main rank only).
 
     Attributes:
-        metrics: Measure -> value, without the `evaluation/` prefix.
+        metrics: Measure -> value, without the `evaluation/` prefix; empty where none were asked for.
         headline: The measure to print over the examples, in words.
         examples: Clips before and after the model; None where there is nothing to show.
+        clips: Names of the held-out clips that were measured, in order.
+        not_judged: Which of them some measure leaves out, and why.
     """
 
     metrics: Mapping[str, float]
     headline: str
     examples: Examples | None
+    clips: tuple[str, ...] = ()
+    not_judged: tuple[NotJudged, ...] = ()
 
 
 class Unit(Protocol):
@@ -84,8 +122,12 @@ class Unit(Protocol):
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Runs the module forward on one micro-batch and returns its loss."""
 
-    def evaluate(self, engine: Engine) -> Evaluation:
-        """Measures held-out clips. Collective; draws nothing from the training's random streams."""
+    def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
+        """Measures held-out clips. Collective; draws nothing from the training's random streams.
+
+        Raises:
+            EvaluationStoppedError: If `request.go_on` has raised it.
+        """
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for others, and what they need to know of its latents. Collective; the

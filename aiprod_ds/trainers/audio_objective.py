@@ -22,6 +22,7 @@ from aiprod_ds.losses import AudioVAELoss, LossTerms
 from aiprod_ds.losses.mel_vae import MelVAELoss
 from aiprod_ds.media.sounds import save_mels, save_spectrograms, save_wav
 from aiprod_ds.metrics.audio_quality import AudioQuality
+from aiprod_ds.metrics.evaluations import Medium
 from aiprod_ds.metrics.mel_quality import MelQuality
 from aiprod_ds.models.audio_vae import AudioVAE
 from aiprod_ds.models.mel_vae import MelVAE
@@ -51,8 +52,10 @@ class Objective(Protocol):
     def headline(self, metrics: Mapping[str, float]) -> str:
         """Returns the measures to print over examples."""
 
-    def examples(self, originals: Sequence[Tensor], outputs: Sequence[Tensor]) -> Examples:
-        """Returns what is shown of clips [1, ...]."""
+    def examples(
+        self, originals: Sequence[Tensor], outputs: Sequence[Tensor], *, sources: Sequence[str]
+    ) -> Examples:
+        """Returns what is shown of clips [1, ...], whose names are the first of `sources`."""
 
 
 def choose_objective(
@@ -127,9 +130,14 @@ class _WaveObjective:
         ratio = f"SI-SDR {metrics['si_sdr_db']:.1f} dB, " if "si_sdr_db" in metrics else ""
         return f"{ratio}mel distance {metrics['mel_distance']:.2f}"
 
-    def examples(self, originals: Sequence[Tensor], outputs: Sequence[Tensor]) -> Examples:
+    def examples(
+        self, originals: Sequence[Tensor], outputs: Sequence[Tensor], *, sources: Sequence[str]
+    ) -> Examples:
         return _WaveExamples(
-            original=torch.cat(list(originals)), output=torch.cat(list(outputs)), rate_hz=self.sample_rate_hz
+            original=torch.cat(list(originals)),
+            output=torch.cat(list(outputs)),
+            rate_hz=self.sample_rate_hz,
+            sources=tuple(sources),
         )
 
 
@@ -159,7 +167,10 @@ class _MelObjective:
     def headline(self, metrics: Mapping[str, float]) -> str:
         return f"log-mel error {metrics['log_mel_l1']:.3f}"
 
-    def examples(self, originals: Sequence[Tensor], outputs: Sequence[Tensor]) -> Examples:
+    def examples(
+        self, originals: Sequence[Tensor], outputs: Sequence[Tensor], *, sources: Sequence[str]
+    ) -> Examples:
+        del sources  # the one picture has all clips
         return _MelExamples(original=torch.cat(list(originals)), output=torch.cat(list(outputs)))
 
 
@@ -170,11 +181,13 @@ class _WaveExamples:
     original: Tensor
     output: Tensor
     rate_hz: int
+    sources: tuple[str, ...]
 
-    def save(self, folder: Path, name: str, *, title: str) -> None:
+    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
         save_spectrograms(
             self.original, self.output, folder / f"{name}.png", sample_rate_hz=self.rate_hz, title=title
         )
+        media = [_sheet(folder, name, title)]
         for prefix, waves_NCL in (("original", self.original), (name, self.output)):
             for number, wave_CL in enumerate(waves_NCL, start=1):
                 path = folder / f"{prefix}_clip_{number}.wav"
@@ -182,6 +195,18 @@ class _WaveExamples:
                     _LOG.warning("sound_not_written path=%s reason=samples_not_finite", path)
                     continue
                 save_wav(wave_CL, path, sample_rate_hz=self.rate_hz)
+                is_original = prefix == "original"
+                media.append(
+                    Medium(
+                        path=f"{folder.name}/{path.name}",
+                        kind="sound",
+                        role="original" if is_original else "reconstruction",
+                        caption=f"clip {number}, {'original' if is_original else title}",
+                        clip=number,
+                        source=self.sources[number - 1],
+                    )
+                )
+        return tuple(media)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,5 +216,10 @@ class _MelExamples:
     original: Tensor
     output: Tensor
 
-    def save(self, folder: Path, name: str, *, title: str) -> None:
+    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
         save_mels(self.original, self.output, folder / f"{name}.png", title=title)
+        return (_sheet(folder, name, title),)
+
+
+def _sheet(folder: Path, name: str, title: str) -> Medium:
+    return Medium(path=f"{folder.name}/{name}.png", kind="picture", role="sheet", caption=title)

@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.audio_vae import AudioVAE, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.unit import Evaluation
+from aiprod_ds.train.unit import Evaluation, EvaluationRequest
 from aiprod_ds.trainers.audio_objective import Objective, choose_objective, objective_problems
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
@@ -154,26 +154,32 @@ class AudioVAEUnit(ClipUnit):
             phase, output, self._objective.target(wave_BCN), mean, require_posterior(logvar, phase)
         )
 
-    def evaluate(self, engine: Engine) -> Evaluation:
+    def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
         quality = self._objective.new_quality()
         shown: dict[int, tuple[Tensor, Tensor]] = {}
-        for clip in self._held_out(engine):
+        for clip in self._held_out(engine, request.go_on):
             original, output = self._objective.target(clip.original).cpu(), clip.output.cpu()
             quality.update(original, output)
             if clip.place < self.config.evaluation.num_pictures:
                 shown[clip.place] = (original, output)
         metrics = over_ranks(engine, quality, self._objective.new_quality()).compute()
-        pairs = gather_shown(shown)
-        examples = self._objective.examples(*zip(*pairs, strict=True)) if pairs and engine.rank == 0 else None
-        return Evaluation(metrics=metrics, headline=self._objective.headline(metrics), examples=examples)
+        pairs, names = gather_shown(shown), self._measured_names()
+        examples = None
+        if pairs and engine.rank == 0:
+            originals, outputs = zip(*pairs, strict=True)
+            examples = self._objective.examples(originals, outputs, sources=names)
+        headline = self._objective.headline(metrics)
+        return Evaluation(metrics=metrics, headline=headline, examples=examples, clips=names)
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
         clips."""
         export_vae(engine, self.module.vae, self._held_out(engine), folder)
 
-    def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:
+    def _held_out(self, engine: Engine, go_on: Callable[[], None] = lambda: None) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
         dtype = self._objective.input_dtype(engine.compute_dtype)
-        return held_out_clips(engine, self.data, bucket, name="audio", dtype=dtype, max_clips=limit)
+        return held_out_clips(
+            engine, self.data, bucket, name="audio", dtype=dtype, max_clips=limit, go_on=go_on
+        )

@@ -20,6 +20,7 @@ from aiprod_ds.errors import ConfigError
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.clip_data import ClipData, ClipStream
+from aiprod_ds.trainers.evaluation import measured_names
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +71,11 @@ class ClipUnit:
     ) -> Mapping[str, Tensor]:
         """Returns nothing: the loss draws what it needs, or nothing is left to chance."""
         return {}
+
+    def _measured_names(self) -> tuple[str, ...]:
+        """Returns the names of the held-out clips that evaluations measure, by place."""
+        bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
+        return measured_names(self.data, bucket, max_clips=limit)
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""

@@ -7,7 +7,7 @@ measures and exports.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.lora_files import LoraWeights
-from aiprod_ds.train.unit import Evaluation, Examples
+from aiprod_ds.train.unit import Evaluation, EvaluationRequest, Examples, Part
 from aiprod_ds.trainers.clip_unit import ClipUnit
 from aiprod_ds.trainers.diffusion_export import export_transformer
 from aiprod_ds.trainers.diffusion_objective import FlowObjective
@@ -117,14 +117,27 @@ class DiffusionUnit(ClipUnit):
         """See `FlowObjective.draws`."""
         return self._objective.draws(tensors, places)
 
-    def evaluate(self, engine: Engine) -> Evaluation:
-        """Measures held-out clips in the last phase's shape at the configured noise levels, spread over
-        ranks; makes previews."""
+    def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
+        """Measures held-out clips and makes previews, whichever is asked for."""
+        metrics: dict[str, float] = {}
+        if Part.MEASURES in request.parts:
+            metrics = self._measured(engine, request.go_on)
+        examples = self._make_previews(engine, request.go_on) if Part.PREVIEWS in request.parts else None
+        return Evaluation(
+            metrics=metrics,
+            headline=f"loss {metrics['loss']:.4f}" if metrics else "previews",
+            examples=examples,
+            clips=self._measured_names() if metrics else (),
+        )
+
+    def _measured(self, engine: Engine, go_on: Callable[[], None]) -> dict[str, float]:
+        """Returns the losses of held-out clips in the last phase's shape at the configured noise levels,
+        spread over ranks."""
         bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
         levels, modalities = settings.noise_levels, self.module.family.modalities
         sums_ML = torch.zeros(len(modalities), len(levels), dtype=torch.float64)
         count = 0
-        for slot in evaluation_slots(engine, self.data, bucket, max_clips=settings.max_clips):
+        for slot in evaluation_slots(engine, self.data, bucket, max_clips=settings.max_clips, go_on=go_on):
             tensors = _on_device({name: tensor[None] for name, tensor in slot.item.items()}, engine.device)
             for column, level in enumerate(levels):
                 found = self._objective.held_out(engine, tensors, place=slot.place, noise_level=level)
@@ -134,10 +147,7 @@ class DiffusionUnit(ClipUnit):
                     )
             count += slot.is_own
         means_ML = _mean_over_ranks(sums_ML, count, engine)
-        metrics = _measures(means_ML, modalities, levels, self.plan.phases[-1].loss_weights)
-        return Evaluation(
-            metrics=metrics, headline=f"loss {metrics['loss']:.4f}", examples=self._make_previews(engine)
-        )
+        return _measures(means_ML, modalities, levels, self.plan.phases[-1].loss_weights)
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model in diffusers' layout, or the adapters in PEFT's and ComfyUI's.
@@ -156,12 +166,14 @@ class DiffusionUnit(ClipUnit):
         decoding = self._decoder.replacements() if self.config.evaluation.num_pictures else ()
         return (*self.snapped, *decoding, *self.data.replacements(self.plan))
 
-    def _make_previews(self, engine: Engine) -> Examples | None:
+    def _make_previews(self, engine: Engine, go_on: Callable[[], None]) -> Examples | None:
         if self._previews is None:
             return None
         bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
         shown = self.data.held_out(bucket)[: min(settings.num_pictures, settings.max_clips)]
-        return self._previews.make(engine, [self.data.held_out_clip(index, bucket) for index in shown])
+        items = [self.data.held_out_clip(index, bucket) for index in shown]
+        names = [self.data.validation_clips[index].name for index in shown]
+        return self._previews.make(engine, items, sources=names, go_on=go_on)
 
     def _require_fitting_latents(self) -> None:
         """Finds latents of other channels or another size than the model and the phases take, before anything

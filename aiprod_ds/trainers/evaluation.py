@@ -3,7 +3,7 @@ statistics are taken of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -64,7 +64,12 @@ class EvaluationSlot:
 
 
 def evaluation_slots(
-    engine: Engine, data: ClipData, bucket: BucketPlan, *, max_clips: int
+    engine: Engine,
+    data: ClipData,
+    bucket: BucketPlan,
+    *,
+    max_clips: int,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Iterator[EvaluationSlot]:
     """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape.
 
@@ -76,9 +81,11 @@ def evaluation_slots(
         data: Of the run.
         bucket: The shape.
         max_clips: The most that are measured by all ranks together.
+        go_on: Called before each slot, on all ranks; see `EvaluationRequest`.
     """
     clips = data.held_out(bucket)[:max_clips]
     for slot in range(-(-len(clips) // engine.world_size)):
+        go_on()
         place = slot * engine.world_size + engine.rank
         last = len(clips) - 1
         yield EvaluationSlot(
@@ -86,9 +93,21 @@ def evaluation_slots(
         )
 
 
+def measured_names(data: ClipData, bucket: BucketPlan, *, max_clips: int) -> tuple[str, ...]:
+    """Returns the names of the clips of `evaluation_slots`, by place."""
+    return tuple(data.validation_clips[index].name for index in data.held_out(bucket)[:max_clips])
+
+
 @torch.no_grad()
 def held_out_clips(
-    engine: Engine, data: ClipData, bucket: BucketPlan, *, name: str, dtype: torch.dtype, max_clips: int
+    engine: Engine,
+    data: ClipData,
+    bucket: BucketPlan,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    max_clips: int,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Iterator[HeldOutClip]:
     """Yields the clips of `evaluation_slots` through a VAE, with the posterior's mode. Collective: exhaust it
     on every rank.
@@ -100,8 +119,9 @@ def held_out_clips(
         name: Of the tensor in the dataset's items: `video` or `audio`.
         dtype: In which the module wants it.
         max_clips: The most that are measured by all ranks together.
+        go_on: As in `evaluation_slots`.
     """
-    for slot in evaluation_slots(engine, data, bucket, max_clips=max_clips):
+    for slot in evaluation_slots(engine, data, bucket, max_clips=max_clips, go_on=go_on):
         original = slot.item[name][None].to(engine.device)
         output, mean, _ = engine(original.to(dtype))
         if slot.is_own:

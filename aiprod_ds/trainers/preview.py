@@ -6,9 +6,11 @@ Called by the diffusion trainer's evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.media.clips import Clip, save_contact_sheet
+from aiprod_ds.metrics.evaluations import Medium
 from aiprod_ds.models.families.protocol import LATENTS, Family
 from aiprod_ds.models.sampling import draw_noise, noise_levels, sample_latents
 from aiprod_ds.rng import stream_seed
@@ -65,7 +68,14 @@ class Previews:
         self._seed = seed
 
     @torch.no_grad()
-    def make(self, engine: Engine, items: Sequence[Mapping[str, Tensor]]) -> Examples | None:
+    def make(
+        self,
+        engine: Engine,
+        items: Sequence[Mapping[str, Tensor]],
+        *,
+        sources: Sequence[str] = (),
+        go_on: Callable[[], None] = lambda: None,
+    ) -> Examples | None:
         """Returns one clip for each item on the main rank, None on the others and where there is no item.
         Collective.
 
@@ -77,6 +87,8 @@ class Previews:
             engine: In evaluation mode.
             items: As a dataset of latents gives them, the same number on all ranks; their latents only say
                 the shape.
+            sources: Names of the items' clips, in order; may be left out.
+            go_on: Called between two forwards and two clips; see `EvaluationRequest`.
 
         Raises:
             ConfigError: If a VAE cannot be built.
@@ -86,24 +98,39 @@ class Previews:
         if not items:
             return None
         sampled: dict[int, dict[str, Tensor]] = {}
-        for turn in range(-(-len(items) // engine.world_size)):
+        turns = range(-(-len(items) // engine.world_size))
+        for turn in turns:
             place = turn * engine.world_size + engine.rank
             own = min(place, len(items) - 1)
-            latents = self._sample(engine, items[own], own)
+            latents = self._sample(engine, items[own], own, go_on)
             if place == own:
                 sampled[place] = latents
-        clips = dist.together(
-            lambda: {place: self._decode(engine, items[place], found) for place, found in sampled.items()}
-        )
+        clips: dict[int, Clip] = {}
+        for turn in turns:
+            go_on()
+            place = turn * engine.world_size + engine.rank
+            mine = {place: sampled[place]} if place in sampled else {}
+            clips |= dist.together(partial(self._decoded, engine, items, mine))
         shown = gather_shown(clips)
-        return _Shown(clips=tuple(shown)) if engine.rank == 0 else None
+        if engine.rank != 0:
+            return None
+        names = [*sources, *[""] * (len(shown) - len(sources))]
+        return _Shown(clips=tuple(shown), sources=tuple(names))
 
-    def _sample(self, engine: Engine, item: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    def _sample(
+        self, engine: Engine, item: Mapping[str, Tensor], place: int, go_on: Callable[[], None]
+    ) -> dict[str, Tensor]:
         names = {modality: LATENTS[modality] for modality in self._family.modalities}
         shapes = {modality: tuple(item[name].shape) for modality, name in names.items()}
         seeds = {modality: stream_seed(self._seed, "preview", place, modality) for modality in names}
+
+        def forward(*arguments: Any) -> dict[str, Tensor]:
+            go_on()
+            predicted: dict[str, Tensor] = engine(*arguments)
+            return predicted
+
         latents = sample_latents(
-            engine,
+            forward,
             self._family,
             noise=_on_device(draw_noise(shapes, seeds), engine.device),
             fps=item["fps"][None].to(engine.device),
@@ -116,6 +143,14 @@ class Previews:
         )
         return {modality: value[0].cpu() for modality, value in latents.items()}
 
+    def _decoded(
+        self,
+        engine: Engine,
+        items: Sequence[Mapping[str, Tensor]],
+        sampled: Mapping[int, Mapping[str, Tensor]],
+    ) -> dict[int, Clip]:
+        return {place: self._decode(engine, items[place], latents) for place, latents in sampled.items()}
+
     def _decode(self, engine: Engine, item: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Clip:
         return self._decoder.clip(latents, frame_rate_hz=float(item["fps"]), device=engine.device)
 
@@ -125,12 +160,26 @@ class _Shown:
     """The clips of all ranks, in order; an `Examples`."""
 
     clips: tuple[Clip, ...]
+    sources: tuple[str, ...]
 
-    def save(self, folder: Path, name: str, *, title: str) -> None:
+    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
         captions = [f"clip {number}" for number in range(1, len(self.clips) + 1)]
         save_contact_sheet(self.clips, captions, folder / f"{name}.png", title=title)
-        for number, clip in enumerate(self.clips, start=1):
-            (folder / f"{name}_clip_{number}.mp4").write_bytes(clip.mp4)
+        media = [Medium(path=f"{folder.name}/{name}.png", kind="picture", role="sheet", caption=title)]
+        for number, (clip, source) in enumerate(zip(self.clips, self.sources, strict=True), start=1):
+            path = folder / f"{name}_clip_{number}.mp4"
+            path.write_bytes(clip.mp4)
+            media.append(
+                Medium(
+                    path=f"{folder.name}/{path.name}",
+                    kind="film",
+                    role="preview",
+                    caption=f"clip {number}, {title}",
+                    clip=number,
+                    source=source,
+                )
+            )
+        return tuple(media)
 
 
 def _prompt(item: Mapping[str, Tensor]) -> dict[str, Tensor]:

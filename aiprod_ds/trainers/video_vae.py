@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, T frames, H height, W width; N clips.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,19 +25,17 @@ from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
-from aiprod_ds.media.pictures import save_comparison
 from aiprod_ds.metrics.quality import VideoQuality
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.unit import Evaluation
+from aiprod_ds.train.unit import Evaluation, EvaluationRequest
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
 from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, over_ranks
 from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
 from aiprod_ds.trainers.vae_export import export_vae
-
-_SHOWN_FRAMES = 3
+from aiprod_ds.trainers.video_examples import VideoExamples, shown_pair
 
 
 class VideoVAETrainer(Trainer[VAETrainerConfig]):
@@ -139,20 +137,24 @@ class VideoVAEUnit(ClipUnit):
         )
         return terms
 
-    def evaluate(self, engine: Engine) -> Evaluation:
+    def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
         quality, shown = VideoQuality(), {}
-        for clip in self._held_out(engine):
+        names, rates = self._measured_names(), self._frame_rates()
+        for clip in self._held_out(engine, request.go_on):
             quality.update(clip.original, clip.output)
             if clip.place < self.config.evaluation.num_pictures:
-                shown[clip.place] = (_some_frames(clip.original), _some_frames(clip.output))
+                rate_hz = rates[clip.place]
+                shown[clip.place] = shown_pair(clip.original, clip.output, frame_rate_hz=rate_hz)
         metrics = over_ranks(engine, quality, VideoQuality()).compute()
         pairs = gather_shown(shown)
-        examples = None
-        if pairs and engine.rank == 0:
-            original_NCTHW, reconstruction_NCTHW = (torch.cat(side) for side in zip(*pairs, strict=True))
-            examples = _VideoExamples(original=original_NCTHW, reconstruction=reconstruction_NCTHW)
-        return Evaluation(metrics=metrics, headline=f"PSNR {metrics['psnr_db']:.1f} dB", examples=examples)
+        examples = VideoExamples(pairs=tuple(pairs), sources=names) if pairs and engine.rank == 0 else None
+        return Evaluation(
+            metrics=metrics,
+            headline=f"PSNR {metrics['psnr_db']:.1f} dB",
+            examples=examples,
+            clips=names,
+        )
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
@@ -170,26 +172,20 @@ class VideoVAEUnit(ClipUnit):
         )
         return (*self.snapped, *network, *self.data.replacements(self.plan))
 
-    def _held_out(self, engine: Engine) -> Iterator[HeldOutClip]:
+    def _held_out(self, engine: Engine, go_on: Callable[[], None] = lambda: None) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
         return held_out_clips(
-            engine, self.data, bucket, name="video", dtype=engine.compute_dtype, max_clips=limit
+            engine,
+            self.data,
+            bucket,
+            name="video",
+            dtype=engine.compute_dtype,
+            max_clips=limit,
+            go_on=go_on,
         )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _VideoExamples:
-    """Clips [N, 3, T, H, W] in [-1, 1]."""
-
-    original: Tensor
-    reconstruction: Tensor
-
-    def save(self, folder: Path, name: str, *, title: str) -> None:
-        save_comparison(self.original, self.reconstruction, folder / f"{name}.png", title=title)
-
-
-def _some_frames(video_BCTHW: Tensor) -> Tensor:
-    frames = (
-        torch.linspace(0, video_BCTHW.shape[2] - 1, min(_SHOWN_FRAMES, video_BCTHW.shape[2])).round().long()
-    )
-    return video_BCTHW[:, :, frames].cpu()
+    def _frame_rates(self) -> tuple[float, ...]:
+        """Returns the rate at which each held-out clip is shown: the phase's, or the clip's own."""
+        bucket = self.plan.phases[-1].buckets[0]
+        clips = (self.data.validation_clips[index] for index in self.data.held_out(bucket))
+        return tuple(bucket.frame_rate_hz or clip.frames / clip.seconds for clip in clips)

@@ -27,6 +27,10 @@ class History:
             changed, in words.
         not_saved: Update and reason of every save that there was no room for.
         replacements: What was done in place of what was asked while the run went on, in words.
+        evaluations: Records in the run folder.
+        evaluated: Part of an evaluation -> `updates` and `samples` where it was last made.
+        measured: `updates` and `metrics` of the last held-out measures.
+        best: Rule of `keep_best` -> its best values, at most as many as it keeps.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -39,6 +43,10 @@ class History:
     resharded: list[str] = field(default_factory=list)
     not_saved: list[dict[str, Any]] = field(default_factory=list)
     replacements: list[str] = field(default_factory=list)
+    evaluations: int = 0
+    evaluated: dict[str, dict[str, int]] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, list[float]] = field(default_factory=dict)
 
     def note_not_saved(self, update: int, reason: str) -> None:
         """Remembers a save that there was no room for."""

@@ -270,11 +270,16 @@ class Saver:
             )
 
     def _measure(self, state: RunState) -> float | None:
-        """Returns the measure of `keep_best`; only the checkpoint at the end of a phase has that phase's."""
-        rule, phase = self.config.keep_best, state.clock.phase
+        """Returns the measure of `keep_best` if it was taken at the checkpoint's own updates."""
+        rule, phase, history = self.config.keep_best, state.clock.phase, state.history
         if rule is None or phase >= len(self.phase_names):
             return None
-        value = state.history.get("phase_metrics", {}).get(self.phase_names[phase], {}).get(rule.metric)
+        measured = history.get("measured") or {}
+        if measured.get("updates") == state.clock.updates:
+            metrics = measured["metrics"]
+        else:  # of a checkpoint from before evaluations inside phases: one at the end of a phase has its
+            metrics = history.get("phase_metrics", {}).get(self.phase_names[phase], {})
+        value = metrics.get(rule.metric)
         return float(value) if isinstance(value, int | float) else None
 
 

@@ -305,12 +305,16 @@ def _phase_metrics_saved(folder: Path) -> set[str]:
     return set(newest.state.history["phase_metrics"])
 
 
+@pytest.mark.parametrize(
+    ("reads", "found"), [(0, set()), (1, {"low"})], ids=["the first clip", "the last clip"]
+)
 def test_a_stop_during_the_evaluation_of_a_phase_saves_what_it_found(
-    stopped_at_the_edge: Path, whole: Path
+    stopped_at_the_edge: Path, whole: Path, reads: int, found: set[str]
 ) -> None:
-    evaluated = ActingDataset(1, LENGTHS, (stopped_at_the_edge / "STOP").touch)
+    """Before every clip it looks whether to go on: after the last one it has all."""
+    evaluated = ActingDataset(1, LENGTHS + reads, (stopped_at_the_edge / "STOP").touch)
     assert _trainer(stopped_at_the_edge, validation=evaluated).train().status is RunStatus.INTERRUPTED
-    assert _phase_metrics_saved(stopped_at_the_edge) == {"low"}
+    assert _phase_metrics_saved(stopped_at_the_edge) == found
     assert _trainer(stopped_at_the_edge).train().status is RunStatus.COMPLETED
     assert repeatable_rows(stopped_at_the_edge) == repeatable_rows(whole)
 

@@ -11,6 +11,7 @@ from aiprod_ds.train.stages import ENDS, Change, Event, Saved, Stage, after_chan
 # Written out, so that a pair that becomes possible must be thought of here too; all others are mistakes.
 POSSIBLE = {
     ("MEASURE_START", "DONE"): "TRAIN",
+    ("MEASURE_START", "STOP"): "INTERRUPTED",
     ("TRAIN", "PHASE_ENDED"): "MEASURE_PHASE",
     ("TRAIN", "LAST_PHASE_ENDED"): "MEASURE_LAST",
     ("TRAIN", "STOP"): "INTERRUPTED",
@@ -18,6 +19,7 @@ POSSIBLE = {
     ("MEASURE_PHASE", "STOP"): "INTERRUPTED",
     ("CHANGE_PHASE", "DONE"): "TRAIN",
     ("MEASURE_LAST", "DONE"): "COMPLETED",
+    ("MEASURE_LAST", "STOP"): "INTERRUPTED",
 }
 
 
