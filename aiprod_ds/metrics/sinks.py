@@ -8,7 +8,9 @@ on the main rank only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -94,3 +96,72 @@ class MirrorSink:
             where,
             error,
         )
+
+
+_MAX_WAITING = 10_000
+
+
+class OwnThreadSink:
+    """A sink that works in a thread of its own, so that nobody waits for one that hangs.
+
+    Args:
+        sink: Raises nothing: a `MirrorSink`.
+        name: What warnings call it.
+        close_seconds: Longest wait for it at the end.
+        on_abandoned: Called if it has not ended by then; must not wait.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        name: str,
+        close_seconds: float,
+        on_abandoned: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._sink = sink
+        self._name = name
+        self._close_seconds = close_seconds
+        self._on_abandoned = on_abandoned
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_WAITING)
+        # A daemon: the process may end while a call hangs.
+        self._thread = threading.Thread(target=self._work, name=f"{name}-mirror", daemon=True)
+        self._thread.start()
+        self._is_open = True
+
+    def log(self, update: int, metrics: Mapping[str, float]) -> None:
+        """Hands the metrics to the thread."""
+        self._put(lambda: self._sink.log(update, metrics))
+
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
+        """Hands the evaluation to the thread."""
+        self._put(lambda: self._sink.log_evaluation(record, folder))
+
+    def close(self) -> None:
+        """Lets the thread finish what waits and close the destination, within `close_seconds`."""
+        if not self._put(None):
+            return
+        self._is_open = False
+        self._thread.join(self._close_seconds)
+        if self._thread.is_alive():
+            self._abandon(f"did not end within {self._close_seconds:.0f} s")
+
+    def _put(self, call: Callable[[], None] | None) -> bool:
+        """Returns whether the thread will come to it."""
+        if not self._is_open:
+            return False
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._is_open = False
+            self._abandon(f"has not taken {_MAX_WAITING} rows")
+        return self._is_open
+
+    def _abandon(self, reason: str) -> None:
+        _log.warning("mirror=%s abandoned: %s; metrics.jsonl still holds everything", self._name, reason)
+        self._on_abandoned()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+        self._sink.close()

@@ -1,19 +1,19 @@
-"""TensorBoard as a mirror of metrics.jsonl; needs the extra `tensorboard`."""
+"""TensorBoard as a mirror of metrics.jsonl and of what evaluations show; needs the extra `tensorboard`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
+from typing import Any
 
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.metrics.evaluations import EvaluationRecord
+from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium
+from aiprod_ds.metrics.shown import TABLE, caption_of, evaluations_so_far, measures_table, named_media
 
 
 class TensorBoardSink:
-    """Writes every metric as a scalar; put it behind a `MirrorSink`.
+    """Writes every metric as a scalar, and evaluations as images (films move), sounds and a table; put it
+    behind a `MirrorSink`.
 
     Args:
         folder: Of the event files; made if it is missing.
@@ -34,6 +34,7 @@ class TensorBoardSink:
             ) from error
         purge = None if resume_from_update is None else resume_from_update + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self._originals: set[str] = set()
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         """Writes one scalar per metric."""
@@ -41,15 +42,59 @@ class TensorBoardSink:
             self._writer.add_scalar(name, value, update)
 
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
-        """Writes the pictures of an evaluation."""
-        for medium in record.media:
-            path = folder / medium.path
-            if medium.kind == "picture" and path.is_file():
-                with Image.open(path) as picture:
-                    pixels_HWC = np.asarray(picture.convert("RGB"))
-                tag = f"evaluation/{medium.role}" + (f"/{medium.clip}" if medium.clip else "")
-                self._writer.add_image(tag, pixels_HWC, record.update, dataformats="HWC")
+        """Writes the media, the measures of all evaluations so far and the prompts."""
+        media = named_media(record, folder)
+        for name, medium in media.items():
+            if medium.role == "original":  # the same at every evaluation
+                if medium.path in self._originals:
+                    continue
+                self._originals.add(medium.path)
+            self._add(name, medium, folder / medium.path, record.update)
+        self._writer.add_text(TABLE, _markdown(evaluations_so_far(record, folder)), record.update)
+        prompts = [f"- `{name}`: {medium.prompt}" for name, medium in media.items() if medium.prompt]
+        if prompts:
+            self._writer.add_text("prompts", "\n".join(prompts), record.update)
+        self._writer.flush()  # somebody waits for an evaluation; scalars are flushed by the clock
 
     def close(self) -> None:
         """See `Sink.close`."""
         self._writer.close()
+
+    def _add(self, name: str, medium: Medium, path: Path, update: int) -> None:
+        from aiprod_ds.metrics.tensorboard_media import read_film, read_picture, read_sound
+
+        if medium.kind != "sound":
+            image = read_picture(path) if medium.kind == "picture" else read_film(path)
+            encoded = {"height": image.height, "width": image.width, "encoded_image_string": image.data}
+            self._write(name, medium, update, image={**encoded, "colorspace": 3})
+        sound = None if medium.kind == "picture" else read_sound(path)
+        if sound is not None:
+            self._write(
+                name,
+                medium,
+                update,
+                audio={
+                    "sample_rate": sound.sample_rate_hz,
+                    "num_channels": sound.channels,
+                    "length_frames": sound.samples,
+                    "encoded_audio_string": sound.data,
+                    "content_type": "audio/wav",
+                },
+            )
+
+    def _write(self, name: str, medium: Medium, update: int, **content: dict[str, Any]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        about = SummaryMetadata(display_name=name, summary_description=caption_of(medium))
+        writer: Any = self._writer.file_writer  # by its types it is None for ever
+        writer.add_summary(Summary(value=[Summary.Value(tag=name, metadata=about, **content)]), update)
+
+
+def _markdown(records: tuple[EvaluationRecord, ...]) -> str:
+    columns, rows = measures_table(records)
+    lines = [columns, ["---"] * len(columns)]
+    lines += [
+        [f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror of metrics.jsonl; the only importer of wandb.
+"""Weights & Biases as a mirror of metrics.jsonl and of what evaluations show; the only importer of wandb.
 
 Every wait is bounded and every failure costs one warning: training neither stops nor stands for a logging
 service. wandb is imported when a run asks for it, gets no terminal output of the run, and never asks for a
@@ -8,6 +8,7 @@ key.
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 from aiprod_ds.config.run import WandbConfig
 from aiprod_ds.metrics.evaluations import EvaluationRecord
-from aiprod_ds.metrics.sinks import MirrorSink, Sink
+from aiprod_ds.metrics.shown import TABLE, caption_of, evaluations_so_far, measures_table, named_media
+from aiprod_ds.metrics.sinks import MirrorSink, OwnThreadSink, Sink
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ def open_wandb(
     if config.mode == "off":
         return None
     try:
-        return MirrorSink(_WandbSink(config, folder, run_config, wait_seconds), name="wandb")
+        sink = MirrorSink(_WandbSink(config, folder, run_config, wait_seconds), name="wandb")
+        return OwnThreadSink(sink, name="wandb", close_seconds=wait_seconds + 5, on_abandoned=_abandon)
     except Exception as error:  # noqa: BLE001 whatever a logging service raises, training goes on
         _log.warning(
             "mirror=wandb mode=%s not started error=%r; metrics.jsonl holds everything", config.mode, error
@@ -56,11 +59,15 @@ class _WandbSink:
             raise RuntimeError(
                 "wandb: online needs an API key, found none. Run `wandb login` or set mode to offline."
             )
+        self._originals: set[str] = set()
         run_folder = folder / "wandb"
         run_folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
+            entity=config.entity,
             project=config.project,
+            group=config.group,
             name=config.name or folder.name,
+            notes=config.notes,
             tags=list(config.tags),
             config=dict(run_config),
             dir=folder,
@@ -83,18 +90,31 @@ class _WandbSink:
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
         import wandb
 
-        shown = {
-            f"samples/{medium.role}" + (f"_{medium.clip}" if medium.clip else ""): wandb.Image(
-                str(folder / medium.path), caption=medium.caption
-            )
-            for medium in record.media
-            if medium.kind == "picture" and (folder / medium.path).is_file()
-        }
-        if shown:
-            self._run.log(shown, step=record.update)
+        kinds = {"picture": wandb.Image, "film": wandb.Video, "sound": wandb.Audio}
+        shown: dict[str, Any] = {}
+        for name, medium in named_media(record, folder).items():
+            if medium.role == "original":  # the same at every evaluation
+                if medium.path in self._originals:
+                    continue
+                self._originals.add(medium.path)
+            shown[name] = kinds[medium.kind](str(folder / medium.path), caption=caption_of(medium))
+        columns, rows = measures_table(evaluations_so_far(record, folder))
+        shown[TABLE] = wandb.Table(columns=[*columns], data=rows)
+        self._run.log(shown, step=record.update)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _abandon() -> None:
+    """Lets the process end without the service that no longer answers.
+
+    wandb waits for its service at the process's exit, without a limit; its own teardown takes that hook away
+    first and waits then, which here nobody waits for.
+    """
+    import wandb
+
+    threading.Thread(target=wandb.teardown, name="wandb-teardown", daemon=True).start()
 
 
 def _run_id(path: Path) -> str:
