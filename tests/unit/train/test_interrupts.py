@@ -37,7 +37,10 @@ with interrupts.SignalWatch():
 """
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("SAVE", Interrupt.SAVE), ("STOP", Interrupt.STOP)])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("EVALUATE", Interrupt.EVALUATE), ("SAVE", Interrupt.SAVE), ("STOP", Interrupt.STOP)],
+)
 def test_a_file_is_seen_and_taken_away_once_it_is_done(tmp_path: Path, name: str, wanted: Interrupt) -> None:
     now = Time()
     requests = Interrupts(SignalWatch(), tmp_path, now=now)
@@ -59,6 +62,27 @@ def test_of_both_files_stop_counts_and_a_done_save_leaves_a_later_stop(tmp_path:
     requests.done(Interrupt.SAVE)
     assert [path.name for path in tmp_path.iterdir()] == ["STOP"]
     assert requests.agreed(at_once=True) is Interrupt.STOP
+
+
+def test_a_stop_has_saved_but_leaves_the_evaluation_to_the_next_start(tmp_path: Path) -> None:
+    requests = Interrupts(SignalWatch(), tmp_path, now=Time())
+    for name in ("EVALUATE", "SAVE", "STOP"):
+        (tmp_path / name).touch()
+    assert requests.agreed(at_once=True) is Interrupt.STOP
+    requests.done(Interrupt.STOP)
+    assert [path.name for path in tmp_path.iterdir()] == ["EVALUATE"]
+
+
+def test_long_work_ends_for_a_stop_alone(tmp_path: Path) -> None:
+    now = Time()
+    requests = Interrupts(SignalWatch(), tmp_path, now=now)
+    (tmp_path / "EVALUATE").touch()
+    (tmp_path / "SAVE").touch()
+    assert not requests.is_stop_agreed()
+    (tmp_path / "STOP").touch()
+    now.seconds = 1.0
+    assert requests.is_stop_agreed()
+    assert requests.agreed(at_once=True) is Interrupt.STOP, "still to be done"
 
 
 def test_the_folder_is_looked_into_about_once_a_second(tmp_path: Path) -> None:
