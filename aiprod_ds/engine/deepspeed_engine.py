@@ -8,10 +8,11 @@ writes the learning rate. DeepSpeed's own counters serve nothing; the clock is t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -24,11 +25,12 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings, deepspeed_dictionary
 from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import deepspeed_state, dist
+from aiprod_ds.engine.adamw import LateNumber, OnePassAdamW, global_norm, scale_moments
+from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks
 from aiprod_ds.engine.deepspeed_parameters import EngineParameters, ModuleNames
 from aiprod_ds.engine.flat_parameters import MAX_ELEMENTS, FlatMode, FlatParameters, Sharding
 from aiprod_ds.engine.flat_views import InFlatParameter, saving_by_place
 from aiprod_ds.engine.layout import TORCH_DTYPES, group_parameters, require_precision
-from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import (
     ParameterGroup,
     ParameterState,
@@ -41,6 +43,7 @@ from aiprod_ds.snapshot import EngineFacts, ShardSlice, Snapshot, StateReader
 
 _LOG = logging.getLogger(__name__)
 _PARTITIONED = 3
+_PARTITIONED_STATE = (1, 2)  # stages that leave weights whole
 
 
 class DeepSpeedEngine:
@@ -97,6 +100,9 @@ class DeepSpeedEngine:
         self._flat = _flat_parameters(module, groups, settings, flat_parameters)
         self.layout_notes = self._flat.notes
         self._optimized = self._flat.groups(module, groups)
+        self._clip_norm = optimizer.gradient_clip_norm
+        self._is_direct = False
+        self._graph_pool: Any = None
         dictionary = deepspeed_dictionary(
             settings,
             micro_batch_size=micro_batch_size,
@@ -106,9 +112,11 @@ class DeepSpeedEngine:
         )
         if self._flat.layouts and settings.zero_stage == _PARTITIONED:
             internals.keep_linear(dictionary)
-        self._engine: Any = _initialize(
-            module, _adamw(self._optimized, optimizer, settings, self.device), dictionary
-        )
+        adamw = _adamw(self._optimized, optimizer, settings, self.device)
+        self._one_pass = adamw if isinstance(adamw, OnePassAdamW) else None
+        if self._one_pass is not None:
+            internals.leave_step_to_optimizer(dictionary)
+        self._engine: Any = _initialize(module, adamw, dictionary)
         internals.prepare(self._engine)
         internals.unhook_parts(self._engine, self._flat.blocks())
         self._parameters = EngineParameters(
@@ -128,9 +136,10 @@ class DeepSpeedEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward through DeepSpeed's hooks."""
+        run = self.module if self._is_direct else self._engine
         try:
             with self._saving():
-                return self._engine(*args, **kwargs)
+                return run(*args, **kwargs)
         except (TypeError, AttributeError) as error:
             if InFlatParameter.__name__ not in str(error):
                 raise
@@ -138,6 +147,30 @@ class DeepSpeedEngine:
                 "engine.flat_parameters: must be off for a model that reads the weights of a block while the "
                 f"block does not run, got: {error}. Set it to off."
             ) from error
+
+    def captured_loss(
+        self, loss: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
+    ) -> CapturedLoss:
+        """See `Engine.captured_loss`."""
+        if deepspeed_state.is_partitioned(self._engine):
+            raise EngineError(
+                "performance.graphs: must be off with ZeRO-3, got a loss to capture. Set it to off."
+            )
+        if self._graph_pool is None and self.device.type == "cuda":
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        hooks = CaptureHooks(
+            direct=self._directly,
+            before_forward=lambda: internals.before_captured_forward(self._engine),
+            before_backward=lambda: internals.before_captured_backward(self._engine),
+        )
+        return CapturedLoss(
+            loss,
+            tensors,
+            parameters=list(self.module.parameters()),
+            hooks=hooks,
+            device=self.device,
+            pool=self._graph_pool,
+        )
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""
@@ -149,6 +182,8 @@ class DeepSpeedEngine:
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
             return None
+        if self._one_pass is not None:
+            return self._step_in_one_pass(self._one_pass)
         scale = internals.loss_scale(engine)  # before the step, which may change it
         # ZeRO-0 in fp32 looks for nothing: a non-finite gradient must be found before it reaches the weights.
         norm = self._replicated_norm() if self._needs_own_norm else None
@@ -175,7 +210,9 @@ class DeepSpeedEngine:
     def set_clip_norm(self, clip_norm: float | None) -> None:
         """See `Engine.set_clip_norm`."""
         require_clip_norm(clip_norm)
-        internals.set_clip_norm(self._engine, clip_norm)
+        self._clip_norm = clip_norm
+        if self._one_pass is None:
+            internals.set_clip_norm(self._engine, clip_norm)
 
     def scale_moments(self, factor: float) -> None:
         """See `Engine.scale_moments`."""
@@ -295,9 +332,27 @@ class DeepSpeedEngine:
         if had_flat and is_partitioned:
             internals.separate_partitions(self.module)
 
+    @contextmanager
+    def _directly(self) -> Iterator[None]:
+        """DeepSpeed's hooks would run their Python once, while passes are captured, and never again."""
+        self._is_direct = True
+        try:
+            yield
+        finally:
+            self._is_direct = False
+
     def _saving(self) -> AbstractContextManager[Any]:
         has_gathered = self._flat.layouts and deepspeed_state.is_partitioned(self._engine)
         return saving_by_place() if has_gathered else nullcontext()
+
+    def _step_in_one_pass(self, adamw: OnePassAdamW) -> UpdateResult:
+        """Takes the step of ZeRO-1 and ZeRO-2; the host learns the norm while the device updates."""
+        norm = global_norm(internals.reduced_gradients(self._engine), self.device)
+        reading = LateNumber(norm)
+        adamw.expect(norm, clip_norm=self._clip_norm)
+        self._engine.step()
+        value = reading.value()
+        return UpdateResult(applied=math.isfinite(value), gradient_norm=value, loss_scale=1.0)
 
     def _replicated_norm(self) -> Tensor:
         """ZeRO-0 in fp32 reports no norm and applies non-finite gradients; here gradients are already
@@ -373,6 +428,8 @@ def _adamw(
             groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, adamw_mode=True
         )
         return offloaded
+    if settings.zero_stage in _PARTITIONED_STATE and settings.precision != "fp16":
+        return OnePassAdamW(groups, betas=optimizer.betas, epsilon=optimizer.epsilon, device=device)
     return torch.optim.AdamW(
         groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, fused=device.type == "cuda"
     )

@@ -21,6 +21,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime import torch_autocast
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -96,6 +97,43 @@ def keep_linear(dictionary: dict[str, Any]) -> None:
     runtime/zero/linear.py saves parameters; a view of a flat one it would keep, as torch's own does.
     """
     dictionary["zero_optimization"]["memory_efficient_linear"] = False
+
+
+def leave_step_to_optimizer(dictionary: dict[str, Any]) -> None:
+    """Changes the configuration of a ZeRO-1 or ZeRO-2 engine so that its step looks at no gradient: the
+    optimizer that it is given clips, and finds what is not finite.
+
+    runtime/zero/stage_1_and_2.py:3029 converts all gradients to fp32 to look for overflow, :2683 to fp64 for
+    their norm, and :3193 divides them in a pass of its own.
+    """
+    dictionary["gradient_clipping"] = 0.0
+    dictionary["zero_optimization"]["compute_grad_norm"] = False
+    if "bf16" in dictionary:
+        dictionary["bf16"]["check_grad_overflow"] = False
+    dictionary["zero_allow_untested_optimizer"] = True  # runtime/engine.py:2299: a class of its own list
+
+
+def reduced_gradients(engine: Any) -> list[Tensor]:
+    """Returns the gradients of this rank's partitions, between the last backward pass and the step.
+
+    runtime/zero/stage_1_and_2.py:1046 puts them into `averaged_gradients`, with padding, which is 0.
+    """
+    groups = engine.optimizer.averaged_gradients
+    return [gradient for index in sorted(groups) for gradient in groups[index] or ()]
+
+
+def before_captured_forward(engine: Any) -> None:
+    """Does before a forward pass that is replayed what runtime/engine.py:2992 does in any other."""
+    if isinstance(engine.optimizer, ZeROOptimizer):
+        engine.optimizer.clear_backward_seen_flag()
+
+
+def before_captured_backward(engine: Any) -> None:
+    """Does in a backward pass that is replayed what a hook on the forward's output does in any other.
+
+    runtime/engine.py:3019 registers it on what the module returns, and nothing is returned by a replay.
+    """
+    engine._backward_prologue()
 
 
 def unhook_parts(engine: Any, blocks: Iterable[nn.Module]) -> None:

@@ -15,7 +15,7 @@ Deviation from DeepSpeed: gradients of a window are added up in fp32, as DeepSpe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.optim import OptimizerConfig
+from aiprod_ds.engine.adamw import scale_moments
+from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks
 from aiprod_ds.engine.layout import (
     TORCH_DTYPES,
     find_parameter,
@@ -32,7 +34,6 @@ from aiprod_ds.engine.layout import (
     require_shape,
 )
 from aiprod_ds.engine.loss_scale import LossScaler
-from aiprod_ds.engine.moments import scale_moments
 from aiprod_ds.engine.protocol import (
     ParameterGroup,
     ParameterState,
@@ -109,6 +110,13 @@ class LocalEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward."""
         return self.module(*args, **kwargs)
+
+    def captured_loss(
+        self, loss: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
+    ) -> CapturedLoss:
+        """See `Engine.captured_loss`."""
+        parameters = list(self._weights.values())
+        return CapturedLoss(loss, tensors, parameters=parameters, hooks=CaptureHooks(), device=self.device)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients of `loss` (0-dim fp32, the mean over the micro-batch), divided by the

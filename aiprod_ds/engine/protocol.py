@@ -7,13 +7,14 @@ process, the control for numerics). The loop knows only this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.engine.captured import CapturedLoss
 from aiprod_ds.errors import EngineError
 from aiprod_ds.snapshot import ShardSlice, Snapshot, StateReader
 
@@ -88,6 +89,19 @@ class Engine(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `module` forward with whatever gathering the sharding needs. Floating-point inputs are cast by
         the caller."""
+
+    def captured_loss(
+        self, loss: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
+    ) -> CapturedLoss:
+        """Returns `loss` as CUDA graphs for tensors of one shape; on the CPU as what computes the same.
+
+        Args:
+            loss: Calls the engine; see `CapturedLoss`.
+            tensors: An example.
+
+        Raises:
+            EngineError: If the engine moves weights while they are computed with.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients of `loss` (0-dim fp32, the mean over this rank's micro-batch), divided by the

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aiprod_ds.engine.adamw import new_moments
 from aiprod_ds.engine.layout import whole_shape
-from aiprod_ds.engine.moments import new_moments
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.snapshot import (
     MOMENTS,

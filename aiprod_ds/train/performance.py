@@ -36,11 +36,13 @@ class Performance:
 
     Attributes:
         compiles_blocks: Whether the repeated blocks run compiled.
+        captures_passes: Whether forward and backward pass are replayed as CUDA graphs in phases that can be.
         has_cudnn_first: Whether attention takes cuDNN's kernel wherever it can; otherwise torch chooses.
         reasons: One line a choice, `choice: why`, for plan and report.
     """
 
     compiles_blocks: bool
+    captures_passes: bool
     has_cudnn_first: bool
     reasons: tuple[str, ...]
 
@@ -67,6 +69,7 @@ def choose_performance(
     capability: tuple[int, int] | None,
     settings: DeepSpeedSettings,
     is_flat: bool,
+    can_capture: bool,
     where: str,
 ) -> Performance:
     """Returns what a run computes with.
@@ -77,6 +80,7 @@ def choose_performance(
         capability: Compute capability of the GPU; None for the CPU.
         settings: Of the engine: ZeRO stage and precision.
         is_flat: Whether the weights of blocks stand in flat parameters; ZeRO-3 gathers those beforehand.
+        can_capture: Whether the trainer's loss can be a CUDA graph.
         where: How messages name the configuration.
 
     Raises:
@@ -84,11 +88,17 @@ def choose_performance(
     """
     against = _against_compiling(module, settings, is_flat=is_flat)
     compile_by, compile_why = _compiling(config.compile, capability, against, where)
+    graphs_by, graphs_why = _graphs(config.graphs, capability, _against_graphs(settings, can_capture), where)
     attention_by, attention_why = _attention(config.attention, capability, where)
     return Performance(
         compiles_blocks=compile_by == "blocks",
+        captures_passes=graphs_by == "passes",
         has_cudnn_first=attention_by == "cudnn",
-        reasons=(f"compile {compile_by}: {compile_why}", f"attention {attention_by}: {attention_why}"),
+        reasons=(
+            f"compile {compile_by}: {compile_why}",
+            f"graphs {graphs_by}: {graphs_why}",
+            f"attention {attention_by}: {attention_why}",
+        ),
     )
 
 
@@ -121,6 +131,31 @@ def _against_compiling(module: nn.Module, settings: DeepSpeedSettings, *, is_fla
         name.endswith("weight_g") for block in blocks for name, _ in block.named_parameters()
     ):
         return "the backward pass of weight normalisation does not compile in fp16"  # torch 2.11
+    return None
+
+
+def _graphs(
+    asked: str, capability: tuple[int, int] | None, against: str | None, where: str
+) -> tuple[str, str]:
+    if asked == "off":
+        return "off", "as configured"
+    if asked == "passes":
+        if against is not None:
+            raise ConfigError(
+                f"{where}: performance.graphs: cannot be passes, got {against}. Set auto or off."
+            )
+        return "passes", "as configured"
+    if capability is None:
+        return "off", "a CPU has none"
+    return ("off", against) if against is not None else ("passes", "the host starts each pass by one call")
+
+
+def _against_graphs(settings: DeepSpeedSettings, can_capture: bool) -> str | None:
+    """Returns why no pass can be captured; None if they can."""
+    if settings.zero_stage == _PARTITIONED:
+        return "ZeRO-3 moves weights while they are computed with"
+    if not can_capture:
+        return "the trainer's loss draws noise or reads numbers while it is computed"
     return None
 
 

@@ -32,6 +32,7 @@ from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
 from aiprod_ds.train.engines import build_engine
 from aiprod_ds.train.performance import Performance
+from aiprod_ds.train.phase_graphs import PhaseGraphs
 from aiprod_ds.train.planning.auto import ResolvedRun
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
@@ -73,12 +74,20 @@ class Entered:
         clock: At the first moment of the phase, or where a resumed run stands in it.
         stream: The data of the phase; owns the loader's processes.
         batches: What `stream` yields from the clock's position on.
+        graphs: Replay the loss; None where it is computed anew for every micro-batch.
     """
 
     phase: PhasePlan
     clock: Clock
     stream: Stream
     batches: Iterator[MicroBatch]
+    graphs: PhaseGraphs | None
+
+    def close(self) -> None:
+        """Ends the loader's processes and gives back the memory of graphs. Idempotent."""
+        self.stream.close()
+        if self.graphs is not None:
+            self.graphs.close()
 
 
 def change_phase(
@@ -114,7 +123,7 @@ def change_phase(
     before, after = (parts.resolved.plan.phases[index] for index in (clock.phase, clock.phase + 1))
     save()
     if left is not None:
-        left.stream.close()  # idempotent: the loop has closed it before it measured the phase
+        left.close()  # idempotent: the loop has closed it before it measured the phase
     if after.adapters != before.adapters:
         finish_save()  # it reads from the engine that is about to be closed
         _rebuild(parts, state, before, after, history)
@@ -146,7 +155,10 @@ def enter_phase(parts: RunParts, phase: PhasePlan, *, state: TrainState, clock: 
     except BaseException:
         stream.close()
         raise
-    return Entered(phase=phase, clock=clock, stream=stream, batches=chain([first], batches))
+    # Recomputation reads the state of the random numbers, which nothing may do while it is captured.
+    is_captured = parts.performance.captures_passes and not _is_recomputed(phase, default=default)
+    graphs = PhaseGraphs(engine=engine, unit=unit, phase=phase) if is_captured else None
+    return Entered(phase=phase, clock=clock, stream=stream, batches=chain([first], batches), graphs=graphs)
 
 
 def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: str) -> None:

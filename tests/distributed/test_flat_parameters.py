@@ -13,7 +13,7 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist, flat_views
+from aiprod_ds.engine.captured import CapturedLoss
 from aiprod_ds.engine.compiled import set_compiled
 from aiprod_ds.engine.recompute import repeated_blocks, set_recompute
 from aiprod_ds.errors import EngineError
@@ -51,6 +52,8 @@ FEW = (
     "oobleck-full-fp32-eager-none",
     "ltx-full-bf16-eager-none",
     "ltx-full-fp32-compiled-own",
+    "ltx-full-bf16-captured-none",
+    "ltx2-lora-fp32-captured-none",
 )
 KINDS = [f"{name}-full" for name in (*TRANSFORMERS, *VAES)] + [f"{name}-lora" for name in TRANSFORMERS]
 ALL = (
@@ -172,10 +175,17 @@ def _errors(
         accumulation=1,
         flat_parameters="on",
     )
+    loss = _captured(trained, engine) if form == "captured" and stage < 3 else None
     for accumulation in ACCUMULATIONS:
         engine.set_batch(micro_batch_size=1, accumulation=accumulation)
         for index in range(accumulation):
-            engine.backward(trained.loss(engine, engine.rank * accumulation + index))
+            number = engine.rank * accumulation + index
+            if loss is None:
+                engine.backward(trained.loss(engine, number))
+            else:
+                engine.backward(
+                    loss({"number": torch.tensor(number)}, is_last=index == accumulation - 1)["total"]
+                )
             if index < accumulation - 1:
                 engine.step()
         expected = _expected(name, kind, precision, accumulation)
@@ -184,6 +194,13 @@ def _errors(
         engine.step()  # the learning rate is 0
         yield worst, errors[worst]
     engine.close()
+
+
+def _captured(trained: Subject, engine: Any) -> CapturedLoss:
+    def loss(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"total": trained.loss(engine, int(tensors["number"]))}
+
+    return engine.captured_loss(loss, {"number": torch.tensor(0)})
 
 
 def _gradients(engine: Any) -> dict[str, Tensor]:

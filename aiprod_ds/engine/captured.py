@@ -1,0 +1,167 @@
+"""Forward and backward pass of a micro-batch as two CUDA graphs, which the host starts with two calls.
+
+The passes are captured once for each shape and replayed with other values in the same memory. Owns the
+capture and how gradients come to the parameters: through autograd, so that an engine's hooks on them see what
+any other backward pass brings. On the CPU, where there are no graphs, the passes are computed anew each time,
+by the same way. Whether a loss can be captured is for the caller to know: it may neither wait for the device
+nor read what differs between micro-batches from anywhere but its tensors.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WARM_UPS = 2  # on a stream of their own: torch allocates, compiles and chooses algorithms in the first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureHooks:
+    """What an engine does around captured passes; by default nothing.
+
+    Attributes:
+        direct: A context in which calling the engine calls its module, with nothing around it.
+        before_forward: Called before each forward pass.
+        before_backward: Called in each backward pass, before gradients come to the parameters.
+    """
+
+    direct: Callable[[], AbstractContextManager[None]] = nullcontext
+    before_forward: Callable[[], None] = lambda: None
+    before_backward: Callable[[], None] = lambda: None
+
+
+class CapturedLoss:
+    """A loss of one shape, captured.
+
+    Args:
+        loss: Of the tensors it is given, on the device: name -> 0-dim; `total` has the graph.
+        tensors: An example in the shape of all micro-batches to come; they are copied.
+        parameters: Those that may have a gradient.
+        hooks: Of the engine that holds them. Their memory must stay in place.
+        device: Of the parameters.
+        pool: Memory that several share, from `torch.cuda.graph_pool_handle`; only one of them may be between
+            its forward and its backward pass. None on the CPU.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        tensors: Mapping[str, Tensor],
+        *,
+        parameters: Sequence[nn.Parameter],
+        hooks: CaptureHooks,
+        device: torch.device,
+        pool: Any = None,
+    ) -> None:
+        self._loss, self._hooks = loss, hooks
+        self._parameters = tuple(value for value in parameters if value.requires_grad)
+        self._inputs = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        self._scale = torch.ones((), device=device)
+        self._names: tuple[str, ...] = ()
+        self._values = self._total = torch.empty(())
+        self._gradients: tuple[Tensor | None, ...] = ()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        if device.type == "cuda":
+            self._capture(pool)
+
+    def __call__(self, tensors: Mapping[str, Tensor], *, is_last: bool) -> dict[str, Tensor]:
+        """Returns the loss of a micro-batch; the backward pass of `total` gives the parameters gradients.
+
+        Args:
+            tensors: On any device, with the names and shapes of the example.
+            is_last: Whether no other micro-batch adds to these gradients: they are not copied then, and hold
+                until the next call.
+        """
+        for name, tensor in tensors.items():
+            self._inputs[name].copy_(tensor, non_blocking=True)
+        self._hooks.before_forward()
+        if self._graphs:
+            self._graphs[0].replay()
+        else:
+            self._forward()
+        values = self._values.clone().unbind()
+        found = dict(zip(self._names, values, strict=True))
+        passed: Tensor = _Replayed.apply(found["total"], self, is_last, *self._parameters)
+        return {**found, "total": passed}
+
+    def close(self) -> None:
+        """Gives the memory back to the pool."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs, self._gradients = [], ()
+        self._total = torch.empty(())
+
+    def backward(self, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of `scale` times the total, in the order of the parameters."""
+        self._hooks.before_backward()
+        self._scale.copy_(scale, non_blocking=True)
+        if self._graphs:
+            self._graphs[1].replay()
+        else:
+            self._backward()
+        return self._gradients
+
+    def _forward(self) -> None:
+        with torch.enable_grad(), self._hooks.direct():
+            found = self._loss(self._inputs)
+        self._total = found["total"]
+        self._names = tuple(found)
+        self._values = torch.stack([value.detach().to(self._total.dtype) for value in found.values()])
+
+    def _backward(self) -> None:
+        with torch.enable_grad():
+            self._gradients = torch.autograd.grad(
+                self._total, self._parameters, self._scale.to(self._total.dtype), allow_unused=True
+            )
+
+    def _capture(self, pool: Any) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._forward()
+                self._backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._total, self._gradients = torch.empty(()), ()
+        gc.collect()
+        torch.cuda.empty_cache()  # what is captured takes memory of its own for all that the warm-up took
+        for run in (self._forward, self._backward):
+            graph = torch.cuda.CUDAGraph()
+            # Threads that pin memory go on.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                run()
+            self._graphs.append(graph)
+        self._total = (
+            self._total.detach()
+        )  # lets go of the graph of autograd; what it saved stays in the pool
+
+
+class _Replayed(torch.autograd.Function):
+    """The total as a function of the parameters, whose gradients are those of the captured backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: Tensor,
+        captured: CapturedLoss,
+        is_last: bool,
+        *_: Tensor,
+    ) -> Tensor:
+        ctx.captured, ctx.is_last = captured, is_last
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        gradients = ctx.captured.backward(scale)
+        # Another tensor over the same memory, which autograd takes as it is: engines replace its data.
+        own = [
+            value if value is None else (value.detach() if ctx.is_last else value.clone())
+            for value in gradients
+        ]
+        return (None, None, None, *own)
