@@ -1,7 +1,8 @@
-"""The result of a run as files: report.json for programs, report.md for people.
+"""The result of a run as files: report.json for programs, report.md for people; and start.json, what is known
+before the first update.
 
-Owns how a `RunSummary` becomes JSON; the page is laid out in `report_view`. Both files are replaced as a
-whole, so a reader never sees half a report.
+Owns how a `RunSummary` becomes JSON; the text is laid out in `report_view`, report.html in `page`. Files are
+replaced as a whole, so a reader never sees half a report.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from aiprod_ds.files import write_atomically
 from aiprod_ds.report.report_view import render_report
-from aiprod_ds.report.summary import RunSummary
+from aiprod_ds.report.summary import DataSummary, RunSummary
 
 REPORT_FORMAT = 1
 
@@ -32,6 +33,15 @@ def write_report(folder: Path, summary: RunSummary) -> tuple[Path, Path]:
     return json_path, page_path
 
 
+def write_start(folder: Path, known: Mapping[str, Any], data: DataSummary) -> Path:
+    """Writes `start.json` into the run folder, with the names and forms of report.json, and returns its
+    path."""
+    path = folder / "start.json"
+    values = _json_ready({**known, "data": _data_dict(data)})
+    write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    return path
+
+
 def report_dict(summary: RunSummary) -> dict[str, Any]:
     """Returns the contents of report.json: the fields of `RunSummary`, with versions on top; NaN and infinity
     as strings."""
@@ -39,13 +49,17 @@ def report_dict(summary: RunSummary) -> dict[str, Any]:
     values["format"] = REPORT_FORMAT
     values["status"] = summary.status.value
     values["versions"] = dict(summary.environment.get("versions", {}))
-    for kind in ("unreadable", "too_short"):
-        values["data"][kind] = [
-            {"path": path, "reason": reason} for path, reason in getattr(summary.data, kind)
-        ]
+    values["data"] = _data_dict(summary.data)
     encoded = _json_ready(values)
     assert isinstance(encoded, dict)
     return encoded
+
+
+def _data_dict(data: DataSummary) -> dict[str, Any]:
+    values = asdict(data)
+    for kind in ("unreadable", "too_short"):
+        values[kind] = [{"path": path, "reason": reason} for path, reason in getattr(data, kind)]
+    return values
 
 
 def _json_ready(value: Any) -> Any:

@@ -21,7 +21,7 @@ from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.train import reporting
 
 _MEASURED_TIME = ("time/", "throughput/", "memory/")
-_WRITTEN_AT_THE_END = ("export", "plots", "report.json", "report.md")
+_WRITTEN_AT_THE_END = ("export", "plots", "report.json", "report.md", "report.html")
 
 
 def alike_on_ranks(

@@ -1,5 +1,5 @@
-"""What a run leaves for its reader: the summary in report.json and report.md, from the loop and what it
-remembers.
+"""What a run leaves for its reader: the summary in report.json, report.md and report.html, from the loop and
+what it remembers.
 
 Owns the way from `TrainingLoop` to `RunSummary`. A run that ends by an error is reported too, without any
 collective, because the other ranks may never answer.
@@ -7,6 +7,7 @@ collective, because the other ranks may never answer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -21,8 +22,9 @@ from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
+from aiprod_ds.report.page.run_page import write_page
 from aiprod_ds.report.plots import save_plots
-from aiprod_ds.report.run_report import write_report
+from aiprod_ds.report.run_report import write_report, write_start
 from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummary
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.phase_change import RunParts
@@ -30,6 +32,7 @@ from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.unit import Unit
 
 _CLIP_SUFFIXES = (".wav", ".mp4")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,24 @@ class RunFacts:
         return Path(self.config.output_dir)
 
 
+def report_started(facts: RunFacts) -> None:
+    """Writes what is known before the first update, on the main rank: a run that is killed leaves no more."""
+    if not dist.is_main():
+        return
+    write_start(
+        facts.folder,
+        {
+            "trainer": facts.config.trainer,
+            "model": facts.config.model.source,
+            "parameters": facts.parameters,
+            **{key: facts.layout[key] for key in ("world_size", "engine", "zero_stage", "precision")},
+            "performance": list(facts.parts.performance.reasons),
+            "replacements": [*facts.unit.replacements(), *_chosen(facts.layout)],
+        },
+        facts.unit.data_summary(),
+    )
+
+
 def report_completed(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
     """Exports the model, writes the report of a finished run and returns its summary. Collective; the main
     rank writes."""
@@ -77,7 +98,7 @@ def report_completed(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
         facts.unit.export(engine, facts.folder / "export")
     summary = _summarize(facts, loop, RunStatus.COMPLETED, digest=digest)
     if dist.is_main():
-        write_report(facts.folder, summary)
+        _write(facts.folder, summary)
     return summary
 
 
@@ -86,7 +107,7 @@ def report_interrupted(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
     summary."""
     summary = _summarize(facts, loop, RunStatus.INTERRUPTED)
     if dist.is_main():
-        write_report(facts.folder, summary)
+        _write(facts.folder, summary)
     return summary
 
 
@@ -97,7 +118,16 @@ def report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> N
     error = dist.caused_by_peer(error) or error
     status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.INTERRUPTED
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    write_report(facts.folder, _summarize(facts, loop, status, error=reason))
+    _write(facts.folder, _summarize(facts, loop, status, error=reason))
+
+
+def _write(folder: Path, summary: RunSummary) -> None:
+    """Writes the report for programs, as text and as a page; a page that cannot be made ends nothing."""
+    write_report(folder, summary)
+    try:
+        write_page(folder)
+    except Exception as error:  # noqa: BLE001  whatever a file in the folder does to the page
+        _LOG.warning("page_failed folder=%s error=%r", folder, error)
 
 
 def final_state_sha256(engine: Engine) -> str:

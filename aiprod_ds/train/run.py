@@ -36,7 +36,7 @@ from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.performance import choose_performance
 from aiprod_ds.train.phase_change import RunParts, check_recompute
 from aiprod_ds.train.planning.auto import Search, resolve, this_machine
-from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted
+from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted, report_started
 from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
 from aiprod_ds.train.resume.engine_files import read_engine
 from aiprod_ds.train.resume.folder_lock import FolderLock
@@ -286,6 +286,7 @@ def _new_loop(
 
 
 def _run(facts: RunFacts, loop: TrainingLoop, console: Console) -> RunSummary:
+    report_started(facts)
     try:
         status = loop.run()
     except BaseException as error:

@@ -23,6 +23,7 @@ from aiprod_ds.metrics.sinks import MirrorSink, Sink
 from aiprod_ds.metrics.wandb import open_wandb
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan
 from aiprod_ds.report.environment import describe_environment
+from aiprod_ds.report.page.sink import PageSink
 from aiprod_ds.train.resume.folder_lock import FolderLock
 
 _LOG = logging.getLogger(__name__)
@@ -48,15 +49,22 @@ def prepare_folder(
         _LOG.warning("previous_run_moved from=%s to=%s", folder, old)
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
-    for report in (
-        "report.json",
-        "report.md",
-    ):  # of an earlier start: its status would be taken for this one's
+    # Of an earlier start: its status would be taken for this one's.
+    for report in ("report.json", "report.md", "report.html"):
         (folder / report).unlink(missing_ok=True)
+    if resumed_at is not None:
+        _keep_config(folder, to_yaml(config), until=resumed_at.updates)
     environment = "environment" if resumed_at is None else f"environment_from_{resumed_at.updates:06d}"
     write_atomically(folder / "config.yaml", to_yaml(config))
     write_atomically(folder / "plan.json", json.dumps(describe(plan), indent=1) + "\n")
     write_atomically(folder / f"{environment}.json", json.dumps(describe_environment(), indent=1) + "\n")
+
+
+def _keep_config(folder: Path, new: str, *, until: int) -> None:
+    """Keeps the configuration of the earlier start under another name if the new one differs."""
+    current = folder / "config.yaml"
+    if current.is_file() and current.read_text(encoding="utf-8") != new:
+        current.replace(folder / f"config_before_{until:06d}.yaml")
 
 
 def open_sinks(
@@ -98,5 +106,6 @@ def open_sinks(
 
         board = TensorBoardSink(folder / "tensorboard", resume_from_update=from_update)
         sinks.append(MirrorSink(board, name="tensorboard"))
+    sinks.append(MirrorSink(PageSink(folder), name="report.html"))
     wandb = open_wandb(config.report.wandb, folder=folder, run_config=config.model_dump(mode="json"))
     return (*sinks, wandb) if wandb is not None else tuple(sinks)
