@@ -142,7 +142,7 @@ class TrainingLoop:
             with self.stopwatch.during(Activity.TRAIN):
                 decision = self._updates(entered, began, decision)
         finally:
-            entered.stream.close()
+            entered.close()
         if decision.action is not Action.STAY:
             reason = decision.reason.value
             self.history.phase_ends[phase.name] = reason
@@ -195,9 +195,13 @@ class TrainingLoop:
             torch.manual_seed(
                 stream_seed(self.config.seed, "module", self.clock.micro_batches + index, engine.rank)
             )
-            terms = self.parts.unit.loss(engine, batch, phase)
+            is_last = index == bucket.accumulation - 1
+            if entered.graphs is None:
+                terms = self.parts.unit.loss(engine, batch, phase)
+            else:
+                terms = entered.graphs.loss(batch, is_last=is_last)
             engine.backward(terms.total)
-            if index == bucket.accumulation - 1:
+            if is_last:
                 # Not earlier: the limit needs the norm of the update before, whose copy from the device is
                 # done by now, so that nobody waits. Not later: the engine clips inside the step.
                 clipped = self._set_clip_norm()

@@ -46,7 +46,7 @@ from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.resume.shared_folder import require_shared
 from aiprod_ds.train.run_folder import open_sinks, prepare_folder
 from aiprod_ds.train.state import TrainState, new_clip, new_ema
-from aiprod_ds.train.unit import EvaluationRequest, Part, Unit
+from aiprod_ds.train.unit import Evaluation, EvaluationRequest, Part, Unit
 
 _LOG = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def run_training(prepared: Prepared, *, resume: str, console: Console | None = N
             return _train(facts, checkpoint, watch, console or Console(stderr=True))
 
 
-def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> dict[str, float]:
-    """Returns the held-out measures of a checkpoint; writes nothing.
+def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
+    """Returns the held-out measures of a checkpoint, and of which clips; writes nothing.
 
     Raises:
         CheckpointError: If there is none, or it belongs to another run.
@@ -135,7 +135,7 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> dict[str, float]:
         engine.eval()
         with evaluated_weights(ema), facts.parts.performance.active(facts.plan):
             request = EvaluationRequest(parts=Part.MEASURES)
-            return dict(facts.unit.evaluate(engine, request).metrics)
+            return facts.unit.evaluate(engine, request)
     finally:
         engine.close()
 
@@ -166,6 +166,7 @@ def _resolved(prepared: Prepared, checkpoint: Checkpoint | None) -> RunFacts:
         capability=None if machine is None else machine.compute_capability,
         settings=resolved.settings,
         is_flat=config.engine.flat_parameters != "off",
+        can_capture=unit.can_capture,
         where=source,
     )
     for reason in performance.reasons:

@@ -102,6 +102,11 @@ class Unit(Protocol):
     def module(self) -> nn.Module:
         """What the engine trains."""
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether `loss` depends on the tensors of a micro-batch and the phase alone, draws nothing and never
+        waits for the device."""
+
     def prepare(self, phase: PhasePlan) -> None:
         """Makes the module have what `phase` trains, and mark it. Called while no engine holds the module."""
 

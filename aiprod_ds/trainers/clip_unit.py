@@ -17,10 +17,12 @@ from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.metrics.evaluations import NotJudged
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.trainers.clip_data import ClipData, ClipStream
 from aiprod_ds.trainers.evaluation import measured_names
+from aiprod_ds.trainers.measures import passed_over
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +45,11 @@ class ClipUnit:
     too_short: tuple[TooShort, ...]
     snapped: tuple[str, ...]
     module: nn.Module
+
+    @property
+    def can_capture(self) -> bool:
+        """No: the posterior's noise is drawn in the forward pass."""
+        return False
 
     def prepare(self, phase: PhasePlan) -> None:
         """Leaves the module as it is: all phases train the same parameters."""
@@ -76,6 +83,11 @@ class ClipUnit:
         """Returns the names of the held-out clips that evaluations measure, by place."""
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
         return measured_names(self.data, bucket, max_clips=limit)
+
+    def _passed_over(self) -> tuple[NotJudged, ...]:
+        """Returns the held-out clips that evaluations would measure, were they long enough."""
+        bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
+        return passed_over(self.data, bucket, max_clips=limit)
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""

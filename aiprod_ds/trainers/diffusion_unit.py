@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from aiprod_ds.codec.decoders import LatentDecoder
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.curriculum.phase import PhasePlan
+from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
@@ -32,7 +33,8 @@ from aiprod_ds.trainers.diffusion_export import export_transformer
 from aiprod_ds.trainers.diffusion_objective import FlowObjective
 from aiprod_ds.trainers.evaluation import evaluation_slots
 from aiprod_ds.trainers.open_data import read_empty_prompt
-from aiprod_ds.trainers.preview import Previews
+from aiprod_ds.trainers.preview import PreviewItem, Previews, held_out_items
+from aiprod_ds.trainers.preview_prompts import EncodedPrompts, encode_prompts, prompt_item
 
 _PROBE_LEVEL = 0.5
 
@@ -42,15 +44,18 @@ class DiffusionUnit(ClipUnit):
     """What the loop trains; a `Unit`.
 
     Attributes:
+        strides: Of the video VAE.
         started_with: What the adapters of the first phase go on from; None if they start with no effect.
     """
 
     config: DiffusionTrainerConfig
     module: DiffusionModule
+    strides: ModelStrides
     started_with: LoraWeights | None = None
     _objective: FlowObjective = field(init=False)
     _decoder: LatentDecoder = field(init=False)
     _previews: Previews | None = field(init=False, default=None)
+    _prompts: EncodedPrompts = field(init=False)
 
     def __post_init__(self) -> None:
         """Reads what can be missing before training."""
@@ -58,15 +63,24 @@ class DiffusionUnit(ClipUnit):
         self._objective = FlowObjective(family=family, config=config.loss, seed=config.seed)
         self._require_fitting_latents()
         self._decoder = LatentDecoder(config.vae, config.audio_vae, config.preview, seed=config.seed)
-        if config.evaluation.num_pictures:
-            empty_prompt = read_empty_prompt(self.data)
-            self._previews = Previews(
-                config.preview,
-                family=family,
-                decoder=self._decoder,
-                empty_prompt=empty_prompt,
-                seed=config.seed,
-            )
+        if not config.has_previews():
+            return
+        bucket = self.plan.phases[-1].buckets[0]
+        item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
+        self._prompts = encode_prompts(config, item, strides=self.strides)
+        empty_prompt = read_empty_prompt(self.data)
+        self._previews = Previews(
+            config.preview,
+            family=family,
+            decoder=self._decoder,
+            empty_prompt=self._prompts.empty if empty_prompt is None else empty_prompt,
+            seed=config.seed,
+        )
+
+    @property
+    def can_capture(self) -> bool:
+        """Yes: all that is left to chance comes with the micro-batch."""
+        return True
 
     def prepare(self, phase: PhasePlan) -> None:
         """Makes the transformer have the adapters that `phase` trains, or none; weights stay as they are."""
@@ -128,6 +142,7 @@ class DiffusionUnit(ClipUnit):
             headline=f"loss {metrics['loss']:.4f}" if metrics else "previews",
             examples=examples,
             clips=self._measured_names() if metrics else (),
+            not_judged=self._passed_over() if metrics else (),
         )
 
     def _measured(self, engine: Engine, go_on: Callable[[], None]) -> dict[str, float]:
@@ -163,17 +178,37 @@ class DiffusionUnit(ClipUnit):
     def replacements(self) -> tuple[str, ...]:
         """Returns snapped frame counts, clips that do not fit their bucket, and what stands in for a missing
         vocoder."""
-        decoding = self._decoder.replacements() if self.config.evaluation.num_pictures else ()
+        decoding = self._decoder.replacements() if self.config.has_previews() else ()
         return (*self.snapped, *decoding, *self.data.replacements(self.plan))
 
     def _make_previews(self, engine: Engine, go_on: Callable[[], None]) -> Examples | None:
         if self._previews is None:
             return None
+        if dist.is_main():
+            self._prompts.keep(Path(self.config.output_dir))
+        return self._previews.make(engine, self._preview_items(), go_on=go_on)
+
+    def _preview_items(self) -> list[PreviewItem]:
+        """Returns the own prompts, and those of the first held-out clips."""
         bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
-        shown = self.data.held_out(bucket)[: min(settings.num_pictures, settings.max_clips)]
+        held_out = self.data.held_out(bucket)
+        first, prompts = self.data.held_out_clip(held_out[0], bucket), self._prompts
+        family, strides = self.module.family, self.strides
+        own = [
+            PreviewItem(
+                tensors=prompt_item(entry, conditions, first, bucket, family=family, strides=strides),
+                noise=("preview_prompt", place),
+                seed=entry.seed,
+                prompt=entry.prompt,
+                first_frame=first_frame,
+            )
+            for place, (entry, conditions, first_frame) in enumerate(
+                zip(prompts.entries, prompts.conditions, prompts.first_frames, strict=True)
+            )
+        ]
+        shown = held_out[: min(settings.num_pictures, settings.max_clips)]
         items = [self.data.held_out_clip(index, bucket) for index in shown]
-        names = [self.data.validation_clips[index].name for index in shown]
-        return self._previews.make(engine, items, sources=names, go_on=go_on)
+        return own + held_out_items(items, [self.data.validation_clips[index].name for index in shown])
 
     def _require_fitting_latents(self) -> None:
         """Finds latents of other channels or another size than the model and the phases take, before anything
