@@ -14,7 +14,7 @@ from aiprod_ds.config.losses import FlowConfig
 from aiprod_ds.config.model import LoraConfig, LoraFileConfig, ModelConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
 from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
-from aiprod_ds.config.sample import PreviewConfig
+from aiprod_ds.config.sample import TrainingPreviewConfig
 
 NoiseLevel = Annotated[float, Field(gt=0, le=1)]
 
@@ -67,8 +67,8 @@ class DiffusionTrainerConfig(RunConfig):
     """What is minimised."""
     evaluation: DiffusionEvaluationConfig = DiffusionEvaluationConfig()
     """What is measured on held-out clips."""
-    preview: PreviewConfig = PreviewConfig()
-    """How the clips are made that show the model; `evaluation.num_pictures` is their number."""
+    preview: TrainingPreviewConfig = TrainingPreviewConfig()
+    """How, when and from what the clips are made that show the model."""
 
     @model_validator(mode="after")
     def _rules_of_diffusion(self) -> Self:
@@ -87,7 +87,13 @@ class DiffusionTrainerConfig(RunConfig):
 
     def has_previews(self) -> bool:
         """Returns whether evaluations sample clips."""
-        return self.evaluation.num_pictures > 0
+        preview = self.preview
+        own = bool(preview.prompts) or preview.prompts_file is not None
+        return own or self.evaluation.num_pictures > 0
+
+    def preview_updates(self) -> int | None:
+        """Returns the updates between two previews inside phases; None if there are none."""
+        return self.preview.every_updates
 
     def random_flip(self) -> bool:
         """Returns False: latents are not mirrored."""
@@ -110,6 +116,11 @@ class DiffusionTrainerConfig(RunConfig):
                     f"model.{name}: has no effect for a transformer, got {value}. Set it in the section vae."
                 )
         yield from self._adapters_without_effect()
+        if self.preview.every_updates is not None and not self.has_previews():
+            yield (
+                "preview.every_updates: has no effect without previews, got a value. Add preview.prompts, "
+                "raise evaluation.num_pictures or remove it."
+            )
         for index, phase in enumerate(self.curriculum.phases):
             if phase.augment.random_flip is not None:
                 yield (

@@ -8,7 +8,7 @@ Owns the schema; `load` reads the file. Field names are the YAML keys; what need
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -36,6 +36,57 @@ class PreviewConfig(StrictModel):
     """Makes sound of the mel spectrograms of LTX-2's audio VAE, e.g.
     `diffusers.pipelines.ltx2.vocoder:LTX2Vocoder`. null: their sound is approximated without a network. Not
     for VAEs of waveforms."""
+
+
+class PreviewPrompt(StrictModel):
+    """One clip to sample during training; YAML may write the prompt alone."""
+
+    prompt: str = Field(min_length=1)
+    """What the clip shall show."""
+    first_frame: str | None = None
+    """A picture that the clip begins with, relative to the working folder; scaled and cropped to the clip's
+    size. Only for families whose tokens may have noise levels of their own. null: none."""
+    resolution: PhaseResolution | None = None
+    """Frame size; text such as `512x768` is height x width. null: that of the last phase."""
+    duration: PhaseDuration | None = None
+    """Length; frames that the VAE cannot make are rounded up. null: that of the last phase."""
+    seed: NonNegativeInt | None = None
+    """Draws the noise. null: the run's seed and the prompt's place in the list do."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"prompt": value} if isinstance(value, str) else value
+
+
+class TrainingPreviewConfig(PreviewConfig):
+    """When clips are sampled during training, from which prompts, and how."""
+
+    every_updates: PositiveInt | None = None
+    """Updates between two previews inside phases, counted over the whole run. null: before training, at the
+    ends of phases and when a file `EVALUATE` asks for it."""
+    prompts: tuple[PreviewPrompt, ...] = Field(default=(), strict=False)
+    """Own prompts, one clip of each, before those of the first `evaluation.num_pictures` held-out clips."""
+    prompts_file: str | None = None
+    """More of them: a text file with one prompt a line, or a YAML file with a list as `prompts` has it.
+    Relative to the working folder."""
+    text: TextEncoderConfig | None = None
+    """The encoder of own prompts, as the latents' captions were encoded; it is loaded once, before training,
+    and the embeddings stay in the run folder."""
+
+    @model_validator(mode="after")
+    def _prompts_need_an_encoder(self) -> Self:
+        has_prompts = bool(self.prompts) or self.prompts_file is not None
+        if has_prompts and self.text is None:
+            raise ValueError(
+                "text: must be given for own prompts, got nothing. Copy the section text of what encoded the "
+                "captions."
+            )
+        if self.text is not None and not has_prompts:
+            raise ValueError(
+                "text: has no effect without prompts or prompts_file, got a value. Remove it or add prompts."
+            )
+        return self
 
 
 class SampleConfig(StrictModel):

@@ -93,7 +93,7 @@ def draw_noise(shapes: Mapping[str, tuple[int, ...]], seeds: Mapping[str, int]) 
     }
 
 
-def sample_latents(
+def sample_latents(  # noqa: PLR0913  what one clip is made of
     module: Callable[..., Mapping[str, Tensor]],
     family: Family,
     *,
@@ -103,6 +103,7 @@ def sample_latents(
     empty_prompt: Mapping[str, Tensor] | None,
     levels: Tensor,
     guidance_scale: float,
+    first_frame: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Returns the latents that a transformer makes of noise.
 
@@ -116,6 +117,9 @@ def sample_latents(
         empty_prompt: The same of the empty prompts; None: no guidance.
         levels: As `noise_levels` makes them.
         guidance_scale: No effect without an empty prompt.
+        first_frame: Normalised video latents [B,C,1,...] that the clips begin with; at every level the
+            transformer sees them clean, at noise level 0, as first frames that are given in training. Only
+            for families with `has_token_timesteps` and patches of one latent frame.
 
     Returns:
         Normalised latents in the shape of `noise`, fp32.
@@ -125,11 +129,16 @@ def sample_latents(
     """
     tokens = family.tokens({LATENTS[modality]: value for modality, value in noise.items()})
     grids = {modality: cut.grid for modality, cut in tokens.items()}
+    given = None if first_frame is None else _given_tokens(family, noise, first_frame)
 
     def predict(state: Mapping[str, Tensor], level: float) -> Mapping[str, Tensor]:
         timesteps = {
             modality: value.new_full((value.shape[0], 1), level) for modality, value in state.items()
         }
+        if given is not None:
+            state = {**state, "video": _with_given(state["video"], given)}
+            timesteps["video"] = timesteps["video"].repeat(1, state["video"].shape[1])
+            timesteps["video"][:, : given.shape[1]] = 0.0
         velocity = module(state, timesteps, {"fps": fps, **prompt}, grids)
         if empty_prompt is None:
             return velocity
@@ -138,4 +147,18 @@ def sample_latents(
         )
 
     final = integrate(predict, {modality: cut.values for modality, cut in tokens.items()}, levels)
+    if given is not None:
+        final["video"] = _with_given(final["video"], given)
     return {modality: latents_of(value, grids[modality]) for modality, value in final.items()}
+
+
+def _given_tokens(family: Family, noise: Mapping[str, Tensor], first_frame: Tensor) -> Tensor:
+    """Returns the tokens of the first latent frame, [B,L',D]: time comes first among tokens."""
+    clean = {LATENTS[modality]: torch.zeros_like(value) for modality, value in noise.items()}
+    clean[LATENTS["video"]][:, :, :1] = first_frame
+    cut = family.tokens(clean)["video"]
+    return cut.values[:, : cut.grid.tokens_per_frame]
+
+
+def _with_given(values_BLD: Tensor, given: Tensor) -> Tensor:
+    return torch.cat([given.to(values_BLD.dtype), values_BLD[:, given.shape[1] :]], dim=1)

@@ -213,4 +213,8 @@ def blank_config(config: ConfigT) -> ConfigT:
             key: None for key in ("lora_checkpoint", "lora_init") if key in type(config.model).model_fields
         }
     )
-    return config.model_copy(update={"evaluation": evaluation, "model": model})
+    update = {"evaluation": evaluation, "model": model}
+    if (preview := getattr(config, "preview", None)) is not None:
+        own = {"prompts": (), "prompts_file": None, "text": None, "every_updates": None}
+        update["preview"] = preview.model_copy(update=own)
+    return config.model_copy(update=update)

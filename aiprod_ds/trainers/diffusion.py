@@ -36,6 +36,7 @@ from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.diffusion_unit import DiffusionUnit, set_adapters, start_adapters
 from aiprod_ds.trainers.open_data import open_latent_datasets, open_latent_files
+from aiprod_ds.trainers.preview_prompts import prompt_problems, read_prompts
 
 _ASSUMED_FPS = 24.0  # of clips whose rate nobody says, to estimate how much sound they have
 
@@ -112,6 +113,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
                         "before."
                     )
         yield from self._rate_problems()
+        prompts, bucket = read_prompts(self.config.preview), plan.phases[-1].buckets[0]
+        yield from prompt_problems(prompts, bucket, family=self.family, strides=self.strides)
         for phase in plan.phases:
             if not any(phase.loss_weights[f"{modality}_weight"] > 0 for modality in modalities):
                 weights = " or ".join(f"{modality}_weight" for modality in modalities)
@@ -199,6 +202,7 @@ def build_diffusion_unit(
         too_short=too_short,
         snapped=snap_notes(plan, strides),
         module=DiffusionModule(model, family),
+        strides=strides,
         started_with=started_with,
     )
 

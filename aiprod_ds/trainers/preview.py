@@ -1,4 +1,4 @@
-"""Clips sampled during training: what the model makes of noise and the held-out prompts, spread over ranks.
+"""Clips sampled during training: what the model makes of noise and of prompts, spread over ranks.
 
 Owns who samples and decodes what, and how it comes to the main rank; the mathematics is in `models.sampling`.
 Called by the diffusion trainer's evaluation.
@@ -27,6 +27,35 @@ from aiprod_ds.models.sampling import draw_noise, noise_levels, sample_latents
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.unit import Examples
 from aiprod_ds.trainers.evaluation import gather_shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreviewItem:
+    """One clip to sample.
+
+    Attributes:
+        tensors: As a dataset of latents gives them; the latents only say the shape.
+        noise: What, beside the seed, decides its noise.
+        seed: In place of the run's.
+        prompt: In words; empty where only its embeddings are known.
+        source: Name of the held-out clip that the prompt is of.
+        first_frame: Normalised video latents [C,1,H',W'] that the clip begins with.
+    """
+
+    tensors: Mapping[str, Tensor]
+    noise: tuple[str | int, ...]
+    seed: int | None = None
+    prompt: str = ""
+    source: str = ""
+    first_frame: Tensor | None = None
+
+
+def held_out_items(items: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> list[PreviewItem]:
+    """Returns the items of held-out clips, whose noise depends on their place."""
+    return [
+        PreviewItem(tensors=tensors, noise=("preview", place), source=name)
+        for place, (tensors, name) in enumerate(zip(items, names, strict=True))
+    ]
 
 
 class Previews:
@@ -71,9 +100,8 @@ class Previews:
     def make(
         self,
         engine: Engine,
-        items: Sequence[Mapping[str, Tensor]],
+        items: Sequence[PreviewItem],
         *,
-        sources: Sequence[str] = (),
         go_on: Callable[[], None] = lambda: None,
     ) -> Examples | None:
         """Returns one clip for each item on the main rank, None on the others and where there is no item.
@@ -85,9 +113,7 @@ class Previews:
 
         Args:
             engine: In evaluation mode.
-            items: As a dataset of latents gives them, the same number on all ranks; their latents only say
-                the shape.
-            sources: Names of the items' clips, in order; may be left out.
+            items: The same on all ranks.
             go_on: Called between two forwards and two clips; see `EvaluationRequest`.
 
         Raises:
@@ -102,7 +128,7 @@ class Previews:
         for turn in turns:
             place = turn * engine.world_size + engine.rank
             own = min(place, len(items) - 1)
-            latents = self._sample(engine, items[own], own, go_on)
+            latents = self._sample(engine, items[own], go_on)
             if place == own:
                 sampled[place] = latents
         clips: dict[int, Clip] = {}
@@ -112,17 +138,13 @@ class Previews:
             mine = {place: sampled[place]} if place in sampled else {}
             clips |= dist.together(partial(self._decoded, engine, items, mine))
         shown = gather_shown(clips)
-        if engine.rank != 0:
-            return None
-        names = [*sources, *[""] * (len(shown) - len(sources))]
-        return _Shown(clips=tuple(shown), sources=tuple(names))
+        return _Shown(clips=tuple(shown), items=tuple(items)) if engine.rank == 0 else None
 
-    def _sample(
-        self, engine: Engine, item: Mapping[str, Tensor], place: int, go_on: Callable[[], None]
-    ) -> dict[str, Tensor]:
+    def _sample(self, engine: Engine, asked: PreviewItem, go_on: Callable[[], None]) -> dict[str, Tensor]:
+        item, seed = asked.tensors, self._seed if asked.seed is None else asked.seed
         names = {modality: LATENTS[modality] for modality in self._family.modalities}
         shapes = {modality: tuple(item[name].shape) for modality, name in names.items()}
-        seeds = {modality: stream_seed(self._seed, "preview", place, modality) for modality in names}
+        seeds = {modality: stream_seed(seed, *asked.noise, modality) for modality in names}
 
         def forward(*arguments: Any) -> dict[str, Tensor]:
             go_on()
@@ -140,19 +162,22 @@ class Previews:
             else _batch_of_one(self._empty_prompt, engine.device),
             levels=noise_levels(self._config.num_forwards, shift=self._config.time_shift),
             guidance_scale=self._config.guidance_scale,
+            first_frame=None if asked.first_frame is None else asked.first_frame[None].to(engine.device),
         )
         return {modality: value[0].cpu() for modality, value in latents.items()}
 
     def _decoded(
         self,
         engine: Engine,
-        items: Sequence[Mapping[str, Tensor]],
+        items: Sequence[PreviewItem],
         sampled: Mapping[int, Mapping[str, Tensor]],
     ) -> dict[int, Clip]:
-        return {place: self._decode(engine, items[place], latents) for place, latents in sampled.items()}
-
-    def _decode(self, engine: Engine, item: Mapping[str, Tensor], latents: Mapping[str, Tensor]) -> Clip:
-        return self._decoder.clip(latents, frame_rate_hz=float(item["fps"]), device=engine.device)
+        return {
+            place: self._decoder.clip(
+                latents, frame_rate_hz=float(items[place].tensors["fps"]), device=engine.device
+            )
+            for place, latents in sampled.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,13 +185,16 @@ class _Shown:
     """The clips of all ranks, in order; an `Examples`."""
 
     clips: tuple[Clip, ...]
-    sources: tuple[str, ...]
+    items: tuple[PreviewItem, ...]
 
     def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
-        captions = [f"clip {number}" for number in range(1, len(self.clips) + 1)]
+        captions = [
+            f"clip {number}{': ' if item.prompt else ''}{item.prompt}"
+            for number, item in enumerate(self.items, start=1)
+        ]
         save_contact_sheet(self.clips, captions, folder / f"{name}.png", title=title)
         media = [Medium(path=f"{folder.name}/{name}.png", kind="picture", role="sheet", caption=title)]
-        for number, (clip, source) in enumerate(zip(self.clips, self.sources, strict=True), start=1):
+        for number, (clip, item) in enumerate(zip(self.clips, self.items, strict=True), start=1):
             path = folder / f"{name}_clip_{number}.mp4"
             path.write_bytes(clip.mp4)
             media.append(
@@ -176,7 +204,8 @@ class _Shown:
                     role="preview",
                     caption=f"clip {number}, {title}",
                     clip=number,
-                    source=source,
+                    source=item.source,
+                    prompt=item.prompt,
                 )
             )
         return tuple(media)

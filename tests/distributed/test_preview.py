@@ -35,7 +35,7 @@ from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train.engines import decay_groups
-from aiprod_ds.trainers.preview import Previews
+from aiprod_ds.trainers.preview import Previews, held_out_items
 
 TIMEOUT_SECONDS, WORK_SECONDS = 4.0, 9.0
 CONFIG = PreviewConfig(num_forwards=2, decode_precision="fp32")
@@ -111,7 +111,7 @@ def _clips(engine: Engine, module: DiffusionModule, vae: str) -> list[str] | Non
     empty = {"prompt_embeds": torch.zeros(6, 16), "prompt_attention_mask": torch.arange(6) < 1}
     decoder = LatentDecoder(ModelConfig(source=vae), None, CONFIG, seed=0)
     previews = Previews(CONFIG, family=module.family, decoder=decoder, empty_prompt=empty, seed=0)
-    examples: Any = previews.make(engine, items)
+    examples: Any = previews.make(engine, held_out_items(items, [""] * NUM_ITEMS))
     return (
         None
         if examples is None

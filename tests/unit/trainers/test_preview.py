@@ -25,7 +25,7 @@ from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.registry import find_family
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer
 from aiprod_ds.train.engines import decay_groups
-from aiprod_ds.trainers.preview import Previews
+from aiprod_ds.trainers.preview import PreviewItem, Previews, held_out_items
 
 pytestmark = pytest.mark.slow
 
@@ -57,9 +57,13 @@ def engine() -> LocalEngine:
     return built
 
 
-def _items(num: int) -> list[dict[str, Tensor]]:
+def _tensors(num: int) -> list[dict[str, Tensor]]:
     batches = [tiny_batch(seed=seed) for seed in range(num)]
     return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
+
+
+def _items(num: int) -> list[PreviewItem]:
+    return held_out_items(_tensors(num), [f"clip_{number}" for number in range(num)])
 
 
 def _previews(
@@ -97,9 +101,9 @@ def test_every_item_becomes_a_film_with_sound_on_one_sheet(engine: LocalEngine, 
 def test_a_clip_depends_on_its_prompt_its_place_and_the_seed_alone(
     engine: LocalEngine, tmp_path: Path
 ) -> None:
-    items = _items(2)
-    other_latents = [{**item, "latents": item["latents"] + 1.0} for item in items]
-    same_prompt = [items[0], items[0]]
+    items, tensors, names = _items(2), _tensors(2), ["a", "b"]
+    other_latents = held_out_items([{**item, "latents": item["latents"] + 1.0} for item in tensors], names)
+    same_prompt = held_out_items([tensors[0], tensors[0]], names)
     both = _frames(_previews(engine).make(engine, items), tmp_path / "a")
     assert np.array_equal(_frames(_previews(engine).make(engine, items[:1]), tmp_path / "b")[0], both[0])
     assert np.array_equal(
