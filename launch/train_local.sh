@@ -13,8 +13,11 @@ if (($# < 2)); then
     exit 2
 fi
 config=$1 run_folder=$2
+printf -v typed ' %q' "$0" "$@"
 shift 2
 source "$(dirname "$0")/all_accelerators.sh"
+# For the run's page: a rank would only know of its own command. Percent-encoded, see aiprod_ds/report/command.py.
+export AIPROD_DS_COMMAND="NUM_ACCELERATORS=$accelerators${typed//%/%25}"
 
 on_all_accelerators train "$config" --output-dir "$run_folder" "$@"
 if ((code == 0 || code >= 128)); then

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ from aiprod_ds.cluster.ssh import Ssh
 from aiprod_ds.cluster.supervise import Supervisor
 from aiprod_ds.config.load import load_config
 from aiprod_ds.errors import ConfigError, EngineError
+from aiprod_ds.report.command import VARIABLE, encoded, typed_command
 
 _LOG = logging.getLogger(__name__)
 _FAILED = 1
@@ -109,6 +111,8 @@ def start(request: Request, console: Console) -> int:
     listed = ", ".join(f"{host.name} ({len(host.slots)})" for host in hosts)
     console.print(f"{num_ranks(hosts)} ranks on {listed}", markup=False, highlight=False)
     console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
+    # What a rank gets would start one rank; the run's page says what was typed here.
+    environment = {**environment, VARIABLE: encoded(typed_command(sys.argv))}
     return 0 if request.dry_run else _run(request, launch, command, environment, selected)
 
 

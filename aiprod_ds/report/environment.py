@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from functools import cache
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from aiprod_ds.report.command import ranks_of, starting_command
 
 _PACKAGES = (
     "aiprod-ds",
@@ -38,14 +39,15 @@ def describe_environment() -> dict[str, Any]:
 
     Returns:
         `versions`: name -> version of what is installed; `hardware`: cpu, cores, memory_bytes, gpus; `git`:
-        commit and has_changes of the source tree, None for an installed package; `command`: how this process
-        was started; `platform`.
+        commit and has_changes of the source tree, None for an installed package; `command`: what started all
+        ranks, as it was typed; `ranks` and `hosts`: how many there are; `platform`.
     """
     return {
         "versions": _versions(),
         "hardware": _hardware(),
         "git": _git_state(_PACKAGE_FOLDER),
-        "command": _command(),
+        "command": starting_command(),
+        **ranks_of(),
         "platform": platform.platform(),
     }
 
@@ -143,13 +145,3 @@ def _git(folder: Path, *arguments: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
-
-
-def _command() -> str:
-    """Returns the command line as one would type it."""
-    program = (
-        [Path(sys.executable).name, "-m", "aiprod_ds"]
-        if sys.argv[0].endswith("__main__.py")
-        else [Path(sys.argv[0]).name]
-    )
-    return shlex.join([*program, *sys.argv[1:]])
