@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -283,9 +284,14 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     trainer = _trainer(arguments)
     with dist.process_group(lost_rank_seconds=trainer.config.engine.lost_rank_seconds):
-        metrics = trainer.evaluate(resume=arguments.resume)
+        found = trainer.evaluation(resume=arguments.resume)
         if dist.is_main():
-            print(json.dumps(metrics, indent=1))
+            # JSON has no NaN; in words, as metrics.jsonl has it.
+            measures = {
+                name: value if math.isfinite(value) else str(value) for name, value in found.metrics.items()
+            }
+            left_out = [asdict(entry) for entry in found.not_judged]
+            print(json.dumps({**measures, "clips": found.clips, "not_judged": left_out}, indent=1))
     return DONE
 
 

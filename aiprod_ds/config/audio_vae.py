@@ -10,7 +10,16 @@ from typing_extensions import Self
 
 from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.config.losses import AudioVAELossConfig
-from aiprod_ds.config.run import RunConfig, TrainerPath
+from aiprod_ds.config.measures import AudioMeasuresConfig
+from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
+
+
+class AudioEvaluationConfig(EvaluationConfig):
+    """How held-out clips are measured: always in the shape of the last phase, so that figures compare across
+    phases."""
+
+    measures: AudioMeasuresConfig = AudioMeasuresConfig()
+    """What is measured beside the distances of spectra and SI-SDR."""
 
 
 class AudioVAETrainerConfig(RunConfig):
@@ -27,6 +36,8 @@ class AudioVAETrainerConfig(RunConfig):
     """The clips."""
     loss: AudioVAELossConfig = AudioVAELossConfig()
     """What is minimised."""
+    evaluation: AudioEvaluationConfig = AudioEvaluationConfig()
+    """What is measured on held-out clips."""
 
     @model_validator(mode="after")
     def _phases_are_of_sound(self) -> Self:

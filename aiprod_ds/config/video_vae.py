@@ -9,7 +9,16 @@ from typing_extensions import Self
 
 from aiprod_ds.config.data import VideoDataConfig
 from aiprod_ds.config.losses import VideoVAELossConfig
-from aiprod_ds.config.run import RunConfig, TrainerPath
+from aiprod_ds.config.measures import VideoMeasuresConfig
+from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
+
+
+class VideoEvaluationConfig(EvaluationConfig):
+    """How held-out clips are measured: always in the shape of the last phase, so that figures compare across
+    phases."""
+
+    measures: VideoMeasuresConfig = VideoMeasuresConfig()
+    """What is measured beside PSNR, SSIM and flicker."""
 
 
 class VAETrainerConfig(RunConfig):
@@ -22,6 +31,8 @@ class VAETrainerConfig(RunConfig):
     """The clips."""
     loss: VideoVAELossConfig = VideoVAELossConfig()
     """What is minimised."""
+    evaluation: VideoEvaluationConfig = VideoEvaluationConfig()
+    """What is measured on held-out clips."""
 
     @model_validator(mode="after")
     def _phases_have_a_resolution(self) -> Self:

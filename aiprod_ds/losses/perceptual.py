@@ -23,6 +23,7 @@ from aiprod_ds.losses.vgg import LAYERS, MIN_SIZE, VGGFeatures, WeightsUnavailab
 logger = logging.getLogger(__name__)
 
 _NORM_EPSILON = 1e-8
+_PIXELS_AT_ONCE = 2**20  # of measured frames: 256 MiB for the 64 channels of a layer in full resolution
 _HEADS_PACKAGE = "torchmetrics.functional.image"
 _HEADS_FILE = "lpips_models/vgg.pth"
 
@@ -124,6 +125,29 @@ class PerceptualLoss(nn.Module):
             return self._feature_distance(
                 _images(reconstruction, frames).float(), _images(target, frames).float()
             )
+
+    @torch.no_grad()
+    def measure(self, reconstruction_BCTHW: Tensor, target_BCTHW: Tensor) -> float:
+        """Returns the distance over all frames, whatever `frames_per_clip` says, a few of them at a time.
+
+        Args:
+            reconstruction_BCTHW: As in `forward`.
+            target_BCTHW: Same shape.
+
+        Raises:
+            DataError: As `forward`.
+        """
+        _check_videos(reconstruction_BCTHW, target_BCTHW, for_network=True)
+        with no_autocast(reconstruction_BCTHW):
+            sides = (_images(video, None).float() for video in (reconstruction_BCTHW, target_BCTHW))
+            reconstruction_NCHW, target_NCHW = sides
+            num_images, size = len(target_NCHW), target_NCHW[0, 0].numel()
+            step, total = max(1, _PIXELS_AT_ONCE // size), 0.0
+            for first in range(0, num_images, step):
+                piece = slice(first, min(first + step, num_images))
+                distance = self._feature_distance(reconstruction_NCHW[piece], target_NCHW[piece])
+                total += float(distance) * (piece.stop - first)
+        return total / num_images
 
     def _feature_distance(self, reconstruction_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
         network = self._hidden["network"].to(reconstruction_NCHW.device)

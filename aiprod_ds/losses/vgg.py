@@ -102,6 +102,30 @@ def locate_weights(configured: str | None, *, allow_unverified: bool = False) ->
         WeightsUnavailableError: If nothing is configured or cached and the download fails.
         DataError: If a file is missing or its SHA-256 is not that of torchvision's file.
     """
+    found = _find(configured, allow_unverified=allow_unverified)
+    if found is None:
+        found = _cached()
+        _download(found)
+    return found
+
+
+def local_weights(configured: str | None) -> Path:
+    """Returns the checked weight file as `locate_weights` does, without a download.
+
+    Raises:
+        WeightsUnavailableError: If nothing is configured or cached.
+        DataError: If a file is missing or its SHA-256 is not that of torchvision's file.
+    """
+    found = _find(configured, allow_unverified=False)
+    if found is None:
+        raise WeightsUnavailableError(
+            f"needs VGG16 weights; not configured, not in {_cached().parent}. Set loss.perceptual.weights to "
+            f"a local copy of {WEIGHTS_NAME}, or put that file into the torch hub cache."
+        )
+    return found
+
+
+def _find(configured: str | None, *, allow_unverified: bool) -> Path | None:
     if configured is not None:
         path = Path(configured).expanduser()
         if not path.is_file():
@@ -112,12 +136,15 @@ def locate_weights(configured: str | None, *, allow_unverified: bool = False) ->
         if not allow_unverified:
             _check_hash(path, _REPLACE)
         return path
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
-    if cached.is_file():
-        _check_hash(cached, "Delete it; it will be downloaded again.")
-        return cached
-    _download(cached)
+    cached = _cached()
+    if not cached.is_file():
+        return None
+    _check_hash(cached, "Delete it; it will be downloaded again.")
     return cached
+
+
+def _cached() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
 
 
 def _read_features(weights_file: Path, names: list[str]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from aiprod_ds.errors import DataError
 from aiprod_ds.files import write_atomically
 
 FILE = "evaluations.jsonl"
+EVERY_MEASURE = "every measure"
 
 Reason = Literal["before", "interval", "asked", "phase_end"]
 """Why an evaluation was made: before training, by its interval, by a file EVALUATE, at the end of a phase."""
@@ -49,11 +50,12 @@ class Medium:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotJudged:
-    """A held-out clip that a measure cannot say anything about, and is therefore not in its mean.
+    """A held-out clip that a measure cannot say anything about, and that is therefore not in its mean.
 
     Attributes:
         clip: Name of its file.
-        measure: Without the `evaluation/` prefix.
+        measure: Without the `evaluation/` prefix; `EVERY_MEASURE` of a clip that is not among the measured
+            ones.
         reason: In words, e.g. `digital silence`.
     """
 
@@ -90,6 +92,11 @@ class EvaluationRecord:
     not_judged: tuple[NotJudged, ...] = ()
     media: tuple[Medium, ...] = field(default=())
     thinned: int = 0
+
+    def num_judged(self, measure: str) -> int:
+        """Returns of how many clips `measure` is the mean."""
+        left_out = {entry.clip for entry in self.not_judged if entry.measure == measure}
+        return sum(clip not in left_out for clip in self.clips)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record ready for JSON; a value that is not finite becomes null."""

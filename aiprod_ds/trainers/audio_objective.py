@@ -21,15 +21,17 @@ from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.losses import AudioVAELoss, LossTerms
 from aiprod_ds.losses.mel_vae import MelVAELoss
 from aiprod_ds.media.sounds import save_mels, save_spectrograms, save_wav
-from aiprod_ds.metrics.audio_quality import AudioQuality
-from aiprod_ds.metrics.evaluations import Medium
+from aiprod_ds.metrics.audio_quality import SHORTEST_MEASURED, AudioQuality
+from aiprod_ds.metrics.evaluations import Medium, NotJudged
+from aiprod_ds.metrics.listening import Visqol
 from aiprod_ds.metrics.mel_quality import MelQuality
 from aiprod_ds.models.audio_vae import AudioVAE
 from aiprod_ds.models.mel_vae import MelVAE
 from aiprod_ds.train.unit import Examples
+from aiprod_ds.trainers.measures import share_text
 
 _LOG = logging.getLogger(__name__)
-_SHORTEST_MEASURED = 1025  # samples: half of the longest window of `AudioQuality`, and one more
+_NOTHING_JUDGED = "no clip could be judged"
 
 
 class Objective(Protocol):
@@ -49,8 +51,11 @@ class Objective(Protocol):
     def new_quality(self) -> AudioQuality | MelQuality:
         """Returns an empty accumulator of measures."""
 
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        """Returns the measures to print over examples."""
+    def headline(
+        self, metrics: Mapping[str, float], clips: Sequence[str], not_judged: Sequence[NotJudged]
+    ) -> str:
+        """Returns the measures to print over examples, and of how many clips they are the mean if not of
+        all."""
 
     def examples(
         self, originals: Sequence[Tensor], outputs: Sequence[Tensor], *, sources: Sequence[str]
@@ -59,9 +64,14 @@ class Objective(Protocol):
 
 
 def choose_objective(
-    module: AudioVAE | MelVAE, config: AudioVAELossConfig, plan: RunPlan, *, sample_rate_hz: int
+    module: AudioVAE | MelVAE,
+    config: AudioVAELossConfig,
+    plan: RunPlan,
+    *,
+    sample_rate_hz: int,
+    opinion: Visqol | None = None,
 ) -> Objective:
-    """Returns the objective of the module's kind."""
+    """Returns the objective of the module's kind; `opinion` is measured of waveforms only."""
     if isinstance(module, MelVAE):
         return _MelObjective(module=module, sample_rate_hz=sample_rate_hz)
     # Without a weight in any phase the mel term is not measured: its transforms cost as much as those of the
@@ -72,7 +82,7 @@ def choose_objective(
         phase.index: AudioVAELoss(config.model_copy(update=dict(phase.loss_weights)), sample_rate_hz=rate_hz)
         for phase in plan.phases
     }
-    return _WaveObjective(losses=losses, sample_rate_hz=sample_rate_hz)
+    return _WaveObjective(losses=losses, sample_rate_hz=sample_rate_hz, opinion=opinion)
 
 
 def objective_problems(config: AudioVAELossConfig, plan: RunPlan, *, is_mel: bool) -> Iterator[str]:
@@ -98,9 +108,9 @@ def objective_problems(config: AudioVAELossConfig, plan: RunPlan, *, is_mel: boo
             "values. Remove them."
         )
     last = plan.phases[-1].buckets[0]
-    if not is_mel and last.frames < _SHORTEST_MEASURED:
+    if not is_mel and last.frames < SHORTEST_MEASURED:
         yield (
-            f"curriculum.phases[{len(plan.phases) - 1}].duration: must give at least {_SHORTEST_MEASURED} "
+            f"curriculum.phases[{len(plan.phases) - 1}].duration: must give at least {SHORTEST_MEASURED} "
             "samples in the last "
             f"phase, in whose shape held-out clips are measured, got {last.frames}. Lengthen its clips."
         )
@@ -110,6 +120,7 @@ def objective_problems(config: AudioVAELossConfig, plan: RunPlan, *, is_mel: boo
 class _WaveObjective:
     losses: Mapping[int, AudioVAELoss]
     sample_rate_hz: int
+    opinion: Visqol | None
 
     def input_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         return compute_dtype
@@ -124,11 +135,15 @@ class _WaveObjective:
         return terms
 
     def new_quality(self) -> AudioQuality:
-        return AudioQuality(sample_rate_hz=self.sample_rate_hz)
+        return AudioQuality(sample_rate_hz=self.sample_rate_hz, opinion=self.opinion)
 
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        ratio = f"SI-SDR {metrics['si_sdr_db']:.1f} dB, " if "si_sdr_db" in metrics else ""
-        return f"{ratio}mel distance {metrics['mel_distance']:.2f}"
+    def headline(
+        self, metrics: Mapping[str, float], clips: Sequence[str], not_judged: Sequence[NotJudged]
+    ) -> str:
+        if "mel_distance" not in metrics:
+            return _NOTHING_JUDGED
+        share = share_text("mel_distance", clips, not_judged)
+        return f"SI-SDR {metrics['si_sdr_db']:.1f} dB, mel distance {metrics['mel_distance']:.2f}{share}"
 
     def examples(
         self, originals: Sequence[Tensor], outputs: Sequence[Tensor], *, sources: Sequence[str]
@@ -164,8 +179,12 @@ class _MelObjective:
     def new_quality(self) -> MelQuality:
         return MelQuality()
 
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        return f"log-mel error {metrics['log_mel_l1']:.3f}"
+    def headline(
+        self, metrics: Mapping[str, float], clips: Sequence[str], not_judged: Sequence[NotJudged]
+    ) -> str:
+        if "log_mel_l1" not in metrics:
+            return _NOTHING_JUDGED
+        return f"log-mel error {metrics['log_mel_l1']:.3f}{share_text('log_mel_l1', clips, not_judged)}"
 
     def examples(
         self, originals: Sequence[Tensor], outputs: Sequence[Tensor], *, sources: Sequence[str]

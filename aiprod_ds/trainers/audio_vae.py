@@ -25,6 +25,7 @@ from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import PlanError
 from aiprod_ds.losses import LossTerms
+from aiprod_ds.metrics.listening import Visqol
 from aiprod_ds.models.audio_vae import AudioVAE, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model
 from aiprod_ds.rng import stream_seed
@@ -33,7 +34,8 @@ from aiprod_ds.trainers.audio_objective import Objective, choose_objective, obje
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
-from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, over_ranks
+from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips
+from aiprod_ds.trainers.measures import audio_measure_names, audio_measure_problems, judged
 from aiprod_ds.trainers.open_data import open_audio_datasets, open_audio_files
 from aiprod_ds.trainers.vae_export import export_vae
 
@@ -64,10 +66,15 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
         problems = [
             *self._form_problems(),
             *objective_problems(self.config.loss, plan, is_mel=is_mel_model(self.shapes)),
+            *audio_measure_problems(self.config, plan, is_mel=is_mel_model(self.shapes)),
         ]
         if problems:
             raise PlanError([f"{self.source}: {problem}" for problem in problems])
         return plan
+
+    def measures(self, plan: RunPlan) -> tuple[str, ...]:  # noqa: ARG002  of every plan the same
+        """Returns `audio_measure_names`."""
+        return audio_measure_names(self.config, is_mel=is_mel_model(self.shapes))
 
     def _form_problems(self) -> Iterator[str]:
         takes, data = audio_facts(self.shapes, hop=self.config.model.temporal_stride), self.config.data
@@ -139,7 +146,15 @@ class AudioVAEUnit(ClipUnit):
     def __post_init__(self) -> None:
         """Builds the losses of all phases."""
         rate_hz = self.config.data.sample_rate_hz
-        self._objective = choose_objective(self.module, self.config.loss, self.plan, sample_rate_hz=rate_hz)
+        is_asked_for = self.config.evaluation.measures.visqol
+        is_blank = next(self.module.parameters()).is_meta
+        self._objective = choose_objective(
+            self.module,
+            self.config.loss,
+            self.plan,
+            sample_rate_hz=rate_hz,
+            opinion=Visqol(sample_rate_hz=rate_hz) if is_asked_for and not is_blank else None,
+        )
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not
@@ -157,20 +172,25 @@ class AudioVAEUnit(ClipUnit):
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
         quality = self._objective.new_quality()
-        shown: dict[int, tuple[Tensor, Tensor]] = {}
+        names, shown = self._measured_names(), dict[int, tuple[Tensor, Tensor]]()
         for clip in self._held_out(engine, request.go_on):
             original, output = self._objective.target(clip.original).cpu(), clip.output.cpu()
-            quality.update(original, output)
+            quality.update(original, output, names=[names[clip.place]])
             if clip.place < self.config.evaluation.num_pictures:
                 shown[clip.place] = (original, output)
-        metrics = over_ranks(engine, quality, self._objective.new_quality()).compute()
-        pairs, names = gather_shown(shown), self._measured_names()
+        metrics, left_out = judged(engine, quality, self._objective.new_quality(), clips=names)
+        pairs = gather_shown(shown)
         examples = None
         if pairs and engine.rank == 0:
             originals, outputs = zip(*pairs, strict=True)
             examples = self._objective.examples(originals, outputs, sources=names)
-        headline = self._objective.headline(metrics)
-        return Evaluation(metrics=metrics, headline=headline, examples=examples, clips=names)
+        return Evaluation(
+            metrics=metrics,
+            headline=self._objective.headline(metrics, names, left_out),
+            examples=examples,
+            clips=names,
+            not_judged=(*left_out, *self._passed_over()),
+        )
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out

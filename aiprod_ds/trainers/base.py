@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import read_settings
 from aiprod_ds.config.run import RunConfig
+from aiprod_ds.config.trainers import TRAINERS
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.plan import plan_run
@@ -28,8 +29,9 @@ from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.train.planning.auto import search_here, this_machine
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
 from aiprod_ds.train.run import Prepared, evaluate_checkpoint, run_training
-from aiprod_ds.train.unit import Unit
+from aiprod_ds.train.unit import Evaluation, Unit
 from aiprod_ds.trainers.clip_data import ClipData
+from aiprod_ds.trainers.measures import require_known_measure
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -130,7 +132,16 @@ class Trainer(ABC, Generic[ConfigT]):
         Raises:
             PlanError: With every problem found.
         """
-        return plan_run(self.config, world_size=world_size, strides=self.strides, source=self.source)
+        plan = plan_run(self.config, world_size=world_size, strides=self.strides, source=self.source)
+        path = f"{type(self).__module__}:{type(self).__qualname__}"
+        # A class of a user's own may measure more than the one that it is derived from.
+        if self.config.checkpoint.keep_best is not None and path in {each.path for each in TRAINERS.values()}:
+            require_known_measure(self.config, self.measures(plan), self.source)
+        return plan
+
+    def measures(self, plan: RunPlan) -> tuple[str, ...]:  # noqa: ARG002  a trainer that knows them reads it
+        """Returns the names of what evaluations may measure; empty where nobody knows."""
+        return ()
 
     def num_parameters(self) -> int:
         """Returns the number of parameters of the model."""
@@ -165,6 +176,15 @@ class Trainer(ABC, Generic[ConfigT]):
 
         Raises:
             CheckpointError: If there is none.
+        """
+        return dict(self.evaluation(resume=resume).metrics)
+
+    def evaluation(self, *, resume: str = "auto") -> Evaluation:
+        """Returns what `evaluate` does, with the names of the clips that were measured, and of those that a
+        measure leaves out.
+
+        Raises:
+            CheckpointError: If there is no checkpoint.
         """
         return evaluate_checkpoint(self._prepare(), resume=resume)
 

@@ -35,6 +35,7 @@ from aiprod_ds.models.video_vae import video_strides
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.diffusion_unit import DiffusionUnit, set_adapters, start_adapters
+from aiprod_ds.trainers.measures import diffusion_measure_names
 from aiprod_ds.trainers.open_data import open_latent_datasets, open_latent_files
 from aiprod_ds.trainers.preview_prompts import prompt_problems, read_prompts
 
@@ -87,6 +88,10 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
                 _read_lora(model.lora_checkpoint, self.shapes, self.family)
                 start_adapters(transformer, _read_lora(model.lora_init, self.shapes, self.family))
         return plan
+
+    def measures(self, plan: RunPlan) -> tuple[str, ...]:  # noqa: ARG002  of every plan the same
+        """Returns `diffusion_measure_names`."""
+        return diffusion_measure_names(self.family.modalities, self.config.evaluation.noise_levels)
 
     def _problems(self, plan: RunPlan) -> Iterator[str]:
         name, modalities, sound = self.family.name, self.family.modalities, self.family.sound

@@ -25,14 +25,20 @@ from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
-from aiprod_ds.metrics.quality import VideoQuality
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.unit import Evaluation, EvaluationRequest
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
-from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, over_ranks
+from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips
+from aiprod_ds.trainers.measures import (
+    VideoMeasures,
+    judged,
+    video_measure_names,
+    video_measure_problems,
+    video_measures,
+)
 from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
 from aiprod_ds.trainers.vae_export import export_vae
 from aiprod_ds.trainers.video_examples import VideoExamples, shown_pair
@@ -51,6 +57,23 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
     def strides(self) -> ModelStrides:
         """How the model divides height, width and frames; found on the meta device."""
         return video_strides(self.shapes, self.config.model)
+
+    def plan(self, *, world_size: int = 1) -> RunPlan:
+        """Returns the curriculum as it would run on `world_size` ranks; takes no memory for weights of the
+        model.
+
+        Raises:
+            PlanError: With every problem found, also of what the measures need.
+        """
+        plan = super().plan(world_size=world_size)
+        problems = list(video_measure_problems(self.config, plan))
+        if problems:
+            raise PlanError([f"{self.source}: {problem}" for problem in problems])
+        return plan
+
+    def measures(self, plan: RunPlan) -> tuple[str, ...]:
+        """Returns `video_measure_names`."""
+        return video_measure_names(self.config, plan)
 
     def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
         """Returns `video` [3,T,H,W]."""
@@ -105,12 +128,14 @@ class VideoVAEUnit(ClipUnit):
     module: VideoVAE
     _perceptual: PerceptualLoss | None = field(init=False, default=None)
     _losses: dict[int, VideoVAELoss] = field(init=False)
+    _measures: VideoMeasures = field(init=False, default_factory=VideoMeasures)
 
     def __post_init__(self) -> None:
-        """Builds the losses of all phases, so that a missing weight file is found before training."""
+        """Builds the losses of all phases and the measures, so that a missing weight file is found before
+        training."""
+        is_blank = next(self.module.parameters()).is_meta
         if any(phase.loss_weights["perceptual_weight"] > 0 for phase in self.plan.phases):
             try:
-                is_blank = next(self.module.parameters()).is_meta
                 self._perceptual = PerceptualLoss(self.config.loss.perceptual, is_blank=is_blank)
             except DataError as error:
                 raise PlanError(f"loss.perceptual: {error}") from error
@@ -120,6 +145,9 @@ class VideoVAEUnit(ClipUnit):
             )
             for phase in self.plan.phases
         }
+        if not is_blank:
+            num_clips = len(self._measured_names())
+            self._measures = video_measures(self.config, self.plan, self._perceptual, num_clips=num_clips)
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not
@@ -139,14 +167,14 @@ class VideoVAEUnit(ClipUnit):
 
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
-        quality, shown = VideoQuality(), {}
+        quality, shown = self._measures.new_quality(), {}
         names, rates = self._measured_names(), self._frame_rates()
         for clip in self._held_out(engine, request.go_on):
-            quality.update(clip.original, clip.output)
+            quality.update(clip.original, clip.output, names=[names[clip.place]])
             if clip.place < self.config.evaluation.num_pictures:
                 rate_hz = rates[clip.place]
                 shown[clip.place] = shown_pair(clip.original, clip.output, frame_rate_hz=rate_hz)
-        metrics = over_ranks(engine, quality, VideoQuality()).compute()
+        metrics, left_out = judged(engine, quality, self._measures.new_quality(), clips=names)
         pairs = gather_shown(shown)
         examples = VideoExamples(pairs=tuple(pairs), sources=names) if pairs and engine.rank == 0 else None
         return Evaluation(
@@ -154,6 +182,7 @@ class VideoVAEUnit(ClipUnit):
             headline=f"PSNR {metrics['psnr_db']:.1f} dB",
             examples=examples,
             clips=names,
+            not_judged=(*left_out, *self._passed_over()),
         )
 
     def export(self, engine: Engine, folder: Path) -> None:
@@ -162,15 +191,16 @@ class VideoVAEUnit(ClipUnit):
         export_vae(engine, self.module.vae, self._held_out(engine), folder)
 
     def replacements(self) -> tuple[str, ...]:
-        """Returns snapped frame counts, a replaced perceptual network and clips that do not fit their
-        bucket."""
+        """Returns snapped frame counts, a replaced perceptual network, doubtful measures and clips that do
+        not fit their bucket."""
         is_l2 = self._perceptual is not None and self._perceptual.active_mode == "l2"
         network = (
             ["perceptual/mode=l2: no VGG16 weights, mean squared error in place of the network"]
             if is_l2
             else []
         )
-        return (*self.snapped, *network, *self.data.replacements(self.plan))
+        doubts = self._measures.notes(len(self._measured_names()))
+        return (*self.snapped, *network, *doubts, *self.data.replacements(self.plan))
 
     def _held_out(self, engine: Engine, go_on: Callable[[], None] = lambda: None) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips

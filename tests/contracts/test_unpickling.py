@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 _THE_PLACE = "aiprod_ds/convert/restricted_pickle.py"
+# Reads a TorchScript file after its hash was found to be the expected one.
+_HASHED = ("aiprod_ds/metrics/video_features.py", "torch.jit.load")
 _FOLDERS = ("aiprod_ds", "tools", "benchmarks")
 _MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 _HARMLESS = {"UnpicklingError", "dumps", "dump"}
@@ -46,7 +48,7 @@ def test_nothing_is_unpickled_without_restraint(repository_root: Path) -> None:
             faults = [
                 fault for fault in _faults(ast.parse(path.read_text(encoding="utf-8"))) if name != _THE_PLACE
             ]
-            found += [f"{name}:{line}: {what}" for line, what in faults]
+            found += [f"{name}:{line}: {what}" for line, what in faults if (name, what) != _HASHED]
     assert found == []
 
 

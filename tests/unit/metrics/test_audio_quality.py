@@ -74,12 +74,64 @@ def test_mel_distance_agrees_with_torchaudio():
     assert _measured((x, y)).compute()["mel_distance"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_silent_originals_have_no_si_sdr():
+@pytest.mark.parametrize("level", [0.0, 0.25])
+def test_a_silent_original_is_named_and_left_out_of_every_mean(level):
+    """Also one with an offset, which nobody hears."""
     x, y = _waves(batch=1)
-    silence = torch.zeros_like(x)
+    silence = torch.full_like(x, level)
+    quality = AudioQuality(sample_rate_hz=RATE_HZ)
+    quality.update(silence, y, names=["silent.wav"])
 
-    assert set(_measured((silence, y)).compute()) == {"mel_distance", "stft_distance"}
-    assert _measured((silence, y), (x, y)).compute()["si_sdr_db"] == _measured((x, y)).compute()["si_sdr_db"]
+    assert quality.compute() == {}
+    quality.update(x, y, names=["speech.wav"])
+    assert quality.compute() == _measured((x, y)).compute()
+    assert {(entry.clip, entry.reason) for entry in quality.not_judged} == {("silent.wav", "digital silence")}
+    assert {entry.measure for entry in quality.not_judged} == {"mel_distance", "stft_distance", "si_sdr_db"}
+
+
+def test_a_sound_under_half_a_window_has_a_ratio_and_no_distances():
+    x, y = _waves(batch=1)
+    quality = _measured((x, y), num_samples=[1024])
+
+    assert set(quality.compute()) == {"si_sdr_db"}
+    assert [(entry.measure, entry.reason) for entry in quality.not_judged] == [
+        ("mel_distance", "under 1025 samples"),
+        ("stft_distance", "under 1025 samples"),
+    ]
+    assert set(_measured((x, y), num_samples=[1025]).compute()) == {
+        "mel_distance",
+        "stft_distance",
+        "si_sdr_db",
+    }
+
+
+def test_a_silent_reconstruction_is_the_worst_and_not_left_out():
+    """torchmetrics gives it 0 dB, above a reconstruction that is only noise."""
+    x, noise = _waves(batch=1)
+    silent, other = _measured((x, torch.zeros_like(x))), _measured((x, noise))
+
+    assert silent.not_judged == ()
+    assert silent.compute()["si_sdr_db"] == -100.0 < other.compute()["si_sdr_db"] < 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows_and_is_not_left_out(value):
+    x, y = _waves(batch=1)
+    y[0, 1, 2000] = value
+    quality = _measured((x, y))
+
+    assert quality.not_judged == ()
+    assert all(math.isnan(found) for found in quality.compute().values())
+
+
+def test_a_mean_stands_over_the_clips_that_an_opinion_could_judge():
+    x, y = _waves(batch=3)
+    opinions = iter([2.0, "under 1 s", 4.0])
+    quality = AudioQuality(sample_rate_hz=RATE_HZ, opinion=lambda *_: next(opinions))
+    quality.update(x, y, names=["a", "b", "c"])
+
+    assert quality.compute()["visqol"] == 3.0
+    assert [(entry.clip, entry.measure) for entry in quality.not_judged] == [("b", "visqol")]
 
 
 def test_merged_ranks_equal_one_process():
@@ -112,10 +164,8 @@ def test_errors():
         AudioQuality(sample_rate_hz=RATE_HZ).compute()
     with pytest.raises(DataError, match="at least as long"):
         _measured((x, y[..., :-1]))
-    with pytest.raises(
-        DataError, match=r"lengths above 1024 \(half a window\) and up to 4096, got \[1024, 4096\]"
-    ):
-        _measured((x, y), num_samples=[1024, 4096])
+    with pytest.raises(DataError, match=r"2 lengths from 1 to 4096, got \[0, 4096\]"):
+        _measured((x, y), num_samples=[0, 4096])
 
 
 @pytest.mark.parametrize("sample_rate_hz", [16000, 24000, 44100, 48000])

@@ -38,6 +38,7 @@ def test_an_exact_copy_has_the_ceiling_and_full_similarity():
     assert _measured((x, x)).compute() == {
         "psnr_db": 100.0,
         "ssim": pytest.approx(1.0, abs=1e-6),
+        "flicker_error": 0.0,
         "flicker_ratio": pytest.approx(1.0),
     }
 
@@ -70,10 +71,73 @@ def test_flicker_doubles_when_motion_doubles():
     assert _measured((x * 0.4, x * 0.8)).compute()["flicker_ratio"] == pytest.approx(2.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("frames", [1, 3])
-def test_flicker_is_left_out_where_no_original_moves(frames):
-    still = torch.zeros(1, 3, frames, 16, 16)
-    assert set(_measured((still, still + 0.1)).compute()) == {"psnr_db", "ssim"}
+def test_flicker_error_is_the_mean_of_what_is_added_between_frames():
+    x, _ = _clips(frames=5)
+    flickering = x.clone()
+    flickering[:, :, 1::2] += 0.2
+
+    # Every change between frames is 0.1 off on [0,1]; fp32 differences of numbers below 1.
+    assert _measured((x, flickering)).compute()["flicker_error"] == pytest.approx(0.1, abs=1e-6)
+    assert _measured((x, x + 0.2)).compute()["flicker_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_flicker_error_agrees_with_numpy():
+    x, y = _clips(frames=4)
+    a, b = (np.diff(clip.numpy().astype(np.float64) / 2 + 0.5, axis=2) for clip in (x, y))
+
+    # fp32 against fp64 means of differences near 0.1.
+    assert _measured((x, y)).compute()["flicker_error"] == pytest.approx(np.abs(b - a).mean(), rel=1e-5)
+
+
+def test_the_ratio_may_hide_flicker_that_the_error_shows():
+    """Motion replaced by as much flicker."""
+    x = torch.zeros(1, 3, 5, 16, 16)
+    x[:, :, 1::2] = 0.2
+    y = torch.zeros_like(x)
+    y[:, :, ::2] = 0.2
+    found = _measured((x, y)).compute()
+
+    assert found["flicker_ratio"] == pytest.approx(1.0)
+    assert found["flicker_error"] == pytest.approx(0.2)
+
+
+def test_clips_that_cannot_be_judged_are_named_and_left_out():
+    x, y = _clips(batch=1, frames=3)
+    still, small = torch.zeros_like(x), x[..., :8, :8]
+    quality = VideoQuality()
+    quality.update(x, y, names=["moving.mp4"])
+    quality.update(still, still + 0.1, names=["still.mp4"])
+    quality.update(x[:, :, :1], y[:, :, :1], names=["image.png"])
+    quality.update(small, small, names=["small.mp4"])
+    found = quality.compute()
+
+    assert [(entry.clip, entry.measure, entry.reason) for entry in quality.not_judged] == [
+        ("still.mp4", "flicker_ratio", "the original does not move"),
+        ("image.png", "flicker_ratio", "one frame"),
+        ("image.png", "flicker_error", "one frame"),
+        ("small.mp4", "ssim", "smaller than 11x11"),
+    ]
+    ssims = [_measured(pair).compute()["ssim"] for pair in _pairs(x, y, still)]
+    # fp64 means.
+    assert found["ssim"] == pytest.approx(sum(ssims) / 3, rel=1e-12)
+    alone = _measured((x, y), (small, small)).compute()
+    assert found["flicker_ratio"] == pytest.approx(alone["flicker_ratio"], rel=1e-12)
+
+
+def test_a_measure_that_judged_no_clip_is_absent():
+    still = torch.zeros(1, 3, 1, 8, 8)
+    assert set(_measured((still, still + 0.1)).compute()) == {"psnr_db"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_and_is_not_left_out(value):
+    x, y = _clips(frames=3)
+    y[0, 0, 1, 2, 3] = value
+    quality = VideoQuality(lambda a, b: (a - b).abs().mean())
+    quality.update(x, y)
+
+    assert quality.not_judged == ()
+    assert all(math.isnan(found) for found in quality.compute().values())
 
 
 def test_merged_ranks_equal_one_process():
@@ -116,8 +180,12 @@ def test_no_clips_and_wrong_shapes_are_errors():
         VideoQuality().compute()
     with pytest.raises(DataError, match="must have one shape"):
         VideoQuality().update(torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 2, 16, 16))
-    with pytest.raises(DataError, match="at least 11"):
-        VideoQuality().update(torch.zeros(1, 3, 1, 8, 16), torch.zeros(1, 3, 1, 8, 16))
+    with pytest.raises(DataError, match=r"one shape \[B,3,T,H,W\]"):
+        VideoQuality().update(torch.zeros(3, 1, 16, 16), torch.zeros(3, 1, 16, 16))
+
+
+def _pairs(x, y, still):
+    return (x, y), (still, still + 0.1), (x[:, :, :1], y[:, :, :1])
 
 
 def _ssim(x, y):
