@@ -1,5 +1,5 @@
-"""The command line: check, plan, encode, train, eval, sample, convert, inspect, launch, doctor. The only
-module that prints.
+"""The command line: check, plan, encode, train, eval, report, sample, convert, inspect, launch, doctor. The
+only module that prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 75 the run was asked to stop and has
 saved: the same command goes on. A second signal ends with 128 + its number.
@@ -95,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--resume", default="auto", help="auto (default: the newest) or a checkpoint folder"
     )
+    report = commands.add_parser(
+        "report", help="write the page of a run anew, also of one that was killed, or compare runs"
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the page; by default report.html in the run folder, of a comparison comparison.html here",
+    )
+    report.set_defaults(command=_report)
     _configured(
         commands,
         "sample",
@@ -292,6 +303,25 @@ def _eval(arguments: argparse.Namespace) -> int:
             }
             left_out = [asdict(entry) for entry in found.not_judged]
             print(json.dumps({**measures, "clips": found.clips, "not_judged": left_out}, indent=1))
+    return DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from aiprod_ds.report.page.compare_page import PAGE, write_comparison
+    from aiprod_ds.report.page.run_page import write_page
+    from aiprod_ds.train.resume.folder_lock import is_in_use
+
+    runs, output = arguments.runs, arguments.output
+    try:
+        if len(runs) == 1:
+            print(write_page(runs[0], output=output, is_running=is_in_use(runs[0])))
+        else:
+            print(write_comparison(runs, output or Path(PAGE), is_running=is_in_use))
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"--output: must be a file that can be written, got {reason}. Name another."
+        ) from error
     return DONE
 
 

@@ -20,6 +20,9 @@ source "$(dirname "$0")/all_accelerators.sh"
 export AIPROD_DS_COMMAND="NUM_ACCELERATORS=$accelerators${typed//%/%25}"
 
 on_all_accelerators train "$config" --output-dir "$run_folder" "$@"
+if ((code != 0)) && [[ -f $run_folder/metrics.jsonl && ! -f $run_folder/report.json ]]; then
+    python -m aiprod_ds report "$run_folder" >&2 || true # the page of a run that was killed, which could not write it itself
+fi
 if ((code == 0 || code >= 128)); then
     python - "$run_folder/report.json" "$code" <<'PYTHON' && code=0 || code=$?
 import json, pathlib, sys

@@ -42,7 +42,7 @@ from aiprod_ds.cluster.hostfile import Host, num_ranks, read_hostfile, select_ho
 from aiprod_ds.cluster.ssh import Ssh
 from aiprod_ds.cluster.supervise import Supervisor
 from aiprod_ds.config.load import load_config
-from aiprod_ds.errors import ConfigError, EngineError
+from aiprod_ds.errors import AiprodError, ConfigError, EngineError
 from aiprod_ds.report.command import VARIABLE, encoded, typed_command
 
 _LOG = logging.getLogger(__name__)
@@ -240,6 +240,19 @@ def _examine(
     return found
 
 
+def _tell_of_what_was_left(run_folder: Path) -> None:
+    """Writes the page of a run that was killed: it could not itself."""
+    from aiprod_ds.report.page.run_page import write_page  # loads numpy and matplotlib
+    from aiprod_ds.train.resume.folder_lock import is_in_use
+
+    try:
+        page = write_page(run_folder, is_running=is_in_use(run_folder))
+    except (AiprodError, OSError) as error:  # it had not begun
+        _LOG.info("no_page folder=%s reason=%s", run_folder, error)
+    else:
+        _LOG.info("page_of_what_was_left page=%s", page)
+
+
 def _run(
     request: Request, launch: Launch, command: list[str], environment: Mapping[str, str], names: Sequence[str]
 ) -> int:
@@ -255,6 +268,8 @@ def _run(
             options = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *request.ssh.options]).strip()
             variables = {**os.environ, "DS_ENV_FILE": str(path), "PDSH_SSH_ARGS_APPEND": options}
         code = supervisor.run(command, variables)
+    if code != 0 and report.status() == "missing":
+        _tell_of_what_was_left(request.run_folder)
     if code != 0 or report.is_completed():
         return code
     _LOG.error(

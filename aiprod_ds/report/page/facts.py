@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiprod_ds.metrics.evaluations import EvaluationRecord
+from aiprod_ds.metrics.metric_names import is_listed
 from aiprod_ds.report.curves import Span
 from aiprod_ds.report.measures import (
     Change,
@@ -26,7 +27,7 @@ from aiprod_ds.report.page.record import RunRecord
 from aiprod_ds.report.page.status import phases_of
 from aiprod_ds.report.words import bytes_text, count_text, duration, plural
 
-_MAX_LISTED, _MAX_PHASES = 50, 100
+_MAX_LISTED, _MAX_PHASES, _MAX_CARDS = 50, 100, 8
 _NOTHING = "-"
 
 
@@ -108,6 +109,13 @@ def cards(run: RunRecord) -> tuple[Card, ...]:
         )
         for change in changes
     )
+
+
+def num_cards(run: RunRecord) -> int:
+    """Returns how many cards stand in the open: those of the table's measures, at most eight."""
+    changes, _ = changes_and_verdict(run)
+    listed = sum(is_listed(change.name) for change in changes)
+    return min(listed or len(changes), _MAX_CARDS)
 
 
 def judged_words(record: EvaluationRecord, measure: str) -> str:

@@ -146,7 +146,7 @@ def _by_prompt(moments: Iterable[Moment]) -> dict[str, list[Moment]]:
         medium = moment[1]
         if medium.role == "preview":
             number = "" if medium.clip is None else f" {medium.clip}"
-            found.setdefault(medium.prompt or medium.source or f"preview{number}", []).append(moment)
+            found.setdefault(medium.prompt or medium.source or f"Preview{number}", []).append(moment)
     return found
 
 

@@ -6,6 +6,7 @@ Owns the bound, and that nothing outside of the run folder is read whatever a re
 from __future__ import annotations
 
 import base64
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -92,3 +93,10 @@ class Embedder:
             return Source(url="", note=f"cannot be read: {error.strerror}")
         self.num_linked += 1
         return Source(url=self.base + quote(path), note="beside the page, not in it")
+
+
+def way_to(folder: Path, page_folder: Path) -> str:
+    """Returns the way from a page's folder to another folder, as a URL that ends with a slash; empty if they
+    are one."""
+    way = os.path.relpath(folder.resolve(), page_folder.resolve())
+    return "" if way == "." else quote(Path(way).as_posix()) + "/"

@@ -26,7 +26,7 @@ from aiprod_ds.report.page.charts import (
     with_lanes,
 )
 from aiprod_ds.report.page.gallery import gallery_of
-from aiprod_ds.report.page.media_files import MAX_EMBEDDED_BYTES, Embedder
+from aiprod_ds.report.page.media_files import MAX_EMBEDDED_BYTES, Embedder, way_to
 from aiprod_ds.report.page.record import RunRecord, read_run
 from aiprod_ds.report.page.render import render
 from aiprod_ds.report.page.status import Status, phases_of, status_of, time_sentence
@@ -38,13 +38,20 @@ _FROM_ZERO = ("throughput/", "time/", "memory/", "learning_rate")
 _MAY_BE_LOG = ("loss/", "gradient/")
 
 
-def write_page(folder: Path, *, is_running: bool = False, max_bytes: int = MAX_EMBEDDED_BYTES) -> Path:
-    """Writes `report.html` into a run folder, from what stands in it, and returns its path.
+def write_page(
+    folder: Path,
+    *,
+    output: Path | None = None,
+    is_running: bool = False,
+    max_bytes: int = MAX_EMBEDDED_BYTES,
+) -> Path:
+    """Writes the page of a run from what stands in its folder, and returns its path.
 
     Never looks at the folder's lock: a process that holds it would lose it by opening the file.
 
     Args:
         folder: Of the run.
+        output: The page; `report.html` in the folder by default.
         is_running: Whether a process still trains in it; without report.json it counts as killed if not.
         max_bytes: Of films, sounds and pictures inside the page; what goes beyond is linked.
 
@@ -52,13 +59,15 @@ def write_page(folder: Path, *, is_running: bool = False, max_bytes: int = MAX_E
         DataError: If it is no run folder.
         OSError: If the page cannot be written.
     """
-    path = folder / PAGE
-    write_atomically(path, render_run(read_run(folder, is_running=is_running), max_bytes=max_bytes))
+    path = folder / PAGE if output is None else output
+    run = read_run(folder, is_running=is_running)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render_run(run, base=way_to(folder, path.parent), max_bytes=max_bytes))
     return path
 
 
-def render_run(run: RunRecord, *, max_bytes: int = MAX_EMBEDDED_BYTES) -> str:
-    """Returns the page of a run."""
+def render_run(run: RunRecord, *, base: str = "", max_bytes: int = MAX_EMBEDDED_BYTES) -> str:
+    """Returns the page of a run; `base` is the way from the page to the run folder, as `way_to` gives it."""
     curves, spans = curves_of(run.rows), spans_of(run.rows)
     names = {index: str(rows[0].get("name", index)) for index, rows in phases_of(run.plan).items()}
     status = status_of(run)
@@ -73,9 +82,10 @@ def render_run(run: RunRecord, *, max_bytes: int = MAX_EMBEDDED_BYTES) -> str:
         summary=facts.summary_words(run),
         verdict=verdict,
         cards=facts.cards(run),
+        num_cards=facts.num_cards(run),
         first_only=before is not None and now is None,
         now=now,
-        gallery=gallery_of(run.evaluations, Embedder(folder=run.folder, max_bytes=max_bytes)),
+        gallery=gallery_of(run.evaluations, Embedder(folder=run.folder, base=base, max_bytes=max_bytes)),
         loss=_loss_chart(curves, spans, names, run),
         losses=_charts(curves, spans, ("loss/",), without=("loss/total",)),
         measures=_measure_charts(run.evaluations, spans, run.updates),

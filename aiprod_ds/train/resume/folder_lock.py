@@ -23,9 +23,38 @@ from typing_extensions import Self
 from aiprod_ds.errors import CheckpointError
 
 LOCK = ".lock"
+_RECENT_SECONDS = 600.0
 _LOG = logging.getLogger(__name__)
 _WITHIN_SECONDS = 90.0  # a rank takes up to 60 to find out that another is gone
 _HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Returns whether a process of a run holds the folder's lock; changes nothing.
+
+    Never for a process that holds it: the kernel drops a lock when any descriptor of its file is closed. A
+    folder whose lock may only be read counts as in use if metrics were written within ten minutes.
+    """
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except PermissionError:
+        return _is_fresh(folder / "metrics.jsonl")
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _HELD_BY_OTHERS
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _is_fresh(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < _RECENT_SECONDS
+    except OSError:
+        return False
 
 
 class FolderLock:

@@ -52,8 +52,34 @@
     });
   }
 
+  // Controls cover a small film; they come with the pointer or the focus.
+  for (const film of document.querySelectorAll("video")) {
+    const show = (isOn) => () => { film.controls = isOn; };
+    film.controls = false;
+    film.tabIndex = 0;
+    for (const name of ["pointerenter", "focus"]) film.addEventListener(name, show(true));
+    film.addEventListener("pointerleave", show(false));
+  }
+
   for (const pair of document.querySelectorAll(".pair")) {
     const films = [...pair.querySelectorAll("video")];
+    const tools = document.createElement("div");
+    tools.className = "slide-tools";
+    const press = (words) => {
+      const button = document.createElement("button");
+      button.type = "button"; button.textContent = words;
+      tools.append(button);
+      return button;
+    };
+    if (films.length) {
+      const play = press("Play");
+      play.addEventListener("click", () => {
+        const isOn = films[0].paused;
+        for (const film of films) isOn ? film.play().catch(() => {}) : film.pause();
+      });
+      for (const name of ["play", "pause"]) films[0].addEventListener(name, () => { play.textContent = films[0].paused ? "Play" : "Pause"; });
+      pair.after(tools);
+    }
     if (films.length === 2) {
       // Both play, pause and seek together; the second follows without a sound of its own.
       const [lead, follow] = films;
@@ -67,10 +93,8 @@
       }
     }
     if (!pair.classList.contains("can-slide")) continue;
-    const tools = document.createElement("div");
-    tools.className = "slide-tools";
-    const button = document.createElement("button");
-    button.type = "button"; button.textContent = "Slider"; button.setAttribute("aria-pressed", "false");
+    const button = press("Slider");
+    button.setAttribute("aria-pressed", "false");
     const range = document.createElement("input");
     range.type = "range"; range.min = "0"; range.max = "100"; range.value = "50"; range.hidden = true;
     range.setAttribute("aria-label", "Original on the left of it, reconstruction on the right");
@@ -80,9 +104,8 @@
       const isOn = pair.classList.toggle("sliding");
       button.setAttribute("aria-pressed", String(isOn));
       for (const part of [range, ...ends]) part.hidden = !isOn;
-      films.forEach((film, index) => { film.controls = !isOn || index === 1; });
     });
-    tools.append(button, ends[0], range, ends[1]);
+    tools.append(ends[0], range, ends[1]);
     pair.after(tools);
   }
 })();
