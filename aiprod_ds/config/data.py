@@ -27,6 +27,9 @@ class ClipDataConfig(StrictModel):
     """Processes per rank that decode ahead; 0 decodes in the training process. No effect on the result."""
     max_unreadable_fraction: Fraction = 0.05
     """Share of files that may be unreadable; above it the run stops before training."""
+    duplicates: Literal["allow", "warn", "error"] = "warn"
+    """The same content twice in training, or in training and validation: allowed, told in the log and the
+    report, or an error."""
 
     @model_validator(mode="after")
     def _holdout_has_effect(self) -> Self:
@@ -43,7 +46,23 @@ class ClipDataConfig(StrictModel):
         return self
 
 
-class VideoDataConfig(ClipDataConfig):
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class PictureConfig(StrictModel):
+    """What becomes of pictures that a training picture is not like; what was done stands in the report."""
+
+    interlaced: Literal["deinterlace", "leave_out"] = "deinterlace"
+    """Files whose frames say that they consist of two fields: deinterlaced with FFmpeg's bwdif, or left
+    out."""
+    hdr: Literal["tone_map", "leave_out"] = "tone_map"
+    """PQ and HLG files: brought to SDR by BT.2390's curve from 1000 to 203 cd/m2 and BT.709's primaries, or
+    left out."""
+    alpha_background: tuple[Byte, Byte, Byte] = (0, 0, 0)
+    """Red, green and blue behind transparent pixels."""
+
+
+class VideoDataConfig(PictureConfig, ClipDataConfig):
     """Where clips come from."""
 
     random_flip: bool = True
@@ -60,8 +79,8 @@ class AudioDataConfig(ClipDataConfig):
     sample_rate_hz: PositiveInt = 44_100
     """Every sound is resampled to this rate."""
     channels: Literal[1, 2] = 2
-    """What the model gets: mono files are repeated for 2, stereo files averaged for 1; files of more channels
-    are unreadable."""
+    """What the model gets: mono files are repeated for 2, stereo files averaged for 1. 5.1 and other layouts
+    are mixed to stereo first by ITU-R BS.775, without LFE and normalised, so that nothing is clipped."""
     loudness_lufs: Decibels | None = None
     """Brings every clip to this loudness (-16 is common) as far as its peak stays within 1. null: as it is in
     the file."""

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.data import Decibels
+from aiprod_ds.config.data import Decibels, PictureConfig
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
 from aiprod_ds.config.schema import (
@@ -28,7 +28,7 @@ from aiprod_ds.config.schema import (
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-class EncodeDataConfig(StrictModel):
+class EncodeDataConfig(PictureConfig):
     """What is encoded, and where to."""
 
     media: str = Field(min_length=1)

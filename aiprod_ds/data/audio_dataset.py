@@ -19,8 +19,9 @@ from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.data.dataset import ClipRequest, MapDataset
 from aiprod_ds.data.loudness import level_db, normalized
 from aiprod_ds.data.manifest import Manifest, Unreadable
-from aiprod_ds.decode.audio import check_channels, decode_audio, fit_sound
-from aiprod_ds.decode.probe import MediaRecord
+from aiprod_ds.decode.audio import decode_audio, fit_sound
+from aiprod_ds.decode.downmix import check_layout
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.decode.resampling import check_rates, input_window, resampled_length
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
@@ -147,8 +148,8 @@ class TensorAudioDataset:
         """See `ClipDataset.lengths`; the first call reads each item once.
 
         Raises:
-            DataError: If an item is no sound, has more than two channels, or its rate has no simple ratio to
-                the configured one.
+            DataError: If an item is no sound, has channels without a place, or its rate has no simple ratio
+                to the configured one.
         """
         if self._lengths is None:
             self._lengths = [self._checked_facts(index) for index in range(len(self._dataset))]
@@ -158,7 +159,7 @@ class TensorAudioDataset:
         wave_CN, own_hz = self._item(index)
         name, rate_hz = f"dataset[{index}]", self._config.sample_rate_hz
         try:
-            check_channels(wave_CN.shape[0])
+            check_layout(wave_CN.shape[0], None)
             check_rates(from_hz=own_hz, to_hz=rate_hz)
         except DataError as error:
             raise DataError(f"{name}: {error}.") from error

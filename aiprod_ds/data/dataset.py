@@ -15,7 +15,9 @@ import torch
 
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.data.manifest import Manifest
-from aiprod_ds.decode.video import decode_clip, fit_clip, max_start_seconds
+from aiprod_ds.decode.fit import fit_clip
+from aiprod_ds.decode.pixels import BLACK, Color
+from aiprod_ds.decode.video import decode_clip, max_start_seconds
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
@@ -75,11 +77,13 @@ class VideoClipDataset:
     Args:
         manifest: From `scan` of videos or images; `ClipRequest.sample_index` counts its records.
         seed: With sample and epoch it decides start, crop and flip.
+        background: RGB behind transparent pixels.
     """
 
-    def __init__(self, manifest: Manifest, *, seed: int) -> None:
+    def __init__(self, manifest: Manifest, *, seed: int, background: Color = BLACK) -> None:
         self._manifest = manifest
         self._seed = seed
+        self._background = background
 
     def __len__(self) -> int:
         """Returns the number of files."""
@@ -101,8 +105,9 @@ class VideoClipDataset:
             start_seconds=_start(self._seed, request, latest_frame) / record.fps,
             num_frames=request.frames,
             frame_rate_hz=rate_hz,
+            background=self._background,
         )
-        return _sample(frames_THWC, self._seed, request)
+        return _sample(frames_THWC, self._seed, request, displayed=(record.height, record.width))
 
     def lengths(self) -> list[ClipFacts]:
         """See `ClipDataset.lengths`; opens no file."""
@@ -219,9 +224,16 @@ def _start(seed: int, request: ClipRequest, latest_frame: int) -> int:
     return int(np.random.default_rng(_clip_seed(seed, request, "start")).integers(latest_frame + 1))
 
 
-def _sample(frames: Any, seed: int, request: ClipRequest) -> ClipSample:
+def _sample(
+    frames: Any, seed: int, request: ClipRequest, *, displayed: tuple[int, int] | None = None
+) -> ClipSample:
     crop_seed = _clip_seed(seed, request, "crop") if request.augment else None
     video_CTHW = fit_clip(
-        frames, height=request.height, width=request.width, seed=crop_seed, flip=request.flip
+        frames,
+        height=request.height,
+        width=request.width,
+        seed=crop_seed,
+        flip=request.flip,
+        displayed=displayed,
     )
     return {"video": video_CTHW}

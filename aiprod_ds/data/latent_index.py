@@ -29,7 +29,7 @@ from aiprod_ds.data.latents import (
     split_name,
 )
 from aiprod_ds.data.manifest import Manifest, Unreadable, read_table
-from aiprod_ds.decode.probe import MediaRecord
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import DataError
 
 _DURATION_TOLERANCE_SECONDS = 0.1  # more than two latents of any published audio VAE

@@ -17,12 +17,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aiprod_ds.decode.probe import MediaRecord, Medium, ProbeCache, probe_audio
+from aiprod_ds import progress
+from aiprod_ds.data.probe_cache import ProbeCache
+from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
 IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
-VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
+VIDEO_EXTENSIONS = frozenset(
+    {
+        ".3gp",
+        ".apng",
+        ".avi",
+        ".dv",
+        ".flv",
+        ".gif",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+    }
+)
 AUDIO_EXTENSIONS = frozenset(
     {
         ".aac",
@@ -40,6 +65,7 @@ AUDIO_EXTENSIONS = frozenset(
         ".wma",
     }
 )
+_PARTIAL_SUFFIXES = frozenset({".crdownload", ".download", ".part", ".partial", ".tmp"})
 TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
 
 _EXTENSIONS: Mapping[Medium, frozenset[str]] = {
@@ -63,11 +89,17 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The clips under `root`, in a stable order, and the files that were left out."""
+    """The clips under `root`, in a stable order, and the files that were left out.
+
+    Attributes:
+        unreadable: Files that should be clips and cannot.
+        ignored: Files that are no clips on purpose: hidden ones, and what settings leave out.
+    """
 
     root: Path
     records: tuple[MediaRecord, ...]
     unreadable: tuple[Unreadable, ...] = ()
+    ignored: tuple[Unreadable, ...] = ()
     medium: Medium = "video"
 
 
@@ -105,17 +137,25 @@ def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -
             "path."
         )
     root = source if source.is_dir() else source.parent
-    listed = _clips_of_folder(source, medium) if source.is_dir() else read_table(source, medium)
+    ignored: list[Unreadable] = []
+    is_folder = source.is_dir()
+    listed = list(_clips_of_folder(source, medium, ignored)) if is_folder else read_table(source, medium)
     probes = ProbeCache(cache, medium=medium)
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
-    for clip in listed:
+    for clip in progress.steps(listed, f"reading the media of {source}:", len(listed)):
         try:
             records.append(_record(root, clip, probes))
         except DataError as error:
             unreadable.append(Unreadable(path=clip.path, reason=str(error)))
     probes.save()
-    return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable), medium=medium)
+    return Manifest(
+        root=root,
+        records=tuple(records),
+        unreadable=tuple(unreadable),
+        ignored=tuple(ignored),
+        medium=medium,
+    )
 
 
 def read_table(table: Path, medium: Medium = "video") -> list[ListedClip]:
@@ -218,10 +258,20 @@ def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:
     return videos if len({record.sha256 for record in videos}) > 1 else records
 
 
-def _clips_of_folder(folder: Path, medium: Medium) -> Iterator[ListedClip]:
-    files = (file for file in _walk(folder) if file.suffix.lower() in _EXTENSIONS[medium] and file.is_file())
-    for path in sorted(file.relative_to(folder).as_posix() for file in files):
-        yield ListedClip(path=path)
+def _clips_of_folder(folder: Path, medium: Medium, ignored: list[Unreadable]) -> Iterator[ListedClip]:
+    """Yields the clips by path; media that are none on purpose are added to `ignored`."""
+    files = progress.steps(_walk(folder), f"finding the media of {folder}:")
+    for path in sorted(file.relative_to(folder).as_posix() for file in files if file.is_file()):
+        suffix = Path(path).suffix.lower()
+        if suffix in _PARTIAL_SUFFIXES and Path(Path(path).stem).suffix.lower() in _EXTENSIONS[medium]:
+            ignored.append(Unreadable(path=path, reason="not whole yet"))
+        if suffix not in _EXTENSIONS[medium]:
+            continue
+        if any(part.startswith(".") for part in path.split("/")):
+            # `._clip.mp4` is what macOS leaves on foreign disks; it has a film's name and no film in it.
+            ignored.append(Unreadable(path=path, reason="hidden"))
+        else:
+            yield ListedClip(path=path)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -266,5 +316,18 @@ def _record(root: Path, clip: ListedClip, probes: ProbeCache) -> MediaRecord:
     record = replace(probes.record(root / clip.path), path=clip.path, caption=clip.caption)
     if clip.audio is None:
         return record
-    rate_hz, channels = probe_audio(root / clip.audio)
-    return replace(record, audio_rate_hz=rate_hz, audio_channels=channels)
+    try:
+        sound = probes.sound(root / clip.audio)
+    except DataError as error:
+        raise DataError(f"its audio file {clip.audio} {error}") from error
+    return replace(
+        record,
+        audio_path=clip.audio,
+        audio_sha256=sound.sha256,
+        audio_rate_hz=sound.audio_rate_hz,
+        audio_channels=sound.audio_channels,
+        audio_layout=sound.audio_layout,
+        audio_peak=sound.audio_peak,
+        audio_clipped=sound.audio_clipped,
+        audio_dc=sound.audio_dc,
+    )

@@ -6,17 +6,17 @@ errors end here. Shapes: C channels, N samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
 import torch
 from torch import Tensor
 
+from aiprod_ds.decode.downmix import check_layout, with_channels
 from aiprod_ds.decode.resampling import check_rates, input_window, resample_window, resampled_length
 from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.errors import DataError
-
-MAX_CHANNELS = 2
 
 
 def decode_audio(
@@ -32,19 +32,19 @@ def decode_audio(
         start_sample: The first sample, counted at `sample_rate_hz` from the file's first.
         num_samples: How many samples, at least 1, at `sample_rate_hz`.
         sample_rate_hz: Rate of the result; that of the file needs no resampling.
-        channels: 1 averages a stereo file, 2 repeats a mono file.
+        channels: 1 averages a stereo file, 2 repeats a mono file; more are mixed down (`downmix.py`).
 
     Returns:
         [channels,num_samples] float32 in [-1,1]; what a codec or the resampler puts beyond 1 is clipped.
 
     Raises:
-        DataError: If the file holds no sound or more than two channels, the part is damaged or not finite,
+        DataError: If the file holds no sound or channels without a place, the part is damaged or not finite,
             the file ends too early, or its rate has no simple ratio to `sample_rate_hz`. A codec without
             redundancy decodes some damage to wrong samples, which nobody can see.
     """
     try:
         with SoundFile(path) as sound:
-            own_hz = sound.sample_rate_hz
+            own_hz, layout = sound.sample_rate_hz, sound.layout
             window = input_window(start_sample, num_samples, from_hz=own_hz, to_hz=sample_rate_hz)
             wave_CN = torch.from_numpy(sound.read(window.start, window.stop))
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -68,11 +68,20 @@ def decode_audio(
         to_hz=sample_rate_hz,
         channels=channels,
         where=str(path),
+        layout=layout,
     )
 
 
 def fit_sound(
-    window_CN: Tensor, start: int, num_samples: int, *, from_hz: int, to_hz: int, channels: int, where: str
+    window_CN: Tensor,
+    start: int,
+    num_samples: int,
+    *,
+    from_hz: int,
+    to_hz: int,
+    channels: int,
+    where: str,
+    layout: Sequence[str] | None = None,
 ) -> Tensor:
     """Brings a part of a sound to the rate and channels that a model takes.
 
@@ -84,39 +93,23 @@ def fit_sound(
         to_hz: Rate of the result.
         channels: 1 averages stereo, 2 repeats mono.
         where: How messages name the sound.
+        layout: Names of its channels, which say how more than two are mixed down.
 
     Returns:
         [channels,num_samples] float32 in [-1,1], contiguous.
 
     Raises:
-        DataError: If a sample is not finite, there are more than two channels, or the rates have no simple
-            ratio.
+        DataError: If a sample is not finite, channels have no place, or the rates have no simple ratio.
     """
     # Before the clamp, which would turn infinity into full scale.
     if not bool(window_CN.isfinite().all()):
         raise DataError(f"{where}: samples must be finite, got NaN or infinity. Repair or remove it.")
     try:
-        check_channels(window_CN.shape[0])
+        check_layout(window_CN.shape[0], layout)
         check_rates(from_hz=from_hz, to_hz=to_hz)
     except DataError as error:
         raise DataError(f"{where}: {error}.") from error
     wave_CN = resample_window(
-        _with_channels(window_CN.float(), channels), start, num_samples, from_hz=from_hz, to_hz=to_hz
+        with_channels(window_CN.float(), channels, layout), start, num_samples, from_hz=from_hz, to_hz=to_hz
     )
     return wave_CN.clamp(-1.0, 1.0).contiguous()
-
-
-def check_channels(channels: int) -> None:
-    """Checks that a sound is mono or stereo.
-
-    Raises:
-        DataError: If it has more channels; names no file.
-    """
-    if channels > MAX_CHANNELS:
-        raise DataError(f"it must be mono or stereo, got {channels} channels. Mix it down to stereo")
-
-
-def _with_channels(wave_CN: Tensor, channels: int) -> Tensor:
-    if wave_CN.shape[0] == channels:
-        return wave_CN
-    return wave_CN.mean(dim=0, keepdim=True) if channels == 1 else wave_CN.expand(channels, -1)

@@ -1,168 +1,56 @@
-"""What one media file holds: probed once, remembered while the file's size and modification time stay as they
-were.
+"""What one media file holds: headers are not believed where packets or frames say it better.
 
-Owns facts about files; `data/manifest.py` decides which files there are, `video.py` and `audio.py` decode
-them.
+Owns facts about single files; `data/probe_cache.py` remembers them, `data/manifest.py` decides which files
+there are, `video.py` and `audio.py` decode them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import NamedTuple
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
-from aiprod_ds.decode.audio import check_channels
+from aiprod_ds.decode.downmix import check_layout
+from aiprod_ds.decode.frames import animation_frames, decoded_frames, is_animated_webp
+from aiprod_ds.decode.orientation import Orientation, orientation_of
+from aiprod_ds.decode.pixels import alpha_of
+from aiprod_ds.decode.record import Hdr, MediaRecord, Medium
 from aiprod_ds.decode.sound_file import SoundFile
+from aiprod_ds.decode.tone_map import is_wide, transfer_of
 from aiprod_ds.errors import DataError
-from aiprod_ds.files import file_sha256, write_atomically
+from aiprod_ds.files import file_sha256
 
-_CACHE_VARIABLE = "AIPROD_DS_CACHE_DIR"
-# What probed the files: a cache of another format, or of another FFmpeg, is not believed.
-_PROBED_BY = f"2, PyAV {av.__version__}"
 _RATE_TOLERANCE = 0.01
+# Wider than any format in use; what states more is damaged.
+_MAX_PIXEL_ASPECT = 10.0
+# Codec parameters of a stream that is interlaced somewhere: FFmpeg's AVFieldOrder.
+_INTERLACED_ORDERS = frozenset({2, 3, 4, 5})
+_MAX_FIELD_FRAMES = 8
 # Codecs overshoot full scale by a few dB; beyond 12 dB the samples are integers that somebody stored as
 # floats.
 _MAX_PEAK = 4.0
-Medium = Literal["video", "sound"]
-"""What of a file counts: its pictures, or its sound alone."""
-_Facts = TypeVar("_Facts")
-_log = logging.getLogger(__name__)
+_FULL_SCALE = 0.9999
+_CLIPPED_RUN = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaRecord:
-    """One readable clip: `path` relative to the manifest's root, frames >= 1, seconds = frames / fps, pixels
-    as displayed.
-
-    An image has one frame; its `fps` is what FFmpeg assumes and means nothing. A sound is a clip of 1x1 whose
-    frames are its samples and whose `fps` is its sample rate; `audio_peak` is its largest absolute sample,
-    known of sounds only.
-    """
-
-    path: str
-    sha256: str
-    frames: int
-    fps: float
-    height: int
-    width: int
-    seconds: float
-    audio_rate_hz: int | None = None
-    audio_channels: int | None = None
-    audio_peak: float | None = None
-    caption: str | None = None
-
-
-class ProbeCache:
-    """Probes files that it does not know yet.
+def probe(file: Path, *, medium: Medium = "video") -> MediaRecord:
+    """Returns what `file` holds, with its whole name as `path`.
 
     Args:
-        file: JSON in which probes are kept between runs; None keeps none. If it cannot be read or written,
-            the log says so and the files are probed. One file is for one medium: probes of the other are not
-            believed.
-        medium: `sound` decodes each file to its end, `video` reads packets and one frame.
-    """
-
-    def __init__(self, file: Path | None, *, medium: Medium = "video") -> None:
-        self._file = file
-        self._probe = _probe_video if medium == "video" else _probe_sound
-        self._probed_by = f"{_PROBED_BY}, {medium}"
-        self._known = {} if file is None else _read_probes(file, self._probed_by)
-        self._seen: dict[str, _Probe] = {}
-
-    def record(self, file: Path) -> MediaRecord:
-        """Returns what `file` holds, with its whole name as `path`.
-
-        Raises:
-            DataError: If it cannot be opened or decoded; the message leaves out its name.
-        """
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise DataError(f"cannot be opened: {error.strerror}") from error
-        key, stamp = str(file.absolute()), (status.st_size, status.st_mtime_ns)
-        known = self._known.get(key)
-        record = known.record if known is not None and known.stamp == stamp else _guarded(file, self._probe)
-        self._seen[key] = _Probe(stamp=stamp, record=record)
-        return record
-
-    def save(self) -> None:
-        """Keeps the probes of this scan; those of files that it did not ask for are forgotten."""
-        if self._file is None or self._seen == self._known:
-            return
-        content = {
-            "probed_by": self._probed_by,
-            "probes": {key: asdict(probe) for key, probe in self._seen.items()},
-        }
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, json.dumps(content))
-        except OSError as error:
-            _log.warning(
-                "probe cache is not written, the next run probes again: file=%s error=%s", self._file, error
-            )
-
-
-def default_probe_cache(source: Path, *, medium: Medium = "video") -> Path | None:
-    """Returns where the probes of `source` are kept between runs: one file a source and medium in the user's
-    cache folder.
-
-    That is `$AIPROD_DS_CACHE_DIR`, else `$XDG_CACHE_HOME/aiprod_ds`, else `~/.cache/aiprod_ds`, never beside
-    the data, which may be shared or read-only. None when there is no home either.
-    """
-    own, shared = os.environ.get(_CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "aiprod_ds"
-    except RuntimeError:
-        return None
-    name = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
-    return folder / (f"probes-{name}.json" if medium == "video" else f"sounds-{name}.json")
-
-
-def probe_audio(file: Path) -> tuple[int, int]:
-    """Returns the sample rate in Hz and the number of channels of a sound file.
+        file: To look into.
+        medium: `sound` decodes it to its end, `video` reads packets and a frame.
 
     Raises:
-        DataError: If it cannot be opened or decoded, or holds no sound.
+        DataError: If it cannot be opened or decoded; the message leaves out its name.
     """
-    return _guarded(file, _probe_audio)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Probe:
-    """What a file held when it had this size and modification time (ns)."""
-
-    stamp: tuple[int, int]
-    record: MediaRecord
-
-
-def _read_probes(file: Path, probed_by: str) -> dict[str, _Probe]:
-    """Returns the cached probes; none if there is no file, or another version wrote it, or it is damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["probed_by"] != probed_by:
-            return {}
-        return {
-            key: _Probe(stamp=tuple(probe["stamp"]), record=MediaRecord(**probe["record"]))
-            for key, probe in content["probes"].items()
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _log.warning("probe cache is unreadable and is made anew: file=%s error=%s", file, error)
-        return {}
-
-
-def _guarded(file: Path, probe: Callable[[Path], _Facts]) -> _Facts:
-    try:
-        return probe(file)
+        if medium == "sound":
+            return _probe_sound(file)
+        return _probe_animation(file) if is_animated_webp(file) else _probe_video(file)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"cannot be decoded: {error}") from error
 
@@ -178,18 +66,27 @@ def _probe_video(file: Path) -> MediaRecord:
         if not times:
             raise DataError("holds no frame")
         fps = _frames_per_second(stream, times)
-        audio_rate_hz, audio_channels = (audio.rate, audio.channels) if audio is not None else (None, None)
-    height, width = _first_frame_size(file)
+        sound = None if audio is None else (audio.rate, audio.channels, audio.layout.name)
+    picture = _first_picture(file)
+    rate_hz, channels, layout = sound or (None, None, None)
     return MediaRecord(
         path=str(file),
         sha256=file_sha256(file),
         frames=len(times),
         fps=fps,
-        height=height,
-        width=width,
+        height=picture.height,
+        width=picture.width,
         seconds=len(times) / fps,
-        audio_rate_hz=audio_rate_hz,
-        audio_channels=audio_channels,
+        pixel_aspect=picture.pixel_aspect,
+        rotation_degrees=picture.orientation.as_turn()[0],
+        is_mirrored=picture.orientation.as_turn()[1],
+        is_interlaced=picture.is_interlaced,
+        hdr=picture.hdr,
+        is_wide_gamut=picture.is_wide_gamut,
+        has_alpha=picture.has_alpha,
+        audio_rate_hz=rate_hz,
+        audio_channels=channels,
+        audio_layout=layout,
     )
 
 
@@ -208,45 +105,130 @@ def _frames_per_second(stream: av.VideoStream, times: list[int | None]) -> float
     return measured
 
 
-def _first_frame_size(file: Path) -> tuple[int, int]:
-    with av.open(str(file)) as container:
-        for frame in container.decode(video=0):
-            is_sideways = frame.rotation % 180 != 0
-            return (frame.width, frame.height) if is_sideways else (frame.height, frame.width)
-    raise DataError("has packets but no frame that decodes")
+class _Picture(NamedTuple):
+    height: int
+    width: int
+    pixel_aspect: float
+    orientation: Orientation
+    is_interlaced: bool
+    hdr: Hdr | None
+    is_wide_gamut: bool
+    has_alpha: bool
 
 
-def _probe_audio(file: Path) -> tuple[int, int]:
+def _first_picture(file: Path) -> _Picture:
     with av.open(str(file)) as container:
-        if not container.streams.audio:
-            raise DataError(f"its audio file {file.name} holds no audio stream")
-        stream = container.streams.audio[0]
-        return stream.rate, stream.channels
+        stream = container.streams.video[0]
+        frames = decoded_frames(container, stream)
+        first = next(frames, None)
+        if first is None:
+            raise DataError("has packets but no frame that decodes")
+        orientation = orientation_of(first, file)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        if not 1 / _MAX_PIXEL_ASPECT <= aspect <= _MAX_PIXEL_ASPECT:
+            raise DataError(f"states pixels that are {aspect:g} times as wide as high")
+        # FFmpeg's convention: the height stays, the width is stretched.
+        height, width = first.height, max(1, round(first.width * aspect))
+        transfer = transfer_of(first)
+        return _Picture(
+            height=width if orientation.is_transposed else height,
+            width=height if orientation.is_transposed else width,
+            pixel_aspect=aspect,
+            orientation=orientation,
+            is_interlaced=first.interlaced_frame
+            or (
+                stream.codec_context.field_order in _INTERLACED_ORDERS
+                and any(frame.interlaced_frame for frame in islice(frames, _MAX_FIELD_FRAMES))
+            ),
+            hdr=None if transfer == "sdr" else transfer,
+            is_wide_gamut=transfer == "sdr" and is_wide(first),
+            has_alpha=alpha_of(first) is not None,
+        )
+
+
+def _probe_animation(file: Path) -> MediaRecord:
+    items = [(item.seconds, item.period, alpha_of(item.frame) is not None) for item in animation_frames(file)]
+    seconds = items[-1][0] + items[-1][1]
+    first = next(animation_frames(file)).frame
+    return MediaRecord(
+        path=str(file),
+        sha256=file_sha256(file),
+        frames=len(items),
+        fps=len(items) / seconds,
+        height=first.height,
+        width=first.width,
+        seconds=seconds,
+        has_alpha=items[0][2],
+    )
 
 
 def _probe_sound(file: Path) -> MediaRecord:
     """Decodes the whole sound: headers lie about lengths, and a NaN or damage in the middle must be found
     before training."""
-    samples, peak = 0, 0.0
+    level = _Level()
     with SoundFile(file) as sound:
         for piece in sound.pieces():
             if not np.isfinite(piece.wave).all():
                 raise DataError(f"holds NaN or infinity after sample {piece.start}")
-            samples += piece.wave.shape[1]
-            peak = max(peak, float(np.abs(piece.wave).max()))
-        rate_hz, channels = sound.sample_rate_hz, sound.channels
-    if peak > _MAX_PEAK:
-        raise DataError(f"its samples must be in [-1, 1], got a peak of {peak:g}")
-    check_channels(channels)
+            level.add(piece.wave)
+        rate_hz, channels, layout = sound.sample_rate_hz, sound.channels, sound.layout
+        layout_name = sound.layout_name
+    if level.peak > _MAX_PEAK:
+        raise DataError(f"its samples must be in [-1, 1], got a peak of {level.peak:g}")
+    check_layout(channels, layout)
     return MediaRecord(
         path=str(file),
         sha256=file_sha256(file),
-        frames=samples,
+        frames=level.samples,
         fps=float(rate_hz),
         height=1,
         width=1,
-        seconds=samples / rate_hz,
+        seconds=level.samples / rate_hz,
         audio_rate_hz=rate_hz,
         audio_channels=channels,
-        audio_peak=peak,
+        audio_layout=layout_name,
+        audio_peak=level.peak,
+        audio_clipped=level.clipped,
+        audio_dc=level.dc(),
     )
+
+
+class _Level:
+    """Peak, mean and clipped samples of a sound that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.samples, self.peak, self.clipped = 0, 0.0, 0
+        self._sum_C: NDArray[np.float64] | None = None
+        self._open_C: NDArray[np.int64] | None = None
+
+    def add(self, wave_CN: NDArray[np.float32]) -> None:
+        """Goes on with the next piece."""
+        magnitude_CN = np.abs(wave_CN)
+        self.samples += wave_CN.shape[1]
+        self.peak = max(self.peak, float(magnitude_CN.max()))
+        total_C = wave_CN.sum(axis=1, dtype=np.float64)
+        self._sum_C = total_C if self._sum_C is None else self._sum_C + total_C
+        open_C = np.zeros(len(wave_CN), dtype=np.int64) if self._open_C is None else self._open_C
+        self._open_C = np.zeros_like(open_C)
+        if not open_C.any() and magnitude_CN.max() < _FULL_SCALE:
+            return
+        for channel, full_N in enumerate(magnitude_CN >= _FULL_SCALE):
+            self._open_C[channel] = self._count(full_N, int(open_C[channel]))
+
+    def dc(self) -> float:
+        """Returns the largest absolute mean of a channel."""
+        return 0.0 if self._sum_C is None else float(np.abs(self._sum_C).max()) / self.samples
+
+    def _count(self, full_N: NDArray[np.bool_], open_run: int) -> int:
+        """Counts samples in long runs; returns how long the run is that the piece ends in."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], full_N, [False])).astype(np.int8)))
+        last = 0
+        for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            before = open_run if begin == 0 else 0
+            run = before + end - begin
+            counted = before if before >= _CLIPPED_RUN else 0
+            if run >= _CLIPPED_RUN:
+                self.clipped += run - counted
+            if end == len(full_N):
+                last = run
+        return last

@@ -61,6 +61,8 @@ class SoundFile:
         self._open()
         self.sample_rate_hz: int = self._first.sample_rate
         self.channels: int = self._first.layout.nb_channels
+        self.layout: tuple[str, ...] = _layout(self._first)
+        self.layout_name: str = self._first.layout.name
 
     def __enter__(self) -> Self:
         return self
@@ -185,6 +187,10 @@ class SoundFile:
         if frame.is_corrupt:
             raise ValueError(f"damaged data at sample {position}")
         form, expected = (frame.sample_rate, frame.layout.nb_channels), (self.sample_rate_hz, self.channels)
+        if form == expected and self.channels > 2 and _layout(frame) != self.layout:
+            raise ValueError(
+                f"the layout changes from {self.layout_name} to {frame.layout.name} at sample {position}"
+            )
         if form != expected:
             raise ValueError(f"rate and channels change from {expected} to {form} at sample {position}")
         if before is None or before.pts is None or frame.pts is None or not self._ticks_per_sample():
@@ -209,6 +215,10 @@ def _part(pieces: Iterator[Piece], start: int, stop: int) -> NDArray[np.float32]
     if is_first:
         raise ValueError("the seek went past the end")
     return np.concatenate(chosen, axis=1)
+
+
+def _layout(frame: av.AudioFrame) -> tuple[str, ...]:
+    return tuple(channel.name for channel in frame.layout.channels)
 
 
 def _as_float(frame: av.AudioFrame) -> NDArray[np.float32]:

@@ -18,10 +18,12 @@ from aiprod_ds.codec.encoders import AudioForm
 from aiprod_ds.data.latents import LatentShape
 from aiprod_ds.data.loudness import normalized
 from aiprod_ds.decode.audio import fit_sound
-from aiprod_ds.decode.probe import MediaRecord
+from aiprod_ds.decode.fit import fit_clip
+from aiprod_ds.decode.pixels import BLACK, Color
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.decode.resampling import input_window, resampled_length
 from aiprod_ds.decode.sound_file import SoundFile
-from aiprod_ds.decode.video import decode_clip, fit_clip, max_start_seconds
+from aiprod_ds.decode.video import decode_clip, max_start_seconds
 from aiprod_ds.errors import DataError
 
 # An MP3 or AAC frame is 26 ms at most, so that encoders may end a sound up to two of them before the
@@ -47,8 +49,16 @@ def start_seconds(record: MediaRecord, shape: LatentShape) -> float:
     return latest_frame // 2 / record.fps
 
 
-def read_pictures(root: Path, record: MediaRecord, shape: LatentShape) -> Tensor:
+def read_pictures(
+    root: Path, record: MediaRecord, shape: LatentShape, *, background: Color = BLACK
+) -> Tensor:
     """Returns the clip's frames, [3,T,H,W] float32 in [-1,1], its centre cropped to the shape.
+
+    Args:
+        root: The manifest's.
+        record: Of the media.
+        shape: What is wanted.
+        background: RGB behind transparent pixels.
 
     Raises:
         DataError: If the media is too short or cannot be decoded.
@@ -58,8 +68,16 @@ def read_pictures(root: Path, record: MediaRecord, shape: LatentShape) -> Tensor
         start_seconds=start_seconds(record, shape),
         num_frames=shape.frames,
         frame_rate_hz=clip_rate_hz(record, shape),
+        background=background,
     )
-    return fit_clip(frames_THWC, height=shape.height, width=shape.width, seed=None, flip=False)
+    return fit_clip(
+        frames_THWC,
+        height=shape.height,
+        width=shape.width,
+        seed=None,
+        flip=False,
+        displayed=(record.height, record.width),
+    )
 
 
 def read_sound(
@@ -69,17 +87,18 @@ def read_sound(
 
     The span is frames / rate seconds from the first frame on, in the clock of the pictures. N is the multiple
     of the hop that is nearest to it: latents come whole, so the sound ends within half a latent of the last
-    frame. What the file's sound does not reach is silent, as in a player.
+    frame. What the file's sound does not reach is silent, as in a player. A sound in a file of its own begins
+    with the first picture.
 
     Args:
         form: What the audio encoder takes.
         fill_with_silence: Whether more than 0.1 s may be filled up, or all of it.
 
     Raises:
-        DataError: If the sound is missing and may not be, is damaged or has more than two channels.
+        DataError: If the sound is missing and may not be, is damaged or has channels without a place.
     """
     num_samples = form.num_latents(shape.frames / clip_rate_hz(record, shape)) * form.hop
-    path = root / record.path
+    path = root / (record.audio_path or record.path)
     if record.audio_rate_hz is None:
         if fill_with_silence:
             return torch.zeros(form.channels, num_samples)
@@ -87,7 +106,8 @@ def read_sound(
             f"{path}: must have sound, got none. Set audio.missing_sound to silence or remove the clip."
         )
     try:
-        begin = round((start_seconds(record, shape) - _delay_seconds(path)) * form.sample_rate_hz)
+        delay_seconds = _delay_seconds(path) if record.audio_path is None else 0.0
+        begin = round((start_seconds(record, shape) - delay_seconds) * form.sample_rate_hz)
         wave_CN, missing = _part(path, begin, num_samples, form)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(
@@ -119,7 +139,7 @@ def _part(path: Path, begin: int, num_samples: int, form: AudioForm) -> tuple[Te
     early = min(num_samples, max(0, -begin))
     wanted, begin = num_samples - early, max(0, begin)
     with SoundFile(path) as sound:
-        own_hz = sound.sample_rate_hz
+        own_hz, layout = sound.sample_rate_hz, sound.layout
         window = input_window(begin, wanted, from_hz=own_hz, to_hz=form.sample_rate_hz)
         window_CN = torch.from_numpy(sound.read(window.start, window.stop))
     held = resampled_length(window.start + window_CN.shape[1], from_hz=own_hz, to_hz=form.sample_rate_hz)
@@ -133,5 +153,6 @@ def _part(path: Path, begin: int, num_samples: int, form: AudioForm) -> tuple[Te
         to_hz=form.sample_rate_hz,
         channels=form.channels,
         where=str(path),
+        layout=layout,
     )
     return F.pad(wave_CN, (early, 0)), early + late

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aiprod_ds.codec.encoders import AudioForm
 from aiprod_ds.data.latents import AUDIO_LATENTS, LATENTS
+from aiprod_ds.decode.pixels import BLACK, Color
 from aiprod_ds.encode.media import read_pictures, read_sound
 from aiprod_ds.encode.tasks import Task
 from aiprod_ds.errors import DataError
@@ -52,11 +53,13 @@ class MediaReader:
     Attributes:
         form: What the audio encoder takes; None without one.
         fill_with_silence: Whether missing sound is silence.
+        background: RGB behind transparent pixels.
     """
 
     root: Path
     form: AudioForm | None
     fill_with_silence: bool
+    background: Color = BLACK
 
     def __call__(self, task: Task) -> Loaded:
         """Returns `latents` [3,T,H,W] and `audio_latents` [C,N] as far as the task writes them: what is to be
@@ -68,7 +71,7 @@ class MediaReader:
         loaded: dict[str, Tensor] = {}
         if LATENTS in task.sources:
             assert task.shape is not None, "clips have shapes"
-            loaded[LATENTS] = read_pictures(self.root, task.record, task.shape)
+            loaded[LATENTS] = read_pictures(self.root, task.record, task.shape, background=self.background)
         if AUDIO_LATENTS in task.sources:
             assert task.shape is not None, "clips have shapes"
             assert self.form is not None, "sounds need an encoder"

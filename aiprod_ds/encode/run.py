@@ -31,8 +31,10 @@ from aiprod_ds.data.latents import (
     remove_parts,
     write_entry,
 )
-from aiprod_ds.data.manifest import require_readable, scan
-from aiprod_ds.decode.probe import MediaRecord, default_probe_cache
+from aiprod_ds.data.manifest import Manifest, require_readable, scan
+from aiprod_ds.data.probe_cache import default_probe_cache
+from aiprod_ds.data.treatment import ignored_notes, picture_notes, sound_notes, usable_pictures
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.encode.media import clip_rate_hz, read_pictures
 from aiprod_ds.encode.progress import EncodeProgress
 from aiprod_ds.encode.reader import Failure, Loaded, MediaReader, load_tasks
@@ -61,6 +63,7 @@ class EncodeSummary:
         too_short: Clips that no shape takes.
         failures_file: Holds `failures` and `too_short`.
         seconds: Wall time.
+        notes: What is done with media that a clip is not like, in words.
     """
 
     output_dir: Path
@@ -70,6 +73,7 @@ class EncodeSummary:
     too_short: tuple[str, ...]
     failures_file: Path
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def run_encoding(
@@ -110,6 +114,7 @@ def run_encoding(
         too_short=work.too_short,
         failures_file=work.output / _failures_name(Path(config.data.media)),
         seconds=time.monotonic() - began,
+        notes=work.notes,
     )
     dist.from_main(lambda: _write_failures(summary))
     _require_few_failures(summary, work, config)
@@ -145,6 +150,7 @@ class _Work:
     captions: tuple[Task, ...]
     refused: tuple[Failure, ...]
     too_short: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,9 +170,9 @@ class _Result:
 def _plan(config: EncodeConfig, source: str) -> _Work:
     media = Path(config.data.media)
     try:
-        found = scan(media, cache=default_probe_cache(media))
+        found = usable_pictures(scan(media, cache=default_probe_cache(media)), config.data)
         require_readable(found, config.data.max_failed_fraction, setting="data.max_failed_fraction")
-        manifest, refused = encodable(found, media)
+        manifest, refused = encodable(found)
     except DataError as error:
         raise PlanError(f"{source}: data.media: {error}") from error
     strides = video_strides(
@@ -193,7 +199,17 @@ def _plan(config: EncodeConfig, source: str) -> _Work:
         captions=tuple(captions),
         refused=tuple(Failure(clip=path, what="media", reason=reason) for path, reason in refused),
         too_short=tuple(too_short),
+        notes=_notes(found, config, form),
     )
+
+
+def _notes(found: Manifest, config: EncodeConfig, form: AudioForm | None) -> tuple[str, ...]:
+    sounds = (
+        ()
+        if form is None
+        else sound_notes(found.records, sample_rate_hz=form.sample_rate_hz, channels=form.channels)
+    )
+    return (*picture_notes(found.records, config.data), *sounds, *ignored_notes(found))
 
 
 def _require_writable(output: Path, source: str) -> None:
@@ -235,7 +251,7 @@ def _check_tiling(stage: MediaStage, work: _Work, config: EncodeConfig) -> None:
         return
     task = work.media[0]  # of the largest shape
     assert task.shape is not None, "clips have shapes"
-    video_CTHW = read_pictures(work.root, task.record, task.shape)
+    video_CTHW = read_pictures(work.root, task.record, task.shape, background=config.data.alpha_background)
     deviation = check_tiles(video_CTHW, tiling, whole=stage.video.encode_whole, tiled=stage.video.encode)
     _log.info(
         "tiles against whole encoding: deviation=%.3g allowed=%g clip=%s",
@@ -265,7 +281,12 @@ def _encode_own(
     result = _Result()
     most = config.data.max_failed_fraction * work.num_clips
     silence = config.audio is not None and config.audio.missing_sound == "silence"
-    reader = MediaReader(root=work.root, form=work.form, fill_with_silence=silence)
+    reader = MediaReader(
+        root=work.root,
+        form=work.form,
+        fill_with_silence=silence,
+        background=config.data.alpha_background,
+    )
     progress = EncodeProgress(console, stage.title, len(tasks))
     for task, loaded in load_tasks(tasks, reader, num_workers=config.data.num_workers):
         failure = loaded if isinstance(loaded, Failure) else _write(stage, task, loaded, work.output, result)

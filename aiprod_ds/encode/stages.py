@@ -100,7 +100,9 @@ class MediaStage:
     def __init__(self, config: EncodeConfig, *, device: torch.device) -> None:
         self.title = "clips"
         self.encoders = Encoders(
-            fingerprints=dist.from_main(lambda: media_fingerprints(config)), settings=_settings(config)
+            fingerprints=dist.from_main(lambda: media_fingerprints(config)),
+            settings=_settings(config),
+            background=config.data.alpha_background,
         )
         self.video = VideoEncoder(config.video, seed=config.seed, device=device)
         self.audio = (

@@ -19,15 +19,18 @@ from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
 from aiprod_ds.data.latents import (
+    AUDIO_LATENTS,
     CONDITIONS,
+    LATENTS,
     LatentShape,
     entry_name,
     entry_path,
     read_header,
     require_inside,
 )
-from aiprod_ds.data.manifest import Manifest, read_table
-from aiprod_ds.decode.probe import MediaRecord
+from aiprod_ds.data.manifest import Manifest
+from aiprod_ds.decode.pixels import BLACK, Color
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import ConfigError, DataError
 
 
@@ -58,16 +61,24 @@ class Encoders:
     Attributes:
         fingerprints: Of the networks. An entry of another one is an error.
         settings: Precision and tiles in words. An entry of others is encoded again.
+        background: RGB behind transparent pixels.
     """
 
     fingerprints: Mapping[str, str]
     settings: Mapping[str, str]
+    background: Color = BLACK
 
     def identity(self, task: Task, source: str) -> dict[str, str]:
         """Returns the metadata that an entry must have to count as done."""
         if source == CONDITIONS:
             return self.caption_identity(task.record.caption or "")
-        return {**self._made_by(source), "media_sha256": task.record.sha256}
+        record = task.record
+        identity = {**self._made_by(source), "media_sha256": record.sha256}
+        if source == AUDIO_LATENTS and record.audio_sha256 is not None:
+            identity["audio_sha256"] = record.audio_sha256
+        treated = _treatment(record, self.background) if source == LATENTS else ""
+        # Said of treated media only, so that what was encoded of plain media before stays.
+        return {**identity, "pixels": treated} if treated else identity
 
     def caption_identity(self, caption: str) -> dict[str, str]:
         """Returns the metadata that the embeddings of a caption must have to count as done."""
@@ -77,14 +88,9 @@ class Encoders:
         return {"fingerprint": self.fingerprints[source], "settings": self.settings[source]}
 
 
-def encodable(manifest: Manifest, media: Path) -> tuple[Manifest, list[tuple[str, str]]]:
+def encodable(manifest: Manifest) -> tuple[Manifest, list[tuple[str, str]]]:
     """Returns the clips that can have entries of their own, and (path, reason) of all others, unreadable
-    files among them.
-
-    Raises:
-        DataError: If `media` is a table that names sounds apart from the pictures.
-    """
-    _require_own_sound(media)
+    files among them."""
     refused = [(item.path, item.reason) for item in manifest.unreadable]
     kept: dict[str, MediaRecord] = {}
     for record in manifest.records:
@@ -188,16 +194,18 @@ def is_done(path: Path, identity: Mapping[str, str]) -> bool:
     return all(found.get(name) == value for name, value in identity.items())
 
 
-def _require_own_sound(media: Path) -> None:
-    apart = (
-        [] if media.is_dir() else [listed.audio for listed in read_table(media) if listed.audio is not None]
-    )
-    if apart:
-        raise DataError(
-            f"{media}: sounds must be in the video files, got {len(apart)} in the column audio, e.g. "
-            f"{apart[0]}. "
-            "Put them into the videos and remove the column."
-        )
+def _treatment(record: MediaRecord, background: Color) -> str:
+    """Returns what is done with the pictures of media that are not plain; empty for plain ones."""
+    words = []
+    if record.is_interlaced:
+        words.append("deinterlaced")
+    if record.hdr is not None or record.is_wide_gamut:
+        words.append(f"{record.hdr or 'wide gamut'} to SDR")
+    if record.pixel_aspect != 1 or record.is_mirrored:
+        words.append(f"displayed {record.width}x{record.height}")
+    if record.has_alpha:
+        words.append("on {},{},{}".format(*background))
+    return ", ".join(words)
 
 
 def _facts(record: MediaRecord) -> ClipFacts:

@@ -7,6 +7,7 @@ dataset's (`aiprod_ds.data`). `open_data.py` opens each kind.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,11 @@ from aiprod_ds.data.dataset import ClipDataset, ClipRequest, ClipSample
 from aiprod_ds.data.loader import ClipLoader, Draw, MicroBatch, no_draws
 from aiprod_ds.data.manifest import Manifest, holdout, require_readable
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
+from aiprod_ds.data.treatment import duplicate_notes, ignored_notes
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.report.summary import DataSummary
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,7 @@ class ClipData:
 
     Attributes:
         unreadable: Files that were left out, and why.
+        notes: What is done with files that a clip is not like, in words.
     """
 
     train: ClipDataset
@@ -65,10 +70,16 @@ class ClipData:
     train_clips: tuple[ClipFacts, ...]
     validation_clips: tuple[ClipFacts, ...]
     unreadable: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, train: ClipDataset, validation: ClipDataset, *, unreadable: tuple[tuple[str, str], ...] = ()
+        cls,
+        train: ClipDataset,
+        validation: ClipDataset,
+        *,
+        unreadable: tuple[tuple[str, str], ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> Self:
         """Returns both sets with their lengths read."""
         clips, held_out = tuple(train.lengths()), tuple(validation.lengths())
@@ -78,6 +89,7 @@ class ClipData:
             train_clips=clips,
             validation_clips=held_out,
             unreadable=unreadable,
+            notes=notes,
         )
 
     def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
@@ -117,9 +129,9 @@ class ClipData:
         return [[len(indices) for indices in members] for members in self._members(plan)]
 
     def replacements(self, plan: RunPlan) -> tuple[str, ...]:
-        """Returns in words what is done with clips that are smaller, slower, shorter or fewer than a bucket
-        asks for."""
-        return data_notes(plan, self.train_clips, self._members(plan))
+        """Returns in words what is done with files that a clip is not like, and with clips that are smaller,
+        slower, shorter or fewer than a bucket asks for."""
+        return (*self.notes, *data_notes(plan, self.train_clips, self._members(plan)))
 
     def stream(
         self,
@@ -213,6 +225,23 @@ def split_manifests(
     validation = scan(Path(config.validation))
     require_readable(validation, config.max_unreadable_fraction)
     return found, validation
+
+
+def manifest_notes(config: ClipDataConfig, train: Manifest, validation: Manifest) -> tuple[str, ...]:
+    """Returns what the manifests leave out on purpose and what they hold twice, in words.
+
+    Raises:
+        DataError: If something stands twice and `data.duplicates` is `error`.
+    """
+    copies = () if config.duplicates == "allow" else duplicate_notes(train, validation)
+    if copies and config.duplicates == "error":
+        raise DataError(
+            f"{train.root}: must hold no clip twice (data.duplicates: error), got {'; '.join(copies)}. "
+            "Remove the copies, or set data.duplicates to warn or allow."
+        )
+    for note in copies:
+        _log.warning("duplicates: %s", note)
+    return (*ignored_notes(train, validation), *copies)
 
 
 def unreadable_files(*manifests: Manifest) -> tuple[tuple[str, str], ...]:

@@ -27,9 +27,16 @@ from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, read_entry
 from aiprod_ds.data.manifest import Manifest, scan
+from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.data.tensor_latents import TensorLatentDataset
-from aiprod_ds.decode.probe import default_probe_cache
-from aiprod_ds.trainers.clip_data import ClipData, require_clips, split_manifests, unreadable_files
+from aiprod_ds.data.treatment import audio_notes, picture_notes, usable_pictures
+from aiprod_ds.trainers.clip_data import (
+    ClipData,
+    manifest_notes,
+    require_clips,
+    split_manifests,
+    unreadable_files,
+)
 
 
 def open_video_files(config: VideoDataConfig, *, seed: int) -> ClipData:
@@ -39,10 +46,14 @@ def open_video_files(config: VideoDataConfig, *, seed: int) -> ClipData:
     Raises:
         DataError: If a folder is missing or empty, or too many files cannot be read.
     """
-    train, validation = split_manifests(config, _scan_videos, seed=seed)
-    unreadable = unreadable_files(train, validation)
+    train, validation = split_manifests(config, partial(_scan_videos, config), seed=seed)
+    background = config.alpha_background
+    notes = picture_notes((*train.records, *validation.records), config)
     return ClipData.of(
-        VideoClipDataset(train, seed=seed), VideoClipDataset(validation, seed=seed), unreadable=unreadable
+        VideoClipDataset(train, seed=seed, background=background),
+        VideoClipDataset(validation, seed=seed, background=background),
+        unreadable=unreadable_files(train, validation),
+        notes=(*notes, *manifest_notes(config, train, validation)),
     )
 
 
@@ -56,8 +67,8 @@ def open_video_datasets(dataset: Any, validation: Any, *, seed: int) -> ClipData
     return ClipData.of(TensorVideoDataset(dataset, seed=seed), TensorVideoDataset(validation, seed=seed))
 
 
-def _scan_videos(path: Path) -> Manifest:
-    return scan(path, cache=default_probe_cache(path))
+def _scan_videos(config: VideoDataConfig, path: Path) -> Manifest:
+    return usable_pictures(scan(path, cache=default_probe_cache(path)), config)
 
 
 def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:
@@ -72,6 +83,10 @@ def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:
         AudioClipDataset(train, seed=seed, config=config),
         AudioClipDataset(validation, seed=seed, config=config),
         unreadable=unreadable_files(train, validation),
+        notes=(
+            *audio_notes((*train.records, *validation.records), config),
+            *manifest_notes(config, train, validation),
+        ),
     )
 
 
@@ -138,9 +153,11 @@ def open_latent_files(
             caption_dropout=caption_dropout,
         )
 
-    unreadable = unreadable_files(train, validation)
     return LatentData.of(
-        dataset(train, config.data.caption_dropout), dataset(validation, 0.0), unreadable=unreadable
+        dataset(train, config.data.caption_dropout),
+        dataset(validation, 0.0),
+        unreadable=unreadable_files(train, validation),
+        notes=manifest_notes(config.data, train, validation),
     )
 
 

@@ -248,7 +248,7 @@ def test_tensors_are_resampled_and_given_channels() -> None:
         (np.zeros(8, dtype=np.float32), "got ndarray"),
         (
             torch.zeros(6, 1000),
-            r"dataset\[0\]: it must be mono or stereo, got 6 channels. Mix it down to stereo\.",
+            r"dataset\[0\]: it must be mono or stereo, or name its channels, got 6 channels. Mix it down",
         ),
         ({"audio": torch.zeros(1000), "sample_rate_hz": 8_001}, r"must be a simple ratio .* got 8001 Hz"),
     ],

@@ -20,7 +20,8 @@ from aiprod_ds.data.manifest import (
     require_readable,
     scan,
 )
-from aiprod_ds.decode.probe import MediaRecord, default_probe_cache
+from aiprod_ds.data.probe_cache import default_probe_cache
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import DataError
 
 

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from aiprod_ds.data.manifest import require_readable, scan
+from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.decode.audio import decode_audio
-from aiprod_ds.decode.probe import default_probe_cache
 from aiprod_ds.decode.resampling import check_rates, input_window, resample_window, resampled_length
 from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.errors import DataError
@@ -234,18 +234,6 @@ def test_mono_is_repeated_and_stereo_averaged(tmp_path: Path) -> None:
     np.testing.assert_array_equal(decode_audio(mono, channels=1, **form).numpy(), mono_CN[:, 100:3100])
     expected = (stereo_CN[:1, 100:3100] + stereo_CN[1:, 100:3100]) / 2
     np.testing.assert_allclose(decode_audio(stereo, channels=1, **form).numpy(), expected, rtol=0, atol=1e-7)
-
-
-def test_more_than_two_channels_are_refused(tmp_path: Path) -> None:
-    file = _wav(tmp_path / "surround.wav", _sound(8_000, channels=6, seconds=0.5), 8_000)
-    with pytest.raises(
-        DataError, match=r"surround.wav: it must be mono or stereo, got 6 channels. Mix it down to stereo."
-    ):
-        decode_audio(file, start_sample=0, num_samples=100, sample_rate_hz=8_000, channels=2)
-    assert (
-        scan(tmp_path, medium="sound").unreadable[0].reason
-        == "it must be mono or stereo, got 6 channels. Mix it down to stereo"
-    )
 
 
 def test_overshoot_is_clipped(tmp_path: Path) -> None:

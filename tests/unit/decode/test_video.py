@@ -15,8 +15,9 @@ from PIL import Image
 
 from aiprod_ds.data.dataset import ClipRequest, TensorVideoDataset, VideoClipDataset
 from aiprod_ds.data.manifest import scan
-from aiprod_ds.decode.probe import MediaRecord
-from aiprod_ds.decode.video import decode_clip, fit_clip, max_start_seconds
+from aiprod_ds.decode.fit import fit_clip
+from aiprod_ds.decode.record import MediaRecord
+from aiprod_ds.decode.video import decode_clip, max_start_seconds
 from aiprod_ds.errors import DataError
 
 _FRAMES, _FPS, _HEIGHT, _WIDTH = 48, 24, 32, 48

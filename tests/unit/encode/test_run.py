@@ -32,7 +32,7 @@ from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATE
 from aiprod_ds.data.loudness import loudness_lufs
 from aiprod_ds.data.manifest import scan
 from aiprod_ds.data.synthetic import write_synthetic_clips
-from aiprod_ds.decode.probe import MediaRecord
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.encode.media import read_pictures, read_sound, start_seconds
 from aiprod_ds.encode.reader import Failure
 from aiprod_ds.encode.run import EncodeSummary, run_encoding
@@ -403,14 +403,7 @@ def test_a_clip_without_caption_fails_or_gets_the_default(media: Path) -> None:
     assert run_encoding(_config(media, text={**TEXT, "default_caption": "a film"})).written[CONDITIONS] == 1
 
 
-def test_media_that_no_entry_can_name_are_refused(media: Path) -> None:
-    (media / "clips.csv").write_text("video,audio\nclips/clip_00000.mp4,clips/clip_00001.mp4\n")
-    with pytest.raises(
-        PlanError,
-        match=r"^configuration: data\.media: .*clips\.csv: sounds must be in the video files, got 1 in the "
-        r"column audio",
-    ):
-        run_encoding(_config(media, audio=AUDIO))
+def test_a_resolution_that_the_vae_cannot_take_is_refused(media: Path) -> None:
     _table(media, {"clips/clip_00000.mp4": "x"})
     with pytest.raises(
         ConfigError,

@@ -1,0 +1,81 @@
+"""From a decoded frame to RGB pixels as displayed: deinterlaced, in SDR, on a background, turned upright.
+
+Owns the order of these steps; each is a file of its own. Called by `video.py` and `probe.py`. Shapes: H
+height, W width, three channels last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from aiprod_ds.decode.deinterlace import Deinterlacer
+from aiprod_ds.decode.frames import MissingNeighbourError, TimedFrame, UndecodableError
+from aiprod_ds.decode.orientation import orientation_of
+from aiprod_ds.decode.tone_map import is_wide, to_sdr
+
+Color = tuple[int, int, int]
+"""RGB of 8 bits."""
+BLACK: Color = (0, 0, 0)
+
+
+class Painter:
+    """Makes pixels of the frames of one file.
+
+    Args:
+        path: The file.
+        background: What lies behind transparent pixels.
+    """
+
+    def __init__(self, path: Path, background: Color = BLACK) -> None:
+        self._path = path
+        self._background = background
+        self._deinterlacer = Deinterlacer()
+
+    def pixels(self, item: TimedFrame) -> NDArray[np.uint8]:
+        """Returns a frame's pixels, [H,W,3] uint8 RGB, upright; not yet stretched where they are not square.
+
+        Raises:
+            UndecodableError: If the frame is damaged, a neighbour that it needs was not decoded, or it is
+                turned by something else than quarter turns.
+        """
+        frame = item.frame
+        if frame.is_corrupt:
+            raise UndecodableError(f"damaged data in the frame of timestamp {frame.pts}")
+        orientation = orientation_of(frame, self._path)
+        if frame.interlaced_frame:
+            if item.lacks_before:
+                raise MissingNeighbourError(f"no frame before the interlaced one of timestamp {frame.pts}")
+            if any(other is not None and other.is_corrupt for other in (item.before, item.after)):
+                raise UndecodableError(f"damaged data beside the frame of timestamp {frame.pts}")
+            frame = self._deinterlacer.whole(frame, before=item.before, after=item.after)
+        pixels_HWC = to_sdr(frame) if is_wide(frame) else _converted(frame, "rgb24")
+        alpha_HW = alpha_of(frame)
+        if alpha_HW is not None:
+            pixels_HWC = _on_background(pixels_HWC, alpha_HW, self._background)
+        return orientation.upright(pixels_HWC)
+
+
+def alpha_of(frame: av.VideoFrame) -> NDArray[np.uint8] | None:
+    """Returns how opaque each pixel is, [H,W] uint8; None if all are, fully."""
+    if not frame.format.has_palette and not any(part.is_alpha for part in frame.format.components):
+        return None
+    alpha_HW = _converted(frame, "rgba")[..., 3]
+    return None if alpha_HW.min() == 255 else alpha_HW
+
+
+def _converted(frame: av.VideoFrame, pixel_format: str) -> NDArray[np.uint8]:
+    return cast("NDArray[np.uint8]", frame.to_ndarray(format=pixel_format))
+
+
+def _on_background(
+    pixels_HWC: NDArray[np.uint8], alpha_HW: NDArray[np.uint8], background: Color
+) -> NDArray[np.uint8]:
+    """Returns a c + (1 - a) b of codes, not of light, as browsers and players do; rounded."""
+    alpha_HW1 = alpha_HW[..., None].astype(np.uint32)
+    mixed = pixels_HWC * alpha_HW1 + np.array(background, dtype=np.uint32) * (255 - alpha_HW1)
+    return ((mixed + 127) // 255).astype(np.uint8)

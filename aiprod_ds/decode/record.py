@@ -1,0 +1,65 @@
+"""What is known of one clip once its file was looked into.
+
+Owns the record; `probe.py` fills it in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Medium = Literal["video", "sound"]
+"""What of a file counts: its pictures, or its sound alone."""
+Hdr = Literal["pq", "hlg"]
+"""Transfer curves of HDR."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaRecord:
+    """One readable clip: `path` relative to the manifest's root, frames >= 1, seconds = frames / fps, pixels
+    as displayed.
+
+    An image has one frame; its `fps` is what FFmpeg assumes and means nothing. A sound is a clip of 1x1 whose
+    frames are its samples and whose `fps` is its sample rate.
+
+    Attributes:
+        height: As displayed: turned upright, with square pixels.
+        width: As displayed.
+        pixel_aspect: Width of a stored pixel over its height.
+        rotation_degrees: How far the stored picture is turned counterclockwise for display: 0, 90, 180, 270.
+        is_mirrored: Whether it is mirrored from left to right before that.
+        is_interlaced: Whether frames say that they consist of two fields.
+        hdr: The transfer curve if it is HDR.
+        is_wide_gamut: Whether it is SDR in the primaries of BT.2020 or Display P3.
+        has_alpha: Whether the first frame is transparent somewhere.
+        audio_path: Of a sound in a file of its own, relative to the manifest's root.
+        audio_sha256: Of that file.
+        audio_layout: The channels as FFmpeg names them, such as `stereo` or `5.1(side)`.
+        audio_peak: Largest absolute sample; this and what follows is known of sounds and of `audio_path`.
+        audio_clipped: Samples in runs of three or more at full scale.
+        audio_dc: Largest absolute mean of a channel.
+    """
+
+    path: str
+    sha256: str
+    frames: int
+    fps: float
+    height: int
+    width: int
+    seconds: float
+    pixel_aspect: float = 1.0
+    rotation_degrees: int = 0
+    is_mirrored: bool = False
+    is_interlaced: bool = False
+    hdr: Hdr | None = None
+    is_wide_gamut: bool = False
+    has_alpha: bool = False
+    audio_path: str | None = None
+    audio_sha256: str | None = None
+    audio_rate_hz: int | None = None
+    audio_channels: int | None = None
+    audio_layout: str | None = None
+    audio_peak: float | None = None
+    audio_clipped: int | None = None
+    audio_dc: float | None = None
+    caption: str | None = None
