@@ -106,8 +106,8 @@ class Evaluator:
             if dist.is_main():
                 record = self._record(found, reason, state=state, clock=clock, began=began)
                 append_evaluation(self.folder, record)
-                self.recorder.log_evaluation(record, self.folder)
                 thin_media(self.folder, keep=self.config.evaluation.keep_media)
+                self.recorder.log_evaluation(record, self.folder)
         _LOG.info(
             "evaluated update=%d reason=%s seconds=%.1f", clock.updates, reason, time.perf_counter() - began
         )
