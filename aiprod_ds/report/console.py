@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from aiprod_ds import progress
 from aiprod_ds.metrics.evaluations import EvaluationRecord
-from aiprod_ds.metrics.metric_names import find_metric
+from aiprod_ds.metrics.metric_names import find_measure, find_metric, measure_order
 from aiprod_ds.report.measures import Outcome, measure_rows, verdict_of
 from aiprod_ds.report.summary import RunStatus, RunSummary, phase_history
 
@@ -47,12 +48,14 @@ class PhaseSpan:
 
 
 class ConsoleSink:
-    """Shows the run's progress from the metrics that pass by.
+    """Shows the run's progress from the metrics that pass by, and while it is open that of anything that
+    tells `aiprod_ds.progress`, as evaluations do.
 
     Args:
         console: Where to draw; a live block if it is a terminal, plain lines if not.
         phases: All of the run, in order; those before `first_update` count as done.
         first_update: Updates already done when this process began (a resumed run).
+        evaluation_updates: Updates between two evaluations inside phases; the time left counts them.
         interval_seconds: Least time between two plain lines.
         now: Monotonic time in seconds; tests pass their own.
     """
@@ -63,6 +66,7 @@ class ConsoleSink:
         *,
         phases: Sequence[PhaseSpan],
         first_update: int = 0,
+        evaluation_updates: int | None = None,
         interval_seconds: float = 10.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,6 +78,10 @@ class ConsoleSink:
         self._update = first_update
         self._phase = -1
         self._metrics: dict[str, float] = {}
+        self._measure: tuple[str, str] | None = None
+        self._evaluation_updates = evaluation_updates
+        self._evaluation_seconds = 0.0
+        self._activity: str | None = None
         self._seconds_per_cost: float | None = None
         self._last_line = -float("inf")
         self._is_closed = False
@@ -83,7 +91,22 @@ class ConsoleSink:
         )
         if console.is_terminal:
             self._live.start()
-            self._live.update(Text("waiting for the first update", style="dim"), refresh=True)
+            self._live.update(self._waiting(), refresh=True)
+        progress.show_on(self)
+
+    @property
+    def is_live(self) -> bool:
+        """See `progress.Display`."""
+        return self._console.is_terminal
+
+    def draw(self, line: str | None) -> None:
+        """See `progress.Display`: shows the line under the block."""
+        self._activity = line
+        self._refresh()
+
+    def write(self, line: str) -> None:
+        """See `progress.Display`."""
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         """Takes one update; redraws the block, or prints a line if the last one is old enough."""
@@ -91,31 +114,39 @@ class ConsoleSink:
         phase = int(metrics.get("clock/phase", self._phase if self._phase >= 0 else self._planned_phase()))
         if phase != self._phase:
             self._enter_phase(phase)
-        self._metrics.update(metrics)
+        self._metrics.update((name, metrics[name]) for name in metrics if not _is_measure(name))
+        self._note_measure(update, metrics)
         self._learn_speed(metrics)
         if self._console.is_terminal:
-            self._live.update(self._block(), refresh=True)
+            self._refresh()
         elif self._now() - self._last_line >= self._interval_seconds or update == self._starts[-1]:
             self._last_line = self._now()
-            self._console.print(self._line(), soft_wrap=True, highlight=False, markup=False)
+            self.write(self._line())
 
-    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
-        """Does nothing: what is shown of an evaluation came as its row."""
+    def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:  # noqa: ARG002  other sinks do
+        """Learns how long evaluations take; what is shown of one came as its row."""
+        if record.metrics:
+            self._evaluation_seconds = record.seconds
 
     def close(self) -> None:
         """See `Sink.close`: takes the live block away and leaves its last state as text."""
         if self._is_closed:
             return
         self._is_closed = True
+        self._activity = None
+        progress.hide(self)
         self._live.stop()
         if self._console.is_terminal and self._metrics:
             self._console.print(self._block(), highlight=False)
 
+    def _refresh(self) -> None:
+        self._live.update(self._block() if self._phase >= 0 else self._waiting(), refresh=True)
+
+    def _waiting(self) -> Text:
+        return _one_line(self._activity or "waiting for the first update")
+
     def _enter_phase(self, phase: int) -> None:
         self._phase = phase
-        self._metrics = {
-            name: value for name, value in self._metrics.items() if not name.startswith("evaluation/")
-        }
         self._seconds_per_cost = None
         span = self._phases[phase]
         title = Text.assemble((f"phase {phase + 1}/{len(self._phases)} ", "dim"), (span.name, "bold cyan"))
@@ -126,6 +157,14 @@ class ConsoleSink:
         """Returns the phase that this update should be in; an evaluation may come before any row that
         says."""
         return min(bisect_right(self._starts, self._update), len(self._phases)) - 1
+
+    def _note_measure(self, update: int, metrics: Mapping[str, float]) -> None:
+        """Keeps the first measure of an evaluation with its update: it is not of now for long."""
+        names = [name.removeprefix("evaluation/") for name in metrics if _is_measure(name)]
+        if names:
+            name = min(names, key=measure_order)
+            value = _number(metrics[f"evaluation/{name}"])
+            self._measure = find_measure(name).label, f"{value} at {update:,}"
 
     def _learn_speed(self, metrics: Mapping[str, float]) -> None:
         if "time/update_seconds" not in metrics:
@@ -140,7 +179,15 @@ class ConsoleSink:
         left = 0.0
         for start, span in zip(self._starts, self._phases, strict=False):
             left += max(0, start + span.updates - max(start, self._update)) * span.relative_cost
-        return left * self._seconds_per_cost
+        return left * self._seconds_per_cost + self._evaluations_left() * self._evaluation_seconds
+
+    def _evaluations_left(self) -> int:
+        """Returns how many there will be: at the ends of phases, and at every multiple of the interval."""
+        ends = {end for end in self._starts[1:] if end > self._update}
+        if self._evaluation_updates is not None:
+            every = self._evaluation_updates
+            ends.update(range((self._update // every + 1) * every, self._starts[-1] + 1, every))
+        return len(ends)
 
     def _block(self) -> Group:
         span = self._phases[self._phase]
@@ -156,7 +203,10 @@ class ConsoleSink:
                 ("  " + _clock(self._seconds_left()) + " left", "green"),
             ),
         )
-        return Group(grid, _packed(self._terms(), self._console.width))
+        parts: list[RenderableType] = [grid, _packed(self._terms(), self._console.width)]
+        if self._activity is not None:
+            parts.append(_one_line(self._activity))
+        return Group(*parts)
 
     def _line(self) -> str:
         span = self._phases[self._phase]
@@ -172,10 +222,9 @@ class ConsoleSink:
         shown = [
             name for name in self._metrics if name.startswith("loss/") and not _OF_NOISE_LEVEL.search(name)
         ]
-        shown.append("evaluation/psnr_db")
-        terms = [
-            (find_metric(name).label, _number(self._metrics[name])) for name in shown if name in self._metrics
-        ]
+        terms = [(find_metric(name).label, _number(self._metrics[name])) for name in shown]
+        if self._measure is not None:
+            terms.append(self._measure)
         if "learning_rate" in self._metrics:
             terms.append(("lr", f"{self._metrics['learning_rate']:.2e}"))
         if "throughput/clips_per_second" in self._metrics:
@@ -196,7 +245,8 @@ def print_summary(console: Console, summary: RunSummary, *, report: Path) -> Non
             (summary.status.value, f"bold {colour}"),
             f"  {summary.updates:,} of {summary.planned_updates:,} updates in "
             f"{_clock(sum(summary.time_seconds.values()))}",
-        )
+        ),
+        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("held-out clips")
@@ -211,8 +261,16 @@ def print_summary(console: Console, summary: RunSummary, *, report: Path) -> Non
         colour = "bold red" if verdict.outcome is Outcome.WORSE else "yellow"
         console.print(Text(verdict.sentence, style=colour), soft_wrap=True)
     if summary.error is not None:
-        console.print(Text(summary.error, style="red"))
+        console.print(Text(summary.error, style="red"), soft_wrap=True)
     console.print(Text.assemble(("report  ", "dim"), str(report)), soft_wrap=True)
+
+
+def _is_measure(name: str) -> bool:
+    return name.startswith("evaluation/")
+
+
+def _one_line(text: str) -> Text:
+    return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _packed(terms: Sequence[tuple[str, str]], width: int) -> Text:
@@ -243,7 +301,4 @@ def _number(value: float) -> str:
 
 def _clock(seconds: float | None) -> str:
     """Returns `h:mm:ss`, or dashes where nothing is known yet."""
-    if seconds is None:
-        return "-:--:--"
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+    return "-:--:--" if seconds is None else progress.in_clock(seconds)

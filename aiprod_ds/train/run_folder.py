@@ -99,7 +99,12 @@ def open_sinks(
     rows = folder / "metrics.jsonl"
     sinks: list[Sink] = [
         JsonlSink(rows, resume_from_update=from_update, evaluates_again=evaluates_again),
-        ConsoleSink(console, phases=phases, first_update=clock.updates),
+        ConsoleSink(
+            console,
+            phases=phases,
+            first_update=clock.updates,
+            evaluation_updates=config.evaluation.every_updates,
+        ),
     ]
     if config.report.tensorboard:
         from aiprod_ds.metrics.tensorboard import TensorBoardSink  # an extra; not everybody has it

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from aiprod_ds import progress
+from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan
 
 PHASES = (
@@ -39,6 +42,18 @@ def metrics(phase: int, **more: float) -> dict[str, float]:
         "clock/skipped_updates": 0.0,
         **more,
     }
+
+
+def record(seconds: float) -> EvaluationRecord:
+    return EvaluationRecord(
+        update=60,
+        samples=480,
+        phase="low",
+        phase_index=0,
+        reason="interval",
+        seconds=seconds,
+        metrics={"psnr_db": 20.0},
+    )
 
 
 def plain_console() -> tuple[Console, io.StringIO]:
@@ -74,15 +89,48 @@ def test_plain_lines_keep_their_distance_but_the_last_update_is_always_shown() -
     assert lines == ["phase 2/2 high", *(f"high 2/2 update {update}/150" for update in (141, 144, 147, 150))]
 
 
-def test_skips_and_evaluations_are_shown_and_a_phase_forgets_the_last_evaluation() -> None:
+def test_skips_and_evaluations_are_shown_and_an_evaluation_says_its_update() -> None:
+    """What was measured before training is not repeated as if it were of now."""
     console, text = plain_console()
     sink = ConsoleSink(console, phases=PHASES, interval_seconds=0, now=Hands())
-    sink.log(99, metrics(0, **{"evaluation/psnr_db": 21.5, "clock/skipped_updates": 3.0}))
+    sink.log(0, {"evaluation/ssim": 0.5, "evaluation/psnr_db": 11.25})
+    sink.log(99, metrics(0, **{"clock/skipped_updates": 3.0}))
+    sink.log(100, {"evaluation/psnr_db": 21.5})
     sink.log(101, metrics(1))
-    lines = text.getvalue().splitlines()
-    assert "PSNR 21.50" in lines[1]
+    lines = [line for line in text.getvalue().splitlines() if " update " in line]
+    assert ["PSNR 11.25 at 0" in line for line in lines] == [True, True, False, False]
+    assert ["PSNR 21.50 at 100" in line for line in lines] == [False, False, True, True]
     assert "skipped 3" in lines[1]
-    assert "PSNR" not in lines[3]
+
+
+def test_time_left_counts_the_evaluations_to_come() -> None:
+    """After update 60 come 40 updates of 2 s, 50 of 8 s, and evaluations of 7 s at 90, 100, 120 and 150."""
+    console, text = plain_console()
+    sink = ConsoleSink(console, phases=PHASES, interval_seconds=0, evaluation_updates=30, now=Hands())
+    sink.log(60, metrics(0))
+    sink.log_evaluation(record(seconds=7.0), Path("run"))
+    sink.log(60, {"evaluation/psnr_db": 20.0})
+    assert text.getvalue().splitlines()[-1].endswith(f"{progress.in_clock(40 * 2 + 50 * 8 + 4 * 7)} left")
+
+
+def test_what_is_being_done_stands_under_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=True, color_system=None)
+    sink = ConsoleSink(console, phases=PHASES, now=Hands())
+    with progress.counting("evaluating clip", total=16) as shown:
+        shown.advance(3)
+    assert "evaluating clip 3/16" in text.getvalue()  # before the first update
+    sink.log(1, metrics(0))
+    assert "evaluating" not in text.getvalue().rpartition("waiting for the first update")[2]
+    with progress.counting("evaluating clip", total=16) as shown:
+        shown.advance(5)
+        assert "evaluating clip 5/16" in text.getvalue().rpartition("1/150")[2]
+    sink.close()
+    before = text.getvalue()
+    with progress.counting("elsewhere") as shown:
+        shown.advance()
+    assert text.getvalue() == before
 
 
 def test_the_speed_of_the_last_phase_is_not_used_for_the_next() -> None:
