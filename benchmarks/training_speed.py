@@ -5,7 +5,8 @@ diffusers' LTXVideoTransformer3DModel in its default size (1.92 billion paramete
 tokens); `--workload` takes its VAE or Oobleck instead.
 
     trainer             the project's trainer as a user has it: its loop, loader, logging, `performance: auto`
-    trainer-eager       the same with `performance.compile: off`
+    trainer-uncaptured  the same with `performance.graphs: off`
+    trainer-eager       the same with `performance.compile: off`, too
     trainer-recomputed  the same as trainer, blocks recomputed in the backward pass
     plain               PyTorch: compiled blocks, fused AdamW on bf16 weights, no fp32 masters, no clipping
     flat                compiled blocks, flat bf16 weights and gradients, fp32 masters, clipping and AdamW as
@@ -55,7 +56,8 @@ from aiprod_ds.train.planning.auto import this_machine
 
 _TRAINERS: dict[str, dict[str, Any]] = {
     "trainer": {},
-    "trainer-eager": {"compile": "off"},
+    "trainer-uncaptured": {"graphs": "off"},
+    "trainer-eager": {"compile": "off", "graphs": "off"},
     "trainer-recomputed": {},
 }
 _CASES = (*_TRAINERS, *LOOPS)

@@ -66,16 +66,14 @@ def new_moments(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> 
 class OnePassAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW`, told before each step how large its gradients are.
 
-    On a GPU one fused kernel divides the gradients and updates masters and moments. It reads the divisor and
-    whether to do anything from device memory, by the names under which torch's gradient scaler would set
-    them. On the CPU the same is done in two passes.
+    Fused, one kernel divides the gradients and updates masters and moments. It reads the divisor and whether
+    to do anything from device memory, by the names under which torch's gradient scaler would set them.
+    Otherwise the same is done in two passes.
     """
 
-    def __init__(
-        self, groups: Any, *, betas: tuple[float, float], epsilon: float, device: torch.device
-    ) -> None:
-        super().__init__(groups, lr=0.0, betas=betas, eps=epsilon, fused=device.type == "cuda")
-        self._is_fused = device.type == "cuda"
+    def __init__(self, groups: Any, *, betas: tuple[float, float], epsilon: float, fused: bool) -> None:
+        super().__init__(groups, lr=0.0, betas=betas, eps=epsilon, fused=fused)
+        self._is_fused = fused
         self._divisor: Tensor | None = None
         self._is_skipped: Tensor | None = None
 

@@ -10,28 +10,31 @@ nor read what differs between micro-batches from anywhere but its tensors.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.errors import EngineError
+
 _WARM_UPS = 2  # on a stream of their own: torch allocates, compiles and chooses algorithms in the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureHooks:
-    """What an engine does around captured passes; by default nothing.
+    """What an engine does around captured passes.
 
     Attributes:
-        direct: A context in which calling the engine calls its module, with nothing around it.
+        direct: A context in which calling the engine calls its module with these parameters in place of its
+            own, and with nothing around it.
         before_forward: Called before each forward pass.
         before_backward: Called in each backward pass, before gradients come to the parameters.
     """
 
-    direct: Callable[[], AbstractContextManager[None]] = nullcontext
+    direct: Callable[[Mapping[str, nn.Parameter]], AbstractContextManager[None]]
     before_forward: Callable[[], None] = lambda: None
     before_backward: Callable[[], None] = lambda: None
 
@@ -42,7 +45,7 @@ class CapturedLoss:
     Args:
         loss: Of the tensors it is given, on the device: name -> 0-dim; `total` has the graph.
         tensors: An example in the shape of all micro-batches to come; they are copied.
-        parameters: Those that may have a gradient.
+        parameters: Of the engine's module, by their names there.
         hooks: Of the engine that holds them. Their memory must stay in place.
         device: Of the parameters.
         pool: Memory that several share, from `torch.cuda.graph_pool_handle`; only one of them may be between
@@ -54,13 +57,17 @@ class CapturedLoss:
         loss: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
         tensors: Mapping[str, Tensor],
         *,
-        parameters: Sequence[nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         hooks: CaptureHooks,
         device: torch.device,
         pool: Any = None,
     ) -> None:
         self._loss, self._hooks = loss, hooks
-        self._parameters = tuple(value for value in parameters if value.requires_grad)
+        trained = {name: value for name, value in parameters.items() if value.requires_grad}
+        self._own = trained
+        # Others over the same memory. Of the engine's own DeepSpeed keeps the nodes of autograd, which belong
+        # to the stream on which they were made; a capture on another stream ends where they meet.
+        self._aliases = {name: nn.Parameter(value.detach()) for name, value in trained.items()}
         self._inputs = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         self._scale = torch.ones((), device=device)
         self._names: tuple[str, ...] = ()
@@ -77,7 +84,15 @@ class CapturedLoss:
             tensors: On any device, with the names and shapes of the example.
             is_last: Whether no other micro-batch adds to these gradients: they are not copied then, and hold
                 until the next call.
+
+        Raises:
+            EngineError: If a parameter has been moved since.
         """
+        for name, alias in self._aliases.items():
+            if alias.data_ptr() != self._own[name].data_ptr():
+                raise EngineError(
+                    f"performance.graphs: weights must stay in place, got a new {name}. Set it to off."
+                )
         for name, tensor in tensors.items():
             self._inputs[name].copy_(tensor, non_blocking=True)
         self._hooks.before_forward()
@@ -87,7 +102,7 @@ class CapturedLoss:
             self._forward()
         values = self._values.clone().unbind()
         found = dict(zip(self._names, values, strict=True))
-        passed: Tensor = _Replayed.apply(found["total"], self, is_last, *self._parameters)
+        passed: Tensor = _Replayed.apply(found["total"], self, is_last, *self._own.values())
         return {**found, "total": passed}
 
     def close(self) -> None:
@@ -108,7 +123,7 @@ class CapturedLoss:
         return self._gradients
 
     def _forward(self) -> None:
-        with torch.enable_grad(), self._hooks.direct():
+        with torch.enable_grad(), self._hooks.direct(self._aliases):
             found = self._loss(self._inputs)
         self._total = found["total"]
         self._names = tuple(found)
@@ -117,7 +132,10 @@ class CapturedLoss:
     def _backward(self) -> None:
         with torch.enable_grad():
             self._gradients = torch.autograd.grad(
-                self._total, self._parameters, self._scale.to(self._total.dtype), allow_unused=True
+                self._total,
+                tuple(self._aliases.values()),
+                self._scale.to(self._total.dtype),
+                allow_unused=True,
             )
 
     def _capture(self, pool: Any) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from aiprod_ds import progress
 
 _PLAIN_CLASS = "_class_without_compilation"
 # A block is compiled with and without gradients, in training and for the held-out clips, for each shape.
@@ -55,9 +57,31 @@ def compiled_shapes(count: int) -> Iterator[None]:
     config.recompile_limit = max(before[0], needed)
     config.accumulated_recompile_limit = max(before[1], needed * _SPARE_ENTRIES)
     try:
-        yield
+        with _compilation_shown():
+            yield
     finally:
         config.recompile_limit, config.accumulated_recompile_limit = before
+
+
+@contextmanager
+def _compilation_shown() -> Iterator[None]:
+    """Shows progress whenever torch compiles something, which may be minutes inside of one forward."""
+    handler, compiling = torch._dynamo.callback.callback_handler, ExitStack()
+
+    def start(_: Any) -> None:
+        compiling.enter_context(progress.working("compiling kernels for a new shape"))
+
+    def end(_: Any) -> None:
+        compiling.close()
+
+    handler.register_start_callback(start)
+    handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        compiling.close()
+        handler.remove_start_callback(start)
+        handler.remove_end_callback(end)
 
 
 @functools.cache

@@ -101,7 +101,7 @@ class DeepSpeedEngine:
         self.layout_notes = self._flat.notes
         self._optimized = self._flat.groups(module, groups)
         self._clip_norm = optimizer.gradient_clip_norm
-        self._is_direct = False
+        self._direct_parameters: dict[str, Tensor] | None = None
         self._graph_pool: Any = None
         dictionary = deepspeed_dictionary(
             settings,
@@ -136,10 +136,11 @@ class DeepSpeedEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward through DeepSpeed's hooks."""
-        run = self.module if self._is_direct else self._engine
+        if self._direct_parameters is not None:
+            return torch.func.functional_call(self.module, self._direct_parameters, args, kwargs)
         try:
             with self._saving():
-                return run(*args, **kwargs)
+                return self._engine(*args, **kwargs)
         except (TypeError, AttributeError) as error:
             if InFlatParameter.__name__ not in str(error):
                 raise
@@ -166,7 +167,7 @@ class DeepSpeedEngine:
         return CapturedLoss(
             loss,
             tensors,
-            parameters=list(self.module.parameters()),
+            parameters=dict(self.module.named_parameters()),
             hooks=hooks,
             device=self.device,
             pool=self._graph_pool,
@@ -333,13 +334,13 @@ class DeepSpeedEngine:
             internals.separate_partitions(self.module)
 
     @contextmanager
-    def _directly(self) -> Iterator[None]:
+    def _directly(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """DeepSpeed's hooks would run their Python once, while passes are captured, and never again."""
-        self._is_direct = True
+        self._direct_parameters = dict(parameters)
         try:
             yield
         finally:
-            self._is_direct = False
+            self._direct_parameters = None
 
     def _saving(self) -> AbstractContextManager[Any]:
         has_gathered = self._flat.layouts and deepspeed_state.is_partitioned(self._engine)
@@ -429,7 +430,8 @@ def _adamw(
         )
         return offloaded
     if settings.zero_stage in _PARTITIONED_STATE and settings.precision != "fp16":
-        return OnePassAdamW(groups, betas=optimizer.betas, epsilon=optimizer.epsilon, device=device)
+        fused = device.type == "cuda"
+        return OnePassAdamW(groups, betas=optimizer.betas, epsilon=optimizer.epsilon, fused=fused)
     return torch.optim.AdamW(
         groups, lr=0.0, betas=optimizer.betas, eps=optimizer.epsilon, fused=device.type == "cuda"
     )

@@ -88,7 +88,7 @@ def choose_performance(
     """
     against = _against_compiling(module, settings, is_flat=is_flat)
     compile_by, compile_why = _compiling(config.compile, capability, against, where)
-    graphs_by, graphs_why = _graphs(config.graphs, capability, _against_graphs(settings, can_capture), where)
+    graphs_by, graphs_why = _graphs(config.graphs, _against_graphs(settings, can_capture), where)
     attention_by, attention_why = _attention(config.attention, capability, where)
     return Performance(
         compiles_blocks=compile_by == "blocks",
@@ -134,9 +134,7 @@ def _against_compiling(module: nn.Module, settings: DeepSpeedSettings, *, is_fla
     return None
 
 
-def _graphs(
-    asked: str, capability: tuple[int, int] | None, against: str | None, where: str
-) -> tuple[str, str]:
+def _graphs(asked: str, against: str | None, where: str) -> tuple[str, str]:
     if asked == "off":
         return "off", "as configured"
     if asked == "passes":
@@ -145,9 +143,7 @@ def _graphs(
                 f"{where}: performance.graphs: cannot be passes, got {against}. Set auto or off."
             )
         return "passes", "as configured"
-    if capability is None:
-        return "off", "a CPU has none"
-    return ("off", against) if against is not None else ("passes", "the host starts each pass by one call")
+    return "off", "not measured on a GPU yet: ask for passes to try them"
 
 
 def _against_graphs(settings: DeepSpeedSettings, can_capture: bool) -> str | None:

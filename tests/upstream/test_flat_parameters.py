@@ -210,3 +210,12 @@ def _functions_in_graph() -> dict[str, int]:
         nodes = [node for graph in graphs for node in graph.graph.nodes]
         found[name] = sum("autograd_function" in str(node.target) for node in nodes)
     return found
+
+
+def test_the_throughput_timer_waits_for_the_device_by_default() -> None:
+    """Remedy: `deepspeed_dictionary` turns it off."""
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    found = DeepSpeedThroughputTimerConfig()
+    assert found.enabled
+    assert found.synchronized

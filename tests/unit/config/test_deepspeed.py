@@ -179,6 +179,7 @@ def test_the_merge_solves_the_batch_and_drops_what_the_trainer_applies() -> None
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 0.5,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

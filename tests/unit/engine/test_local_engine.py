@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.config.optim import OptimizerConfig
-from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.adamw import scale_moments
+from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup, UpdateResult
 from aiprod_ds.errors import CheckpointError, EngineError
 from aiprod_ds.train.resume.engine_files import read_engine, write_engine

@@ -40,6 +40,7 @@ def _choose(
     stage: int = 1,
     precision: str = "bf16",
     is_flat: bool = False,
+    can_capture: bool = True,
     **asked: Any,
 ) -> Performance:
     settings: dict[str, Any] = {"zero_optimization": {"stage": stage}}
@@ -51,6 +52,7 @@ def _choose(
         capability=capability,
         settings=parse_deepspeed_settings(settings, where="test"),
         is_flat=is_flat,
+        can_capture=can_capture,
         where="c.yaml",
     )
 
@@ -68,7 +70,7 @@ def _choose(
 def test_what_auto_takes(capability: tuple[int, int] | None, expected: tuple[bool, bool]) -> None:
     found = _choose(capability)
     assert (found.compiles_blocks, found.has_cudnn_first) == expected
-    assert [reason.split()[0] for reason in found.reasons] == ["compile", "attention"]
+    assert [reason.split()[0] for reason in found.reasons] == ["compile", "graphs", "attention"]
     assert all(": " in reason for reason in found.reasons)
 
 
@@ -111,6 +113,22 @@ def test_what_is_asked_for_by_name_is_taken() -> None:
     assert not _choose(H200, compile="off").compiles_blocks
     assert _choose(A100, attention="cudnn").has_cudnn_first
     assert not _choose(H200, attention="torch").has_cudnn_first
+
+
+@pytest.mark.parametrize("capability", [None, H200])
+def test_graphs_have_to_be_asked_for(capability: tuple[int, int] | None) -> None:
+    assert not _choose(capability).captures_passes
+    assert _choose(capability, graphs="passes").captures_passes
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [({"stage": 3}, "ZeRO-3 moves weights"), ({"can_capture": False}, "the trainer's loss draws noise")],
+)
+def test_graphs_are_refused_where_they_would_compute_something_else(given: dict[str, Any], why: str) -> None:
+    assert not _choose(H200, **given).captures_passes
+    with pytest.raises(ConfigError, match=f"c.yaml: performance.graphs: cannot be passes, got {why}"):
+        _choose(H200, graphs="passes", **given)
 
 
 @pytest.mark.parametrize("capability", [None, V100])

@@ -90,6 +90,18 @@ def test_a_full_run_reports_every_noise_level_and_exports_a_model_that_loads(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_captured_passes_train_the_same_bit_for_bit(tmp_path: Path, family: str) -> None:
+    hashes = set()
+    for graphs in ("off", "passes"):
+        summary = _trainer(tmp_path / graphs, family, performance={"graphs": graphs}).train()
+        hashes.add(summary.final_state_sha256)
+    assert len(hashes) == 1
+    rows = [(tmp_path / graphs / "metrics.jsonl").read_text().splitlines() for graphs in ("off", "passes")]
+    losses = [[json.loads(line).get("loss/total") for line in lines] for lines in rows]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_run_trains_adapters_alone_and_exports_them(tmp_path: Path, family: str) -> None:
     trainer = _trainer(tmp_path, family, training_mode="lora", lora={"rank": 2})
     summary = trainer.train()
