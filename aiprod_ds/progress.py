@@ -137,10 +137,14 @@ def steps(items: Iterable[_Item], title: str, total: int | None = None) -> Itera
 
 
 @contextmanager
-def working(title: str) -> Iterator[None]:
+def working(title: str, *, has_own_bar: bool = False) -> Iterator[None]:
     """Shows how long a block takes that cannot say how far it is.
 
     A thread of its own tells, because the block itself does not come back in between: do not fork in it.
+
+    Args:
+        title: What is done.
+        has_own_bar: Whether a library shows more than this in a terminal, where nothing is drawn then.
     """
     progress, ended = Progress(title), threading.Event()
 
@@ -150,7 +154,7 @@ def working(title: str) -> Iterator[None]:
             progress.show()
             pause = 1.0
 
-    if not _displays:
+    if not _displays or (has_own_bar and _displays[-1].is_live):
         yield
         return
     teller = threading.Thread(target=tell, name="progress", daemon=True)

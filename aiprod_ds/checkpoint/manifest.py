@@ -19,6 +19,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from aiprod_ds import progress
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import file_sha256
 from aiprod_ds.tensor_file import TensorFile, TensorFileError
@@ -133,7 +134,7 @@ def verify_folder(
     expected = read_manifest(folder)
     try:
         _require_sizes(folder, expected)
-        with HashCheck() as own:
+        with progress.working(f"verifying {folder}"), HashCheck() as own:
             for name in filter(is_read, expected):
                 (hashes if hashes and name.endswith(_TENSORS) else own).start(folder / name, expected[name])
             own.confirm()

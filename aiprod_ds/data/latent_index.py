@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aiprod_ds import progress
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.latents import (
     AUDIO_LATENTS,
@@ -73,7 +74,7 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
     reader = _ClipReader(root=root, needs=needs)
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
-    for clip in wanted:
+    for clip in progress.steps(wanted, f"reading the latents of {root}:", len(wanted)):
         known = (
             clip if clip in found else str(Path(clip).with_suffix(""))
         )  # ltx-trainer leaves the suffix of the media out

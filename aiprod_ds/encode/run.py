@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from aiprod_ds import progress
 from aiprod_ds.codec.encoders import AudioForm, audio_form
 from aiprod_ds.codec.tiling import check_tiles
 from aiprod_ds.config.encode import EncodeConfig
@@ -36,7 +37,6 @@ from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.data.treatment import ignored_notes, picture_notes, sound_notes, usable_pictures
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.encode.media import clip_rate_hz, read_pictures
-from aiprod_ds.encode.progress import EncodeProgress
 from aiprod_ds.encode.reader import Failure, Loaded, MediaReader, load_tasks
 from aiprod_ds.encode.stages import CaptionStage, Entry, MediaStage, Stage
 from aiprod_ds.encode.tasks import Task, caption_tasks, encodable, is_done, media_tasks, pending, shape_groups
@@ -45,6 +45,7 @@ from aiprod_ds.errors import DataError, EngineError, PlanError
 from aiprod_ds.files import write_atomically
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.video_vae import video_strides
+from aiprod_ds.report.progress_line import shown_on
 
 GROUP_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 """For `dist.process_group`: a rank that is done waits for the others longer than any run takes."""
@@ -287,16 +288,20 @@ def _encode_own(
         fill_with_silence=silence,
         background=config.data.alpha_background,
     )
-    progress = EncodeProgress(console, stage.title, len(tasks))
-    for task, loaded in load_tasks(tasks, reader, num_workers=config.data.num_workers):
-        failure = loaded if isinstance(loaded, Failure) else _write(stage, task, loaded, work.output, result)
-        if failure is not None:
-            _log.warning("clip failed: clip=%s what=%s reason=%s", failure.clip, failure.what, failure.reason)
-            result.failures.append(failure)
-            if _num_clips(result.failures) > most:
-                break  # no use to go on; all ranks raise together at the end
-        progress.advance(failed=failure is not None)
-    progress.close()
+    loads = load_tasks(tasks, reader, num_workers=config.data.num_workers)
+    with shown_on(console), progress.counting(f"encoding {stage.title}", len(tasks)) as shown:
+        for task, loaded in loads:
+            failure = (
+                loaded if isinstance(loaded, Failure) else _write(stage, task, loaded, work.output, result)
+            )
+            if failure is not None:
+                _log.warning(
+                    "clip failed: clip=%s what=%s reason=%s", failure.clip, failure.what, failure.reason
+                )
+                result.failures.append(failure)
+                if _num_clips(result.failures) > most:
+                    break  # no use to go on; all ranks raise together at the end
+            shown.advance(note=f"{len(result.failures)} failed" if result.failures else "")
     return result
 
 

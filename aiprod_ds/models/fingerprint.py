@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from aiprod_ds import progress
+
 
 def module_fingerprint(module: nn.Module, *settings: Any) -> str:
     """Returns a SHA-256 as 64 hexadecimal digits.
@@ -23,7 +25,9 @@ def module_fingerprint(module: nn.Module, *settings: Any) -> str:
     digest.update(
         json.dumps([type(module).__name__, _config(module), settings], sort_keys=True, default=str).encode()
     )
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = sorted(module.state_dict().items())
+    title = f"hashing the weights of {type(module).__name__}:"
+    for name, tensor in progress.steps(tensors, title, len(tensors)):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

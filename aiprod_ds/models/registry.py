@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aiprod_ds import progress
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.import_path import import_object
@@ -71,7 +72,8 @@ def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: boo
             return factory(**config.config)
         if is_plan:
             return factory.from_config(factory.load_config(config.pretrained, **_place(config)))  # type: ignore[attr-defined]
-        module = _pretrained(factory, config.pretrained, _place(config))
+        with progress.working(f"loading {config.pretrained}", has_own_bar=True):
+            module = _pretrained(factory, config.pretrained, _place(config))
     except (TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         where = "model.config" if config.pretrained is None else "model.pretrained"
         got = config.config if config.pretrained is None else config.pretrained

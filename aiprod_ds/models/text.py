@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
+from aiprod_ds import progress
 from aiprod_ds.config.encode import TextEncoderConfig
 from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.models.fingerprint import module_fingerprint
@@ -181,7 +182,8 @@ def _pretrained(config: TextEncoderConfig, dtype: torch.dtype) -> nn.Module:
     else:
         is_encoder = type(found) in AutoModelForTextEncoding._model_mapping
         factory = AutoModelForTextEncoding if is_encoder else AutoModel
-    model: nn.Module = factory.from_pretrained(config.pretrained, subfolder=config.subfolder, dtype=dtype)
+    with progress.working(f"loading {config.pretrained}", has_own_bar=True):
+        model: nn.Module = factory.from_pretrained(config.pretrained, subfolder=config.subfolder, dtype=dtype)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from aiprod_ds import progress
 from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.data.dataset import ClipSample
 from aiprod_ds.engine import dist
@@ -84,13 +85,15 @@ def evaluation_slots(
         go_on: Called before each slot, on all ranks; see `EvaluationRequest`.
     """
     clips = data.held_out(bucket)[:max_clips]
-    for slot in range(-(-len(clips) // engine.world_size)):
-        go_on()
-        place = slot * engine.world_size + engine.rank
-        last = len(clips) - 1
-        yield EvaluationSlot(
-            place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last
-        )
+    with progress.counting("evaluating clip", len(clips)) as shown:
+        for slot in range(-(-len(clips) // engine.world_size)):
+            go_on()
+            place = slot * engine.world_size + engine.rank
+            last = len(clips) - 1
+            yield EvaluationSlot(
+                place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last
+            )
+            shown.advance(min(engine.world_size, len(clips) - slot * engine.world_size))
 
 
 def measured_names(data: ClipData, bucket: BucketPlan, *, max_clips: int) -> tuple[str, ...]:

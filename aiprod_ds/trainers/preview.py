@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aiprod_ds import progress
 from aiprod_ds.codec.decoders import LatentDecoder
 from aiprod_ds.config.sample import PreviewConfig
 from aiprod_ds.engine import dist
@@ -125,14 +126,21 @@ class Previews:
             return None
         sampled: dict[int, dict[str, Tensor]] = {}
         turns = range(-(-len(items) // engine.world_size))
-        for turn in turns:
-            place = turn * engine.world_size + engine.rank
-            own = min(place, len(items) - 1)
-            latents = self._sample(engine, items[own], go_on)
-            if place == own:
-                sampled[place] = latents
+        with progress.counting("sampling preview", len(turns)) as counted:
+
+            def told() -> None:
+                go_on()
+                counted.show()
+
+            for turn in turns:
+                place = turn * engine.world_size + engine.rank
+                own = min(place, len(items) - 1)
+                latents = self._sample(engine, items[own], told)
+                if place == own:
+                    sampled[place] = latents
+                counted.advance()
         clips: dict[int, Clip] = {}
-        for turn in turns:
+        for turn in progress.steps(turns, "decoding preview", len(turns)):
             go_on()
             place = turn * engine.world_size + engine.rank
             mine = {place: sampled[place]} if place in sampled else {}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from aiprod_ds import progress
 from aiprod_ds.engine.compiled import compiled_shapes, set_compiled
 from aiprod_ds.engine.recompute import set_recompute
+from aiprod_ds.report.progress_line import shown_on
 
 # torch.compile looks at `.grad` of what it is given, and hides the warning from users only.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -116,3 +122,24 @@ def test_limits_are_raised_for_the_run_alone() -> None:
     with compiled_shapes(50):
         assert torch._dynamo.config.recompile_limit >= 200
     assert torch._dynamo.config.recompile_limit == before
+
+
+def test_compiling_shows_progress_and_its_callbacks_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process group of ranks the main one alone has a display; the others compile without a word."""
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.01)
+    log = io.StringIO()
+
+    def slow(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        time.sleep(0.2)
+        return graph.forward
+
+    row = _row()
+    with compiled_shapes(1), shown_on(Console(file=log)):
+        set_compiled(row.blocks, enabled=True, backend=slow)
+        row(torch.randn(2, 8))
+        first = log.getvalue()
+        row(torch.randn(2, 8))
+    assert first.splitlines()[0].startswith("compiling kernels for a new shape")
+    assert log.getvalue() == first  # nothing is compiled twice
+    handler = torch._dynamo.callback.callback_handler
+    assert (handler.start_callbacks, handler.end_callbacks) == ([], [])
