@@ -51,9 +51,8 @@ def _headline(summary: RunSummary) -> str:
     )
     first = next(iter(changes_of(summary.metrics)), None)
     if first is not None:
-        clips = f"{summary.data.held_out_clips} held-out {plural('clip', summary.data.held_out_clips)}"
         change = change_text(first.name, first.before, first.after)
-        lines.append(f"**{label_of(first.name)} on {clips}: {change}**")
+        lines.append(f"**{label_of(first.name)} on {_clips_of(summary, first.name)}: {change}**")
     verdict = verdict_of(summary.metrics, phase_history(summary))
     if verdict is not None and verdict.outcome is not Outcome.BETTER:
         lines.append(f"**{verdict.sentence}**")
@@ -68,6 +67,14 @@ def _headline(summary: RunSummary) -> str:
     if summary.error is not None:
         lines.append(f"> **Error:** {summary.error}")
     return "\n\n".join(lines)
+
+
+def _clips_of(summary: RunSummary, measure: str) -> str:
+    """Returns on how many clips a measure stands, `4 of 5 held-out clips` where it could not judge all."""
+    measured = summary.measured_clips or summary.data.held_out_clips
+    judged = summary.judged_clips.get(measure, measured)
+    share = "" if judged == measured else f"{judged} of "
+    return f"{share}{measured} held-out {plural('clip', measured)}"
 
 
 _GOES_ON = "after {updates:,} of {planned:,} updates; `--resume auto` goes on from the newest checkpoint."

@@ -70,6 +70,8 @@ class RunSummary:
     Attributes:
         metrics: Held-out measures as `<measure>_before` and `<measure>_after`, e.g. psnr_db_before,
             ssim_after.
+        measured_clips: Held-out clips that the last evaluation measured; 0 where nobody knows.
+        judged_clips: Of how many of them each measure is the mean: those that it could judge.
         final_state_sha256: Over parameters and optimizer state; None if the run did not get to its end.
         time_seconds: Wall time per activity (`Stopwatch.breakdown`).
         environment: What `environment.describe_environment` returns: versions, hardware, commit, command.
@@ -102,6 +104,8 @@ class RunSummary:
     peak_rss_bytes: int
     environment: Mapping[str, Any]
     data: DataSummary
+    measured_clips: int = 0
+    judged_clips: Mapping[str, int] = field(default_factory=dict)
     performance: tuple[str, ...] = ()
     replacements: tuple[str, ...] = ()
     retrained: tuple[Mapping[str, Any], ...] = ()

@@ -19,6 +19,8 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.errors import DataError
+from aiprod_ds.metrics.evaluations import EvaluationRecord, read_evaluations
 from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
@@ -31,6 +33,7 @@ from aiprod_ds.train.phase_change import RunParts
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.unit import Unit
 
+_LOG = logging.getLogger(__name__)
 _CLIP_SUFFIXES = (".wav", ".mp4")
 _LOG = logging.getLogger(__name__)
 
@@ -152,6 +155,7 @@ def _summarize(
     error: str | None = None,
 ) -> RunSummary:
     history, plan = loop.history, facts.plan
+    record = _last_measured(facts.folder) if dist.is_main() else None
     return RunSummary(
         name=facts.folder.name,
         trainer=facts.config.trainer,
@@ -163,6 +167,8 @@ def _summarize(
         skipped_updates=loop.clock.skipped_updates,
         phases=tuple(_phase_summary(phase, history) for phase in plan.phases),
         metrics=_measures(plan, history),
+        measured_clips=0 if record is None else len(record.clips),
+        judged_clips={} if record is None else {name: record.num_judged(name) for name in record.metrics},
         final_state_sha256=digest,
         world_size=facts.layout["world_size"],
         engine=facts.layout["engine"],
@@ -182,6 +188,16 @@ def _summarize(
         plots=_plots(facts) if dist.is_main() else (),
         error=error,
     )
+
+
+def _last_measured(folder: Path) -> EvaluationRecord | None:
+    """Returns the last evaluation that measured something; None without one or if its file is damaged."""
+    try:
+        records = read_evaluations(folder)
+    except DataError as error:
+        _LOG.warning("evaluations_unread reason=%s", error)
+        return None
+    return next((record for record in reversed(records) if record.metrics), None)
 
 
 def _measures(plan: RunPlan, history: History) -> dict[str, float]:

@@ -26,6 +26,7 @@ from aiprod_ds.report.console import print_summary
 from aiprod_ds.report.curves import smooth
 from aiprod_ds.report.environment import describe_environment
 from aiprod_ds.report.plots import save_plots
+from aiprod_ds.report.report_view import render_report
 from aiprod_ds.report.run_report import write_report
 from aiprod_ds.report.summary import DataSummary, PhaseSummary, Picture, RunStatus, RunSummary
 
@@ -125,6 +126,20 @@ def test_a_whole_report_is_written_and_every_link_leads_somewhere(tmp_path: Path
         "path": "plots/loss.png",
         "caption": "Loss terms, raw and smoothed",
     }
+
+
+@pytest.mark.parametrize(
+    ("measured", "judged", "expected"),
+    [
+        (5, {"psnr_db": 4}, "**PSNR on 4 of 5 held-out clips: "),
+        (3, {"psnr_db": 3}, "**PSNR on 3 held-out clips: "),  # of more that were held out
+        (0, {}, "**PSNR on 4 held-out clips: "),
+    ],
+)
+def test_the_headline_stands_over_the_clips_that_were_judged(
+    measured: int, judged: dict[str, int], expected: str
+) -> None:
+    assert expected in render_report(example_summary(measured_clips=measured, judged_clips=judged))
 
 
 def test_report_json_holds_what_the_contract_names(tmp_path: Path) -> None:
