@@ -184,6 +184,10 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
 
         require_runnable(trainer.shapes, settings, MACHINES[arguments.machine], where=trainer.source)
     plan = trainer.plan(world_size=arguments.world_size)
+    if arguments.machine is not None:
+        from aiprod_ds.train.planning.previews import require_fitting_previews
+
+        require_fitting_previews(trainer, plan, settings, MACHINES[arguments.machine])
     data = trainer.open_data()
     too_short = data.check(plan, trainer.source)
     for entry in too_short:
@@ -191,8 +195,11 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
         arguments.console.print(
             f"phase {entry.phase}: not used, because they have under {entry.length}: {names}"
         )
-    for note in data.replacements(data.with_lengths(plan, trainer.source)):
+    plan = data.with_lengths(plan, trainer.source)
+    for note in data.replacements(plan):
         arguments.console.print(note, markup=False, highlight=False)
+    if (warning := trainer.evaluation_cost(plan).warning) is not None:
+        arguments.console.print(f"warning: {warning}", markup=False, highlight=False)
     return ""
 
 
@@ -213,6 +220,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         rows=describe(plan, config=trainer.config, strides=trainer.strides, clips=clips),
         totals=totals(plan, clips=clips),
         curve=learning_rate_curve(plan, _CURVE_POINTS),
+        evaluation=_evaluation(trainer, plan),
     )
     estimate = _estimate(arguments, trainer, plan)
     if arguments.json:
@@ -226,6 +234,11 @@ def _plan(arguments: argparse.Namespace) -> int:
                 CostView(document=estimate["estimate"], memory_bytes=MACHINES[arguments.machine].memory_bytes)
             )
     return DONE
+
+
+def _evaluation(trainer: Any, plan: RunPlan) -> dict[str, Any]:
+    cost = trainer.evaluation_cost(plan)
+    return {**cost.to_dict(), "text": cost.text, "warning": cost.warning}
 
 
 def _require_machine_for_estimates(arguments: argparse.Namespace) -> None:

@@ -79,6 +79,19 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
     )
 
 
+def forward_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
+    """Returns the most that a forward pass without gradients holds at once, beside the module.
+
+    Args:
+        module: As in `trace`.
+        forward: Makes the batch and runs `module`; called once.
+    """
+    counter = _Counter(ignored=[*module.parameters(), *module.buffers()])
+    with torch.no_grad(), _fused_kernels(counter.note), counter:
+        forward()
+    return counter.take_peak()
+
+
 @contextmanager
 def _fused_kernels(note: _Note) -> Iterator[None]:
     """Lets attention and RMS norm save for the backward pass what the kernels of a GPU save.

@@ -34,6 +34,7 @@ class PlanView:
         totals: From `totals` there.
         curve: From `learning_rate_curve` there.
         data_problem: Why the data was not read; None if it was.
+        evaluation: What evaluations cost, from `aiprod_ds.planner.evaluations`, with `text` and `warning`.
     """
 
     source: str
@@ -44,6 +45,7 @@ class PlanView:
     totals: Row
     curve: Sequence[CurvePoint]
     data_problem: str | None = None
+    evaluation: Row | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns the page JSON-ready: `phases` are the rows (one for each bucket of each phase),
@@ -58,6 +60,7 @@ class PlanView:
             "phases": [dict(row) for row in self.rows],
             "totals": dict(self.totals),
             "learning_rate_curve": [point._asdict() for point in self.curve],
+            "evaluation": None if self.evaluation is None else dict(self.evaluation),
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -84,6 +87,10 @@ class PlanView:
         if self.data_problem is not None:
             yield Text(f"data not read, so no epochs: {self.data_problem}", style="yellow")
         yield Text.assemble(("in all  ", "bold"), self._in_all())
+        if self.evaluation is not None:
+            yield Text.assemble(("beside  ", "bold"), self.evaluation["text"])
+            if self.evaluation["warning"] is not None:
+                yield Text(self.evaluation["warning"], style="yellow")
 
     def _table(self, rows: Sequence[Row]) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan")

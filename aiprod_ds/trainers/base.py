@@ -25,6 +25,7 @@ from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
+from aiprod_ds.planner.evaluations import EvaluationCost, evaluation_cost
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.train.planning.auto import search_here, this_machine
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
@@ -142,6 +143,17 @@ class Trainer(ABC, Generic[ConfigT]):
     def measures(self, plan: RunPlan) -> tuple[str, ...]:  # noqa: ARG002  a trainer that knows them reads it
         """Returns the names of what evaluations may measure; empty where nobody knows."""
         return ()
+
+    def evaluation_cost(self, plan: RunPlan) -> EvaluationCost:
+        """Returns what the evaluations of the run cost beside training."""
+        return evaluation_cost(plan, self.config, recompute_default=self._recompute_default())
+
+    def preview_shapes(self, plan: RunPlan) -> tuple[tuple[str, BucketPlan], ...]:  # noqa: ARG002  see diffusion
+        """Returns the shapes of clips to sample that are not a phase's, with the dotted path of each."""
+        return ()
+
+    def _recompute_default(self) -> bool:
+        return read_settings(self.config, source=self.source).activation_checkpointing
 
     def num_parameters(self) -> int:
         """Returns the number of parameters of the model."""

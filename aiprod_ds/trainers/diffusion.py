@@ -32,12 +32,13 @@ from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.video_vae import video_strides
+from aiprod_ds.planner.evaluations import EvaluationCost, evaluation_cost
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.diffusion_unit import DiffusionUnit, set_adapters, start_adapters
 from aiprod_ds.trainers.measures import diffusion_measure_names
 from aiprod_ds.trainers.open_data import open_latent_datasets, open_latent_files
-from aiprod_ds.trainers.preview_prompts import prompt_problems, read_prompts
+from aiprod_ds.trainers.preview_prompts import prompt_bucket, prompt_problems, read_prompts
 
 _ASSUMED_FPS = 24.0  # of clips whose rate nobody says, to estimate how much sound they have
 
@@ -92,6 +93,35 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
     def measures(self, plan: RunPlan) -> tuple[str, ...]:  # noqa: ARG002  of every plan the same
         """Returns `diffusion_measure_names`."""
         return diffusion_measure_names(self.family.modalities, self.config.evaluation.noise_levels)
+
+    def evaluation_cost(self, plan: RunPlan) -> EvaluationCost:
+        """Returns what the evaluations of the run cost beside training, previews without decoding."""
+        config, bucket = self.config, plan.phases[-1].buckets[0]
+        clips = [
+            _pixels(shape) / _pixels(bucket)
+            for entry in read_prompts(config.preview)
+            for shape in (prompt_bucket(entry, bucket, strides=self.strides),)
+        ]
+        clips += [1.0] * min(config.evaluation.num_pictures, config.evaluation.max_clips)
+        forwards = config.preview.num_forwards * (2 if config.preview.guidance_scale > 1 else 1)
+        turns = -(-len(clips) // plan.world_size)
+        busy = turns * plan.world_size / len(clips) if clips else 0.0  # ranks without a clip wait
+        return evaluation_cost(
+            plan,
+            config,
+            forwards_per_clip=len(config.evaluation.noise_levels),
+            preview_passes=sum(clips) * forwards * busy,
+            recompute_default=self._recompute_default(),
+        )
+
+    def preview_shapes(self, plan: RunPlan) -> tuple[tuple[str, BucketPlan], ...]:
+        """Returns the shapes of own prompts that state one."""
+        bucket = plan.phases[-1].buckets[0]
+        return tuple(
+            (f"preview.prompts[{index}]", prompt_bucket(entry, bucket, strides=self.strides))
+            for index, entry in enumerate(read_prompts(self.config.preview))
+            if entry.resolution is not None or entry.duration is not None
+        )
 
     def _problems(self, plan: RunPlan) -> Iterator[str]:
         name, modalities, sound = self.family.name, self.family.modalities, self.family.sound
@@ -182,6 +212,10 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         return build_diffusion_unit(
             config, model=model, plan=plan, data=data, too_short=too_short, strides=self.strides
         )
+
+
+def _pixels(bucket: BucketPlan) -> int:
+    return bucket.frames * bucket.height * bucket.width
 
 
 def build_diffusion_unit(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,19 @@ def prompt_problems(
             )
         elif entry.first_frame is not None:
             yield from _first_frame_problems(f"{where}.first_frame", entry, bucket, family, strides)
+
+
+def prompt_bucket(entry: PreviewPrompt, bucket: BucketPlan, *, strides: ModelStrides) -> BucketPlan:
+    """Returns the shape of the prompt's clip; `bucket` is that of prompts which state none."""
+    own = entry.duration
+    rate_hz = bucket.frame_rate_hz if own is None or own.frame_rate_hz is None else own.frame_rate_hz
+    frames = _frames(entry, bucket, strides, rate_hz)
+    height, width = (
+        (bucket.height, bucket.width)
+        if entry.resolution is None
+        else (entry.resolution.height, entry.resolution.width)
+    )
+    return replace(bucket, frames=frames, height=height, width=width, frame_rate_hz=rate_hz)
 
 
 def _first_frame_problems(

@@ -7,6 +7,7 @@ and where a run chooses its own settings. Takes about a second for each shape, w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,7 +19,7 @@ from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.data.sampler import SampleRef
 from aiprod_ds.engine.layout import TORCH_DTYPES
 from aiprod_ds.engine.recompute import set_recompute
-from aiprod_ds.models.tracing import trace
+from aiprod_ds.models.tracing import forward_bytes, trace
 from aiprod_ds.planner.workload import Workload
 from aiprod_ds.train.unit import Unit
 
@@ -38,6 +39,10 @@ class Shaped(Protocol):
 
     def blank_unit(self, plan: RunPlan) -> Unit:
         """Returns the unit without weights and data, on the meta device."""
+
+    def preview_shapes(self, plan: RunPlan) -> tuple[tuple[str, BucketPlan], ...]:
+        """Returns the shapes of clips to sample that are not those of a phase, with the dotted path of
+        each."""
 
 
 class Workloads:
@@ -74,6 +79,18 @@ class Workloads:
             self._found[key] = _traced(unit, phase, clip, bucket, micro_batch_size, self._dtype)
         return self._found[key]
 
+    def forward_bytes(self, phase: PhasePlan, bucket: BucketPlan) -> int:
+        """Returns what a forward pass of one clip without gradients holds, beside weights.
+
+        Args:
+            phase: One of the plan's.
+            bucket: Any shape.
+        """
+        unit = self._unit_of(phase)
+        unit.module.eval()
+        clip = self._trainer.blank_clip(bucket)
+        return forward_bytes(unit.module, partial(_loss, unit, phase, clip, 0, 1, self._dtype))
+
     def _unit_of(self, phase: PhasePlan) -> Unit:
         if self._unit is None or self._unit[0] != phase.index:
             unit = self._trainer.blank_unit(self._plan)
@@ -98,15 +115,17 @@ class _ShapesEngine:
 def _traced(
     unit: Unit, phase: PhasePlan, clip: Mapping[str, Tensor], bucket: int, size: int, dtype: torch.dtype
 ) -> Workload:
-    engine = cast("Any", _ShapesEngine(unit.module, dtype))
-
-    def loss() -> Tensor:
-        tensors = {name: tensor.new_ones((size, *tensor.shape)) for name, tensor in clip.items()}
-        places = [(phase.index, 0, ordinal) for ordinal in range(size)]
-        tensors |= {name: drawn.to("meta") for name, drawn in unit.draws(tensors, places).items()}
-        samples = [SampleRef(sample_index=0, epoch=0, ordinal=ordinal) for ordinal in range(size)]
-        batch = MicroBatch(tensors=tensors, samples=samples, bucket=bucket, position=0)
-        return unit.loss(engine, batch, phase).total
-
     unit.module.train()
-    return trace(unit.module, loss)
+    return trace(unit.module, partial(_loss, unit, phase, clip, bucket, size, dtype))
+
+
+def _loss(
+    unit: Unit, phase: PhasePlan, clip: Mapping[str, Tensor], bucket: int, size: int, dtype: torch.dtype
+) -> Tensor:
+    engine = cast("Any", _ShapesEngine(unit.module, dtype))
+    tensors = {name: tensor.new_ones((size, *tensor.shape)) for name, tensor in clip.items()}
+    places = [(phase.index, 0, ordinal) for ordinal in range(size)]
+    tensors |= {name: drawn.to("meta") for name, drawn in unit.draws(tensors, places).items()}
+    samples = [SampleRef(sample_index=0, epoch=0, ordinal=ordinal) for ordinal in range(size)]
+    batch = MicroBatch(tensors=tensors, samples=samples, bucket=bucket, position=0)
+    return unit.loss(engine, batch, phase).total
