@@ -58,7 +58,7 @@ class PictureConfig(StrictModel):
     hdr: Literal["tone_map", "leave_out"] = "tone_map"
     """PQ and HLG files: brought to SDR by BT.2390's curve from 1000 to 203 cd/m2 and BT.709's primaries, or
     left out."""
-    alpha_background: tuple[Byte, Byte, Byte] = (0, 0, 0)
+    alpha_background: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), strict=False)
     """Red, green and blue behind transparent pixels."""
 
 

@@ -250,7 +250,10 @@ def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest
         count += copies[sha]
     train = tuple(record for record in manifest.records if record.sha256 not in held)
     validation = tuple(record for record in manifest.records if record.sha256 in held)
-    return replace(manifest, records=train), replace(manifest, records=validation, unreadable=())
+    return (
+        replace(manifest, records=train),
+        replace(manifest, records=validation, unreadable=(), ignored=()),
+    )
 
 
 def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:

@@ -14,6 +14,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from aiprod_ds.decode.diagnosis import diagnose
 from aiprod_ds.decode.downmix import check_layout
 from aiprod_ds.decode.frames import animation_frames, decoded_frames, is_animated_webp
 from aiprod_ds.decode.orientation import Orientation, orientation_of
@@ -52,7 +53,14 @@ def probe(file: Path, *, medium: Medium = "video") -> MediaRecord:
             return _probe_sound(file)
         return _probe_animation(file) if is_animated_webp(file) else _probe_video(file)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"cannot be decoded: {error}") from error
+        raise DataError(_diagnosis(file) or f"cannot be decoded: {error}") from error
+
+
+def _diagnosis(file: Path) -> str | None:
+    try:
+        return diagnose(file)
+    except OSError:
+        return None
 
 
 def _probe_video(file: Path) -> MediaRecord:

@@ -6,9 +6,9 @@ Owns the curves and the primaries. Called by `pixels.py`. Shapes: H height, W wi
     light = light * EETF(m) / m,  m = max RGB   BT.2390's roll-off from 1000 to 203 cd/m2
     code  = (M light / 203) ** (1 / 2.4)        M: to BT.709's primaries; clipped to [0, 1]
 
-203 cd/m2 is HDR's reference white (BT.2408) and becomes the most that SDR shows. Up to 92 cd/m2 nothing is
+203 cd/m2 is HDR's reference white (BT.2408) and becomes the most that SDR shows. Up to 88 cd/m2 nothing is
 compressed; above 1000 all is white. Worked numbers: HLG's 75 % and PQ's 58.07 % are 203 cd/m2, which become
-0.907. SDR in the primaries of BT.2020 or Display P3 only gets BT.709's primaries.
+0.903. SDR in the primaries of BT.2020 or Display P3 only gets BT.709's primaries.
 
 Source: ITU-R BT.2100-2 tables 4 and 5, BT.2390-10 section 5.4.1, BT.2408-4, BT.1886. Deviations: the roll-off
 is applied to the largest of R, G, B, so that hues stay; the peak is taken as 1000 cd/m2 whatever a file says

@@ -85,7 +85,8 @@ def half_transparent(height: int, width: int) -> Pixels:
 
 def write_film(path: Path, pictures: Sequence[Pixels], coding: Coding) -> Path:
     """Writes pictures [H,W,3] or [H,W,4], all of one size, and returns `path`, whose suffix chooses the
-    container."""
+    container; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     pixel_format = {3: "rgb24", 4: "rgba"}[pictures[0].shape[2]]
     with av.open(str(path), "w", format=coding.format) as container:
         stream = container.add_stream(coding.codec, rate=coding.rate_hz, options=dict(coding.options))
@@ -146,7 +147,9 @@ def write_sound(path: Path, wave_CN: Wave, *, codec: str, layout: str, rate_hz: 
     """Writes a sound of a layout as FFmpeg names it, and returns `path`."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate_hz, layout=layout)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave_CN), format="fltp", layout=layout)
+        # Packed: PyAV 18 (audio/frame.py, `from_ndarray`) fails at eight planes.
+        packed = np.ascontiguousarray(wave_CN.T, dtype=np.float32).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate_hz, 0, Fraction(1, rate_hz)
         converter = av.AudioResampler(format=stream.codec_context.format.name, layout=layout, rate=rate_hz)
         for piece in [*converter.resample(frame), *converter.resample(None), None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from aiprod_ds.data.manifest import (
 from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import DataError
+from aiprod_ds.testing.awkward import write_sound
 
 
 def _write_video(path: Path, *, frames: int, shade: int = 0, fps: int = 24) -> None:
@@ -100,7 +102,10 @@ def test_broken_files_are_listed_with_a_reason(tmp_path: Path) -> None:
     manifest = scan(tmp_path)
     assert [r.path for r in manifest.records] == ["good.mp4"]
     assert [u.path for u in manifest.unreadable] == ["empty.mp4", "noise.mp4"]
-    assert all("cannot be decoded" in u.reason for u in manifest.unreadable)
+    assert [u.reason for u in manifest.unreadable] == [
+        "is empty (0 bytes)",
+        "is no media: it is text that begins with 'this is not a videot'",
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
@@ -149,6 +154,31 @@ def test_a_table_is_read_without_its_media(tmp_path: Path) -> None:
 def test_a_missing_source_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gone: must be a folder"):
         scan(tmp_path / "gone")
+
+
+def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
+    _write_video(tmp_path / "x.mp4", frames=3)
+    (tmp_path / "clips.csv").write_text("video,audio\ngone.mp4,\nx.mp4,gone.wav\n")
+    assert {item.path: item.reason for item in scan(tmp_path / "clips.csv").unreadable} == {
+        "gone.mp4": "is missing: there is no such file",
+        "x.mp4": "its audio file gone.wav is missing: there is no such file",
+    }
+
+
+def test_a_sound_of_its_own_is_probed_once_and_remembered(tmp_path: Path) -> None:
+    _write_video(tmp_path / "x.mp4", frames=3)
+    tone = np.full((2, 4800), 0.25, dtype=np.float32)
+    sound = write_sound(tmp_path / "x.wav", tone, codec="pcm_s16le", layout="stereo")
+    (tmp_path / "clips.csv").write_text("video,audio\nx.mp4,x.wav\n")
+    cache = tmp_path / "cache.json"
+    (record,) = scan(tmp_path / "clips.csv", cache=cache).records
+    assert (record.audio_path, record.audio_rate_hz, record.audio_channels) == ("x.wav", 48_000, 2)
+    assert record.audio_sha256 == hashlib.sha256(sound.read_bytes()).hexdigest()
+    assert (record.audio_peak, record.audio_dc) == (0.25, 0.25)
+    stored = json.loads(cache.read_text())
+    stored["probes"][f"sound:{sound.absolute()}"]["record"]["audio_peak"] = 0.5
+    cache.write_text(json.dumps(stored))
+    assert scan(tmp_path / "clips.csv", cache=cache).records[0].audio_peak == 0.5
 
 
 def test_the_cache_serves_unchanged_files_and_notices_changed_ones(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from aiprod_ds.encode.run import EncodeSummary, run_encoding
 from aiprod_ds.encode.summary import summary_text
 from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
+from aiprod_ds.testing.awkward import write_sound
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_ltx_vae
 
 pytestmark = pytest.mark.slow
@@ -502,6 +503,40 @@ def test_sound_that_ends_early_is_filled_up_a_little_or_if_asked(tmp_path: Path)
     wave = _sound(tmp_path, half, shape, silence=True)[0]
     assert wave[4000:].abs().max() == 0
     assert wave[3999] > 0.049
+
+
+def test_sound_comes_from_the_file_that_the_table_names(tmp_path: Path) -> None:
+    record = _film(tmp_path / "a.mkv", frames=20, rate_hz=8, delay_seconds=0.25)
+    # The samples say where they are, as those of the film do, but negatively and in six channels.
+    wave_CN = np.zeros((6, 40_000), dtype=np.float32)
+    wave_CN[0] = -np.arange(40_000) / 8000 / 10
+    write_sound(tmp_path / "a.wav", wave_CN, codec="pcm_f32le", layout="5.1", rate_hz=8000)
+    (tmp_path / "clips.csv").write_text("video,audio\na.mkv,a.wav\n")
+    (own,) = scan(tmp_path / "clips.csv").records
+    shape = LatentShape(frames=8, height=32, width=32)
+    start = start_seconds(record, shape)
+    expected = -(start + torch.arange(8000) / 8000) / 10 / (1 + 2 * 0.5**0.5) / 2  # left of 5.1, averaged
+    # Its first sample is heard with the first picture, whatever the delay of the film's own sound.
+    torch.testing.assert_close(_sound(tmp_path, own, shape)[0], expected, rtol=0, atol=1e-6)
+    assert _sound(tmp_path, record, shape)[0].mean() > 0
+
+
+def test_another_sound_or_background_is_encoded_again(media: Path) -> None:
+    tone = np.zeros((1, 40_000), dtype=np.float32)
+    write_sound(media / "tone.wav", tone, codec="pcm_s16le", layout="mono", rate_hz=16_000)
+    (media / "clips.csv").write_text("video,audio\nclips/clip_00000.mp4,tone.wav\n")
+    config = _config(media, audio=AUDIO)
+    first = run_encoding(config)
+    assert dict(first.written) == {LATENTS: 1, AUDIO_LATENTS: 1}
+    assert "1 sound silent (peak below -90 dB): clips/clip_00000.mp4" in first.notes
+    assert "Note: 1 sound silent" in summary_text(first)
+    assert dict(run_encoding(config).present) == {LATENTS: 1, AUDIO_LATENTS: 1}
+    write_sound(media / "tone.wav", tone + 0.25, codec="pcm_s16le", layout="mono", rate_hz=16_000)
+    again = run_encoding(config)
+    assert (dict(again.written), dict(again.present)) == ({AUDIO_LATENTS: 1}, {LATENTS: 1})
+    # Plain pictures do not depend on the background.
+    white = _config(media, audio=AUDIO, data={"alpha_background": (255, 255, 255)})
+    assert dict(run_encoding(white).written) == {}
 
 
 def test_sound_is_brought_to_the_loudness_of_the_vaes_training(tmp_path: Path) -> None:
