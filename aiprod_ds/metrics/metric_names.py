@@ -149,6 +149,28 @@ METRICS: tuple[Metric, ...] = (
     _metric(
         "throughput/clips_per_second", "clips/s", _SUM, "clips/s", "Training clips per second over all ranks."
     ),
+    _metric("throughput/updates_per_second", "updates/s", _MEAN, "updates/s", "Updates per second."),
+    _metric(
+        "throughput/tokens_per_second",
+        "tokens/s",
+        _SUM,
+        "tokens/s",
+        "Training tokens of all modalities per second over all ranks.",
+    ),
+    _metric(
+        "throughput/tflops_per_device",
+        "TFLOP/s",
+        _MEAN,
+        "TFLOP/s",
+        "FLOPs per second of one device, 1e12, that the model is credited with; recomputing is not counted.",
+    ),
+    _metric(
+        "throughput/mfu",
+        "1",
+        _MEAN,
+        "MFU",
+        "Share of the data sheet's peak in matrix products of the precision that is credited.",
+    ),
     _metric("memory/rss_bytes", "B", _MEAN, "host memory", "Resident memory of a rank's process."),
     _metric(
         "memory/device_peak_bytes",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.stages import ENDS, Change, Event, Saved, Stage, Staging, after_change, next_stage
 from aiprod_ds.train.state import TrainState
-from aiprod_ds.train.unit import Evaluation, Part
+from aiprod_ds.train.throughput import throughput
+from aiprod_ds.train.unit import ClipWork, Evaluation, Part
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class TrainingLoop:
     _saved: Saved = Saved.NO
     _entered: Entered | None = None
     _phase_left_at: float | None = None
+    _work: dict[tuple[int, int], ClipWork | None] = field(default_factory=dict)
 
     def run(self) -> RunStatus:
         """Trains from the clock to the end of the curriculum, or until a request to stop, which it has then
@@ -186,10 +188,13 @@ class TrainingLoop:
         sums: dict[str, Tensor] = {}
         result: UpdateResult | None = None
         clipped: dict[str, float] = {}
+        shape = (phase.index, stream.bucket_at(position))
         for index in range(bucket.accumulation):
             with self.stopwatch.during(Activity.DATA_WAIT):
                 batch = next(entered.batches)
             assert batch.position == position, f"loader at {batch.position}, clock at {position}"
+            if shape not in self._work:
+                self._work[shape] = self.parts.unit.clip_work(batch)
             # Dropout inside the module draws from torch's own stream. Seeded by the count of micro-batches it
             # is the same after a resume, and differs between micro-batches and ranks.
             torch.manual_seed(
@@ -220,7 +225,7 @@ class TrainingLoop:
         if self._phase_left_at is not None:
             times["time/phase_change_seconds"] = began - self._phase_left_at
             self._phase_left_at = None
-        self._record({**means, **clipped}, result, bucket, rate=rate, times=times)
+        self._record({**means, **clipped}, result, bucket, rate=rate, times=times, work=self._work[shape])
         return float(dist.reduce_mean(means["loss/total"])) if needs_loss else None
 
     def _set_clip_norm(self) -> dict[str, float]:
@@ -255,6 +260,7 @@ class TrainingLoop:
         *,
         rate: float,
         times: dict[str, float],
+        work: ClipWork | None,
     ) -> None:
         clock = self.clock
         values: dict[str, float | Tensor] = {
@@ -263,9 +269,13 @@ class TrainingLoop:
             "gradient/loss_scale": result.loss_scale,
             "learning_rate": rate,
             **times,
-            "throughput/clips_per_second": bucket.global_batch_size
-            / times["time/update_seconds"]
-            / self.state.engine.world_size,
+            **throughput(
+                work,
+                clips=bucket.global_batch_size,
+                world_size=self.state.engine.world_size,
+                seconds=times["time/update_seconds"],
+                peak=self.parts.peak_flops,
+            ),
             "memory/rss_bytes": rss_bytes(),
             **(
                 {"memory/device_peak_bytes": device_peak_bytes()}

@@ -53,12 +53,14 @@ class RunParts:
         resolved: Phases and engine settings that the run really has, the same for unit, engine and loop.
         unit: What is trained; its module is rebuilt where other parameters are trained.
         performance: How it computes.
+        peak_flops: Per second, of one device by its data sheet; None for a CPU.
     """
 
     config: RunConfig
     resolved: ResolvedRun
     unit: Unit
     performance: Performance
+    peak_flops: float | None
 
     def build_engine(self) -> Engine:
         """Returns an engine that trains what the unit was prepared for. Collective."""

@@ -36,7 +36,13 @@ from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.performance import choose_performance
 from aiprod_ds.train.phase_change import RunParts, check_recompute
 from aiprod_ds.train.planning.auto import Search, resolve, this_machine
-from aiprod_ds.train.reporting import RunFacts, report_completed, report_ended, report_interrupted, report_started
+from aiprod_ds.train.reporting import (
+    RunFacts,
+    report_completed,
+    report_ended,
+    report_interrupted,
+    report_started,
+)
 from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
 from aiprod_ds.train.resume.engine_files import read_engine
 from aiprod_ds.train.resume.folder_lock import FolderLock
@@ -46,6 +52,7 @@ from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.resume.shared_folder import require_shared
 from aiprod_ds.train.run_folder import open_sinks, prepare_folder
 from aiprod_ds.train.state import TrainState, new_clip, new_ema
+from aiprod_ds.train.throughput import peak_flops
 from aiprod_ds.train.unit import Evaluation, EvaluationRequest, Part, Unit
 
 _LOG = logging.getLogger(__name__)
@@ -171,7 +178,13 @@ def _resolved(prepared: Prepared, checkpoint: Checkpoint | None) -> RunFacts:
     )
     for reason in performance.reasons:
         _LOG.info("performance %s", reason)
-    parts = RunParts(config=config, resolved=resolved, unit=unit, performance=performance)
+    parts = RunParts(
+        config=config,
+        resolved=resolved,
+        unit=unit,
+        performance=performance,
+        peak_flops=peak_flops(machine, resolved.settings.precision),
+    )
     return RunFacts(parts=parts, parameters=parameters, layout=layout)
 
 

@@ -20,6 +20,20 @@ from aiprod_ds.metrics.evaluations import Medium, NotJudged
 from aiprod_ds.report.summary import DataSummary
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipWork:
+    """What one clip of training takes.
+
+    Attributes:
+        tokens: Of all modalities.
+        flops: Forward and backward, recomputation not counted, by the convention of the model's family; None
+            where it cannot be told.
+    """
+
+    tokens: int
+    flops: float | None
+
+
 class Stream(Protocol):
     """The micro-batches of one phase, from an exact position."""
 
@@ -126,6 +140,9 @@ class Unit(Protocol):
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Runs the module forward on one micro-batch and returns its loss."""
+
+    def clip_work(self, batch: MicroBatch) -> ClipWork | None:
+        """Returns what a clip of `batch` takes; None for a model without tokens."""
 
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips. Collective; draws nothing from the training's random streams.

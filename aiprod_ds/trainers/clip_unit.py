@@ -15,11 +15,13 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.metrics.evaluations import NotJudged
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.train.engines import decay_groups
+from aiprod_ds.train.unit import ClipWork
 from aiprod_ds.trainers.clip_data import ClipData, ClipStream
 from aiprod_ds.trainers.evaluation import measured_names
 from aiprod_ds.trainers.measures import passed_over
@@ -88,6 +90,10 @@ class ClipUnit:
         """Returns the held-out clips that evaluations would measure, were they long enough."""
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
         return passed_over(self.data, bucket, max_clips=limit)
+
+    def clip_work(self, batch: MicroBatch) -> ClipWork | None:  # noqa: ARG002  a transformer's unit reads it
+        """Returns nothing: a VAE has no tokens, and no convention says what it is credited with."""
+        return None
 
     def data_summary(self) -> DataSummary:
         """Returns what the run trains on and what it could not use."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from aiprod_ds.losses import LossTerms
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.lora_files import LoraWeights
-from aiprod_ds.train.unit import Evaluation, EvaluationRequest, Examples, Part
+from aiprod_ds.train.unit import ClipWork, Evaluation, EvaluationRequest, Examples, Part
 from aiprod_ds.trainers.clip_unit import ClipUnit
 from aiprod_ds.trainers.diffusion_export import export_transformer
 from aiprod_ds.trainers.diffusion_objective import FlowObjective
@@ -56,6 +57,7 @@ class DiffusionUnit(ClipUnit):
     _decoder: LatentDecoder = field(init=False)
     _previews: Previews | None = field(init=False, default=None)
     _prompts: EncodedPrompts = field(init=False)
+    _shapes: _ParameterShapes | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Reads what can be missing before training."""
@@ -87,6 +89,7 @@ class DiffusionUnit(ClipUnit):
         set_adapters(self.module.transformer, self.module.family, phase, seed=self.config.seed)
         if phase.index == 0:
             start_adapters(self.module.transformer, self.started_with)
+        self._shapes = _ParameterShapes(self.module.transformer)
 
     def hand_off(self, engine: Engine) -> WeightHandoff:
         """Returns W + scale * B A in fp32 of every wrapped layer, by its name in the plain transformer.
@@ -130,6 +133,15 @@ class DiffusionUnit(ClipUnit):
     def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
         """See `FlowObjective.draws`."""
         return self._objective.draws(tensors, places)
+
+    def clip_work(self, batch: MicroBatch) -> ClipWork | None:
+        """Returns tokens, and FLOPs by `Family.flops_per_update`."""
+        family = self.module.family
+        tokens = {modality: part.grid.num_tokens for modality, part in family.tokens(batch.tensors).items()}
+        flops = None
+        if self._shapes is not None and self._shapes.are_whole:
+            flops = family.flops_per_update(self._shapes, batch_size=1, num_tokens=tokens)
+        return ClipWork(tokens=sum(tokens.values()), flops=flops)
 
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips and makes previews, whichever is asked for."""
@@ -223,6 +235,22 @@ class DiffusionUnit(ClipUnit):
             self.module.family.tokens({name: tensor[None] for name, tensor in item.items()})
         except DataError as error:
             raise PlanError(f"data: {error}") from error
+
+
+class _ParameterShapes(nn.Module):
+    """Configuration, names and shapes of a transformer, as they were before an engine took it."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.config: Any = transformer.config
+        self._named = {
+            name: nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
+            for name, value in transformer.named_parameters()
+        }
+        self.are_whole = all(value.numel() for value in self._named.values())  # ZeRO-3 leaves empty ones
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._named.items()
 
 
 def set_adapters(transformer: nn.Module, family: Family, phase: PhasePlan, *, seed: int) -> None:

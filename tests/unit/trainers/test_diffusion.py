@@ -89,6 +89,22 @@ def test_a_full_run_reports_every_noise_level_and_exports_a_model_that_loads(
     assert not any(problems.values())
 
 
+def test_rows_have_the_tokens_and_the_flops_of_the_family(tmp_path: Path) -> None:
+    """2 frames of 4 x 4 latents are 32 tokens; the family's FLOPs are compared with torch's elsewhere."""
+    trainer = _trainer(tmp_path, "ltx")
+    transformer = trainer.shapes
+    expected = trainer.family.flops_per_update(transformer, batch_size=1, num_tokens={"video": 32})
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "throughput/tokens_per_second" in row]
+    assert len(rows) == 2
+    for row in rows:
+        clips = row["throughput/clips_per_second"]
+        assert row["throughput/tokens_per_second"] == pytest.approx(32 * clips)
+        assert row["throughput/tflops_per_device"] == pytest.approx(expected * clips / 1e12)
+        assert row["throughput/updates_per_second"] == pytest.approx(1 / row["time/update_seconds"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_passes_train_the_same_bit_for_bit(tmp_path: Path, family: str) -> None:
     hashes = set()
