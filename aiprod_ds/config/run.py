@@ -78,6 +78,12 @@ class PerformanceConfig(StrictModel):
     attention: Literal["auto", "torch", "cudnn"] = "auto"
     """Whose attention kernel: `torch` lets torch choose, `cudnn` takes cuDNN's wherever it can. `auto` takes
     cuDNN's on GPUs of compute capability 9.x (H100, H200)."""
+    activation_memory_budget: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
+    """Share of its activations that a compiled block keeps for the backward pass; the rest is computed again,
+    what costs least first. 1: what is fastest."""
+    deterministic: bool = False
+    """Takes kernels alone that give the same sums every time, and ends with an error where there is none.
+    Slower; on a CPU all are."""
 
 
 class KeepBestConfig(StrictModel):

@@ -43,15 +43,19 @@ def set_compiled(blocks: Iterable[nn.Module], *, enabled: bool, backend: str = "
 
 
 @contextmanager
-def compiled_shapes(count: int) -> Iterator[None]:
-    """Lets torch keep as many compiled forms of one function as a run has shapes.
+def compiled_shapes(count: int, *, budget: float = 1.0) -> Iterator[None]:
+    """Lets torch keep as many compiled forms of one function as a run has shapes, each with a budget.
 
-    Without room it falls back to eager with a warning. The limits are the process's; they are put back.
+    Without room it falls back to eager with a warning. The settings are the process's; they are put back.
 
     Args:
         count: Of shapes that the run trains and evaluates: one a bucket.
+        budget: Share of its activations that a compiled function keeps for its backward pass; the rest is
+            computed again, what costs least first.
     """
     config: Any = torch._dynamo.config
+    functorch: Any = torch._functorch.config
+    kept, functorch.activation_memory_budget = functorch.activation_memory_budget, budget
     needed = count * _ENTRIES_PER_SHAPE + _SPARE_ENTRIES
     before = config.recompile_limit, config.accumulated_recompile_limit
     config.recompile_limit = max(before[0], needed)
@@ -61,6 +65,7 @@ def compiled_shapes(count: int) -> Iterator[None]:
             yield
     finally:
         config.recompile_limit, config.accumulated_recompile_limit = before
+        functorch.activation_memory_budget = kept
 
 
 @contextmanager

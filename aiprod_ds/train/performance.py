@@ -6,10 +6,12 @@ first update to the last resume's, because a captured or compiled kernel adds in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,12 +40,16 @@ class Performance:
         compiles_blocks: Whether the repeated blocks run compiled.
         captures_passes: Whether forward and backward pass are replayed as CUDA graphs in phases that can be.
         has_cudnn_first: Whether attention takes cuDNN's kernel wherever it can; otherwise torch chooses.
+        activation_memory_budget: Share of its activations that a compiled block keeps, in [0, 1].
+        is_deterministic: Whether kernels whose sums depend on chance are left out, or refused.
         reasons: One line a choice, `choice: why`, for plan and report.
     """
 
     compiles_blocks: bool
     captures_passes: bool
     has_cudnn_first: bool
+    activation_memory_budget: float
+    is_deterministic: bool
     reasons: tuple[str, ...]
 
     def prepare(self, module: nn.Module) -> None:
@@ -54,12 +60,14 @@ class Performance:
     def active(self, plan: RunPlan) -> Iterator[None]:
         """Sets torch as chosen while the block runs: backward passes too, which may recompute attention."""
         buckets = sum(len(phase.buckets) for phase in plan.phases)
-        with compiled_shapes(buckets + 1):  # and the clip that is evaluated
-            if not self.has_cudnn_first:
-                yield
-                return
-            with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
-                yield
+        with ExitStack() as stack:
+            # One more for the clip that is evaluated.
+            stack.enter_context(compiled_shapes(buckets + 1, budget=self.activation_memory_budget))
+            if self.has_cudnn_first:
+                stack.enter_context(sdpa_kernel(_CUDNN_FIRST, set_priority=True))
+            if self.is_deterministic:
+                stack.enter_context(_deterministic())
+            yield
 
 
 def choose_performance(
@@ -94,12 +102,36 @@ def choose_performance(
         compiles_blocks=compile_by == "blocks",
         captures_passes=graphs_by == "passes",
         has_cudnn_first=attention_by == "cudnn",
+        activation_memory_budget=config.activation_memory_budget,
+        is_deterministic=config.deterministic,
         reasons=(
             f"compile {compile_by}: {compile_why}",
             f"graphs {graphs_by}: {graphs_why}",
             f"attention {attention_by}: {attention_why}",
+            *_further(config, has_compiled=compile_by == "blocks"),
         ),
     )
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def _further(config: PerformanceConfig, *, has_compiled: bool) -> Iterator[str]:
+    if config.activation_memory_budget < 1:
+        why = "as configured" if has_compiled else "without effect, because blocks are not compiled"
+        yield f"activation memory budget {config.activation_memory_budget:g}: {why}"
+    if config.deterministic:
+        yield "deterministic kernels: as configured"
 
 
 def _compiling(

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.run import PerformanceConfig
 from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.engine.compiled import compiled_shapes
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.testing.plans import phase_plan
 from aiprod_ds.train.performance import Performance, choose_performance
@@ -158,3 +159,57 @@ def test_blocks_are_prepared_and_put_back() -> None:
     assert type(module.blocks[0]) is not plain
     _choose(None, compile="off").prepare(module)
     assert type(module.blocks[0]) is plain
+
+
+def test_determinism_is_set_for_the_run_alone() -> None:
+    plan = RunPlan(phases=(phase_plan(index=0, updates=1),), world_size=1)
+    chosen = _choose(None, deterministic=True)
+    assert chosen.reasons[-1] == "deterministic kernels: as configured"
+    with suppress(KeyError), chosen.active(plan):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("compiles", "why"), [("blocks", "as configured"), ("off", "without effect")])
+def test_a_budget_of_memory_is_told_with_its_effect(compiles: str, why: str) -> None:
+    chosen = _choose(None, compile=compiles, activation_memory_budget=0.5)
+    assert why in chosen.reasons[-1]
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = torch.sin(self.layer(x)) * torch.tanh(x)
+        return x
+
+
+@pytest.mark.slow
+def test_a_smaller_budget_keeps_fewer_activations_and_the_gradients() -> None:
+    """The same kernels in another order of calls: bit for bit."""
+    held, gradients = [], []
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    for budget in (1.0, 0.0):
+        torch._dynamo.reset()
+        module = Wide()
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, into: list[int] = sizes) -> torch.Tensor:
+            into.append(tensor.numel())
+            return tensor
+
+        with compiled_shapes(1, budget=budget):
+            compiled = torch.compile(module, backend="aot_eager_decomp_partition", dynamic=False)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                total = compiled(x).square().mean()
+            total.backward()
+        assert module.layer.weight.grad is not None
+        held.append(sum(sizes))
+        gradients.append(module.layer.weight.grad.clone())
+    assert held[1] < held[0]
+    assert torch.equal(*gradients)
