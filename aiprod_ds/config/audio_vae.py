@@ -10,8 +10,16 @@ from typing_extensions import Self
 
 from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.config.losses import AudioVAELossConfig
-from aiprod_ds.config.measures import AudioMeasuresConfig
 from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
+from aiprod_ds.config.schema import StrictModel
+
+
+class AudioMeasuresConfig(StrictModel):
+    """Measures beside the distances of spectra and SI-SDR."""
+
+    visqol: bool = False
+    """ViSQOL in audio mode, 1 to about 4.7; needs the extra `perceptual`, clips of a second, and about as
+    long as the clip lasts on one core."""
 
 
 class AudioEvaluationConfig(EvaluationConfig):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aiprod_ds.config.measures import FvdConfig
+from aiprod_ds.config.video_vae import FvdConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import file_sha256
 from aiprod_ds.import_path import import_object

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from aiprod_ds.config.measures import FvdConfig
+from aiprod_ds.config.video_vae import FvdConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import file_sha256
 from aiprod_ds.metrics.video_features import VideoFeatures, load_features, prepared
