@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
@@ -28,6 +27,8 @@ from aiprod_ds.config.trainers import trainer_class
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
 from aiprod_ds.planner.hardware import MACHINES
+from aiprod_ds.report.output import log_handler, open_console
+from aiprod_ds.report.progress_line import shown_on
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
@@ -40,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; those of the process by default.
     """
-    arguments = _parser().parse_args(argv, argparse.Namespace(console=Console(stderr=True)))
-    _set_up_logging(arguments.console)
+    arguments = _parser().parse_args(argv, argparse.Namespace(console=open_console(stderr=True)))
+    is_main = os.environ.get("RANK", "0") == "0"
+    _set_up_logging(arguments.console, is_main=is_main, is_verbose=getattr(arguments, "verbose", False))
     try:
-        code: int = arguments.command(arguments)
+        with shown_on(arguments.console if is_main else None):
+            code: int = arguments.command(arguments)
     except ConfigError as error:
         return _explain(error, BAD_CONFIGURATION)
     except AiprodError as error:
@@ -142,6 +145,7 @@ def _configured(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=f"e.g. {example}"
     )
     parser.add_argument("--output-dir", help=output_dir)
+    parser.add_argument("--verbose", action="store_true", help="show what libraries log, too")
     parser.set_defaults(command=command)
     return parser
 
@@ -226,11 +230,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(page.document() | estimate, indent=1))
     else:
-        Console(highlight=False).print(page)
+        open_console().print(page)
         if estimate:
             from aiprod_ds.report.cost_view import CostView
 
-            Console(highlight=False).print(
+            open_console().print(
                 CostView(document=estimate["estimate"], memory_bytes=MACHINES[arguments.machine].memory_bytes)
             )
     return DONE
@@ -310,12 +314,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     with dist.process_group(lost_rank_seconds=trainer.config.engine.lost_rank_seconds):
         found = trainer.evaluation(resume=arguments.resume)
         if dist.is_main():
-            # JSON has no NaN; in words, as metrics.jsonl has it.
-            measures = {
-                name: value if math.isfinite(value) else str(value) for name, value in found.metrics.items()
-            }
-            left_out = [asdict(entry) for entry in found.not_judged]
-            print(json.dumps({**measures, "clips": found.clips, "not_judged": left_out}, indent=1))
+            print(json.dumps(_found(found), indent=1, allow_nan=False))
     return DONE
 
 
@@ -336,6 +335,16 @@ def _report(arguments: argparse.Namespace) -> int:
             f"--output: must be a file that can be written, got {reason}. Name another."
         ) from error
     return DONE
+
+
+def _found(evaluation: Any) -> dict[str, Any]:
+    """Returns the measures, on which clips they were taken, and which of these some measure leaves out."""
+    # JSON has no NaN: in words, as in metrics.jsonl.
+    measures = {
+        name: value if math.isfinite(value) else str(value) for name, value in evaluation.metrics.items()
+    }
+    left_out = [asdict(entry) for entry in evaluation.not_judged]
+    return {**measures, "clips": list(evaluation.clips), "not_judged": left_out}
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -365,7 +374,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(page.document(), indent=1))
     else:
-        Console(highlight=False).print(page, crop=False)
+        open_console().print(page, crop=False)
     return FAILED if page.problem else DONE
 
 
@@ -382,18 +391,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(page.document(), indent=1))
     else:
-        Console(highlight=False).print(page)
+        open_console().print(page)
     return FAILED if page.has_errors else DONE
 
 
-def _set_up_logging(console: Console) -> None:
-    is_main = os.environ.get("RANK", "0") == "0"
-    handler = RichHandler(console=console, show_path=False, markup=False)
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.ERROR, handlers=[handler], format="%(message)s", force=True
-    )
+def _set_up_logging(console: Console, *, is_main: bool, is_verbose: bool) -> None:
+    level = logging.INFO if is_main else logging.ERROR
+    logging.basicConfig(level=level, handlers=[log_handler(console)], force=True)
     for noisy in ("torch", "DeepSpeed", "deepspeed", "httpx", "huggingface_hub", "matplotlib", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(level if is_verbose else logging.WARNING)
+    logging.getLogger("aiprod_ds").setLevel(logging.DEBUG if is_verbose and is_main else logging.NOTSET)
+    if not (is_main and console.is_terminal):
+        # Bars in a file are thousands of lines; `aiprod_ds.progress` says there what takes long.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _explain(error: AiprodError, code: int) -> int:

@@ -28,8 +28,12 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 # Sets `code` to the launcher's exit code, which is 0 if something else kills it, or to 128 + the signal that this script got.
 on_all_accelerators() {
     code=0
+    local level=warning # of the launcher alone: it would print its commands and one line for each rank
+    if [[ " $* " == *" --verbose "* ]]; then
+        level=info
+    fi
     # A session of its own makes launcher and ranks one process group: a signal to the launcher alone would leave the ranks running.
-    setsid deepspeed --num_accelerators "$accelerators" --master_addr 127.0.0.1 --master_port "$port" --module aiprod_ds "$@" &
+    setsid deepspeed --log_level "$level" --num_accelerators "$accelerators" --master_addr 127.0.0.1 --master_port "$port" --module aiprod_ds "$@" &
     launcher=$!
     trap 'kill -TERM -- "-$launcher" 2>/dev/null' INT TERM HUP
     wait "$launcher" || code=$?

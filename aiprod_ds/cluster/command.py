@@ -36,6 +36,7 @@ class Launch:
         master_port: Free there.
         node_rank: This host's index, for one launcher on each host; None starts all by pdsh.
         bind_cores: Gives every rank cores of its own; only with `node_rank`.
+        is_verbose: Whether launcher and ranks log all that they can.
     """
 
     hostfile: Path
@@ -48,11 +49,13 @@ class Launch:
     master_port: int = DEFAULT_PORT
     node_rank: int | None = None
     bind_cores: bool = False
+    is_verbose: bool = False
 
     @property
     def arguments(self) -> list[str]:
         """What every rank's `python -m aiprod_ds` gets."""
-        return ["train", str(self.config), "--output-dir", str(self.run_folder), *self.options]
+        verbose = ["--verbose"] if self.is_verbose else []
+        return ["train", str(self.config), "--output-dir", str(self.run_folder), *self.options, *verbose]
 
 
 def deepspeed_command(launch: Launch) -> list[str]:
@@ -74,6 +77,7 @@ def deepspeed_command(launch: Launch) -> list[str]:
     )
     command += [*how, "--master_addr", launch.master_address, "--master_port", str(launch.master_port)]
     command += ["--bind_cores_to_rank"] if launch.bind_cores else []
+    command += ["--log_level", "info" if launch.is_verbose else "warning"]
     arguments = (
         launch.arguments
         if launch.node_rank is not None

@@ -36,6 +36,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
         "--bind-cores", action="store_true", help="with --no-ssh: cores of its own for every rank, by numactl"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the command")
+    parser.add_argument("--verbose", action="store_true", help="show the command and what libraries log, too")
 
 
 def add_doctor_options(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,7 @@ def launch_request(arguments: argparse.Namespace) -> Request:
         master_port=arguments.master_port,
         bind_cores=arguments.bind_cores,
         dry_run=arguments.dry_run,
+        verbose=arguments.verbose,
     )
 
 

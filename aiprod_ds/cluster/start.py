@@ -68,6 +68,7 @@ class Request:
     master_port: int | None = None
     bind_cores: bool = False
     dry_run: bool = False
+    verbose: bool = False
 
 
 def start(request: Request, console: Console) -> int:
@@ -98,6 +99,7 @@ def start(request: Request, console: Console) -> int:
         master_port=request.master_port or DEFAULT_PORT,
         node_rank=_node_rank(request, selected) if request.no_ssh else None,
         bind_cores=request.bind_cores,
+        is_verbose=request.verbose,
     )
     check_arguments(launch.arguments)
     found = _examine(request, hosts, environment, launch.node_rank)
@@ -110,7 +112,8 @@ def start(request: Request, console: Console) -> int:
     command = deepspeed_command(launch)
     listed = ", ".join(f"{host.name} ({len(host.slots)})" for host in hosts)
     console.print(f"{num_ranks(hosts)} ranks on {listed}", markup=False, highlight=False)
-    console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
+    if request.dry_run or request.verbose:
+        console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
     # What a rank gets would start one rank; the run's page says what was typed here.
     environment = {**environment, VARIABLE: encoded(typed_command(sys.argv))}
     return 0 if request.dry_run else _run(request, launch, command, environment, selected)

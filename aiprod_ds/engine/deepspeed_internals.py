@@ -45,9 +45,14 @@ _PARAMETER_STATE = ("_z3_optimizer", "_zero_optimizer")
 
 
 def quiet_logs() -> None:
-    """Keeps DeepSpeed's own logger to warnings, and its use of renamed torch collectives (comm/torch.py) to
-    itself."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    """Keeps DeepSpeed's own logger to warnings, unless this package logs all that it can, and its use of
+    renamed torch collectives (comm/torch.py) to itself."""
+    logger = logging.getLogger("DeepSpeed")
+    is_verbose = logging.getLogger(__package__).isEnabledFor(logging.DEBUG)
+    level = logging.INFO if is_verbose else logging.WARNING
+    logger.setLevel(level)
+    for handler in logger.handlers:  # has a level of its own (utils/logging.py:46)
+        handler.setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
 
 

@@ -38,6 +38,11 @@ class Screen:
         self.written.append(line)
 
 
+@pytest.fixture(autouse=True)
+def _no_other_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_displays", [])
+
+
 @pytest.fixture(name="hands")
 def _hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
     hands = Hands()

@@ -87,6 +87,16 @@ def test_one_host_is_started_without_a_shell() -> None:
     assert command[-1] == "x=$y z", "no shell, no quotes"
 
 
+def test_the_launcher_is_quiet_unless_all_is_asked_for() -> None:
+    def level(command: list[str]) -> str:
+        return command[command.index("--log_level") + 1]
+
+    quiet, verbose = (deepspeed_command(replace(LAUNCH, is_verbose=asked)) for asked in (False, True))
+    assert (level(quiet), level(verbose)) == ("warning", "info")
+    assert "--verbose" not in quiet
+    assert verbose[-1] == "--verbose"
+
+
 def test_the_pattern_finds_ranks_of_this_run_only() -> None:
     pattern = re.compile(rank_pattern(replace(LAUNCH, run_folder=Path("/runs/x+(1)"))))
     rank = "/venv/bin/python -u -m aiprod_ds train c.yaml --output-dir /runs/x+(1)"

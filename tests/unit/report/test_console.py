@@ -19,6 +19,11 @@ PHASES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_other_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_displays", [])
+
+
 class Hands:
     """A clock that is moved by hand."""
 
