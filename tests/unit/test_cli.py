@@ -471,6 +471,8 @@ def test_a_run_from_training_to_a_damaged_checkpoint(
     assert measured["psnr_db"] == pytest.approx(
         report["metrics"]["psnr_db_after"], abs=1e-9
     )  # the same code on the same weights
+    assert len(measured["clips"]) == len(set(measured["clips"])) > 0
+    assert {entry["measure"] for entry in measured["not_judged"]} <= {"flicker_ratio"}
 
     converted = run_folder.with_name("converted")
     assert main(["convert", str(run_folder), str(converted), "--verify"]) == DONE

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.cli import _found
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.losses import PerceptualConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -21,6 +22,7 @@ from aiprod_ds.losses import vgg
 from aiprod_ds.losses.perceptual import PerceptualLoss
 from aiprod_ds.metrics.evaluations import EVERY_MEASURE, NotJudged, read_evaluations
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_oobleck
+from aiprod_ds.train.unit import Evaluation
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 from aiprod_ds.trainers.measures import share_text
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
@@ -331,3 +333,18 @@ def test_visqol_is_measured_where_it_is_asked_for(tmp_path: Path) -> None:
 def test_a_keyword_of_another_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="visqol"):
         _video(tmp_path, measures={"visqol": True})
+
+
+def test_what_eval_prints_is_json_also_of_a_model_that_diverged() -> None:
+    left_out = (NotJudged(clip="b.mp4", measure="flicker_ratio", reason="one frame"),)
+    metrics = {"psnr_db": math.nan, "ssim": 0.5}
+    found = Evaluation(
+        metrics=metrics, headline="", examples=None, clips=("a.mp4", "b.mp4"), not_judged=left_out
+    )
+
+    assert json.loads(json.dumps(_found(found), allow_nan=False)) == {
+        "psnr_db": "nan",
+        "ssim": 0.5,
+        "clips": ["a.mp4", "b.mp4"],
+        "not_judged": [{"clip": "b.mp4", "measure": "flicker_ratio", "reason": "one frame"}],
+    }
