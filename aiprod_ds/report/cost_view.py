@@ -62,6 +62,9 @@ class CostView:
                 yield self._table(rows)
                 yield from (self._bar(row) for row in rows)
                 yield self._in_all(rows)
+        yield Text()
+        yield Text("how it computes", style="bold")
+        yield from (Text(line) for line in found["computes"])
         if found["problem"] is not None:
             yield Text()
             yield Text(found["problem"], style="red")

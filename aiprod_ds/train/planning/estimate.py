@@ -18,6 +18,7 @@ from aiprod_ds.errors import PlanError
 from aiprod_ds.planner.cost import BucketCost, Estimator
 from aiprod_ds.planner.hardware import Machine
 from aiprod_ds.planner.search import ParallelChoice, search
+from aiprod_ds.train.performance import choose_performance
 from aiprod_ds.train.planning.gpu_rules import require_runnable
 from aiprod_ds.train.planning.trace import Shaped, Workloads
 
@@ -31,6 +32,7 @@ class Estimate:
             `engine.parallel: auto`.
         choice: The fastest settings that fit; None if nothing does.
         chosen: Every bucket with them.
+        computes: What `performance` chooses on that GPU, and why, one line each.
         problem: Why there is no choice.
     """
 
@@ -40,6 +42,7 @@ class Estimate:
     configured: tuple[BucketCost, ...]
     choice: ParallelChoice | None
     chosen: tuple[BucketCost, ...]
+    computes: tuple[str, ...]
     problem: str | None = None
 
     def document(self) -> dict[str, Any]:
@@ -51,6 +54,7 @@ class Estimate:
             "configured": [cost.to_dict() for cost in self.configured],
             "choice": None if self.choice is None else self.choice.to_dict(),
             "chosen": [cost.to_dict() for cost in self.chosen],
+            "computes": list(self.computes),
             "problem": self.problem,
         }
 
@@ -65,7 +69,8 @@ def estimate_run(
         dollars_per_gpu_hour: In place of the machine's.
 
     Raises:
-        ConfigError: If the engine's settings cannot run on that GPU.
+        ConfigError: If the engine's settings cannot run on that GPU, or `performance` asks for what it has
+            not.
     """
     settings = read_settings(trainer.config, source=trainer.source)
     require_runnable(trainer.shapes, settings, machine, where=trainer.source)
@@ -82,6 +87,16 @@ def estimate_run(
         chosen = tuple(
             estimator.costs(choice.applied(plan), resolved_settings(choice, settings, where=trainer.source))
         )
+    unit = trainer.blank_unit(plan)
+    performance = choose_performance(
+        trainer.config.performance,
+        unit.module,
+        capability=machine.compute_capability,
+        settings=settings,
+        is_flat=trainer.config.engine.flat_parameters != "off",
+        can_capture=unit.can_capture,
+        where=trainer.source,
+    )
     return Estimate(
         machine=machine,
         world_size=plan.world_size,
@@ -89,6 +104,7 @@ def estimate_run(
         configured=configured,
         choice=choice,
         chosen=chosen,
+        computes=performance.reasons,
         problem=problem,
     )
 

@@ -150,6 +150,7 @@ def test_an_estimate_fits_and_names_its_choice() -> None:
     )
     assert all(row["fits"] for row in document["chosen"])
     assert document["problem"] is None
+    assert [line.split()[0] for line in document["computes"]] == ["compile", "graphs", "attention"]
     hours = document["configured"][0]["gpu_hours"]
     assert document["configured"][0]["dollars"] == pytest.approx(10.0 * hours)
 
