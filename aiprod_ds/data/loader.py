@@ -7,6 +7,7 @@ calls it.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -271,6 +272,9 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(_worker: int) -> None:
+    # What the parent has left as garbage may hold threads, as a frame that PyAV has converted does (18.1.0:
+    # swscale's slices). A fork has none of them, and to free such a thing here would wait for them forever.
+    gc.freeze()
     torch.set_num_threads(1)  # the workers are the threads, as many as cores are to be used
     # Ctrl-C reaches the whole process group; the training process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

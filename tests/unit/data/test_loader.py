@@ -3,6 +3,7 @@ clear line."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -88,6 +89,14 @@ class HalfClips:
 
     def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
         return {"video": torch.zeros(3, request.frames, request.height, request.width).half()}
+
+
+class CollectingClips:
+    """Reading a clip frees whatever garbage the worker has."""
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        gc.collect()
+        return {"video": torch.zeros(3, request.frames, request.height, request.width)}
 
 
 class ThreadCountClips:
@@ -254,6 +263,24 @@ def test_a_killed_worker_is_a_data_error() -> None:
     ):
         next(_loader(DeadlyClips(), workers=2))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_leaves_the_garbage_of_its_parent_alone() -> None:
+    """A converted frame holds a pool of threads (swscale's), which a fork does not have: to free it there
+    waits for them forever."""
+    gc.collect()
+    gc.disable()
+    try:
+        frame = av.VideoFrame(512, 512, "yuv420p")
+        frame.to_ndarray(format="rgb24")
+        circle: list[Any] = [frame]
+        circle.append(circle)
+        del frame, circle
+        with closing(_loader(CollectingClips(), workers=1)) as loader:
+            assert next(loader).tensors["video"].shape[0] > 0
+    finally:
+        gc.enable()
 
 
 def test_workers_use_one_thread() -> None:
