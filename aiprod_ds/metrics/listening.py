@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from aiprod_ds.errors import ConfigError
@@ -19,6 +18,7 @@ from aiprod_ds.metrics.quality_sums import Finding
 VISQOL_RATE_HZ = 48000  # what its audio mode was fitted at
 VISQOL_SECONDS = 1.0  # a patch of 45 spectra takes 0.96 s
 WORST_OPINION = 1.0
+_INAUDIBLE = 1e-9  # what averaging in float64 leaves of channels that cancel, and of an offset
 
 
 def has_visqol() -> bool:
@@ -29,8 +29,9 @@ def has_visqol() -> bool:
 class Visqol:
     """Mean opinion score of a reconstruction, 1 to about 4.73 for an exact copy, in audio mode.
 
-    Channels are averaged and sounds resampled to 48 kHz. A silent reconstruction has the worst score, one
-    that is not finite NaN; an original under a second is not judged.
+    Channels are averaged and sounds resampled to 48 kHz. Level does not count: ViSQOL brings both sounds to
+    the same. A silent reconstruction has the worst score, one that is not finite NaN; an original under a
+    second is not judged.
 
     Source: Chinen et al. 2020 (ViSQOL v3), in the implementation of `visqol-python`.
 
@@ -58,20 +59,23 @@ class Visqol:
         if original_CN.shape[1] < VISQOL_SECONDS * self._rate_hz:
             return f"under {VISQOL_SECONDS:g} s"
         original_N, reconstruction_N = (
-            self._prepared(wave_CN) for wave_CN in (original_CN, reconstruction_CN)
+            wave_CN.detach().cpu().double().mean(0) for wave_CN in (original_CN, reconstruction_CN)
         )
-        if not np.isfinite(reconstruction_N).all():
+        if not reconstruction_N.isfinite().all():
             return float("nan")
-        if not original_N.any():
+        if _is_silent(original_N):
             return "silent where channels are averaged"
-        if not reconstruction_N.any():
-            return WORST_OPINION
-        result = self._api.measure_from_arrays(original_N, reconstruction_N, VISQOL_RATE_HZ)
-        return float(result.moslqo)
+        if _is_silent(reconstruction_N):
+            return WORST_OPINION  # ViSQOL takes an offset for a sound
+        sounds = (self._at_its_rate(wave_N) for wave_N in (original_N, reconstruction_N))
+        return float(self._api.measure_from_arrays(*sounds, VISQOL_RATE_HZ).moslqo)
 
-    def _prepared(self, wave_CN: Tensor) -> np.ndarray[Any, Any]:
+    def _at_its_rate(self, wave_N: Tensor) -> np.ndarray[Any, Any]:
         from torchaudio.functional import resample
 
-        wave_N: Tensor = wave_CN.detach().cpu().to(torch.float64).mean(0)
         resampled_N: Tensor = resample(wave_N, self._rate_hz, VISQOL_RATE_HZ)
         return resampled_N.numpy()
+
+
+def _is_silent(wave_N: Tensor) -> bool:
+    return bool((wave_N - wave_N.mean()).abs().max() < _INAUDIBLE)

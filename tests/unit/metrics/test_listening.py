@@ -43,7 +43,7 @@ def test_silence_and_what_is_not_finite(visqol):
     broken = x.clone()
     broken[0, 100] = math.nan
 
-    assert visqol(x, torch.zeros_like(x)) == 1.0
+    assert visqol(x, torch.zeros_like(x)) == visqol(x, torch.full_like(x, 0.3)) == 1.0
     assert math.isnan(visqol(x, broken))
     assert visqol(torch.cat([x, -x]), torch.cat([x, x])) == "silent where channels are averaged"
 
