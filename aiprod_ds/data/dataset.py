@@ -106,6 +106,7 @@ class VideoClipDataset:
             num_frames=request.frames,
             frame_rate_hz=rate_hz,
             background=self._background,
+            crop=record.crop,
         )
         return _sample(frames_THWC, self._seed, request, displayed=(record.height, record.width))
 

@@ -11,6 +11,7 @@ import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 
@@ -119,7 +120,7 @@ def _read_probes(file: Path, probed_by: str) -> dict[str, _Probe]:
         if content["probed_by"] != probed_by:
             return {}
         return {
-            key: _Probe(stamp=tuple(probe["stamp"]), record=MediaRecord(**probe["record"]))
+            key: _Probe(stamp=tuple(probe["stamp"]), record=_record(probe["record"]))
             for key, probe in content["probes"].items()
         }
     except FileNotFoundError:
@@ -127,3 +128,7 @@ def _read_probes(file: Path, probed_by: str) -> dict[str, _Probe]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _log.warning("probe cache is unreadable and is made anew: file=%s error=%s", file, error)
         return {}
+
+
+def _record(fields: dict[str, Any]) -> MediaRecord:
+    return MediaRecord(**{**fields, "crop": tuple(fields["crop"])})  # JSON has lists only

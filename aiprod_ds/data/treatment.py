@@ -40,6 +40,7 @@ def picture_notes(records: Iterable[MediaRecord], config: PictureConfig) -> tupl
             ("tone-mapped from HDR (PQ)", lambda record: record.hdr == "pq"),
             ("tone-mapped from HDR (HLG)", lambda record: record.hdr == "hlg"),
             ("converted from wide-gamut primaries to BT.709", lambda record: record.is_wide_gamut),
+            ("cropped as their container says", lambda record: any(record.crop)),
             ("stretched to square pixels", lambda record: record.pixel_aspect != 1),
             ("turned or mirrored upright", _is_turned),
             (f"composited on the color {red}, {green}, {blue}", lambda record: record.has_alpha),

@@ -21,6 +21,7 @@ from aiprod_ds.decode.tone_map import is_wide, to_sdr
 Color = tuple[int, int, int]
 """RGB of 8 bits."""
 BLACK: Color = (0, 0, 0)
+NO_CROP = (0, 0, 0, 0)
 
 
 class Painter:
@@ -29,11 +30,15 @@ class Painter:
     Args:
         path: The file.
         background: What lies behind transparent pixels.
+        crop: What the container does not show: top, bottom, left, right.
     """
 
-    def __init__(self, path: Path, background: Color = BLACK) -> None:
+    def __init__(
+        self, path: Path, background: Color = BLACK, crop: tuple[int, int, int, int] = NO_CROP
+    ) -> None:
         self._path = path
         self._background = background
+        self._crop = crop
         self._deinterlacer = Deinterlacer()
 
     def pixels(self, item: TimedFrame) -> NDArray[np.uint8]:
@@ -57,7 +62,12 @@ class Painter:
         alpha_HW = alpha_of(frame)
         if alpha_HW is not None:
             pixels_HWC = _on_background(pixels_HWC, alpha_HW, self._background)
-        return orientation.upright(pixels_HWC)
+        return orientation.upright(self._shown(pixels_HWC))
+
+    def _shown(self, pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        top, bottom, left, right = self._crop
+        height, width = pixels_HWC.shape[:2]
+        return pixels_HWC[top : height - bottom, left : width - right]
 
 
 def alpha_of(frame: av.VideoFrame) -> NDArray[np.uint8] | None:

@@ -14,6 +14,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from aiprod_ds.decode.container_crop import Crop, container_crop
 from aiprod_ds.decode.diagnosis import diagnose
 from aiprod_ds.decode.downmix import check_layout
 from aiprod_ds.decode.frames import animation_frames, decoded_frames, is_animated_webp
@@ -85,6 +86,7 @@ def _probe_video(file: Path) -> MediaRecord:
         height=picture.height,
         width=picture.width,
         seconds=len(times) / fps,
+        crop=picture.crop,
         pixel_aspect=picture.pixel_aspect,
         rotation_degrees=picture.orientation.as_turn()[0],
         is_mirrored=picture.orientation.as_turn()[1],
@@ -116,6 +118,7 @@ def _frames_per_second(stream: av.VideoStream, times: list[int | None]) -> float
 class _Picture(NamedTuple):
     height: int
     width: int
+    crop: Crop
     pixel_aspect: float
     orientation: Orientation
     is_interlaced: bool
@@ -135,12 +138,16 @@ def _first_picture(file: Path) -> _Picture:
         aspect = float(stream.sample_aspect_ratio or 1)
         if not 1 / _MAX_PIXEL_ASPECT <= aspect <= _MAX_PIXEL_ASPECT:
             raise DataError(f"states pixels that are {aspect:g} times as wide as high")
-        # FFmpeg's convention: the height stays, the width is stretched.
-        height, width = first.height, max(1, round(first.width * aspect))
+        crop = container_crop(file)
+        height, shown = first.height - crop.top - crop.bottom, first.width - crop.left - crop.right
+        if min(height, shown) < 1:
+            raise DataError(f"crops all of its pictures of {first.width}x{first.height}")
+        width = max(1, round(shown * aspect))  # FFmpeg's convention: the height stays
         transfer = transfer_of(first)
         return _Picture(
             height=width if orientation.is_transposed else height,
             width=height if orientation.is_transposed else width,
+            crop=crop,
             pixel_aspect=aspect,
             orientation=orientation,
             is_interlaced=first.interlaced_frame

@@ -25,6 +25,8 @@ class MediaRecord:
     Attributes:
         height: As displayed: turned upright, with square pixels.
         width: As displayed.
+        crop: What the container does not show of the stored picture: rows at the top and bottom, columns on
+            the left and right.
         pixel_aspect: Width of a stored pixel over its height.
         rotation_degrees: How far the stored picture is turned counterclockwise for display: 0, 90, 180, 270.
         is_mirrored: Whether it is mirrored from left to right before that.
@@ -47,6 +49,7 @@ class MediaRecord:
     height: int
     width: int
     seconds: float
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     pixel_aspect: float = 1.0
     rotation_degrees: int = 0
     is_mirrored: bool = False

@@ -23,7 +23,7 @@ from aiprod_ds.decode.frames import (
     is_animated_webp,
     timed_frames,
 )
-from aiprod_ds.decode.pixels import BLACK, Color, Painter
+from aiprod_ds.decode.pixels import BLACK, NO_CROP, Color, Painter
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import DataError
 
@@ -41,6 +41,7 @@ def decode_clip(
     num_frames: int,
     frame_rate_hz: float | None,
     background: Color = BLACK,
+    crop: tuple[int, int, int, int] = NO_CROP,
 ) -> NDArray[np.uint8]:
     """Decodes `num_frames` frames from `start_seconds` on, counted from the stream's first timestamp.
 
@@ -51,6 +52,7 @@ def decode_clip(
         frame_rate_hz: Frame i is the one nearest to `start_seconds + i / frame_rate_hz`; None takes
             consecutive frames.
         background: RGB behind transparent pixels.
+        crop: Of `MediaRecord`: what the container does not show.
 
     Returns:
         [T,H,W,3] uint8 RGB, as displayed: deinterlaced, in SDR, opaque and upright. Where pixels are not
@@ -60,7 +62,7 @@ def decode_clip(
         DataError: If the file ends too early, or a frame that the clip needs is damaged. A codec that carries
             no redundancy (VP8, VP9) decodes some damage to wrong pixels, which nobody can see.
     """
-    painter = Painter(path, background)
+    painter = Painter(path, background, crop)
     try:
         if is_animated_webp(path):
             frames = _chosen(animation_frames(path), painter, start_seconds, num_frames, frame_rate_hz)

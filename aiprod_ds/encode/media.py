@@ -69,6 +69,7 @@ def read_pictures(
         num_frames=shape.frames,
         frame_rate_hz=clip_rate_hz(record, shape),
         background=background,
+        crop=record.crop,
     )
     return fit_clip(
         frames_THWC,

@@ -201,7 +201,7 @@ def _treatment(record: MediaRecord, background: Color) -> str:
         words.append("deinterlaced")
     if record.hdr is not None or record.is_wide_gamut:
         words.append(f"{record.hdr or 'wide gamut'} to SDR")
-    if record.pixel_aspect != 1 or record.is_mirrored:
+    if record.pixel_aspect != 1 or record.is_mirrored or any(record.crop):
         words.append(f"displayed {record.width}x{record.height}")
     if record.has_alpha:
         words.append("on {},{},{}".format(*background))
