@@ -6,6 +6,7 @@ Owns the worker processes; what a clip is is `media.py`'s.
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(_worker: int) -> None:
+    gc.freeze()  # garbage of the parent may hold threads that a fork has not; see the loader of `data`
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group; the encoding process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
