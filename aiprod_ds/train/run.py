@@ -27,6 +27,7 @@ from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Stopwatch
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.console import print_summary
+from aiprod_ds.report.output import open_console
 from aiprod_ds.report.summary import RunStatus, RunSummary
 from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupts, SignalWatch
@@ -119,7 +120,7 @@ def run_training(prepared: Prepared, *, resume: str, console: Console | None = N
         if not dist.is_main():
             lock.share()
         with SignalWatch() as watch, facts.parts.performance.active(facts.plan):
-            return _train(facts, checkpoint, watch, console or Console(stderr=True))
+            return _train(facts, checkpoint, watch, console or open_console(stderr=True))
 
 
 def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
