@@ -52,13 +52,13 @@ class AudioVAE(nn.Module):
         self.vae = prepare_vae(vae)
 
     def forward(
-        self, wave_BCN: Tensor, seeds: Sequence[int] | None = None
+        self, wave_BCN: Tensor, noise: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encodes, draws a latent and decodes.
 
         Args:
             wave_BCN: [B,C,N] in [-1,1], in the module's dtype.
-            seeds: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
+            noise: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
 
         Returns:
             (reconstruction_BCN, mean, logvar): the first cropped to N where the codec pads, the last two
@@ -67,7 +67,7 @@ class AudioVAE(nn.Module):
         Raises:
             EngineError: If the model returns fewer samples than it was given, or another number of channels.
         """
-        latent, mean, logvar = draw_latent(self.vae.encode(wave_BCN), seeds)
+        latent, mean, logvar = draw_latent(self.vae.encode(wave_BCN), noise)
         decoded_BCN = decoded_sample(self.vae.decode(latent.to(wave_BCN.dtype)))
         if decoded_BCN.shape[:2] != wave_BCN.shape[:2] or decoded_BCN.shape[2] < wave_BCN.shape[2]:
             raise EngineError(

@@ -85,14 +85,14 @@ class MelVAE(nn.Module):
         )
 
     def forward(
-        self, wave_BCN: Tensor, seeds: Sequence[int] | None = None
+        self, wave_BCN: Tensor, noise: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes the spectrogram, encodes, draws a latent and decodes.
 
         Args:
             wave_BCN: [B,C,N] in [-1,1]; fp32 even when the module is not, because 16 bits bury quiet bands in
                 rounding noise.
-            seeds: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
+            noise: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
 
         Returns:
             (mel_BCTM, mean, logvar): the reconstructed spectrogram, of which `self.mel(wave_BCN)` is the
@@ -104,7 +104,7 @@ class MelVAE(nn.Module):
         """
         dtype = next(self.vae.parameters()).dtype
         mel_BCTM = self.mel(wave_BCN)
-        latent, mean, logvar = draw_latent(self.vae.encode(mel_BCTM.to(dtype)), seeds)
+        latent, mean, logvar = draw_latent(self.vae.encode(mel_BCTM.to(dtype)), noise)
         decoded_BCTM = decoded_sample(self.vae.decode(latent.to(dtype)))
         batch, channels, frames, bands = mel_BCTM.shape
         if (

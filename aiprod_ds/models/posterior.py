@@ -37,15 +37,15 @@ def split_posterior(encoded: Any) -> tuple[Tensor, Tensor | None]:
     return posterior.mean, posterior.logvar
 
 
-def draw_latent(encoded: Any, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def draw_latent(encoded: Any, noise: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns a latent with the posterior that it comes from.
 
         latent = mean + exp(logvar / 2) * noise
 
     Args:
         encoded: What `encode` returned.
-        seeds: One seed per sample for the noise, so that a draw does not depend on the rank or the batch it
-            falls in; None takes the mean.
+        noise: [B,L,...], normal, or one seed per sample for it, so that a draw does not depend on the rank or
+            the batch it falls in; None takes the mean.
 
     Returns:
         (latent, mean, logvar), all fp32; logvar is clamped to `LOGVAR_RANGE`, or None for a deterministic
@@ -53,13 +53,18 @@ def draw_latent(encoded: Any, seeds: Sequence[int] | None) -> tuple[Tensor, Tens
 
     Raises:
         ConfigError: If `encoded` is nothing known.
-        EngineError: If there are not as many seeds as samples.
+        EngineError: If the noise has another shape than the latent, or seeds another number than samples.
     """
     mean, logvar = split_posterior(encoded)
     mean, logvar = mean.float(), None if logvar is None else logvar.float().clamp(*LOGVAR_RANGE)
-    if seeds is None or logvar is None:
+    if noise is None or logvar is None:
         return mean, mean, logvar
-    return mean + (0.5 * logvar).exp() * _noise_like(mean, seeds), mean, logvar
+    drawn = noise if isinstance(noise, Tensor) else _noise_like(mean, noise)
+    if drawn.shape != mean.shape:
+        raise EngineError(
+            f"posterior noise: must have the latent's shape {tuple(mean.shape)}, got {tuple(drawn.shape)}."
+        )
+    return mean + (0.5 * logvar).exp() * drawn, mean, logvar
 
 
 def decoded_sample(decoded: Any) -> Tensor:

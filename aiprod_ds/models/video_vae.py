@@ -35,13 +35,13 @@ class VideoVAE(nn.Module):
         self.vae = prepare_vae(vae)
 
     def forward(
-        self, video_BCTHW: Tensor, seeds: Sequence[int] | None = None
+        self, video_BCTHW: Tensor, noise: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encodes, draws a latent and decodes.
 
         Args:
             video_BCTHW: [B, 3, T, H, W] in [-1, 1], in the module's dtype.
-            seeds: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
+            noise: See `draw_latent`; None, as in evaluation, takes the posterior's mode.
 
         Returns:
             (reconstruction_BCTHW, mean, logvar), the last two fp32; logvar is None for a deterministic
@@ -50,7 +50,7 @@ class VideoVAE(nn.Module):
         Raises:
             EngineError: If the model returns another shape than it was given.
         """
-        latent, mean, logvar = draw_latent(self.vae.encode(video_BCTHW), seeds)
+        latent, mean, logvar = draw_latent(self.vae.encode(video_BCTHW), noise)
         reconstruction = decoded_sample(self.vae.decode(latent.to(video_BCTHW.dtype)))
         if reconstruction.shape != video_BCTHW.shape:
             raise EngineError(

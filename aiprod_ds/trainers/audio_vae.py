@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,6 @@ from aiprod_ds.losses import LossTerms
 from aiprod_ds.metrics.listening import Visqol
 from aiprod_ds.models.audio_vae import AudioVAE, audio_facts, audio_strides, wrap_audio_vae
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model
-from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.unit import Evaluation, EvaluationRequest
 from aiprod_ds.trainers.audio_objective import Objective, choose_objective, objective_problems
 from aiprod_ds.trainers.base import Trainer
@@ -37,6 +36,7 @@ from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
 from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips
 from aiprod_ds.trainers.measures import audio_measure_names, audio_measure_problems, judged
 from aiprod_ds.trainers.open_data import open_audio_datasets, open_audio_files
+from aiprod_ds.trainers.posterior_noise import PosteriorNoise
 from aiprod_ds.trainers.vae_export import export_vae
 
 
@@ -142,12 +142,14 @@ class AudioVAEUnit(ClipUnit):
     config: AudioVAETrainerConfig
     module: AudioVAE | MelVAE
     _objective: Objective = field(init=False)
+    _noise: PosteriorNoise = field(init=False)
 
     def __post_init__(self) -> None:
         """Builds the losses of all phases."""
         rate_hz = self.config.data.sample_rate_hz
         is_asked_for = self.config.evaluation.measures.visqol
-        is_blank = next(self.module.parameters()).is_meta
+        first = next(self.module.parameters())
+        is_blank = first.is_meta
         self._objective = choose_objective(
             self.module,
             self.config.loss,
@@ -156,15 +158,28 @@ class AudioVAEUnit(ClipUnit):
             opinion=Visqol(sample_rate_hz=rate_hz) if is_asked_for and not is_blank else None,
         )
 
+        self._noise = PosteriorNoise(
+            self.module,
+            name="audio",
+            shapes=[
+                (self.config.data.channels, bucket.frames)
+                for phase in self.plan.phases
+                for bucket in phase.buckets
+            ],
+            dtype=self._objective.input_dtype(first.dtype),
+            seed=self.config.seed,
+        )
+
+    def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
+        """See `PosteriorNoise.draws`."""
+        return self._noise.draws(tensors, places)
+
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not
         on its rank."""
         wave_BCN = batch.tensors["audio"].to(engine.device, non_blocking=True)
-        seeds = [
-            stream_seed(self.config.seed, "posterior", phase.index, batch.position, sample.ordinal)
-            for sample in batch.samples
-        ]
-        output, mean, logvar = engine(wave_BCN.to(self._objective.input_dtype(engine.compute_dtype)), seeds)
+        noise = self._noise.of(batch, phase.index, engine.device)
+        output, mean, logvar = engine(wave_BCN.to(self._objective.input_dtype(engine.compute_dtype)), noise)
         return self._objective.loss(
             phase, output, self._objective.target(wave_BCN), mean, require_posterior(logvar, phase)
         )

@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, T frames, H height, W width; N clips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +25,14 @@ from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
+from aiprod_ds.metrics.video_features import load_features
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.train.unit import Evaluation, EvaluationRequest
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
-from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips
+from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, measured_names
 from aiprod_ds.trainers.measures import (
     VideoMeasures,
     judged,
@@ -40,6 +41,7 @@ from aiprod_ds.trainers.measures import (
     video_measures,
 )
 from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
+from aiprod_ds.trainers.posterior_noise import PosteriorNoise
 from aiprod_ds.trainers.vae_export import export_vae
 from aiprod_ds.trainers.video_examples import VideoExamples, shown_pair
 
@@ -74,6 +76,15 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
     def measures(self, plan: RunPlan) -> tuple[str, ...]:
         """Returns `video_measure_names`."""
         return video_measure_names(self.config, plan)
+
+    def measure_notes(self, plan: RunPlan, data: ClipData) -> tuple[str, ...]:
+        """Returns that rFVD is biased, if it is measured on too few clips."""
+        evaluation, bucket = self.config.evaluation, plan.phases[-1].buckets[0]
+        if evaluation.measures.fvd is None:
+            return ()
+        features = load_features(evaluation.measures.fvd, num_frames=bucket.frames)
+        names = measured_names(data, bucket, max_clips=evaluation.max_clips)
+        return VideoMeasures(features=features).notes(len(names))
 
     def blank_clip(self, bucket: BucketPlan) -> dict[str, Tensor]:
         """Returns `video` [3,T,H,W]."""
@@ -128,12 +139,22 @@ class VideoVAEUnit(ClipUnit):
     module: VideoVAE
     _perceptual: PerceptualLoss | None = field(init=False, default=None)
     _losses: dict[int, VideoVAELoss] = field(init=False)
+    _noise: PosteriorNoise = field(init=False)
     _measures: VideoMeasures = field(init=False, default_factory=VideoMeasures)
 
     def __post_init__(self) -> None:
         """Builds the losses of all phases and the measures, so that a missing weight file is found before
         training."""
-        is_blank = next(self.module.parameters()).is_meta
+        first = next(self.module.parameters())
+        is_blank = first.is_meta
+        buckets = [bucket for phase in self.plan.phases for bucket in phase.buckets]
+        self._noise = PosteriorNoise(
+            self.module,
+            name="video",
+            shapes=[(3, bucket.frames, bucket.height, bucket.width) for bucket in buckets],
+            dtype=first.dtype,
+            seed=self.config.seed,
+        )
         if any(phase.loss_weights["perceptual_weight"] > 0 for phase in self.plan.phases):
             try:
                 self._perceptual = PerceptualLoss(self.config.loss.perceptual, is_blank=is_blank)
@@ -155,7 +176,7 @@ class VideoVAEUnit(ClipUnit):
         video = batch.tensors["video"]
         video_BCTHW = video.to(engine.device, engine.compute_dtype, non_blocking=True)
         place = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
-        noise = [stream_seed(self.config.seed, "posterior", *numbers) for numbers in place]
+        noise = self._noise.of(batch, phase.index, engine.device)
         frames = [stream_seed(self.config.seed, "perceptual_frames", *numbers) for numbers in place]
         reconstruction_BCTHW, mean, logvar = engine(video_BCTHW, noise)
         require_posterior(logvar, phase)
@@ -164,6 +185,10 @@ class VideoVAEUnit(ClipUnit):
             reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames
         )
         return terms
+
+    def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
+        """See `PosteriorNoise.draws`."""
+        return self._noise.draws(tensors, places)
 
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
