@@ -200,7 +200,7 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
             f"phase {entry.phase}: not used, because they have under {entry.length}: {names}"
         )
     plan = data.with_lengths(plan, trainer.source)
-    for note in data.replacements(plan):
+    for note in (*data.replacements(plan), *trainer.measure_notes(plan, data)):
         arguments.console.print(note, markup=False, highlight=False)
     if (warning := trainer.evaluation_cost(plan).warning) is not None:
         arguments.console.print(f"warning: {warning}", markup=False, highlight=False)

@@ -155,6 +155,10 @@ class Trainer(ABC, Generic[ConfigT]):
     def _recompute_default(self) -> bool:
         return read_settings(self.config, source=self.source).activation_checkpointing
 
+    def measure_notes(self, plan: RunPlan, data: ClipData) -> tuple[str, ...]:  # noqa: ARG002
+        """Returns in words what is doubtful of the measures on the held-out clips of `data`."""
+        return ()
+
     def num_parameters(self) -> int:
         """Returns the number of parameters of the model."""
         return sum(parameter.numel() for parameter in self.shapes.parameters())

@@ -92,6 +92,18 @@ BAD_SETTINGS = {
             "got 6. Use 5 or 9"
         ),
     ),
+    "measure without weights": (
+        ["evaluation.measures.lpips=on", "loss.perceptual.weights=nowhere.pth"],
+        "evaluation.measures.lpips: perceptual.weights: must be a file (torchvision's vgg16-397923af.pth)",
+    ),
+    "measure without a network": (
+        ["evaluation.measures.fvd={network: nowhere.pt}"],
+        "evaluation.measures.fvd.network: must be a file, got 'nowhere.pt', which is none. Ways out: ",
+    ),
+    "best by an unknown measure": (
+        ["checkpoint.keep_last=1", "checkpoint.keep_best={metric: psnr, mode: max}"],
+        "checkpoint.keep_best.metric: must be one of psnr_db, ",
+    ),
     "misspelt model": (["model.source=AutoencoderKLLTXVide"], "Did you mean 'AutoencoderKLLTXVideo'?"),
     "engine file missing": (
         ["engine.deepspeed_config=nowhere.json"],

@@ -180,6 +180,19 @@ def test_rfvd_that_cannot_be_measured_is_refused(
     assert message in str(caught.value)
 
 
+def test_check_is_told_that_few_clips_bias_rfvd(tmp_path: Path) -> None:
+    trainer = _video(tmp_path, measures={"fvd": FVD})
+    few, enough = (trainer._open_datasets(_clips(1), _clips(count)) for count in (3, 12))
+    more = _video(tmp_path, measures={"fvd": FVD}, evaluation={"max_clips": 12})
+
+    assert trainer.measure_notes(trainer.plan(), few)[0].startswith(
+        "rfvd: measured on 3 clips; below 12, twice"
+    )
+    assert trainer.measure_notes(trainer.plan(), enough)[0].startswith("rfvd: measured on 4 clips")
+    assert more.measure_notes(more.plan(), enough) == ()
+    assert _video(tmp_path).measure_notes(trainer.plan(), few) == ()
+
+
 @pytest.mark.parametrize(
     ("metric", "mode", "message"),
     [
