@@ -51,9 +51,15 @@ def quiet_logs() -> None:
     is_verbose = logging.getLogger(__package__).isEnabledFor(logging.DEBUG)
     level = logging.INFO if is_verbose else logging.WARNING
     logger.setLevel(level)
+    logger.addFilter(_is_news)  # the same one again is not added
     for handler in logger.handlers:  # has a level of its own (utils/logging.py:46)
         handler.setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*` is deprecated")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # runtime/engine.py:2304 warns of every optimizer that is not its own, as this package's is on purpose.
+    return "untested optimizer" not in record.getMessage()
 
 
 def leave_out_shared_memory_op() -> None:
