@@ -28,7 +28,7 @@ class ClipDataConfig(StrictModel):
     max_unreadable_fraction: Fraction = 0.05
     """Share of files that may be unreadable; above it the run stops before training."""
     duplicates: Literal["allow", "warn", "error"] = "warn"
-    """The same content twice in training, or in training and validation: allowed, told in the log and the
+    """The same content twice in training, or in training and validation: allowed, told by `check` and in the
     report, or an error."""
 
     @model_validator(mode="after")

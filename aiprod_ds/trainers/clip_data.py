@@ -7,7 +7,6 @@ dataset's (`aiprod_ds.data`). `open_data.py` opens each kind.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.data.treatment import duplicate_notes, ignored_notes
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.report.summary import DataSummary
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,8 +236,6 @@ def manifest_notes(config: ClipDataConfig, train: Manifest, validation: Manifest
             f"{train.root}: must hold no clip twice (data.duplicates: error), got {'; '.join(copies)}. "
             "Remove the copies, or set data.duplicates to warn or allow."
         )
-    for note in copies:
-        _log.warning("duplicates: %s", note)
     return (*ignored_notes(train, validation), *copies)
 
 

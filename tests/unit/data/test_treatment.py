@@ -185,9 +185,7 @@ def test_doubles_are_found_by_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["allow", "warn", "error"])
-def test_doubles_are_allowed_told_or_an_error(
-    tmp_path: Path, setting: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_doubles_are_allowed_told_or_an_error(tmp_path: Path, setting: str) -> None:
     film = write_film(tmp_path / "train" / "a.mp4", [corners(32, 48)] * 4, Coding(**_X264))
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation" / "b.mp4").write_bytes(film.read_bytes())
@@ -202,4 +200,3 @@ def test_doubles_are_allowed_told_or_an_error(
             open_video_files(config, seed=0)
         return
     assert (leak in open_video_files(config, seed=0).notes) == (setting == "warn")
-    assert (leak in caplog.text) == (setting == "warn")

@@ -17,8 +17,8 @@ from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.data import probe
 from aiprod_ds.data.synthetic import SyntheticVideoDataset, write_synthetic_clips
+from aiprod_ds.decode import probe
 from aiprod_ds.errors import PlanError
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
