@@ -72,12 +72,14 @@ def smooth(values: Floats, half_width: int) -> Floats:
     5.5.
     """
     is_finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
+    with np.errstate(over="ignore", invalid="ignore"):  # of values near the largest there are: no mean
+        sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(is_finite)])
     places = np.arange(len(values))
     first, last = np.maximum(places - half_width, 0), np.minimum(places + half_width + 1, len(values))
     count = counts[last] - counts[first]
-    smoothed: Floats = np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
+    with np.errstate(invalid="ignore"):
+        smoothed: Floats = np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
     return smoothed
 
 
@@ -109,4 +111,6 @@ def seconds_by_update(curves: Mapping[str, Curve]) -> tuple[Floats, Floats]:
         return np.array([0.0]), np.array([0.0])
     updates = np.concatenate([[0.0], curve.updates])
     seconds = np.where(np.isfinite(curve.values), curve.values, 0.0)
-    return updates, np.concatenate([[0.0], np.cumsum(np.maximum(np.diff(updates), 0.0) * seconds)])
+    with np.errstate(over="ignore"):
+        passed = np.cumsum(np.maximum(np.diff(updates), 0.0) * seconds)
+    return updates, np.concatenate([[0.0], passed])

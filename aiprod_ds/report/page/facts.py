@@ -250,7 +250,8 @@ def summary_words(run: RunRecord) -> str:
     """Returns what was trained and on what, in one sentence; empty if the folder does not say."""
     known = told(run)
     words = []
-    model = known.get("model") or (run.config.get("model") or {}).get("source")
+    section = run.config.get("model")
+    model = known.get("model") or (section.get("source") if isinstance(section, dict) else None)
     if model:
         words.append(str(model))
     if isinstance(known.get("parameters"), int):
@@ -320,7 +321,8 @@ def _environment(run: RunRecord) -> Iterator[tuple[str, str]]:
     hardware = environment.get("hardware")
     if isinstance(hardware, dict):
         yield "processor", f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
-        yield "accelerators", _grouped(hardware.get("gpus") or ())
+        gpus = hardware.get("gpus")
+        yield "accelerators", _grouped(gpus if isinstance(gpus, list) else ())
         if isinstance(hardware.get("memory_bytes"), int):
             yield "memory", bytes_text(hardware["memory_bytes"])
     if isinstance(known.get("peak_rss_bytes"), int):

@@ -16,11 +16,21 @@ from typing import Any
 
 from aiprod_ds.errors import AiprodError, DataError
 from aiprod_ds.metrics.evaluations import FILE as EVALUATIONS
-from aiprod_ds.metrics.evaluations import EvaluationRecord
+from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium
 from aiprod_ds.metrics.jsonl import MetricRow
 from aiprod_ds.report.page.older_runs import evaluations_of_rows
 from aiprod_ds.strict_yaml import read_yaml
 
+# Of start.json, report.json, an environment and a row of plan.json.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "model", "engine", "precision", "command", "platform", "name"), str),
+    **dict.fromkeys(("updates", "planned_updates", "skipped_updates", "parameters", "world_size"), int),
+    **dict.fromkeys(("peak_rss_bytes", "ranks", "hosts", "phase", "max_updates", "min_updates"), int),
+    **dict.fromkeys(("height", "width", "frames", "global_batch_size"), int),
+    **dict.fromkeys(("pixels_per_update", "learning_rate_max"), (int, float)),
+    **dict.fromkeys(("phases", "replacements", "not_saved", "performance", "resharded"), list),
+    **dict.fromkeys(("data", "time_seconds", "versions", "hardware", "git"), dict),
+}
 _OF_A_RUN = ("config.yaml", "plan.json", "metrics.jsonl", "report.json", EVALUATIONS)
 _MAX_BYTES_WHOLE = 24 << 20
 _SAMPLED_ROWS, _LAST_BYTES = 12_000, 1 << 20
@@ -121,6 +131,18 @@ def read_run(folder: Path, *, is_running: bool = False) -> RunRecord:
     )
 
 
+def _typed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what has the type that the page expects of it."""
+    data = values.get("data")
+    if isinstance(data, dict):
+        values = {**values, "data": {key: value for key, value in data.items() if isinstance(value, list)}}
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, _TYPES.get(key, object)) and not isinstance(value, bool)
+    }
+
+
 def _read(path: Path, parse: Callable[[bytes], Any], problems: list[str], *, default: Any) -> Any:
     """Returns what is in the file, or the default if it is not there or damaged, which is told."""
     try:
@@ -137,14 +159,14 @@ def _mapping(data: bytes) -> Mapping[str, Any]:
     value = json.loads(data.decode("utf-8", "replace"))
     if not isinstance(value, dict):
         raise TypeError(f"must be an object, got {type(value).__name__}")
-    return value
+    return _typed(value)
 
 
 def _mappings(data: bytes) -> tuple[Mapping[str, Any], ...]:
     value = json.loads(data.decode("utf-8", "replace"))
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise TypeError("must be a list of objects")
-    return tuple(value)
+    return tuple(map(_typed, value))
 
 
 def _yaml(data: bytes) -> Mapping[str, Any]:
@@ -185,7 +207,7 @@ def _read_evaluations(path: Path, problems: list[str]) -> tuple[EvaluationRecord
 
 
 def _sound(record: EvaluationRecord) -> EvaluationRecord:
-    """Returns the record with the types that it promises.
+    """Returns the record with the types that it promises, without media that have others.
 
     Raises:
         ValueError: If a number is none.
@@ -198,7 +220,23 @@ def _sound(record: EvaluationRecord) -> EvaluationRecord:
         phase=str(record.phase),
         phase_index=int(record.phase_index),
         seconds=float(record.seconds),
+        clips=tuple(map(str, record.clips)),
+        not_judged=tuple(
+            entry
+            for entry in record.not_judged
+            if _are_texts(entry.clip, entry.measure, entry.reason) and entry.measure
+        ),
+        media=tuple(medium for medium in record.media if _is_sound(medium)),
     )
+
+
+def _is_sound(medium: Medium) -> bool:
+    texts = (medium.path, medium.kind, medium.role, medium.caption, medium.source, medium.prompt)
+    return _are_texts(*texts) and (medium.clip is None or type(medium.clip) is int)
+
+
+def _are_texts(*values: object) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _read_rows(path: Path, problems: list[str]) -> tuple[list[MetricRow], list[MetricRow]]:

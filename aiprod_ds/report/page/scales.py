@@ -11,7 +11,7 @@ import numpy as np
 from aiprod_ds.report.curves import Floats
 from aiprod_ds.report.words import count_text, duration, four_digits
 
-_LOG_FROM_RATIO = 5.0
+_LOG_FROM_RATIO, _LOG_TO_RATIO = 5.0, 1e30  # beyond, what the margins are made of overflows
 _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 
 
@@ -46,7 +46,8 @@ class Tick:
 
 def x_axis(all_xs: Sequence[Floats]) -> Axis:
     """Returns an axis from 0 to the largest value of any series, at least to 1."""
-    return Axis(low=0.0, high=max([1.0, *(float(xs.max()) for xs in all_xs if len(xs))]))
+    finite = [xs[np.isfinite(xs)] for xs in all_xs]
+    return Axis(low=0.0, high=max([1.0, *(float(xs.max()) for xs in finite if len(xs))]))
 
 
 def y_axis(shown: Sequence[Floats], *, from_zero: bool, may_be_log: bool, pad: float = 0.05) -> Axis:
@@ -55,7 +56,7 @@ def y_axis(shown: Sequence[Floats], *, from_zero: bool, may_be_log: bool, pad: f
     low, high = float(values.min()), float(values.max())
     if len(values) > 50:
         low, high = (float(value) for value in np.quantile(values, (0.002, 0.998)))
-    if may_be_log and values.min() > 0 and low > 0 and high / low > _LOG_FROM_RATIO:
+    if may_be_log and values.min() > 0 and _LOG_FROM_RATIO < high / low < _LOG_TO_RATIO:
         ratio = (high / low) ** pad
         return Axis(low=low / ratio, high=high * ratio, is_log=True)
     if from_zero and low >= 0:
