@@ -44,7 +44,7 @@ part "5/5 sampling" "$venv/bin/aiprod-ds" sample configs/sample/tiny.yaml --outp
 
 echo
 echo "Done in $((SECONDS - started)) s."
-echo "Reports: $video_vae/report.md, $audio_vae/report.md, $runs/diffusion_tiny/report.md"
+echo "Reports: $video_vae/report.html, $audio_vae/report.html, $runs/diffusion_tiny/report.html"
 echo "Clips:   $runs/samples_tiny/"
 "$venv/bin/python" - "$runs/diffusion_tiny/report.json" <<'PYTHON'
 import json, pathlib, sys

@@ -12,6 +12,6 @@ ln -sfn "$(basename "$run_folder")" runs/quickstart
 
 echo
 echo "Done in $((SECONDS - started)) s."
-echo "Report:   runs/quickstart/report.md"
+echo "Report:   runs/quickstart/report.html"
 echo "Figures:  runs/quickstart/report.json"
 echo "Pictures: runs/quickstart/samples/"

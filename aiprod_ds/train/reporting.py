@@ -24,7 +24,7 @@ from aiprod_ds.metrics.evaluations import EvaluationRecord, read_evaluations
 from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.environment import describe_environment, peak_rss_bytes
-from aiprod_ds.report.page.run_page import write_page
+from aiprod_ds.report.page.run_page import PAGE, write_page
 from aiprod_ds.report.plots import save_plots
 from aiprod_ds.report.run_report import write_report, write_start
 from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummary
@@ -131,6 +131,12 @@ def _write(folder: Path, summary: RunSummary) -> None:
         write_page(folder)
     except Exception as error:  # noqa: BLE001  whatever a file in the folder does to the page
         _LOG.warning("page_failed folder=%s error=%r", folder, error)
+        (folder / PAGE).unlink(missing_ok=True)  # it says that the run goes on
+
+
+def page_of(folder: Path) -> Path:
+    """Returns what a person is to open: the page, or the text where there is no page."""
+    return folder / (PAGE if (folder / PAGE).is_file() else "report.md")
 
 
 def final_state_sha256(engine: Engine) -> str:

@@ -39,6 +39,7 @@ from aiprod_ds.train.phase_change import RunParts, check_recompute
 from aiprod_ds.train.planning.auto import Search, resolve, this_machine
 from aiprod_ds.train.reporting import (
     RunFacts,
+    page_of,
     report_completed,
     report_ended,
     report_interrupted,
@@ -314,7 +315,7 @@ def _run(facts: RunFacts, loop: TrainingLoop, console: Console) -> RunSummary:
     else:
         summary = report_interrupted(facts, loop)
     if dist.is_main():
-        print_summary(console, summary, report=facts.folder / "report.md")
+        print_summary(console, summary, report=page_of(facts.folder))
     return summary
 
 

@@ -61,6 +61,8 @@ def y_axis(shown: Sequence[Floats], *, from_zero: bool, may_be_log: bool, pad: f
         return Axis(low=low / ratio, high=high * ratio, is_log=True)
     if from_zero and low >= 0:
         return Axis(low=0.0, high=1.08 * high or 1.0)
+    if high == low == 0:
+        return Axis(low=0.0, high=1.0)
     if high == low:
         room = abs(high) * 0.1 or 1.0
         return Axis(low=low - room, high=high + room)

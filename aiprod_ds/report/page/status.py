@@ -64,7 +64,7 @@ def status_of(run: RunRecord) -> Status:
     when = "an unknown time" if run.last_write is None else f"{run.last_write:%Y-%m-%d %H:%M} UTC"
     sentence = {
         "running": f"As of {run.as_of:%Y-%m-%d %H:%M} UTC. The page is written anew at every evaluation; if "
-        "that is overdue, `aiprod-ds report` tells whether the run is still alive.",
+        "that is overdue, the command aiprod-ds report tells whether the run is still alive.",
         "completed": "All phases are done.",
         "interrupted": f"Asked to stop{percent}, and saved. {_GOES_ON}",
         "failed": f"Ended by an error{percent}. {_GOES_ON}",
