@@ -57,12 +57,17 @@ class Performance:
         set_compiled(repeated_blocks(module), enabled=self.compiles_blocks)
 
     @contextmanager
-    def active(self, plan: RunPlan) -> Iterator[None]:
-        """Sets torch as chosen while the block runs: backward passes too, which may recompute attention."""
+    def active(self, plan: RunPlan, *, num_sampled_shapes: int = 0) -> Iterator[None]:
+        """Sets torch as chosen while the block runs: backward passes too, which may recompute attention.
+
+        Args:
+            num_sampled_shapes: Of the unit: without room for them, torch would stop compiling training's own.
+        """
         buckets = sum(len(phase.buckets) for phase in plan.phases)
         with ExitStack() as stack:
             # One more for the clip that is evaluated.
-            stack.enter_context(compiled_shapes(buckets + 1, budget=self.activation_memory_budget))
+            shapes = buckets + 1 + num_sampled_shapes
+            stack.enter_context(compiled_shapes(shapes, budget=self.activation_memory_budget))
             if self.has_cudnn_first:
                 stack.enter_context(sdpa_kernel(_CUDNN_FIRST, set_priority=True))
             if self.is_deterministic:

@@ -120,7 +120,9 @@ def run_training(prepared: Prepared, *, resume: str, console: Console | None = N
         require_shared(facts.folder)
         if not dist.is_main():
             lock.share()
-        with SignalWatch() as watch, facts.parts.performance.active(facts.plan):
+        sampled = facts.unit.num_sampled_shapes()
+        active = facts.parts.performance.active(facts.plan, num_sampled_shapes=sampled)
+        with SignalWatch() as watch, active:
             return _train(facts, checkpoint, watch, console or open_console(stderr=True))
 
 

@@ -151,6 +151,9 @@ class Unit(Protocol):
             EvaluationStoppedError: If `request.go_on` has raised it.
         """
 
+    def num_sampled_shapes(self) -> int:
+        """Returns in how many shapes previews run the module beside those of the phases."""
+
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for others, and what they need to know of its latents. Collective; the
         main rank writes."""

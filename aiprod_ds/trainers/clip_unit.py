@@ -81,6 +81,10 @@ class ClipUnit:
         """Returns nothing: the loss draws what it needs, or nothing is left to chance."""
         return {}
 
+    def num_sampled_shapes(self) -> int:
+        """Returns 0: nothing is sampled."""
+        return 0
+
     def _measured_names(self) -> tuple[str, ...]:
         """Returns the names of the held-out clips that evaluations measure, by place."""
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips

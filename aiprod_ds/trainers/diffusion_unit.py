@@ -176,6 +176,20 @@ class DiffusionUnit(ClipUnit):
         means_ML = _mean_over_ranks(sums_ML, count, engine)
         return _measures(means_ML, modalities, levels, self.plan.phases[-1].loss_weights)
 
+    def num_sampled_shapes(self) -> int:
+        """Returns how many shapes own prompts have: of latents and embeddings, with a first frame or
+        without."""
+        if self._previews is None or not self._prompts.entries:
+            return 0
+        own = self._preview_items()[: len(self._prompts.entries)]
+        # The empty prompt of guidance has a length of its own.
+        return 2 * len(
+            {
+                (item.first_frame is None, *(tuple(tensor.shape) for tensor in item.tensors.values()))
+                for item in own
+            }
+        )
+
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model in diffusers' layout, or the adapters in PEFT's and ComfyUI's.
 

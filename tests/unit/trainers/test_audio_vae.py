@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, PlanError
+from aiprod_ds.metrics.evaluations import read_evaluations
 from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
@@ -129,6 +130,21 @@ def test_there_is_something_to_see_and_to_hear(whole: Path, report: dict[str, An
     page = (whole / "report.md").read_text()
     assert "| samples |" in page
     assert "[clip 1, after phase long](samples/phase_2_long_clip_1.wav)" in page
+
+
+def test_an_evaluation_inside_a_phase_has_sounds_of_its_own(whole: Path, tmp_path: Path) -> None:
+    evaluation = {"max_clips": 2, "num_pictures": 1, "every_updates": 2}
+    summary = _trainer(tmp_path, evaluation=evaluation).train()
+    report = json.loads((whole / "report.json").read_text())
+    assert summary.final_state_sha256 == report["final_state_sha256"], "nothing in training changed"
+    record = next(found for found in read_evaluations(tmp_path) if found.update == 2)
+    assert record.clips == ("dataset[0]", "dataset[1]")
+    assert [(medium.path, medium.kind, medium.role, medium.source) for medium in record.media] == [
+        ("samples/update_000002.png", "picture", "sheet", ""),
+        ("samples/original_clip_1.wav", "sound", "original", "dataset[0]"),
+        ("samples/update_000002_clip_1.wav", "sound", "reconstruction", "dataset[0]"),
+    ]
+    assert all((tmp_path / medium.path).stat().st_size for medium in record.media)
 
 
 def test_the_terms_that_are_measured_stand_in_every_row(whole: Path) -> None:

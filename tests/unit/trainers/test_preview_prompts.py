@@ -172,6 +172,16 @@ def test_a_clip_depends_on_its_prompt_its_place_and_its_seed_alone(
 
 
 @pytest.mark.slow
+def test_compilation_has_room_for_the_shapes_of_own_prompts(tmp_path: Path, picture: str) -> None:
+    """Two shapes, and of each the prompt's length and the empty one's."""
+    trainer = _trainer(tmp_path, prompts=["x", "y", *_prompts(picture)])
+    unit = trainer._prepare().build_unit(trainer.plan())
+    assert unit.num_sampled_shapes() == 4
+    plain = _trainer(tmp_path, text=None, guidance_scale=1.0)
+    assert plain._prepare().build_unit(plain.plan()).num_sampled_shapes() == 0
+
+
+@pytest.mark.slow
 def test_what_was_encoded_stays_in_the_run_folder_in_bf16(tmp_path: Path, picture: str) -> None:
     _trainer(tmp_path / "run", prompts=_prompts(picture), updates=1).train()
     stored = load_file(tmp_path / "run" / FILE)
