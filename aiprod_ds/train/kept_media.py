@@ -6,12 +6,14 @@ their media. Called when an evaluation was written and when a run goes on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from aiprod_ds.metrics.evaluations import EvaluationRecord, keep_evaluations, read_evaluations
+from aiprod_ds.metrics.evaluations import FILE, EvaluationRecord, keep_evaluations, read_evaluations
 
+_LOG = logging.getLogger(__name__)
 _SHARED = ("original",)  # one file for all evaluations
 
 
@@ -51,11 +53,16 @@ def kept_numbers(count: int, keep: int) -> set[int]:
 
 def drop_later_evaluations(folder: Path, *, count: int) -> None:
     """Leaves the first `count` records, which the checkpoint knows that a run goes on from, and deletes what
-    the others show."""
+    the others show.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    if not (folder / FILE).exists():
+        return
     records = read_evaluations(folder)
-    if len(records) > count:
-        keep_evaluations(folder, records[:count])
-        _delete(folder, records[count:], records[:count])
+    keep_evaluations(folder, records[:count])  # also without a line that a kill cut short
+    _delete(folder, records[count:], records[:count])
 
 
 def _is_inside(record: EvaluationRecord) -> bool:
@@ -66,5 +73,9 @@ def _is_inside(record: EvaluationRecord) -> bool:
 def _delete(folder: Path, gone: Sequence[EvaluationRecord], kept: Sequence[EvaluationRecord]) -> None:
     used = {medium.path for record in kept for medium in record.media}
     for medium in (medium for record in gone for medium in record.media):
-        if medium.path not in used and medium.role not in _SHARED:
+        if medium.path in used or medium.role in _SHARED:
+            continue
+        try:
             (folder / medium.path).unlink(missing_ok=True)
+        except OSError as error:  # a run does not end for a picture that is too many
+            _LOG.warning("medium_not_deleted path=%s error=%s", medium.path, error)

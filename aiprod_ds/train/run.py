@@ -271,8 +271,7 @@ def _new_loop(
     phase_is_measured = plan.phases[clock.phase].name in history.phase_metrics
     evaluates_again = clock.phase_updates > 0 and not is_measured and not phase_is_measured
     resumed = {"is_resumed": standing.is_resumed, "evaluates_again": evaluates_again}
-    if dist.is_main():
-        drop_later_evaluations(facts.folder, count=history.evaluations)
+    dist.from_main(lambda: drop_later_evaluations(facts.folder, count=history.evaluations))
     sinks = open_sinks(config, plan, console, clock, **resumed) if dist.is_main() else ()
     engine, stopwatch = state.engine, Stopwatch()
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)

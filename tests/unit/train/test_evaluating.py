@@ -20,6 +20,7 @@ from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.metrics.evaluations import (
+    FILE,
     EvaluationRecord,
     Medium,
     append_evaluation,
@@ -358,7 +359,10 @@ def _shown(folder: Path, update: int, reason: Any = "interval") -> None:
 def test_evaluations_after_the_checkpoint_go_with_their_files_but_not_the_originals(tmp_path: Path) -> None:
     for update in 1, 2, 3:
         _shown(tmp_path, update)
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"update": 4, "sam')  # cut short by a kill
     drop_later_evaluations(tmp_path, count=5)
+    assert len((tmp_path / FILE).read_text().splitlines()) == 3
     assert len(read_evaluations(tmp_path)) == 3
     drop_later_evaluations(tmp_path, count=1)
     assert [record.update for record in read_evaluations(tmp_path)] == [1]
