@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from aiprod_ds.engine import dist
 from aiprod_ds.metrics.jsonl import read_metrics
+from aiprod_ds.report.page import sink
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.train import reporting
@@ -70,9 +71,13 @@ def train_and_resume(
 
 @contextmanager
 def without_plots() -> Iterator[None]:
-    """Leaves the plots out of the reports of runs that end in the block: to draw them takes longer than a
+    """Leaves the plots and the page out of the reports of runs in the block: to make them takes longer than a
     small training."""
-    with patch.object(reporting, "save_plots", lambda *_, **__: ()):
+    with (
+        patch.object(reporting, "save_plots", lambda *_, **__: ()),
+        patch.object(reporting, "write_page", lambda *_, **__: None),
+        patch.object(sink, "write_page", lambda *_, **__: None),
+    ):
         yield
 
 

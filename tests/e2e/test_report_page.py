@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.report.page.compare_page import write_comparison
 from aiprod_ds.testing.browser import Browser, Page, find_browser, open_browser
 from aiprod_ds.testing.processes import run_in_own_session
-from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_oobleck
+from aiprod_ds.train import reporting
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
@@ -89,7 +90,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "diffusion": _diffusion,
     }
     found = {kind: root / kind for kind in KINDS}
-    with dist.process_group(), without_plots():
+    with dist.process_group(), patch.object(reporting, "save_plots", lambda *_, **__: ()):
         for kind, folder in found.items():
             trainers[kind](folder).train()
     return found

@@ -22,6 +22,7 @@ from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError
+from aiprod_ds.report.page.run_page import write_page
 from aiprod_ds.report.plots import save_plots
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.testing.runs import repeatable_rows
@@ -155,9 +156,13 @@ def _group() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing interrupted, with plots, which others here do not draw."""
+    """The folder of a run that nothing interrupted, with plots and a page, which others here do not make."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    with dist.process_group(), patch.object(reporting, "save_plots", save_plots):
+    with (
+        dist.process_group(),
+        patch.object(reporting, "save_plots", save_plots),
+        patch.object(reporting, "write_page", write_page),
+    ):
         _trainer(folder).train()
     return folder
 
@@ -193,7 +198,9 @@ def test_the_run_folder_is_complete(whole: Path) -> None:
         "config.yaml",
         "plan.json",
         "environment.json",
+        "start.json",
         "report.md",
+        "report.html",
         "plots/loss.png",
         "samples/before.png",
     ):
