@@ -60,7 +60,8 @@ def encode_mp4(frames_THWC: Pixels, *, frame_rate_hz: float, sound: Sound | None
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
         rate = Fraction(frame_rate_hz).limit_denominator(1001)  # NTSC's rates are n * 1000/1001
-        picture = container.add_stream("h264", rate=rate, options={"crf": "16"})
+        # Three times as fast as x264's own preset at the same crf: a signal waits for the film under way.
+        picture = container.add_stream("h264", rate=rate, options={"crf": "16", "preset": "veryfast"})
         picture.height, picture.width, picture.pix_fmt = even_THWC.shape[1], even_THWC.shape[2], "yuv420p"
         voice = None
         if sound is not None and samples_CN is not None:
