@@ -87,9 +87,18 @@ def test_pictures_and_plots_can_be_read(trained: Finished) -> None:
 
 
 def test_the_run_folder_is_whole(trained: Finished) -> None:
-    wanted = ("config.yaml", "plan.json", "environment.json", "report.md", "export/config.json")
+    wanted = ("config.yaml", "plan.json", "environment.json", "start.json", "export/config.json")
     assert [name for name in wanted if not (trained.folder / name).is_file()] == []
     assert (trained.folder / "checkpoints" / "latest").read_text(encoding="utf-8") == "update_000007\n"
+
+
+def test_the_report_names_the_command_that_started_both_ranks(trained: Finished) -> None:
+    environment = trained.report["environment"]
+    assert (environment["ranks"], environment["hosts"]) == (2, 1)
+    assert environment["command"].startswith("deepspeed --num_accelerators 2 --master_addr 127.0.0.1 ")
+    assert " --module aiprod_ds train " in environment["command"]
+    for page in ("report.md", "report.html"):
+        assert "deepspeed --num_accelerators 2" in (trained.folder / page).read_text(encoding="utf-8")
 
 
 def test_its_checkpoint_of_two_ranks_becomes_what_it_exported(trained: Finished, tmp_path: Path) -> None:
