@@ -6,6 +6,7 @@ height, W width, three channels last.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from aiprod_ds.decode.deinterlace import Deinterlacer
 from aiprod_ds.decode.frames import MissingNeighbourError, TimedFrame, UndecodableError
-from aiprod_ds.decode.orientation import orientation_of
+from aiprod_ds.decode.orientation import Orientation, orientation_of
 from aiprod_ds.decode.tone_map import is_wide, to_sdr
 
 Color = tuple[int, int, int]
@@ -40,6 +41,7 @@ class Painter:
         self._background = background
         self._crop = crop
         self._deinterlacer = Deinterlacer()
+        self._known_orientation: tuple[int, Orientation] | None = None
 
     def pixels(self, item: TimedFrame) -> NDArray[np.uint8]:
         """Returns a frame's pixels, [H,W,3] uint8 RGB, upright; not yet stretched where they are not square.
@@ -51,7 +53,7 @@ class Painter:
         frame = item.frame
         if frame.is_corrupt:
             raise UndecodableError(f"damaged data in the frame of timestamp {frame.pts}")
-        orientation = orientation_of(frame, self._path)
+        orientation = self._orientation(frame)
         if frame.interlaced_frame:
             if item.lacks_before:
                 raise MissingNeighbourError(f"no frame before the interlaced one of timestamp {frame.pts}")
@@ -64,6 +66,14 @@ class Painter:
             pixels_HWC = _on_background(pixels_HWC, alpha_HW, self._background)
         return orientation.upright(self._shown(pixels_HWC))
 
+    def _orientation(self, frame: av.VideoFrame) -> Orientation:
+        # PyAV 18: asking a frame for its side data ties it into a circle (frame.py, `side_data`), which keeps
+        # its memory until the garbage collector comes, and the decoder from using that memory again.
+        rotation = frame.rotation
+        if self._known_orientation is None or self._known_orientation[0] != rotation:
+            self._known_orientation = (rotation, orientation_of(frame, self._path))
+        return self._known_orientation[1]
+
     def _shown(self, pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         top, bottom, left, right = self._crop
         height, width = pixels_HWC.shape[:2]
@@ -72,10 +82,16 @@ class Painter:
 
 def alpha_of(frame: av.VideoFrame) -> NDArray[np.uint8] | None:
     """Returns how opaque each pixel is, [H,W] uint8; None if all are, fully."""
-    if not frame.format.has_palette and not any(part.is_alpha for part in frame.format.components):
+    if not _carries_alpha(frame.format.name):
         return None
     alpha_HW = _converted(frame, "rgba")[..., 3]
     return None if alpha_HW.min() == 255 else alpha_HW
+
+
+@functools.cache
+def _carries_alpha(pixel_format: str) -> bool:
+    known = av.VideoFormat(pixel_format)
+    return known.has_palette or any(part.is_alpha for part in known.components)
 
 
 def _converted(frame: av.VideoFrame, pixel_format: str) -> NDArray[np.uint8]:

@@ -79,7 +79,8 @@ def sdr_of_codes(codes_HWC: NDArray[np.uint16], transfer: Transfer, primaries: i
         luminance_HW = light_HWC @ _HLG_LUMINANCE
         light_HWC *= (luminance_HW ** np.float32(_HLG_SYSTEM_GAMMA - 1))[..., None]
     if transfer != "sdr":
-        largest_HW = light_HWC.max(axis=-1)
+        red_HW, green_HW, blue_HW = np.moveaxis(light_HWC, -1, 0)
+        largest_HW = np.maximum(np.maximum(red_HW, green_HW), blue_HW)  # numpy's max over three is slow
         light_HWC *= _gain_table()[_index(largest_HW)][..., None]
     known = primaries if primaries in _CHROMATICITIES else (_BT709 if transfer == "sdr" else _BT2020)
     if known != _BT709:
@@ -125,8 +126,11 @@ def rolled_off(light: NDArray[np.float64]) -> NDArray[np.float64]:
 # Tables, because a power of every pixel of a 4K frame would take a second. Light is relative to `HDR_PEAK`,
 # of SDR to its white. Tables over light have its square root as index, which keeps dark steps fine.
 def _index(light: Floats) -> NDArray[np.uint16]:
-    index: NDArray[np.uint16] = (np.sqrt(light.clip(0, 1)) * (_STEPS - 1) + 0.5).astype(np.uint16)
-    return index
+    index = light.clip(0, 1)
+    np.sqrt(index, out=index)
+    index *= _STEPS - 1
+    index += 0.5
+    return index.astype(np.uint16)
 
 
 def _indexed_light() -> NDArray[np.float64]:
