@@ -203,10 +203,11 @@ def test_text_stands_out_from_what_is_behind_it(
 def test_the_comparison_of_runs_is_a_good_page_too(
     folders: dict[str, Path], browser: Browser, tmp_path: Path
 ) -> None:
-    output = write_comparison([folders["video"], folders["audio"]], tmp_path / "comparison.html")
+    output = write_comparison(list(folders.values()), tmp_path / "comparison.html")
     for width in WIDTHS.values():
         page = browser.open(output, width=width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(_TOO_WIDE) == []
         assert (page.errors, page.requests) == ([], [])
         assert all(ready >= 2 for _, ready, _ in page.evaluate(_READY))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import write_atomically
-from aiprod_ds.metrics.metric_names import find_measure, measure_order
+from aiprod_ds.metrics.metric_names import find_measure, find_metric, measure_order
 from aiprod_ds.report.curves import Curve, Floats, curves_of, seconds_by_update
 from aiprod_ds.report.measures import is_better, label_of, value_text
 from aiprod_ds.report.page import facts
@@ -135,7 +135,7 @@ def render_comparison(
         speed=_kept(
             [
                 _shared(runs, "throughput/clips_per_second", "clips/s", ""),
-                _shared(runs, "learning_rate", "lr", ""),
+                _shared(runs, "learning_rate", "learning rate", ""),
             ]
         ),
         beside=_side_by_side(runs, galleries),
@@ -201,7 +201,7 @@ def _loss_charts(runs: Sequence[_Run]) -> list[Chart]:
 
 
 def _common(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name, name.removeprefix("loss/").replace("_", " ")) for name in names[:_MAX_TERMS]]
+    return [(name, find_metric(name).label) for name in names[:_MAX_TERMS] if name != "loss/"]
 
 
 def _shared(runs: Sequence[_Run], name: str, title: str, unit: str, *, by_time: bool = False) -> Chart | None:
