@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,12 +27,9 @@ UPDATES = (3, 2, 2)
 RESOLUTIONS = ("32x32", "32x64", "64x64")
 FRAMES, SNAPPED_FRAMES = (8, 9, 16), (9, 9, 17)  # the model takes 1 + 2k
 BATCHES = (8, 4, 2)
-PICTURES = [
-    "samples/before.png",
-    "samples/phase_1_low.png",
-    "samples/phase_2_medium.png",
-    "samples/phase_3_high.png",
-]
+MOMENTS = ("before", "phase_1_low", "phase_2_medium", "phase_3_high")
+PICTURES = [f"samples/{moment}.png" for moment in MOMENTS]
+FILMS = [f"samples/{name}_clip_{clip}.mp4" for name in ("original", *MOMENTS) for clip in (1, 2, 3)]
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e, pytest.mark.slow]
 
@@ -78,12 +77,20 @@ def test_every_update_has_a_row(trained: Finished) -> None:
 
 
 def test_pictures_and_plots_can_be_read(trained: Finished) -> None:
-    assert [picture["path"] for picture in trained.report["pictures"]] == PICTURES
+    assert [picture["path"] for picture in trained.report["pictures"]] == [*PICTURES, *FILMS]
     assert trained.report["plots"]
-    for picture in (*trained.report["pictures"], *trained.report["plots"]):
-        pixels = matplotlib.image.imread(trained.folder / picture["path"])
+    for path in (*PICTURES, *(picture["path"] for picture in trained.report["plots"])):
+        pixels = matplotlib.image.imread(trained.folder / path)
         assert min(pixels.shape[:2]) >= 64
         assert pixels[..., :3].std() > 0, "a picture of one colour shows nothing"
+
+
+def test_films_of_originals_and_reconstructions_can_be_played(trained: Finished) -> None:
+    for path in FILMS:
+        with av.open(str(trained.folder / path)) as film:
+            frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert len(frames) == SNAPPED_FRAMES[-1]
+        assert np.std(frames) > 0, "a film of one colour shows nothing"
 
 
 def test_the_run_folder_is_whole(trained: Finished) -> None:
