@@ -23,7 +23,7 @@ from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
-IMAGE_EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
+IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEO_EXTENSIONS = frozenset(
     {
         ".3gp",
@@ -63,6 +63,25 @@ AUDIO_EXTENSIONS = frozenset(
         ".opus",
         ".wav",
         ".wma",
+    }
+)
+# Pictures and films that are not read, or not rightly: FFmpeg gives the tiles of HEIC and the alpha of AVIF
+# as streams of their own.
+_FOREIGN_EXTENSIONS = frozenset(
+    {
+        ".arw",
+        ".avif",
+        ".braw",
+        ".cr2",
+        ".cr3",
+        ".dng",
+        ".exr",
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".nef",
+        ".psd",
+        ".r3d",
     }
 )
 _PARTIAL_SUFFIXES = frozenset({".crdownload", ".download", ".part", ".partial", ".tmp"})
@@ -268,6 +287,8 @@ def _clips_of_folder(folder: Path, medium: Medium, ignored: list[Unreadable]) ->
         suffix = Path(path).suffix.lower()
         if suffix in _PARTIAL_SUFFIXES and Path(Path(path).stem).suffix.lower() in _EXTENSIONS[medium]:
             ignored.append(Unreadable(path=path, reason="not whole yet"))
+        if suffix in _FOREIGN_EXTENSIONS and medium == "video":
+            ignored.append(Unreadable(path=path, reason="of a kind that is not read, convert it"))
         if suffix not in _EXTENSIONS[medium]:
             continue
         if any(part.startswith(".") for part in path.split("/")):

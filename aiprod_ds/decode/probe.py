@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiprod_ds.decode.container_crop import Crop, container_crop
-from aiprod_ds.decode.diagnosis import diagnose
+from aiprod_ds.decode.diagnosis import cut_off, diagnose
 from aiprod_ds.decode.downmix import check_layout
-from aiprod_ds.decode.frames import animation_frames, decoded_frames, is_animated_webp
+from aiprod_ds.decode.frames import animation_frames, decoded_frames, is_among, is_animated_webp
 from aiprod_ds.decode.orientation import Orientation, orientation_of
 from aiprod_ds.decode.pixels import alpha_of
 from aiprod_ds.decode.record import Hdr, MediaRecord, Medium
@@ -32,6 +32,7 @@ _MAX_PIXEL_ASPECT = 10.0
 # Codec parameters of a stream that is interlaced somewhere: FFmpeg's AVFieldOrder.
 _INTERLACED_ORDERS = frozenset({2, 3, 4, 5})
 _MAX_FIELD_FRAMES = 8
+_WITH_BOXES = frozenset({"mov"})
 # Codecs overshoot full scale by a few dB; beyond 12 dB the samples are integers that somebody stored as
 # floats.
 _MAX_PEAK = 4.0
@@ -68,6 +69,11 @@ def _probe_video(file: Path) -> MediaRecord:
     with av.open(str(file)) as container:
         if not container.streams.video:
             raise DataError("holds no video stream")
+        # With the index in front, FFmpeg reads what is there of a file that was cut off, up to a damaged
+        # frame.
+        problem = cut_off(file) if is_among(container, _WITH_BOXES) else None
+        if problem is not None:
+            raise DataError(problem)
         stream = container.streams.video[0]
         audio = container.streams.audio[0] if container.streams.audio else None
         # Headers lie about the number of frames; packets do not. The flushing packet at the end has no size.

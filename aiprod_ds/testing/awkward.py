@@ -37,6 +37,7 @@ class Coding:
         tags: `color_range`, `color_trc`, `color_primaries`, `colorspace` as FFmpeg numbers them.
         rate_hz: Frames a second.
         format: The container; None takes the file's suffix.
+        container_options: Of the container.
     """
 
     codec: str = "ffv1"
@@ -47,6 +48,7 @@ class Coding:
     tags: Mapping[str, int] = field(default_factory=dict)
     rate_hz: int = 25
     format: str | None = None
+    container_options: Mapping[str, str] = field(default_factory=dict)
 
 
 def corners(height: int, width: int) -> Pixels:
@@ -88,7 +90,8 @@ def write_film(path: Path, pictures: Sequence[Pixels], coding: Coding) -> Path:
     container; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixel_format = {3: "rgb24", 4: "rgba"}[pictures[0].shape[2]]
-    with av.open(str(path), "w", format=coding.format) as container:
+    options = dict(coding.container_options)
+    with av.open(str(path), "w", format=coding.format, options=options) as container:
         stream = container.add_stream(coding.codec, rate=coding.rate_hz, options=dict(coding.options))
         assert isinstance(stream, av.VideoStream), "a video codec"
         context = stream.codec_context

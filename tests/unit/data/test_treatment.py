@@ -49,10 +49,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("._plain.mp4", ".trash/old.mp4"):
         (path / name).write_bytes(b"\0" * 100)
     (path / "loading.mp4.part").write_bytes(plain.read_bytes()[:500])
+    (path / "phone.heic").write_bytes(b"0")
     (path / "notes.txt").write_text("no media, and not named as such")
     (path / "empty.mp4").touch()
     (path / "cut.mp4").write_bytes(plain.read_bytes()[:-400])
     (path / "indexless.mp4").write_bytes(_without_index(plain.read_bytes()))
+    swift = Coding(**_X264, container_options={"movflags": "faststart"})
+    film = write_film(path / "swift.mp4", [corners(32, 48)] * 24, swift).read_bytes()
+    (path / "swift.mp4").write_bytes(film[:-100])
     (path / "page.mp4").write_text("<!DOCTYPE html><title>Not found</title>")
     (path / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (path / "reserved.mp4").write_bytes(bytes(4096))
@@ -81,15 +85,18 @@ def test_files_that_cannot_be_clips_are_told_apart(folder: Path) -> None:
     assert reasons["page.mp4"] == "is no media: it is text that begins with '<!DOCTYPE html><titl'"
     assert reasons["pointer.mp4"] == "is no media: it is a Git LFS pointer in place of the file"
     assert reasons["reserved.mp4"].startswith("is incomplete: it begins with zeros")
-    assert len(reasons) == 6
+    assert reasons["swift.mp4"].startswith("is incomplete: ")
+    assert len(reasons) == 7
     assert {item.path: item.reason for item in manifest.ignored} == {
         "._plain.mp4": "hidden",
         ".trash/old.mp4": "hidden",
         "loading.mp4.part": "not whole yet",
+        "phone.heic": "of a kind that is not read, convert it",
     }
     assert ignored_notes(manifest) == (
         "2 files ignored, hidden: ._plain.mp4, .trash/old.mp4",
         "1 file ignored, not whole yet: loading.mp4.part",
+        "1 file ignored, of a kind that is not read, convert it: phone.heic",
     )
 
 
@@ -167,6 +174,14 @@ def test_what_is_done_with_sounds_is_told_and_odd_ones_are_counted(tmp_path: Pat
     assert records["shifted.wav"].audio_dc == pytest.approx(0.05, abs=1e-4)
     assert records["cinema.wav"].audio_layout == "5.1"
     assert open_audio_files(config, seed=0).notes[0] == "1 sound resampled to 44100 Hz: slow.wav"
+
+
+def test_a_film_with_something_behind_it_is_whole(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.mp4", [corners(32, 48)] * 4, Coding(**_X264))
+    whole = path.read_bytes()
+    for tail in (b"\0" * 16, b"made by a camera", b"\0\0\0\x08free"):
+        path.write_bytes(whole + tail)
+        assert scan(tmp_path).unreadable == ()
 
 
 def _record(path: str, sha256: str) -> MediaRecord:
