@@ -21,8 +21,10 @@ from aiprod_ds import progress
 from aiprod_ds.data.probe_cache import ProbeCache
 from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
+from aiprod_ds.files import read_text
 from aiprod_ds.rng import stream_seed
 
+_MAX_TABLE_BYTES = 4 << 30  # some ten million rows; of a device that never ends no more is read
 IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEO_EXTENSIONS = frozenset(
     {
@@ -194,7 +196,7 @@ def read_table(table: Path, medium: Medium = "video") -> list[ListedClip]:
         )
     try:
         rows = list(_rows(table))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(
             f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file."
         ) from error
@@ -282,20 +284,28 @@ def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:
 
 def _clips_of_folder(folder: Path, medium: Medium, ignored: list[Unreadable]) -> Iterator[ListedClip]:
     """Yields the clips by path; media that are none on purpose are added to `ignored`."""
-    files = progress.steps(_walk(folder), f"finding the media of {folder}:")
-    for path in sorted(file.relative_to(folder).as_posix() for file in files if file.is_file()):
-        suffix = Path(path).suffix.lower()
-        if suffix in _PARTIAL_SUFFIXES and Path(Path(path).stem).suffix.lower() in _EXTENSIONS[medium]:
-            ignored.append(Unreadable(path=path, reason="not whole yet"))
-        if suffix in _FOREIGN_EXTENSIONS and medium == "video":
-            ignored.append(Unreadable(path=path, reason="of a kind that is not read, convert it"))
-        if suffix not in _EXTENSIONS[medium]:
-            continue
+    files = (file for file in _walk(folder) if _kind(file, medium) is not None and file.is_file())
+    for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
+        path, reason = file.relative_to(folder).as_posix(), _kind(file, medium)
         if any(part.startswith(".") for part in path.split("/")):
             # `._clip.mp4` is what macOS leaves on foreign disks; it has a film's name and no film in it.
-            ignored.append(Unreadable(path=path, reason="hidden"))
+            reason = "hidden"
+        if reason:
+            ignored.append(Unreadable(path=path, reason=reason))
         else:
             yield ListedClip(path=path)
+
+
+def _kind(file: Path, medium: Medium) -> str | None:
+    """Returns why a file with a medium's name is no clip, empty if it is one; None for other files."""
+    suffix = file.suffix.lower()
+    if suffix in _EXTENSIONS[medium]:
+        return ""
+    if suffix in _PARTIAL_SUFFIXES and Path(file.stem).suffix.lower() in _EXTENSIONS[medium]:
+        return "not whole yet"
+    if suffix in _FOREIGN_EXTENSIONS and medium == "video":
+        return "of a kind that is not read, convert it"
+    return None
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -312,7 +322,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _rows(table: Path) -> Iterable[Any]:
-    text = table.read_text(encoding="utf-8-sig")
+    text = read_text(table, limit=_MAX_TABLE_BYTES).removeprefix("\ufeff")
     if table.suffix.lower() == ".csv":
         # Not splitlines: it also cuts at characters that a caption may hold, such as U+2028.
         return csv.DictReader(io.StringIO(text, newline=""))

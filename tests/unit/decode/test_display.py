@@ -202,6 +202,19 @@ def test_what_is_transparent_shows_the_background(tmp_path: Path, name: str, cod
     _check_transparent(path)
 
 
+def test_transparent_frames_are_exact_wherever_decoding_starts(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 48, 4), dtype=np.uint8)
+    coding = Coding(
+        codec="libvpx-vp9", pixel_format="yuva420p", options={"auto-alt-ref": "0", "g": "6", "crf": "30"}
+    )
+    path = write_film(tmp_path / "film.webm", list(noise), coding)
+    whole = _decoded(path, 24)
+    assert np.abs(whole[0].astype(int) - whole[1]).mean() > 10, "the frames differ"
+    for start in (1, 5, 6, 13, 21):
+        part = decode_clip(path, start_seconds=start / 25, num_frames=3, frame_rate_hz=25.0)
+        np.testing.assert_array_equal(part, whole[start : start + 3])
+
+
 @pytest.mark.parametrize("name", ["a.gif", "b.webp", "c.png", "d.webp", "e.gif"])
 def test_what_is_transparent_in_images_shows_the_background(tmp_path: Path, name: str) -> None:
     picture = half_transparent(32, 48)
