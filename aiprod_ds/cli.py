@@ -1,8 +1,9 @@
 """The command line: check, plan, encode, train, eval, report, sample, convert, inspect, launch, doctor. The
 only module that prints.
 
-Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 75 the run was asked to stop and has
-saved: the same command goes on. A second signal ends with 128 + its number.
+Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 70 an error that nobody foresaw
+(`crash` tells it), 75 the run was asked to stop and has saved: the same command goes on. A second signal ends
+with 128 + its number.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
+from aiprod_ds.crash import guarded
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import AiprodError, ConfigError, PlanError
+from aiprod_ds.files import folder_problem
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.report.output import log_handler, open_console
 from aiprod_ds.report.progress_line import shown_on
@@ -41,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; those of the process by default.
     """
+    given = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _main(argv), program="aiprod-ds", is_verbose="--verbose" in given)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv, argparse.Namespace(console=open_console(stderr=True)))
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_logging(arguments.console, is_main=is_main, is_verbose=getattr(arguments, "verbose", False))
@@ -145,13 +153,36 @@ def _configured(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=f"e.g. {example}"
     )
     parser.add_argument("--output-dir", help=output_dir)
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="let the file name classes of your own; their modules are imported, which runs them",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what libraries log, too")
     parser.set_defaults(command=command)
     return parser
 
 
+def _file(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "path": arguments.config,
+        "overrides": arguments.overrides,
+        "output_dir": arguments.output_dir,
+        "trust_code": arguments.trust_code,
+    }
+
+
+def _require_folder(arguments: argparse.Namespace, key: str, folder: str | None) -> None:
+    problem = None if folder is None else folder_problem(Path(folder))
+    if problem is not None and os.environ.get("RANK", "0") == "0":
+        raise ConfigError(
+            f"{arguments.config}: {key}: must be a folder that can be made and written into, got "
+            f"{str(folder)[:100]!r} ({problem}). Name another."
+        )
+
+
 def _trainer(arguments: argparse.Namespace) -> Any:
-    config = load_config(arguments.config, arguments.overrides, arguments.output_dir)
+    config = load_config(**_file(arguments))
     trainer = trainer_class(config.trainer)  # loads torch and diffusers, which takes seconds
     return trainer(config=config, source=str(arguments.config))
 
@@ -165,14 +196,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_encode(arguments: argparse.Namespace) -> str:
-    config = load_encode_config(arguments.config, arguments.overrides, arguments.output_dir)
+    config = load_encode_config(**_file(arguments))
+    _require_folder(arguments, "data.output_dir", config.data.output_dir)
     from aiprod_ds.encode.run import check_encoding  # loads torch and diffusers, which takes seconds
 
     return f", for encode: {check_encoding(config, source=str(arguments.config))}"
 
 
 def _check_sample(arguments: argparse.Namespace) -> str:
-    config = load_sample_config(arguments.config, arguments.overrides, arguments.output_dir)
+    config = load_sample_config(**_file(arguments))
+    _require_folder(arguments, "output_dir", config.output_dir)
     from aiprod_ds.encode.sample import check_sampling  # loads torch and diffusers, which takes seconds
 
     return f", for sample: {check_sampling(config, source=str(arguments.config))}"
@@ -182,6 +215,7 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
     from aiprod_ds.config.deepspeed import read_settings
 
     trainer = _trainer(arguments)
+    _require_folder(arguments, "output_dir", trainer.config.output_dir)
     settings = read_settings(trainer.config, source=trainer.source)
     if arguments.machine is not None:
         from aiprod_ds.train.planning.gpu_rules import require_runnable
@@ -282,7 +316,8 @@ def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | 
 
 
 def _encode(arguments: argparse.Namespace) -> int:
-    config = load_encode_config(arguments.config, arguments.overrides, arguments.output_dir)
+    config = load_encode_config(**_file(arguments))
+    _require_folder(arguments, "data.output_dir", config.data.output_dir)
     from aiprod_ds.encode.run import (
         GROUP_TIMEOUT_SECONDS,
         run_encoding,
@@ -302,6 +337,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from aiprod_ds.report.summary import RunStatus
 
     trainer = _trainer(arguments)
+    _require_folder(arguments, "output_dir", trainer.config.output_dir)
     with dist.process_group(lost_rank_seconds=trainer.config.engine.lost_rank_seconds):
         summary = trainer.train(resume=arguments.resume, console=arguments.console)
     return DONE if summary.status is RunStatus.COMPLETED else INTERRUPTED
@@ -348,7 +384,8 @@ def _found(evaluation: Any) -> dict[str, Any]:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    config = load_sample_config(arguments.config, arguments.overrides, arguments.output_dir)
+    config = load_sample_config(**_file(arguments))
+    _require_folder(arguments, "output_dir", config.output_dir)
     from aiprod_ds.encode.sample import run_sampling  # loads torch and diffusers, which takes seconds
 
     samples = run_sampling(config, source=str(arguments.config), console=arguments.console)

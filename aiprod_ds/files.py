@@ -1,11 +1,16 @@
-"""What several parts do with a file: replace it as a whole, hash it, bring it to the disk. Nothing about what
-is in it."""
+"""What several parts do with a file: read or replace it as a whole, hash it, bring it to the disk. Nothing
+about what is in it."""
 
+import errno
 import hashlib
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
+SETTINGS_BYTES = 64 << 20
+"""The most that is read of a file of settings; the index of a large model has some megabytes."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -26,6 +31,69 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_whole(path: Path, *, limit: int = SETTINGS_BYTES) -> bytes:
+    """Returns the bytes of a regular file.
+
+    A pipe, which would wait for ever, and a device, which may never end, are refused before they are read.
+
+    Args:
+        path: Links are followed.
+        limit: The most bytes that the file may have.
+
+    Raises:
+        OSError: If it is none, is larger or cannot be read; `strerror` says why.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, "the name holds a null byte", str(path)) from error
+    with open(descriptor, "rb") as file:  # noqa: PTH123  a descriptor, not a path
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return data
+
+
+def read_text(path: Path, *, limit: int = SETTINGS_BYTES) -> str:
+    """Returns the text of a regular file in UTF-8, with line feeds at the ends of lines.
+
+    Raises:
+        OSError: As `read_whole`.
+        UnicodeDecodeError: If it is not UTF-8.
+    """
+    return read_whole(path, limit=limit).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Returns why `folder` cannot be made or written into; None if it can. Nothing stays behind.
+
+    It is found by making and removing a folder in the nearest that exists: permissions alone do not tell of
+    file systems that are read-only, or whose server decides.
+    """
+    if "\0" in str(folder):  # Python 3.12 says of such a path that it does not exist
+        return "the name holds a null byte"
+    try:
+        os.fsencode(folder)
+        if folder.exists() and not folder.is_dir():
+            return "it is no folder"
+        parent = folder
+        while not parent.exists():
+            if len(os.fsencode(parent.name)) > os.pathconf("/", "PC_NAME_MAX"):
+                return os.strerror(errno.ENAMETOOLONG)
+            parent = parent.parent
+        Path(tempfile.mkdtemp(prefix=".aiprod-ds-", dir=parent)).rmdir()
+    except UnicodeEncodeError:
+        return "it is no text"
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from aiprod_ds.errors import ConfigError
 
-_MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 _MAX_DEPTH = 64
 _NULL, _BOOL, _INT, _FLOAT, _TEXT = (
     f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")
@@ -48,9 +48,9 @@ def read_yaml(data: bytes, source: str) -> Any:
         ConfigError: If it is not UTF-8, not well-formed, too large or deep, or uses a refused feature; all
             that can be found at once.
     """
-    if len(data) > _MAX_BYTES:
+    if len(data) > MAX_BYTES:
         raise ConfigError(
-            f"{source}: must be at most {_MAX_BYTES} bytes, got {len(data)}. Name a configuration file."
+            f"{source}: must be at most {MAX_BYTES} bytes, got {len(data)}. Name a configuration file."
         )
     try:
         node = _Reader(_decode(data, source)).get_single_node()

@@ -23,6 +23,7 @@ from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.config.sample import SampleConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.crash import guarded
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- tools/config_reference.py: begin -->\n", "<!-- tools/config_reference.py: end -->\n"
@@ -199,4 +200,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, program="tools/config_reference.py"))

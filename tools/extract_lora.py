@@ -18,6 +18,7 @@ from rich.console import Console
 from aiprod_ds.convert.lora import Extraction
 from aiprod_ds.convert.weights import total_error
 from aiprod_ds.convert.weights_folder import require_absent
+from aiprod_ds.crash import guarded
 from aiprod_ds.errors import AiprodError, ConfigError
 
 _SHOWN = 5
@@ -81,4 +82,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, program="tools/extract_lora.py"))

@@ -25,6 +25,8 @@ import av.filter
 import numpy as np
 import numpy.typing as npt
 
+from aiprod_ds.crash import guarded
+
 _FRAME_RATE = 25
 _WIDTH, _HEIGHT = 320, 180
 _CRF = 20
@@ -308,4 +310,4 @@ def _read_sound(clip: Clip, source: Path) -> av.AudioFrame | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, program="tools/make_samples.py"))

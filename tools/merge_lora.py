@@ -17,6 +17,7 @@ from rich.console import Console
 
 from aiprod_ds.convert.lora import Merge
 from aiprod_ds.convert.weights_folder import require_absent
+from aiprod_ds.crash import guarded
 from aiprod_ds.errors import AiprodError, ConfigError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,4 +65,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, program="tools/merge_lora.py"))

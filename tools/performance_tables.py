@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aiprod_ds.crash import guarded
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- tools/performance_tables.py: begin -->\n", "<!-- tools/performance_tables.py: end -->\n"
@@ -128,4 +130,4 @@ def _value(value: float | None, unit: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, program="tools/performance_tables.py"))

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from aiprod_ds import progress
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.files import file_sha256
+from aiprod_ds.files import file_sha256, read_text
 from aiprod_ds.tensor_file import TensorFile, TensorFileError
 
 FORMAT = 2
@@ -157,7 +157,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: must have at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}."
             )
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; this is not a whole checkpoint.") from error
     except (OSError, ValueError, RecursionError) as error:

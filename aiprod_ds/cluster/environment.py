@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.files import read_text
 
 # What DeepSpeed passes on by itself: multinode runner's EXPORT_ENVS and the GPUs' own (deepspeed 0.19.8,
 # launcher/runner.py:39).
@@ -42,7 +43,7 @@ def read_environment(path: Path) -> dict[str, str]:
         ConfigError: With every bad line, or if the file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: must be a readable text file, got {error}. Begin with a copy of launch/env.example."

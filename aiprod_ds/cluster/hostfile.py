@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aiprod_ds.config.messages import suggestion
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.files import read_text
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _LINE = re.compile(r"(?P<name>\S+)(?:\s+(?P<rest>.*))?")
@@ -42,7 +43,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         ConfigError: With every bad line, or if the file cannot be read or names no host.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: must be a readable text file, got {error}. Begin with a copy of "

@@ -60,6 +60,7 @@ class Request:
     exclude: str = ""
     overrides: tuple[str, ...] = ()
     resume: str = "auto"
+    trust_code: bool = False
     env_file: Path | None = None
     ssh: Ssh
     no_ssh: bool = False
@@ -94,6 +95,7 @@ def start(request: Request, console: Console) -> int:
             *(part for override in request.overrides for part in ("--set", override)),
             "--resume",
             request.resume,
+            *(["--trust-code"] if request.trust_code else []),
         ),
         master_address=request.master_address or hosts[0].name,
         master_port=request.master_port or DEFAULT_PORT,
@@ -175,7 +177,7 @@ def ranks_environment(env_file: Path | None, *, for_ssh: bool) -> dict[str, str]
 
 
 def _check_config(request: Request) -> None:
-    load_config(request.config, request.overrides, str(request.run_folder))
+    load_config(request.config, request.overrides, str(request.run_folder), trust_code=request.trust_code)
 
 
 def _check_options(request: Request) -> None:

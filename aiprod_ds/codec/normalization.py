@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import DataError
+from aiprod_ds.files import read_text
 
 _STATISTICS_FILE = "latent_statistics.json"
 
@@ -116,9 +117,9 @@ def _exported(config: ModelConfig) -> tuple[list[float], list[float]] | None:
     if config.pretrained is None or not path.exists():
         return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path))
         mean, std = ([float(value) for value in document[name]] for name in ("latents_mean", "latents_std"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise DataError(
             f"{path}: must hold latents_mean and latents_std, got: {error!r}. Export the VAE again."
         ) from error

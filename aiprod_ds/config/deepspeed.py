@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.files import read_text
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Check = Callable[[object], object]  # returns the value to keep or raises ValueError with the rule
@@ -186,12 +187,12 @@ def _read_json(path: Path, where: str, problems: list[str]) -> Mapping[str, Any]
         return seen
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        values = json.loads(read_text(path), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(
             f"{where}: must be a readable file, got {error.strerror}. Correct engine.deepspeed_config."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: must be JSON, got an error: {error}. Correct the file.") from error
     if not isinstance(values, dict):
         raise ConfigError(

@@ -22,6 +22,7 @@ from aiprod_ds.config.schema import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     StrictModel,
 )
 
@@ -185,7 +186,7 @@ class TextEncoderConfig(StrictModel):
 class EncodeConfig(StrictModel):
     """Everything that `aiprod-ds encode` needs."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Draws the weights of a network without `pretrained`."""
     data: EncodeDataConfig
     """The clips and the results."""

@@ -8,7 +8,7 @@ Called by the command line, the launcher, conversions and encoding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ from aiprod_ds.config.phase import PhaseConfig, TrainingMode
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.sample import SampleConfig
 from aiprod_ds.config.trainers import DEFAULT_TRAINER, TRAINERS, trainer_config_class
+from aiprod_ds.config.trust import KEY, take_trust, untrusted
 from aiprod_ds.errors import ConfigError
 
 ConfigKind = Literal["trainer", "encode", "sample"]
@@ -36,7 +37,9 @@ _OWN_KEYS: tuple[tuple[ConfigKind, frozenset[str]], ...] = (
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> RunConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None, *, trust_code: bool = False
+) -> RunConfig:
     """Returns the validated configuration of `path` with `overrides` applied in order.
 
     Args:
@@ -44,6 +47,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | Non
             recursively.
         overrides: `a.b=c` or `curriculum.phases[2].updates=5` each; values are YAML.
         output_dir: Replaces the key of that name.
+        trust_code: Whether it may name code outside of the installed packages; `trust_code: true` in the file
+            says so, too.
 
     Raises:
         ConfigError: With one problem for every rule that is broken, as
@@ -53,8 +58,9 @@ def load_config(path: Path, overrides: Sequence[str] = (), output_dir: str | Non
     problems = _expand(document) + apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("output_dir",), output_dir, "--output-dir")
-    schema = _trainer(document, problems)
-    return validated(document, schema, problems)
+    is_trusted = take_trust(document, problems, by_option=trust_code)
+    schema = _trainer(document, problems, is_trusted=is_trusted)
+    return validated(document, schema, problems, context={KEY: is_trusted})
 
 
 def _expand(document: Document) -> list[str]:
@@ -69,18 +75,23 @@ def _expand(document: Document) -> list[str]:
     return []
 
 
-def _trainer(document: Document, problems: list[str]) -> type[RunConfig]:
+def _trainer(document: Document, problems: list[str], *, is_trusted: bool) -> type[RunConfig]:
+    trainer = document.values.get("trainer", DEFAULT_TRAINER)
+    problem = None if is_trusted or not isinstance(trainer, str) else untrusted(trainer)
     try:
-        return trainer_config_class(document.values.get("trainer", DEFAULT_TRAINER))
+        if problem is None:
+            return trainer_config_class(trainer)
+        found = [f"trainer: {problem}"]
     except ConfigError as error:
-        problems += [f"{document.origin(('trainer',))}: {problem}" for problem in error.problems]
+        found = list(error.problems)
+    problems += [f"{document.origin(('trainer',))}: {problem}" for problem in found]
     # The other sections are still checked, against the default trainer, so that one run shows every problem.
     document.values["trainer"] = DEFAULT_TRAINER
     return TRAINERS[DEFAULT_TRAINER].config_class
 
 
 def load_encode_config(
-    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None
+    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None, *, trust_code: bool = False
 ) -> EncodeConfig:
     """Returns the validated configuration of `path`; arguments and messages are those of
     `load_config`.
@@ -89,6 +100,7 @@ def load_encode_config(
         path: A YAML file, which may have a `base`.
         overrides: `data.num_workers=4` and the like.
         output_dir: Replaces `data.output_dir`.
+        trust_code: As of `load_config`.
 
     Raises:
         ConfigError: With one problem for every rule that is broken.
@@ -97,7 +109,8 @@ def load_encode_config(
     problems = apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("data", "output_dir"), output_dir, "--output-dir")
-    return validated(document, EncodeConfig, problems)
+    is_trusted = take_trust(document, problems, by_option=trust_code)
+    return validated(document, EncodeConfig, problems, context={KEY: is_trusted})
 
 
 def read_curriculum(path: Path) -> CurriculumConfig:
@@ -146,7 +159,7 @@ class SavedRun(BaseModel):
 
 
 def load_sample_config(
-    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None
+    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None, *, trust_code: bool = False
 ) -> SampleConfig:
     """Returns the validated configuration of `path`; arguments and messages are those of
     `load_config`.
@@ -155,6 +168,7 @@ def load_sample_config(
         path: A YAML file, which may have a `base`.
         overrides: `seed=4` and the like.
         output_dir: Replaces the key of that name.
+        trust_code: As of `load_config`.
 
     Raises:
         ConfigError: With one problem for every rule that is broken.
@@ -163,7 +177,8 @@ def load_sample_config(
     problems = apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("output_dir",), output_dir, "--output-dir")
-    return validated(document, SampleConfig, problems)
+    is_trusted = take_trust(document, problems, by_option=trust_code)
+    return validated(document, SampleConfig, problems, context={KEY: is_trusted})
 
 
 def config_kind(path: Path, overrides: Sequence[str] = ()) -> ConfigKind:
@@ -177,19 +192,26 @@ def config_kind(path: Path, overrides: Sequence[str] = ()) -> ConfigKind:
     return next((kind for kind, keys in _OWN_KEYS if keys & document.values.keys()), "trainer")
 
 
-def validated(document: Document, schema: type[Record], problems: Sequence[str] = ()) -> Record:
+def validated(
+    document: Document,
+    schema: type[Record],
+    problems: Sequence[str] = (),
+    *,
+    context: Mapping[str, bool] | None = None,
+) -> Record:
     """Returns the record of class `schema` that `document` holds.
 
     Args:
         document: With the command line's overrides applied.
         schema: The class of the record.
         problems: What was found wrong before; it is raised together with what is wrong here.
+        context: Whether code is trusted; see `trust`. None: it is not imported.
 
     Raises:
         ConfigError: With `problems` and one more for every rule that is broken.
     """
     try:
-        record = schema.model_validate(document.values)
+        record = schema.model_validate(document.values, context=context)
     except ValidationError as error:
         raise ConfigError([*problems, *problems_of(error, schema, document)]) from None
     if problems:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.strict_yaml import read_yaml
+from aiprod_ds.files import read_whole
+from aiprod_ds.strict_yaml import MAX_BYTES, read_yaml
 
 KeyPath = tuple[str | int, ...]
 
@@ -130,7 +131,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> Document:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
+        data = read_whole(path, limit=MAX_BYTES)
     except IsADirectoryError:
         raise ConfigError(f"{path}: must be a YAML file, got a folder. Name a file in it.") from None
     except FileNotFoundError:

@@ -17,13 +17,15 @@ from aiprod_ds.config.schema import (
     PositiveInt,
     StrictModel,
 )
+from aiprod_ds.config.trust import CodePath
 
 
 class ModelConfig(StrictModel):
     """Where the network comes from: random weights from `config`, or trained ones from `pretrained`."""
 
-    source: str = Field(min_length=1)
-    """A diffusers class name (`AutoencoderKLLTXVideo`) or an import path (`my_package.models:MyVAE`)."""
+    source: CodePath = Field(min_length=1)
+    """A diffusers class name (`AutoencoderKLLTXVideo`), or the import path (`my_package.models:MyVAE`) of a
+    class of `torch.nn.Module` or of a function whose return annotation is one; see `trust_code`."""
     config: FreeMapping = Field(default_factory=dict)
     """Keyword arguments of the constructor; the weights are random. No effect beside `pretrained`, so refused
     there."""

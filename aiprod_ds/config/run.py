@@ -27,6 +27,7 @@ from aiprod_ds.config.schema import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     StrictModel,
 )
 
@@ -200,7 +201,7 @@ class RunConfig(StrictModel):
     """What is trained."""
     output_dir: str = Field(min_length=1)
     """The run folder, relative to the working folder; `--output-dir` replaces it."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of every random stream: weights, data order, clips, noise."""
     model: ModelConfig
     """The network."""

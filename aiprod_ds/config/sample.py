@@ -16,7 +16,7 @@ from typing_extensions import Self
 from aiprod_ds.config.encode import Precision, TextEncoderConfig
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
-from aiprod_ds.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
+from aiprod_ds.config.schema import PositiveFloat, PositiveInt, Seed, StrictModel
 
 
 class PreviewConfig(StrictModel):
@@ -50,7 +50,7 @@ class PreviewPrompt(StrictModel):
     """Frame size; text such as `512x768` is height x width. null: that of the last phase."""
     duration: PhaseDuration | None = None
     """Length; frames that the VAE cannot make are rounded up. null: that of the last phase."""
-    seed: NonNegativeInt | None = None
+    seed: Seed | None = None
     """Draws the noise. null: the run's seed and the prompt's place in the list do."""
 
     @model_validator(mode="before")
@@ -95,7 +95,7 @@ class SampleConfig(StrictModel):
     output_dir: str = Field(min_length=1)
     """Where the clips go, relative to the working folder; `--output-dir` replaces it. Clips of an earlier run
     are replaced."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Draws the noise of every clip, and the weights of a network without `pretrained`."""
     model: ModelConfig
     """The transformer; `pretrained` names a diffusers folder, such as `export/` of a run."""

@@ -1,6 +1,7 @@
-"""The strict base of every configuration record and the two value types that YAML writes as strings.
+"""The strict base of every configuration record, its types of numbers and the most that they may be.
 
-Owns strictness (frozen, unknown keys refused, no silent coercion) and nothing about any trainer.
+Owns strictness (frozen, unknown keys refused, no silent coercion), bounds that no machine reaches, and
+nothing about any trainer.
 """
 
 import math
@@ -8,10 +9,48 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST_COUNT = 10**12
+"""Of clips, updates, pixels, samples: no run gets there, and products of a few of them stay exact."""
+LARGEST_SEED = 2**63 - 1
+"""And of whole numbers for classes that are not ours: what torch can hold."""
+LARGEST_NUMBER = 1e12
+SMALLEST_NUMBER = 1e-30
+"""Of rates, lengths and weights that must be above 0; fp32 holds it with some digits."""
+
+
+def _count(value: int) -> int:
+    if value > LARGEST_COUNT:
+        raise ValueError(f"must be at most {LARGEST_COUNT}, got {_told(value)}. Use a smaller value.")
+    return value
+
+
+def _seed(value: int) -> int:
+    if value > LARGEST_SEED:
+        raise ValueError(f"must be at most {LARGEST_SEED}, got {_told(value)}. Use a smaller value.")
+    return value
+
+
+def _number(value: float) -> float:
+    if value > LARGEST_NUMBER:
+        raise ValueError(f"must be at most {LARGEST_NUMBER:g}, got {value:g}. Use a smaller value.")
+    if 0 < value < SMALLEST_NUMBER:
+        raise ValueError(f"must be at least {SMALLEST_NUMBER:g}, got {value:g}. Use a larger value.")
+    return value
+
+
+def _told(value: int) -> str:
+    # Python refuses to write integers of more than 4300 digits.
+    return (
+        str(value) if value.bit_length() < 300 else f"one of about {value.bit_length() * 0.30103:.0f} digits"
+    )
+
+
+# The upper bounds stand in no schema: the tables of docs/configuration.md would repeat them at every key.
+PositiveInt = Annotated[int, Field(ge=1), AfterValidator(_count)]
+NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_count)]
+Seed = Annotated[int, Field(ge=0), AfterValidator(_seed)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_number)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_number)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -22,6 +61,10 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
         value = pending.pop()
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"must hold finite numbers only, got {value}. Correct the value.")
+        if isinstance(value, int) and abs(value) > LARGEST_SEED:
+            raise ValueError(
+                f"must hold whole numbers of at most {LARGEST_SEED}, got {_told(value)}. Use a smaller one."
+            )
         pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return values
 

@@ -11,12 +11,13 @@ from aiprod_ds.config.data import VideoDataConfig
 from aiprod_ds.config.losses import VideoVAELossConfig
 from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
 from aiprod_ds.config.schema import PositiveInt, StrictModel
+from aiprod_ds.config.trust import CodePath
 
 
 class FvdConfig(StrictModel):
     """Fréchet distance of the features of a video network, of originals and reconstructions (rFVD)."""
 
-    network: str = Field(min_length=1)
+    network: CodePath = Field(min_length=1)
     """A TorchScript file (`i3d_torchscript.pt` gives published FVD), one of a hub repository
     (`owner/name/file.pt`), or the import path of what makes a network (`my_package.module:make`)."""
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None

@@ -17,7 +17,8 @@ from torch import nn
 
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.models.registry import build_model, resolve
+from aiprod_ds.files import read_text
+from aiprod_ds.models.registry import build_model
 
 CONFIG = "config.json"
 
@@ -63,7 +64,7 @@ def read_diffusers_config(path: Path) -> DiffusersModel:
     """
     file = path / CONFIG if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         values = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -86,5 +87,5 @@ def _is_model_class(name: Any) -> bool:
         return False
     import diffusers  # takes seconds to import; needed only here
 
-    found: Any = resolve(name) if hasattr(diffusers, name) else None
+    found: Any = getattr(diffusers, name, None)
     return isinstance(found, type) and issubclass(found, diffusers.ModelMixin)

@@ -22,6 +22,7 @@ from aiprod_ds.convert.distributed_folder import DistributedFolder
 from aiprod_ds.convert.identify import IN_WORDS, Found, identify
 from aiprod_ds.convert.weights_folder import CONFIG, WeightsFolder, open_tensors
 from aiprod_ds.errors import AiprodError, CheckpointError
+from aiprod_ds.files import read_text
 from aiprod_ds.models.lora_files import WEIGHTS_FILE
 from aiprod_ds.report.inspect_view import CheckpointRow, Inspection, TensorRow
 from aiprod_ds.tensor_file import TensorSource
@@ -144,7 +145,7 @@ def _folder_of_weights(found: Found) -> Inspection:
 
 def _lora_facts(folder: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        values = json.loads(read_text(folder / "adapter_config.json"))
         return {"rank": values["r"], "alpha": values["lora_alpha"], "layers": len(values["target_modules"])}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aiprod_ds.checkpoint.disk import explained
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.files import sync, write_atomically
+from aiprod_ds.files import read_text, sync, write_atomically
 from aiprod_ds.tensor_file import (
     TensorFile,
     TensorFileError,
@@ -307,7 +307,7 @@ def _require_index(folder: Path, stem: str, found: Mapping[str, str]) -> None:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        told = json.loads(read_text(path))["weight_map"]
         files = {str(name): str(file) for name, file in told.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(

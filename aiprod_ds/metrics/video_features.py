@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from aiprod_ds.config.video_vae import FvdConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import file_sha256
-from aiprod_ds.import_path import import_object
+from aiprod_ds.import_path import import_factory
 
 _KEY = "evaluation.measures.fvd"
 # The arguments of the TorchScript I3D that is in common use: features in place of probabilities, of frames
@@ -114,10 +114,16 @@ def load_features(config: FvdConfig, *, num_frames: int) -> VideoFeatures:
     """
     source = config.network
     if ":" in source:
-        factory = import_object(source, key=f"{_KEY}.network")
+        factory = import_factory(source, key=f"{_KEY}.network")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = factory()
+            try:
+                network = factory()
+            except Exception as error:  # it is a user's own, and may fail in any way
+                raise ConfigError(
+                    f"{_KEY}.network: must make a network without arguments, got {source!r}, which fails "
+                    f"({type(error).__name__}: {error}). Correct it."
+                ) from error
         if not callable(network):
             raise ConfigError(
                 f"{_KEY}.network: must make a network, got {type(network).__name__} from {source!r}. Name a "

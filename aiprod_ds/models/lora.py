@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from aiprod_ds.config.messages import suggestion
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.errors import CheckpointError, ConfigError
+from aiprod_ds.files import read_text
 from aiprod_ds.models.lora_files import CONFIG_FILE, WEIGHTS_FILE, LoraWeights, listed, read_tensors
 from aiprod_ds.rng import stream_seed
 
@@ -396,13 +397,21 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
 
 def _read_peft(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = json.loads(read_text(folder / CONFIG_FILE))
         adapters = {
             name.removeprefix(_PEFT_PREFIX): value
             for name, value in read_tensors(folder / WEIGHTS_FILE)[0].items()
         }
         rank, alpha, dropout = int(values["r"]), float(values["lora_alpha"]), float(values["lora_dropout"])
-    except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        CheckpointError,
+    ) as error:
         raise CheckpointError(
             f"{folder}: must hold {CONFIG_FILE} and {WEIGHTS_FILE} of a LoRA adapter ({error})."
         ) from error

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.files import read_text
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.tensor_file import TensorFile, TensorFileError
 
@@ -186,7 +187,7 @@ def _open(path: Path) -> _Opened:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: must be the JSON of a PEFT adapter, got {error}. Name its folder or a safetensors file."

@@ -17,7 +17,7 @@ from torch import nn
 from aiprod_ds import progress
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.import_path import import_object
+from aiprod_ds.import_path import import_factory, is_module_class
 from aiprod_ds.rng import stream_seed
 
 
@@ -50,18 +50,32 @@ def build_model(config: ModelConfig, *, seed: int, device: str = "cpu") -> nn.Mo
 
 def resolve(source: str) -> Callable[..., Any]:
     """Returns the class or function that `source` names: `AutoencoderKLWan` in diffusers, or
-    `package.module:Name`."""
+    `package.module:Name`. That it makes a module is judged before it is called.
+
+    Raises:
+        ConfigError: If there is none, or it is not said to make a torch module.
+    """
     if ":" in source:
-        return import_object(source, key="model.source")  # type: ignore[no-any-return]
+        return import_factory(source, key="model.source")
     import diffusers  # takes seconds to import; needed only here
 
-    found = getattr(diffusers, source, None)
+    try:
+        found = getattr(diffusers, source, None)
+    except Exception as error:  # diffusers imports the class's file now, and what that needs may be missing
+        raise ConfigError(
+            f"model.source: must be a class that diffusers can load here, got {source!r} ({error})."
+        ) from error
     if found is None:
         near = difflib.get_close_matches(source, dir(diffusers), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             "model.source: must name a diffusers class or an import path 'package.module:Name', got "
             f"{source!r}.{hint}"
+        )
+    if not is_module_class(found):
+        raise ConfigError(
+            f"model.source: must name a model of diffusers, got {source!r}, which is no torch module. Name a "
+            "model's class."
         )
     return found  # type: ignore[no-any-return]  # diffusers resolves names lazily and is untyped
 
@@ -74,7 +88,9 @@ def _construct(factory: Callable[..., Any], config: ModelConfig, *, is_plan: boo
             return factory.from_config(factory.load_config(config.pretrained, **_place(config)))  # type: ignore[attr-defined]
         with progress.working(f"loading {config.pretrained}", has_own_bar=True):
             module = _pretrained(factory, config.pretrained, _place(config))
-    except (TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a constructor that is given what it does not expect may fail in any way
         where = "model.config" if config.pretrained is None else "model.pretrained"
         got = config.config if config.pretrained is None else config.pretrained
         raise ConfigError(f"{where}: {config.source} must accept it, got {got!r} ({error}).") from error

@@ -31,7 +31,7 @@ from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.files import file_sha256
+from aiprod_ds.files import file_sha256, read_whole
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.strict_yaml import read_yaml
 
@@ -51,7 +51,7 @@ def read_prompts(config: TrainingPreviewConfig) -> tuple[PreviewPrompt, ...]:
         return config.prompts
     path = Path(config.prompts_file)
     try:
-        data = path.read_bytes()
+        data = read_whole(path)
         if path.suffix in {".yaml", ".yml"}:
             found = _PROMPTS.validate_python(read_yaml(data, str(path)))
         else:

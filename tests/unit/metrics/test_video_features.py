@@ -27,12 +27,16 @@ class Tiny(nn.Module):
         return self.drop(self.mix(video)).mean((2, 3, 4))
 
 
-def flat():
+def flat() -> nn.Module:
     return lambda video: video.mean(1)
 
 
-def nothing():
+def nothing() -> nn.Module:
     return None
+
+
+def failing() -> nn.Module:
+    raise KeyError("x")
 """
 
 
@@ -125,6 +129,8 @@ def test_a_network_of_ones_own_is_the_same_each_time_and_draws_nothing(own_netwo
         ("nowhere.pt", "must be a file, got 'nowhere.pt', which is none. Ways out: name a local copy"),
         ("/owner/name/file.pt", "must be a file, got '/owner/name/file.pt', which is none"),
         ("no_such_module:make", "evaluation.measures.fvd.network: must be importable"),
+        ("os:abort", "evaluation.measures.fvd.network: must make a torch module: be a class of"),
+        ("networks_of_my_own:failing", "which fails (KeyError: 'x'). Correct it."),
         ("networks_of_my_own:nothing", "must make a network, got NoneType"),
         ("networks_of_my_own:flat", r"must make features [1,F] of a clip [1,3,3,8,8], got [1, 3, 8, 8]"),
     ],

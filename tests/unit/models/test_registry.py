@@ -3,6 +3,7 @@ from the seed."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,91 @@ def test_arguments_that_the_constructor_refuses_are_named(source: str, arguments
         build_model(ModelConfig(source=source, config=arguments), seed=0)
 
 
-def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"must make a torch module, got Counter from 'collections:Counter'"
-    ):
-        build_model(ModelConfig(source="collections:Counter"), seed=0)
+def made() -> nn.Module:
+    """Says that it makes a module."""
+    return nn.Identity()
+
+
+def made_otherwise() -> nn.Module:
+    """Says so, too, and does not."""
+    return "text"  # type: ignore[return-value]
+
+
+def unmarked():  # type: ignore[no-untyped-def]
+    raise AssertionError("called before it was judged")
+
+
+def misspelt() -> nn.Modul:  # type: ignore[name-defined]
+    raise AssertionError("called before it was judged")
+
+
+class Strange(nn.Module):
+    """Fails in a way that no constructor should."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        raise KeyError(value)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name by which this very module is imported."""
+    monkeypatch.setitem(sys.modules, "registry_cases", sys.modules[__name__])
+    return "registry_cases"
+
+
+def test_a_function_whose_annotation_is_a_module_makes_one(here: str) -> None:
+    assert isinstance(build_model(ModelConfig(source=f"{here}:made"), seed=0), nn.Identity)
+    with pytest.raises(ConfigError, match="must make a torch module, got str from"):
+        build_model(ModelConfig(source=f"{here}:made_otherwise"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("collections:Counter", "the class"),
+        ("subprocess:getoutput", "a function"),
+        ("os:abort", "a builtin_function_or_method"),
+        ("sys:exit", "a builtin_function_or_method"),
+        ("os:path", "a module"),
+        ("HERE:unmarked", "a function"),
+        ("HERE:misspelt", "a function"),
+        # of an installed package a class alone counts: its functions were not made to be named by a file
+        ("aiprod_ds.models.registry:build_model", "a function"),
+        ("diffusers.utils.import_utils:importlib", "a module"),
+    ],
+)
+def test_what_does_not_say_that_it_makes_a_module_is_never_called(here: str, source: str, kind: str) -> None:
+    config = ModelConfig(source=source.replace("HERE", here), config={"cmd": "touch bad"})
+    with pytest.raises(ConfigError, match=rf"^model\.source: must make a torch module: be .* got {kind} '"):
+        build_model(config, seed=0)
+
+
+@pytest.mark.parametrize("source", ["DDPMScheduler", "StableDiffusionPipeline", "__version__", "utils"])
+def test_what_diffusers_has_beside_models_is_refused(source: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.source: must name a model of diffusers, got '"):
+        build_model(ModelConfig(source=source), seed=0)
+
+
+@pytest.mark.parametrize("source", ["a b:C", "json.:dumps", "json:dumps.x", "x\0y:Z", "json:"])
+def test_what_is_no_import_path_is_refused_before_any_import(source: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be importable, got .*Write package\.module:Name"):
+        resolve(source)
+
+
+@pytest.mark.parametrize("text", ["import sys; sys.exit(0)", "raise KeyError('x')", "def (", "1/0"])
+def test_a_module_that_cannot_be_imported_in_any_way_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "broken_module_of_mine.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"must be importable, got 'broken_module_of_mine:X' \("):
+        resolve("broken_module_of_mine:X")
+
+
+def test_a_constructor_may_fail_in_any_way(here: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.config: .*:Strange must accept it, got {'value': 3} \(3"):
+        build_model(ModelConfig(source=f"{here}:Strange", config={"value": 3}), seed=0)
 
 
 def test_trained_weights_are_read_back(tiny_vae_folder: Path) -> None:

@@ -22,6 +22,7 @@ from aiprod_ds.config.load import load_config, read_curriculum
 from aiprod_ds.config.trainers import TRAINERS, trainer_class
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.testing.tiny import tiny_ltx_vae
@@ -127,7 +128,7 @@ def _write(folder: Path, clips: Path, trainer: str) -> Path:
 
 
 def _run(command: str, config: Path, run: Path, *options: str) -> int:
-    return main([command, str(config), "--output-dir", str(run), *options])
+    return main([command, str(config), "--trust-code", "--output-dir", str(run), *options])
 
 
 def test_the_guides_trainer_is_checked_planned_trained_and_measured(
@@ -145,11 +146,11 @@ def test_the_guides_trainer_is_checked_planned_trained_and_measured(
     assert (report["trainer"], report["updates"]) == (path, 2)
     assert report["metrics"]["psnr_db_after"] != report["metrics"]["psnr_db_before"]
     trained = load_file(run / "export" / WEIGHTS)
-    start = build_model(load_config(config).model, seed=0).named_parameters()
+    start = build_model(load_config(config, trust_code=True).model, seed=0).named_parameters()
     moved = {name.partition(".")[0] for name, value in start if not torch.equal(trained[name], value)}
     assert moved == {"decoder"}
     assert _run("eval", config, run) == DONE
-    assert load_config(run / "config.yaml").trainer == path
+    assert load_config(run / "config.yaml", trust_code=True).trainer == path
     assert _run("train", config, run, "--set", "frozen=decoder.") == BAD_CONFIGURATION
     assert "must be of the same configuration" in capsys.readouterr().err
 
@@ -164,7 +165,7 @@ def test_a_trainer_with_another_constructor_trains_and_is_estimated_like_its_bas
         assert _run("train", config, tmp_path / name / "run") == DONE
         report = json.loads((tmp_path / name / "run" / "report.json").read_text())
         hashes[name] = report["final_state_sha256"]
-        made = trainer_class(trainer)(config=load_config(config), source="x")
+        made = trainer_class(trainer)(config=load_config(config, trust_code=True), source="x")
         costs[name] = estimate_run(made, made.plan(), MACHINES["a100-80gb"]).document()
     assert hashes["own"] == hashes["base"]
     assert costs["own"] == costs["base"]
@@ -246,8 +247,10 @@ def test_a_run_folder_is_converted_and_inspected_without_importing_what_it_names
     written, exported = (load_file(folder / WEIGHTS) for folder in (tmp_path / "out", run / "export"))
     assert all(torch.equal(written[name], exported[name]) for name in written if "latents_" not in name)
     assert [phase.name for phase in read_curriculum(run / "config.yaml").phases] == ["only"]
+    with pytest.raises(ConfigError, match=r"trainer: names code outside of .* add --trust-code, or `trust"):
+        load_config(run / "config.yaml")
     assert not mark.exists()
-    load_config(run / "config.yaml")  # the bomb is live: reading it as a configuration to train does import
+    load_config(run / "config.yaml", trust_code=True)  # the bomb is live
     assert mark.exists()
 
 
