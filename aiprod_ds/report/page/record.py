@@ -34,6 +34,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 _OF_A_RUN = ("config.yaml", "plan.json", "metrics.jsonl", "report.json", EVALUATIONS)
 _MAX_BYTES_WHOLE = 24 << 20
 _SAMPLED_ROWS, _LAST_BYTES = 12_000, 1 << 20
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +220,8 @@ def _sound(record: EvaluationRecord) -> EvaluationRecord:
         samples=int(record.samples),
         phase=str(record.phase),
         phase_index=int(record.phase_index),
-        seconds=float(record.seconds),
+        seconds=_bounded(float(record.seconds)),
+        metrics={str(name): _bounded(value) for name, value in record.metrics.items()},
         clips=tuple(map(str, record.clips)),
         not_judged=tuple(
             entry
@@ -267,9 +269,14 @@ def _row(line: bytes) -> MetricRow | None:
         update = record.pop("update")
         if not math.isfinite(update):
             return None
-        return int(update), {str(name): float(value) for name, value in record.items()}
+        return int(update), {str(name): _bounded(float(value)) for name, value in record.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _bounded(value: float) -> float:
+    """Returns the value, or infinity for one whose sums would overflow."""
+    return value if abs(value) < _LARGEST or math.isnan(value) else math.copysign(math.inf, value)
 
 
 def _lines(path: Path, problems: list[str]) -> Sequence[bytes]:

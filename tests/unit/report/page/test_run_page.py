@@ -7,6 +7,7 @@ import base64
 import hashlib
 import html
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,41 @@ def test_wrong_types_in_reports_end_in_no_error(make_run: MakeRun) -> None:
     (folder / "plan.json").write_text('[{"phase": "a"}, {"phase": 0, "updates": "many", "height": "x"}]')
     (folder / "environment.json").write_text('{"command": 3, "hardware": 1, "versions": [], "git": "x"}')
     assert "Completed" in _words(_page(folder))
+
+
+_JUNK: tuple[Any, ...] = (None, True, -1, 1.5, float("nan"), "x", "", [], {}, [None], [{}], 10**30, 1e308)
+
+
+def _mutated(value: Any, share: float, chance: random.Random) -> Any:
+    if chance.random() < share:
+        return chance.choice(_JUNK)
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if chance.random() > share / 2}
+        return {key: _mutated(item, share, chance) for key, item in kept.items()}
+    return [_mutated(item, share, chance) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
+def test_whatever_files_hold_there_is_a_page(make_run: MakeRun, share: float) -> None:
+    """Values of all files are left out or replaced by others, by a seed; JSON itself stays valid."""
+    folder = make_run(data={"unreadable": [{"path": "a", "reason": "b"}]}, time_seconds={"train": 1.0})
+    chance = random.Random(7)
+    names = (
+        "plan.json",
+        "report.json",
+        "start.json",
+        "environment.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+    )
+    texts = {name: (folder / name).read_text() for name in names}
+    for _ in range(20):
+        for name, text in texts.items():
+            values = [json.loads(line) for line in text.splitlines()]
+            lines = [json.dumps(_mutated(value, share, chance)) for value in values]
+            (folder / name).write_text("\n".join(lines) + "\n")
+        assert "How to do it again" in _words(_page(folder, is_running=chance.random() < 0.5))
 
 
 @pytest.mark.slow
