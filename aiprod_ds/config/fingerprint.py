@@ -23,8 +23,13 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "preview": True,
     "engine": True,
     "performance": True,
-    "data": {"num_workers"},
+    "data": {"num_workers", "duplicates"},
     "curriculum": {"phases"},
+}
+# Keys that came after runs had been hashed without them, and what those runs did: with it they are no part of
+# the hash, so that such a run can be resumed.
+_CAME_LATER: dict[str, dict[str, Any]] = {
+    "data": {"alpha_background": [0, 0, 0], "hdr": "tone_map", "interlaced": "deinterlace"},
 }
 
 
@@ -32,10 +37,16 @@ def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
     Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `performance`,
-    `data.num_workers` and `curriculum.phases`. That the precision stays is checked with what the checkpoint
-    says of itself.
+    `data.num_workers`, `data.duplicates` and `curriculum.phases`; and later keys with their defaults. That the
+    precision stays is checked with what the checkpoint says of itself.
     """
-    return _sha256(config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT)))
+    values = config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT))
+    for section, later in _CAME_LATER.items():
+        kept = values[section]
+        values[section] = {
+            key: value for key, value in kept.items() if key not in later or value != later[key]
+        }
+    return _sha256(values)
 
 
 def phase_fingerprints(config: RunConfig) -> tuple[str, ...]:

@@ -74,8 +74,8 @@ class PerformanceConfig(StrictModel):
     """`blocks` makes kernels of the model's repeated blocks, once for each shape, by torch.compile. `auto`
     does so on GPUs where it can."""
     graphs: Literal["auto", "off", "passes"] = "auto"
-    """`passes` captures the forward and the backward pass of a micro-batch as CUDA graphs, once for each shape,
-    in phases that recompute nothing. `auto` is `off` for now."""
+    """`passes` captures the forward and the backward pass of a micro-batch as CUDA graphs, once for each
+    shape, in phases that recompute nothing. `auto` is `off` for now."""
     attention: Literal["auto", "torch", "cudnn"] = "auto"
     """Whose attention kernel: `torch` lets torch choose, `cudnn` takes cuDNN's wherever it can. `auto` takes
     cuDNN's on GPUs of compute capability 9.x (H100, H200)."""

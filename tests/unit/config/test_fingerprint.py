@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 
+from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
+from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 
 PHASE = {
@@ -45,6 +48,7 @@ def config(path: str | None = None, value: Any = None) -> VAETrainerConfig:
         ("evaluation.every_samples", 3),
         ("evaluation.keep_media", 3),
         ("data.num_workers", 7),
+        ("data.duplicates", "allow"),
         ("engine.kind", "local"),
         ("engine.deepspeed_config", "ds_configs/zero3_bf16.json"),
         ("curriculum.phases", [{"name": "c", **PHASE}]),
@@ -62,6 +66,8 @@ def test_what_does_not_change_the_weights_leaves_the_fingerprint(path: str, valu
         ("model.source", "N"),
         ("data.train", "other"),
         ("data.random_flip", False),
+        ("data.hdr", "leave_out"),
+        ("data.alpha_background", [255, 255, 255]),
         ("loss.kl_weight", 1e-3),
         ("optimizer.weight_decay", 0.5),
         ("curriculum.frames_policy", "strict"),
@@ -85,3 +91,40 @@ def test_phases_are_hashed_one_by_one() -> None:
 def test_default_and_stated_default_are_the_same_phase() -> None:
     stated = [{"name": "a", **PHASE, "schedule": "cosine"}, {"name": "b", **PHASE, "warmup_updates": 0}]
     assert phase_fingerprints(config("curriculum.phases", stated)) == phase_fingerprints(config())
+
+
+@pytest.mark.parametrize(
+    ("schema", "values", "phase", "expected"),
+    [
+        (
+            VAETrainerConfig,
+            {"model": {"source": "aiprod_ds.testing.tiny:TinyVideoVAE"}, "data": {"train": "clips"}},
+            {"resolution": "64x64", "duration": {"frames": 9}},
+            "434e8baac2b5ced659cfc42624b53ec7ec0d69b0bb51e4333231006b1d8d08d4",
+        ),
+        (
+            AudioVAETrainerConfig,
+            {"model": {"source": "AutoencoderOobleck"}, "data": {"train": "clips", "sample_rate_hz": 16000}},
+            {"duration": {"seconds": 1.0}},
+            "5d444736cc033f1477237c33b29d3eea5cb3055f9c7c21b577169824e8c42052",
+        ),
+        (
+            DiffusionTrainerConfig,
+            {
+                "model": {"source": "LTXVideoTransformer3DModel"},
+                "data": {"train": "latents"},
+                "vae": {"source": "AutoencoderKLLTXVideo"},
+            },
+            {"resolution": "64x64", "duration": {"frames": 9}},
+            "93f7b56f997713419f3257929031c008d30c6d30a3f9cd878b807f8c90f7ba69",
+        ),
+    ],
+)
+def test_runs_of_earlier_versions_can_be_resumed(
+    schema: type[RunConfig], values: dict[str, Any], phase: dict[str, Any], expected: str
+) -> None:
+    """Computed before there were keys for interlaced, HDR and transparent pictures. A new key that changes
+    training belongs into `_CAME_LATER`."""
+    only = {"name": "only", "updates": 4, "learning_rate": 0.001, "global_batch_size": 2, **phase}
+    made = schema.model_validate({"output_dir": "runs/x", "curriculum": {"phases": [only]}, **values})
+    assert config_fingerprint(made) == expected
