@@ -44,7 +44,8 @@ class EvaluationCost:
     def text(self) -> str:
         """In words, for `check` and `plan`."""
         sampled = f", {self.previews:,} previews" if self.previews else ""
-        return f"{self.evaluations:,} evaluations{sampled}: {100 * self.share:.2g} % of the time by counted passes"
+        share = f"{100 * self.share:.2g} % of the time by counted passes"
+        return f"{self.evaluations:,} evaluations{sampled}: {share}"
 
     @property
     def warning(self) -> str | None:
