@@ -16,12 +16,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from aiprod_ds.cli_convert import add_convert, add_inspect, request_of
+from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
@@ -35,6 +36,7 @@ from aiprod_ds.report.progress_line import shown_on
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
+_MOST_RANKS = 1_000_000  # ten times the largest machines of today
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
 
@@ -79,12 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     plan = _configured(commands, "plan", _plan, "print the phases with every derived number; needs no GPU")
     for command in (check, plan):
         command.add_argument(
-            "--world-size", "--gpus", type=int, default=1, metavar="N", help="ranks to plan for (default 1)"
+            "--world-size",
+            "--gpus",
+            type=partial(count, most=_MOST_RANKS),
+            default=1,
+            metavar="N",
+            help="ranks to plan for (default 1)",
         )
         command.add_argument("--machine", choices=sorted(MACHINES), help="the GPU that it will run on")
     plan.add_argument(
         "--price-per-gpu-hour",
-        type=float,
+        type=partial(number, most=1e6),
         metavar="DOLLARS",
         help="in place of the machine's; needs --machine",
     )

@@ -4,7 +4,7 @@ which prints."""
 from __future__ import annotations
 
 import argparse
-import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from aiprod_ds.convert.request import Request
 
 _FORMS = ("diffusers", "single-file", "safetensors", "peft", "comfyui", "diffusers-lora")
+_MOST_RANK = 1_000_000  # no matrix of a model has so many rows
 _DTYPES = ("fp32", "bf16", "fp16")
 _EXAMPLES = """\
 SOURCE is looked at and need not be described. OUT must not exist; it appears when it is whole.
@@ -77,9 +78,13 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", type=Path, metavar="FOLDER", help="base model of a LoRA, or the model before training"
     )
-    parser.add_argument("--alpha", type=float, help="of a LoRA that does not say it")
     parser.add_argument(
-        "--rank", type=_positive_int, help="extract a LoRA of this rank: the difference of SOURCE and --base"
+        "--alpha", type=partial(number, least=-1e6, most=1e6), help="of a LoRA that does not say it"
+    )
+    parser.add_argument(
+        "--rank",
+        type=partial(count, most=_MOST_RANK),
+        help="extract a LoRA of this rank: the difference of SOURCE and --base",
     )
     parser.add_argument(
         "--targets", nargs="+", default=["*"], metavar="PATTERN", help="layers to extract, as lora.targets"
@@ -87,7 +92,7 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--prefix", help="take only tensors whose names begin so, without it")
     parser.add_argument(
         "--shard-gb",
-        type=_positive,
+        type=partial(number, least=1e-9, most=1e6),
         default=10.0,
         metavar="GB",
         help="the most that one file of a folder holds (10)",
@@ -117,17 +122,27 @@ def add_inspect(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> float:
+def number(text: str, *, most: float, least: float = 0.0) -> float:
+    """Returns the finite number that an option gives.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not within [least, most].
+    """
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    if not least <= value <= most:  # also if it is NaN
+        raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, got {text[:40]}")
     return value
 
 
-def _positive_int(text: str) -> int:
+def count(text: str, *, most: int) -> int:
+    """Returns the whole number that an option gives.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not within [1, most].
+    """
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not 1 <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {most}, got {text[:40]}")
     return value
 
 

@@ -18,6 +18,7 @@ from aiprod_ds.errors import ConfigError
 
 MAX_BYTES = 1 << 20
 _MAX_DEPTH = 64
+_MAX_DIGITS = 1000  # Python reads, but does not write, hexadecimals of any length
 _NULL, _BOOL, _INT, _FLOAT, _TEXT = (
     f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")
 )
@@ -177,10 +178,16 @@ def _mapping(node: yaml.MappingNode, source: str, problems: list[str], *, depth:
     return values
 
 
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(text)
+    return int(text.replace("_", ""), 16 if "x" in text.lower() else 10)
+
+
 _SCALARS: dict[str, Any] = {
     _NULL: lambda _: None,
     _BOOL: lambda text: text.lower() == "true",
-    _INT: lambda text: int(text.replace("_", ""), 16 if "x" in text.lower() else 10),
+    _INT: _integer,
     _FLOAT: lambda text: float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan")),
     _TEXT: str,
 }

@@ -18,7 +18,7 @@ from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model, mel_hop
 from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior
 from aiprod_ds.models.shapes import declared_number, on_meta
-from aiprod_ds.models.vae import prepare_vae
+from aiprod_ds.models.vae import prepare_vae, require_vae
 
 _PROBE_SAMPLES = 2**16  # a multiple of most published hops, and long against what any codec cuts off
 _PROBE_CHANNELS = 2
@@ -93,8 +93,9 @@ def audio_facts(vae: nn.Module, *, hop: int | None = None) -> AudioFacts:
     declared one.
 
     Raises:
-        ConfigError: If the hop is neither declared nor measurable.
+        ConfigError: If the model is no VAE, or the hop is neither declared nor measurable.
     """
+    require_vae(vae)
     if hop is None:
         hop = mel_hop(vae) if is_mel_model(vae) else _measured_hop(vae) or declared_number(vae, "hop_length")
     if hop is None:
@@ -129,8 +130,8 @@ def _measured_hop(vae: nn.Module) -> int | None:
     try:
         with torch.no_grad():
             latent, _ = split_posterior(shapes_only.encode(probe_BCN))  # type: ignore[operator]
-    except (RuntimeError, ValueError, NotImplementedError):
+        # A codec may cut off or add a few latents at the ends, so the quotient is rounded to one that divides
+        # the probe.
+        return round(_PROBE_SAMPLES / latent.shape[-1]) or None
+    except Exception:  # noqa: BLE001  a model that is no audio VAE may fail in any way
         return None  # some models make tensors on the CPU inside forward
-    # A codec may cut off or add a few latents at the ends, so the quotient is rounded to one that divides the
-    # probe.
-    return round(_PROBE_SAMPLES / latent.shape[-1])

@@ -20,10 +20,20 @@ def prepare_vae(vae: nn.Module) -> Any:
     Raises:
         ConfigError: If it lacks `encode` or `decode`.
     """
+    require_vae(vae)
+    compute_weights_in_forward(vae)
+    return vae
+
+
+def require_vae(vae: nn.Module) -> None:
+    """Checks what can be checked without running the model.
+
+    Raises:
+        ConfigError: If it lacks `encode` or `decode`.
+    """
     for method in ("encode", "decode"):
         if not callable(getattr(vae, method, None)):
             raise ConfigError(
-                f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}."
+                f"model: a VAE must offer encode and decode, got {type(vae).__name__} without {method}. Name "
+                "a VAE's class."
             )
-    compute_weights_in_forward(vae)
-    return vae

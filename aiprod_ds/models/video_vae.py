@@ -17,7 +17,7 @@ from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior
 from aiprod_ds.models.shapes import declared_number, on_meta
-from aiprod_ds.models.vae import prepare_vae
+from aiprod_ds.models.vae import prepare_vae, require_vae
 
 _PROBE_FRAMES, _PROBE_SIZE = 49, 128  # 48 and 128 are multiples of every published stride
 
@@ -69,8 +69,9 @@ def video_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
     AutoencoderKLLTX2Video, whose encoder has 32 and 8. It runs on the meta device and costs no memory.
 
     Raises:
-        ConfigError: If a stride is neither given nor to be found.
+        ConfigError: If the model is no VAE, or a stride is neither given nor to be found.
     """
+    require_vae(vae)
     if config.spatial_stride and config.temporal_stride:
         return ModelStrides(spatial=config.spatial_stride, temporal=config.temporal_stride)
     found = _measure(vae) or _declared(vae)
@@ -91,10 +92,11 @@ def _measure(vae: nn.Module) -> ModelStrides | None:
     try:
         with torch.no_grad():
             latent, _ = split_posterior(shapes_only.encode(probe_BCTHW))  # type: ignore[operator]
-    except (RuntimeError, ValueError, NotImplementedError):
+        frames, height = latent.shape[-3], latent.shape[-2]
+        spatial, temporal = _PROBE_SIZE // height, (_PROBE_FRAMES - 1) // max(frames - 1, 1)
+    except Exception:  # noqa: BLE001  a model that is no video VAE may fail in any way
         return None  # some models make tensors on the CPU inside forward, or encode tiles only
-    frames, height = latent.shape[-3], latent.shape[-2]
-    return ModelStrides(spatial=_PROBE_SIZE // height, temporal=(_PROBE_FRAMES - 1) // max(frames - 1, 1))
+    return ModelStrides(spatial=spatial, temporal=temporal) if spatial and temporal else None
 
 
 def _declared(vae: nn.Module) -> ModelStrides | None:
