@@ -3,7 +3,7 @@ of its user's own.
 
 Owns the import, its message, and which packages need no trust. Called for `model.source`, for `trainer` and
 for the network of rFVD. Whether a file may name code at all is judged when it is read, before anything is
-imported: `aiprod_ds.config.trust`. A run folder may be someone else's, so what is read of it imports nothing
+imported: `aiprod_ds.config.schema`. A run folder may be someone else's, so what is read of it imports nothing
 that it names: see `load.read_saved_run` and `aiprod_ds.convert.diffusers_config`.
 """
 

@@ -23,8 +23,8 @@ from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.sample import SampleConfig
+from aiprod_ds.config.schema import TRUST_CODE, untrusted
 from aiprod_ds.config.trainers import DEFAULT_TRAINER, TRAINERS, trainer_config_class
-from aiprod_ds.config.trust import KEY, take_trust, untrusted
 from aiprod_ds.errors import ConfigError
 
 ConfigKind = Literal["trainer", "encode", "sample"]
@@ -58,9 +58,9 @@ def load_config(
     problems = _expand(document) + apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("output_dir",), output_dir, "--output-dir")
-    is_trusted = take_trust(document, problems, by_option=trust_code)
+    is_trusted = _take_trust(document, problems, by_option=trust_code)
     schema = _trainer(document, problems, is_trusted=is_trusted)
-    return validated(document, schema, problems, context={KEY: is_trusted})
+    return validated(document, schema, problems, context={TRUST_CODE: is_trusted})
 
 
 def _expand(document: Document) -> list[str]:
@@ -73,6 +73,18 @@ def _expand(document: Document) -> list[str]:
     if expanded is not curriculum:
         document.values["curriculum"] = expanded
     return []
+
+
+def _take_trust(document: Document, problems: list[str], *, by_option: bool) -> bool:
+    """Takes `trust_code` out of the document, to which it is what `base` is, and returns whether code is
+    trusted."""
+    value = document.values.pop(TRUST_CODE, False)
+    if not isinstance(value, bool):
+        problems.append(
+            f"{document.origin((TRUST_CODE,))}: {TRUST_CODE}: must be true or false, got "
+            f"{str(value)[:80]!r}. Correct the value."
+        )
+    return by_option or value is True
 
 
 def _trainer(document: Document, problems: list[str], *, is_trusted: bool) -> type[RunConfig]:
@@ -109,8 +121,8 @@ def load_encode_config(
     problems = apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("data", "output_dir"), output_dir, "--output-dir")
-    is_trusted = take_trust(document, problems, by_option=trust_code)
-    return validated(document, EncodeConfig, problems, context={KEY: is_trusted})
+    is_trusted = _take_trust(document, problems, by_option=trust_code)
+    return validated(document, EncodeConfig, problems, context={TRUST_CODE: is_trusted})
 
 
 def read_curriculum(path: Path) -> CurriculumConfig:
@@ -177,8 +189,8 @@ def load_sample_config(
     problems = apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("output_dir",), output_dir, "--output-dir")
-    is_trusted = take_trust(document, problems, by_option=trust_code)
-    return validated(document, SampleConfig, problems, context={KEY: is_trusted})
+    is_trusted = _take_trust(document, problems, by_option=trust_code)
+    return validated(document, SampleConfig, problems, context={TRUST_CODE: is_trusted})
 
 
 def config_kind(path: Path, overrides: Sequence[str] = ()) -> ConfigKind:
@@ -205,7 +217,7 @@ def validated(
         document: With the command line's overrides applied.
         schema: The class of the record.
         problems: What was found wrong before; it is raised together with what is wrong here.
-        context: Whether code is trusted; see `trust`. None: it is not imported.
+        context: Whether code is trusted; see `schema`. None: it is not imported.
 
     Raises:
         ConfigError: With `problems` and one more for every rule that is broken.

@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.schema import (
+    CodePath,
     FreeMapping,
     PositiveFloat,
     PositiveInt,
     StrictModel,
 )
-from aiprod_ds.config.trust import CodePath
 
 
 class ModelConfig(StrictModel):

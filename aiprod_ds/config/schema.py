@@ -1,13 +1,20 @@
 """The strict base of every configuration record, its types of numbers and the most that they may be.
 
-Owns strictness (frozen, unknown keys refused, no silent coercion), bounds that no machine reaches, and
-nothing about any trainer.
+Owns strictness (frozen, unknown keys refused, no silent coercion), bounds that no machine reaches, the rule
+that code must be trusted before it is named, and nothing about any trainer. To import a module is to run it,
+so that rule stands where a file is read. What a program of one's own puts into these records is its own code
+and is not judged, nor is a run folder's copy of a configuration, of which nothing is imported.
 """
 
 import math
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+from aiprod_ds.import_path import INSTALLED, is_installed
+
+TRUST_CODE = "trust_code"
+"""To a file what `base` is: whether it may name code of its own. `--trust-code` says so, too."""
 
 LARGEST_COUNT = 10**12
 """Of clips, updates, pixels, samples: no run gets there, and products of a few of them stay exact."""
@@ -72,6 +79,29 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 FreeMapping = Annotated[
     dict[str, Any], AfterValidator(_finite)
 ]  # keys of a class or a file that is not ours, checked there
+
+
+def _judged(path: str, info: ValidationInfo) -> str:
+    # Only `load` gives a context, and says in it whether the file may name code.
+    if info.context is not None and not info.context[TRUST_CODE]:
+        problem = untrusted(path)
+        if problem is not None:
+            raise ValueError(problem)
+    return path
+
+
+CodePath = Annotated[str, AfterValidator(_judged)]
+
+
+def untrusted(path: str) -> str | None:
+    """Returns what is wrong with `path` in a file that may not name code; None for an installed package's and
+    for what is no import path."""
+    if ":" not in path or is_installed(path):
+        return None
+    return (
+        f"names code outside of {' and '.join(INSTALLED)}, which runs only if it is trusted, got {path!r}. "
+        f"If you would run it yourself, add --trust-code, or `{TRUST_CODE}: true` to the file."
+    )
 
 
 class StrictModel(BaseModel):

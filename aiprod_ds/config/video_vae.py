@@ -10,8 +10,7 @@ from typing_extensions import Self
 from aiprod_ds.config.data import VideoDataConfig
 from aiprod_ds.config.losses import VideoVAELossConfig
 from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
-from aiprod_ds.config.schema import PositiveInt, StrictModel
-from aiprod_ds.config.trust import CodePath
+from aiprod_ds.config.schema import CodePath, PositiveInt, StrictModel
 
 
 class FvdConfig(StrictModel):

@@ -342,6 +342,11 @@ def _listed(table: Path, number: int, row: Any, medium: Medium) -> ListedClip:
         raise DataError(
             f"{table}: row {number}: must name a file in column {names}, got {row!r}. Add it or drop the row."
         )
+    for name in ("audio", "caption"):
+        if not isinstance(columns.get(name) or "", str):
+            raise DataError(
+                f"{table}: row {number}: {name} must be text, got {str(columns[name])[:80]!r}. Correct it."
+            )
     audio = columns.get("audio") or None if medium == "video" else None
     return ListedClip(path=path, audio=audio, caption=columns.get("caption") or None)
 

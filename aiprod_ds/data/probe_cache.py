@@ -66,6 +66,8 @@ class ProbeCache:
             raise DataError("is missing: there is no such file") from error
         except OSError as error:
             raise DataError(f"cannot be opened: {error.strerror}") from error
+        except ValueError as error:  # a null byte or a lone surrogate in the name
+            raise DataError(f"cannot be opened: {error}") from error
         stamp = (status.st_size, status.st_mtime_ns)
         known = self._known.get(key)
         record = known.record if known is not None and known.stamp == stamp else probe(file, medium=medium)

@@ -40,7 +40,7 @@ TEXTS = (
     *("aiprod_ds.testing.tiny:TinyVideoVAE", "aiprod_ds.models.registry:build_model", "diffusers:ModelMixin"),
     *("AutoencoderKLWan", "AutoencoderKL", "AutoencoderOobleck", "UNet2DModel", "DDPMScheduler", "AutoModel"),
     *(
-        "LTXVideoTransformer3DModel",
+        "Transformer2DModel",
         "VQModel",
         "T5EncoderModel",
         "video_vae",
