@@ -119,12 +119,15 @@ class TensorFile(TensorSource):
         self.path = path
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
             raise TensorFileError(str(error)) from error
         self._close = weakref.finalize(self, os.close, self._descriptor)
         try:
             length, header = _read_header(self._descriptor)
             self.metadata, self.specs, self._starts = _parse(header, data_bytes=length)
+        except OSError as error:  # the disk fails, or it is no file of a disk
+            self.close()
+            raise TensorFileError(str(error)) from error
         except BaseException:
             self.close()
             raise

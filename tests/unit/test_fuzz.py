@@ -232,6 +232,11 @@ def test_overrides(place: Path, count: int) -> None:
     )(one)
 
 
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/dev/zero", "a\0b", "\ud800", "x/" * 3000])
+def test_what_is_no_file_of_weights_is_told(path: str) -> None:
+    assert _ends_well("inspect", path) == 1
+
+
 def _dotted(path: Sequence[str | int]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
