@@ -147,7 +147,10 @@ def read_evaluations(folder: Path) -> tuple[EvaluationRecord, ...]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines):  # without its line feed
                 break
-            raise DataError(f"{path}:{number}: must be an evaluation's record, got {line[:80]!r}.") from error
+            raise DataError(
+                f"{path}:{number}: must be an evaluation's record, got {line[:80]!r}. Remove the line or "
+                "restore the file."
+            ) from error
     return tuple(found)
 
 

@@ -24,6 +24,7 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
+from aiprod_ds.errors import DataError
 from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium, Reason, append_evaluation
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
@@ -106,7 +107,7 @@ class Evaluator:
             if dist.is_main():
                 record = self._record(found, reason, state=state, clock=clock, began=began)
                 append_evaluation(self.folder, record)
-                thin_media(self.folder, keep=self.config.evaluation.keep_media)
+                self._thin()
                 self.recorder.log_evaluation(record, self.folder)
         _LOG.info(
             "evaluated update=%d reason=%s seconds=%.1f", clock.updates, reason, time.perf_counter() - began
@@ -155,12 +156,7 @@ class Evaluator:
         self, found: Evaluation, reason: Reason, *, state: TrainState, clock: Clock, began: float
     ) -> EvaluationRecord:
         phase = self.plan.phases[clock.phase]
-        media: tuple[Medium, ...] = ()
-        if found.examples is not None:
-            samples = self.folder / SAMPLES
-            samples.mkdir(parents=True, exist_ok=True)
-            name, title = _names(reason, clock, phase.index, phase.name)
-            media = found.examples.save(samples, name, title=f"{title}: {found.headline}")
+        name, moment = _names(reason, clock, phase.index, phase.name)
         return EvaluationRecord(
             update=clock.updates,
             samples=clock.samples,
@@ -173,8 +169,27 @@ class Evaluator:
             is_average=state.ema is not None,
             clips=found.clips,
             not_judged=found.not_judged,
-            media=media,
+            media=self._media(found, name, moment),
         )
+
+    def _media(self, found: Evaluation, name: str, moment: str) -> tuple[Medium, ...]:
+        """Writes what shows the evaluation. Without room for it the measures are kept, and training goes on:
+        whether a full disk ends a run is for the next checkpoint to say."""
+        if found.examples is None:
+            return ()
+        samples = self.folder / SAMPLES
+        try:
+            samples.mkdir(parents=True, exist_ok=True)
+            return found.examples.save(samples, name, title=f"{moment}: {found.headline}", moment=moment)
+        except OSError as error:
+            _LOG.warning("media_not_written folder=%s name=%s error=%s", samples, name, error)
+            return ()
+
+    def _thin(self) -> None:
+        try:
+            thin_media(self.folder, keep=self.config.evaluation.keep_media)
+        except (OSError, DataError) as error:  # pictures that are too many harm nobody
+            _LOG.warning("media_not_thinned error=%s", error)
 
 
 def _names(reason: Reason, clock: Clock, phase_index: int, phase: str) -> tuple[str, str]:

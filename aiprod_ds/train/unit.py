@@ -82,8 +82,10 @@ class EvaluationRequest:
 class Examples(Protocol):
     """A few held-out clips, as they are and through the model, or clips that it has sampled."""
 
-    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
+    def save(self, folder: Path, name: str, *, title: str, moment: str) -> tuple[Medium, ...]:
         """Writes `<name>.png` with `title` on top, and whatever else shows this kind of clip, into `folder`.
+
+        A clip's own caption names the `moment` alone: the measure in the title is the mean of all clips.
 
         Returns:
             What was written, the sheet first; paths begin with the folder's own name.

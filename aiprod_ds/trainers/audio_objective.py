@@ -202,7 +202,7 @@ class _WaveExamples:
     rate_hz: int
     sources: tuple[str, ...]
 
-    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
+    def save(self, folder: Path, name: str, *, title: str, moment: str) -> tuple[Medium, ...]:
         save_spectrograms(
             self.original, self.output, folder / f"{name}.png", sample_rate_hz=self.rate_hz, title=title
         )
@@ -220,7 +220,7 @@ class _WaveExamples:
                         path=f"{folder.name}/{path.name}",
                         kind="sound",
                         role="original" if is_original else "reconstruction",
-                        caption=f"clip {number}, {'original' if is_original else title}",
+                        caption=f"clip {number}, {'original' if is_original else moment}",
                         clip=number,
                         source=self.sources[number - 1],
                     )
@@ -235,7 +235,7 @@ class _MelExamples:
     original: Tensor
     output: Tensor
 
-    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
+    def save(self, folder: Path, name: str, *, title: str, moment: str) -> tuple[Medium, ...]:  # noqa: ARG002  no clip of its own
         save_mels(self.original, self.output, folder / f"{name}.png", title=title)
         return (_sheet(folder, name, title),)
 

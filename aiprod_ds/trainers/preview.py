@@ -195,7 +195,7 @@ class _Shown:
     clips: tuple[Clip, ...]
     items: tuple[PreviewItem, ...]
 
-    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
+    def save(self, folder: Path, name: str, *, title: str, moment: str) -> tuple[Medium, ...]:
         captions = [
             f"clip {number}{': ' if item.prompt else ''}{item.prompt}"
             for number, item in enumerate(self.items, start=1)
@@ -210,7 +210,7 @@ class _Shown:
                     path=f"{folder.name}/{path.name}",
                     kind="film",
                     role="preview",
-                    caption=f"clip {number}, {title}",
+                    caption=f"clip {number}, {moment}",
                     clip=number,
                     source=item.source,
                     prompt=item.prompt,

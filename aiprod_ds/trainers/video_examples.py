@@ -55,7 +55,7 @@ class VideoExamples:
     pairs: tuple[ShownPair, ...]
     sources: tuple[str, ...]
 
-    def save(self, folder: Path, name: str, *, title: str) -> tuple[Medium, ...]:
+    def save(self, folder: Path, name: str, *, title: str, moment: str) -> tuple[Medium, ...]:
         """Writes `<name>.png`, `<name>_clip_1.mp4` and so on, and the originals' films."""
         originals = torch.cat([pair.original for pair in self.pairs])
         reconstructions = torch.cat([pair.reconstruction for pair in self.pairs])
@@ -78,7 +78,7 @@ class VideoExamples:
                     path=f"{folder.name}/{film}",
                     kind="film",
                     role="reconstruction",
-                    caption=f"clip {number}, {title}",
+                    caption=f"clip {number}, {moment}",
                     clip=number,
                     source=source,
                 ),

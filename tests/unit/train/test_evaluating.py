@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -195,8 +196,31 @@ def test_a_record_says_what_was_measured_and_names_the_files(tmp_path: Path) -> 
         ("samples/original_clip_2.mp4", "film", "original", 2),
         ("samples/update_000004_clip_2.mp4", "film", "reconstruction", 2),
     ]
+    assert record.media[0].caption == f"update 4: {record.headline}"
+    assert record.media[2].caption == "clip 1, update 4", "the measure is the mean of both clips"
     assert {medium.source for medium in record.media} == {"", "dataset[0]", "dataset[1]"}
     assert all((tmp_path / medium.path).stat().st_size for medium in record.media)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_room_for_films_and_over_a_damaged_record(
+    tmp_path: Path, plain: tuple[str, list[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the evaluation at 2 reads its clips, a file takes the place of their folder; a line is lost."""
+
+    def damage(read: int) -> None:
+        if read == 2:
+            (tmp_path / "samples").rename(tmp_path / "elsewhere")
+            (tmp_path / "samples").touch()
+            (tmp_path / FILE).write_text("\0\0\0\n", encoding="utf-8")
+
+    summary = _train(tmp_path, evaluation={"every_updates": 2}, validation=Watched(damage))
+    assert summary.final_state_sha256 == plain[0]
+    assert "media_not_written" in caplog.text
+    assert "media_not_thinned" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / FILE).read_text(encoding="utf-8").splitlines()[1:]]
+    assert [record["update"] for record in records] == [2, 4, 5, 6, 8, 9]
+    assert all(record["metrics"] and not record["media"] for record in records)
 
 
 @pytest.mark.slow

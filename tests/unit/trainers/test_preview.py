@@ -77,7 +77,7 @@ def _frames(examples: Any, folder: Path) -> list[np.ndarray[Any, Any]]:
     """Returns every clip's stills, from the contact sheet: a PNG keeps them exactly, which H.264 does not."""
     assert examples is not None
     folder.mkdir()
-    examples.save(folder, "low", title="phase low")
+    examples.save(folder, "low", title="phase low: loss 1", moment="phase low")
     with Image.open(folder / "low.png") as image:
         sheet = np.asarray(image)
     tops = range(64, sheet.shape[0], 160 + 18 + 24)
@@ -87,7 +87,7 @@ def _frames(examples: Any, folder: Path) -> list[np.ndarray[Any, Any]]:
 def test_every_item_becomes_a_film_with_sound_on_one_sheet(engine: LocalEngine, tmp_path: Path) -> None:
     examples = _previews(engine).make(engine, _items(2))
     assert examples is not None
-    examples.save(tmp_path, "low", title="phase low")
+    examples.save(tmp_path, "low", title="phase low: loss 1", moment="phase low")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["low.png", "low_clip_1.mp4", "low_clip_2.mp4"]
     with av.open(str(tmp_path / "low_clip_1.mp4")) as film:
         assert film.streams.audio[0].rate == 16_000
