@@ -244,7 +244,7 @@ def print_summary(console: Console, summary: RunSummary, *, report: Path) -> Non
         Text.assemble(
             (summary.status.value, f"bold {colour}"),
             f"  {summary.updates:,} of {summary.planned_updates:,} updates in "
-            f"{_clock(sum(summary.time_seconds.values()))}",
+            f"{_clock(sum(summary.time_seconds.values()))}{summary.time_scope}",
         ),
         soft_wrap=True,
     )

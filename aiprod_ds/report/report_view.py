@@ -59,7 +59,8 @@ def _headline(summary: RunSummary) -> str:
     lines.append(
         f"{sentence} `{summary.model}` ({count_text(summary.parameters)} parameters) through "
         f"{len(summary.phases)} "
-        f"{plural('phase', len(summary.phases))} in {duration(sum(summary.time_seconds.values()))}, on "
+        f"{plural('phase', len(summary.phases))} in {duration(sum(summary.time_seconds.values()))}"
+        f"{summary.time_scope}, on "
         f"{summary.world_size} "
         f"{plural('rank', summary.world_size)} with {summary.engine}, ZeRO stage {summary.zero_stage}, "
         f"{summary.precision}."

@@ -116,6 +116,11 @@ class RunSummary:
     plots: tuple[Picture, ...] = ()
     error: str | None = None
 
+    @property
+    def time_scope(self) -> str:
+        """What follows a time in words: of a run that went on, `time_seconds` is that of its last start."""
+        return " since the last start" if self.resumed_from else ""
+
 
 def phase_history(summary: RunSummary) -> list[tuple[str, Mapping[str, float]]]:
     """Returns when and what was measured at the ends of phases, in words, for `measures.verdict_of`."""

@@ -230,8 +230,14 @@ def starts(run: RunRecord) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def time_title(run: RunRecord) -> str:
+    """Returns what stands over `time_table`: the clock of a run that went on began anew."""
+    update = max((update for update, _ in run.starts), default=0)
+    return f"Where the time went since update {update:,}" if update else "Where the time went"
+
+
 def time_table(run: RunRecord) -> Table:
-    """Returns where the time went, as the run's end tells it."""
+    """Returns where the time went, as the run's end tells it of its last start."""
     times = (run.report or {}).get("time_seconds")
     seconds = {
         str(name): float(value)

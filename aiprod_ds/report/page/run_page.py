@@ -94,6 +94,7 @@ def render_run(run: RunRecord, *, base: str = "", max_bytes: int = MAX_EMBEDDED_
         evaluations=facts.evaluation_table(run),
         phases=facts.phase_table(run, spans),
         times=facts.time_table(run),
+        time_title=facts.time_title(run),
         notes=facts.notes(run),
         configuration=write_yaml(run.config) if run.config else "",
         changes=facts.configuration_changes(run),

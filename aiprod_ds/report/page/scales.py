@@ -83,8 +83,7 @@ def y_ticks(axis: Axis, count: int = 4) -> tuple[Tick, ...]:
 def x_ticks(axis: Axis) -> tuple[Tick, ...]:
     """Returns round updates along an axis."""
     values = [value for value in _round_values(axis.low, axis.high, 5) if value <= axis.high * 1.001]
-    if axis.high < 5:
-        values = [value for value in values if value == int(value)]
+    values = [value for value in values if value == int(value)]  # there is no update 2.5
     return tuple(Tick(place=axis.place(value), text=_count(value)) for value in values)
 
 

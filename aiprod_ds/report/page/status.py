@@ -128,14 +128,22 @@ def phases_of(plan: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, 
 def _seconds_spent(run: RunRecord, curves: Mapping[str, Curve]) -> float:
     times = (run.report or {}).get("time_seconds")
     if isinstance(times, dict) and times:
-        return sum(float(value) for value in times.values() if isinstance(value, (int, float)))
+        last = sum(float(value) for value in times.values() if isinstance(value, (int, float)))
+        # Of the last start alone; rows and records tell of those before.
+        resumed_at = max((update for update, _ in run.starts), default=0)
+        return last + (_seconds_recorded(run, curves, until=resumed_at) if resumed_at else 0.0)
+    return _seconds_recorded(run, curves, until=run.updates)
+
+
+def _seconds_recorded(run: RunRecord, curves: Mapping[str, Curve], *, until: int) -> float:
     curve = curves.get("time/update_seconds")
     trained = 0.0
     if curve is not None and len(curve.values):
-        finite = curve.values[np.isfinite(curve.values)]
+        finite = curve.values[np.isfinite(curve.values) & (curve.updates <= until)]
         # Of a long run a sample of the rows is read; its mean stands for all.
-        trained = float(finite.mean()) * run.updates if len(finite) else 0.0
-    return trained + sum(record.seconds for record in run.evaluations if math.isfinite(record.seconds))
+        trained = float(finite.mean()) * until if len(finite) else 0.0
+    evaluated = (record.seconds for record in run.evaluations if record.update <= until)
+    return trained + sum(seconds for seconds in evaluated if math.isfinite(seconds))
 
 
 def _seconds_left(

@@ -216,7 +216,9 @@ def summary_text(summary: RunSummary) -> str:
 
 def test_the_printed_summary_shows_status_measures_and_report() -> None:
     shown = summary_text(example_summary())
-    assert "completed  900 of 900 updates in 0:04:27" in shown
+    assert "completed  900 of 900 updates in 0:04:27\n" in shown
+    resumed = example_summary(resumed_from=("update_000500",))
+    assert "in 0:04:27 since the last start\n" in summary_text(resumed)
     assert re.search(r"PSNR +11\.31 dB +23\.71 dB +\+12\.40 dB", shown)
     assert shown.endswith("report  runs/tiny/report.md\n")
     assert "loss became NaN" in summary_text(

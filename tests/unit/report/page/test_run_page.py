@@ -297,6 +297,16 @@ def test_what_changed_in_the_configuration_is_told_by_resume(make_run: MakeRun) 
     assert "Gone on from update 60 again" in words
 
 
+def test_the_time_of_earlier_starts_is_counted(make_run: MakeRun) -> None:
+    """60 updates at 2 s and two evaluations of 3 s before the resume, and what the last start took."""
+    folder = make_run(time_seconds={"train": 80.0, "evaluation": 4.0})
+    assert "100 of 100 updates · 1 min 24 s spent" in _words(_page(folder))
+    (folder / "environment_from_000060.json").write_text('{"command": "again"}')
+    words = _words(_page(folder))
+    assert "100 of 100 updates · 3 min 30 s spent" in words
+    assert "Where the time went since update 60" in words
+
+
 def test_early_moments_are_thinned(make_run: MakeRun) -> None:
     folder = make_run(psnr_db=())
     for update in range(20):
