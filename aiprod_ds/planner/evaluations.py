@@ -29,16 +29,20 @@ class EvaluationCost:
         previews: Times that clips are sampled; 0 where there are none.
         passes: Forward passes of all evaluations and previews, over all ranks, in clips of the last phase.
         share: Of all time, training and evaluation together.
+        intervals: The keys that say how often, of those that the configuration sets.
     """
 
     evaluations: int
     previews: int
     passes: float
     share: float
+    intervals: str
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready row."""
-        return asdict(self)
+        row = asdict(self)
+        del row["intervals"]
+        return row
 
     @property
     def text(self) -> str:
@@ -52,9 +56,10 @@ class EvaluationCost:
         """What to do about a share that is large; None if it is not."""
         if self.share <= WARNED_SHARE:
             return None
+        rarer = f"Raise {self.intervals}, or lower" if self.intervals else "Lower"
         return (
-            f"evaluation: takes about {100 * self.share:.0f} % of the time, by counted passes. Raise "
-            "evaluation.every_updates or preview.every_updates, or lower evaluation.max_clips."
+            f"evaluation: takes about {100 * self.share:.0f} % of the time, by counted passes. "
+            f"{rarer} evaluation.max_clips."
         )
 
 
@@ -109,7 +114,18 @@ def evaluation_cost(
         previews=previews,
         passes=passes,
         share=passes / total if total else 0.0,
+        intervals=_intervals(config, has_previews=previews > 0),
     )
+
+
+def _intervals(config: RunConfig, *, has_previews: bool) -> str:
+    evaluation = config.evaluation
+    keys = {
+        "evaluation.every_updates": evaluation.every_updates,
+        "evaluation.every_samples": evaluation.every_samples,
+        "preview.every_updates": config.preview_updates() if has_previews else None,
+    }
+    return " and ".join(key for key, every in keys.items() if every is not None)
 
 
 def _inside(updates: int, ends: list[int], every: int | None) -> int:

@@ -97,7 +97,17 @@ def test_above_five_percent_it_warns() -> None:
     cost = _video(evaluation={"every_updates": 2})
     assert cost.share > 0.05
     assert cost.warning is not None
-    assert "Raise evaluation.every_updates" in cost.warning
+    assert "Raise evaluation.every_updates, or lower evaluation.max_clips." in cost.warning
+
+
+@pytest.mark.parametrize(
+    ("interval", "advice"),
+    [({"every_samples": 2}, "Raise evaluation.every_samples, or lower"), ({"max_clips": 10_000}, "Lower")],
+)
+def test_the_advice_names_the_intervals_that_are_set(interval: dict[str, int], advice: str) -> None:
+    warning = _video(evaluation=interval).warning
+    assert warning is not None
+    assert f"by counted passes. {advice} evaluation.max_clips." in warning
 
 
 def test_previews_count_every_forward_of_every_clip() -> None:
