@@ -115,11 +115,13 @@ def mutated(draw: st.DrawFn, documents: Sequence[Any]) -> Any:
             other = draw(st.sampled_from(paths))
             holder[last] = copy.deepcopy(_holder(document, other)[other[-1]])
         elif what == "add" and isinstance(holder, dict):
-            holder[draw(st.text(max_size=6))] = draw(ODD)
+            holder[draw(st.text(max_size=6))] = copy.deepcopy(
+                draw(ODD)
+            )  # what is drawn is shared, and may be changed next
         elif what == "add":
             holder.append(copy.deepcopy(holder[last]))
         else:
-            holder[last] = draw(ODD)
+            holder[last] = copy.deepcopy(draw(ODD))
     return document
 
 
