@@ -73,6 +73,10 @@ class Deep(str):
         """Returns the text of `depth` pairs of brackets."""
         return super().__new__(cls, "[" * depth + "]" * depth)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deep:
+        """Returns itself: a text does not change."""
+        return self
+
 
 ODD: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from(NUMBERS),
