@@ -52,7 +52,8 @@ def test_shapes_must_agree() -> None:
 
 
 def test_measures_of_ranks_add_up_clip_by_clip() -> None:
-    short, long = torch.zeros(1, 1, 2, 4), torch.zeros(2, 1, 8, 4)
+    # Not of one level alone: that would be silence, which is not judged.
+    short, long = torch.rand(1, 1, 2, 4), torch.rand(2, 1, 8, 4)
     one, other, together = MelQuality(), MelQuality(), MelQuality()
     one.update(short, short + 3)
     other.update(long, long - 1)
