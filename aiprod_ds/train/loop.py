@@ -303,7 +303,9 @@ class TrainingLoop:
 
     def _measure_start(self) -> bool:
         """Returns False if the run is to stop before the evaluation has ended."""
-        if not self.history.before:
+        # Nothing may have been found, of silent clips: a resumed run then does not measure once more.
+        is_due = self.clock.updates == 0 and self.evaluator.missing(self.clock) is not Part.NONE
+        if is_due and not self.history.before:
             found = self._evaluate(self.evaluator.every_part, "before")
             if found is None:
                 return False

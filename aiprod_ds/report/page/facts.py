@@ -230,6 +230,13 @@ def starts(run: RunRecord) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def is_none_judged(run: RunRecord) -> bool:
+    """Whether evaluations measured clips and could say nothing of any of them."""
+    return any(record.clips for record in run.evaluations) and not any(
+        record.metrics for record in run.evaluations
+    )
+
+
 def time_title(run: RunRecord) -> str:
     """Returns what stands over `time_table`: the clock of a run that went on began anew."""
     update = max((update for update, _ in run.starts), default=0)
@@ -274,7 +281,7 @@ def summary_words(run: RunRecord) -> str:
 
 def _notes(run: RunRecord) -> Iterator[Note]:
     known = told(run)
-    _, now = before_and_now(run)
+    now = next((record for record in reversed(run.evaluations) if record.metrics or record.not_judged), None)
     if now is not None and now.not_judged:
         rows = tuple(
             (f"{entry.clip} ({label_of(entry.measure)})", entry.reason)

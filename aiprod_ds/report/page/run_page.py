@@ -84,6 +84,7 @@ def render_run(run: RunRecord, *, base: str = "", max_bytes: int = MAX_EMBEDDED_
         cards=facts.cards(run),
         num_cards=facts.num_cards(run),
         first_only=before is not None and now is None,
+        none_judged=facts.is_none_judged(run),
         now=now,
         gallery=gallery_of(run.evaluations, Embedder(folder=run.folder, base=base, max_bytes=max_bytes)),
         loss=_loss_chart(curves, spans, names, run),

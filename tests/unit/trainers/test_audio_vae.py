@@ -263,6 +263,17 @@ def test_sound_that_diverged_is_shown_but_not_written(
     assert "before_clip_1.wav reason=samples_not_finite" in caplog.text
 
 
+def test_where_no_clip_can_be_judged_a_resumed_run_does_not_measure_before_training_again(
+    run_folder: Path,
+) -> None:
+    config, clips = _config(run_folder), {"dataset": _sounds(6), "validation": [torch.zeros(2_400)] * 2}
+    expected = AudioVAETrainer(config, **clips).train()
+    middle = str(run_folder / "checkpoints" / "update_000002")
+    assert AudioVAETrainer(config, **clips).train(resume=middle).metrics == expected.metrics == {}
+    places = [(record.update, record.reason) for record in read_evaluations(run_folder)]
+    assert places == [(0, "before"), (3, "phase_end"), (5, "phase_end")]
+
+
 def test_a_mel_model_learns_spectrograms(run_folder: Path) -> None:
     samples = 640 * 8
     sections: dict[str, Any] = {

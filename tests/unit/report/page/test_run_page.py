@@ -10,13 +10,20 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium, append_evaluation
+from aiprod_ds.metrics.evaluations import (
+    EvaluationRecord,
+    Medium,
+    append_evaluation,
+    keep_evaluations,
+    read_evaluations,
+)
 from aiprod_ds.report.page import record
 from aiprod_ds.report.page.run_page import write_page
 
@@ -111,6 +118,16 @@ def test_a_run_that_got_worse_says_so_first(make_run: MakeRun) -> None:
     words = _words(page)
     assert words.index("Worse than before training") < words.index("Originals and reconstructions")
     assert "▼ worse -12.00 dB" in words
+
+
+def test_a_run_of_which_no_clip_could_be_judged_says_so(make_run: MakeRun) -> None:
+    folder = make_run()
+    nothing = [replace(record, metrics={}) for record in read_evaluations(folder)]
+    keep_evaluations(folder, nothing)
+    words = _words(_page(folder))
+    assert "None of the held-out clips could be judged by any measure; see below why." in words
+    assert "measured before training only" not in words
+    assert "silent.mp4 (PSNR) digital silence" in words
 
 
 def test_a_run_below_its_best_says_so(make_run: MakeRun) -> None:
