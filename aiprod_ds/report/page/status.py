@@ -14,7 +14,6 @@ from aiprod_ds.report.page.record import RunRecord
 from aiprod_ds.report.words import duration
 
 _LAST_UPDATES = 200  # whose median time the rest is expected to take
-_GOES_ON = "The same command goes on from the newest checkpoint."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +61,16 @@ def status_of(run: RunRecord) -> Status:
     left = None if kind == "completed" else _seconds_left(run.plan, curves, updates)
     percent = "" if share is None else f" at {math.floor(100 * share)} %"
     when = "an unknown time" if run.last_write is None else f"{run.last_write:%Y-%m-%d %H:%M} UTC"
+    goes_on = _goes_on(run)
     sentence = {
         "running": f"As of {run.as_of:%Y-%m-%d %H:%M} UTC. The page is written anew at every evaluation; if "
         "that is overdue, the command aiprod-ds report tells whether the run is still alive.",
         "completed": "All phases are done.",
-        "interrupted": f"Asked to stop{percent}, and saved. {_GOES_ON}",
-        "failed": f"Ended by an error{percent}. {_GOES_ON}",
+        "interrupted": f"Asked to stop{percent}, and saved. {goes_on}",
+        "failed": f"Ended by an error{percent}. {goes_on}",
         "killed": (
             f"The run did not end by itself: it left no report and no process of it is alive. It was killed"
-            f"{percent}; its last metrics are of {when}. {_GOES_ON}"
+            f"{percent}; its last metrics are of {when}. {goes_on}"
         ),
     }[kind]
     return Status(
@@ -84,6 +84,16 @@ def status_of(run: RunRecord) -> Status:
         seconds_left=left,
         error=str((run.report or {}).get("error") or ""),
     )
+
+
+def _goes_on(run: RunRecord) -> str:
+    """Returns what the command of the newest start does now."""
+    if not any((run.folder / "checkpoints").glob("update_*")):
+        return "No checkpoint stands in its folder: the same command starts anew."
+    # Which would move this run aside once more.
+    is_anew = "--resume never" in str(run.environment.get("command", ""))
+    command = "The same command without --resume never" if is_anew else "The same command"
+    return f"{command} goes on from the newest checkpoint."
 
 
 _TITLES = {

@@ -91,6 +91,17 @@ def test_a_killed_run_says_so(make_run: MakeRun) -> None:
     assert "Killed 60 %" in words
     assert "It was killed at 60 %; its last metrics are of" in words
     assert "60 of 100 updates" in words
+    assert "UTC. No checkpoint stands in its folder: the same command starts anew." in words
+
+
+def test_a_killed_run_says_how_it_goes_on(make_run: MakeRun) -> None:
+    folder = make_run(updates=60, status=None)
+    (folder / "checkpoints" / "update_000060").mkdir(parents=True)
+    assert "UTC. The same command goes on from the newest checkpoint." in _words(_page(folder))
+    (folder / "environment.json").write_text('{"command": "aiprod-ds train a.yaml --resume never"}')
+    assert "The same command without --resume never goes on from the newest checkpoint." in _words(
+        _page(folder)
+    )
 
 
 def test_a_killed_run_before_its_first_update_has_a_page(make_run: MakeRun) -> None:
