@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from aiprod_ds.train.state import TrainState
 from aiprod_ds.train.unit import Evaluation, EvaluationRequest, EvaluationStoppedError, Part, Unit
 
 _LOG = logging.getLogger(__name__)
-SAMPLES = "samples"
+SAMPLES, UNFINISHED = "samples", ".unfinished"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -177,13 +178,22 @@ class Evaluator:
         whether a full disk ends a run is for the next checkpoint to say."""
         if found.examples is None:
             return ()
-        samples = self.folder / SAMPLES
+        samples, unfinished = self.folder / SAMPLES, self.folder / UNFINISHED / SAMPLES
         try:
-            samples.mkdir(parents=True, exist_ok=True)
-            return found.examples.save(samples, name, title=f"{moment}: {found.headline}", moment=moment)
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            unfinished.mkdir(parents=True)
+            media = found.examples.save(unfinished, name, title=f"{moment}: {found.headline}", moment=moment)
+            samples.mkdir(exist_ok=True)
+            for (
+                path
+            ) in unfinished.iterdir():  # whole ones only: originals are those of earlier evaluations too
+                path.replace(samples / path.name)
         except OSError as error:
             _LOG.warning("media_not_written folder=%s name=%s error=%s", samples, name, error)
             return ()
+        finally:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+        return media
 
     def _thin(self) -> None:
         try:

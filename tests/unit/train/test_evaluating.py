@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import time
@@ -36,6 +37,14 @@ from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
 FIRST, SECOND = 5, 4  # updates of the phases
 NUM_CLIPS = 4
+ONLY = {
+    "name": "only",
+    "updates": 3,
+    "global_batch_size": 2,
+    "resolution": "16x16",
+    "duration": {"frames": 5},
+    "learning_rate": 1e-2,
+}
 LENGTHS = NUM_CLIPS  # reads before anything else, of every clip, to learn its length
 
 
@@ -221,6 +230,32 @@ def test_a_run_goes_on_without_room_for_films_and_over_a_damaged_record(
     records = [json.loads(line) for line in (tmp_path / FILE).read_text(encoding="utf-8").splitlines()[1:]]
     assert [record["update"] for record in records] == [2, 4, 5, 6, 8, 9]
     assert all(record["metrics"] and not record["media"] for record in records)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_inside_a_film_leaves_whole_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the evaluation at 2 on the original's film is cut off in its middle."""
+    write, originals = Path.write_bytes, []
+
+    def write_some(path: Path, data: bytes) -> int:
+        if path.name == "original_clip_1.mp4":
+            originals.append(data)
+            if len(originals) > 1:
+                write(path, data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_some)
+    summary = _train(tmp_path, evaluation={"every_updates": 2}, curriculum={"phases": [ONLY]})
+    assert summary.status is RunStatus.COMPLETED
+    assert len(originals) == 3, "before, at 2, at the end"
+    assert (tmp_path / "samples" / "original_clip_1.mp4").read_bytes() == originals[0]
+    assert [record.update for record in read_evaluations(tmp_path) if not record.media] == [2, 3]
+    names = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert names == {"before.png", "before_clip_1.mp4", "original_clip_1.mp4"}
+    assert not (tmp_path / ".unfinished").exists()
 
 
 @pytest.mark.slow
