@@ -190,7 +190,7 @@ def _shown(
         when="original" if medium.role == "original" else moment_words(record),
         url=source.url,
         file_name=medium.path,
-        caption=medium.caption,
+        caption=medium.caption if medium.clip is None else "",  # its card says which clip it is
         note=source.note,
         spectrogram=picture,
         scale=words,
