@@ -14,7 +14,7 @@ from aiprod_ds.metrics.sinks import MirrorSink
 from aiprod_ds.report.curves import Curve, Span, curves_of, seconds_by_update, spans_of, thin
 from aiprod_ds.report.page import sink as page_sink
 from aiprod_ds.report.page.charts import HEIGHT, curve_chart, lane
-from aiprod_ds.report.page.scales import Axis, time_ticks, x_ticks, x_axis, y_axis, y_ticks
+from aiprod_ds.report.page.scales import Axis, time_ticks, x_axis, x_ticks, y_axis, y_ticks
 from aiprod_ds.report.page.sink import PageSink
 from aiprod_ds.report.page.spectrogram import levels_of
 
@@ -63,7 +63,8 @@ def test_ticks_are_round(axis: Axis, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "expected"), [(3, ["0", "1", "2", "3"]), (11, ["0", "5", "10"]), (40, ["0", "10", "20", "30", "40"])]
+    ("last", "expected"),
+    [(3, ["0", "1", "2", "3"]), (11, ["0", "5", "10"]), (40, ["0", "10", "20", "30", "40"])],
 )
 def test_ticks_of_updates_are_whole(last: int, expected: list[str]) -> None:
     assert [tick.text for tick in x_ticks(Axis(low=0, high=last))] == expected
