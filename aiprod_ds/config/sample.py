@@ -46,6 +46,9 @@ class PreviewPrompt(StrictModel):
     first_frame: str | None = None
     """A picture that the clip begins with, relative to the working folder; scaled and cropped to the clip's
     size. Only for families whose tokens may have noise levels of their own. null: none."""
+    sound: str | None = None
+    """A sound that the clip is to have, relative to the working folder: its beginning, with silence where it
+    ends early. Only for families that make sound. null: none, the model makes it."""
     resolution: PhaseResolution | None = None
     """Frame size; text such as `512x768` is height x width. null: that of the last phase."""
     duration: PhaseDuration | None = None

@@ -42,15 +42,7 @@ def decode_audio(
             the file ends too early, or its rate has no simple ratio to `sample_rate_hz`. A codec without
             redundancy decodes some damage to wrong samples, which nobody can see.
     """
-    try:
-        with SoundFile(path) as sound:
-            own_hz, layout = sound.sample_rate_hz, sound.layout
-            window = input_window(start_sample, num_samples, from_hz=own_hz, to_hz=sample_rate_hz)
-            wave_CN = torch.from_numpy(sound.read(window.start, window.stop))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: must be decodable sound, got: {error}. Repair or remove the file."
-        ) from error
+    wave_CN, window, own_hz, layout = _read(path, start_sample, num_samples, sample_rate_hz)
     if wave_CN.shape[1] < len(window):
         total = resampled_length(window.start + wave_CN.shape[1], from_hz=own_hz, to_hz=sample_rate_hz)
         if total < start_sample + num_samples:
@@ -63,6 +55,29 @@ def decode_audio(
     return fit_sound(
         wave_CN,
         start_sample,
+        num_samples,
+        from_hz=own_hz,
+        to_hz=sample_rate_hz,
+        channels=channels,
+        where=str(path),
+        layout=layout,
+    )
+
+
+def decode_beginning(path: Path, *, num_samples: int, sample_rate_hz: int, channels: int) -> Tensor:
+    """Decodes the beginning of a sound file or of a video's sound, with silence where it ends early.
+
+    Returns:
+        [channels,num_samples] float32 in [-1,1].
+
+    Raises:
+        DataError: As `decode_audio`, but for a sound that is too short.
+    """
+    wave_CN, window, own_hz, layout = _read(path, 0, num_samples, sample_rate_hz)
+    padded_CN = torch.nn.functional.pad(wave_CN, (0, len(window) - wave_CN.shape[1]))
+    return fit_sound(
+        padded_CN,
+        0,
         num_samples,
         from_hz=own_hz,
         to_hz=sample_rate_hz,
@@ -113,3 +128,19 @@ def fit_sound(
         with_channels(window_CN.float(), channels, layout), start, num_samples, from_hz=from_hz, to_hz=to_hz
     )
     return wave_CN.clamp(-1.0, 1.0).contiguous()
+
+
+def _read(
+    path: Path, start: int, num_samples: int, sample_rate_hz: int
+) -> tuple[Tensor, range, int, tuple[str, ...]]:
+    """Returns the file's samples of a part [C,N], fewer where it ends; their window, rate and channels."""
+    try:
+        with SoundFile(path) as sound:
+            own_hz, layout = sound.sample_rate_hz, sound.layout
+            window = input_window(start, num_samples, from_hz=own_hz, to_hz=sample_rate_hz)
+            wave_CN = torch.from_numpy(sound.read(window.start, window.stop))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: must be decodable sound, got: {error}. Repair or remove the file."
+        ) from error
+    return wave_CN, window, own_hz, layout

@@ -104,6 +104,7 @@ def sample_latents(  # noqa: PLR0913  what one clip is made of
     levels: Tensor,
     guidance_scale: float,
     first_frame: Tensor | None = None,
+    sound: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Returns the latents that a transformer makes of noise.
 
@@ -120,6 +121,8 @@ def sample_latents(  # noqa: PLR0913  what one clip is made of
         first_frame: Normalised video latents [B,C,1,...] that the clips begin with; at every level the
             transformer sees them clean, at noise level 0, as first frames that are given in training. Only
             for families with `has_token_timesteps` and patches of one latent frame.
+        sound: Normalised audio latents in the shape of their noise, which stay as they are: the transformer
+            sees them clean, at noise level 0. Only for families with sound.
 
     Returns:
         Normalised latents in the shape of `noise`, fp32.
@@ -130,6 +133,7 @@ def sample_latents(  # noqa: PLR0913  what one clip is made of
     tokens = family.tokens({LATENTS[modality]: value for modality, value in noise.items()})
     grids = {modality: cut.grid for modality, cut in tokens.items()}
     given = None if first_frame is None else _given_tokens(family, noise, first_frame)
+    heard = None if sound is None else _sound_tokens(family, noise, sound)
 
     def predict(state: Mapping[str, Tensor], level: float) -> Mapping[str, Tensor]:
         timesteps = {
@@ -139,6 +143,9 @@ def sample_latents(  # noqa: PLR0913  what one clip is made of
             state = {**state, "video": _with_given(state["video"], given)}
             timesteps["video"] = timesteps["video"].repeat(1, state["video"].shape[1])
             timesteps["video"][:, : given.shape[1]] = 0.0
+        if heard is not None:
+            state = {**state, "audio": heard}
+            timesteps["audio"] = torch.zeros_like(timesteps["audio"])
         velocity = module(state, timesteps, {"fps": fps, **prompt}, grids)
         if empty_prompt is None:
             return velocity
@@ -149,6 +156,8 @@ def sample_latents(  # noqa: PLR0913  what one clip is made of
     final = integrate(predict, {modality: cut.values for modality, cut in tokens.items()}, levels)
     if given is not None:
         final["video"] = _with_given(final["video"], given)
+    if heard is not None:
+        final["audio"] = heard
     return {modality: latents_of(value, grids[modality]) for modality, value in final.items()}
 
 
@@ -158,6 +167,12 @@ def _given_tokens(family: Family, noise: Mapping[str, Tensor], first_frame: Tens
     clean[LATENTS["video"]][:, :, :1] = first_frame
     cut = family.tokens(clean)["video"]
     return cut.values[:, : cut.grid.tokens_per_frame]
+
+
+def _sound_tokens(family: Family, noise: Mapping[str, Tensor], sound: Tensor) -> Tensor:
+    clean = {LATENTS[modality]: torch.zeros_like(value) for modality, value in noise.items()}
+    clean[LATENTS["audio"]].copy_(sound)
+    return family.tokens(clean)["audio"].values
 
 
 def _with_given(values_BLD: Tensor, given: Tensor) -> Tensor:

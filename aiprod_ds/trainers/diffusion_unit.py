@@ -69,7 +69,7 @@ class DiffusionUnit(ClipUnit):
             return
         bucket = self.plan.phases[-1].buckets[0]
         item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
-        self._prompts = encode_prompts(config, item, strides=self.strides)
+        self._prompts = encode_prompts(config, item, bucket, family=family, strides=self.strides)
         empty_prompt = read_empty_prompt(self.data)
         self._previews = Previews(
             config.preview,
@@ -227,9 +227,10 @@ class DiffusionUnit(ClipUnit):
                 seed=entry.seed,
                 prompt=entry.prompt,
                 first_frame=first_frame,
+                sound=sound,
             )
-            for place, (entry, conditions, first_frame) in enumerate(
-                zip(prompts.entries, prompts.conditions, prompts.first_frames, strict=True)
+            for place, (entry, conditions, first_frame, sound) in enumerate(
+                zip(prompts.entries, prompts.conditions, prompts.first_frames, prompts.sounds, strict=True)
             )
         ]
         shown = held_out[: min(settings.num_pictures, settings.max_clips)]

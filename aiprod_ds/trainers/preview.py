@@ -41,6 +41,7 @@ class PreviewItem:
         prompt: In words; empty where only its embeddings are known.
         source: Name of the held-out clip that the prompt is of.
         first_frame: Normalised video latents [C,1,H',W'] that the clip begins with.
+        sound: Normalised audio latents that the clip has, in the shape of the item's.
     """
 
     tensors: Mapping[str, Tensor]
@@ -49,6 +50,7 @@ class PreviewItem:
     prompt: str = ""
     source: str = ""
     first_frame: Tensor | None = None
+    sound: Tensor | None = None
 
 
 def held_out_items(items: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> list[PreviewItem]:
@@ -171,6 +173,7 @@ class Previews:
             levels=noise_levels(self._config.num_forwards, shift=self._config.time_shift),
             guidance_scale=self._config.guidance_scale,
             first_frame=None if asked.first_frame is None else asked.first_frame[None].to(engine.device),
+            sound=None if asked.sound is None else asked.sound[None].to(engine.device),
         )
         return {modality: value[0].cpu() for modality, value in latents.items()}
 

@@ -1,8 +1,8 @@
 """A user's own prompts for previews: read and checked before training, encoded once, and kept in the run
 folder.
 
-Owns the list, the text encoder's short life and the latents of first frames; how clips are sampled is
-`preview.py`. Called by the diffusion trainer when it plans, and by its unit.
+Owns the list, the text encoder's short life and the latents of first frames and sounds; how clips are sampled
+is `preview.py`. Called by the diffusion trainer when it plans, and by its unit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -23,12 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aiprod_ds.codec.encoders import VideoEncoder
+from aiprod_ds.codec.encoders import AudioEncoder, VideoEncoder
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.encode import VideoEncoderConfig
+from aiprod_ds.config.encode import AudioEncoderConfig, VideoEncoderConfig
 from aiprod_ds.config.sample import PreviewPrompt, TrainingPreviewConfig
 from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.curriculum.strides import ModelStrides
+from aiprod_ds.decode.audio import decode_beginning
+from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import file_sha256, read_whole
@@ -37,7 +40,7 @@ from aiprod_ds.strict_yaml import read_yaml
 
 _LOG = logging.getLogger(__name__)
 FILE = "preview_prompts.safetensors"
-_EMPTY, _FIRST_FRAME = "", "first_frame"
+_EMPTY, _FIRST_FRAME, _SOUND = "", "first_frame", "sound"
 _PROMPTS: TypeAdapter[list[PreviewPrompt]] = TypeAdapter(list[PreviewPrompt])
 
 
@@ -99,6 +102,8 @@ def prompt_problems(
             )
         elif entry.first_frame is not None:
             yield from _first_frame_problems(f"{where}.first_frame", entry, bucket, family, strides)
+        if entry.sound is not None:
+            yield from _sound_problems(f"{where}.sound", entry.sound, family)
 
 
 def prompt_bucket(entry: PreviewPrompt, bucket: BucketPlan, *, strides: ModelStrides) -> BucketPlan:
@@ -134,6 +139,23 @@ def _first_frame_problems(
         )
 
 
+def _sound_problems(where: str, path: str, family: Family) -> Iterator[str]:
+    if family.sound is None:
+        yield (
+            f"{where}: has no effect for the family {family.name!r}, which makes no sound, got {path!r}. "
+            "Remove it."
+        )
+        return
+    try:
+        with SoundFile(Path(path)):
+            pass
+    except (av.FFmpegError, OSError, ValueError) as error:
+        yield (
+            f"{where}: must be a file with sound, got {path!r} ({error}). Correct the path; it is relative "
+            "to the working folder."
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncodedPrompts:
     """Own prompts as the transformer takes them.
@@ -143,12 +165,14 @@ class EncodedPrompts:
         conditions: Tensors of each prompt.
         empty: Of the empty prompt, by the same encoder; None without prompts.
         first_frames: Normalised latents [C,1,H',W'] of each prompt's picture; None where there is none.
+        sounds: Normalised latents of each prompt's sound, as long as its clip; None where there is none.
     """
 
     entries: tuple[PreviewPrompt, ...] = ()
     conditions: tuple[Mapping[str, Tensor], ...] = ()
     empty: Mapping[str, Tensor] | None = None
     first_frames: tuple[Tensor | None, ...] = ()
+    sounds: tuple[Tensor | None, ...] = ()
     _stored: Mapping[str, Tensor]
 
     def keep(self, folder: Path) -> None:
@@ -163,7 +187,12 @@ class EncodedPrompts:
 
 
 def encode_prompts(
-    config: DiffusionTrainerConfig, item: Mapping[str, Tensor], *, strides: ModelStrides
+    config: DiffusionTrainerConfig,
+    item: Mapping[str, Tensor],
+    bucket: BucketPlan,
+    *,
+    family: Family,
+    strides: ModelStrides,
 ) -> EncodedPrompts:
     """Returns the prompts of a run, from its folder if an earlier start has encoded them. Collective.
 
@@ -181,11 +210,13 @@ def encode_prompts(
     if not entries:
         return EncodedPrompts(_stored={})
     sizes = [_size(entry, item, strides) for entry in entries]
+    lengths = [_sound_length(entry, item, bucket, family, strides) for entry in entries]
     stored = dist.broadcast_object(
-        dist.together(lambda: _encoded(config, entries, sizes) if dist.is_main() else {})
+        dist.together(lambda: _encoded(config, entries, sizes, lengths) if dist.is_main() else {})
     )
     digests = [_text_digest(config, entry.prompt) for entry in entries]
     frames = [_frame_digest(config, entry, size) for entry, size in zip(entries, sizes, strict=True)]
+    sounds = [_sound_digest(config, entry, length) for entry, length in zip(entries, lengths, strict=True)]
     return EncodedPrompts(
         entries=entries,
         conditions=tuple(_of(stored, digest) for digest in digests),
@@ -193,6 +224,7 @@ def encode_prompts(
         first_frames=tuple(
             None if digest is None else _of(stored, digest)[_FIRST_FRAME] for digest in frames
         ),
+        sounds=tuple(None if digest is None else _of(stored, digest)[_SOUND] for digest in sounds),
         _stored=stored,
     )
 
@@ -211,9 +243,7 @@ def prompt_item(
     Args:
         item: A held-out item: its shape and rate are those of prompts which state none.
     """
-    own = entry.duration
-    rate_hz = bucket.frame_rate_hz or float(item["fps"])
-    rate_hz = rate_hz if own is None or own.frame_rate_hz is None else own.frame_rate_hz
+    own, rate_hz = entry.duration, _rate_hz(entry, item, bucket)
     height, width = _size(entry, item, strides)
     channels, num_latents = item["latents"].shape[:2]
     made = {"fps": torch.tensor(rate_hz), **conditions}
@@ -222,19 +252,19 @@ def prompt_item(
         num_latents = strides.latents(frames)
     made["latents"] = torch.empty(channels, num_latents, height // strides.spatial, width // strides.spatial)
     if family.sound is not None:
-        sound = item["audio_latents"]
-        length = sound.shape[1]
-        if own is not None:
-            length = max(1, round(frames / rate_hz * family.sound.latents_per_second))
+        sound, length = item["audio_latents"], _sound_length(entry, item, bucket, family, strides)
         made["audio_latents"] = torch.empty(sound.shape[0], length, *sound.shape[2:])
     return made
 
 
 def _encoded(
-    config: DiffusionTrainerConfig, entries: Sequence[PreviewPrompt], sizes: Sequence[tuple[int, int]]
+    config: DiffusionTrainerConfig,
+    entries: Sequence[PreviewPrompt],
+    sizes: Sequence[tuple[int, int]],
+    lengths: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Returns the tensors of all prompts and pictures by digest and name, those that are known from the run
-    folder."""
+    """Returns the tensors of all prompts, pictures and sounds by digest and name, those that are known from
+    the run folder."""
     stored, wanted = _known(Path(config.output_dir)), dict[str, Tensor]()
     device = dist.choose_device()
     missing: list[str] = []
@@ -244,6 +274,7 @@ def _encoded(
         missing += [] if found else [text]
     if missing:
         wanted |= _encoded_texts(config, missing, device)
+    wanted |= _encoded_sounds(config, entries, lengths, stored, device)
     video: VideoEncoder | None = None
     for entry, size in zip(entries, sizes, strict=True):
         digest_or_none = _frame_digest(config, entry, size)
@@ -258,6 +289,38 @@ def _encoded(
         elif video is not None:
             wanted[key] = video.encode(_picture(entry.first_frame or "", size)).clone()
     return wanted
+
+
+def _encoded_sounds(
+    config: DiffusionTrainerConfig,
+    entries: Sequence[PreviewPrompt],
+    lengths: Sequence[int],
+    stored: Mapping[str, Tensor],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    audio: AudioEncoder | None = None
+    for entry, length in zip(entries, lengths, strict=True):
+        digest = _sound_digest(config, entry, length)
+        if digest is None or entry.sound is None:
+            continue
+        key = f"{digest}.{_SOUND}"
+        if key in stored:
+            made[key] = stored[key]
+            continue
+        if audio is None:
+            assert config.audio_vae is not None, "families with sound have one"
+            encoder = AudioEncoderConfig(model=config.audio_vae, precision=config.preview.decode_precision)
+            audio = AudioEncoder(encoder, seed=config.seed, device=device)
+        form = audio.form
+        wave_CN = decode_beginning(
+            Path(entry.sound),
+            num_samples=length * form.hop,
+            sample_rate_hz=form.sample_rate_hz,
+            channels=form.channels,
+        )
+        made[key] = audio.encode(wave_CN).clone()
+    return made
 
 
 def _encoded_texts(
@@ -305,6 +368,13 @@ def _frame_digest(config: DiffusionTrainerConfig, entry: PreviewPrompt, size: tu
     return _digest([picture, vae, config.seed, config.preview.decode_precision, size])
 
 
+def _sound_digest(config: DiffusionTrainerConfig, entry: PreviewPrompt, length: int) -> str | None:
+    if entry.sound is None or config.audio_vae is None:
+        return None
+    sound, vae = file_sha256(Path(entry.sound)), config.audio_vae.model_dump(mode="json")
+    return _digest([sound, vae, config.seed, config.preview.decode_precision, length])
+
+
 def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -324,6 +394,30 @@ def _size(entry: PreviewPrompt, item: Mapping[str, Tensor], strides: ModelStride
         return entry.resolution.height, entry.resolution.width
     height, width = item["latents"].shape[2:]
     return height * strides.spatial, width * strides.spatial
+
+
+def _rate_hz(entry: PreviewPrompt, item: Mapping[str, Tensor], bucket: BucketPlan) -> float:
+    own = entry.duration
+    if own is not None and own.frame_rate_hz is not None:
+        return own.frame_rate_hz
+    return bucket.frame_rate_hz or float(item["fps"])
+
+
+def _sound_length(
+    entry: PreviewPrompt,
+    item: Mapping[str, Tensor],
+    bucket: BucketPlan,
+    family: Family,
+    strides: ModelStrides,
+) -> int:
+    """Returns the audio latents of the prompt's clip; 0 for a family without sound."""
+    if family.sound is None:
+        return 0
+    if entry.duration is None:
+        return item["audio_latents"].shape[1]
+    rate_hz = _rate_hz(entry, item, bucket)
+    seconds = _frames(entry, bucket, strides, rate_hz) / rate_hz
+    return max(1, round(seconds * family.sound.latents_per_second))
 
 
 def _frames(entry: PreviewPrompt, bucket: BucketPlan, strides: ModelStrides, rate_hz: float | None) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aiprod_ds.data.manifest import require_readable, scan
 from aiprod_ds.data.probe_cache import default_probe_cache
-from aiprod_ds.decode.audio import decode_audio
+from aiprod_ds.decode.audio import decode_audio, decode_beginning
 from aiprod_ds.decode.resampling import check_rates, input_window, resample_window, resampled_length
 from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.errors import DataError
@@ -435,3 +435,15 @@ def test_the_file_of_variable_bit_rate_has_one(folder: Path) -> None:
     with av.open(str(folder / "s.mp3")) as container:
         sizes = {packet.size for packet in container.demux(audio=0) if packet.size}
     assert max(sizes) > 1.2 * min(sizes)  # a constant one differs by a byte
+
+
+def test_a_beginning_is_filled_with_silence(tmp_path: Path) -> None:
+    path = _wav(tmp_path / "a.wav", _sound(16_000, seconds=0.5), rate_hz=16_000)
+    whole = decode_audio(path, start_sample=0, num_samples=8000, sample_rate_hz=16_000, channels=2)
+    longer = decode_beginning(path, num_samples=12_000, sample_rate_hz=16_000, channels=2)
+    assert torch.equal(longer[:, :8000], whole)
+    assert longer[:, 8000:].eq(0).all()
+    shorter = decode_beginning(path, num_samples=100, sample_rate_hz=16_000, channels=2)
+    assert torch.equal(shorter, whole[:, :100])
+    with pytest.raises(DataError, match=r"no\.wav: must be decodable sound"):
+        decode_beginning(tmp_path / "no.wav", num_samples=1, sample_rate_hz=16_000, channels=1)

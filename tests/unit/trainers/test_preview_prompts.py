@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aiprod_ds.codec.decoders import LatentDecoder
+from aiprod_ds.codec.encoders import AudioForm
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.config.sample import TrainingPreviewConfig
+from aiprod_ds.config.sample import PreviewPrompt, TrainingPreviewConfig
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, PlanError
@@ -30,8 +33,15 @@ from aiprod_ds.models.sampling import draw_noise, noise_levels, sample_latents
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.testing.families import tiny_batch, tiny_transformer
 from aiprod_ds.testing.runs import copy_as_if_stopped_at, without_plots
+from aiprod_ds.trainers import preview_prompts
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
-from aiprod_ds.trainers.preview_prompts import FILE, read_prompts
+from aiprod_ds.trainers.preview_prompts import (
+    FILE,
+    encode_prompts,
+    prompt_item,
+    prompt_problems,
+    read_prompts,
+)
 
 TEXT = {
     "source": "T5EncoderModel",
@@ -58,18 +68,30 @@ def picture(tmp_path: Path) -> str:
 
 
 def _trainer(folder: Path, *, family: Any = LTXVideo, updates: int = 4, **preview: Any) -> DiffusionTrainer:
+    config = _config(folder, family=family, updates=updates, **preview)
     generator = torch.Generator().manual_seed(0)
     shapes = {"latents": (4, 3, 4, 4), "audio_latents": (2, 5, 4), "prompt_embeds": (3, 16)}
     clips: list[dict[str, Tensor]] = [
         {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(8)
     ]
+    return DiffusionTrainer(config, source="test.yaml", dataset=clips[:6], validation=clips[6:])
+
+
+def _config(
+    folder: Path,
+    *,
+    family: Any = LTXVideo,
+    updates: int = 4,
+    audio_vae: dict[str, Any] | None = None,
+    **preview: Any,
+) -> DiffusionTrainerConfig:
     phase = {
         "name": "only",
         "resolution": "16x16",
         "duration": {"frames": 5},
         "learning_rate": 3e-3,
     }
-    config = DiffusionTrainerConfig.model_validate(
+    return DiffusionTrainerConfig.model_validate(
         {
             "output_dir": str(folder),
             "model": {"source": family.transformer_class, "config": family.tiny_config()},
@@ -78,6 +100,7 @@ def _trainer(folder: Path, *, family: Any = LTXVideo, updates: int = 4, **previe
                 "spatial_stride": 4,
                 "temporal_stride": 2,
             },
+            "audio_vae": audio_vae,
             "data": {"train": "given_in_code", "num_workers": 0},
             "curriculum": {"phases": [{**phase, "updates": updates, "global_batch_size": 2}]},
             "engine": {"kind": "local", "deepspeed_config": {}},
@@ -86,7 +109,6 @@ def _trainer(folder: Path, *, family: Any = LTXVideo, updates: int = 4, **previe
             "preview": {**SAMPLING, **preview},
         }
     )
-    return DiffusionTrainer(config, source="test.yaml", dataset=clips[:6], validation=clips[6:])
 
 
 def _prompts(picture: str) -> list[Any]:
@@ -233,6 +255,104 @@ def test_a_given_first_frame_stands_in_the_clip_and_changes_the_rest(family: Any
     for level, levels in zip((1.0, 0.5), seen[2:], strict=True):
         assert levels[0, :per_frame].eq(0).all()
         assert levels[0, per_frame:].eq(level).all()
+
+
+def test_a_given_sound_stays_and_is_seen_clean() -> None:
+    transformer = tiny_transformer(LTX2)
+    module = DiffusionModule(
+        transformer, find_family(transformer, ModelStrides(spatial=32, temporal=8))
+    ).eval()
+    batch = {name: tensor[:1] for name, tensor in tiny_batch(seed=0).items()}
+    shapes = {"video": tuple(batch["latents"].shape[1:]), "audio": tuple(batch["audio_latents"].shape[1:])}
+    noise = draw_noise(shapes, {"video": 1, "audio": 2})
+    seen: list[Any] = []
+
+    def forward(noisy: Any, timesteps: Any, *rest: Any) -> Any:
+        seen.append((noisy["audio"], timesteps))
+        return module(noisy, timesteps, *rest)
+
+    def sample(sound: Tensor | None) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return sample_latents(
+                forward,
+                module.family,
+                noise=noise,
+                fps=batch["fps"],
+                prompt={name: tensor for name, tensor in batch.items() if "prompt" in name},
+                empty_prompt=None,
+                levels=noise_levels(2, shift=1.0),
+                guidance_scale=1.0,
+                sound=sound,
+            )
+
+    free, held = sample(None), sample(batch["audio_latents"])
+    assert torch.equal(held["audio"], batch["audio_latents"])
+    assert not torch.equal(held["video"], free["video"])
+    for level, (audio, timesteps) in zip((1.0, 0.5), seen[2:], strict=True):
+        assert torch.equal(audio, seen[2][0])
+        assert timesteps["audio"].eq(0).all()
+        assert timesteps["video"].eq(level).all()
+
+
+def test_a_sound_is_encoded_at_the_length_of_its_clip_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a second of sound for a clip of a second: the rest is silence."""
+    path = tmp_path / "tone.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(np.full(8000, 8192, dtype=np.int16).tobytes())
+    given: list[Tensor] = []
+
+    class Encoder:
+        form = AudioForm(sample_rate_hz=16000, channels=2, hop=640)
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def encode(self, wave_CN: Tensor) -> Tensor:
+            given.append(wave_CN)
+            return torch.ones(2, wave_CN.shape[1] // 640, 4)
+
+    monkeypatch.setattr(preview_prompts, "AudioEncoder", Encoder)
+    prompt = {"prompt": "x", "sound": str(path), "duration": {"frames": 9, "frame_rate_hz": 9.0}}
+    config = _config(tmp_path / "run", family=LTX2, prompts=[prompt], audio_vae={"source": "A"})
+    transformer = tiny_transformer(LTX2)
+    family = find_family(transformer, strides := ModelStrides(spatial=32, temporal=8))
+    item = {
+        "latents": torch.empty(4, 3, 4, 4),
+        "audio_latents": torch.empty(2, 5, 4),
+        "fps": torch.tensor(8.0),
+    }
+    bucket = _trainer(tmp_path / "plan", prompts=["x"]).plan().phases[0].buckets[0]
+    (tmp_path / "run").mkdir()
+    for start in range(2):
+        found = encode_prompts(config, item, bucket, family=family, strides=strides)
+        found.keep(tmp_path / "run")
+        assert len(given) == 1, f"start {start}: encoded once, then known"
+        (sound,) = found.sounds
+        assert sound is not None
+        length = round(family.sound.latents_per_second) if family.sound else 0
+        assert sound.shape == (2, length, 4)
+        made = prompt_item(config.preview.prompts[0], {}, item, bucket, family=family, strides=strides)
+        assert made["audio_latents"].shape == sound.shape
+    assert given[0].shape == (2, length * 640)
+    assert given[0][:, :8000].eq(0.25).all()
+    assert given[0][:, 8000:].eq(0).all()
+
+
+def test_a_sound_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path, picture: str) -> None:
+    with pytest.raises(PlanError, match=r"prompts\[0\]\.sound: has no effect for the family 'ltx'"):
+        _trainer(tmp_path / "run", prompts=[{"prompt": "x", "sound": picture}]).plan()
+    strides = ModelStrides(spatial=32, temporal=8)
+    family = find_family(tiny_transformer(LTX2), strides)
+    bucket = _trainer(tmp_path / "plan", prompts=["x"]).plan().phases[0].buckets[0]
+    for path in (picture, "no.wav"):
+        entry = PreviewPrompt(prompt="x", sound=path)
+        (problem,) = prompt_problems([entry], bucket, family=family, strides=strides)
+        assert problem.startswith(f"preview.prompts[0].sound: must be a file with sound, got {path!r}")
 
 
 def test_prompts_come_from_a_file_too(tmp_path: Path) -> None:
