@@ -137,7 +137,7 @@ def test_a_function_whose_annotation_is_a_module_makes_one(here: str) -> None:
         ("collections:Counter", "the class"),
         ("subprocess:getoutput", "a function"),
         ("os:abort", "a builtin_function_or_method"),
-        ("sys:exit", f"a {type(sys.exit).__name__}"),  # test runners put theirs in its place
+        ("sys:exit", "a (builtin_function_or_method|method)"),  # wandb puts a method in its place
         ("os:path", "a module"),
         ("HERE:unmarked", "a function"),
         ("HERE:misspelt", "a function"),
