@@ -10,8 +10,8 @@ nor read what differs between micro-batches from anywhere but its tensors.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,37 @@ class CaptureHooks:
     direct: Callable[[Mapping[str, nn.Parameter]], AbstractContextManager[None]]
     before_forward: Callable[[], None] = lambda: None
     before_backward: Callable[[], None] = lambda: None
+
+
+class DirectCalls:
+    """Calls a module with other parameters in place of its own, while it is told to.
+
+    For the time in which passes are captured: what an engine does around the module would run its Python
+    once, then, and never again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._parameters: dict[str, Tensor] | None = None
+
+    @property
+    def are_on(self) -> bool:
+        """Whether an engine's calls are to come here."""
+        return self._parameters is not None
+
+    @contextmanager
+    def using(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Sets the parameters for the body."""
+        self._parameters = dict(parameters)
+        try:
+            yield
+        finally:
+            self._parameters = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the module does with the parameters that are set."""
+        assert self._parameters is not None, "calls come here only in `using`"
+        return torch.func.functional_call(self._module, self._parameters, args, kwargs)
 
 
 class CapturedLoss:

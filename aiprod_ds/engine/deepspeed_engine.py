@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -26,7 +26,7 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import deepspeed_state, dist
 from aiprod_ds.engine.adamw import LateNumber, OnePassAdamW, global_norm, scale_moments
-from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks
+from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks, DirectCalls
 from aiprod_ds.engine.deepspeed_parameters import EngineParameters, ModuleNames
 from aiprod_ds.engine.flat_parameters import MAX_ELEMENTS, FlatMode, FlatParameters, Sharding
 from aiprod_ds.engine.flat_views import InFlatParameter, saving_by_place
@@ -101,7 +101,7 @@ class DeepSpeedEngine:
         self.layout_notes = self._flat.notes
         self._optimized = self._flat.groups(module, groups)
         self._clip_norm = optimizer.gradient_clip_norm
-        self._direct_parameters: dict[str, Tensor] | None = None
+        self._direct = DirectCalls(module)
         self._graph_pool: Any = None
         dictionary = deepspeed_dictionary(
             settings,
@@ -136,8 +136,8 @@ class DeepSpeedEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward through DeepSpeed's hooks."""
-        if self._direct_parameters is not None:
-            return torch.func.functional_call(self.module, self._direct_parameters, args, kwargs)
+        if self._direct.are_on:
+            return self._direct(*args, **kwargs)
         try:
             with self._saving():
                 return self._engine(*args, **kwargs)
@@ -160,7 +160,7 @@ class DeepSpeedEngine:
         if self._graph_pool is None and self.device.type == "cuda":
             self._graph_pool = torch.cuda.graph_pool_handle()
         hooks = CaptureHooks(
-            direct=self._directly,
+            direct=self._direct.using,
             before_forward=lambda: internals.before_captured_forward(self._engine),
             before_backward=lambda: internals.before_captured_backward(self._engine),
         )
@@ -332,15 +332,6 @@ class DeepSpeedEngine:
         self._flat.restore()
         if had_flat and is_partitioned:
             internals.separate_partitions(self.module)
-
-    @contextmanager
-    def _directly(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """DeepSpeed's hooks would run their Python once, while passes are captured, and never again."""
-        self._direct_parameters = dict(parameters)
-        try:
-            yield
-        finally:
-            self._direct_parameters = None
 
     def _saving(self) -> AbstractContextManager[Any]:
         has_gathered = self._flat.layouts and deepspeed_state.is_partitioned(self._engine)

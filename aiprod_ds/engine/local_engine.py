@@ -16,7 +16,6 @@ Deviation from DeepSpeed: gradients of a window are added up in fp32, as DeepSpe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine.adamw import scale_moments
-from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks
+from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks, DirectCalls
 from aiprod_ds.engine.layout import (
     TORCH_DTYPES,
     find_parameter,
@@ -106,20 +105,20 @@ class LocalEngine:
             fused=self.device.type == "cuda",
         )
         self._groups = tuple(groups)
-        self._direct_parameters: dict[str, Tensor] | None = None
+        self._direct = DirectCalls(module)
         self.set_weight_decay(optimizer.weight_decay)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module forward."""
-        if self._direct_parameters is not None:
-            return torch.func.functional_call(self.module, self._direct_parameters, args, kwargs)
+        if self._direct.are_on:
+            return self._direct(*args, **kwargs)
         return self.module(*args, **kwargs)
 
     def captured_loss(
         self, loss: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
     ) -> CapturedLoss:
         """See `Engine.captured_loss`."""
-        hooks = CaptureHooks(direct=self._directly)
+        hooks = CaptureHooks(direct=self._direct.using)
         return CapturedLoss(loss, tensors, parameters=self._weights, hooks=hooks, device=self.device)
 
     def backward(self, loss: Tensor) -> None:
@@ -302,14 +301,6 @@ class LocalEngine:
             return weight
         # Like DeepSpeed's, masters start from the 16-bit weights, so both engines start equal.
         return nn.Parameter(weight.detach().float())
-
-    @contextmanager
-    def _directly(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        self._direct_parameters = dict(parameters)
-        try:
-            yield
-        finally:
-            self._direct_parameters = None
 
     def _unscaled_gradients(self, scale: float) -> list[Tensor]:
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]

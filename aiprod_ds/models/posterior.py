@@ -83,5 +83,9 @@ def _oobleck_logvar(scale: Tensor) -> Tensor:
 def _noise_like(mean: Tensor, seeds: Sequence[int]) -> Tensor:
     if len(seeds) != len(mean):
         raise EngineError(f"posterior noise: needs one seed per sample ({len(mean)}), got {len(seeds)}.")
-    draws = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws).to(mean.device)
+    return draw_noise(mean.shape[1:], seeds).to(mean.device)
+
+
+def draw_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Returns the noise of latents of `shape`, [B,*shape] fp32 on the CPU, each of its own seed."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

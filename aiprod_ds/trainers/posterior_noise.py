@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.data.loader import MicroBatch
+from aiprod_ds.models.posterior import draw_noise
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.rng import stream_seed
 
@@ -58,8 +59,7 @@ class PosteriorNoise:
         latent = self._latents.get(tuple(tensors[self._name].shape[1:]))
         if latent is None:
             return {}
-        generators = [torch.Generator().manual_seed(seed) for seed in self._seeds(places)]
-        return {_NOISE: torch.stack([torch.randn(latent, generator=generator) for generator in generators])}
+        return {_NOISE: draw_noise(latent, self._seeds(places))}
 
     def of(self, batch: MicroBatch, phase: int, device: torch.device) -> Tensor | list[int]:
         """Returns what the module takes as noise: that of `draws`, or seeds of the same."""
