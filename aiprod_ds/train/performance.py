@@ -139,17 +139,18 @@ def _further(config: PerformanceConfig, *, has_compiled: bool) -> Iterator[str]:
         yield "deterministic kernels: as configured"
 
 
+def _as_asked(key: str, asked: str, against: str | None, where: str) -> tuple[str, str]:
+    """Returns what was asked for by name, unless something stands against it."""
+    if asked != "off" and against is not None:
+        raise ConfigError(f"{where}: performance.{key}: cannot be {asked}, got {against}. Set auto or off.")
+    return asked, "as configured"
+
+
 def _compiling(
     asked: str, capability: tuple[int, int] | None, against: str | None, where: str
 ) -> tuple[str, str]:
-    if asked == "off":
-        return "off", "as configured"
-    if asked == "blocks":
-        if against is not None:
-            raise ConfigError(
-                f"{where}: performance.compile: cannot be blocks, got {against}. Set auto or off."
-            )
-        return "blocks", "as configured"
+    if asked != "auto":
+        return _as_asked("compile", asked, against, where)
     if capability is None:
         return "off", "on a CPU compiling takes longer than it saves in a short run"
     if capability < _TRITON_FROM:
@@ -172,14 +173,8 @@ def _against_compiling(module: nn.Module, settings: DeepSpeedSettings, *, is_fla
 
 
 def _graphs(asked: str, against: str | None, where: str) -> tuple[str, str]:
-    if asked == "off":
-        return "off", "as configured"
-    if asked == "passes":
-        if against is not None:
-            raise ConfigError(
-                f"{where}: performance.graphs: cannot be passes, got {against}. Set auto or off."
-            )
-        return "passes", "as configured"
+    if asked != "auto":
+        return _as_asked("graphs", asked, against, where)
     return "off", "not measured on a GPU yet: ask for passes to try them"
 
 
