@@ -38,16 +38,26 @@ def use_every_helper(offset: float) -> dict[str, Any]:
     }
 
 
-def fail_on_rank_1() -> None:
+def fail_on_rank_1(folder: str) -> None:
+    _meet(folder)
     if dist.rank() == 1:
         raise ValueError("rank 1 has had enough")
     dist.barrier()
 
 
-def die_on_rank_1() -> None:
+def die_on_rank_1(folder: str) -> None:
+    _meet(folder)
     if dist.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
+
+
+def _meet(folder: str) -> None:
+    """Waits through files until all ranks are here: a rank that goes while another still connects to it would
+    make that one fail too, by an error of gloo's."""
+    Path(folder, f"{dist.rank()}.here").touch()
+    while len(list(Path(folder).glob("*.here"))) < dist.world_size():
+        time.sleep(0.01)
 
 
 def hang(folder: str) -> None:
@@ -104,14 +114,15 @@ def test_every_helper_agrees_on_two_ranks(*, launcher: bool) -> None:
 
 
 @LAUNCHER
-def test_a_failing_rank_is_an_error_that_shows_its_output(*, launcher: bool) -> None:
+def test_a_failing_rank_is_an_error_that_shows_its_output(tmp_path: Path, *, launcher: bool) -> None:
+    arguments = {"folder": str(tmp_path)}
     with pytest.raises(EngineError, match=r"(?s)no result of ranks \[0, 1\].*rank 1 has had enough"):
-        run_on_ranks(fail_on_rank_1, ranks=2, timeout_seconds=120, launcher=launcher)
+        run_on_ranks(fail_on_rank_1, ranks=2, arguments=arguments, timeout_seconds=120, launcher=launcher)
 
 
-def test_a_dead_rank_ends_the_others_at_once() -> None:
+def test_a_dead_rank_ends_the_others_at_once(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"exited with \[-9, -9\] and no result of ranks \[0, 1\]"):
-        run_on_ranks(die_on_rank_1, ranks=2, timeout_seconds=120)
+        run_on_ranks(die_on_rank_1, ranks=2, arguments={"folder": str(tmp_path)}, timeout_seconds=120)
 
 
 @LAUNCHER
