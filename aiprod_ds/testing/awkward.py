@@ -111,13 +111,14 @@ def write_film(path: Path, pictures: Sequence[Pixels], coding: Coding) -> Path:
     return path
 
 
-def write_codes(path: Path, codes: NDArray[np.uint16], coding: Coding) -> Path:
-    """Writes one picture of Y, U and V codes in three planes of 10 bits, 4:4:4, and returns `path`.
+def write_codes(path: Path, codes: NDArray[np.uint16], coding: Coding, *, frames: int = 3) -> Path:
+    """Writes one still picture of Y, U and V codes in three planes of 10 bits, 4:4:4, and returns `path`.
 
     Args:
         path: Its suffix chooses the container.
         codes: [3,H,W].
         coding: Its pixel format must be `yuv444p10le`.
+        frames: How often it is shown.
     """
     frame = av.VideoFrame(codes.shape[2], codes.shape[1], coding.pixel_format)
     for plane, values in zip(frame.planes, codes, strict=True):
@@ -131,7 +132,7 @@ def write_codes(path: Path, codes: NDArray[np.uint16], coding: Coding) -> Path:
         _tag(stream.codec_context, coding.tags)
         for name, value in coding.tags.items():
             setattr(frame, name, value)
-        for index in range(3):
+        for index in range(frames):
             frame.pts, frame.time_base = index, Fraction(1, coding.rate_hz)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

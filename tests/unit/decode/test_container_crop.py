@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from aiprod_ds.decode.container_crop import Crop, container_crop
 from aiprod_ds.decode.video import decode_clip
 from aiprod_ds.errors import DataError
 from aiprod_ds.testing.awkward import Coding, corners, write_film
+from aiprod_ds.testing.container_crops import with_clap, with_pixel_crop
 
 _LOSSLESS = {"codec": "libx264rgb", "pixel_format": "rgb24", "options": {"qp": "0"}}
-_HEIGHT, _WIDTH = 40, 64
+_HEIGHT, _WIDTH = _SIZE = (40, 64)
 _CROP = Crop(top=2, bottom=6, left=8, right=4)
-_MOV_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")
 
 
 def _picture() -> np.ndarray:
@@ -28,62 +27,14 @@ def _picture() -> np.ndarray:
     return noise
 
 
-def _with_clap(film: bytes, crop: Crop) -> bytes:
-    """Puts a `clap` at the end of the first sample entry; `moov` is the last box, so no offset changes."""
-    wide, high = _WIDTH - crop.left - crop.right, _HEIGHT - crop.top - crop.bottom
-    across, down = crop.left - crop.right, crop.top - crop.bottom
-    clap = struct.pack(">I4s8i", 40, b"clap", wide, 1, high, 1, across, 2, down, 2)
-    data, at, begins = bytearray(film), 0, []
-    for name in _MOV_PARENTS:
-        at = data.index(name, at) - 4
-        begins.append(at)
-        at += 8
-    (size,) = struct.unpack_from(">I", data, begins[-1])
-    data[begins[-1] + size : begins[-1] + size] = clap
-    for begin in begins:
-        (size,) = struct.unpack_from(">I", data, begin)
-        struct.pack_into(">I", data, begin, size + len(clap))
-    return bytes(data)
-
-
-def _with_pixel_crop(film: bytes, crop: Crop) -> bytes:
-    """Puts the four elements at the end of Video. What follows moves; only seeks by the index notice, so the
-    list of where things are is made unknown."""
-    tags = {b"\x54\xbb": crop.top, b"\x54\xaa": crop.bottom, b"\x54\xcc": crop.left, b"\x54\xdd": crop.right}
-    added = b"".join(tag + bytes([0x81, value]) for tag, value in tags.items())
-    data = bytearray(film.replace(b"\x11\x4d\x9b\x74", b"\x11\x4d\x9b\x75"))
-    # Its first mention is in that list; Video begins with width and height, of a byte each.
-    tracks = data.index(b"\x16\x54\xae\x6b", data.index(b"\x16\x54\xae\x6b") + 4) + 4
-    check = tracks + 9 - data[tracks].bit_length()
-    assert data[check : check + 2] == b"\xbf\x84", "a check sum, which becomes room that is not used"
-    data[check] = 0xEC
-    track = check + 6 + 1
-    begins = [tracks, track, data.index(bytes([0xB0, 0x81, _WIDTH, 0xBA, 0x81, _HEIGHT])) - 1]
-    assert (data[track - 1], data[begins[-1] - 1]) == (0xAE, 0xE0), "as FFmpeg writes them"
-    length = 9 - data[begins[-1]].bit_length()
-    end = begins[-1] + length + _vint(data, begins[-1])
-    data[end:end] = added
-    for begin in begins:
-        length = 9 - data[begin].bit_length()
-        size = _vint(data, begin) + len(added)
-        assert size < (1 << 7 * length) - 1, "the size must fit where it stood"
-        data[begin : begin + length] = (size | 1 << 7 * length).to_bytes(length, "big")
-    return bytes(data)
-
-
-def _vint(data: bytearray, at: int) -> int:
-    length = 9 - data[at].bit_length()
-    return int.from_bytes(data[at : at + length], "big") ^ 1 << 7 * length
-
-
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 @pytest.mark.parametrize("turn", [0, 90])
 def test_what_a_container_crops_is_not_trained_on(tmp_path: Path, suffix: str, turn: int) -> None:
     coding = Coding(**_LOSSLESS, pixel_aspect=Fraction(2), turn=(turn, False, False))
     path = write_film(tmp_path / f"film.{suffix}", [_picture()] * 4, coding)
     assert container_crop(path) == Crop()
-    patch = _with_clap if suffix == "mp4" else _with_pixel_crop
-    path.write_bytes(patch(path.read_bytes(), _CROP))
+    patch = with_clap if suffix == "mp4" else with_pixel_crop
+    path.write_bytes(patch(path.read_bytes(), _SIZE, _CROP))
     assert container_crop(path) == _CROP
     (record,) = scan(tmp_path).records
     assert record.crop == tuple(_CROP)
@@ -102,7 +53,7 @@ def test_what_a_container_crops_is_not_trained_on(tmp_path: Path, suffix: str, t
 
 def test_the_cache_keeps_the_crop(tmp_path: Path) -> None:
     path = write_film(tmp_path / "clips" / "film.mp4", [_picture()] * 2, Coding(**_LOSSLESS))
-    path.write_bytes(_with_clap(path.read_bytes(), _CROP))
+    path.write_bytes(with_clap(path.read_bytes(), _SIZE, _CROP))
     first = scan(tmp_path / "clips", cache=tmp_path / "cache.json")
     assert scan(tmp_path / "clips", cache=tmp_path / "cache.json") == first
     assert first.records[0].crop == tuple(_CROP)
@@ -110,7 +61,7 @@ def test_the_cache_keeps_the_crop(tmp_path: Path) -> None:
 
 def test_a_crop_of_everything_is_refused(tmp_path: Path) -> None:
     path = write_film(tmp_path / "film.mp4", [_picture()] * 2, Coding(**_LOSSLESS))
-    path.write_bytes(_with_clap(path.read_bytes(), Crop(left=60, right=4)))
+    path.write_bytes(with_clap(path.read_bytes(), _SIZE, Crop(left=60, right=4)))
     (unreadable,) = scan(tmp_path).unreadable
     assert unreadable.reason == "crops all of its pictures of 64x40"
 
@@ -132,7 +83,7 @@ def test_headers_that_end_early_crop_nothing(tmp_path: Path, content: bytes) -> 
 
 def test_a_damaged_header_is_named(tmp_path: Path) -> None:
     path = write_film(tmp_path / "film.mp4", [_picture()] * 2, Coding(**_LOSSLESS))
-    film = _with_clap(path.read_bytes(), _CROP)
+    film = with_clap(path.read_bytes(), _SIZE, _CROP)
     at = film.index(b"clap")
     path.write_bytes(film[: at + 8] + bytes(4) + film[at + 12 :])  # a width over 0
     with pytest.raises(ValueError, match="its header is damaged"):
