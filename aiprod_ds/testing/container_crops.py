@@ -27,11 +27,11 @@ def with_clap(film: bytes, size: tuple[int, int], crop: Crop) -> bytes:
         at = data.index(name, at) - 4
         begins.append(at)
         at += 8
-    (size,) = struct.unpack_from(">I", data, begins[-1])
-    data[begins[-1] + size : begins[-1] + size] = clap
+    (length,) = struct.unpack_from(">I", data, begins[-1])
+    data[begins[-1] + length : begins[-1] + length] = clap
     for begin in begins:
-        (size,) = struct.unpack_from(">I", data, begin)
-        struct.pack_into(">I", data, begin, size + len(clap))
+        (length,) = struct.unpack_from(">I", data, begin)
+        struct.pack_into(">I", data, begin, length + len(clap))
     return bytes(data)
 
 
