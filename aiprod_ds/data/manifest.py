@@ -13,12 +13,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from aiprod_ds import progress
-from aiprod_ds.data.probe_cache import ProbeCache
+from aiprod_ds.data.captions import MEDIA_COLUMNS, captions_in_row
+from aiprod_ds.data.probe_cache import MISSING, ProbeCache
 from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import read_text
@@ -95,8 +96,8 @@ _EXTENSIONS: Mapping[Medium, frozenset[str]] = {
 }
 # The first of these columns that a row fills names its clip.
 _COLUMNS: Mapping[Medium, tuple[str, ...]] = {
-    "video": ("video", "media_path"),
-    "sound": ("audio", "video", "media_path"),
+    "video": MEDIA_COLUMNS,
+    "sound": ("audio", *MEDIA_COLUMNS),
 }
 
 
@@ -107,6 +108,11 @@ class Unreadable:
     path: str
     reason: str
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is no file."""
+        return self.reason.startswith(MISSING)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -115,6 +121,7 @@ class Manifest:
     Attributes:
         unreadable: Files that should be clips and cannot.
         ignored: Files that are no clips on purpose: hidden ones, and what settings leave out.
+        files: By clip, the files under `root` that it consists of, if it is not one of its own name.
     """
 
     root: Path
@@ -122,6 +129,7 @@ class Manifest:
     unreadable: tuple[Unreadable, ...] = ()
     ignored: tuple[Unreadable, ...] = ()
     medium: Medium = "video"
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,11 +139,13 @@ class ListedClip:
 
     Attributes:
         audio: Of a sound file beside the media; None where the media's own sound counts.
+        more_captions: Further ones, only beside `caption`.
     """
 
     path: str
     audio: str | None = None
     caption: str | None = None
+    more_captions: tuple[str, ...] = ()
 
 
 def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -> Manifest:
@@ -143,9 +153,9 @@ def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -
 
     Args:
         source: A folder, searched recursively and sorted by path, or a CSV, JSON or JSONL table with the
-            column `video` or `media_path` and optionally `audio` and `caption`; its paths are relative to the
-            table's folder. For sounds, `audio` comes first: a file named there is taken in place of the
-            video's own sound.
+            column `video` or another of `captions.MEDIA_COLUMNS` and optionally `audio` and a caption
+            (`captions.CAPTION_COLUMNS`); its paths are relative to the table's folder. For sounds, `audio`
+            comes first: a file named there is taken in place of the video's own sound.
         cache: File in which probes are kept between runs (`ProbeCache`); None probes every clip.
         medium: `sound` takes audio files and the sound of videos, and decodes each once to the end.
 
@@ -228,15 +238,24 @@ def require_readable(
         return
     named = "; ".join(f"{item.path} ({item.reason})" for item in manifest.unreadable[:5])
     more = f"; and {broken - 5} more" if broken > 5 else ""
+    missing = sum(item.is_missing for item in manifest.unreadable)
+    kind = "unreadable" if missing == 0 else "missing" if missing == broken else "missing or unreadable"
     rule = (
-        f"at most {max_unreadable_fraction:.0%} of the clips may be unreadable"
+        f"at most {max_unreadable_fraction:.0%} of the clips may be {kind}"
         if manifest.records
         else "no clip is readable"
     )
     raise DataError(
-        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. Repair or remove these files, or "
+        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. {_remedy(kind)}, or "
         f"raise {setting}."
     )
+
+
+def _remedy(kind: str) -> str:
+    return {
+        "unreadable": "Repair or remove these files",
+        "missing": "Correct these paths or remove their rows",
+    }.get(kind, "Correct the paths of what is missing, repair or remove the others")
 
 
 def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
@@ -342,17 +361,26 @@ def _listed(table: Path, number: int, row: Any, medium: Medium) -> ListedClip:
         raise DataError(
             f"{table}: row {number}: must name a file in column {names}, got {row!r}. Add it or drop the row."
         )
-    for name in ("audio", "caption"):
-        if not isinstance(columns.get(name) or "", str):
-            raise DataError(
-                f"{table}: row {number}: {name} must be text, got {str(columns[name])[:80]!r}. Correct it."
-            )
+    if not isinstance(columns.get("audio") or "", str):
+        raise DataError(
+            f"{table}: row {number}: audio must be text, got {str(columns['audio'])[:80]!r}. Correct it."
+        )
+    try:
+        captions = captions_in_row(columns)
+    except ValueError as error:
+        raise DataError(f"{table}: row {number}: {error}. Correct it.") from error
     audio = columns.get("audio") or None if medium == "video" else None
-    return ListedClip(path=path, audio=audio, caption=columns.get("caption") or None)
+    first = captions[0] if captions else None
+    return ListedClip(path=path, audio=audio, caption=first, more_captions=captions[1:])
 
 
 def _record(root: Path, clip: ListedClip, probes: ProbeCache) -> MediaRecord:
-    record = replace(probes.record(root / clip.path), path=clip.path, caption=clip.caption)
+    record = replace(
+        probes.record(root / clip.path),
+        path=clip.path,
+        caption=clip.caption,
+        more_captions=clip.more_captions,
+    )
     if clip.audio is None:
         return record
     try:

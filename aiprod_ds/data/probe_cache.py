@@ -20,6 +20,8 @@ from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import write_atomically
 
+MISSING = "is missing"
+"""How the reason begins why a file that does not exist cannot be used."""
 _CACHE_VARIABLE = "AIPROD_DS_CACHE_DIR"
 # What probed the files: a cache of another format, or of another FFmpeg, is not believed.
 _PROBED_BY = f"3, PyAV {av.__version__}"
@@ -63,7 +65,7 @@ class ProbeCache:
         try:
             status = file.stat()
         except FileNotFoundError as error:
-            raise DataError("is missing: there is no such file") from error
+            raise DataError(f"{MISSING}: there is no such file") from error
         except OSError as error:
             raise DataError(f"cannot be opened: {error.strerror}") from error
         except ValueError as error:  # a null byte or a lone surrogate in the name
@@ -133,4 +135,5 @@ def _read_probes(file: Path, probed_by: str) -> dict[str, _Probe]:
 
 
 def _record(fields: dict[str, Any]) -> MediaRecord:
-    return MediaRecord(**{**fields, "crop": tuple(fields["crop"])})  # JSON has lists only
+    tuples = {name: tuple(fields.get(name, ())) for name in ("crop", "more_captions")}  # JSON has lists only
+    return MediaRecord(**{**fields, **tuples})

@@ -40,6 +40,8 @@ class MediaRecord:
         audio_peak: Largest absolute sample; this and what follows is known of sounds and of `audio_path`.
         audio_clipped: Samples in runs of three or more at full scale.
         audio_dc: Largest absolute mean of a channel.
+        caption: What is said of it; None if nothing.
+        more_captions: Further ones, only beside `caption`.
     """
 
     path: str
@@ -66,3 +68,9 @@ class MediaRecord:
     audio_clipped: int | None = None
     audio_dc: float | None = None
     caption: str | None = None
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of its captions, the first of them `caption`."""
+        return () if self.caption is None else (self.caption, *self.more_captions)
