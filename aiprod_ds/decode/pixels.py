@@ -12,6 +12,7 @@ from typing import cast
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from aiprod_ds.decode.deinterlace import Deinterlacer
@@ -41,6 +42,7 @@ class Painter:
         self._background = background
         self._crop = crop
         self._deinterlacer = Deinterlacer()
+        self._to_rgb = VideoReformatter()
         self._known_orientation: tuple[int, Orientation] | None = None
 
     def pixels(self, item: TimedFrame) -> NDArray[np.uint8]:
@@ -60,11 +62,16 @@ class Painter:
             if any(other is not None and other.is_corrupt for other in (item.before, item.after)):
                 raise UndecodableError(f"damaged data beside the frame of timestamp {frame.pts}")
             frame = self._deinterlacer.whole(frame, before=item.before, after=item.after)
-        pixels_HWC = to_sdr(frame) if is_wide(frame) else _converted(frame, "rgb24")
+        pixels_HWC = to_sdr(frame) if is_wide(frame) else self._rgb(frame)
         alpha_HW = alpha_of(frame)
         if alpha_HW is not None:
             pixels_HWC = _on_background(pixels_HWC, alpha_HW, self._background)
         return orientation.upright(self._shown(pixels_HWC))
+
+    def _rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+        # `frame.to_ndarray(format=...)` would make a converter for each frame, with a thread for each core.
+        rgb = self._to_rgb.reformat(frame, format="rgb24", threads=1)
+        return cast("NDArray[np.uint8]", rgb.to_ndarray())
 
     def _orientation(self, frame: av.VideoFrame) -> Orientation:
         # PyAV 18: asking a frame for its side data ties it into a circle (frame.py, `side_data`), which keeps

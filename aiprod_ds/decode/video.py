@@ -65,26 +65,25 @@ def decode_clip(
     painter = Painter(path, background, crop)
     try:
         if is_animated_webp(path):
-            frames = _chosen(animation_frames(path), painter, start_seconds, num_frames, frame_rate_hz)
+            clip = _chosen(animation_frames(path), painter, start_seconds, num_frames, frame_rate_hz)
         else:
-            frames = _decode(path, painter, start_seconds, num_frames, frame_rate_hz)
+            clip = _decode(path, painter, start_seconds, num_frames, frame_rate_hz)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(
             f"{path}: must be a decodable video, got: {error}. Repair or remove the file."
         ) from error
-    if len(frames) < num_frames:
+    if len(clip) < num_frames:
         rate = "" if frame_rate_hz is None else f" at {frame_rate_hz:g} Hz"
         raise DataError(
-            f"{path}: must have {num_frames} frames{rate} from {start_seconds:.3f} s on, got {len(frames)}. "
+            f"{path}: must have {num_frames} frames{rate} from {start_seconds:.3f} s on, got {len(clip)}. "
             "Ask for fewer frames, start earlier or remove the file."
         )
-    if len({frame.shape for frame in frames}) > 1:
+    if len(clip.sizes) > 1:
         raise DataError(
-            f"{path}: must have one size, got frames of "
-            f"{' and '.join(sorted({f'{frame.shape[1]}x{frame.shape[0]}' for frame in frames}))}. "
+            f"{path}: must have one size, got frames of {' and '.join(sorted(clip.sizes))}. "
             "Convert or remove the file."
         )
-    return np.stack(frames)
+    return clip.frames()
 
 
 def max_start_seconds(record: MediaRecord, num_frames: int, frame_rate_hz: float | None) -> float:
@@ -107,9 +106,42 @@ def max_start_seconds(record: MediaRecord, num_frames: int, frame_rate_hz: float
     return max(0.0, latest)
 
 
+class _Clip:
+    """The chosen frames, written one after the other into one array.
+
+    A list of frames to be stacked at the end takes twice the memory, and all of it new to the process, which
+    costs more than converting the colors does.
+    """
+
+    def __init__(self, painter: Painter, num_frames: int) -> None:
+        self._painter = painter
+        self._num_frames = num_frames
+        self._length = 0
+        self._frames: NDArray[np.uint8] | None = None
+        self.sizes: set[str] = set()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, item: TimedFrame, *, times: int = 1) -> None:
+        """Appends a frame as displayed, `times` times."""
+        pixels_HWC = self._painter.pixels(item)
+        self.sizes.add(f"{pixels_HWC.shape[1]}x{pixels_HWC.shape[0]}")
+        if self._frames is None:
+            self._frames = np.empty((self._num_frames, *pixels_HWC.shape), dtype=np.uint8)
+        if len(self.sizes) == 1:
+            self._frames[self._length : self._length + times] = pixels_HWC
+        self._length += times
+
+    def frames(self) -> NDArray[np.uint8]:
+        """Returns [T,H,W,3]; all frames must be there, of one size."""
+        assert self._frames is not None, "there is at least one frame"
+        return self._frames
+
+
 def _decode(
     path: Path, painter: Painter, start_seconds: float, num_frames: int, frame_rate_hz: float | None
-) -> list[NDArray[np.uint8]]:
+) -> _Clip:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise DataError(f"{path}: must hold a video stream, got none. Remove the file.")
@@ -152,11 +184,13 @@ def _chosen(
     start_seconds: float,
     num_frames: int,
     frame_rate_hz: float | None,
-) -> list[NDArray[np.uint8]]:
+) -> _Clip:
+    clip = _Clip(painter, num_frames)
     if frame_rate_hz is None:
-        return _consecutive(timed, painter, start_seconds, num_frames)
-    targets = [start_seconds + index / frame_rate_hz for index in range(num_frames)]
-    return _nearest(timed, painter, targets)
+        _consecutive(timed, clip, start_seconds, num_frames)
+    else:
+        _nearest(timed, clip, [start_seconds + index / frame_rate_hz for index in range(num_frames)])
+    return clip
 
 
 def _reaching(timed: Iterator[TimedFrame], start_seconds: float) -> Iterator[TimedFrame]:
@@ -167,56 +201,43 @@ def _reaching(timed: Iterator[TimedFrame], start_seconds: float) -> Iterator[Tim
     yield from timed
 
 
-def _consecutive(
-    timed: Iterable[TimedFrame], painter: Painter, start_seconds: float, num_frames: int
-) -> list[NDArray[np.uint8]]:
-    """Returns up to `num_frames` frames, the first of which is the nearest to `start_seconds`."""
-    chosen: list[NDArray[np.uint8]] = []
+def _consecutive(timed: Iterable[TimedFrame], clip: _Clip, start_seconds: float, num_frames: int) -> None:
+    """Adds up to `num_frames` frames, the first of which is the nearest to `start_seconds`."""
     before: TimedFrame | None = None
     for item in timed:
-        if not chosen and item.seconds < start_seconds:
+        if not len(clip) and item.seconds < start_seconds:
             before = item
             continue
         if (
-            not chosen
+            not len(clip)
             and before is not None
             and start_seconds - before.seconds <= item.seconds - start_seconds
         ):
             # Only now, because most frames that are decoded on the way are not converted to RGB.
-            chosen.append(painter.pixels(before))
-        if len(chosen) < num_frames:
-            chosen.append(painter.pixels(item))
-        if len(chosen) == num_frames:
-            return chosen
-    return chosen
+            clip.add(before)
+        if len(clip) < num_frames:
+            clip.add(item)
+        if len(clip) == num_frames:
+            return
 
 
-def _nearest(timed: Iterable[TimedFrame], painter: Painter, targets: list[float]) -> list[NDArray[np.uint8]]:
-    """Returns the frame nearest to each of the rising `targets`, up to one frame's period after the last
+def _nearest(timed: Iterable[TimedFrame], clip: _Clip, targets: list[float]) -> None:
+    """Adds the frame nearest to each of the rising `targets`, up to one frame's period after the last
     frame."""
-    chosen: list[NDArray[np.uint8]] = []
     before: TimedFrame | None = None
     for item in timed:
         if before is not None:
-            _repeat(chosen, painter, before, targets, until=(before.seconds + item.seconds) / 2)
-        if len(chosen) == len(targets):
-            return chosen
+            _repeat(clip, before, targets, until=(before.seconds + item.seconds) / 2)
+        if len(clip) == len(targets):
+            return
         before = item
     if before is not None:
-        _repeat(chosen, painter, before, targets, until=before.seconds + before.period - _EPSILON)
-    return chosen
+        _repeat(clip, before, targets, until=before.seconds + before.period - _EPSILON)
 
 
-def _repeat(
-    chosen: list[NDArray[np.uint8]],
-    painter: Painter,
-    item: TimedFrame,
-    targets: list[float],
-    *,
-    until: float,
-) -> None:
-    last = len(chosen)
+def _repeat(clip: _Clip, item: TimedFrame, targets: list[float], *, until: float) -> None:
+    last = len(clip)
     while last < len(targets) and targets[last] <= until:
         last += 1
-    if last > len(chosen):
-        chosen.extend([painter.pixels(item)] * (last - len(chosen)))
+    if last > len(clip):
+        clip.add(item, times=last - len(clip))
