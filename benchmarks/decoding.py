@@ -23,7 +23,7 @@ bit.
 torchcodec is no dependency of the project; it needs FFmpeg's libraries of the system, PyAV brings its own.
 
 It does not show: network file systems, resizing, a loader with many workers, or decoding on a GPU.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
