@@ -28,7 +28,7 @@ from aiprod_ds.config.load import config_kind, load_config, load_encode_config, 
 from aiprod_ds.config.trainers import trainer_class
 from aiprod_ds.crash import guarded
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.errors import AiprodError, ConfigError, PlanError
+from aiprod_ds.errors import AiprodError, ConfigError, HangError, PlanError
 from aiprod_ds.files import folder_problem
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.report.output import log_handler, open_console
@@ -36,6 +36,7 @@ from aiprod_ds.report.progress_line import shown_on
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
+HUNG = 76  # as `train.watchdog` ends a process, too
 _MOST_RANKS = 1_000_000  # ten times the largest machines of today
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
@@ -59,6 +60,8 @@ def _main(argv: Sequence[str] | None) -> int:
             code: int = arguments.command(arguments)
     except ConfigError as error:
         return _explain(error, BAD_CONFIGURATION)
+    except HangError as error:
+        return _explain(error, HUNG)
     except AiprodError as error:
         return _explain(error, FAILED)
     return code
@@ -109,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train = _configured(commands, "train", _train, "train, or go on with what is left")
     train.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    train.add_argument(
+        "--accept-changed-data", action="store_true", help="go on with other data than the run had"
+    )
     evaluate = _configured(commands, "eval", _eval, "measure held-out clips with the newest checkpoint")
     evaluate.add_argument(
         "--resume", default="auto", help="auto (default: the newest) or a checkpoint folder"
@@ -205,7 +211,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _check_encode(arguments: argparse.Namespace) -> str:
     config = load_encode_config(**_file(arguments))
     _require_folder(arguments, "data.output_dir", config.data.output_dir)
-    from aiprod_ds.encode.run import check_encoding  # loads torch and diffusers, which takes seconds
+    from aiprod_ds.encode.work import check_encoding  # loads torch and diffusers, which takes seconds
 
     return f", for encode: {check_encoding(config, source=str(arguments.config))}"
 
@@ -245,6 +251,9 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
         arguments.console.print(note, markup=False, highlight=False)
     if (warning := trainer.evaluation_cost(plan).warning) is not None:
         arguments.console.print(f"warning: {warning}", markup=False, highlight=False)
+    if (change := trainer.data_change(data)) is not None:
+        words = f"warning: {change}. `train` goes on with it only if --accept-changed-data is given"
+        arguments.console.print(words, markup=False, highlight=False)
     return ""
 
 
@@ -346,7 +355,11 @@ def _train(arguments: argparse.Namespace) -> int:
     trainer = _trainer(arguments)
     _require_folder(arguments, "output_dir", trainer.config.output_dir)
     with dist.process_group(lost_rank_seconds=trainer.config.engine.lost_rank_seconds):
-        summary = trainer.train(resume=arguments.resume, console=arguments.console)
+        summary = trainer.train(
+            resume=arguments.resume,
+            accept_changed_data=arguments.accept_changed_data,
+            console=arguments.console,
+        )
     return DONE if summary.status is RunStatus.COMPLETED else INTERRUPTED
 
 

@@ -13,13 +13,30 @@ from typing_extensions import Self
 from aiprod_ds.config.schema import Fraction, NonNegativeInt, PositiveInt, StrictModel
 
 
+class StorageConfig(StrictModel):
+    """How shards are reached that lie in object storage or on a web server."""
+
+    endpoint_url: str | None = Field(default=None, pattern=r"^https?://[^@?#]+$")
+    """A server that speaks the protocol of S3, such as `http://localhost:9000`. null: as boto3 finds it
+    (`AWS_ENDPOINT_URL`, the profile, Amazon)."""
+    cache_dir: str | None = None
+    """Folder on a local disk in which what was read is kept; all ranks, workers and runs may share it. null:
+    `$AIPROD_DS_CACHE_DIR/shards`, else `~/.cache/aiprod_ds/shards`."""
+    cache_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 100.0
+    """The most that the folder holds, in 1e9 bytes; what was used longest ago goes first. 0: nothing is
+    kept."""
+
+
 class ClipDataConfig(StrictModel):
     """What every kind of clip needs; a trainer's own data section adds to it."""
 
     train: str = Field(min_length=1)
-    """A folder, searched recursively, or a CSV, JSON or JSONL manifest; relative to the working folder."""
+    """A folder, searched recursively, or a CSV, JSON or JSONL manifest, relative to the working folder; or
+    shards that `aiprod-ds shard` made: their folder, `s3://bucket/prefix` or `https://host/path`."""
     validation: str | None = None
     """Held-out clips, in the same forms. null: `holdout_fraction` of the training clips."""
+    storage: StorageConfig = StorageConfig()
+    """Where `train` or `validation` is an address: how it is reached. No effect on the result."""
     holdout_fraction: Fraction = 0.1
     """Share of the clips that is held out, at least one; chosen by the seed and the files' content. Not
     beside `validation`."""
@@ -30,6 +47,10 @@ class ClipDataConfig(StrictModel):
     duplicates: Literal["allow", "warn", "error"] = "warn"
     """The same content twice in training, or in training and validation: allowed, told by `check` and in the
     report, or an error."""
+    fingerprint: Literal["auto", "content", "time", "size"] = "auto"
+    """What a resumed run compares of its clips beside their names and what was probed: `content`, the SHA-256
+    of the files; `time`, sizes and times of the last change; `size`, sizes alone. `auto` is `content`, and of
+    latents the beginning, middle and end of each file, so that they are not read as a whole."""
 
     @model_validator(mode="after")
     def _holdout_has_effect(self) -> Self:
@@ -43,6 +64,20 @@ class ClipDataConfig(StrictModel):
                 f"holdout_fraction: has no effect when validation is set, got {self.holdout_fraction}. "
                 "Remove one of the two."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _storage_has_effect(self) -> Self:
+        sources = [source for source in (self.train, self.validation) if source is not None]
+        if self.storage != StorageConfig() and not any("://" in source for source in sources):
+            raise ValueError(
+                f"storage: has no effect unless train or validation is an address such as s3://bucket/prefix, "
+                f"got {self.train!r}. Remove it."
+            )
+        if self.storage.endpoint_url is not None and not any(
+            source.startswith("s3://") for source in sources
+        ):
+            raise ValueError("storage.endpoint_url: has no effect without an s3:// address. Remove it.")
         return self
 
 
@@ -93,8 +128,10 @@ class LatentDataConfig(ClipDataConfig):
     """Latents and prompt embeddings that `aiprod-ds encode` or ltx-trainer wrote."""
 
     train: str = Field(min_length=1)
-    """A folder with `latents/`, or one with `.precomputed/` in it, or the CSV, JSON or JSONL manifest beside
-    `.precomputed/`, of which only the rows' clips count; relative to the working folder."""
+    """A folder with `latents/`, or a folder of media that was encoded (`<folder>_latents` beside it, or
+    `.precomputed/` in it), or a CSV, JSON or JSONL manifest in that one, of which only the rows' clips count;
+    relative to the working folder. Or shards that `aiprod-ds shard` made of such a folder: their folder,
+    `s3://bucket/prefix` or `https://host/path`."""
     validation: str | None = None
     """Held-out latents, in the same forms. null: `holdout_fraction` of the training clips."""
     num_workers: int = Field(default=2, ge=0)

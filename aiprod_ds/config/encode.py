@@ -35,8 +35,11 @@ class EncodeDataConfig(PictureConfig):
     media: str = Field(min_length=1)
     """A folder, searched recursively, or a CSV, JSON or JSONL manifest; relative to the working folder."""
     output_dir: str | None = None
-    """Where `latents/`, `audio_latents/` and `conditions/` are made. null: `.precomputed` in the folder of
-    the media."""
+    """Where `latents/`, `audio_latents/` and `conditions/` are made. null: beside the folder of the media or
+    of the table, named after it with `_latents`; or `.precomputed` in it, where that exists."""
+    captions_per_line: bool = False
+    """Whether each line of a text file beside the media is a caption of its own. false: the whole file is
+    one."""
     held_out: bool = False
     """Whether the clips are held out: with `curriculum`, each is then encoded in one shape only, the first of
     the last phase, in which a run measures them."""
@@ -159,7 +162,10 @@ class TextEncoderConfig(StrictModel):
     mask_padding: bool = True
     """Whether the encoder ignores padding. LTX-Video was trained with false, Wan with true."""
     default_caption: str | None = None
-    """Caption of clips without one. null: these are listed as failed."""
+    """Caption of clips without one. null: these are listed as failed, before anything is encoded."""
+    trigger: str | None = Field(default=None, min_length=1)
+    """A word or text that is put before every caption, with a space between. The empty caption of
+    `empty_prompt` does not get it. null: captions as they are."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

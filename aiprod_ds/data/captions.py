@@ -138,7 +138,7 @@ def with_trigger(captions: tuple[str, ...], trigger: str | None) -> tuple[str, .
 
 
 def _texts(value: object, name: str) -> tuple[str, ...]:
-    texts = value if isinstance(value, list) else [value]
+    texts: list[Any] = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} must be text or a list of texts, got {value!r:.80}")
     return tuple(text for text in texts if text.strip())

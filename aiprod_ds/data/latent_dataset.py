@@ -1,9 +1,9 @@
 """Latents and prompt embeddings that answer a `ClipRequest`: the clip's entry of exactly the shape that is
 asked for.
 
-Owns reading and caption dropout, a pure function of (seed, sample, epoch); which clips there are is
-`latent_index.py`'s. Nothing is cropped or mirrored: a latent has one shape. Shapes: C channels, F frames, H
-height, W width, T audio positions, M mel bands, S tokens, D width.
+Owns reading, the draw among several captions of a clip and caption dropout, pure functions of (seed, sample,
+epoch); which clips there are is `latent_index.py`'s. Nothing is cropped or mirrored: a latent has one shape.
+Shapes: C channels, F frames, H height, W width, T audio positions, M mel bands, S tokens, D width.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from aiprod_ds.data.latents import (
     CONDITIONS,
     EMPTY_PROMPT,
     LATENTS,
+    EntryFile,
     LatentShape,
     entry_name,
+    find_beside,
     find_entry,
+    read_caption,
     read_entry,
     read_header,
 )
 from aiprod_ds.data.manifest import Manifest
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.rng import stream_seed
+from aiprod_ds.shards.reader import ShardReader
 
 _PROMPT = ("prompt_embeds", "prompt_attention_mask", "audio_prompt_embeds")
 
@@ -66,12 +70,13 @@ class LatentDataset:
         self._strides = strides
         self._with_audio = with_audio
         self._caption_dropout = caption_dropout
-        self._empty = _empty_prompt(manifest.root) if caption_dropout > 0 else {}
+        self._root = manifest.root if manifest.packed is None else manifest.packed
+        self._empty = _empty_prompt(self._root) if caption_dropout > 0 else {}
 
-    @property
-    def root(self) -> Path:
-        """The folder of the entries."""
-        return self._manifest.root
+    def empty_prompt(self) -> dict[str, Tensor] | None:
+        """Returns the embedding of the empty caption that lies beside the latents; None if there is none."""
+        entry = find_beside(self._root, EMPTY_PROMPT)
+        return None if entry is None else read_entry(entry)
 
     def __len__(self) -> int:
         """Returns the number of clips."""
@@ -82,7 +87,8 @@ class LatentDataset:
 
         `latents` [C,F,H,W], `audio_latents` [C,T] or [C,T,M] with audio, `prompt_embeds` [S,D],
         `prompt_attention_mask` [S] bool, `audio_prompt_embeds` [S,D'] where the files have them, and `fps`, a
-        fp32 scalar.
+        fp32 scalar. Of several captions, an augmented request gets one by (seed, sample, epoch), another the
+        first.
 
         Raises:
             DataError: If the clip has no entry of that shape, a file is damaged, or a mirrored clip is asked
@@ -95,6 +101,8 @@ class LatentDataset:
         record = self._manifest.records[request.sample_index]
         shape = _shape(request)
         name = self._name(record.path, shape)
+        drops_caption = self._drops_caption(request)
+        self._fetch(record.path, name, with_caption=not drops_caption)
         latents_CFHW = self._tensor(LATENTS, name)
         if tuple(latents_CFHW.shape[1:]) != self._latent_size(shape):
             raise self._other_shape(record.path, shape)
@@ -102,7 +110,7 @@ class LatentDataset:
         item = {"latents": latents_CFHW, "fps": torch.tensor(fps, dtype=torch.float32)}
         if self._with_audio:
             item["audio_latents"] = self._tensor(AUDIO_LATENTS, name)
-        prompt = self._empty if self._drops_caption(request) else self._read(CONDITIONS, record.path)
+        prompt = self._empty if drops_caption else self._caption(record.path, request)
         return {**item, **_prompt(prompt)}
 
     def lengths(self) -> list[ClipFacts]:
@@ -126,15 +134,15 @@ class LatentDataset:
         return tuple(clip for clip in clips if not self._has(clip, shape))
 
     def _has(self, clip: str, shape: LatentShape) -> bool:
-        if find_entry(self._manifest.root, LATENTS, entry_name(clip, shape)) is not None:
+        if find_entry(self._root, LATENTS, entry_name(clip, shape)) is not None:
             return True
-        path = find_entry(self._manifest.root, LATENTS, clip)
+        path = find_entry(self._root, LATENTS, clip)
         return path is not None and read_header(path).shapes["latents"][1:] == self._latent_size(shape)
 
     def _name(self, clip: str, shape: LatentShape) -> str:
         """Returns the name of the clip's entry: with its shape, or as ltx-trainer names it."""
         for name in (entry_name(clip, shape), clip):
-            if find_entry(self._manifest.root, LATENTS, name) is not None:
+            if find_entry(self._root, LATENTS, name) is not None:
                 return name
         raise self._other_shape(clip, shape)
 
@@ -144,7 +152,7 @@ class LatentDataset:
 
     def _other_shape(self, clip: str, shape: LatentShape) -> DataError:
         return DataError(
-            f"{self._manifest.root / LATENTS / clip}: must have latents of {shape.tag}, got none. "
+            f"{self._root}/{LATENTS}/{clip}: must have latents of {shape.tag}, got none. "
             "Encode with the curriculum that is trained."
         )
 
@@ -152,17 +160,36 @@ class LatentDataset:
         tensors = self._read(source, name)
         if "latents" not in tensors:
             raise DataError(
-                f"{self._manifest.root / source / name}: must hold a tensor 'latents', got {sorted(tensors)}."
+                f"{self._root}/{source}/{name}: must hold a tensor 'latents', got {sorted(tensors)}."
             )
         return tensors["latents"]
 
     def _read(self, source: str, name: str) -> dict[str, Tensor]:
-        path = find_entry(self._manifest.root, source, name)
+        return read_entry(self._path(source, name))
+
+    def _fetch(self, clip: str, name: str, *, with_caption: bool) -> None:
+        """Brings the entries of a clip near together; of a folder, each is opened by itself."""
+        if isinstance(self._root, ShardReader):
+            sources = {LATENTS: name, **({AUDIO_LATENTS: name} if self._with_audio else {})}
+            sources |= {CONDITIONS: clip} if with_caption else {}
+            found = (find_entry(self._root, source, entry) for source, entry in sources.items())
+            self._root.fetch([entry.name for entry in found if entry is not None])
+
+    def _caption(self, clip: str, request: ClipRequest) -> dict[str, Tensor]:
+        def choose(count: int) -> int:
+            if not request.augment:
+                return 0
+            return stream_seed(self._seed, "captions", request.sample_index, request.epoch) % count
+
+        return read_caption(self._path(CONDITIONS, clip), choose)
+
+    def _path(self, source: str, name: str) -> EntryFile:
+        path = find_entry(self._root, source, name)
         if path is None:
             raise DataError(
-                f"{self._manifest.root / source / name}: must exist, got no such file. Encode again."
+                f"{self._root}/{source}/{name}: must exist, got no such file. Encode again."
             )
-        return read_entry(path)
+        return path
 
     def _drops_caption(self, request: ClipRequest) -> bool:
         if not request.augment or self._caption_dropout == 0:
@@ -199,11 +226,11 @@ def _shape(asked: ClipRequest | BucketPlan) -> LatentShape:
     )
 
 
-def _empty_prompt(root: Path) -> dict[str, Tensor]:
-    path = root / EMPTY_PROMPT
-    if not path.exists():
+def _empty_prompt(root: Path | ShardReader) -> dict[str, Tensor]:
+    path = find_beside(root, EMPTY_PROMPT)
+    if path is None:
         raise DataError(
-            f"{path}: must exist for data.caption_dropout above 0, got no such file. "
+            f"{root}/{EMPTY_PROMPT}: must exist for data.caption_dropout above 0, got no such file. "
             "Encode the captions with `aiprod-ds encode`, or set data.caption_dropout to 0."
         )
     return read_entry(path)

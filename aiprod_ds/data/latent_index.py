@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aiprod_ds import progress
@@ -22,16 +22,20 @@ from aiprod_ds.data.latents import (
     LATENTS,
     PRECOMPUTED,
     SUFFIX,
+    EntryFile,
     Header,
     LatentShape,
+    default_folder,
     entry_name,
     find_entry,
     read_header,
     split_name,
+    unnumbered,
 )
 from aiprod_ds.data.manifest import Manifest, Unreadable, read_table
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import DataError
+from aiprod_ds.shards.reader import ShardReader
 
 _DURATION_TOLERANCE_SECONDS = 0.1  # more than two latents of any published audio VAE
 _log = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ class LatentNeeds:
     fingerprints: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
 
-def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
+def scan_latents(source: Path | ShardReader, needs: LatentNeeds) -> Manifest:
     """Returns the clips of `source` whose files are complete and fit each other; the others are listed in
     `unreadable`.
 
@@ -61,8 +65,9 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
     as they did when it was encoded; for ltx-trainer's entries, those of its latents.
 
     Args:
-        source: A folder with `latents/`, a folder with `.precomputed/`, or the table beside it, whose rows
-            choose the clips.
+        source: A folder with `latents/`, a folder of media with `.precomputed/` in it or its latents beside
+            it (`default_folder`), or a table in such a folder, whose rows choose the clips; or shards of
+            latents.
         needs: What a clip must have, or it counts as unreadable.
 
     Raises:
@@ -70,8 +75,10 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
     """
     root = _root(source)
     found = _entries(root)
-    wanted = list(found) if source.is_dir() else [listed.path for listed in read_table(source)]
+    is_table = isinstance(source, Path) and not source.is_dir()
+    wanted = list(found) if not is_table else [listed.path for listed in read_table(source)]
     reader = _ClipReader(root=root, needs=needs)
+    files: dict[str, tuple[str, ...]] = {}
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
     for clip in progress.steps(wanted, f"reading the latents of {root}:", len(wanted)):
@@ -80,6 +87,7 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
         )  # ltx-trainer leaves the suffix of the media out
         try:
             records.append(reader.record(known, found.get(known, [])))
+            files[known] = tuple(reader.opened)
         except _UnusableError as error:
             unreadable.append(Unreadable(path=clip, reason=str(error)))
     if reader.unchecked:
@@ -88,38 +96,53 @@ def scan_latents(source: Path, needs: LatentNeeds) -> Manifest:
             root,
             reader.unchecked,
         )
-    return Manifest(root=root, records=tuple(records), unreadable=tuple(unreadable))
+    if isinstance(root, ShardReader):
+        manifest = Manifest(root=Path(root.address), records=tuple(records), packed=root)
+    else:
+        manifest = Manifest(root=root, records=tuple(records))
+    return replace(manifest, unreadable=tuple(unreadable), files=files)
 
 
 class _UnusableError(ValueError):
     """A clip cannot be trained on; says why, without its name."""
 
 
-def _root(source: Path) -> Path:
+def _root(source: Path | ShardReader) -> Path | ShardReader:
+    if isinstance(source, ShardReader):
+        source.require_kind(LATENTS)
+        return source
     folder = source if source.is_dir() else source.parent
-    for root in (folder, folder / PRECOMPUTED):
+    for root in (folder, folder / PRECOMPUTED, default_folder(folder)):
         if (root / LATENTS).is_dir():
             return root
     raise DataError(
-        f"{source}: must be a folder with {LATENTS}/ or {PRECOMPUTED}/{LATENTS}/, or a manifest beside "
-        f"{PRECOMPUTED}/, got none. "
+        f"{source}: must be a folder with {LATENTS}/ or {PRECOMPUTED}/{LATENTS}/, or the media or manifest "
+        f"of {default_folder(folder)}/{LATENTS}/, got none. "
         "Run `aiprod-ds encode` first."
     )
 
 
-def _entries(root: Path) -> dict[str, list[LatentShape | None]]:
+def _entries(root: Path | ShardReader) -> dict[str, list[LatentShape | None]]:
     """Returns the shapes of every clip, sorted by clip."""
+    found: dict[str, list[LatentShape | None]] = {}
+    for name in sorted(latent_names(root)):
+        clip, shape = split_name(name)
+        found.setdefault(clip, []).append(shape)
+    return found
+
+
+def latent_names(root: Path | ShardReader) -> set[str]:
+    """Returns the names of all latents of a folder or of shards, without folder and suffix."""
+    if isinstance(root, ShardReader):
+        first, last = f"{LATENTS}/", SUFFIX
+        packed = (name for name in root.members if name.startswith(first) and name.endswith(last))
+        return {name.removeprefix(first).removesuffix(last) for name in packed}
     folder = root / LATENTS
-    names = {
+    return {
         path.relative_to(folder).as_posix()[: -len(path.suffix)]
         for path in folder.rglob("*")
         if _is_entry(path)
     }
-    found: dict[str, list[LatentShape | None]] = {}
-    for name in sorted(names):
-        clip, shape = split_name(name)
-        found.setdefault(clip, []).append(shape)
-    return found
 
 
 def _is_entry(path: Path) -> bool:
@@ -130,12 +153,14 @@ def _is_entry(path: Path) -> bool:
 class _ClipReader:
     """Reads the headers of one clip after the other and compares them with those before."""
 
-    root: Path
+    root: Path | ShardReader
     needs: LatentNeeds
     unchecked: int = 0
+    opened: list[str] = field(default_factory=list)  # of the last clip
     _firsts: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
     def record(self, clip: str, shapes: list[LatentShape | None]) -> MediaRecord:
+        self.opened.clear()
         if not shapes:
             raise _UnusableError(f"{LATENTS} are missing")
         records = {self._entry(clip, shape) for shape in shapes}
@@ -165,7 +190,7 @@ class _ClipReader:
     def _condition(self, clip: str) -> None:
         header = self._header(CONDITIONS, clip)
         for name, shape in sorted(header.shapes.items()):
-            self._same(f"{name} of {CONDITIONS}", shape, clip)
+            self._same(f"{unnumbered(name)} of {CONDITIONS}", shape, clip)
         for name, dimensions in (("prompt_embeds", 2), ("prompt_attention_mask", 1)):
             _shape_of(header, name, dimensions=(dimensions,), where=CONDITIONS)
 
@@ -178,9 +203,10 @@ class _ClipReader:
         except DataError as error:
             raise _UnusableError(str(error)) from error
         self._check_fingerprint(header, source, path)
+        self.opened.append(f"{source}/{name}{path.suffix}")
         return header
 
-    def _check_fingerprint(self, header: Header, source: str, path: Path) -> None:
+    def _check_fingerprint(self, header: Header, source: str, path: EntryFile) -> None:
         ask, found = self.needs.fingerprints.get(source), header.metadata.get("fingerprint")
         if ask is None:
             return

@@ -8,7 +8,8 @@ Owns the layout of a `.precomputed` folder:
     conditions/<clip>.safetensors                               prompt_embeds [S,D], prompt_attention_mask [S]
     empty_prompt.safetensors                                    the same of the empty caption
 
-`<clip>` is the media file's path in its manifest with its suffix; the shape is the clip's in pixels, with
+An entry of conditions holds further captions of its clip under `prompt_embeds.1`, `prompt_embeds.2` and so
+on. `<clip>` is the media file's path in its manifest with its suffix; the shape is the clip's in pixels, with
 `@<rate>hz` behind it where clips are resampled. ltx-trainer keeps one entry a clip, named without a shape, as
 `.pt`; such names are read too. Encoding writes here, `latent_index.py` lists what there is and
 `latent_dataset.py` reads it.
@@ -19,23 +20,30 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.tensor_file import TensorFile, TensorFileError
+from aiprod_ds.shards.reader import PackedEntry, ShardReader
+from aiprod_ds.tensor_file import TensorFile, TensorFileError, tensors_in
 
 LATENTS, AUDIO_LATENTS, CONDITIONS = "latents", "audio_latents", "conditions"
 SUFFIX, FOREIGN_SUFFIX = ".safetensors", ".pt"
 PRECOMPUTED = ".precomputed"
+_BESIDE = "_latents"
+_PROMPT = "prompt_embeds"
+_MORE = re.compile(r"\.\d+$")
 EMPTY_PROMPT = f"empty_prompt{SUFFIX}"
 TEMPORARY_SUFFIX = ".part"
+EntryFile: TypeAlias = Path | PackedEntry
+"""Where an entry is: a file of its own, or in shards."""
 _TAGGED = re.compile(
     r"^(?P<clip>.+)@(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)(?:@(?P<rate>[0-9.e+-]+)hz)?$"
 )
@@ -69,6 +77,55 @@ class Header:
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
 
+    def to_facts(self) -> dict[str, Any]:
+        """Returns it as the index of shards holds it."""
+        return {
+            "metadata": dict(self.metadata),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
+    @classmethod
+    def of_facts(cls, facts: Any, *, where: str) -> Header:
+        """Returns what `to_facts` returned.
+
+        Raises:
+            DataError: If it is something else.
+        """
+        try:
+            shapes = {name: tuple(int(size) for size in shape) for name, shape in facts["shapes"].items()}
+            return cls(metadata={name: str(text) for name, text in facts["metadata"].items()}, shapes=shapes)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{where}: the index must say what it holds, got {str(facts)[:40]!r}. Make it anew with "
+                "`aiprod-ds shard --index`."
+            ) from error
+
+
+def default_folder(media: Path) -> Path:
+    """Returns where the latents of the media in a folder are unless a configuration says otherwise:
+    `<folder>_latents` beside it, so that no scan of media meets them; or `.precomputed` in it where that
+    exists, as ltx-trainer has it.
+
+    Raises:
+        DataError: If the folder is the root of the file system, which has nothing beside it.
+    """
+    if (media / PRECOMPUTED).is_dir():
+        return media / PRECOMPUTED
+    named = media if media.name not in ("", "..") else media.resolve()
+    if not named.name:
+        raise DataError(f"{media}: has no folder beside it for latents. Name data.output_dir.")
+    return named.with_name(f"{named.name}{_BESIDE}")
+
+
+def numbered(name: str, index: int) -> str:
+    """Returns the name of a tensor of a clip's caption: that of the first is plain, the next is `name.1`."""
+    return name if index == 0 else f"{name}.{index}"
+
+
+def unnumbered(name: str) -> str:
+    """Returns the name that the tensor has of the first caption."""
+    return _MORE.sub("", name)
+
 
 def entry_name(clip: str, shape: LatentShape | None) -> str:
     """Returns the name of a clip's entry without folder and suffix."""
@@ -95,13 +152,23 @@ def entry_path(root: Path, source: str, name: str) -> Path:
     return root / source / f"{name}{SUFFIX}"
 
 
-def find_entry(root: Path, source: str, name: str) -> Path | None:
-    """Returns the file of an entry, ours before ltx-trainer's; None if there is none."""
+def find_entry(root: Path | ShardReader, source: str, name: str) -> EntryFile | None:
+    """Returns the file of an entry, ours before ltx-trainer's; None if there is none. Shards hold ours
+    only."""
+    if isinstance(root, ShardReader):
+        return root.find(f"{source}/{name}{SUFFIX}")
     ours = entry_path(root, source, name)
     if ours.exists():
         return ours
     foreign = root / source / f"{name}{FOREIGN_SUFFIX}"
     return foreign if foreign.exists() else None
+
+
+def find_beside(root: Path | ShardReader, name: str) -> EntryFile | None:
+    """Returns a file that lies beside the sources, such as `EMPTY_PROMPT`; None if there is none."""
+    if isinstance(root, ShardReader):
+        return root.find(name)
+    return root / name if (root / name).exists() else None
 
 
 def require_inside(clip: str) -> None:
@@ -140,12 +207,15 @@ def remove_parts(root: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def read_header(path: Path) -> Header:
-    """Returns metadata and shapes of an entry. Of ours, the tensors are not read.
+def read_header(path: EntryFile) -> Header:
+    """Returns metadata and shapes of an entry. Of ours, the tensors are not read; in shards, the index says
+    all.
 
     Raises:
         DataError: If the file is missing, damaged or no dictionary of tensors.
     """
+    if isinstance(path, PackedEntry):
+        return Header.of_facts(path.known, where=str(path))
     if path.suffix == FOREIGN_SUFFIX:
         values = _read_foreign(path)
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -162,19 +232,44 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, error) from error
 
 
-def read_entry(path: Path) -> dict[str, Tensor]:
+def read_entry(path: EntryFile) -> dict[str, Tensor]:
     """Returns the tensors of an entry, in the types they were stored in.
 
     Raises:
         DataError: If the file is missing, damaged or no dictionary of tensors.
     """
-    if path.suffix == FOREIGN_SUFFIX:
+    if isinstance(path, Path) and path.suffix == FOREIGN_SUFFIX:
         return {name: value for name, value in _read_foreign(path).items() if isinstance(value, Tensor)}
     try:
-        with TensorFile(path) as file:
+        with _opened(path) as file:
             return dict(file)
     except TensorFileError as error:
         raise _damaged(path, error) from error
+
+
+def read_caption(path: EntryFile, choose: Callable[[int], int]) -> dict[str, Tensor]:
+    """Returns the tensors of one caption of an entry of conditions, under the names of the first.
+
+    Args:
+        choose: Called with the number of captions where there are several; returns the index of one.
+
+    Raises:
+        DataError: As `read_entry`.
+    """
+    if path.suffix == FOREIGN_SUFFIX:
+        return read_entry(path)
+    try:
+        with _opened(path) as file:
+            names = [name for name in file if _MORE.search(name) is None]
+            count = 1 + sum(name.startswith(f"{_PROMPT}.") for name in file)
+            index = 0 if count == 1 else choose(count)
+            return {name: file[numbered(name, index)] for name in names if numbered(name, index) in file}
+    except TensorFileError as error:
+        raise _damaged(path, error) from error
+
+
+def _opened(path: EntryFile) -> AbstractContextManager[Mapping[str, Tensor]]:
+    return nullcontext(tensors_in(path.read())) if isinstance(path, PackedEntry) else TensorFile(path)
 
 
 def _read_foreign(path: Path) -> dict[str, Any]:
@@ -195,5 +290,5 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
-def _damaged(path: Path, got: object) -> DataError:
+def _damaged(path: EntryFile, got: object) -> DataError:
     return DataError(f"{path}: must be a whole file of tensors, got: {got}. Delete it and encode again.")

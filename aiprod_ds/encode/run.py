@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,31 +19,22 @@ from pathlib import Path
 from rich.console import Console
 
 from aiprod_ds import progress
-from aiprod_ds.codec.encoders import AudioForm, audio_form
 from aiprod_ds.codec.tiling import check_tiles
 from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.data.latents import (
-    AUDIO_LATENTS,
     EMPTY_PROMPT,
-    LATENTS,
-    PRECOMPUTED,
     entry_path,
     remove_parts,
     write_entry,
 )
-from aiprod_ds.data.manifest import Manifest, require_readable, scan
-from aiprod_ds.data.probe_cache import default_probe_cache
-from aiprod_ds.data.treatment import ignored_notes, picture_notes, sound_notes, usable_pictures
-from aiprod_ds.decode.record import MediaRecord
-from aiprod_ds.encode.media import clip_rate_hz, read_pictures
+from aiprod_ds.encode.media import read_pictures
 from aiprod_ds.encode.reader import Failure, Loaded, MediaReader, load_tasks
 from aiprod_ds.encode.stages import CaptionStage, Entry, MediaStage, Stage
-from aiprod_ds.encode.tasks import Task, caption_tasks, encodable, is_done, media_tasks, pending, shape_groups
+from aiprod_ds.encode.tasks import Task, is_done, pending
+from aiprod_ds.encode.work import Work, count_clips, plan_work
 from aiprod_ds.engine import dist
-from aiprod_ds.errors import DataError, EngineError, PlanError
+from aiprod_ds.errors import DataError, EngineError
 from aiprod_ds.files import write_atomically
-from aiprod_ds.models.registry import build_model
-from aiprod_ds.models.video_vae import video_strides
 from aiprod_ds.report.progress_line import shown_on
 
 GROUP_TIMEOUT_SECONDS = 7 * 24 * 3600.0
@@ -94,7 +84,7 @@ def run_encoding(
         EngineError: If an entry cannot be written or a device has too little memory.
     """
     began = time.monotonic()
-    work = dist.from_main(lambda: _plan(config, source))
+    work = dist.from_main(lambda: plan_work(config, source))
     dist.from_main(lambda: remove_parts(work.output))
     result = _Result(failures=list(work.refused))
     device = dist.choose_device()
@@ -122,38 +112,6 @@ def run_encoding(
     return summary
 
 
-def check_encoding(config: EncodeConfig, *, source: str = "configuration") -> str:
-    """Checks what `run_encoding` would find before it encodes, without weights, and writes nothing.
-
-    Returns:
-        What there is to encode, in words.
-
-    Raises:
-        ConfigError: If a model cannot be built or used.
-        PlanError: As `run_encoding`.
-    """
-    work = _plan(config, source)
-    return (
-        f"{work.num_clips} clips, {len(work.media)} latents and {len(work.captions)} captions for "
-        f"{work.output}"
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """What a run is asked for, whether or not it is done already."""
-
-    root: Path
-    output: Path
-    num_clips: int
-    form: AudioForm | None
-    media: tuple[Task, ...]
-    captions: tuple[Task, ...]
-    refused: tuple[Failure, ...]
-    too_short: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
 @dataclass(slots=True, kw_only=True)
 class _Result:
     """What was done."""
@@ -168,85 +126,13 @@ class _Result:
         self.failures += other.failures
 
 
-def _plan(config: EncodeConfig, source: str) -> _Work:
-    media = Path(config.data.media)
-    try:
-        found = usable_pictures(scan(media, cache=default_probe_cache(media)), config.data)
-        require_readable(found, config.data.max_failed_fraction, setting="data.max_failed_fraction")
-        manifest, refused = encodable(found)
-    except DataError as error:
-        raise PlanError(f"{source}: data.media: {error}") from error
-    strides = video_strides(
-        build_model(config.video.model, seed=config.seed, device="meta"), config.video.model
-    )
-    sources = (LATENTS,) if config.audio is None else (LATENTS, AUDIO_LATENTS)
-    tasks, too_short = media_tasks(manifest, shape_groups(config, strides), sources)
-    captions = [] if config.text is None else caption_tasks(manifest, config.text.default_caption)
-    form = (
-        None
-        if config.audio is None
-        else audio_form(build_model(config.audio.model, seed=0, device="meta"), config.audio)
-    )
-    if form is not None:
-        _require_equal_lengths(tasks, form, source)
-    output = Path(config.data.output_dir) if config.data.output_dir is not None else found.root / PRECOMPUTED
-    _require_writable(output, source)
-    return _Work(
-        root=found.root,
-        output=output,
-        num_clips=len(found.records) + len(found.unreadable),
-        form=form,
-        media=tuple(tasks),
-        captions=tuple(captions),
-        refused=tuple(Failure(clip=path, what="media", reason=reason) for path, reason in refused),
-        too_short=tuple(too_short),
-        notes=_notes(found, config, form),
-    )
-
-
-def _notes(found: Manifest, config: EncodeConfig, form: AudioForm | None) -> tuple[str, ...]:
-    sounds = (
-        ()
-        if form is None
-        else sound_notes(found.records, sample_rate_hz=form.sample_rate_hz, channels=form.channels)
-    )
-    return (*picture_notes(found.records, config.data), *sounds, *ignored_notes(found))
-
-
-def _require_writable(output: Path, source: str) -> None:
-    nearest = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise PlanError(
-            f"{source}: data.output_dir: must be a folder that can be written, got {output}. Name "
-            "another one."
-        )
-
-
-def _require_equal_lengths(tasks: Sequence[Task], form: AudioForm, source: str) -> None:
-    """Clips of one shape are stacked in a batch; at their own rates they last differently."""
-    lengths: dict[str, dict[int, MediaRecord]] = {}
-    for task in tasks:
-        assert task.shape is not None, "clips have shapes"
-        count = form.num_latents(task.shape.frames / clip_rate_hz(task.record, task.shape))
-        lengths.setdefault(task.shape.tag, {}).setdefault(count, task.record)
-    problems = [
-        f"{source}: audio: clips of {tag} must have audio latents of one length, got "
-        + ", ".join(f"{count} ({record.path} at {record.fps:g} Hz)" for count, record in found.items())
-        + ". Set frame_rate_hz in the shape's duration, so that all clips have one rate."
-        for tag, found in lengths.items()
-        if len(found) > 1
-    ]
-    if problems:
-        raise PlanError(problems)
-
-
 def _write_empty_prompt(stage: CaptionStage, output: Path) -> None:
     path, entry = output / EMPTY_PROMPT, stage.empty_prompt()
     if not is_done(path, entry.metadata):
         _save(path, entry)
 
 
-def _check_tiling(stage: MediaStage, work: _Work, config: EncodeConfig) -> None:
+def _check_tiling(stage: MediaStage, work: Work, config: EncodeConfig) -> None:
     tiling = config.video.tiling
     if tiling is None or not work.media:
         return
@@ -263,7 +149,7 @@ def _check_tiling(stage: MediaStage, work: _Work, config: EncodeConfig) -> None:
 
 
 def _encode(
-    stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None
+    stage: Stage, tasks: Sequence[Task], work: Work, config: EncodeConfig, console: Console | None
 ) -> _Result:
     """Returns what all ranks did together. Collective."""
     todo = dist.from_main(lambda: pending(tasks, work.output, stage.encoders))
@@ -277,7 +163,7 @@ def _encode(
 
 
 def _encode_own(
-    stage: Stage, tasks: Sequence[Task], work: _Work, config: EncodeConfig, console: Console | None
+    stage: Stage, tasks: Sequence[Task], work: Work, config: EncodeConfig, console: Console | None
 ) -> _Result:
     result = _Result()
     most = config.data.max_failed_fraction * work.num_clips
@@ -299,7 +185,7 @@ def _encode_own(
                     "clip failed: clip=%s what=%s reason=%s", failure.clip, failure.what, failure.reason
                 )
                 result.failures.append(failure)
-                if _num_clips(result.failures) > most:
+                if count_clips(result.failures) > most:
                     break  # no use to go on; all ranks raise together at the end
             shown.advance(note=f"{len(result.failures)} failed" if result.failures else "")
     return result
@@ -339,8 +225,8 @@ def _write_failures(summary: EncodeSummary) -> None:
     write_atomically(summary.failures_file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
-def _require_few_failures(summary: EncodeSummary, work: _Work, config: EncodeConfig) -> None:
-    failed = _num_clips(summary.failures)
+def _require_few_failures(summary: EncodeSummary, work: Work, config: EncodeConfig) -> None:
+    failed = count_clips(summary.failures)
     if failed <= config.data.max_failed_fraction * work.num_clips:
         return
     named = "; ".join(f"{failure.clip} ({failure.reason})" for failure in summary.failures[:5])
@@ -351,7 +237,3 @@ def _require_few_failures(summary: EncodeSummary, work: _Work, config: EncodeCon
         f"{work.num_clips}: {named}{more}. Repair these clips, or raise data.max_failed_fraction. "
         f"All failures are in {summary.failures_file}."
     )
-
-
-def _num_clips(failures: Sequence[Failure]) -> int:
-    return len({failure.clip for failure in failures})

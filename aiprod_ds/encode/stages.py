@@ -15,12 +15,11 @@ from torch import Tensor
 
 from aiprod_ds.codec.encoders import AudioEncoder, VideoEncoder, vae_fingerprint
 from aiprod_ds.config.encode import EncodeConfig, TextEncoderConfig
-from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, LATENTS
+from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, LATENTS, numbered
 from aiprod_ds.encode.media import clip_rate_hz, start_seconds
 from aiprod_ds.encode.reader import Loaded
 from aiprod_ds.encode.tasks import Encoders, Task
 from aiprod_ds.engine import dist
-from aiprod_ds.errors import DataError
 from aiprod_ds.models.text import build_text_encoder
 
 
@@ -69,17 +68,16 @@ class CaptionStage:
         self._encoder = encoder.to(device)
 
     def entries(self, task: Task, loaded: Loaded) -> Iterator[Entry]:  # noqa: ARG002  # a caption needs no reading
-        """Yields the embeddings of the task's caption.
+        """Yields the embeddings of the task's captions, in one entry.
 
         Raises:
-            DataError: If there is no caption or it is too long.
+            DataError: If a caption is too long.
         """
-        caption = task.record.caption
-        if caption is None:
-            raise DataError(
-                "it must have a caption, got none. Add one to the manifest or set text.default_caption"
-            )
-        tensors = self._encoder.encode([caption]).tensors(0)
+        tensors: dict[str, Tensor] = {}
+        for index, caption in enumerate(task.record.captions):
+            # One by one: what a caption becomes does not depend on those beside it.
+            encoded = self._encoder.encode([caption]).tensors(0)
+            tensors |= {numbered(name, index): tensor for name, tensor in encoded.items()}
         yield Entry(
             source=CONDITIONS, tensors=_stored(tensors), metadata=self.encoders.identity(task, CONDITIONS)
         )

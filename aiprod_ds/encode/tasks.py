@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aiprod_ds.config.encode import EncodeConfig, EncodeShape
+from aiprod_ds.config.encode import EncodeConfig, EncodeShape, TextEncoderConfig
 from aiprod_ds.config.load import read_curriculum
 from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
+from aiprod_ds.data.captions import CAPTION_SUFFIXES, with_captions, with_trigger
 from aiprod_ds.data.latents import (
     AUDIO_LATENTS,
     CONDITIONS,
@@ -33,13 +34,18 @@ from aiprod_ds.decode.pixels import BLACK, Color
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import ConfigError, DataError
 
+_NO_CAPTION = (
+    f"it must have a caption, got none in its row or beside it ({', '.join(CAPTION_SUFFIXES)}). Add one or "
+    "set text.default_caption"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One clip to encode.
 
     Attributes:
-        record: Of the media; its caption is the one to encode.
+        record: Of the media; its captions are those to encode.
         shape: Of the pictures; None for captions, which have none.
         sources: What to write, of `latents`, `audio_latents` and `conditions`.
     """
@@ -71,7 +77,7 @@ class Encoders:
     def identity(self, task: Task, source: str) -> dict[str, str]:
         """Returns the metadata that an entry must have to count as done."""
         if source == CONDITIONS:
-            return self.caption_identity(task.record.caption or "")
+            return self.caption_identity(*task.record.captions)
         record = task.record
         identity = {**self._made_by(source), "media_sha256": record.sha256}
         if source == AUDIO_LATENTS and record.audio_sha256 is not None:
@@ -80,9 +86,10 @@ class Encoders:
         # Said of treated media only, so that what was encoded of plain media before stays.
         return {**identity, "pixels": treated} if treated else identity
 
-    def caption_identity(self, caption: str) -> dict[str, str]:
-        """Returns the metadata that the embeddings of a caption must have to count as done."""
-        return {**self._made_by(CONDITIONS), "caption_sha256": hashlib.sha256(caption.encode()).hexdigest()}
+    def caption_identity(self, *captions: str) -> dict[str, str]:
+        """Returns the metadata that the embeddings of a clip's captions must have to count as done."""
+        hashes = [hashlib.sha256(caption.encode()).hexdigest() for caption in captions]
+        return {**self._made_by(CONDITIONS), "caption_sha256": " ".join(hashes)}
 
     def _made_by(self, source: str) -> dict[str, str]:
         return {"fingerprint": self.fingerprints[source], "settings": self.settings[source]}
@@ -129,13 +136,31 @@ def media_tasks(
     return tasks, [clip.name for index, clip in enumerate(clips) if index not in used]
 
 
-def caption_tasks(manifest: Manifest, default: str | None) -> list[Task]:
-    """Returns one task for the caption of every clip; one without a caption has `default`."""
-    captioned = (
-        replace(record, caption=default if record.caption is None else record.caption)
-        for record in manifest.records
-    )
-    return [Task(record=record, shape=None, sources=(CONDITIONS,)) for record in captioned]
+def caption_tasks(
+    manifest: Manifest, text: TextEncoderConfig, *, a_line_each: bool
+) -> tuple[list[Task], list[tuple[str, str]]]:
+    """Returns one task for the captions of every clip, and (path, reason) of clips without one.
+
+    Args:
+        text: Its `default_caption` stands for a missing one; its `trigger` is put before each.
+        a_line_each: Whether each line of a text file is a caption of its own.
+    """
+    captioned, problems = with_captions(manifest, a_line_each=a_line_each)
+    tasks, refused = [], []
+    for record in captioned.records:
+        captions = record.captions or (() if text.default_caption is None else (text.default_caption,))
+        if record.path in problems or not captions:
+            refused.append((record.path, problems.get(record.path, _NO_CAPTION)))
+            continue
+        first, *more = with_trigger(captions, text.trigger)
+        tasks.append(
+            Task(
+                record=replace(record, caption=first, more_captions=tuple(more)),
+                shape=None,
+                sources=(CONDITIONS,),
+            )
+        )
+    return tasks, refused
 
 
 def shape_groups(config: EncodeConfig, strides: ModelStrides) -> list[tuple[BucketPlan, ...]]:

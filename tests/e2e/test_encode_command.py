@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.cli import main
+from aiprod_ds.data.latents import default_folder
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.strict_yaml import write_yaml
 from aiprod_ds.testing.processes import run_in_own_session
@@ -80,12 +81,11 @@ def test_it_encodes_and_then_finds_everything_present(folder: Path, encode: Enco
     assert code == DONE, output
     assert "Traceback" not in output
     lines = output.splitlines()
-    assert any(line.startswith("Encoded into .precomputed in ") for line in lines)
+    assert any(line.startswith(f"Encoded into {default_folder(folder)} in ") for line in lines)
     assert "  conditions           2        0" in lines
     assert "  latents              2        0" in lines
     before = {
-        path: (folder / ".precomputed" / path).stat().st_mtime_ns
-        for path in _entries(folder / ".precomputed")
+        path: (default_folder(folder) / path).stat().st_mtime_ns for path in _entries(default_folder(folder))
     }
     assert len(before) == ENTRIES
 
@@ -93,7 +93,7 @@ def test_it_encodes_and_then_finds_everything_present(folder: Path, encode: Enco
     assert code == DONE, output
     assert "  conditions           0        2" in output.splitlines()
     assert "  latents              0        2" in output.splitlines()
-    assert {path: (folder / ".precomputed" / path).stat().st_mtime_ns for path in before} == before
+    assert {path: (default_folder(folder) / path).stat().st_mtime_ns for path in before} == before
 
 
 def test_every_problem_of_a_configuration_is_told_and_nothing_written(folder: Path, encode: Encode) -> None:

@@ -29,7 +29,17 @@ from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.latent_dataset import LatentDataset
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
-from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, EMPTY_PROMPT, LATENTS, LatentShape, read_header
+from aiprod_ds.data.latents import (
+    AUDIO_LATENTS,
+    CONDITIONS,
+    EMPTY_PROMPT,
+    LATENTS,
+    LatentShape,
+    default_folder,
+    entry_path,
+    read_entry,
+    read_header,
+)
 from aiprod_ds.data.loudness import loudness_lufs
 from aiprod_ds.data.manifest import scan
 from aiprod_ds.data.synthetic import write_synthetic_clips
@@ -38,6 +48,7 @@ from aiprod_ds.encode.media import read_pictures, read_sound, start_seconds
 from aiprod_ds.encode.reader import Failure
 from aiprod_ds.encode.run import EncodeSummary, run_encoding
 from aiprod_ds.encode.summary import summary_text
+from aiprod_ds.encode.work import check_encoding
 from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.awkward import write_sound
@@ -88,7 +99,7 @@ def _table(folder: Path, captions: dict[str, str]) -> None:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    root = folder / ".precomputed"
+    root = default_folder(folder)
     return {
         str(path.relative_to(root)): path.stat().st_mtime_ns for path in sorted(root.rglob("*.safetensors"))
     }
@@ -140,7 +151,7 @@ def test_latents_are_the_normalised_mode_of_the_model(media: Path) -> None:
     pictures = read_pictures(media, record, shape)
     with torch.no_grad():
         expected, _ = build_model(ModelConfig(source=TINY), seed=3).eval().encode(pictures[None])
-    file = media / ".precomputed" / LATENTS / f"{record.path}@5x16x16.safetensors"
+    file = default_folder(media) / LATENTS / f"{record.path}@5x16x16.safetensors"
     found = load_file(file)["latents"]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected[0].bfloat16(), rtol=0, atol=0)
@@ -172,7 +183,7 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(media: Path) -> 
     )
     other = write_synthetic_clips(media / "other", num_clips=1, frames=12, height=32, width=48, seed=9)
     other[0].replace(media / "clips" / "clip_00001.mp4")
-    cut = media / ".precomputed" / LATENTS / "clips" / "clip_00002.mp4@5x16x16.safetensors"
+    cut = default_folder(media) / LATENTS / "clips" / "clip_00002.mp4@5x16x16.safetensors"
     cut.write_bytes(cut.read_bytes()[:-7])
     (cut.parent / "left.safetensors.77.part").write_bytes(b"half")
     assert dict(run_encoding(config).written) == {LATENTS: 2, CONDITIONS: 1}
@@ -264,7 +275,7 @@ def test_tables_side_by_side_share_a_folder(media: Path) -> None:
     )
     assert before.items() <= _files(media).items(), "the first run's entries stay as they are"
     found = {
-        name: json.loads((media / ".precomputed" / f"failures_{name}.json").read_text())
+        name: json.loads((default_folder(media) / f"failures_{name}.json").read_text())
         for name in ("clips", "held_out")
     }
     assert found["clips"] == {"failures": [], "too_short": []}
@@ -299,7 +310,7 @@ def test_media_that_are_not_there_are_a_wrong_configuration(
     (tmp_path / "text.csv").write_text("video\ntext.mp4\n")
     with pytest.raises(PlanError, match=message):
         run_encoding(_config(tmp_path, data={"media": str(tmp_path / source)}))
-    assert not (tmp_path / ".precomputed").exists()
+    assert not default_folder(tmp_path).exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_or_when_it_happens(media: Path) -> None:
@@ -380,7 +391,7 @@ def test_failing_clips_are_listed_and_do_not_stop_the_run(
     assert (
         "must have sound, got none. Set audio.missing_sound to silence" in reasons["mute/clip_00000.mp4"][1]
     )
-    listed = json.loads((media / ".precomputed" / "failures_clips.json").read_text())
+    listed = json.loads((default_folder(media) / "failures_clips.json").read_text())
     assert {entry["clip"] for entry in listed["failures"]} == set(reasons)
     assert "clip failed: clip=mute/clip_00000.mp4" in caplog.text
 
@@ -399,10 +410,108 @@ def test_failing_clips_are_listed_and_do_not_stop_the_run(
 
 
 def test_a_clip_without_caption_fails_or_gets_the_default(media: Path) -> None:
-    (media / "clips.csv").write_text("video,caption\nclips/clip_00000.mp4,\n")
-    with pytest.raises(DataError, match=r"it must have a caption, got none"):
+    (media / "clips.csv").write_text("video,caption\nclips/clip_00000.mp4,\nclips/clip_00001.mp4,a film\n")
+    with pytest.raises(PlanError, match=r"got 1 of 2 without a caption: clips/clip_00000\.mp4: it must have"):
         run_encoding(_config(media, text=TEXT))
-    assert run_encoding(_config(media, text={**TEXT, "default_caption": "a film"})).written[CONDITIONS] == 1
+    assert not default_folder(media).exists()
+    summary = run_encoding(_config(media, text={**TEXT, "default_caption": "a film"}))
+    assert summary.written[CONDITIONS] == 2
+    some = run_encoding(_config(media, text=TEXT, data={"max_failed_fraction": 0.5}))
+    assert [(failure.clip, failure.what) for failure in some.failures] == [
+        ("clips/clip_00000.mp4", CONDITIONS)
+    ]
+
+
+def test_all_missing_captions_are_found_before_anything_is_encoded(media: Path) -> None:
+    (media / "clips" / "clip_00001.txt").write_text("a film")
+    config = _config(media, text=TEXT, data={"media": str(media / "clips")})
+    message = r"got 2 of 3 without a caption: clip_00000\.mp4, clip_00002\.mp4: it must have a caption"
+    for find in (run_encoding, check_encoding):
+        with pytest.raises(PlanError, match=message):
+            find(config)
+    assert sorted(path.name for path in media.iterdir()) == ["clips", "clips.csv"]
+    for number in (0, 2):
+        (media / "clips" / f"clip_0000{number}.caption").write_text("another")
+    assert check_encoding(config).startswith("3 clips, 3 latents and 3 captions for ")
+    assert run_encoding(config).written[CONDITIONS] == 3
+
+
+def test_check_says_what_will_not_be_encoded(media: Path) -> None:
+    (media / "clips.csv").write_text("video,text\nclips/clip_00000.mp4,a film\ngone.mp4,gone\n")
+    config = _config(media, audio=AUDIO, text=TEXT, data={"max_failed_fraction": 0.5})
+    first, *lines = check_encoding(config).splitlines()
+    assert first.startswith("2 clips, 1 latents and 1 captions for ")
+    assert lines == [
+        "Not encoded: 1",
+        "  gone.mp4: media: is missing: there is no such file",
+        "Note: 1 sound resampled to 16000 Hz: clips/clip_00000.mp4.",
+        "Note: 1 sound stereo, averaged to one channel: clips/clip_00000.mp4.",
+    ]
+
+
+def test_several_captions_share_an_entry_and_are_drawn_by_the_epoch(media: Path) -> None:
+    (media / "clips" / "clip_00000.txt").write_text("first\nsecond\n\nthird\n")
+    for number in (1, 2):
+        (media / "clips" / f"clip_0000{number}.txt").write_text("only")
+    data = {"media": str(media / "clips"), "captions_per_line": True}
+    config = _config(media, text={**TEXT, "trigger": "sks,"}, data=data)
+    run_encoding(config)
+    root = default_folder(media / "clips")
+    entry = read_entry(entry_path(root, CONDITIONS, "clip_00000.mp4"))
+    assert sorted(entry) == [
+        f"{name}{end}" for name in ("prompt_attention_mask", "prompt_embeds") for end in ("", ".1", ".2")
+    ]
+    # The end token and every byte of `sks, first`, `sks, second` and `sks, third`.
+    lengths = [int(entry[f"prompt_attention_mask{end}"].sum()) for end in ("", ".1", ".2")]
+    assert lengths == [11, 12, 11]
+    assert dict(run_encoding(config).written) == {}
+
+    manifest = scan_latents(media / "clips", LatentNeeds(strides=STRIDES))
+    assert manifest.unreadable == ()
+    dataset = LatentDataset(manifest, seed=0, strides=STRIDES)
+
+    def drawn(index: int, epoch: int, *, augment: bool = True) -> Tensor:
+        request = ClipRequest(
+            sample_index=index, epoch=epoch, frames=5, height=16, width=16, augment=augment, flip=False
+        )
+        item = dataset[request]
+        assert set(item) == {"latents", "fps", "prompt_embeds", "prompt_attention_mask"}
+        return item["prompt_embeds"]
+
+    each = [drawn(0, epoch) for epoch in range(20)]
+    counts = [
+        sum(bool(torch.equal(one, entry[f"prompt_embeds{end}"])) for one in each) for end in ("", ".1", ".2")
+    ]
+    assert sum(counts) == 20
+    assert min(counts) >= 2, "all are drawn"
+    assert all(torch.equal(one, drawn(0, epoch)) for epoch, one in enumerate(each))
+    assert all(torch.equal(drawn(0, epoch, augment=False), entry["prompt_embeds"]) for epoch in range(5))
+    assert torch.equal(drawn(1, 0), drawn(1, 7))
+
+    (media / "clips" / "clip_00000.txt").write_text("first\nsecond")
+    assert dict(run_encoding(config).written) == {CONDITIONS: 1}
+    assert sorted(read_entry(entry_path(root, CONDITIONS, "clip_00000.mp4"))) == [
+        f"{name}{end}" for name in ("prompt_attention_mask", "prompt_embeds") for end in ("", ".1")
+    ]
+
+
+def test_latents_go_beside_the_media_or_where_they_are(media: Path) -> None:
+    config = _config(media, data={"media": str(media / "clips")})
+    summary = run_encoding(config)
+    assert summary.output_dir == media / "clips_latents"
+    assert sorted(path.name for path in (media / "clips").iterdir()) == [
+        f"clip_0000{number}.mp4" for number in range(3)
+    ]
+    # A folder inside is as good: nothing in it is taken for media.
+    inside = _config(media, data={"media": str(media / "clips"), "output_dir": str(media / "clips" / "out")})
+    run_encoding(inside)
+    again = scan(media / "clips")
+    assert len(again.records) == 3
+    assert (again.unreadable, again.ignored) == ((), ())
+    assert dict(run_encoding(inside).present) == {LATENTS: 3}
+    # What an earlier version or ltx-trainer began goes on.
+    (media / "clips" / ".precomputed").mkdir()
+    assert run_encoding(config).output_dir == media / "clips" / ".precomputed"
 
 
 def test_a_resolution_that_the_vae_cannot_take_is_refused(media: Path) -> None:
