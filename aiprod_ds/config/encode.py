@@ -163,9 +163,6 @@ class TextEncoderConfig(StrictModel):
     """Whether the encoder ignores padding. LTX-Video was trained with false, Wan with true."""
     default_caption: str | None = None
     """Caption of clips without one. null: these are listed as failed, before anything is encoded."""
-    trigger: str | None = Field(default=None, min_length=1)
-    """A word or text that is put before every caption, with a space between. The empty caption of
-    `empty_prompt` does not get it. null: captions as they are."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -189,6 +186,14 @@ class TextEncoderConfig(StrictModel):
         return self
 
 
+class CaptionConfig(TextEncoderConfig):
+    """How captions are encoded."""
+
+    trigger: str | None = Field(default=None, min_length=1)
+    """A word or text that is put before every caption, with a space between. The empty caption of
+    `empty_prompt` does not get it. null: captions as they are."""
+
+
 class EncodeConfig(StrictModel):
     """Everything that `aiprod-ds encode` needs."""
 
@@ -200,7 +205,7 @@ class EncodeConfig(StrictModel):
     """How pictures are encoded."""
     audio: AudioEncoderConfig | None = None
     """How sounds are encoded. null: no audio latents."""
-    text: TextEncoderConfig | None = None
+    text: CaptionConfig | None = None
     """How captions are encoded. null: no prompt embeddings."""
     shapes: tuple[EncodeShape, ...] = Field(default=(), strict=False)
     """The shapes to encode. Either these or `curriculum`."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aiprod_ds.config.encode import EncodeConfig, EncodeShape, TextEncoderConfig
+from aiprod_ds.config.encode import CaptionConfig, EncodeConfig, EncodeShape
 from aiprod_ds.config.load import read_curriculum
 from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
@@ -137,7 +137,7 @@ def media_tasks(
 
 
 def caption_tasks(
-    manifest: Manifest, text: TextEncoderConfig, *, a_line_each: bool
+    manifest: Manifest, text: CaptionConfig, *, a_line_each: bool
 ) -> tuple[list[Task], list[tuple[str, str]]]:
     """Returns one task for the captions of every clip, and (path, reason) of clips without one.
 
