@@ -1,11 +1,12 @@
-"""What several parts do with a file: read or replace it as a whole, hash it, bring it to the disk. Nothing
-about what is in it."""
+"""What several parts do with files: find them, read or replace one as a whole, hash it, bring it to the disk.
+Nothing about what is in it."""
 
 import errno
 import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +23,16 @@ def write_atomically(path: Path, text: str) -> None:
     the last rename wins. After an error the temporary file is gone; a process that is killed leaves it, and
     one with the same id writes over it.
     """
+    write_lines_atomically(path, (text.encode("utf-8"),))
+
+
+def write_lines_atomically(path: Path, lines: Iterable[bytes]) -> None:
+    """Writes `lines` one after the other, as `write_atomically` does a text; they need not fit into memory
+    together."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -109,6 +116,47 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def files_below(
+    folder: Path, *, on_error: Callable[[str, OSError], None] = lambda _path, _error: None
+) -> Iterator[str]:
+    """Yields the regular files in a folder and below it, by path from there with slashes, sorted by it; in
+    linked folders too, each real folder once.
+
+    Only the names of one folder, and of those above it, are in memory.
+
+    Args:
+        folder: Where to look.
+        on_error: Called with the path from there of a folder that cannot be listed, and why.
+    """
+    seen = {os.path.realpath(folder)}
+    waiting: list[Iterator[tuple[str, os.DirEntry[str]]]] = [_sorted_entries(str(folder), "", on_error)]
+    while waiting:
+        path, entry = next(waiting[-1], ("", None))
+        if entry is None:
+            waiting.pop()
+        elif path.endswith("/"):
+            real = os.path.realpath(entry.path)
+            if real not in seen:
+                seen.add(real)
+                waiting.append(_sorted_entries(entry.path, path, on_error))
+        elif entry.is_file():
+            yield path
+
+
+def _sorted_entries(
+    folder: str, path: str, on_error: Callable[[str, OSError], None]
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Returns the entries of a folder by path; that of a folder ends in a slash, which makes the order of
+    entries that of all paths."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(f"{path}{entry.name}{'/' if entry.is_dir() else ''}", entry) for entry in entries]
+    except OSError as error:
+        on_error(path, error)
+        return iter(())
+    return iter(sorted(found, key=lambda item: item[0]))
 
 
 def file_sha256(path: Path) -> str:

@@ -16,11 +16,12 @@ up to 7.7 dB quieter, which `data.loudness_lufs` undoes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from aiprod_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SIDE, _BOTH = 0.5**0.5, 0.5
 # What each of FFmpeg's channels gives to left and right.
@@ -90,6 +91,8 @@ def with_channels(wave_CN: Tensor, channels: int, layout: Sequence[str] | None =
 
 
 def _matrix(wave_CN: Tensor, layout: Sequence[str] | None) -> Tensor:
+    import torch  # not above: looking into files needs no torch, which takes seconds to load
+
     names = None if layout is None else _names(wave_CN.shape[0], layout)
     assert names is not None, "see check_layout"
     matrix_2C = torch.tensor([_WEIGHTS[name] for name in names], dtype=torch.float64).T

@@ -20,7 +20,7 @@ from aiprod_ds.decode.downmix import check_layout
 from aiprod_ds.decode.frames import animation_frames, decoded_frames, is_among, is_animated_webp
 from aiprod_ds.decode.orientation import Orientation, orientation_of
 from aiprod_ds.decode.pixels import alpha_of
-from aiprod_ds.decode.record import Hdr, MediaRecord, Medium
+from aiprod_ds.decode.record import Details, Hdr, MediaRecord, Medium, Probed
 from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.decode.tone_map import is_wide, transfer_of
 from aiprod_ds.errors import DataError
@@ -38,9 +38,30 @@ _WITH_BOXES = frozenset({"mov"})
 _MAX_PEAK = 4.0
 _FULL_SCALE = 0.9999
 _CLIPPED_RUN = 3
+# Containers round times to milliseconds or worse; a rate varies where intervals differ by more than that.
+_ROUNDED_TICKS, _VARIABLE_SHARE = 2, 0.05
+# Numbers of ISO/IEC 23091-4.
+_MATRICES = {
+    0: "rgb",
+    1: "bt709",
+    4: "fcc",
+    5: "bt601",
+    6: "bt601",
+    7: "smpte240m",
+    8: "ycgco",
+    9: "bt2020",
+    10: "bt2020",
+    14: "ictcp",
+}
+_RANGES = {1: "limited", 2: "full"}
 
 
 def probe(file: Path, *, medium: Medium = "video") -> MediaRecord:
+    """Returns what clips of `file` depend on, with its whole name as `path`; see `look_into`."""
+    return look_into(file, medium=medium).record
+
+
+def look_into(file: Path, *, medium: Medium = "video") -> Probed:
     """Returns what `file` holds, with its whole name as `path`.
 
     Args:
@@ -65,7 +86,7 @@ def _diagnosis(file: Path) -> str | None:
         return None
 
 
-def _probe_video(file: Path) -> MediaRecord:
+def _probe_video(file: Path) -> Probed:
     with av.open(str(file)) as container:
         if not container.streams.video:
             raise DataError("holds no video stream")
@@ -82,9 +103,23 @@ def _probe_video(file: Path) -> MediaRecord:
             raise DataError("holds no frame")
         fps = _frames_per_second(stream, times)
         sound = None if audio is None else (audio.rate, audio.channels, audio.layout.name)
+        container_name, codec = container.format.name, stream.codec_context.name
+        is_variable = _is_variable(times, fps, stream)
     picture = _first_picture(file)
     rate_hz, channels, layout = sound or (None, None, None)
-    return MediaRecord(
+    details = Details(
+        kind="picture" if len(times) == 1 else "film",
+        num_bytes=file.stat().st_size,
+        container=container_name.split(",")[0],
+        codec=codec,
+        pixel_format=picture.pixel_format,
+        stored_height=picture.stored_height,
+        stored_width=picture.stored_width,
+        is_variable_rate=is_variable,
+        color_matrix=_MATRICES.get(picture.matrix, ""),
+        color_range=_RANGES.get(picture.range, ""),
+    )
+    record = MediaRecord(
         path=str(file),
         sha256=file_sha256(file),
         frames=len(times),
@@ -104,6 +139,16 @@ def _probe_video(file: Path) -> MediaRecord:
         audio_channels=channels,
         audio_layout=layout,
     )
+    return Probed(record=record, details=details)
+
+
+def _is_variable(times: list[int | None], fps: float, stream: av.VideoStream) -> bool:
+    known = sorted(time for time in times if time is not None)
+    if len(known) < len(times) or len(known) < 3 or stream.time_base is None:
+        return False
+    steps = np.diff(np.array(known))
+    allowed = max(_ROUNDED_TICKS, _VARIABLE_SHARE / (fps * float(stream.time_base)))
+    return bool(steps.max() - steps.min() > allowed)
 
 
 def _frames_per_second(stream: av.VideoStream, times: list[int | None]) -> float:
@@ -131,6 +176,11 @@ class _Picture(NamedTuple):
     hdr: Hdr | None
     is_wide_gamut: bool
     has_alpha: bool
+    stored_height: int
+    stored_width: int
+    pixel_format: str
+    matrix: int
+    range: int
 
 
 def _first_picture(file: Path) -> _Picture:
@@ -164,14 +214,30 @@ def _first_picture(file: Path) -> _Picture:
             hdr=None if transfer == "sdr" else transfer,
             is_wide_gamut=transfer == "sdr" and is_wide(first),
             has_alpha=alpha_of(first) is not None,
+            stored_height=first.height,
+            stored_width=first.width,
+            pixel_format=first.format.name,
+            matrix=int(first.colorspace),
+            range=int(first.color_range),
         )
 
 
-def _probe_animation(file: Path) -> MediaRecord:
+def _probe_animation(file: Path) -> Probed:
     items = [(item.seconds, item.period, alpha_of(item.frame) is not None) for item in animation_frames(file)]
     seconds = items[-1][0] + items[-1][1]
     first = next(animation_frames(file)).frame
-    return MediaRecord(
+    periods = {period for _, period, _ in items}
+    details = Details(
+        kind="film",
+        num_bytes=file.stat().st_size,
+        container="webp",
+        codec="webp",
+        pixel_format=first.format.name,
+        stored_height=first.height,
+        stored_width=first.width,
+        is_variable_rate=max(periods) - min(periods) > _VARIABLE_SHARE * min(periods),
+    )
+    record = MediaRecord(
         path=str(file),
         sha256=file_sha256(file),
         frames=len(items),
@@ -181,9 +247,10 @@ def _probe_animation(file: Path) -> MediaRecord:
         seconds=seconds,
         has_alpha=items[0][2],
     )
+    return Probed(record=record, details=details)
 
 
-def _probe_sound(file: Path) -> MediaRecord:
+def _probe_sound(file: Path) -> Probed:
     """Decodes the whole sound: headers lie about lengths, and a NaN or damage in the middle must be found
     before training."""
     level = _Level()
@@ -193,11 +260,12 @@ def _probe_sound(file: Path) -> MediaRecord:
                 raise DataError(f"holds NaN or infinity after sample {piece.start}")
             level.add(piece.wave)
         rate_hz, channels, layout = sound.sample_rate_hz, sound.channels, sound.layout
-        layout_name = sound.layout_name
+        layout_name, container, codec = sound.layout_name, sound.container_name, sound.codec_name
     if level.peak > _MAX_PEAK:
         raise DataError(f"its samples must be in [-1, 1], got a peak of {level.peak:g}")
     check_layout(channels, layout)
-    return MediaRecord(
+    details = Details(kind="sound", num_bytes=file.stat().st_size, container=container, codec=codec)
+    record = MediaRecord(
         path=str(file),
         sha256=file_sha256(file),
         frames=level.samples,
@@ -212,6 +280,7 @@ def _probe_sound(file: Path) -> MediaRecord:
         audio_clipped=level.clipped,
         audio_dc=level.dc(),
     )
+    return Probed(record=record, details=details)
 
 
 class _Level:

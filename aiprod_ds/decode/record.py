@@ -1,6 +1,6 @@
 """What is known of one clip once its file was looked into.
 
-Owns the record; `probe.py` fills it in.
+Owns the records; `probe.py` fills them in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ Medium = Literal["video", "sound"]
 """What of a file counts: its pictures, or its sound alone."""
 Hdr = Literal["pq", "hlg"]
 """Transfer curves of HDR."""
+Kind = Literal["picture", "film", "sound"]
+"""What a file is: an animation of several frames is a film."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +76,39 @@ class MediaRecord:
     def captions(self) -> tuple[str, ...]:
         """All of its captions, the first of them `caption`."""
         return () if self.caption is None else (self.caption, *self.more_captions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """What else a file says of itself; no clip depends on it.
+
+    Attributes:
+        num_bytes: Of the file.
+        container: FFmpeg's name of the format, the first of several.
+        codec: FFmpeg's name, of the pictures if there are any.
+        pixel_format: FFmpeg's name; empty of a sound.
+        stored_height: Rows of the decoded picture, before it is cropped, stretched and turned.
+        stored_width: Columns, likewise.
+        is_variable_rate: Whether frames stand for times that differ.
+        color_matrix: From YUV to RGB, such as `bt709`; empty where the file does not say.
+        color_range: `limited` or `full`; empty where the file does not say.
+    """
+
+    kind: Kind
+    num_bytes: int
+    container: str = ""
+    codec: str = ""
+    pixel_format: str = ""
+    stored_height: int = 0
+    stored_width: int = 0
+    is_variable_rate: bool = False
+    color_matrix: str = ""
+    color_range: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """Everything that is known of a file."""
+
+    record: MediaRecord
+    details: Details

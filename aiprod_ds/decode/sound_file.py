@@ -63,6 +63,8 @@ class SoundFile:
         self.channels: int = self._first.layout.nb_channels
         self.layout: tuple[str, ...] = _layout(self._first)
         self.layout_name: str = self._first.layout.name
+        self.container_name: str = self._container.format.name.split(",")[0]
+        self.codec_name: str = self._stream.codec_context.codec.canonical_name
 
     def __enter__(self) -> Self:
         return self

@@ -175,9 +175,7 @@ def test_a_sound_of_its_own_is_probed_once_and_remembered(tmp_path: Path) -> Non
     assert (record.audio_path, record.audio_rate_hz, record.audio_channels) == ("x.wav", 48_000, 2)
     assert record.audio_sha256 == hashlib.sha256(sound.read_bytes()).hexdigest()
     assert (record.audio_peak, record.audio_dc) == (0.25, 0.25)
-    stored = json.loads(cache.read_text())
-    stored["probes"][f"sound:{sound.absolute()}"]["record"]["audio_peak"] = 0.5
-    cache.write_text(json.dumps(stored))
+    cache.write_text(cache.read_text().replace('"audio_peak":0.25', '"audio_peak":0.5'))
     assert scan(tmp_path / "clips.csv", cache=cache).records[0].audio_peak == 0.5
 
 
@@ -185,9 +183,7 @@ def test_the_cache_serves_unchanged_files_and_notices_changed_ones(tmp_path: Pat
     clip, cache = tmp_path / "clips" / "a.mp4", tmp_path / "cache.json"
     _write_video(clip, frames=3)
     first = scan(clip.parent, cache=cache)
-    stored = json.loads(cache.read_text())
-    next(iter(stored["probes"].values()))["record"]["frames"] = 99
-    cache.write_text(json.dumps(stored))
+    cache.write_text(cache.read_text().replace('"frames":3', '"frames":99'))
     assert scan(clip.parent, cache=cache).records[0].frames == 99
     _write_video(clip, frames=5, shade=90)
     second = scan(clip.parent, cache=cache)
@@ -196,24 +192,23 @@ def test_the_cache_serves_unchanged_files_and_notices_changed_ones(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"probed_by": "0", "probes": {}}', "{}", '{"probed_by": 1, "probes": []}']
+    "content", ["{", "[]", '{"probed_by": "0"}\n', "{}", '{"probed_by": 1}', "", "\n", "x" * 5000]
 )
 def test_a_cache_that_cannot_be_believed_is_made_anew(tmp_path: Path, content: str) -> None:
     _write_video(tmp_path / "clips" / "a.mp4", frames=3)
     cache = tmp_path / "cache.json"
     cache.write_text(content)
     assert scan(tmp_path / "clips", cache=cache) == scan(tmp_path / "clips")
-    assert len(json.loads(cache.read_text())["probes"]) == 1
+    assert len(cache.read_text().splitlines()) == 2
 
 
 def test_probes_of_another_format_are_taken_again(tmp_path: Path) -> None:
     _write_video(tmp_path / "clips" / "a.mp4", frames=3)
     cache = tmp_path / "cache.json"
     whole = scan(tmp_path / "clips", cache=cache)
-    stored = json.loads(cache.read_text())
-    next(iter(stored["probes"].values()))["record"]["length"] = 99
-    cache.write_text(json.dumps(stored))
+    cache.write_text(cache.read_text().replace('"frames":', '"length":9,"frames":'))
     assert scan(tmp_path / "clips", cache=cache) == whole
+    assert "length" not in cache.read_text()
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(

@@ -405,7 +405,7 @@ def test_probes_of_sounds_are_kept_apart_from_those_of_videos(tmp_path: Path) ->
     cache = tmp_path / "cache.json"
     first = scan(tmp_path / "set", cache=cache, medium="sound")
     text = cache.read_text(encoding="utf-8")
-    cache.write_text(text.replace('"frames": 1600', '"frames": 99'), encoding="utf-8")
+    cache.write_text(text.replace('"frames":1600', '"frames":99'), encoding="utf-8")
     assert scan(tmp_path / "set", cache=cache, medium="sound").records[0].frames == 99
     cache.write_text(cache.read_text(encoding="utf-8").replace(", sound", ", video"), encoding="utf-8")
     assert scan(tmp_path / "set", cache=cache, medium="sound") == first
