@@ -18,6 +18,8 @@ from aiprod_ds.clock import Clock
 from aiprod_ds.errors import CheckpointError
 
 _KINDS: dict[str, type] = {"fingerprint": str, "phase_fingerprints": Sequence}  # the others are mappings
+# Checkpoints from before these fields are read as if they had them empty.
+_CAME_LATER = frozenset({"replaced_clips"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,8 @@ class RunState:
             bucket.
         history: What the report needs from before the save (evaluations, seconds per phase, resumes).
         adaptive_clip: Statistics of gradient norms; empty without an adaptive clip.
+        replaced_clips: Name -> reason, by name, of the training clips that could not be read and that no rank
+            reads from this checkpoint on.
     """
 
     clock: Clock
@@ -41,6 +45,7 @@ class RunState:
     layout: Mapping[str, Any]
     history: Mapping[str, Any] = field(default_factory=dict)
     adaptive_clip: Mapping[str, Any] = field(default_factory=dict)
+    replaced_clips: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""
@@ -56,7 +61,7 @@ class RunState:
         Raises:
             CheckpointError: If a field is missing, unknown or of another kind.
         """
-        if set(values) != set(cls.__dataclass_fields__):
+        if set(values) | _CAME_LATER != set(cls.__dataclass_fields__):
             raise CheckpointError(
                 f"state.json: fields must be {sorted(cls.__dataclass_fields__)}, got {sorted(values)}."
             )

@@ -24,6 +24,7 @@ from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
 Integers = npt.NDArray[np.int64]
+_MAX_SUBSTITUTES = 64
 
 
 class SampleRef(NamedTuple):
@@ -135,6 +136,8 @@ class PhaseSampler:
     def __init__(self, *, seed: int, phase: int, buckets: Sequence[BucketSamples]) -> None:
         _check(phase, buckets)
         self.phase = phase
+        self._seed = seed
+        self._indices = tuple(bucket.indices for bucket in buckets)
         self._batch_sizes = tuple(bucket.global_batch_size for bucket in buckets)
         self._streams = tuple(
             _Stream(bucket.indices, names=("order", phase, number), seed=seed)
@@ -157,6 +160,21 @@ class PhaseSampler:
     def epoch_at(self, position: int) -> int:
         """Returns the number of passes over the data that are complete before the update at `position`."""
         return self._order.passes_before(position)
+
+    def substitutes(self, position: int, bucket: int, ordinal: int) -> Iterator[int]:
+        """Yields clips of `bucket` that may take the place of one that cannot be read: those behind a random
+        one.
+
+        Args:
+            position: Of the update.
+            bucket: Of the update.
+            ordinal: Of the sample in its global batch.
+        """
+        indices = self._indices[bucket]
+        names = ("substitute", self.phase, bucket, position, ordinal)
+        first = int(np.random.default_rng(stream_seed(self._seed, *names)).integers(len(indices)))
+        for place in range(first, first + min(len(indices), _MAX_SUBSTITUTES)):
+            yield indices[place % len(indices)]
 
     def updates_in(self, epochs: int) -> int:
         """Returns the number of updates after which the first `epochs` passes over the data are complete."""

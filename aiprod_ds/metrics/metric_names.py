@@ -179,6 +179,13 @@ METRICS: tuple[Metric, ...] = (
         "device memory",
         "Highest device memory of a rank in this phase.",
     ),
+    _metric(
+        "data/replaced_clips",
+        "clips",
+        _SAME,
+        "replaced clips",
+        "Training clips that could not be read and are replaced, as the last checkpoint has them.",
+    ),
     _metric("clock/phase", "1", _SAME, "phase", "Index of the curriculum phase, from 0."),
     _metric("clock/epoch", "1", _SAME, "epoch", "Completed passes over this phase's data."),
     _metric(

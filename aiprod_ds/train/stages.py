@@ -78,6 +78,7 @@ class Change(Enum):
     UPDATED = "updated"
     SKIPPED = "skipped"
     MEASURED = "measured"
+    FAULTS_FOUND = "faults_found"
     SAVED = "saved"
 
 
@@ -87,6 +88,7 @@ _SAVED: Mapping[Change, Saved | None] = {
     # The weights are the same, and a resume repeats the skip: not worth another checkpoint of the same name.
     Change.SKIPPED: None,
     Change.MEASURED: Saved.NO,  # a stop at the edge of a phase saves before the phase is measured
+    Change.FAULTS_FOUND: Saved.NO,  # skipped updates may find clips that cannot be read
     Change.SAVED: Saved.YES,
 }
 

@@ -3,7 +3,7 @@ checkpoints are shared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag
 from pathlib import Path
@@ -45,6 +45,9 @@ class Stream(Protocol):
 
     def epoch_at(self, position: int) -> int:
         """Returns the completed passes over the phase's data before `position`."""
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Replaces the clips of these names, without reading them, in all that is yielded from now on."""
 
     def close(self) -> None:
         """Ends the workers. Idempotent."""

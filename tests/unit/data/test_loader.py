@@ -23,6 +23,7 @@ from torch import Tensor
 from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.loader import ClipLoader, MicroBatch
+from aiprod_ds.data.reading import replacing
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.data.synthetic import SyntheticVideoDataset, write_synthetic_clips
 from aiprod_ds.errors import DataError
@@ -213,22 +214,28 @@ def test_requests_carry_sample_epoch_and_settings(augment: bool, flip: bool) -> 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "reason"),
     [
         (
             DataError("clip 7.mp4: must have 5 frames, got 3. Remove it."),
             "clip 7.mp4: must have 5 frames, got 3. Remove it.",
         ),
-        (OSError("disc is gone"), "data loader: OSError: disc is gone"),
+        (OSError("disc is gone"), "OSError: disc is gone"),
     ],
 )
-def test_an_unreadable_clip_is_one_clear_message(error: Exception, message: str, workers: int) -> None:
+def test_a_disk_that_is_gone_is_one_clear_message(
+    error: Exception, reason: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replacing, "WAITS_SECONDS", (0.001,))
     loader = _loader(BrokenClips(error), workers=workers)
 
     with pytest.raises(DataError) as caught:
         next(loader)
 
-    assert str(caught.value) == message
+    assert str(caught.value) == (
+        "data loader: sample 24 or another clip of its bucket must be readable, got 17 that could not be "
+        f"read, at last: {reason} Repair the disk, the network or the files."
+    )
     assert not multiprocessing.active_children()
 
 
@@ -257,9 +264,10 @@ def test_latents_come_in_the_types_of_their_files(workers: int) -> None:
     ]
 
 
-def test_a_killed_worker_is_a_data_error() -> None:
+def test_workers_that_die_again_and_again_are_a_data_error() -> None:
     with pytest.raises(
-        DataError, match=r"^data loader: worker processes must stay alive, got DataLoader worker"
+        DataError,
+        match=r"^data loader: worker processes must stay alive, got worker \d+ ended with exit code -9 again",
     ):
         next(_loader(DeadlyClips(), workers=2))
     assert not multiprocessing.active_children()

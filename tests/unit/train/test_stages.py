@@ -45,7 +45,14 @@ def test_an_end_is_reached_from_everywhere_and_left_by_nothing() -> None:
 
 
 KEPT = None
-AFTER = {"RESUMED": "YES", "UPDATED": "NO", "SKIPPED": KEPT, "MEASURED": "NO", "SAVED": "YES"}
+AFTER = {
+    "RESUMED": "YES",
+    "UPDATED": "NO",
+    "SKIPPED": KEPT,
+    "MEASURED": "NO",
+    "FAULTS_FOUND": "NO",
+    "SAVED": "YES",
+}
 
 
 @pytest.mark.parametrize(("saved", "change"), [*product(Saved, Change)])
