@@ -101,7 +101,14 @@ class CheckpointStore:
         """Returns the name that `open_pending` uses, for the other ranks."""
         return self.folder / f"{_name(updates)}{PENDING}"
 
-    def commit(self, updates: int, state: RunState, known: Mapping[str, FileRecord] | None = None) -> Path:
+    def commit(
+        self,
+        updates: int,
+        state: RunState,
+        known: Mapping[str, FileRecord] | None = None,
+        *,
+        beside: Mapping[str, bytes] | None = None,
+    ) -> Path:
         """Turns the pending folder into the checkpoint of `updates`. Main rank only, after every rank has
         written its files.
 
@@ -112,6 +119,7 @@ class CheckpointStore:
             state: Of the run after these updates; `read` refuses another clock.
             known: Of files, by path in the checkpoint, that their writers have hashed and brought to the
                 disk.
+            beside: Small files that stand beside the run state, by name.
 
         Raises:
             DiskFullError: If there was no room.
@@ -121,6 +129,8 @@ class CheckpointStore:
         replaced = final.with_name(final.name + _REPLACED)
         with explained(self.folder):
             (pending / _STATE).write_text(json.dumps(state.to_dict(), indent=1, sort_keys=True) + "\n")
+            for name, content in (beside or {}).items():
+                (pending / name).write_bytes(content)
             write_manifest(pending, known)
             for path in (*pending.rglob("*"), pending):
                 sync(path)

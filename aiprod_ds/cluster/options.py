@@ -20,6 +20,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as of `train`"
     )
     parser.add_argument("--resume", default="auto", help="as of `train`")
+    parser.add_argument("--accept-changed-data", action="store_true", help="as of `train`")
     parser.add_argument("--trust-code", action="store_true", help="as of `train`")
     parser.add_argument(
         "--no-ssh", action="store_true", help="start this host's ranks only; the same command on every host"
@@ -63,6 +64,7 @@ def launch_request(arguments: argparse.Namespace) -> Request:
         exclude=arguments.exclude,
         overrides=tuple(arguments.overrides),
         resume=arguments.resume,
+        accept_changed_data=arguments.accept_changed_data,
         trust_code=arguments.trust_code,
         env_file=arguments.env_file,
         ssh=ssh_of(arguments),

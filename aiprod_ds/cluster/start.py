@@ -60,6 +60,7 @@ class Request:
     exclude: str = ""
     overrides: tuple[str, ...] = ()
     resume: str = "auto"
+    accept_changed_data: bool = False
     trust_code: bool = False
     env_file: Path | None = None
     ssh: Ssh
@@ -95,6 +96,7 @@ def start(request: Request, console: Console) -> int:
             *(part for override in request.overrides for part in ("--set", override)),
             "--resume",
             request.resume,
+            *(["--accept-changed-data"] if request.accept_changed_data else []),
             *(["--trust-code"] if request.trust_code else []),
         ),
         master_address=request.master_address or hosts[0].name,

@@ -23,7 +23,7 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "preview": True,
     "engine": True,
     "performance": True,
-    "data": {"num_workers", "duplicates"},
+    "data": {"num_workers", "duplicates", "fingerprint"},
     "curriculum": {"phases"},
 }
 # Keys that came after runs had been hashed without them, and what those runs did: with it they are no part of
@@ -37,8 +37,8 @@ def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
     Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `performance`,
-    `data.num_workers`, `data.duplicates` and `curriculum.phases`; and later keys with their defaults. That
-    the precision stays is checked with what the checkpoint says of itself.
+    `data.num_workers`, `data.duplicates`, `data.fingerprint` and `curriculum.phases`; and later keys with
+    their defaults. That the precision stays is checked with what the checkpoint says of itself.
     """
     values = config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT))
     for section, later in _CAME_LATER.items():

@@ -26,6 +26,7 @@ from aiprod_ds.files import read_text
 from aiprod_ds.models.lora_files import WEIGHTS_FILE
 from aiprod_ds.report.inspect_view import CheckpointRow, Inspection, TensorRow
 from aiprod_ds.tensor_file import TensorSource
+from aiprod_ds.train.resume.data_change import read_clips
 
 
 def inspect_path(path: Path, *, is_trusted: bool = False) -> Inspection:
@@ -83,6 +84,7 @@ def _checkpoint(found: Found) -> Inspection:
         kinds = {kind: len(reader.names(kind)) for kind in ("master", "exp_avg", "ema", "frozen", "buffer")}
     weights = CheckpointWeights(checkpoint.folder)
     facts = {**asdict(checkpoint.state.clock), **checkpoint.state.layout, "bytes": _bytes_of(checkpoint)}
+    facts["data"] = _data_of(checkpoint)
     facts |= {
         "trained": kinds["master"],
         "with moments": kinds["exp_avg"],
@@ -93,6 +95,14 @@ def _checkpoint(found: Found) -> Inspection:
         facts["frozen weights"] = f"not here but of {weights.missing_base}"
     verified = "every file has the bytes and the hash of the manifest; every tensor is whole"
     return _with_tensors(found, weights, facts, verified=verified)
+
+
+def _data_of(checkpoint: Checkpoint) -> str:
+    clips = read_clips(checkpoint.folder)
+    if clips is None:
+        return "not told: the checkpoint is from before lists of clips"
+    counts = f"{clips.num_training} clips trained on, {clips.num_held_out} held out"
+    return f"{counts}, compared by {clips.by}, sha256 {clips.sha256}"
 
 
 def _bytes_of(checkpoint: Checkpoint) -> int:

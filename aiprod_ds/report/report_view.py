@@ -230,6 +230,7 @@ def _reproduce(summary: RunSummary) -> str:
         facts.append(("final state, sha256", f"`{summary.final_state_sha256}`"))
     facts += [("continued from", f"`{name}`") for name in summary.resumed_from]
     facts += [("resharded", change) for change in summary.resharded]
+    facts += [("went on with other data", change) for change in summary.accepted_data]
     facts += list(_environment_facts(summary.environment))
     facts.append(("peak host memory", bytes_text(summary.peak_rss_bytes)))
     lines.append(_table(("what", "value"), facts))

@@ -81,6 +81,7 @@ class RunSummary:
             the relative difference of the model's answer, seconds.
         resumed_from: Checkpoints that this run continued from, oldest first.
         resharded: Those of them that other ranks or another ZeRO stage had saved, and what changed, in words.
+        accepted_data: Those of them that it went on from with other data, and what changed, in words.
         not_saved: Saves that there was no room for, with `checkpoint.on_full_disk: go_on`: update and reason.
         error: What ended the run, if it failed.
     """
@@ -111,6 +112,7 @@ class RunSummary:
     retrained: tuple[Mapping[str, Any], ...] = ()
     resumed_from: tuple[str, ...] = ()
     resharded: tuple[str, ...] = ()
+    accepted_data: tuple[str, ...] = ()
     not_saved: tuple[Mapping[str, Any], ...] = ()
     pictures: tuple[Picture, ...] = ()
     plots: tuple[Picture, ...] = ()

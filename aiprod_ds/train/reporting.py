@@ -8,7 +8,7 @@ collective, because the other ranks may never answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from aiprod_ds.checkpoint.state import tensors_sha256
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.data.clip_list import ClipList
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError
@@ -46,11 +47,15 @@ class RunFacts:
         parts: Configuration, resolved plan and unit.
         parameters: Of the model, trained or not.
         layout: From `compatibility.run_layout`.
+        clips: Returns the list of the run's clips; for the main rank.
+        data_change: How the data differs from that of the checkpoint, in words; None if it does not.
     """
 
     parts: RunParts
     parameters: int
     layout: dict[str, Any]
+    clips: Callable[[], ClipList]
+    data_change: str | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -189,6 +194,7 @@ def _summarize(
         retrained=tuple(history.retrained),
         resumed_from=tuple(history.resumed_from),
         resharded=tuple(history.resharded),
+        accepted_data=tuple(history.accepted_data),
         not_saved=tuple(history.not_saved),
         pictures=_pictures(facts) if dist.is_main() else (),
         plots=_plots(facts) if dist.is_main() else (),

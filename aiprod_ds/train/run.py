@@ -20,6 +20,7 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings, read_settings
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import CurriculumScheduler
+from aiprod_ds.data.clip_list import ClipList
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError, ConfigError
@@ -46,6 +47,7 @@ from aiprod_ds.train.reporting import (
     report_started,
 )
 from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
+from aiprod_ds.train.resume.data_change import CLIPS, compare, require_same_data, with_selection
 from aiprod_ds.train.resume.engine_files import read_engine
 from aiprod_ds.train.resume.folder_lock import FolderLock
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
@@ -70,6 +72,8 @@ class Prepared:
         build_unit: Builds the model and all that the loop trains, for the plan as it will run.
         search_now: What `engine.parallel: auto` asks.
         source: How messages name the configuration.
+        clips: Returns the list of the clips that it trains on and holds out; the main rank asks, as often as
+            it likes.
     """
 
     config: RunConfig
@@ -77,6 +81,7 @@ class Prepared:
     build_unit: Callable[[RunPlan], Unit]
     search_now: Search
     source: str
+    clips: Callable[[], ClipList]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +94,21 @@ class _Standing:
     is_resumed: bool
 
 
-def run_training(prepared: Prepared, *, resume: str, console: Console | None = None) -> RunSummary:
+def run_training(
+    prepared: Prepared, *, resume: str, accept_changed_data: bool = False, console: Console | None = None
+) -> RunSummary:
     """Trains a unit through its plan and writes the run folder, or saves and returns earlier if asked to
     (`interrupts.py`).
 
     Args:
         prepared: By a trainer.
         resume: `auto`, `never` or the path of a checkpoint folder.
+        accept_changed_data: Whether the run may go on with other data than it had.
         console: Where progress is drawn (main rank); standard error by default.
 
     Raises:
-        ConfigError: If the checkpoint belongs to another configuration or precision, or to other global
-            batches.
+        ConfigError: If the checkpoint belongs to another configuration or precision, to other global
+            batches, or to other data.
         CheckpointError: If another run is in the folder, checkpoints exist and none is whole, the ranks share
             no folder, or a checkpoint cannot be written.
         NonFiniteError: If training diverged for good.
@@ -109,7 +117,7 @@ def run_training(prepared: Prepared, *, resume: str, console: Console | None = N
     with FolderLock(Path(config.output_dir)) as lock:
         dist.from_main(lock.take_if_used)  # before the newest checkpoint is looked for
         checkpoint = _find_checkpoint(config, resume)
-        facts = _resolved(prepared, checkpoint)
+        facts = _resolved(prepared, checkpoint, accept_changed_data=accept_changed_data)
         settings = facts.parts.resolved.settings
         default = settings.activation_checkpointing
         check_recompute(facts.unit.module, facts.plan, default=default, source=source)
@@ -133,7 +141,9 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
         CheckpointError: If there is none, or it belongs to another run.
     """
     checkpoint = _find_checkpoint(prepared.config, resume)
-    facts = _resolved(prepared, checkpoint)
+    facts = _resolved(prepared, checkpoint, accept_changed_data=True)
+    if facts.data_change is not None:
+        _LOG.warning("data_changed %s", facts.data_change)
     if checkpoint is None:
         raise CheckpointError(
             f"{facts.folder}: must hold a checkpoint to evaluate, got none. Train first, or name another "
@@ -151,7 +161,7 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
         engine.close()
 
 
-def _resolved(prepared: Prepared, checkpoint: Checkpoint | None) -> RunFacts:
+def _resolved(prepared: Prepared, checkpoint: Checkpoint | None, *, accept_changed_data: bool) -> RunFacts:
     """Returns the run as it will run, after checking that the checkpoint is of it. Collective.
 
     The plan is resolved before the unit is built, so that unit, engine and loop have the same one; what a
@@ -164,9 +174,11 @@ def _resolved(prepared: Prepared, checkpoint: Checkpoint | None) -> RunFacts:
         config, prepared.plan, settings, saved=saved, search_now=prepared.search_now, source=source
     )
     layout = run_layout(config, resolved, world_size=dist.world_size())
+    data = dist.from_main(lambda: compare(None if checkpoint is None else checkpoint.folder, prepared.clips))
     if checkpoint is not None:
         where = f"{source}: --resume {checkpoint.folder}"
-        check_compatible(checkpoint.state, config, layout, where=where)
+        check_compatible(checkpoint.state, with_selection(config, data.selection), layout, where=where)
+        require_same_data(data, accepted=accept_changed_data, where=where)
     unit = prepared.build_unit(resolved.plan)
     # Counted here because an engine may shard them.
     parameters = sum(parameter.numel() for parameter in unit.module.parameters())
@@ -189,7 +201,13 @@ def _resolved(prepared: Prepared, checkpoint: Checkpoint | None) -> RunFacts:
         performance=performance,
         peak_flops=peak_flops(machine, resolved.settings.precision),
     )
-    return RunFacts(parts=parts, parameters=parameters, layout=layout)
+    return RunFacts(
+        parts=parts,
+        parameters=parameters,
+        layout=layout,
+        clips=prepared.clips,
+        data_change=data.change,
+    )
 
 
 def _build_engine(facts: RunFacts, phase: PhasePlan) -> Engine:
@@ -245,15 +263,21 @@ def _note_resume(history: History, checkpoint: Checkpoint, facts: RunFacts) -> N
     if change is not None:
         history.resharded.append(f"{name}: {change}")
         _LOG.info("resharded checkpoint=%s %s", name, change)
+    if facts.data_change is not None:
+        history.accepted_data.append(f"{name}: {facts.data_change}")
+        _LOG.warning("data_changed checkpoint=%s %s", name, facts.data_change)
 
 
 def _new_saver(facts: RunFacts, history: History) -> Saver:
+    files: dict[str, bytes] = {}
+    dist.from_main(lambda: files.update({CLIPS: facts.clips().compressed}))
     return Saver(
         store=CheckpointStore(facts.folder / "checkpoints"),
         config=facts.config.checkpoint,
         phase_names=tuple(phase.name for phase in facts.plan.phases),
         on_not_saved=history.note_not_saved,
         on_replaced=history.note_replacement,
+        beside=files,
     )
 
 

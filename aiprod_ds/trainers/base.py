@@ -8,7 +8,8 @@ unit is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
+from aiprod_ds.data.clip_list import ClipList, own_fingerprint
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.models.registry import build_model
@@ -29,6 +31,7 @@ from aiprod_ds.planner.evaluations import EvaluationCost, evaluation_cost
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.train.planning.auto import search_here, this_machine
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
+from aiprod_ds.train.resume.data_change import change_since_saved, selection_of
 from aiprod_ds.train.run import Prepared, evaluate_checkpoint, run_training
 from aiprod_ds.train.unit import Evaluation, Unit
 from aiprod_ds.trainers.clip_data import ClipData
@@ -172,19 +175,43 @@ class Trainer(ABC, Generic[ConfigT]):
         except DataError as error:  # before training it is the configuration's data section that must change
             raise PlanError(f"{self.source}: data: {error}") from error
 
-    def train(self, *, resume: str = "auto", console: Console | None = None) -> RunSummary:
+    def clip_list(self, data: ClipData) -> ClipList:
+        """Returns the list of the clips of `data` that stands in checkpoints.
+
+        Raises:
+            DataError: If a file of latents cannot be read.
+        """
+        said = zip(("dataset", "validation"), map(own_fingerprint, self._datasets), strict=True)
+        fingerprints = {f"{name}.fingerprint": value for name, value in said if value is not None}
+        return data.clip_list(selection=selection_of(self.config), fingerprints=fingerprints)
+
+    def data_change(self, data: ClipData) -> str | None:
+        """Returns in words how `data` differs from what the run in `output_dir` had; None if it does not, or
+        if there is no run that says.
+
+        Raises:
+            DataError: If a file of latents cannot be read.
+        """
+        return change_since_saved(Path(self.config.output_dir), partial(self.clip_list, data))
+
+    def train(
+        self, *, resume: str = "auto", accept_changed_data: bool = False, console: Console | None = None
+    ) -> RunSummary:
         """Runs the whole training, or what is left of it.
 
         Args:
             resume: `auto` goes on from the newest checkpoint in `output_dir`; `never` starts anew and moves
                 an old run aside; a path names a checkpoint folder.
+            accept_changed_data: Goes on with other data than the run had, which is an error without it.
             console: Where progress is drawn; standard error by default. Log through the same one, or lines
                 tear the display.
 
         Returns:
             What the report says; files are in `config.output_dir`.
         """
-        return run_training(self._prepare(), resume=resume, console=console)
+        return run_training(
+            self._prepare(), resume=resume, accept_changed_data=accept_changed_data, console=console
+        )
 
     def evaluate(self, *, resume: str = "auto") -> dict[str, float]:
         """Returns the held-out measures of a checkpoint: the newest in `output_dir`, or the folder that
@@ -235,6 +262,7 @@ class Trainer(ABC, Generic[ConfigT]):
             build_unit=build_unit,
             search_now=partial(search_here, self),
             source=self.source,
+            clips=cache(partial(self.clip_list, data)),
         )
 
     def _own_model(self) -> nn.Module:

@@ -7,7 +7,7 @@ dataset's (`aiprod_ds.data`). `open_data.py` opens each kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data, dat
 from aiprod_ds.curriculum.epochs import with_epoch_lengths
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.data.buckets import bucket_clips, long_enough
+from aiprod_ds.data.clip_list import ClipList, Listing, list_facts, list_files
 from aiprod_ds.data.dataset import ClipDataset, ClipRequest, ClipSample
 from aiprod_ds.data.loader import ClipLoader, Draw, MicroBatch, no_draws
 from aiprod_ds.data.manifest import Manifest, holdout, require_readable
@@ -60,6 +61,7 @@ class ClipData:
     Attributes:
         unreadable: Files that were left out, and why.
         notes: What is done with files that a clip is not like, in words.
+        listing: Of clips that are files: what their list is made of.
     """
 
     train: ClipDataset
@@ -68,6 +70,7 @@ class ClipData:
     validation_clips: tuple[ClipFacts, ...]
     unreadable: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    listing: Listing | None = None
 
     @classmethod
     def of(
@@ -77,6 +80,7 @@ class ClipData:
         *,
         unreadable: tuple[tuple[str, str], ...] = (),
         notes: tuple[str, ...] = (),
+        listing: Listing | None = None,
     ) -> Self:
         """Returns both sets with their lengths read."""
         clips, held_out = tuple(train.lengths()), tuple(validation.lengths())
@@ -87,7 +91,25 @@ class ClipData:
             validation_clips=held_out,
             unreadable=unreadable,
             notes=notes,
+            listing=listing,
         )
+
+    def clip_list(
+        self, *, selection: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None
+    ) -> ClipList:
+        """Returns the clips in the order in which their indices count, for checkpoints.
+
+        Args:
+            selection: The settings that chose them.
+            fingerprints: What a user's own datasets say of their content, by name.
+
+        Raises:
+            DataError: If a file of latents cannot be read.
+        """
+        if self.listing is not None:
+            return list_files(self.listing, selection=selection)
+        clips, held_out = self.train_clips, self.validation_clips
+        return list_facts(clips, held_out, selection=selection, fingerprints=fingerprints)
 
     def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
         """Returns the training clips that some phase cannot use.

@@ -22,6 +22,7 @@ from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.audio_dataset import AudioClipDataset, TensorAudioDataset, usable_sounds
+from aiprod_ds.data.clip_list import Listing
 from aiprod_ds.data.dataset import TensorVideoDataset, VideoClipDataset
 from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
@@ -54,6 +55,7 @@ def open_video_files(config: VideoDataConfig, *, seed: int) -> ClipData:
         VideoClipDataset(validation, seed=seed, background=background),
         unreadable=unreadable_files(train, validation),
         notes=(*notes, *manifest_notes(config, train, validation)),
+        listing=Listing(train=train, validation=validation, by=config.fingerprint),
     )
 
 
@@ -87,6 +89,7 @@ def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:
             *audio_notes((*train.records, *validation.records), config),
             *manifest_notes(config, train, validation),
         ),
+        listing=Listing(train=train, validation=validation, by=config.fingerprint),
     )
 
 
@@ -146,7 +149,7 @@ def open_latent_files(
 
     def dataset(manifest: Manifest, caption_dropout: float) -> LatentDataset:
         return LatentDataset(
-            manifest,
+            replace(manifest, files={}),  # loader workers need not have them
             seed=config.seed,
             strides=strides,
             with_audio=with_audio,
@@ -158,6 +161,12 @@ def open_latent_files(
         dataset(validation, 0.0),
         unreadable=unreadable_files(train, validation),
         notes=manifest_notes(config.data, train, validation),
+        listing=Listing(
+            train=train,
+            validation=validation,
+            by=config.data.fingerprint,
+            beside=(EMPTY_PROMPT,) if config.data.caption_dropout > 0 else (),
+        ),
     )
 
 

@@ -326,6 +326,13 @@ def _parted(entry: str) -> tuple[str, str]:
     return (subject, words) if words else ("", entry)
 
 
+_LINES = {
+    "performance": "how it computed",
+    "resharded": "resharded",
+    "accepted_data": "went on with other data",
+}
+
+
 def _environment(run: RunRecord) -> Iterator[tuple[str, str]]:
     environment, known = run.environment, told(run)
     git = environment.get("git")
@@ -345,10 +352,9 @@ def _environment(run: RunRecord) -> Iterator[tuple[str, str]]:
     versions = environment.get("versions")
     if isinstance(versions, dict):
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
-    for line in known.get("performance") or ():
-        yield "how it computed", str(line)
-    for change in known.get("resharded") or ():
-        yield "resharded", str(change)
+    for key, words in _LINES.items():
+        for line in known.get(key) or ():
+            yield words, str(line)
     if known.get("final_state_sha256"):
         yield "final state, sha256", str(known["final_state_sha256"])
 

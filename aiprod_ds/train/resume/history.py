@@ -25,6 +25,8 @@ class History:
         resumed_from: Checkpoint names that the run continued from.
         resharded: Those of them that another engine, ZeRO stage or number of ranks had saved, and what
             changed, in words.
+        accepted_data: Checkpoints that the run went on from with other data than they had, and what changed,
+            in words.
         not_saved: Update and reason of every save that there was no room for.
         replacements: What was done in place of what was asked while the run went on, in words.
         evaluations: Records in the run folder.
@@ -41,6 +43,7 @@ class History:
     retrained: list[dict[str, Any]] = field(default_factory=list)
     resumed_from: list[str] = field(default_factory=list)
     resharded: list[str] = field(default_factory=list)
+    accepted_data: list[str] = field(default_factory=list)
     not_saved: list[dict[str, Any]] = field(default_factory=list)
     replacements: list[str] = field(default_factory=list)
     evaluations: int = 0

@@ -56,6 +56,7 @@ class Saver:
         on_not_saved: Called with update and reason when there was no room and the configuration says to go
             on.
         on_replaced: Called with words when a save cannot be asynchronous.
+        beside: Small files that every checkpoint gets, by name; the main rank's count.
     """
 
     store: CheckpointStore
@@ -63,6 +64,7 @@ class Saver:
     phase_names: tuple[str, ...]
     on_not_saved: Callable[[int, str], None] = lambda _update, _reason: None
     on_replaced: Callable[[str], None] = lambda _words: None
+    beside: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     _stored: set[str] = field(default_factory=set)  # bases that are whole
     _state: SaveState = SaveState.IDLE
     _work: Background = field(default_factory=Background)  # of the state
@@ -209,7 +211,8 @@ class Saver:
 
     def _commit(self, state: RunState, known: Mapping[str, FileRecord]) -> None:
         updates = state.clock.updates
-        self.store.commit(updates, state, {f"{_ENGINE}/{name}": record for name, record in known.items()})
+        written = {f"{_ENGINE}/{name}": record for name, record in known.items()}
+        self.store.commit(updates, state, written, beside=self.beside)
         _LOG.info("checkpoint_committed update=%d seconds=%.2f", updates, time.monotonic() - self._began)
         self._prune(state)
 
