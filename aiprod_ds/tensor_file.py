@@ -216,6 +216,25 @@ def write_tensor_file(
     assert next(names, None) is None, "all tensors were given"
 
 
+def tensors_in(data: bytes) -> dict[str, Tensor]:
+    """Returns the tensors of a file that is in memory as a whole; each has memory of its own.
+
+    Raises:
+        TensorFileError: As `TensorFile`.
+    """
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if not 2 <= length <= min(len(data) - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+        raise TensorFileError(f"a header of {length} bytes in a file of {len(data)}")
+    first = _LENGTH_BYTES + length
+    _, specs, starts = _parse(data[_LENGTH_BYTES:first], data_bytes=len(data) - first)
+    found = {}
+    for name, spec in specs.items():
+        value = torch.empty(spec.numel, dtype=spec.dtype, device="cpu")
+        _bytes_of(value)[:] = memoryview(data)[first + starts[name] : first + starts[name] + spec.nbytes]
+        found[name] = value.reshape(spec.shape)
+    return found
+
+
 def by_width(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Returns the same specs in an order that keeps every tensor of a file aligned: wide types first."""
     return dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))

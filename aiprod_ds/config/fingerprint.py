@@ -23,7 +23,7 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "preview": True,
     "engine": True,
     "performance": True,
-    "data": {"num_workers", "duplicates", "fingerprint"},
+    "data": {"num_workers", "duplicates", "storage", "fingerprint"},
     "curriculum": {"phases"},
 }
 # Keys that came after runs had been hashed without them, and what those runs did: with it they are no part of

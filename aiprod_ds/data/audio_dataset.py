@@ -73,15 +73,15 @@ class AudioClipDataset:
 
         def read(start: int) -> Tensor:
             return decode_audio(
-                self._manifest.root / record.path,
+                path,
                 start_sample=start,
                 num_samples=request.frames,
                 sample_rate_hz=self._config.sample_rate_hz,
                 channels=self._config.channels,
             )
 
-        return {
-            "audio": _clip(
+        with self._manifest.file(record.path) as path:
+            clip = _clip(
                 request,
                 _length(record, self._config),
                 read,
@@ -89,7 +89,7 @@ class AudioClipDataset:
                 seed=self._seed,
                 config=self._config,
             )
-        }
+        return {"audio": clip}
 
     def lengths(self) -> list[ClipFacts]:
         """See `ClipDataset.lengths`; opens no file."""

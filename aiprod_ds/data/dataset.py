@@ -100,14 +100,15 @@ class VideoClipDataset:
         # rate too.
         rate_hz = record.fps if request.frame_rate_hz is None else request.frame_rate_hz
         latest_frame = int(max_start_seconds(record, request.frames, rate_hz) * record.fps + _EPSILON)
-        frames_THWC = decode_clip(
-            self._manifest.root / record.path,
-            start_seconds=_start(self._seed, request, latest_frame) / record.fps,
-            num_frames=request.frames,
-            frame_rate_hz=rate_hz,
-            background=self._background,
-            crop=record.crop,
-        )
+        with self._manifest.file(record.path) as path:
+            frames_THWC = decode_clip(
+                path,
+                start_seconds=_start(self._seed, request, latest_frame) / record.fps,
+                num_frames=request.frames,
+                frame_rate_hz=rate_hz,
+                background=self._background,
+                crop=record.crop,
+            )
         return _sample(frames_THWC, self._seed, request, displayed=(record.height, record.width))
 
     def lengths(self) -> list[ClipFacts]:

@@ -75,8 +75,8 @@ def scan_latents(source: Path | ShardReader, needs: LatentNeeds) -> Manifest:
     """
     root = _root(source)
     found = _entries(root)
-    is_table = isinstance(source, Path) and not source.is_dir()
-    wanted = list(found) if not is_table else [listed.path for listed in read_table(source)]
+    is_folder = isinstance(source, ShardReader) or source.is_dir()
+    wanted = list(found) if is_folder else [listed.path for listed in read_table(Path(str(source)))]
     reader = _ClipReader(root=root, needs=needs)
     files: dict[str, tuple[str, ...]] = {}
     records: list[MediaRecord] = []
@@ -111,6 +111,15 @@ def _root(source: Path | ShardReader) -> Path | ShardReader:
     if isinstance(source, ShardReader):
         source.require_kind(LATENTS)
         return source
+    return latents_root(source)
+
+
+def latents_root(source: Path) -> Path:
+    """Returns the folder of the latents that `scan_latents` finds for a folder or a table.
+
+    Raises:
+        DataError: If there is none.
+    """
     folder = source if source.is_dir() else source.parent
     for root in (folder, folder / PRECOMPUTED, default_folder(folder)):
         if (root / LATENTS).is_dir():
@@ -123,26 +132,28 @@ def _root(source: Path | ShardReader) -> Path | ShardReader:
 
 
 def _entries(root: Path | ShardReader) -> dict[str, list[LatentShape | None]]:
-    """Returns the shapes of every clip, sorted by clip."""
+    """Returns the shapes of every clip, in the order of `latent_names`."""
     found: dict[str, list[LatentShape | None]] = {}
-    for name in sorted(latent_names(root)):
+    for name in latent_names(root):
         clip, shape = split_name(name)
         found.setdefault(clip, []).append(shape)
     return found
 
 
-def latent_names(root: Path | ShardReader) -> set[str]:
-    """Returns the names of all latents of a folder or of shards, without folder and suffix."""
+def latent_names(root: Path | ShardReader) -> list[str]:
+    """Returns the names of all latents without folder and suffix: of a folder sorted, of shards as they were
+    packed."""
     if isinstance(root, ShardReader):
         first, last = f"{LATENTS}/", SUFFIX
         packed = (name for name in root.members if name.startswith(first) and name.endswith(last))
-        return {name.removeprefix(first).removesuffix(last) for name in packed}
+        return [name.removeprefix(first).removesuffix(last) for name in packed]
     folder = root / LATENTS
-    return {
+    names = {
         path.relative_to(folder).as_posix()[: -len(path.suffix)]
         for path in folder.rglob("*")
         if _is_entry(path)
     }
+    return sorted(names)
 
 
 def _is_entry(path: Path) -> bool:

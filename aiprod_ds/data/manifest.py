@@ -13,6 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import read_text
 from aiprod_ds.rng import stream_seed
+from aiprod_ds.shards.reader import ShardReader
 
 _MAX_TABLE_BYTES = 4 << 30  # some ten million rows; of a device that never ends no more is read
 IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -122,6 +124,7 @@ class Manifest:
         unreadable: Files that should be clips and cannot.
         ignored: Files that are no clips on purpose: hidden ones, and what settings leave out.
         files: By clip, the files under `root` that it consists of, if it is not one of its own name.
+        packed: The shards that hold the files; None where they lie under `root` themselves.
     """
 
     root: Path
@@ -130,6 +133,20 @@ class Manifest:
     ignored: tuple[Unreadable, ...] = ()
     medium: Medium = "video"
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
+    packed: ShardReader | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def where(self) -> str:
+        """How messages name what holds the clips."""
+        return str(self.root) if self.packed is None else self.packed.address
+
+    def file(self, path: str) -> AbstractContextManager[Path]:
+        """Returns where the file of a record can be read, inside a `with` block.
+
+        Raises:
+            DataError: On entering, if it is packed and cannot be had.
+        """
+        return nullcontext(self.root / path) if self.packed is None else self.packed.file(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +247,7 @@ def require_readable(
     broken, total = len(manifest.unreadable), len(manifest.unreadable) + len(manifest.records)
     if total == 0:
         raise DataError(
-            f"{manifest.root}: must hold at least one {manifest.medium} clip, got none. "
+            f"{manifest.where}: must hold at least one {manifest.medium} clip, got none. "
             f"Add files ending in {', '.join(sorted(_EXTENSIONS[manifest.medium]))} or name another folder "
             "or manifest."
         )
@@ -246,7 +263,7 @@ def require_readable(
         else "no clip is readable"
     )
     raise DataError(
-        f"{manifest.root}: {rule}, got {broken} of {total}: {named}{more}. {_remedy(kind)}, or "
+        f"{manifest.where}: {rule}, got {broken} of {total}: {named}{more}. {_remedy(kind)}, or "
         f"raise {setting}."
     )
 
@@ -275,7 +292,7 @@ def holdout(manifest: Manifest, *, fraction: float, seed: int) -> tuple[Manifest
     )
     if len(contents) < 2:
         raise DataError(
-            f"{manifest.root}: holding out validation clips needs at least 2 different clips, got "
+            f"{manifest.where}: holding out validation clips needs at least 2 different clips, got "
             f"{len(contents)}. "
             "Add clips or set data.validation."
         )

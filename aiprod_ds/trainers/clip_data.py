@@ -24,10 +24,12 @@ from aiprod_ds.data.clip_list import ClipList, Listing, list_facts, list_files
 from aiprod_ds.data.dataset import ClipDataset, ClipRequest, ClipSample
 from aiprod_ds.data.loader import ClipLoader, Draw, MicroBatch, no_draws
 from aiprod_ds.data.manifest import Manifest, holdout, require_readable
+from aiprod_ds.data.packed.media import open_source
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.data.treatment import duplicate_notes, ignored_notes
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.report.summary import DataSummary
+from aiprod_ds.shards.reader import ShardReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,23 +227,23 @@ class ClipData:
 
 
 def split_manifests(
-    config: ClipDataConfig, scan: Callable[[Path], Manifest], *, seed: int
+    config: ClipDataConfig, scan: Callable[[Path | ShardReader], Manifest], *, seed: int
 ) -> tuple[Manifest, Manifest]:
     """Returns what to train on and what is held out, from the folders or tables that `config` names.
 
     Args:
         config: The data section.
-        scan: Reads one of them.
+        scan: Reads one of them, or shards.
         seed: The run's seed.
 
     Raises:
         DataError: If one is missing or empty, or too many files cannot be read.
     """
-    found = scan(Path(config.train))
+    found = scan(open_source(config.train, config.storage))
     require_readable(found, config.max_unreadable_fraction)
     if config.validation is None:
         return holdout(found, fraction=config.holdout_fraction, seed=seed)
-    validation = scan(Path(config.validation))
+    validation = scan(open_source(config.validation, config.storage))
     require_readable(validation, config.max_unreadable_fraction)
     return found, validation
 
@@ -255,7 +257,7 @@ def manifest_notes(config: ClipDataConfig, train: Manifest, validation: Manifest
     copies = () if config.duplicates == "allow" else duplicate_notes(train, validation)
     if copies and config.duplicates == "error":
         raise DataError(
-            f"{train.root}: must hold no clip twice (data.duplicates: error), got {'; '.join(copies)}. "
+            f"{train.where}: must hold no clip twice (data.duplicates: error), got {'; '.join(copies)}. "
             "Remove the copies, or set data.duplicates to warn or allow."
         )
     return (*ignored_notes(train, validation), *copies)

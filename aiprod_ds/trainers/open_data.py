@@ -26,11 +26,13 @@ from aiprod_ds.data.clip_list import Listing
 from aiprod_ds.data.dataset import TensorVideoDataset, VideoClipDataset
 from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
-from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS, read_entry
+from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS
 from aiprod_ds.data.manifest import Manifest, scan
+from aiprod_ds.data.packed.media import packed_media
 from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.data.tensor_latents import TensorLatentDataset
 from aiprod_ds.data.treatment import audio_notes, picture_notes, usable_pictures
+from aiprod_ds.shards.reader import ShardReader
 from aiprod_ds.trainers.clip_data import (
     ClipData,
     manifest_notes,
@@ -69,8 +71,10 @@ def open_video_datasets(dataset: Any, validation: Any, *, seed: int) -> ClipData
     return ClipData.of(TensorVideoDataset(dataset, seed=seed), TensorVideoDataset(validation, seed=seed))
 
 
-def _scan_videos(config: VideoDataConfig, path: Path) -> Manifest:
-    return usable_pictures(scan(path, cache=default_probe_cache(path)), config)
+def _scan_videos(config: VideoDataConfig, source: Path | ShardReader) -> Manifest:
+    if isinstance(source, ShardReader):
+        return usable_pictures(packed_media(source, "video"), config)
+    return usable_pictures(scan(source, cache=default_probe_cache(source)), config)
 
 
 def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:
@@ -104,8 +108,10 @@ def open_audio_datasets(dataset: Any, validation: Any, config: AudioDataConfig, 
     return ClipData.of(own, held_out)
 
 
-def _scan_sounds(config: AudioDataConfig, path: Path) -> Manifest:
-    found = scan(path, cache=default_probe_cache(path, medium="sound"), medium="sound")
+def _scan_sounds(config: AudioDataConfig, source: Path | ShardReader) -> Manifest:
+    if isinstance(source, ShardReader):
+        return usable_sounds(packed_media(source, "sound"), config)
+    found = scan(source, cache=default_probe_cache(source, medium="sound"), medium="sound")
     return usable_sounds(found, config)
 
 
@@ -142,8 +148,8 @@ def open_latent_files(
     """
     needs = LatentNeeds(strides=strides, with_audio=with_audio, fingerprints=_fingerprints(config))
 
-    def scan(path: Path) -> Manifest:
-        return scan_latents(path, needs)
+    def scan(source: Path | ShardReader) -> Manifest:
+        return scan_latents(source, needs)
 
     train, validation = split_manifests(config.data, scan, seed=config.seed)
 
@@ -185,10 +191,7 @@ def open_latent_datasets(dataset: Any, validation: Any, *, strides: ModelStrides
 def read_empty_prompt(data: ClipData) -> dict[str, Tensor] | None:
     """Returns the embedding of the empty caption that lies beside the training latents; None if there is
     none."""
-    if not isinstance(data.train, LatentDataset):
-        return None
-    path = data.train.root / EMPTY_PROMPT
-    return read_entry(path) if path.exists() else None
+    return data.train.empty_prompt() if isinstance(data.train, LatentDataset) else None
 
 
 def _fingerprints(config: DiffusionTrainerConfig) -> dict[str, Callable[[], str]]:

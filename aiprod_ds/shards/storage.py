@@ -1,0 +1,167 @@
+"""Where shards lie: a folder, a web server or a bucket, behind one small interface.
+
+Owns the choice by address, and that a transfer that breaks off is taken up where it broke off. `http.py` and
+`s3.py` know their protocols. Called by the other files of the room.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from aiprod_ds.errors import DataError
+
+REMOTE_SCHEMES = ("s3", "https", "http")
+_ATTEMPTS = 5  # in a row, of which none brought a byte
+_FIRST_WAIT_SECONDS = 0.1
+
+
+class NoSuchFileError(DataError):
+    """There is no file of that name."""
+
+
+class InterruptedTransferError(DataError):
+    """A transfer that may succeed if it is asked for again."""
+
+
+class Storage(Protocol):
+    """Files by name under one address.
+
+    Attributes:
+        address: How messages name it.
+        is_remote: Whether what is read often should be kept on a local disk.
+    """
+
+    address: str
+    is_remote: bool
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """Returns `size` bytes from `start` on; None: all that follow. Fewer only where the file ends.
+
+        Raises:
+            NoSuchFileError: If there is no such file.
+            DataError: If it cannot be read, after several attempts where that may help.
+        """
+
+    def sizes(self) -> Mapping[str, int] | None:
+        """Returns the bytes of every file; None where the server does not list them.
+
+        Raises:
+            DataError: If it cannot be reached.
+        """
+
+    def write(self, name: str, file: Path) -> None:
+        """Puts a copy of a local file there, whole or not at all.
+
+        Raises:
+            DataError: If it cannot be written.
+        """
+
+
+class FolderStorage:
+    """A folder of this machine or of a network file system; a `Storage`."""
+
+    is_remote = False
+
+    def __init__(self, folder: Path) -> None:
+        self.address = str(folder)
+        self._folder = folder
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """See `Storage.read`."""
+        try:
+            with (self._folder / name).open("rb") as file:
+                file.seek(start)
+                return file.read(-1 if size is None else size)
+        except FileNotFoundError as error:
+            raise NoSuchFileError(f"{self._folder / name}: must exist, got no such file.") from error
+        except OSError as error:
+            raise DataError(f"{self._folder / name}: must be readable, got: {error.strerror}.") from error
+
+    def sizes(self) -> dict[str, int]:
+        """See `Storage.sizes`."""
+        try:
+            return {path.name: path.stat().st_size for path in self._folder.iterdir() if path.is_file()}
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise DataError(f"{self._folder}: must be a readable folder, got: {error.strerror}.") from error
+
+    def write(self, name: str, file: Path) -> None:
+        """See `Storage.write`; moves a file that is on the same disk."""
+        target = self._folder / name
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as source, target.with_name(f"{name}.part").open("wb") as copy:
+                while block := source.read(16 << 20):
+                    copy.write(block)
+            target.with_name(f"{name}.part").replace(target)
+        except OSError as error:
+            raise DataError(f"{target}: must be writable, got: {error.strerror}. Make room.") from error
+
+
+def is_remote(source: str) -> bool:
+    """Returns whether a source is an address and no path."""
+    return source.partition("://")[0] in REMOTE_SCHEMES and "://" in source
+
+
+def open_storage(source: str, *, endpoint_url: str | None = None) -> Storage:
+    """Returns the files under a path, `file://`, `s3://bucket/prefix` or `https://host/path`.
+
+    Args:
+        endpoint_url: Of a server with S3's protocol that is not Amazon's.
+
+    Raises:
+        DataError: If the address is of another kind or holds secrets, or the extra `storage` is not
+            installed.
+    """
+    if not is_remote(source):
+        return FolderStorage(Path(source.removeprefix("file://")))
+    parts = urlsplit(source)
+    if parts.username or parts.password or parts.query or parts.fragment or not parts.netloc:
+        # What stands in an address would stand in logs and reports too; so would its quotation here.
+        raise DataError(
+            f"{parts.scheme}://{parts.hostname or ''}: an address of shards must have a host or bucket and "
+            "no user, password, query or fragment. Give secrets by the environment or a profile."
+        )
+    if parts.scheme == "s3":
+        from aiprod_ds.shards.s3 import S3Storage
+
+        return S3Storage(parts.netloc, parts.path.strip("/"), endpoint_url=endpoint_url)
+    from aiprod_ds.shards.http import HttpStorage
+
+    return HttpStorage(source.rstrip("/"))
+
+
+def transferred(
+    fetch: Callable[[int], Iterator[bytes]], *, size: int | None, wait: Callable[[float], None] = time.sleep
+) -> bytes:
+    """Returns the bytes that `fetch` yields; after an interruption it is called again for the rest.
+
+    Args:
+        fetch: Given how many bytes there are already, yields those after them.
+        size: How many there must be; None: as many as come until an orderly end.
+        wait: Sleeps.
+
+    Raises:
+        InterruptedTransferError: After five attempts in a row that brought nothing, with growing waits.
+    """
+    received = bytearray()
+    fruitless = 0
+    while True:
+        before = len(received)
+        try:
+            for block in fetch(len(received)):
+                received += block
+            if size is None or len(received) >= size:
+                return bytes(received)
+            reason: Exception = InterruptedTransferError(f"{len(received)} of {size} bytes")
+        except InterruptedTransferError as error:
+            reason = error
+        fruitless = 0 if len(received) > before else fruitless + 1
+        if fruitless >= _ATTEMPTS:
+            raise InterruptedTransferError(str(reason)) from reason
+        wait(_FIRST_WAIT_SECONDS * 2**fruitless)
