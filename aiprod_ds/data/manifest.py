@@ -10,20 +10,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from aiprod_ds import progress
 from aiprod_ds.data.captions import MEDIA_COLUMNS, captions_in_row
-from aiprod_ds.data.probe_cache import MISSING, ProbeCache
+from aiprod_ds.data.probe_cache import MISSING, Pending, ProbeCache
 from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
-from aiprod_ds.files import read_text
+from aiprod_ds.files import files_below, read_text
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.shards.reader import ShardReader
 
@@ -89,6 +88,8 @@ _FOREIGN_EXTENSIONS = frozenset(
         ".r3d",
     }
 )
+HIDDEN = "hidden"
+"""Why files are ignored whose names begin with a dot."""
 _PARTIAL_SUFFIXES = frozenset({".crdownload", ".download", ".part", ".partial", ".tmp"})
 TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
 
@@ -188,15 +189,15 @@ def scan(source: Path, *, cache: Path | None = None, medium: Medium = "video") -
     ignored: list[Unreadable] = []
     is_folder = source.is_dir()
     listed = list(_clips_of_folder(source, medium, ignored)) if is_folder else read_table(source, medium)
-    probes = ProbeCache(cache, medium=medium)
     records: list[MediaRecord] = []
     unreadable: list[Unreadable] = []
-    for clip in progress.steps(listed, f"reading the media of {source}:", len(listed)):
-        try:
-            records.append(_record(root, clip, probes))
-        except DataError as error:
-            unreadable.append(Unreadable(path=clip.path, reason=str(error)))
-    probes.save()
+    with ProbeCache(cache, medium=medium) as probes:
+        begun = _begun(root, listed, probes)
+        for clip, finish in progress.steps(begun, f"reading the media of {source}:", len(listed)):
+            try:
+                records.append(finish())
+            except DataError as error:
+                unreadable.append(Unreadable(path=clip.path, reason=str(error)))
     return Manifest(
         root=root,
         records=tuple(records),
@@ -320,41 +321,35 @@ def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:
 
 def _clips_of_folder(folder: Path, medium: Medium, ignored: list[Unreadable]) -> Iterator[ListedClip]:
     """Yields the clips by path; media that are none on purpose are added to `ignored`."""
-    files = (file for file in _walk(folder) if _kind(file, medium) is not None and file.is_file())
-    for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
-        path, reason = file.relative_to(folder).as_posix(), _kind(file, medium)
-        if any(part.startswith(".") for part in path.split("/")):
-            # `._clip.mp4` is what macOS leaves on foreign disks; it has a film's name and no film in it.
-            reason = "hidden"
+    for path in files_below(folder):
+        reason = why_no_clip(path, medium)
+        if reason is None:
+            continue
         if reason:
             ignored.append(Unreadable(path=path, reason=reason))
         else:
             yield ListedClip(path=path)
 
 
-def _kind(file: Path, medium: Medium) -> str | None:
-    """Returns why a file with a medium's name is no clip, empty if it is one; None for other files."""
-    suffix = file.suffix.lower()
+def why_no_clip(path: str, medium: Medium) -> str | None:
+    """Returns why a file with a medium's name is no clip, empty if it is one; None for other files.
+
+    Args:
+        path: From the folder that is searched.
+        medium: What is searched for.
+    """
+    name = PurePath(path)
+    suffix = name.suffix.lower()
     if suffix in _EXTENSIONS[medium]:
-        return ""
-    if suffix in _PARTIAL_SUFFIXES and Path(file.stem).suffix.lower() in _EXTENSIONS[medium]:
-        return "not whole yet"
-    if suffix in _FOREIGN_EXTENSIONS and medium == "video":
-        return "of a kind that is not read, convert it"
-    return None
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields every file, in linked folders too (`Path.rglob` leaves those out), each real folder once."""
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(parent, file) for file in files)
+        reason = ""
+    elif suffix in _PARTIAL_SUFFIXES and PurePath(name.stem).suffix.lower() in _EXTENSIONS[medium]:
+        reason = "not whole yet"
+    elif suffix in _FOREIGN_EXTENSIONS and medium == "video":
+        reason = "of a kind that is not read, convert it"
+    else:
+        return None
+    # `._clip.mp4` is what macOS leaves on foreign disks; it has a film's name and no film in it.
+    return HIDDEN if path.startswith(".") or "/." in path else reason
 
 
 def _rows(table: Path) -> Iterable[Any]:
@@ -391,17 +386,35 @@ def _listed(table: Path, number: int, row: Any, medium: Medium) -> ListedClip:
     return ListedClip(path=path, audio=audio, caption=first, more_captions=captions[1:])
 
 
-def _record(root: Path, clip: ListedClip, probes: ProbeCache) -> MediaRecord:
+def _begun(
+    root: Path, clips: Iterable[ListedClip], probes: ProbeCache
+) -> Iterator[tuple[ListedClip, Callable[[], MediaRecord]]]:
+    """Yields each clip with what waits for its record; some that follow have then begun, too."""
+    waiting: deque[tuple[ListedClip, Callable[[], MediaRecord]]] = deque()
+    for clip in clips:
+        waiting.append((clip, _begin(root, clip, probes)))
+        if len(waiting) > probes.window:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _begin(root: Path, clip: ListedClip, probes: ProbeCache) -> Callable[[], MediaRecord]:
+    file = probes.begin(root / clip.path)
+    audio = None if clip.audio is None else probes.begin(root / clip.audio, is_sound=True)
+    return lambda: _record(clip, file, audio)
+
+
+def _record(clip: ListedClip, file: Pending, audio: Pending | None) -> MediaRecord:
     record = replace(
-        probes.record(root / clip.path),
+        file().record,
         path=clip.path,
         caption=clip.caption,
         more_captions=clip.more_captions,
     )
-    if clip.audio is None:
+    if audio is None:
         return record
     try:
-        sound = probes.sound(root / clip.audio)
+        sound = audio().record
     except DataError as error:
         raise DataError(f"its audio file {clip.audio} {error}") from error
     return replace(
