@@ -128,16 +128,17 @@ class ClipList:
         """Returns the list of `entries`, which are taken one by one."""
         header = json.dumps({"format": FORMAT, "by": by, "selection": dict(selection)}, sort_keys=True)
         packer = zlib.compressobj(wbits=31)  # gzip without a time: the same clips are the same bytes
-        packed = [packer.compress(f"{header}\n".encode())]
+        packed = io.BytesIO(packer.compress(f"{header}\n".encode()))
+        packed.seek(0, io.SEEK_END)
         digest, counts = _digest_of(by), [0, 0, 0]
         for entry in entries:
             line = f"{entry.to_line()}\n".encode()
             digest.update(line)
-            packed.append(packer.compress(line))
+            packed.write(packer.compress(line))
             counts[entry.part] += 1
-        packed.append(packer.flush())
+        packed.write(packer.flush())
         return cls(
-            compressed=b"".join(packed),
+            compressed=packed.getvalue(),
             sha256=digest.hexdigest(),
             by=by,
             selection=dict(selection),
@@ -193,8 +194,8 @@ class ClipList:
 def list_files(listing: Listing, *, selection: Mapping[str, Any]) -> ClipList:
     """Returns the list of clips that are files.
 
-    The content of media is known from probing, for nothing. That of latents is not: `auto` reads the
-    beginning, the middle and the end of each of their files, `content` all of it.
+    The content of media is known from probing, that of shards from their index, for nothing. That of latents
+    in files is not: `auto` reads the beginning, the middle and the end of each, `content` all of it.
 
     Args:
         listing: The manifests.
@@ -204,8 +205,8 @@ def list_files(listing: Listing, *, selection: Mapping[str, Any]) -> ClipList:
         DataError: If a file of latents cannot be read.
     """
     parts = ((TRAINING, listing.train), (HELD_OUT, listing.validation))
-    is_latents = any(manifest.files for _, manifest in parts)
-    by = "samples" if is_latents and listing.by == "auto" else listing.by.replace("auto", "content")
+    is_costly = any(manifest.files and manifest.packed is None for _, manifest in parts)
+    by = "samples" if is_costly and listing.by == "auto" else listing.by.replace("auto", "content")
 
     def entries() -> Iterator[Entry]:
         for part, manifest in parts:
@@ -219,7 +220,7 @@ def list_files(listing: Listing, *, selection: Mapping[str, Any]) -> ClipList:
             else:
                 yield from (_media(part, manifest, record, by) for record in records)
         for name in listing.beside:
-            num_bytes, mark = _marked(listing.train.root, (name,), by)
+            num_bytes, mark = _marked(listing.train, (name,), by)
             yield Entry(part=BESIDE, name=name, num_bytes=num_bytes, mark=mark)
 
     left_out = {
@@ -292,19 +293,24 @@ def _lines(compressed: bytes) -> Iterator[bytes]:
 
 
 def _media(part: int, manifest: Manifest, record: MediaRecord, by: str) -> Entry:
-    try:
-        status = os.stat(os.path.join(manifest.root, record.path))  # noqa: PTH116, PTH118  100,000 of them
-    except (OSError, ValueError):
-        num_bytes, modified = None, ""  # gone since it was probed: the loader will tell
-    else:
-        num_bytes, modified = status.st_size, str(status.st_mtime_ns)
+    num_bytes, modified = _size_and_time(manifest, record.path)
     mark = {"content": record.sha256[:_MARK_DIGITS], "time": modified}.get(by, "")
     facts = _facts(record, is_sound=manifest.medium == "sound")
     return Entry(part=part, name=record.path, num_bytes=num_bytes, mark=mark, facts=facts)
 
 
+def _size_and_time(manifest: Manifest, name: str) -> tuple[int | None, str]:
+    if manifest.packed is not None:
+        return manifest.packed.members[name].size, ""
+    try:
+        status = os.stat(os.path.join(manifest.root, name))  # noqa: PTH116, PTH118  100,000 of them
+    except (OSError, ValueError):
+        return None, ""  # gone since it was probed: the loader will tell
+    return status.st_size, str(status.st_mtime_ns)
+
+
 def _latents(part: int, manifest: Manifest, record: MediaRecord, by: str) -> Entry:
-    num_bytes, mark = _marked(manifest.root, manifest.files[record.path], by)
+    num_bytes, mark = _marked(manifest, manifest.files[record.path], by)
     facts = _facts(record, is_sound=False)
     return Entry(part=part, name=record.path, num_bytes=num_bytes, mark=mark, facts=facts)
 
@@ -321,21 +327,29 @@ def _facts(record: MediaRecord, *, is_sound: bool) -> dict[str, Any]:
     }
 
 
-def _marked(root: Path, names: Sequence[str], by: str) -> tuple[int, str]:
+def _marked(manifest: Manifest, names: Sequence[str], by: str) -> tuple[int, str]:
     """Returns the bytes of several files and one mark of them."""
     digest, total = hashlib.sha256(), 0
     for name in names:
-        path = root / name
-        try:
-            status = path.stat()
-            total += status.st_size
-            said = {"time": str(status.st_mtime_ns), "size": ""}.get(by)
-            if said is None:
-                said = file_sha256(path) if by == "content" else _sampled(path, status.st_size)
-        except OSError as error:
-            raise DataError(f"{path}: must be readable, got {error}. Encode it again.") from error
-        digest.update(f"{name}|{status.st_size}|{said}\n".encode())
+        num_bytes, said = _size_and_mark(manifest, name, by)
+        total += num_bytes
+        digest.update(f"{name}|{num_bytes}|{said}\n".encode())
     return total, digest.hexdigest()[:_MARK_DIGITS]
+
+
+def _size_and_mark(manifest: Manifest, name: str, by: str) -> tuple[int, str]:
+    if manifest.packed is not None:
+        member = manifest.packed.members[name]
+        return member.size, "" if by == "size" else member.sha256  # of no other time than the shard's
+    path = manifest.root / name
+    try:
+        status = path.stat()
+        said = {"time": str(status.st_mtime_ns), "size": ""}.get(by)
+        if said is None:
+            said = file_sha256(path) if by == "content" else _sampled(path, status.st_size)
+    except OSError as error:
+        raise DataError(f"{path}: must be readable, got {error}. Encode it again.") from error
+    return status.st_size, said
 
 
 def _sampled(path: Path, num_bytes: int) -> str:
