@@ -1,5 +1,5 @@
-"""The command line: check, plan, encode, train, eval, report, sample, convert, inspect, launch, doctor. The
-only module that prints.
+"""The command line: check, plan, encode, train, eval, report, sample, shard, convert, inspect, launch,
+doctor. The only module that prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 70 an error that nobody foresaw
 (`crash` tells it), 75 the run was asked to stop and has saved: the same command goes on. A second signal ends
@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
+from aiprod_ds.cli_shard import add_shard, run_shard
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         output_dir="folder of the clips, in place of the configuration's",
         example="seed=4",
     )
+    add_shard(commands).set_defaults(command=_shard)
     add_convert(commands).set_defaults(command=_convert)
     add_inspect(commands).set_defaults(command=_inspect)
     launch = commands.add_parser("launch", help="train on the hosts of a hostfile, after checking them")
@@ -411,6 +413,12 @@ def _sample(arguments: argparse.Namespace) -> int:
     samples = run_sampling(config, source=str(arguments.config), console=arguments.console)
     for path in (*samples.clips, samples.contact_sheet, samples.record):
         print(path)
+    return DONE
+
+
+def _shard(arguments: argparse.Namespace) -> int:
+    for line in run_shard(arguments):
+        print(line)
     return DONE
 
 

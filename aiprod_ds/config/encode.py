@@ -29,6 +29,23 @@ from aiprod_ds.config.schema import (
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+class ShardOutputConfig(StrictModel):
+    """Shards of what was encoded, which a run reads from a disk, a web server or object storage."""
+
+    output: str = Field(min_length=1)
+    """A folder or `s3://bucket/prefix`, which must be empty, or hold shards of the same entries."""
+    shard_mb: PositiveFloat = 256.0
+    """What a shard holds at most, in 1e6 bytes."""
+    endpoint_url: str | None = Field(default=None, pattern=r"^https?://[^@?#]+$")
+    """A server that speaks the protocol of S3. null: as boto3 finds it."""
+
+    @model_validator(mode="after")
+    def _endpoint_has_effect(self) -> Self:
+        if self.endpoint_url is not None and not self.output.startswith("s3://"):
+            raise ValueError("endpoint_url: has no effect without an s3:// address in output. Remove it.")
+        return self
+
+
 class EncodeDataConfig(PictureConfig):
     """What is encoded, and where to."""
 
@@ -37,6 +54,9 @@ class EncodeDataConfig(PictureConfig):
     output_dir: str | None = None
     """Where `latents/`, `audio_latents/` and `conditions/` are made. null: beside the folder of the media or
     of the table, named after it with `_latents`; or `.precomputed` in it, where that exists."""
+    shards: ShardOutputConfig | None = None
+    """Packs the entries into shards when all are there. null: no shards; `aiprod-ds shard` makes them
+    later."""
     captions_per_line: bool = False
     """Whether each line of a text file beside the media is a caption of its own. false: the whole file is
     one."""

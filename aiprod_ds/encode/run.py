@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +28,7 @@ from aiprod_ds.data.latents import (
     write_entry,
 )
 from aiprod_ds.encode.media import read_pictures
+from aiprod_ds.encode.packing import pack_encoded
 from aiprod_ds.encode.reader import Failure, Loaded, MediaReader, load_tasks
 from aiprod_ds.encode.stages import CaptionStage, Entry, MediaStage, Stage
 from aiprod_ds.encode.tasks import Task, is_done, pending
@@ -55,6 +56,7 @@ class EncodeSummary:
         failures_file: Holds `failures` and `too_short`.
         seconds: Wall time.
         notes: What is done with media that a clip is not like, in words.
+        shards: Where the entries were packed, in words; empty if they were not.
     """
 
     output_dir: Path
@@ -65,6 +67,7 @@ class EncodeSummary:
     failures_file: Path
     seconds: float
     notes: tuple[str, ...] = ()
+    shards: str = ""
 
 
 def run_encoding(
@@ -109,7 +112,7 @@ def run_encoding(
     )
     dist.from_main(lambda: _write_failures(summary))
     _require_few_failures(summary, work, config)
-    return summary
+    return replace(summary, shards=dist.from_main(lambda: pack_encoded(config, work.output)))
 
 
 @dataclass(slots=True, kw_only=True)

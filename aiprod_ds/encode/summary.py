@@ -17,6 +17,7 @@ def summary_text(summary: EncodeSummary) -> str:
         [
             f"Encoded into {summary.output_dir} in {summary.seconds:.1f} s.",
             *_table(summary),
+            *([summary.shards] if summary.shards else []),
             *(f"Note: {note}." for note in summary.notes),
             *_left_out(summary),
         ]

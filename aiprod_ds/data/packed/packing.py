@@ -5,8 +5,10 @@ Owns which files belong together and what the index says of each. Called by `aip
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ from aiprod_ds.data.packed.media import KINDS, facts_of_record
 from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
-from aiprod_ds.shards.index import ShardIndex
+from aiprod_ds.files import file_sha256
+from aiprod_ds.shards.index import INDEX, ShardIndex, read_index
 from aiprod_ds.shards.storage import Storage
 from aiprod_ds.shards.writer import PackedFile, index_shards, write_shards
 
@@ -43,25 +46,35 @@ RECORD_SUFFIX = ".record.json"
 decoding."""
 
 
-def pack_latents(source: Path, storage: Storage, *, shard_bytes: int) -> ShardIndex:
+def pack_latents(
+    source: Path,
+    storage: Storage,
+    *,
+    shard_bytes: int,
+    root: Path | None = None,
+    skip_missing: bool = False,
+) -> ShardIndex:
     """Packs the latents, sounds and embeddings of every clip, and the empty caption; returns the index.
 
     Entries of one clip lie together, so that one request reads them. ltx-trainer's files are packed as
-    safetensors with the same tensors and numbers.
+    safetensors with the same tensors and numbers. Shards that hold the very same files already are left as
+    they are.
 
     Args:
         source: As `scan_latents` takes it; of a table, its rows' clips.
-        storage: Where the shards go; holds nothing yet.
+        storage: Where the shards go; holds nothing else.
         shard_bytes: What a shard holds at most.
+        root: Where the latents are; None finds them as `scan_latents` does.
+        skip_missing: Whether rows of a table without latents are left out.
 
     Raises:
         DataError: If there are no latents, or a file cannot be read or written.
     """
-    root = latents_root(source)
+    root = latents_root(source) if root is None else root
     names: dict[str, list[str]] = {}
     for name in latent_names(root):
         names.setdefault(split_name(name)[0], []).append(name)
-    clips = list(names) if source.is_dir() else _clips_of_rows(source, names)
+    clips = list(names) if source.is_dir() else _clips_of_rows(source, names, skip_missing=skip_missing)
     if not clips:
         raise DataError(f"{source}: must have latents to pack, got none. Run `aiprod-ds encode` first.")
 
@@ -72,7 +85,16 @@ def pack_latents(source: Path, storage: Storage, *, shard_bytes: int) -> ShardIn
         for clip in progress.steps(clips, f"packing the latents of {root}:", len(clips)):
             yield list(_entries_of(root, clip, names[clip]))
 
+    present = _present(storage)
+    if present is not None and present.kind == LATENTS and _holds(present, chain.from_iterable(groups())):
+        return present
     return write_shards(groups(), storage, kind=LATENTS, shard_bytes=shard_bytes)
+
+
+def holds_latents(source: Path) -> bool:
+    """Returns whether a folder holds latents itself; a folder or a table of media whose latents lie elsewhere
+    does not."""
+    return (source / LATENTS).is_dir()
 
 
 def pack_media(
@@ -139,17 +161,35 @@ def make_index(storage: Storage) -> ShardIndex:
     return index_shards(storage, kind_of=kind_of, facts_of=facts_of)
 
 
-def _clips_of_rows(table: Path, names: dict[str, list[str]]) -> list[str]:
+def _present(storage: Storage) -> ShardIndex | None:
+    """Returns the index of shards that are there already; None if there are none."""
+    return read_index(storage) if INDEX in (storage.sizes() or ()) else None
+
+
+def _holds(index: ShardIndex, files: Iterable[PackedFile]) -> bool:
+    """Returns whether shards hold these files and no others."""
+    count = 0
+    for file in files:
+        member = index.members.get(file.name)
+        content = file.content
+        found = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
+        if member is None or member.sha256 != found:
+            return False
+        count += 1
+    return count == len(index.members)
+
+
+def _clips_of_rows(table: Path, names: dict[str, list[str]], *, skip_missing: bool) -> list[str]:
     rows = dict.fromkeys(listed.path for listed in read_table(table))
     # ltx-trainer leaves the suffix of the media out
     known = {row: row if row in names else str(Path(row).with_suffix("")) for row in rows}
     missing = [row for row, clip in known.items() if clip not in names]
-    if missing:
+    if missing and not skip_missing:
         raise DataError(
             f"{table}: every row must have latents to be packed, got none for {', '.join(missing[:5])}"
             f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}. Encode the table first."
         )
-    return list(known.values())
+    return [clip for clip in known.values() if clip in names]
 
 
 def _entries_of(root: Path, clip: str, names: Sequence[str]) -> Iterator[PackedFile]:
