@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from aiprod_ds import progress
 from aiprod_ds.curriculum.data_rules import ClipFacts
+from aiprod_ds.data.latents import LATENTS
 from aiprod_ds.data.manifest import Manifest
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import DataError
@@ -263,6 +264,16 @@ def list_facts(
             yield Entry(part=BESIDE, name=name, mark=value)
 
     return ClipList.of(entries(), by="facts", selection=selection)
+
+
+def content_mark(manifest: Manifest, clip: str) -> str:
+    """Returns a mark of a clip's latents, the same under any name: their sizes and samples of them.
+
+    Raises:
+        DataError: If they cannot be read.
+    """
+    names = [name for name in manifest.files[clip] if name.startswith(f"{LATENTS}/")]
+    return "|".join(sorted(f"{_size_and_mark(manifest, name, 'samples')}" for name in names))
 
 
 def own_fingerprint(dataset: Any) -> str | None:

@@ -38,6 +38,7 @@ from aiprod_ds.errors import DataError
 from aiprod_ds.shards.reader import ShardReader
 
 _DURATION_TOLERANCE_SECONDS = 0.1  # more than two latents of any published audio VAE
+_MEDIA = "media_sha256"
 _log = logging.getLogger(__name__)
 
 
@@ -100,7 +101,8 @@ def scan_latents(source: Path | ShardReader, needs: LatentNeeds) -> Manifest:
         manifest = Manifest(root=Path(root.address), records=tuple(records), packed=root)
     else:
         manifest = Manifest(root=root, records=tuple(records))
-    return replace(manifest, unreadable=tuple(unreadable), files=files)
+    named = frozenset(reader.named)
+    return replace(manifest, unreadable=tuple(unreadable), files=files, named=named)
 
 
 class _UnusableError(ValueError):
@@ -168,6 +170,7 @@ class _ClipReader:
     needs: LatentNeeds
     unchecked: int = 0
     opened: list[str] = field(default_factory=list)  # of the last clip
+    named: set[str] = field(default_factory=set)  # see `Manifest.named`
     _firsts: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
     def record(self, clip: str, shapes: list[LatentShape | None]) -> MediaRecord:
@@ -187,6 +190,8 @@ class _ClipReader:
         video = self._header(LATENTS, name)
         latent_CFHW = _shape_of(video, "latents", dimensions=(4,), where=LATENTS)
         self._same(f"channels of {LATENTS}", latent_CFHW[:1], name)
+        if _MEDIA not in video.metadata:
+            self.named.add(clip)
         record = _record(clip, name, video, latent_CFHW, self.needs.strides)
         if self.needs.with_audio:
             audio = self._header(AUDIO_LATENTS, name)
@@ -239,10 +244,10 @@ class _ClipReader:
 def _record(
     clip: str, name: str, header: Header, latent_CFHW: tuple[int, ...], strides: ModelStrides
 ) -> MediaRecord:
-    if "media_sha256" in header.metadata:
+    if _MEDIA in header.metadata:
         return MediaRecord(
             path=clip,
-            sha256=header.metadata["media_sha256"],
+            sha256=header.metadata[_MEDIA],
             frames=int(_number(header, "media_frames")),
             fps=_number(header, "media_fps"),
             height=int(_number(header, "media_height")),

@@ -125,6 +125,7 @@ class Manifest:
         unreadable: Files that should be clips and cannot.
         ignored: Files that are no clips on purpose: hidden ones, and what settings leave out.
         files: By clip, the files under `root` that it consists of, if it is not one of its own name.
+        named: Clips whose `sha256` is of their name, because nobody knows of what media they are.
         packed: The shards that hold the files; None where they lie under `root` themselves.
     """
 
@@ -134,6 +135,7 @@ class Manifest:
     ignored: tuple[Unreadable, ...] = ()
     medium: Medium = "video"
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
+    named: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     packed: ShardReader | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from aiprod_ds.config.data import AudioDataConfig, PictureConfig
+from aiprod_ds.data.clip_list import content_mark
 from aiprod_ds.data.manifest import Manifest, Unreadable
 from aiprod_ds.decode.record import MediaRecord
 
@@ -107,15 +108,25 @@ def ignored_notes(*manifests: Manifest) -> tuple[str, ...]:
 
 
 def duplicate_notes(train: Manifest, validation: Manifest) -> tuple[str, ...]:
-    """Returns what stands more than once, by content: within training, and in training and validation."""
+    """Returns what stands more than once, by content: within training, and in training and validation.
+
+    Raises:
+        DataError: If latents of which nobody knows the media cannot be read.
+    """
     paths: dict[str, list[str]] = {}
     for record in train.records:
-        paths.setdefault(record.sha256, []).append(record.path)
+        paths.setdefault(_content(train, record), []).append(record.path)
     twice = [names for names in paths.values() if len(names) > 1]
+    # Names of two folders may be alike.
+    held, own = (
+        ("", "")
+        if train.where == validation.where
+        else (f"{manifest.where}/" for manifest in (validation, train))
+    )
     leaks = [
-        f"{record.path} = {paths[record.sha256][0]}"
+        f"{held}{record.path} = {own}{paths[content][0]}"
         for record in validation.records
-        if record.sha256 in paths
+        if (content := _content(validation, record)) in paths
     ]
     notes = []
     if leaks:
@@ -125,6 +136,10 @@ def duplicate_notes(train: Manifest, validation: Manifest) -> tuple[str, ...]:
         pairs = [" = ".join(names) for names in twice]
         notes.append(f"{_clips(copies)} in training more than once, by content: {_some(pairs)}")
     return tuple(notes)
+
+
+def _content(manifest: Manifest, record: MediaRecord) -> str:
+    return content_mark(manifest, record.path) if record.path in manifest.named else record.sha256
 
 
 _Rule = tuple[str, Callable[[MediaRecord], bool]]

@@ -209,7 +209,8 @@ def test_doubles_are_allowed_told_or_an_error(tmp_path: Path, setting: str) -> N
         validation=str(tmp_path / "validation"),
         duplicates=setting,  # type: ignore[arg-type]
     )
-    leak = "1 clip held out and trained on at once, by content: b.mp4 = a.mp4"
+    held_out, trained_on = tmp_path / "validation" / "b.mp4", tmp_path / "train" / "a.mp4"
+    leak = f"1 clip held out and trained on at once, by content: {held_out} = {trained_on}"
     if setting == "error":
         with pytest.raises(DataError, match=rf"no clip twice \(data\.duplicates: error\), got {leak}"):
             open_video_files(config, seed=0)
