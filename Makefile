@@ -70,7 +70,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -m venv "$(VENV)" || { \
 		echo "make: cannot create $(VENV). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@"$(BIN)/python" -m pip install --quiet --upgrade pip
-	@PYTHONWARNINGS=ignore::UserWarning "$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,tensorboard]' || { \
+	@PYTHONWARNINGS=ignore::UserWarning "$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,tensorboard,storage]' || { \
 		echo "make: the installation failed; pip's message is above. Check network and disk space, then run the same command again." >&2; \
 		exit 1; }
 	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
