@@ -19,7 +19,7 @@ from aiprod_ds.errors import CheckpointError
 
 _KINDS: dict[str, type] = {"fingerprint": str, "phase_fingerprints": Sequence}  # the others are mappings
 # Checkpoints from before these fields are read as if they had them empty.
-_CAME_LATER = frozenset({"replaced_clips"})
+_CAME_LATER = frozenset({"replaced_clips", "streams"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class RunState:
             bucket.
         history: What the report needs from before the save (evaluations, seconds per phase, resumes).
         adaptive_clip: Statistics of gradient norms; empty without an adaptive clip.
+        streams: Where an iterable dataset stands on every rank, and in which phase; empty if the clock says
+            all.
         replaced_clips: Name -> reason, by name, of the training clips that could not be read and that no rank
             reads from this checkpoint on.
     """
@@ -45,6 +47,7 @@ class RunState:
     layout: Mapping[str, Any]
     history: Mapping[str, Any] = field(default_factory=dict)
     adaptive_clip: Mapping[str, Any] = field(default_factory=dict)
+    streams: Mapping[str, Any] = field(default_factory=dict)
     replaced_clips: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def render_report(summary: RunSummary) -> str:
         _pictures("Curves", summary.plots),
         _time(summary.time_seconds, summary.performance),
         _replacements(summary.replacements),
-        _data(summary.data),
+        _data(summary.data, summary.worker_restarts),
         _reproduce(summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -202,11 +202,16 @@ def _replacements(replacements: Sequence[str]) -> str:
     return "## What was replaced\n\n" + "\n".join(lines)
 
 
-def _data(data: DataSummary) -> str:
+def _data(data: DataSummary, worker_restarts: int) -> str:
     lines = [f"{data.clips:,} clips for training, {data.held_out_clips:,} held out."]
-    for title, files in (("Unreadable", data.unreadable), ("Too short", data.too_short)):
+    listed = (
+        ("Unreadable", data.unreadable, "left out"),
+        ("Too short", data.too_short, "left out"),
+        ("Unreadable in training", data.replaced, "replaced by other clips"),
+    )
+    for title, files, what in listed:
         if files:
-            lines.append(f"{title}: {len(files):,} {plural('file', len(files))}, left out.")
+            lines.append(f"{title}: {len(files):,} {plural('file', len(files))}, {what}.")
             lines.append(
                 _table(
                     ("file", "reason"),
@@ -215,8 +220,11 @@ def _data(data: DataSummary) -> str:
             )
         if len(files) > _MAX_FILES_LISTED:
             lines.append(f"{len(files) - _MAX_FILES_LISTED:,} more are in `report.json`.")
-    if not data.unreadable and not data.too_short:
+    if not any(files for _, files, _ in listed):
         lines.append("Every file could be used.")
+    if worker_restarts:
+        times = f"{worker_restarts:,} {plural('time', worker_restarts)}"
+        lines.append(f"Workers of the loader died and were started again: {times}.")
     return "## Data\n\n" + "\n\n".join(lines)
 
 

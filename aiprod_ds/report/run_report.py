@@ -57,7 +57,7 @@ def report_dict(summary: RunSummary) -> dict[str, Any]:
 
 def _data_dict(data: DataSummary) -> dict[str, Any]:
     values = asdict(data)
-    for kind in ("unreadable", "too_short"):
+    for kind in ("unreadable", "too_short", "replaced"):
         values[kind] = [{"path": path, "reason": reason} for path, reason in getattr(data, kind)]
     return values
 

@@ -47,12 +47,19 @@ class PhaseSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSummary:
-    """What the run trained on and what it could not use, file by file."""
+    """What the run trained on and what it could not use, file by file.
+
+    Attributes:
+        unreadable: Found before training.
+        too_short: For some phase.
+        replaced: Found in training, and replaced by other clips from then on.
+    """
 
     clips: int
     held_out_clips: int
     unreadable: tuple[tuple[str, str], ...] = ()
     too_short: tuple[tuple[str, str], ...] = ()
+    replaced: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +82,7 @@ class RunSummary:
         final_state_sha256: Over parameters and optimizer state; None if the run did not get to its end.
         time_seconds: Wall time per activity (`Stopwatch.breakdown`).
         environment: What `environment.describe_environment` returns: versions, hardware, commit, command.
+        worker_restarts: How often workers of the loader that had died were started again.
         performance: What was chosen of what changes speed alone, and why, one line each.
         replacements: Everything done in place of what was asked, in words, one entry each.
         retrained: Changes of the trained parameters between phases: phase, what was trained before and after,
@@ -107,6 +115,7 @@ class RunSummary:
     data: DataSummary
     measured_clips: int = 0
     judged_clips: Mapping[str, int] = field(default_factory=dict)
+    worker_restarts: int = 0
     performance: tuple[str, ...] = ()
     replacements: tuple[str, ...] = ()
     retrained: tuple[Mapping[str, Any], ...] = ()

@@ -57,6 +57,7 @@ class Interrupts:
         watch: Knows of this rank's signals.
         folder: The run folder; only rank 0 looks into it, about once a second.
         finished: Returns a count that never falls, of which everybody wants to know the least of all ranks.
+        wants_stop: Returns whether this rank has a reason of its own to save and leave.
         now: Monotonic time in seconds; tests pass their own.
 
     Attributes:
@@ -69,11 +70,13 @@ class Interrupts:
         folder: Path,
         *,
         finished: Callable[[], int] = lambda: 0,
+        wants_stop: Callable[[], bool] = lambda: False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._watch = watch
         self._folder = folder
         self._finished = finished
+        self._wants_stop = wants_stop
         self._now = now
         self.finished_by_all = 0
         self._ballot = dist.Ballot(3)
@@ -132,7 +135,7 @@ class Interrupts:
         return Interrupt(request)
 
     def _own(self, now: float) -> Interrupt:
-        if self._watch.received is not None:
+        if self._watch.received is not None or self._wants_stop():
             return Interrupt.STOP
         if dist.is_main() and (self._looked_at is None or now - self._looked_at >= LOOK_SECONDS):
             self._looked_at = now

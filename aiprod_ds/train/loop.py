@@ -31,6 +31,7 @@ from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
 from aiprod_ds.report.environment import device_peak_bytes, rss_bytes
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
+from aiprod_ds.train.data_faults import DataFaults
 from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupt, Interrupts
 from aiprod_ds.train.overflow import OverflowWatch
@@ -56,6 +57,8 @@ class TrainingLoop:
         evaluator: Measures it and makes what shows it.
         interrupts: What is asked of the run from outside.
         overflows: Judges updates with non-finite gradients.
+        faults: Clips that could not be read, and workers that died.
+        watchdog: Ends a run that does not come on.
         layout: How the state is spread over ranks, for checkpoints.
         clock: Where the run stands; replaced, never changed.
         history: What the report will say of the past; saved with every checkpoint.
@@ -70,6 +73,7 @@ class TrainingLoop:
     saver: Saver
     interrupts: Interrupts
     overflows: OverflowWatch
+    faults: DataFaults
     layout: Mapping[str, Any]
     clock: Clock
     history: History
@@ -87,6 +91,7 @@ class TrainingLoop:
 
         Raises:
             NonFiniteError: If too many updates had a non-finite gradient; see `overflow.py`.
+            DataError: Once the run has saved, if too many clips could not be read.
         """
         if self.clock.updates:
             self._saved = after_change(self._saved, Change.RESUMED)
@@ -94,6 +99,8 @@ class TrainingLoop:
         stage = Stage.MEASURE_START
         while stage not in ENDS:
             stage = next_stage(stage, self._do(stage))
+        if stage is Stage.INTERRUPTED:
+            self.faults.require_few()
         return RunStatus.COMPLETED if stage is Stage.COMPLETED else RunStatus.INTERRUPTED
 
     @property
@@ -137,7 +144,9 @@ class TrainingLoop:
         """Returns why the phase ended; `STAY` if it did not and the run is to stop."""
         if self._entered is None:
             with self.stopwatch.during(Activity.TRANSITION):
-                self._entered = enter_phase(self.parts, phase, state=self.state, clock=self.clock)
+                self._entered = enter_phase(
+                    self.parts, phase, state=self.state, clock=self.clock, faults=self.faults
+                )
         entered = self._entered
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
@@ -193,6 +202,8 @@ class TrainingLoop:
             with self.stopwatch.during(Activity.DATA_WAIT):
                 batch = next(entered.batches)
             assert batch.position == position, f"loader at {batch.position}, clock at {position}"
+            if batch.unread or batch.restarts:
+                self.faults.note(batch)
             if shape not in self._work:
                 self._work[shape] = self.parts.unit.clip_work(batch)
             # Dropout inside the module draws from torch's own stream. Seeded by the count of micro-batches it
@@ -277,6 +288,8 @@ class TrainingLoop:
                 peak=self.parts.peak_flops,
             ),
             "memory/rss_bytes": rss_bytes(),
+            # Agreed, so that all ranks have the row or none.
+            **({"data/replaced_clips": len(self.faults.agreed)} if self.faults.agreed else {}),
             **(
                 {"memory/device_peak_bytes": device_peak_bytes()}
                 if self.state.engine.device.type == "cuda"
@@ -296,6 +309,7 @@ class TrainingLoop:
             state=self.state,
             clock=self.clock,
             history=self.history,
+            faults=self.faults,
             save=self._save,
             finish_save=self._finish_save,
         )
@@ -363,6 +377,7 @@ class TrainingLoop:
             if not self._evaluate_inside(self.evaluator.missing(self.clock), "asked"):
                 return self._must_stop(at_once=True)
         elif interrupt is not Interrupt.NONE:
+            self._agree_on_faults()
             self._save()
             self._finish_save()
         if interrupt is not Interrupt.NONE:
@@ -379,8 +394,26 @@ class TrainingLoop:
             return
         self.recorder.flush(dist.reduce_mean)
         with self.stopwatch.during(Activity.CHECKPOINT):
+            self._agree_on_faults()
             self.saver.save(self.state, self._run_state())
         self._saved = after_change(self._saved, Change.SAVED)
+
+    def _agree_on_faults(self) -> None:
+        """Makes the clips that a rank could not read those of all ranks, from this checkpoint on."""
+        has_grown = self.faults.merge()
+        self.history.worker_restarts = self.faults.worker_restarts
+        if has_grown:
+            self._saved = after_change(self._saved, Change.FAULTS_FOUND)
+            if self._entered is not None:
+                self._entered.stream.leave_out(self.faults.agreed)
+
+    def _streams(self) -> dict[str, Any]:
+        """Returns where the data of the phase stands on every rank, if the clock alone does not say it."""
+        entered = self._entered
+        if entered is None or entered.phase.index != self.clock.phase:
+            return {}
+        own = entered.stream.state_at(self.clock.phase_position)
+        return {"phase": self.clock.phase, "ranks": dist.gather_objects(own)} if own else {}
 
     def _run_state(self) -> RunState:
         clip = self.state.clip
@@ -392,4 +425,6 @@ class TrainingLoop:
             layout=dict(self.layout),
             history=self.history.to_dict(),
             adaptive_clip={} if clip is None else clip.to_dict(),
+            streams=self._streams(),
+            replaced_clips=dict(self.faults.agreed),
         )

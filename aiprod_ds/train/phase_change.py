@@ -30,6 +30,7 @@ from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
+from aiprod_ds.train.data_faults import DataFaults
 from aiprod_ds.train.engines import build_engine
 from aiprod_ds.train.performance import Performance
 from aiprod_ds.train.phase_graphs import PhaseGraphs
@@ -99,6 +100,7 @@ def change_phase(
     state: TrainState,
     clock: Clock,
     history: History,
+    faults: DataFaults,
     save: Callable[[], None],
     finish_save: Callable[[], None],
 ) -> Entered:
@@ -115,6 +117,7 @@ def change_phase(
         state: What was trained so far, and from now on.
         clock: At the end of the phase that is left.
         history: Remembers what was rebuilt.
+        faults: Knows the clips that the new phase is not to read; saving may add to them.
         save: Saves the run as it stands, or begins to.
         finish_save: Waits until what was begun is written.
 
@@ -129,10 +132,12 @@ def change_phase(
     if after.adapters != before.adapters:
         finish_save()  # it reads from the engine that is about to be closed
         _rebuild(parts, state, before, after, history)
-    return enter_phase(parts, after, state=state, clock=clock.at_phase(after.index))
+    return enter_phase(parts, after, state=state, clock=clock.at_phase(after.index), faults=faults)
 
 
-def enter_phase(parts: RunParts, phase: PhasePlan, *, state: TrainState, clock: Clock) -> Entered:
+def enter_phase(
+    parts: RunParts, phase: PhasePlan, *, state: TrainState, clock: Clock, faults: DataFaults
+) -> Entered:
     """Returns `phase` ready for the update that `clock` stands before. Collective.
 
     Changes recomputation of the module, and of the engine weight decay, moments (at the phase's first moment
@@ -148,9 +153,14 @@ def enter_phase(parts: RunParts, phase: PhasePlan, *, state: TrainState, clock: 
     begin_phase(engine, unit.module, phase, clock, recompute_default=default)
     stream = unit.open_stream(phase, clock, rank=engine.rank, world_size=engine.world_size)
     try:
+        if clock.phase_position:
+            is_of_phase = state.streams.get("phase") == phase.index
+            stream.restore(state.streams["ranks"] if is_of_phase else ())
         bucket = phase.buckets[stream.bucket_at(clock.phase_position)]
         engine.set_batch(micro_batch_size=bucket.micro_batch_size, accumulation=bucket.accumulation)
         engine.set_learning_rate(phase.learning_rate.at(clock.phase_updates))
+        if faults.known:
+            stream.leave_out(faults.known)
         batches = iter(stream)
         first = next(batches)  # what cannot be read is found before the phase counts as begun
         assert first.position == clock.phase_position, f"loader at {first.position}, clock at {clock}"

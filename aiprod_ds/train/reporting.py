@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,8 @@ def _summarize(
         peak_rss_bytes=peak_rss_bytes(),
         environment=describe_environment() if dist.is_main() else {},
         performance=facts.parts.performance.reasons,
-        data=facts.unit.data_summary(),
+        data=replace(facts.unit.data_summary(), replaced=tuple(sorted(loop.faults.known.items()))),
+        worker_restarts=history.worker_restarts,
         replacements=(*facts.unit.replacements(), *_chosen(facts.layout), *history.replacements),
         retrained=tuple(history.retrained),
         resumed_from=tuple(history.resumed_from),

@@ -30,6 +30,7 @@ from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.console import print_summary
 from aiprod_ds.report.output import open_console
 from aiprod_ds.report.summary import RunStatus, RunSummary
+from aiprod_ds.train.data_faults import DataFaults
 from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupts, SignalWatch
 from aiprod_ds.train.kept_media import drop_later_evaluations
@@ -91,6 +92,7 @@ class _Standing:
     clock: Clock
     scheduler: CurriculumScheduler
     history: History
+    faults: DataFaults
     is_resumed: bool
 
 
@@ -245,6 +247,7 @@ def _restore(facts: RunFacts, state: TrainState, checkpoint: Checkpoint | None) 
         state.base = read_engine(checkpoint.engine_folder, state.engine, state.ema, origin=origin).base
         if state.clip is not None:
             state.clip.restore(saved.adaptive_clip)
+        state.streams = saved.streams
         clock, history = saved.clock, History.from_dict(saved.history)
         scheduler.load_state_dict(saved.scheduler)
         _note_resume(history, checkpoint, facts)
@@ -252,7 +255,24 @@ def _restore(facts: RunFacts, state: TrainState, checkpoint: Checkpoint | None) 
         # What was restored may have been trained before: starting the run anew does not give it.
         is_stored, phase = checkpoint is not None, facts.plan.phases[clock.phase]
         state.base = base_of_phase(state.engine, phase, config, origin=origin, is_stored=is_stored)
-    return _Standing(clock=clock, scheduler=scheduler, history=history, is_resumed=checkpoint is not None)
+    return _Standing(
+        clock=clock,
+        scheduler=scheduler,
+        history=history,
+        faults=_faults(facts, checkpoint, history),
+        is_resumed=checkpoint is not None,
+    )
+
+
+def _faults(facts: RunFacts, checkpoint: Checkpoint | None, history: History) -> DataFaults:
+    """Returns what the checkpoint knows of bad clips; with data that was changed since, it begins anew."""
+    is_same_data = facts.data_change is None
+    return DataFaults(
+        num_clips=facts.unit.data_summary().clips,
+        max_fraction=facts.config.data.max_unreadable_fraction,
+        agreed=dict(checkpoint.state.replaced_clips) if checkpoint is not None and is_same_data else {},
+        worker_restarts=history.worker_restarts,
+    )
 
 
 def _note_resume(history: History, checkpoint: Checkpoint, facts: RunFacts) -> None:
@@ -299,7 +319,10 @@ def _new_loop(
     sinks = open_sinks(config, plan, console, clock, **resumed) if dist.is_main() else ()
     engine, stopwatch = state.engine, Stopwatch()
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
-    interrupts = Interrupts(watch, facts.folder, finished=lambda: saver.finished)
+    faults = standing.faults
+    interrupts = Interrupts(
+        watch, facts.folder, finished=lambda: saver.finished, wants_stop=lambda: faults.are_too_many
+    )
     evaluator = Evaluator(
         config=config,
         plan=plan,
@@ -320,6 +343,7 @@ def _new_loop(
         saver=saver,
         interrupts=interrupts,
         overflows=OverflowWatch(lowest_scale=_lowest_scale(facts.parts.resolved.settings)),
+        faults=faults,
         layout=facts.layout,
         clock=clock,
         history=history,

@@ -6,7 +6,9 @@ this says what.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.engine.protocol import Engine
@@ -24,12 +26,14 @@ class TrainState:
         ema: The average of the weights that is evaluated in their place; None if the run keeps none.
         clip: Finds the norm to clip each update at; None if the run does not adapt it.
         base: The frozen weights that checkpoints refer to in place of holding them; None if they hold all.
+        streams: Of a resumed run: where its data stood, as `RunState.streams`.
     """
 
     engine: Engine
     ema: Ema | None = None
     clip: AdaptiveClip | None = None
     base: Base | None = None
+    streams: Mapping[str, Any] = field(default_factory=dict)
 
 
 def new_ema(engine: Engine, config: RunConfig) -> Ema | None:

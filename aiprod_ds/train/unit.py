@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -48,6 +48,19 @@ class Stream(Protocol):
 
     def leave_out(self, names: Collection[str]) -> None:
         """Replaces the clips of these names, without reading them, in all that is yielded from now on."""
+
+    def state_at(self, position: int) -> Mapping[str, Any]:
+        """Returns what a resumed run needs of this rank beside the clock to begin at `position`, where the
+        clock stands; JSON-ready, on all ranks empty if it needs nothing."""
+
+    def restore(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Goes to where each rank's `state_at` was asked, before anything is read; empty if none said
+        anything.
+
+        Raises:
+            CheckpointError: If what was saved does not fit this data.
+            DataError: If the data is not what it was.
+        """
 
     def close(self) -> None:
         """Ends the workers. Idempotent."""

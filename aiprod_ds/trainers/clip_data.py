@@ -7,7 +7,7 @@ dataset's (`aiprod_ds.data`). `open_data.py` opens each kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from aiprod_ds.data.manifest import Manifest, holdout, require_readable
 from aiprod_ds.data.packed.media import open_source
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.data.treatment import duplicate_notes, ignored_notes
-from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.errors import CheckpointError, DataError, PlanError
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.shards.reader import ShardReader
 
@@ -38,6 +38,7 @@ class ClipStream:
 
     sampler: PhaseSampler
     loader: ClipLoader
+    clips: tuple[ClipFacts, ...]
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yields this rank's micro-batches, without end."""
@@ -50,6 +51,26 @@ class ClipStream:
     def epoch_at(self, position: int) -> int:
         """Returns the completed passes over the phase's data before `position`."""
         return self.sampler.epoch_at(position)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Replaces the clips of these names, without reading them, in all that is yielded from now on."""
+        self.loader.leave_out([index for index, clip in enumerate(self.clips) if clip.name in names])
+
+    def state_at(self, position: int) -> Mapping[str, Any]:  # noqa: ARG002  the clock says all
+        """Returns nothing: which clips make which update is a function of the clock."""
+        return {}
+
+    def restore(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Checks that the run had no iterable.
+
+        Raises:
+            CheckpointError: If its place in one was saved.
+        """
+        if ranks:
+            raise CheckpointError(
+                "dataset: must be the iterable that it was when the checkpoint was saved, got clips in "
+                "random access. Pass what the run had."
+            )
 
     def close(self) -> None:
         """Ends the workers."""
@@ -178,8 +199,12 @@ class ClipData:
             augment=True,
             flip=phase.random_flip,
             draw=draw,
+            name_of=self._train_name,
         )
-        return ClipStream(sampler=sampler, loader=loader)
+        return ClipStream(sampler=sampler, loader=loader, clips=self.train_clips)
+
+    def _train_name(self, index: int) -> str:
+        return self.train_clips[index].name
 
     def held_out(self, bucket: BucketPlan) -> tuple[int, ...]:
         """Returns the indices of the held-out clips that are long enough for `bucket`."""

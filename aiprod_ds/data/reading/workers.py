@@ -63,12 +63,11 @@ class Workers:
         if not self._is_open and threading.current_thread() is threading.main_thread():
             self._is_open = True
             _CHILDREN.loaders += 1
-            _take_over()
         before = set(multiprocessing.active_children())
         begun = begin()
         self._processes = [process for process in multiprocessing.active_children() if process not in before]
         if self._is_open:
-            _take_over()  # torch's first loader of a process has set its own handler
+            _take_over()  # not before: torch's first loader of a process has set its own handler now
         return begun
 
     @contextmanager
@@ -86,6 +85,11 @@ class Workers:
             if not process.is_alive():
                 return f"worker {process.pid} ended with exit code {process.exitcode}"
         return None
+
+    def kill(self) -> None:
+        """Ends the processes at once, also those that are stopped or read what never comes."""
+        for process in self._processes:
+            process.kill()
 
     def end(self) -> None:
         """Gives the deaths of children back their meaning. Idempotent."""
@@ -109,13 +113,16 @@ def start_worker(_worker: int) -> None:
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LOOK_SECONDS = 2.0
 
 
 def _obey_parent() -> None:
-    while True:
-        received = signal.sigwaitinfo(_SIGNALS)
-        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
-            os._exit(0)
+    parent = os.getppid()
+    while os.getppid() == parent:  # else it is gone, and a clip that blocks would keep this process for good
+        received = signal.sigtimedwait(_SIGNALS, _LOOK_SECONDS)
+        if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            break
+    os._exit(0)
 
 
 @dataclass(slots=True)
@@ -126,11 +133,13 @@ class _Children:
         loaders: How many have workers.
         heard: How many wait for a batch.
         handler: What was set before, usually torch's.
+        is_called: Whether that runs; it may call what was set before it, and so this one again.
     """
 
     loaders: int = 0
     heard: int = 0
     handler: Any = None
+    is_called: bool = False
 
 
 _CHILDREN = _Children()
@@ -144,5 +153,11 @@ def _take_over() -> None:
 
 
 def _on_child(number: int, frame: FrameType | None) -> None:
-    if callable(_CHILDREN.handler) and (_CHILDREN.heard or not _CHILDREN.loaders):
+    is_heard = _CHILDREN.heard > 0 or _CHILDREN.loaders == 0
+    if not is_heard or _CHILDREN.is_called or not callable(_CHILDREN.handler):
+        return
+    _CHILDREN.is_called = True
+    try:
         _CHILDREN.handler(number, frame)
+    finally:
+        _CHILDREN.is_called = False

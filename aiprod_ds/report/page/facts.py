@@ -306,19 +306,30 @@ def _notes(run: RunRecord) -> Iterator[Note]:
     if isinstance(skipped, int) and skipped > 0:
         text = f"{skipped:,} updates were computed and not applied, because a gradient was not finite."
         yield Note(title="Skipped", text=text)
+    restarts = known.get("worker_restarts")
+    if isinstance(restarts, int) and restarts > 0:
+        text = f"Workers of the loader died and were started again, {restarts:,} {plural('time', restarts)}."
+        yield Note(title="Workers", text=text)
     if run.problems:
         rows = tuple(("", problem) for problem in run.problems)
         yield Note(title="This page", text="Not everything in the run folder could be read:", rows=rows)
 
 
 def _of_data(data: Mapping[str, Any]) -> Iterator[Note]:
-    for key, title in (("unreadable", "Unreadable"), ("too_short", "Too short"), ("ignored", "Ignored")):
+    titles = {
+        "unreadable": "Unreadable",
+        "too_short": "Too short",
+        "ignored": "Ignored",
+        "replaced": "Unreadable in training",
+    }
+    for key, title in titles.items():
         files = [entry for entry in data.get(key) or () if isinstance(entry, dict)]
         if files:
             rows = tuple((str(entry.get("path")), str(entry.get("reason"))) for entry in files[:_MAX_LISTED])
             more = f" The first {_MAX_LISTED} are listed." if len(files) > _MAX_LISTED else ""
-            text = f"{len(files):,} {plural('file', len(files))} left out.{more}"
-            yield Note(title=title, text=text, rows=rows, is_serious=key == "unreadable")
+            what = "replaced by other clips" if key == "replaced" else "left out"
+            text = f"{len(files):,} {plural('file', len(files))} {what}.{more}"
+            yield Note(title=title, text=text, rows=rows, is_serious=key in ("unreadable", "replaced"))
 
 
 def _parted(entry: str) -> tuple[str, str]:

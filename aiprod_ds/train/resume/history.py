@@ -29,6 +29,7 @@ class History:
             in words.
         not_saved: Update and reason of every save that there was no room for.
         replacements: What was done in place of what was asked while the run went on, in words.
+        worker_restarts: Starts of the loader's workers after deaths, of all ranks.
         evaluations: Records in the run folder.
         evaluated: Part of an evaluation -> `updates` and `samples` where it was last made.
         measured: `updates` and `metrics` of the last held-out measures.
@@ -46,6 +47,7 @@ class History:
     accepted_data: list[str] = field(default_factory=list)
     not_saved: list[dict[str, Any]] = field(default_factory=list)
     replacements: list[str] = field(default_factory=list)
+    worker_restarts: int = 0
     evaluations: int = 0
     evaluated: dict[str, dict[str, int]] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
