@@ -238,8 +238,10 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
         require_runnable(trainer.shapes, settings, MACHINES[arguments.machine], where=trainer.source)
     plan = trainer.plan(world_size=arguments.world_size)
     if arguments.machine is not None:
+        from aiprod_ds.train.planning.capacity import require_capacity
         from aiprod_ds.train.planning.previews import require_fitting_previews
 
+        require_capacity(trainer, plan, settings, MACHINES[arguments.machine])
         require_fitting_previews(trainer, plan, settings, MACHINES[arguments.machine])
     data = trainer.open_data()
     too_short = data.check(plan, trainer.source)

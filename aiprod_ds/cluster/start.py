@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from aiprod_ds.cluster.capacity import require_capacity_of
 from aiprod_ds.cluster.command import (
     DEFAULT_PORT,
     Launch,
@@ -107,6 +108,7 @@ def start(request: Request, console: Console) -> int:
     )
     check_arguments(launch.arguments)
     found = _examine(request, hosts, environment, launch.node_rank)
+    require_capacity_of(found, request, world_size=num_ranks(hosts))
     if launch.node_rank is None:
         first = found[0].probe or {}
         address = request.master_address or address_of(first, is_local=False)

@@ -10,7 +10,7 @@ to be replaced by the user's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 
@@ -110,6 +110,21 @@ MACHINES = {
         ),
     )
 }
+
+
+def machine_like(name: str, capability: tuple[int, int], *, memory_bytes: int) -> Machine:
+    """Returns a GPU that was found, with its own memory and the speed of the machine of the table that is
+    most like it.
+
+    Args:
+        name: As torch says it, such as `NVIDIA H200`.
+        capability: Compute capability, of the vendor.
+        memory_bytes: Of the whole GPU.
+    """
+    by_name = [machine for known, machine in MACHINES.items() if known.partition("-")[0] in name.lower()]
+    by_age = [machine for machine in MACHINES.values() if machine.compute_capability <= capability]
+    likest = next(iter(by_name), by_age[-1] if by_age else MACHINES["v100-32gb"])
+    return replace(likest, name=name, compute_capability=capability, memory_bytes=memory_bytes)
 
 
 def settings_problems(settings: DeepSpeedSettings, machine: Machine, *, where: str) -> Iterator[str]:

@@ -39,6 +39,7 @@ from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.performance import choose_performance
 from aiprod_ds.train.phase_change import RunParts, check_recompute
 from aiprod_ds.train.planning.auto import Search, resolve, this_machine
+from aiprod_ds.train.planning.capacity import RequireCapacity
 from aiprod_ds.train.reporting import (
     RunFacts,
     page_of,
@@ -72,6 +73,7 @@ class Prepared:
         plan: The curriculum for this world size, with the lengths that its epochs have on the data.
         build_unit: Builds the model and all that the loop trains, for the plan as it will run.
         search_now: What `engine.parallel: auto` asks.
+        require_capacity: Refuses what does not fit the GPUs.
         source: How messages name the configuration.
         clips: Returns the list of the clips that it trains on and holds out; the main rank asks, as often as
             it likes.
@@ -81,6 +83,7 @@ class Prepared:
     plan: RunPlan
     build_unit: Callable[[RunPlan], Unit]
     search_now: Search
+    require_capacity: RequireCapacity
     source: str
     clips: Callable[[], ClipList]
 
@@ -119,7 +122,7 @@ def run_training(
     with FolderLock(Path(config.output_dir)) as lock:
         dist.from_main(lock.take_if_used)  # before the newest checkpoint is looked for
         checkpoint = _find_checkpoint(config, resume)
-        facts = _resolved(prepared, checkpoint, accept_changed_data=accept_changed_data)
+        facts = _resolved(prepared, checkpoint, accept_changed_data=accept_changed_data, trains=True)
         settings = facts.parts.resolved.settings
         default = settings.activation_checkpointing
         check_recompute(facts.unit.module, facts.plan, default=default, source=source)
@@ -143,7 +146,7 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
         CheckpointError: If there is none, or it belongs to another run.
     """
     checkpoint = _find_checkpoint(prepared.config, resume)
-    facts = _resolved(prepared, checkpoint, accept_changed_data=True)
+    facts = _resolved(prepared, checkpoint, accept_changed_data=True, trains=False)
     if facts.data_change is not None:
         _LOG.warning("data_changed %s", facts.data_change)
     if checkpoint is None:
@@ -163,7 +166,9 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
         engine.close()
 
 
-def _resolved(prepared: Prepared, checkpoint: Checkpoint | None, *, accept_changed_data: bool) -> RunFacts:
+def _resolved(
+    prepared: Prepared, checkpoint: Checkpoint | None, *, accept_changed_data: bool, trains: bool
+) -> RunFacts:
     """Returns the run as it will run, after checking that the checkpoint is of it. Collective.
 
     The plan is resolved before the unit is built, so that unit, engine and loop have the same one; what a
@@ -181,6 +186,8 @@ def _resolved(prepared: Prepared, checkpoint: Checkpoint | None, *, accept_chang
         where = f"{source}: --resume {checkpoint.folder}"
         check_compatible(checkpoint.state, with_selection(config, data.selection), layout, where=where)
         require_same_data(data, accepted=accept_changed_data, where=where)
+    if trains:
+        prepared.require_capacity(resolved, None if checkpoint is None else checkpoint.state.clock)
     unit = prepared.build_unit(resolved.plan)
     # Counted here because an engine may shard them.
     parameters = sum(parameter.numel() for parameter in unit.module.parameters())

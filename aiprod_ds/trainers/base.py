@@ -30,6 +30,7 @@ from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.planner.evaluations import EvaluationCost, evaluation_cost
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.train.planning.auto import search_here, this_machine
+from aiprod_ds.train.planning.capacity import require_own_capacity
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
 from aiprod_ds.train.resume.data_change import change_since_saved, selection_of
 from aiprod_ds.train.run import Prepared, evaluate_checkpoint, run_training
@@ -261,6 +262,7 @@ class Trainer(ABC, Generic[ConfigT]):
             plan=plan,
             build_unit=build_unit,
             search_now=partial(search_here, self),
+            require_capacity=partial(require_own_capacity, self),
             source=self.source,
             clips=cache(partial(self.clip_list, data)),
         )

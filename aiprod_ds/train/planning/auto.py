@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
-from aiprod_ds.planner.hardware import MACHINES, Machine
+from aiprod_ds.planner.hardware import Machine, machine_like
 from aiprod_ds.planner.search import ParallelChoice, PhaseChoice, search
 from aiprod_ds.train.planning.estimate import estimator_of, resolved_settings, settings_for
 from aiprod_ds.train.planning.trace import Shaped
@@ -99,11 +99,7 @@ def this_machine() -> Machine | None:
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
-    capability = (found.major, found.minor)
-    by_name = [machine for name, machine in MACHINES.items() if name.partition("-")[0] in found.name.lower()]
-    by_age = [machine for machine in MACHINES.values() if machine.compute_capability <= capability]
-    likest = next(iter(by_name), by_age[-1] if by_age else MACHINES["v100-32gb"])
-    return replace(likest, name=found.name, compute_capability=capability, memory_bytes=found.total_memory)
+    return machine_like(found.name, (found.major, found.minor), memory_bytes=found.total_memory)
 
 
 def _kept(saved: Mapping[str, Any] | None, plan: RunPlan) -> ParallelChoice | None:
