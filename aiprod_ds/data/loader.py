@@ -177,6 +177,12 @@ class ClipLoader:
         except (RuntimeError, OSError, EOFError) as error:
             # torch's own, or of the connection to a worker that is gone.
             return _Lost(reason=self._workers.dead() or f"{type(error).__name__}: {error}")
+        except StopIteration:
+            raise
+        except BaseException:
+            # Whoever interrupts the wait has given the data up. A worker that blocks would outlast the loader.
+            self._workers.kill()
+            raise
 
     def _started(self) -> Iterator[MicroBatch | _Failure]:
         if self._batches is None:
