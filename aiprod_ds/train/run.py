@@ -48,7 +48,12 @@ from aiprod_ds.train.reporting import (
     report_interrupted,
     report_started,
 )
-from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
+from aiprod_ds.train.resume.compatibility import (
+    change_in_words,
+    check_compatible,
+    require_all,
+    run_layout,
+)
 from aiprod_ds.train.resume.data_change import CLIPS, compare, require_same_data, with_selection
 from aiprod_ds.train.resume.engine_files import read_engine
 from aiprod_ds.train.resume.folder_lock import FolderLock
@@ -184,8 +189,12 @@ def _resolved(
     data = dist.from_main(lambda: compare(None if checkpoint is None else checkpoint.folder, prepared.clips))
     if checkpoint is not None:
         where = f"{source}: --resume {checkpoint.folder}"
-        check_compatible(checkpoint.state, with_selection(config, data.selection), layout, where=where)
-        require_same_data(data, accepted=accept_changed_data, where=where)
+        as_saved = with_selection(config, data.selection)
+        # Shapes and batches may follow from the data, so both are told.
+        require_all(
+            lambda: require_same_data(data, accepted=accept_changed_data, where=where),
+            lambda: check_compatible(checkpoint.state, as_saved, layout, where=where),
+        )
     if trains:
         prepared.require_capacity(resolved, None if checkpoint is None else checkpoint.state.clock)
     unit = prepared.build_unit(resolved.plan)

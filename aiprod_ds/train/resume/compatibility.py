@@ -8,7 +8,7 @@ phases that have not begun may be edited. Reads nothing but that state.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aiprod_ds.checkpoint.state import RunState
@@ -76,6 +76,22 @@ def check_compatible(state: RunState, config: RunConfig, layout: Mapping[str, An
             "as many ranks as the "
             "saved run."
         )
+
+
+def require_all(*rules: Callable[[], None]) -> None:
+    """Asks every rule.
+
+    Raises:
+        ConfigError: With the problems of all of them.
+    """
+    problems: list[str] = []
+    for rule in rules:
+        try:
+            rule()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def change_in_words(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
