@@ -246,6 +246,7 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
     data = trainer.open_data()
     too_short = data.check(plan, trainer.source)
     for entry in too_short:
+    plan = data.with_buckets(plan, trainer.source)
         names = ", ".join(entry.names)
         arguments.console.print(
             f"phase {entry.phase}: not used, because they have under {entry.length}: {names}"
@@ -268,7 +269,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     _require_machine_for_estimates(arguments)
     trainer = _trainer(arguments)
     plan = trainer.plan(world_size=arguments.world_size)
-    plan, clips, data_problem = _with_data(trainer, plan)
+    plan, data, data_problem = _with_data(trainer, plan)
+    clips = None if data is None else data.clip_counts(plan)
     page = PlanView(
         source=trainer.source,
         model=trainer.config.model.source,
@@ -281,6 +283,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         evaluation=_evaluation(trainer, plan),
     )
     estimate = _estimate(arguments, trainer, plan)
+        found=() if data is None else data.found_buckets(plan),
     if arguments.json:
         print(json.dumps(page.document() | estimate, indent=1))
     else:
@@ -320,9 +323,8 @@ def _estimate(arguments: argparse.Namespace, trainer: Any, plan: RunPlan) -> dic
     return {"estimate": found}
 
 
-def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | None, str | None]:
-    """Returns the plan with its lengths on the data and the clips of every bucket, or why the data cannot be
-    read.
+def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, Any, str | None]:
+    """Returns the plan with its buckets and lengths on the data and the data, or why that cannot be read.
 
     Raises:
         PlanError: If the data can be read and does not do.
@@ -332,7 +334,8 @@ def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, list[list[int]] | 
     except PlanError as error:
         return plan, None, str(error)
     data.check(plan, trainer.source)
-    return data.with_lengths(plan, trainer.source), data.clip_counts(plan), None
+    return data.with_lengths(plan, trainer.source), data, None
+    plan = data.with_buckets(plan, trainer.source)
 
 
 def _encode(arguments: argparse.Namespace) -> int:

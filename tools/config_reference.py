@@ -149,12 +149,17 @@ def _below(
 
 def _words(key: dict[str, Any], path: str, kinds: dict[str, str], places: dict[str, str]) -> str:
     """Returns the type of a key in words, with its bounds: `integer >= 1 or null`."""
+    sections = []
     for reference, is_list in _references(key):
         child = places.get(reference, path + "[]" * is_list)
-        section = f"{'list of ' * is_list}[section](#{_anchor(child)}{f'-{kinds[child]}' if child in kinds else ''})"  # noqa: E501
-        return section + " or null" * ({"type": "null"} in key.get("anyOf", ()))
-    if "anyOf" in key:
-        return " or ".join(_words(choice, path, kinds, places) for choice in key["anyOf"])
+        anchor = _anchor(child) + (f"-{kinds[child]}" if child in kinds else "")
+        # Headings that differ in brackets alone get a number, in the order of the page.
+        number = sum(f"(#{anchor}" in section for section in sections)
+        sections.append(f"{'list of ' * is_list}[section](#{anchor}{f'-{number}' if number else ''})")
+    if sections:
+        return " or ".join(sections) + " or null" * ({"type": "null"} in _choices(key))
+    if _choices(key):
+        return " or ".join(_words(choice, path, kinds, places) for choice in _choices(key))
     if "prefixItems" in key:
         return f"list of {len(key['prefixItems'])}, each {_words(key['prefixItems'][0], path, kinds, places)}"
     if key["type"] == "array":
@@ -172,11 +177,20 @@ def _plain(key: dict[str, Any]) -> str:
 
 
 def _references(key: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Returns the name of the record that a key holds, if it holds one, and whether it holds a list of
-    them."""
-    is_list = key.get("type") == "array"
-    choices = [key.get("items", {})] if is_list else [key, *key.get("anyOf", ())]
-    return [(choice["$ref"].rpartition("/")[2], is_list) for choice in choices if "$ref" in choice]
+    """Returns the names of the records that a key may hold, and whether it holds a list of them."""
+    found = []
+    for choice in (key, *_choices(key)):
+        is_list = choice.get("type") == "array"
+        held = choice.get("items", {}) if is_list else choice
+        if "$ref" in held:
+            found.append((held["$ref"].rpartition("/")[2], is_list))
+    return found
+
+
+def _choices(key: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what a key may be, one of several; empty if there is one form only."""
+    choices: list[dict[str, Any]] = key.get("anyOf", key.get("oneOf", []))
+    return choices
 
 
 def _default(name: str, key: dict[str, Any], record: dict[str, Any]) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from aiprod_ds.config.model import LoraConfig
@@ -95,6 +95,31 @@ class BucketConfig(StrictModel):
     """Micro-batches per update."""
 
 
+class AutoBuckets(StrictModel):
+    """Shapes found from the clips: `buckets: auto`, or with settings `buckets: {most: 4}`.
+
+    The phase's `resolution` and `duration` are then the most that a clip may be, in pixels of a frame and in
+    frames, and its batch is that of such clips; see `aiprod_ds.curriculum.auto_buckets` for the exact rule.
+    """
+
+    most: Annotated[int, Field(ge=1, le=64)] = 8
+    """Shapes at most; fewer where another one would gain less than 1 % of what is seen of the clips."""
+    min_frames: PositiveInt = 1
+    """Clips with fewer frames are not used, as if a bucket asked for so many. 1: all, images among them. Of
+    sound, samples."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"must be auto or a list of shapes, got {value!r}. Write auto or list them.")
+        return {} if value == "auto" else value
+
+
+def _kind_of_buckets(value: Any) -> str:
+    return "auto" if isinstance(value, (str, dict, AutoBuckets)) else "listed"
+
+
 class PlateauConfig(StrictModel):
     """Ends a phase when the smoothed loss stops falling; see `aiprod_ds.curriculum.plateau` for the exact
     rule."""
@@ -117,10 +142,11 @@ class PhaseAugment(StrictModel):
 class PhaseConfig(StrictModel):
     """One phase. The batch is given by any two of its three numbers; the third follows from the world size.
 
-    Shape: `duration` and for video `resolution`, or `buckets`. End: `updates` (a fixed length), `epochs` of
-    the phase's own data, `plateau` of the loss, or several of them, of which the first that fires ends the
-    phase; `min_updates` and `max_updates` bound the last two. What is left out of `weight_decay`, `loss`,
-    `augment` and `activation_checkpointing` stays as the other sections say.
+    Shape: `duration` and for video `resolution`, or `buckets`, or all of them with `buckets: auto`. End:
+    `updates` (a fixed length), `epochs` of the phase's own data, `plateau` of the loss, or several of them,
+    of which the first that fires ends the phase; `min_updates` and `max_updates` bound the last two. What is
+    left out of `weight_decay`, `loss`, `augment` and `activation_checkpointing` stays as the other sections
+    say.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
@@ -129,9 +155,14 @@ class PhaseConfig(StrictModel):
     """Frame size; text such as `256x256` is height x width. Required for video unless there are `buckets`,
     not for sound."""
     duration: PhaseDuration | None = None
-    """Length of the clips. Not beside `buckets`."""
-    buckets: tuple[BucketConfig, ...] = Field(default=(), strict=False)
-    """Several shapes in one phase; every update has one of them."""
+    """Length of the clips. Not beside a list of `buckets`."""
+    buckets: Annotated[
+        Annotated[tuple[BucketConfig, ...], Field(strict=False), Tag("listed")]
+        | Annotated[AutoBuckets, Tag("auto")],
+        Discriminator(_kind_of_buckets),
+    ] = ()
+    """Several shapes in one phase; every update has one of them. A list, or `auto` (a mapping with its
+    settings): found from the clips, within the phase's `resolution` and `duration`."""
     global_batch_size: PositiveInt | None = None
     """Clips per update over all ranks; this or `micro_batch_size` must be given."""
     micro_batch_size: PositiveInt | None = None
@@ -179,6 +210,16 @@ class PhaseConfig(StrictModel):
     """Factor for both moments under `moments: decay`, and only there."""
 
     @property
+    def listed_buckets(self) -> tuple[BucketConfig, ...]:
+        """The shapes that are listed; none if there is one, or if they are found from the clips."""
+        return () if isinstance(self.buckets, AutoBuckets) else self.buckets
+
+    @property
+    def auto_buckets(self) -> AutoBuckets | None:
+        """How shapes are found from the clips; None if they are not."""
+        return self.buckets if isinstance(self.buckets, AutoBuckets) else None
+
+    @property
     def limit_updates(self) -> int | None:
         """The longest that the phase can be: `updates` or `max_updates`; None when only epochs end it."""
         return self.updates if self.updates is not None else self.max_updates
@@ -196,13 +237,21 @@ class PhaseConfig(StrictModel):
 
 
 def _shape_problems(phase: PhaseConfig) -> Iterator[str]:
+    buckets = phase.listed_buckets
     for key in ("resolution", "duration"):
-        if phase.buckets and getattr(phase, key) is not None:
+        if buckets and getattr(phase, key) is not None:
             yield f"{key}: has no effect beside buckets, got both. Remove one of the two."
-    if not phase.buckets and phase.duration is None:
-        yield "duration: must be given unless buckets are, got nothing. Add `duration:`."
-    yield from _share_problems(phase.buckets)
-    batches: tuple[BucketConfig | PhaseConfig, ...] = phase.buckets or (phase,)
+    if not buckets and phase.duration is None:
+        what = "unless buckets are" if phase.auto_buckets is None else "with buckets: auto"
+        yield f"duration: must be given {what}, got nothing. Add `duration:`."
+    rule, longest = phase.auto_buckets, phase.duration and phase.duration.frames
+    if rule is not None and longest is not None and rule.min_frames > longest:
+        yield (
+            f"buckets.min_frames: must be at most duration.frames ({longest}), got {rule.min_frames}. Lower "
+            "it."
+        )
+    yield from _share_problems(buckets)
+    batches: tuple[BucketConfig | PhaseConfig, ...] = buckets or (phase,)
     for index, bucket in enumerate(batches):
         sizes = (
             bucket.global_batch_size,
@@ -211,7 +260,7 @@ def _shape_problems(phase: PhaseConfig) -> Iterator[str]:
             phase.micro_batch_size,
         )
         if all(size is None for size in sizes):
-            where = f"buckets[{index}].global_batch_size" if phase.buckets else "global_batch_size"
+            where = f"buckets[{index}].global_batch_size" if buckets else "global_batch_size"
             yield f"{where}: this or micro_batch_size must be given, got neither. Set one of them."
 
 

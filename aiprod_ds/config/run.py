@@ -272,7 +272,7 @@ class RunConfig(StrictModel):
         for index, phase in enumerate(self.curriculum.phases):
             for key in (
                 "activation_checkpointing",
-                *(("micro_batch_size", "accumulation") if phase.buckets else ()),
+                *(("micro_batch_size", "accumulation") if phase.listed_buckets else ()),
             ):
                 if getattr(phase, key) is not None:
                     where = f"curriculum.phases[{index}].{key}"
@@ -307,7 +307,7 @@ class RunConfig(StrictModel):
         """Yields every shape of every phase with the dotted path of what holds it."""
         for index, phase in enumerate(self.curriculum.phases):
             where = f"curriculum.phases[{index}]"
-            if not phase.buckets:
+            if not phase.listed_buckets:
                 yield where, phase
-            for number, bucket in enumerate(phase.buckets):
+            for number, bucket in enumerate(phase.listed_buckets):
                 yield f"{where}.buckets[{number}]", bucket

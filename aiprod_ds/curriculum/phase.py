@@ -8,11 +8,12 @@ or snaps a frame count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aiprod_ds.config.model import LoraConfig
-from aiprod_ds.config.phase import MomentsPolicy, PlateauConfig, TrainingMode
+from aiprod_ds.config.phase import AutoBuckets, MomentsPolicy, PlateauConfig, TrainingMode
 from aiprod_ds.curriculum.lr import LearningRateSchedule
+from aiprod_ds.curriculum.strides import ModelStrides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,35 @@ class BucketPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoPlan:
+    """That a phase gets its buckets from the clips; see `aiprod_ds.curriculum.auto_buckets`.
+
+    Attributes:
+        rule: As configured.
+        largest: The phase's own resolution, length and batch, which bound what is found.
+        batch_step: Of a global batch: multiples of it are micro-batches of whole clips on every rank.
+        strides: Of the model.
+    """
+
+    rule: AutoBuckets
+    largest: BucketPlan
+    batch_step: int
+    strides: ModelStrides
+
+    @property
+    def key(self) -> str:
+        """What decides the shapes beside the clips, in words."""
+        largest = self.largest
+        rate = "" if largest.frame_rate_hz is None else f" at {largest.frame_rate_hz!r} Hz"
+        size = f"{largest.frames}x{largest.height}x{largest.width}{rate}"
+        return f"{size}, most {self.rule.most}, min_frames {self.rule.min_frames}"
+
+    def bucket(self, frames: int, height: int, width: int) -> BucketPlan:
+        """Returns the bucket of that shape, with the batch of the largest one."""
+        return replace(self.largest, frames=frames, requested_frames=frames, height=height, width=width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateRange:
     """A number of updates that is known only within bounds.
 
@@ -126,6 +156,8 @@ class PhasePlan:
         moment_scale: Factor for both moments at the beginning: 1 keep, 0 reset, otherwise the configured
             decay.
         adapters: What is trained in place of the weights; None if the weights themselves are.
+        auto: How `buckets` are found from the clips; before they are, `buckets` is the largest shape alone.
+            None if they are configured.
     """
 
     index: int
@@ -142,6 +174,7 @@ class PhasePlan:
     moments: MomentsPolicy
     moment_scale: float
     adapters: LoraConfig | None = None
+    auto: AutoPlan | None = None
 
     @property
     def training_mode(self) -> TrainingMode:

@@ -14,7 +14,7 @@ from aiprod_ds.config.phase import BucketConfig, PhaseConfig, PhaseDuration, Pha
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.batch import BatchTriple, solve_batch
 from aiprod_ds.curriculum.lr import LearningRateSchedule
-from aiprod_ds.curriculum.phase import BucketPlan, PhaseEnd, PhasePlan, RunPlan, UpdateRange
+from aiprod_ds.curriculum.phase import AutoPlan, BucketPlan, PhaseEnd, PhasePlan, RunPlan, UpdateRange
 from aiprod_ds.curriculum.plateau import earliest_plateau
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import PlanError
@@ -64,14 +64,14 @@ class _PhasePlanner:
     problems: list[str]
 
     def buckets(self, phase: PhaseConfig) -> tuple[BucketPlan, ...]:
-        if not phase.buckets:
+        if not phase.listed_buckets:
             assert phase.duration is not None, "the schema demands a length"
             only = BucketConfig(resolution=phase.resolution, duration=phase.duration)
             found = self._bucket(phase, only, self.where)
             return () if found is None else (found,)
         each = [
             self._bucket(phase, bucket, f"{self.where}.buckets[{index}]")
-            for index, bucket in enumerate(phase.buckets)
+            for index, bucket in enumerate(phase.listed_buckets)
         ]
         return tuple(bucket for bucket in each if bucket is not None)
 
@@ -110,7 +110,23 @@ class _PhasePlanner:
             moments=policy,
             adapters=adapters,
             moment_scale={"keep": 1.0, "reset": 0.0, "decay": decay or 0.0}[policy],
+            auto=self._auto(phase, buckets[0]),
         )
+
+    def _auto(self, phase: PhaseConfig, largest: BucketPlan) -> AutoPlan | None:
+        rule, adapter = phase.auto_buckets, self.config.curriculum.adapter
+        if rule is None:
+            return None
+        if adapter.reference_global_batch_size is not None:
+            self.problems.append(
+                f"{self.where}.buckets: auto gives buckets batches of their own, which lr_scaling: "
+                f"{adapter.lr_scaling} cannot scale for. List the buckets or use lr_scaling: none."
+            )
+        # A given micro-batch is of any size; else it follows from the global batch, which must stay a
+        # multiple of itself, so that the data comes in the same order on another number of ranks.
+        given = phase.micro_batch_size is not None
+        step = largest.global_batch_size // (largest.micro_batch_size if given else 1)
+        return AutoPlan(rule=rule, largest=largest, batch_step=step, strides=self.strides)
 
     def _bucket(self, phase: PhaseConfig, bucket: BucketConfig, where: str) -> BucketPlan | None:
         resolution = bucket.resolution or _WITHOUT_PICTURE

@@ -38,6 +38,16 @@ class ModelStrides:
         first = 1 if self.is_causal else 0
         return first + -(-(requested - first) // self.temporal) * self.temporal
 
+    def fit(self, available: int) -> int:
+        """Returns the largest number of frames that the model takes and that is at most `available`; 0 if
+        there is none.
+
+        Example: 8 -> 5 and 17 -> 17 for a causal stride of 4; sound of 5000 samples with a hop of 2048
+        becomes 4096.
+        """
+        first = 1 if self.is_causal else 0
+        return max(0, first + (available - first) // self.temporal * self.temporal) if available else 0
+
     @property
     def rule(self) -> str:
         """What the model takes, in words: `1 + 8 * k frames` or `2048 * k samples`."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aiprod_ds.curriculum.auto_buckets import Shape
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.strides import ModelStrides
@@ -32,6 +33,7 @@ from aiprod_ds.data.latents import (
     find_entry,
     read_caption,
     read_entry,
+    read_found_buckets,
     read_header,
 )
 from aiprod_ds.data.manifest import Manifest
@@ -77,6 +79,10 @@ class LatentDataset:
         """Returns the embedding of the empty caption that lies beside the latents; None if there is none."""
         entry = find_beside(self._root, EMPTY_PROMPT)
         return None if entry is None else read_entry(entry)
+
+    def found_buckets(self) -> dict[str, tuple[Shape, ...]]:
+        """Returns the shapes that `buckets: auto` found when the clips were encoded, by `AutoPlan.key`."""
+        return read_found_buckets(self._root)
 
     def __len__(self) -> int:
         """Returns the number of clips."""

@@ -7,6 +7,7 @@ Owns the layout of a `.precomputed` folder:
     audio_latents/<clip>@<frames>x<height>x<width>.safetensors  [C,T] or [C,T,M]
     conditions/<clip>.safetensors                               prompt_embeds [S,D], prompt_attention_mask [S]
     empty_prompt.safetensors                                    the same of the empty caption
+    buckets.safetensors                                         what `buckets: auto` of a curriculum found
 
 An entry of conditions holds further captions of its clip under `prompt_embeds.1`, `prompt_embeds.2` and so
 on. `<clip>` is the media file's path in its manifest with its suffix; the shape is the clip's in pixels, with
@@ -20,7 +21,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from aiprod_ds.curriculum.auto_buckets import Shape
 from aiprod_ds.errors import DataError
 from aiprod_ds.shards.reader import PackedEntry, ShardReader
 from aiprod_ds.tensor_file import TensorFile, TensorFileError, tensors_in
@@ -41,6 +43,9 @@ _BESIDE = "_latents"
 _PROMPT = "prompt_embeds"
 _MORE = re.compile(r"\.\d+$")
 EMPTY_PROMPT = f"empty_prompt{SUFFIX}"
+FOUND_BUCKETS = f"buckets{SUFFIX}"
+"""Holds the shapes that `buckets: auto` found, under `AutoPlan.key`: whole numbers [N,3], each frames, height
+and width."""
 TEMPORARY_SUFFIX = ".part"
 EntryFile: TypeAlias = Path | PackedEntry
 """Where an entry is: a file of its own, or in shards."""
@@ -169,6 +174,28 @@ def find_beside(root: Path | ShardReader, name: str) -> EntryFile | None:
     if isinstance(root, ShardReader):
         return root.find(name)
     return root / name if (root / name).exists() else None
+
+
+def read_found_buckets(root: Path | ShardReader) -> dict[str, tuple[Shape, ...]]:
+    """Returns the shapes that `buckets: auto` found when these latents were encoded, by `AutoPlan.key`.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    entry = find_beside(root, FOUND_BUCKETS)
+    if entry is None:
+        return {}
+    return {
+        key: tuple(Shape(*shape) for shape in shapes.tolist()) for key, shapes in read_entry(entry).items()
+    }
+
+
+def write_found_buckets(root: Path, found: Mapping[str, Sequence[Shape]]) -> None:
+    """Keeps shapes for training, beside those of other curricula that are there."""
+    known = read_found_buckets(root)
+    if found and any(known.get(key) != shapes for key, shapes in found.items()):
+        tensors = {key: torch.tensor(shapes) for key, shapes in {**known, **found}.items()}
+        write_entry(root / FOUND_BUCKETS, tensors, {})
 
 
 def require_inside(clip: str) -> None:

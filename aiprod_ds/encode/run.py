@@ -26,6 +26,7 @@ from aiprod_ds.data.latents import (
     entry_path,
     remove_parts,
     write_entry,
+    write_found_buckets,
 )
 from aiprod_ds.encode.media import read_pictures
 from aiprod_ds.encode.packing import pack_encoded
@@ -89,6 +90,7 @@ def run_encoding(
     began = time.monotonic()
     work = dist.from_main(lambda: plan_work(config, source))
     dist.from_main(lambda: remove_parts(work.output))
+    dist.from_main(lambda: _keep_buckets(work))
     result = _Result(failures=list(work.refused))
     device = dist.choose_device()
     shown = console if dist.is_main() else None
@@ -127,6 +129,15 @@ class _Result:
         self.written += other.written
         self.present += other.present
         self.failures += other.failures
+
+
+def _keep_buckets(work: Work) -> None:
+    try:
+        write_found_buckets(work.output, work.found_buckets)
+    except OSError as error:
+        raise EngineError(
+            f"{work.output}: must be writable, got {error}. Name another data.output_dir."
+        ) from error
 
 
 def _write_empty_prompt(stage: CaptionStage, output: Path) -> None:

@@ -11,12 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aiprod_ds.config.encode import CaptionConfig, EncodeConfig, EncodeShape
-from aiprod_ds.config.load import read_curriculum
-from aiprod_ds.config.phase import BucketConfig, PhaseConfig
+from aiprod_ds.config.encode import CaptionConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.phase import BucketPlan
-from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
 from aiprod_ds.data.captions import CAPTION_SUFFIXES, with_captions, with_trigger
 from aiprod_ds.data.latents import (
@@ -32,7 +29,7 @@ from aiprod_ds.data.latents import (
 from aiprod_ds.data.manifest import Manifest
 from aiprod_ds.decode.pixels import BLACK, Color
 from aiprod_ds.decode.record import MediaRecord
-from aiprod_ds.errors import ConfigError, DataError
+from aiprod_ds.errors import DataError
 
 _NO_CAPTION = (
     f"it must have a caption, got none in its row or beside it ({', '.join(CAPTION_SUFFIXES)}). Add one or "
@@ -121,10 +118,10 @@ def media_tasks(
     short.
 
     Args:
-        shapes: Of `shape_groups`: a clip goes to those buckets of a group that will draw it.
+        shapes: Of `shapes.shape_groups`: a clip goes to those buckets of a group that will draw it.
         sources: What each task writes.
     """
-    clips = [_facts(record) for record in manifest.records]
+    clips = [clip_facts(record) for record in manifest.records]
     wanted: dict[tuple[int, LatentShape], None] = {}
     for buckets in shapes:
         for bucket, indices in zip(buckets, bucket_clips(clips, buckets), strict=True):
@@ -161,22 +158,6 @@ def caption_tasks(
             )
         )
     return tasks, refused
-
-
-def shape_groups(config: EncodeConfig, strides: ModelStrides) -> list[tuple[BucketPlan, ...]]:
-    """Returns the shapes of `config` in groups of which training treats each as the buckets of one phase.
-
-    Raises:
-        ConfigError: If a resolution is no multiple of the stride, or the file of the curriculum is wrong.
-    """
-    problems: list[str] = []
-    planned = [
-        tuple(_planned(shape, strides, where, problems) for shape in group)
-        for where, group in _groups(config)
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return planned
 
 
 def pending(tasks: Iterable[Task], root: Path, encoders: Encoders) -> list[Task]:
@@ -233,7 +214,8 @@ def _treatment(record: MediaRecord, background: Color) -> str:
     return ", ".join(words)
 
 
-def _facts(record: MediaRecord) -> ClipFacts:
+def clip_facts(record: MediaRecord) -> ClipFacts:
+    """Returns what decides into which buckets a clip goes."""
     return ClipFacts(
         name=record.path,
         frames=record.frames,
@@ -246,57 +228,4 @@ def _facts(record: MediaRecord) -> ClipFacts:
 def _shape(bucket: BucketPlan) -> LatentShape:
     return LatentShape(
         frames=bucket.frames, height=bucket.height, width=bucket.width, frame_rate_hz=bucket.frame_rate_hz
-    )
-
-
-def _groups(config: EncodeConfig) -> list[tuple[str, tuple[EncodeShape | BucketConfig, ...]]]:
-    """Returns the shapes of every group with how messages name it."""
-    if config.curriculum is None:
-        return [(f"shapes[{index}]", (shape,)) for index, shape in enumerate(config.shapes)]
-    phases = read_curriculum(Path(config.curriculum)).phases
-    groups = [
-        (f"{config.curriculum}: curriculum.phases[{index}]", _buckets(phase))
-        for index, phase in enumerate(phases)
-    ]
-    if not config.data.held_out:
-        return list(groups)
-    where, buckets = groups[-1]
-    return [(where, buckets[:1])]
-
-
-def _buckets(phase: PhaseConfig) -> tuple[BucketConfig, ...]:
-    if phase.buckets:
-        return phase.buckets
-    assert phase.duration is not None, "the schema demands a length"
-    return (BucketConfig(resolution=phase.resolution, duration=phase.duration),)
-
-
-def _planned(
-    shape: EncodeShape | BucketConfig, strides: ModelStrides, where: str, problems: list[str]
-) -> BucketPlan:
-    duration, resolution = shape.duration, shape.resolution
-    height, width = (0, 0) if resolution is None else (resolution.height, resolution.width)
-    if resolution is None or height % strides.spatial or width % strides.spatial:
-        problems.append(
-            f"{where}.resolution: must be a multiple of the VAE's stride {strides.spatial} both ways, got "
-            f"{height}x{width}. "
-            "Change it."
-        )
-    requested = duration.frames
-    if requested is None:
-        if duration.frame_rate_hz is None:
-            problems.append(
-                f"{where}.duration.seconds: needs frame_rate_hz, got none. Add it or write frames."
-            )
-        requested = max(1, round((duration.seconds or 0.0) * (duration.frame_rate_hz or 0.0)))
-    return BucketPlan(
-        frames=strides.snap(requested),
-        requested_frames=requested,
-        height=height,
-        width=width,
-        frame_rate_hz=duration.frame_rate_hz,
-        global_batch_size=1,
-        micro_batch_size=1,
-        accumulation=1,
-        share=getattr(shape, "share", None),
     )

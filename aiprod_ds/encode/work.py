@@ -8,20 +8,23 @@ Owns the checks; `tasks.py` makes the tasks. Called by `run.py`, and through `ch
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from aiprod_ds.codec.encoders import AudioForm, audio_form
 from aiprod_ds.config.encode import EncodeConfig
-from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, LATENTS, default_folder
+from aiprod_ds.curriculum.auto_buckets import Shape
+from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, LATENTS, default_folder, read_found_buckets
 from aiprod_ds.data.manifest import Manifest, require_readable, scan
 from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.data.treatment import ignored_notes, picture_notes, sound_notes, usable_pictures
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.encode.media import clip_rate_hz
 from aiprod_ds.encode.reader import Failure
-from aiprod_ds.encode.tasks import Task, caption_tasks, encodable, media_tasks, shape_groups
+from aiprod_ds.encode.shapes import Groups, shape_groups
+from aiprod_ds.encode.tasks import Task, caption_tasks, clip_facts, encodable, media_tasks
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.video_vae import video_strides
@@ -42,6 +45,7 @@ class Work:
     refused: tuple[Failure, ...]
     too_short: tuple[str, ...]
     notes: tuple[str, ...]
+    found_buckets: Mapping[str, tuple[Shape, ...]]
 
 
 def check_encoding(config: EncodeConfig, *, source: str = "configuration") -> str:
@@ -83,7 +87,14 @@ def plan_work(config: EncodeConfig, source: str) -> Work:
         build_model(config.video.model, seed=config.seed, device="meta"), config.video.model
     )
     sources = (LATENTS,) if config.audio is None else (LATENTS, AUDIO_LATENTS)
-    tasks, too_short = media_tasks(manifest, shape_groups(config, strides), sources)
+    output = _output(config, found.root, source)
+    groups = shape_groups(
+        config,
+        strides,
+        clips=[clip_facts(record) for record in manifest.records],
+        known=read_found_buckets(output),
+    )
+    tasks, too_short = media_tasks(manifest, groups.shapes, sources)
     captions, without = _captions(manifest, config)
     failures = (
         *(Failure(clip=path, what="media", reason=reason) for path, reason in refused),
@@ -98,7 +109,6 @@ def plan_work(config: EncodeConfig, source: str) -> Work:
     )
     if form is not None:
         _require_equal_lengths(tasks, form, source)
-    output = _output(config, found.root, source)
     _require_writable(output, source)
     return Work(
         root=found.root,
@@ -109,7 +119,8 @@ def plan_work(config: EncodeConfig, source: str) -> Work:
         captions=tuple(captions),
         refused=failures,
         too_short=tuple(too_short),
-        notes=_notes(found, config, form),
+        notes=(*_notes(found, config, form), *_found_notes(tasks, groups)),
+        found_buckets=groups.found,
     )
 
 
@@ -160,6 +171,18 @@ def _notes(found: Manifest, config: EncodeConfig, form: AudioForm | None) -> tup
         else sound_notes(found.records, sample_rate_hz=form.sample_rate_hz, channels=form.channels)
     )
     return (*picture_notes(found.records, config.data), *sounds, *ignored_notes(found))
+
+
+def _found_notes(tasks: Sequence[Task], groups: Groups) -> tuple[str, ...]:
+    """Returns what `buckets: auto` found, and how many clips each shape takes."""
+    counts = Counter((task.shape.frames, task.shape.height, task.shape.width) for task in tasks if task.shape)
+    return tuple(
+        f"buckets: auto of {key}: "
+        + ", ".join(
+            f"{shape.frames} frames {shape.height}x{shape.width} ({counts[shape]} clips)" for shape in shapes
+        )
+        for key, shapes in groups.found.items()
+    )
 
 
 def _require_writable(output: Path, source: str) -> None:

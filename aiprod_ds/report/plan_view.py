@@ -35,6 +35,7 @@ class PlanView:
         curve: From `learning_rate_curve` there.
         data_problem: Why the data was not read; None if it was.
         evaluation: What evaluations cost, from `aiprod_ds.planner.evaluations`, with `text` and `warning`.
+        found: What `buckets: auto` found, one sentence a bucket.
     """
 
     source: str
@@ -46,6 +47,7 @@ class PlanView:
     curve: Sequence[CurvePoint]
     data_problem: str | None = None
     evaluation: Row | None = None
+    found: Sequence[str] = ()
 
     def document(self) -> dict[str, Any]:
         """Returns the page JSON-ready: `phases` are the rows (one for each bucket of each phase),
@@ -61,6 +63,7 @@ class PlanView:
             "totals": dict(self.totals),
             "learning_rate_curve": [point._asdict() for point in self.curve],
             "evaluation": None if self.evaluation is None else dict(self.evaluation),
+            "found": list(self.found),
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -86,6 +89,8 @@ class PlanView:
         )
         if self.data_problem is not None:
             yield Text(f"data not read, so no epochs: {self.data_problem}", style="yellow")
+        for sentence in self.found:
+            yield Text(sentence)
         yield Text.assemble(("in all  ", "bold"), self._in_all())
         if self.evaluation is not None:
             yield Text.assemble(("beside  ", "bold"), self.evaluation["text"])

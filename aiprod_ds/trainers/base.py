@@ -266,6 +266,7 @@ class Trainer(ABC, Generic[ConfigT]):
             source=self.source,
             clips=cache(partial(self.clip_list, data)),
         )
+        plan = data.with_buckets(plan, self.source)
 
     def _own_model(self) -> nn.Module:
         return build_model(self.config.model, seed=self.config.seed) if self._model is None else self._model

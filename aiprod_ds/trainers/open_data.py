@@ -18,6 +18,7 @@ from torch import Tensor
 from aiprod_ds.codec.encoders import vae_fingerprint
 from aiprod_ds.config.data import AudioDataConfig, VideoDataConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
+from aiprod_ds.curriculum.auto_buckets import with_auto_buckets
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.strides import ModelStrides
@@ -33,6 +34,7 @@ from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.data.tensor_latents import TensorLatentDataset
 from aiprod_ds.data.treatment import audio_notes, picture_notes, usable_pictures
 from aiprod_ds.shards.reader import ShardReader
+from aiprod_ds.errors import PlanError
 from aiprod_ds.trainers.clip_data import (
     ClipData,
     manifest_notes,
@@ -137,6 +139,29 @@ class LatentData(ClipData):
 
 
 def open_latent_files(
+    def with_buckets(self, plan: RunPlan, source: str) -> RunPlan:
+        """Returns `plan` with the shapes that `buckets: auto` got when the clips were encoded.
+
+        Raises:
+            PlanError: If the clips were not encoded with it.
+        """
+        asked = {phase.index: phase.auto.key for phase in plan.phases if phase.auto is not None}
+        if not asked:
+            return plan
+        found = self.train.found_buckets() if isinstance(self.train, LatentDataset) else {}
+        missing = [index for index, key in asked.items() if key not in found]
+        if missing:
+            raise PlanError(
+                [
+                    f"{source}: curriculum.phases[{index}].buckets: auto takes the shapes that `encode` "
+                    f"found with this curriculum ({asked[index]}), got latents without them. Encode with "
+                    "this curriculum or list the buckets."
+                    for index in missing
+                ]
+            )
+        shapes = {index: found[key] for index, key in asked.items()}
+        return with_auto_buckets(plan, self.train_clips, shapes=shapes)
+
     config: DiffusionTrainerConfig, *, strides: ModelStrides, with_audio: bool
 ) -> LatentData:
     """Reads the folders or manifests that `config` names and compares their encoders with the configured

@@ -73,7 +73,12 @@ def _yaml_examples() -> list[Any]:
 
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", _FENCED.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    anchors: set[str] = set()
+    for heading in headings:
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        taken = sum(re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", other) is not None for other in anchors)
+        anchors.add(f"{anchor}-{taken}" if taken else anchor)  # as GitHub numbers equal ones
+    return anchors
 
 
 def _code_words(page: str) -> set[str]:

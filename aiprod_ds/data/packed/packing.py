@@ -22,6 +22,7 @@ from aiprod_ds.data.latents import (
     CONDITIONS,
     EMPTY_PROMPT,
     FOREIGN_SUFFIX,
+    FOUND_BUCKETS,
     LATENTS,
     SUFFIX,
     find_beside,
@@ -79,9 +80,10 @@ def pack_latents(
         raise DataError(f"{source}: must have latents to pack, got none. Run `aiprod-ds encode` first.")
 
     def groups() -> Iterator[list[PackedFile]]:
-        empty = find_beside(root, EMPTY_PROMPT)
-        if isinstance(empty, Path):
-            yield [_packed_entry(empty, EMPTY_PROMPT)]
+        for name in (EMPTY_PROMPT, FOUND_BUCKETS):
+            beside = find_beside(root, name)
+            if isinstance(beside, Path):
+                yield [_packed_entry(beside, name)]
         for clip in progress.steps(clips, f"packing the latents of {root}:", len(clips)):
             yield list(_entries_of(root, clip, names[clip]))
 

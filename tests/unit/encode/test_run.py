@@ -265,6 +265,46 @@ def test_held_out_clips_are_encoded_as_they_are_measured(tmp_path: Path) -> None
     }
 
 
+def test_auto_buckets_of_a_curriculum_are_found_once_for_encoding_and_training(tmp_path: Path) -> None:
+    sizes = {"wide": (32, 64), "wide2": (32, 64), "tall": (64, 32)}
+    for name, (height, width) in sizes.items():
+        write_synthetic_clips(tmp_path / name, num_clips=1, frames=12, height=height, width=width)
+    write_synthetic_clips(tmp_path / "short", num_clips=1, frames=4, height=32, width=64)
+    _table(tmp_path, {f"{name}/clip_00000.mp4": "x" for name in (*sizes, "short")})
+    phase = {"name": "low", "resolution": "16x16", "duration": {"frames": 5}, "buckets": "auto"}
+    phase |= {"micro_batch_size": 2, "updates": 3, "learning_rate": 1e-3}
+    (tmp_path / "c.yaml").write_text(json.dumps({"curriculum": {"phases": [phase]}}))
+    common: dict[str, Any] = {"shapes": [], "curriculum": str(tmp_path / "c.yaml"), "text": TEXT}
+    config, held_out = _config(tmp_path, **common), _config(tmp_path, **common, data={"held_out": True})
+
+    with pytest.raises(ConfigError, match=r"buckets: auto must have been found from the training clips"):
+        run_encoding(held_out)
+    # Of 4x4 cells, 2:1 keeps 5/6 in 3x5, all in 2x4 (8 cells are too few) and half in 2x8.
+    found = "5 frames 12x20 (2 clips), 5 frames 20x12 (1 clips), 3 frames 12x20 (1 clips)"
+    note = f"buckets: auto of 5x16x16, most 8, min_frames 1: {found}"
+    assert note in check_encoding(config)
+    summary = run_encoding(config)
+    assert note in summary.notes
+    tags = {"wide": "5x12x20", "wide2": "5x12x20", "tall": "5x20x12", "short": "3x12x20"}
+    assert {name for name in _files(tmp_path) if name.startswith(LATENTS)} == {
+        f"latents/{name}/clip_00000.mp4@{tag}.safetensors" for name, tag in tags.items()
+    }
+
+    # Training without the tall one keeps the shapes, and which of them is measured.
+    rows = "".join(f"{name}/clip_00000.mp4\n" for name in ("wide", "wide2", "short"))
+    (tmp_path / "train.csv").write_text(f"video\n{rows}")
+    manifest = scan_latents(tmp_path / "train.csv", LatentNeeds(strides=STRIDES))
+    kept = LatentDataset(manifest, seed=0, strides=STRIDES).found_buckets()
+    assert list(kept.values()) == [((5, 12, 20), (5, 20, 12), (3, 12, 20))]
+    # More clips do not move those that are there.
+    write_synthetic_clips(tmp_path / "square", num_clips=1, frames=12, height=48, width=48)
+    _table(tmp_path, {f"{name}/clip_00000.mp4": "x" for name in (*sizes, "short", "square")})
+    again = run_encoding(config)
+    assert dict(again.written) == {LATENTS: 1, CONDITIONS: 1}
+    assert dict(again.present) == {LATENTS: 4, CONDITIONS: 4}
+    assert check_encoding(held_out).startswith("5 clips, 4 latents and 5 captions")
+
+
 def test_tables_side_by_side_share_a_folder(media: Path) -> None:
     (media / "held_out.csv").write_text("video,caption\nclips/clip_00002.mp4,clip 2\ngone.mp4,gone\n")
     _table(media, {"clips/clip_00000.mp4": "clip 0", "clips/clip_00001.mp4": "clip 1"})
