@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.data import ClipDataConfig
+from aiprod_ds.curriculum.auto_buckets import auto_notes, with_auto_buckets
 from aiprod_ds.curriculum.data_rules import ClipFacts, TooShort, check_data, data_notes
 from aiprod_ds.curriculum.epochs import with_epoch_lengths
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
@@ -140,6 +141,24 @@ class ClipData:
         Raises:
             PlanError: If a bucket has no clip, because all are too short or fit another one better, or
                 held-out clips are too short for the last phase.
+    def with_buckets(self, plan: RunPlan, source: str) -> RunPlan:
+        """Returns `plan` with the shapes that phases with `buckets: auto` get on these clips.
+
+        Raises:
+            PlanError: If no clip is known beforehand, as of an iterable.
+        """
+        asked = [phase.index for phase in plan.phases if phase.auto is not None]
+        if asked and not self.train_clips:
+            raise PlanError(
+                f"{source}: curriculum.phases[{asked[0]}].buckets: auto needs clips that are known before "
+                "training, got none. List the buckets."
+            )
+        return with_auto_buckets(plan, self.train_clips)
+
+    def found_buckets(self, plan: RunPlan) -> tuple[str, ...]:
+        """Returns in words what `with_buckets` found, one sentence a bucket."""
+        return auto_notes(plan, self.train_clips, self._members(plan))
+
         """
         too_short = check_data(plan, self.train_clips, self._members(plan), source)
         bucket = plan.phases[-1].buckets[0]
@@ -173,7 +192,8 @@ class ClipData:
     def replacements(self, plan: RunPlan) -> tuple[str, ...]:
         """Returns in words what is done with files that a clip is not like, and with clips that are smaller,
         slower, shorter or fewer than a bucket asks for."""
-        return (*self.notes, *data_notes(plan, self.train_clips, self._members(plan)))
+        notes = data_notes(plan, self.train_clips, self._members(plan))
+        return (*self.notes, *self.found_buckets(plan), *notes)
 
     def stream(
         self,

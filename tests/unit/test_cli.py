@@ -379,7 +379,7 @@ def test_plan_in_json_has_everything(
     assert main([*_arguments("plan", config, run_folder), "--json"]) == DONE
     plan = json.loads(capsys.readouterr().out)
     assert set(plan) == {
-        "source", "model", "parameters", "world_size", "data_problem", "phases", "totals", "learning_rate_curve", "evaluation",  # noqa: E501
+        "source", "model", "parameters", "world_size", "data_problem", "phases", "totals", "learning_rate_curve", "evaluation", "found",  # noqa: E501
     }  # fmt: skip
     assert (plan["source"], plan["model"], plan["data_problem"]) == (
         str(config),
