@@ -180,7 +180,8 @@ class ClipLoader:
         except StopIteration:
             raise
         except BaseException:
-            # Whoever interrupts the wait has given the data up. A worker that blocks would outlast the loader.
+            # Whoever interrupts the wait has given the data up. A worker that blocks would outlast the
+            # loader.
             self._workers.kill()
             raise
 

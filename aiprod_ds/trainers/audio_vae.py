@@ -33,7 +33,13 @@ from aiprod_ds.trainers.audio_objective import Objective, choose_objective, obje
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
-from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips
+from aiprod_ds.trainers.evaluation import (
+    NOTHING_READ,
+    HeldOutClip,
+    gather_shown,
+    held_out_clips,
+    without_unread,
+)
 from aiprod_ds.trainers.measures import audio_measure_names, audio_measure_problems, judged
 from aiprod_ds.trainers.open_data import open_audio_datasets, open_audio_files
 from aiprod_ds.trainers.posterior_noise import PosteriorNoise
@@ -188,33 +194,44 @@ class AudioVAEUnit(ClipUnit):
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
         quality = self._objective.new_quality()
         names, shown = self._measured_names(), dict[int, tuple[Tensor, Tensor]]()
-        for clip in self._held_out(engine, request.go_on):
+        unread: dict[int, str] = {}
+        for clip in self._held_out(engine, unread, request.go_on):
             original, output = self._objective.target(clip.original).cpu(), clip.output.cpu()
             quality.update(original, output, names=[names[clip.place]])
             if clip.place < self.config.evaluation.num_pictures:
                 shown[clip.place] = (original, output)
-        metrics, left_out = judged(engine, quality, self._objective.new_quality(), clips=names)
+        clips, unreadable = without_unread(names, unread)
+        metrics, left_out = judged(engine, quality, self._objective.new_quality(), clips=clips)
         pairs = gather_shown(shown)
         examples = None
         if pairs and engine.rank == 0:
             originals, outputs = zip(*pairs, strict=True)
-            examples = self._objective.examples(originals, outputs, sources=names)
+            examples = self._objective.examples(originals, outputs, sources=clips)
         return Evaluation(
             metrics=metrics,
-            headline=self._objective.headline(metrics, names, left_out),
+            headline=self._objective.headline(metrics, clips, left_out) if clips else NOTHING_READ,
             examples=examples,
-            clips=names,
-            not_judged=(*left_out, *self._passed_over()),
+            clips=clips,
+            not_judged=(*left_out, *unreadable, *self._passed_over()),
         )
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
         clips."""
-        export_vae(engine, self.module.vae, self._held_out(engine), folder)
+        export_vae(engine, self.module.vae, self._held_out(engine, {}), folder)
 
-    def _held_out(self, engine: Engine, go_on: Callable[[], None] = lambda: None) -> Iterator[HeldOutClip]:
+    def _held_out(
+        self, engine: Engine, unread: dict[int, str], go_on: Callable[[], None] = lambda: None
+    ) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
         dtype = self._objective.input_dtype(engine.compute_dtype)
         return held_out_clips(
-            engine, self.data, bucket, name="audio", dtype=dtype, max_clips=limit, go_on=go_on
+            engine,
+            self.data,
+            bucket,
+            name="audio",
+            dtype=dtype,
+            max_clips=limit,
+            unread=unread,
+            go_on=go_on,
         )

@@ -8,7 +8,7 @@ dataset's (`aiprod_ds.data`). `open_data.py` opens each kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ from aiprod_ds.data.dataset import ClipDataset, ClipRequest, ClipSample
 from aiprod_ds.data.loader import ClipLoader, Draw, MicroBatch, no_draws
 from aiprod_ds.data.manifest import Manifest, holdout, require_readable
 from aiprod_ds.data.packed.media import open_source
+from aiprod_ds.data.reading.replacing import UnreadClip, read_patiently
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.data.treatment import duplicate_notes, ignored_notes
 from aiprod_ds.errors import CheckpointError, DataError, PlanError
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.shards.reader import ShardReader
+
+_MAX_TRIED = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,7 @@ class ClipData:
         unreadable: Files that were left out, and why.
         notes: What is done with files that a clip is not like, in words.
         listing: Of clips that are files: what their list is made of.
+        failed: Held-out clips that could not be read in this process; grows.
     """
 
     train: ClipDataset
@@ -95,6 +99,7 @@ class ClipData:
     unreadable: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     listing: Listing | None = None
+    failed: set[int] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -135,12 +140,6 @@ class ClipData:
         clips, held_out = self.train_clips, self.validation_clips
         return list_facts(clips, held_out, selection=selection, fingerprints=fingerprints)
 
-    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
-        """Returns the training clips that some phase cannot use.
-
-        Raises:
-            PlanError: If a bucket has no clip, because all are too short or fit another one better, or
-                held-out clips are too short for the last phase.
     def with_buckets(self, plan: RunPlan, source: str) -> RunPlan:
         """Returns `plan` with the shapes that phases with `buckets: auto` get on these clips.
 
@@ -159,8 +158,23 @@ class ClipData:
         """Returns in words what `with_buckets` found, one sentence a bucket."""
         return auto_notes(plan, self.train_clips, self._members(plan))
 
+    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
+        """Returns the training clips that some phase cannot use.
+
+        Raises:
+            PlanError: If a bucket has no clip, because all are too short or fit another one better, or
+                held-out clips are too short for the last phase.
         """
         too_short = check_data(plan, self.train_clips, self._members(plan), source)
+        self.require_held_out(plan, source)
+        return too_short
+
+    def require_held_out(self, plan: RunPlan, source: str) -> None:
+        """Checks that a held-out clip is long enough to be measured.
+
+        Raises:
+            PlanError: If all are too short for the last phase.
+        """
         bucket = plan.phases[-1].buckets[0]
         if not self.held_out(bucket):
             raise PlanError(
@@ -168,7 +182,6 @@ class ClipData:
                 "phase's), got none. "
                 "Add longer clips or shorten the last phase's."
             )
-        return too_short
 
     def with_lengths(self, plan: RunPlan, source: str) -> RunPlan:
         """Returns `plan` with the lengths that its epochs have on these clips; call `check` first.
@@ -232,17 +245,41 @@ class ClipData:
 
     def held_out_clip(self, index: int, bucket: BucketPlan) -> ClipSample:
         """Returns the middle of one held-out clip in the bucket's shape."""
-        request = ClipRequest(
-            sample_index=index,
-            epoch=0,
-            frames=bucket.frames,
-            height=bucket.height,
-            width=bucket.width,
-            frame_rate_hz=bucket.frame_rate_hz,
-            augment=False,
-            flip=False,
+        return self.validation[middle_of_clip(index, bucket)]
+
+    def try_held_out(self, index: int, bucket: BucketPlan) -> ClipSample | UnreadClip:
+        """Returns what `held_out_clip` does, or why the clip cannot be read.
+
+        It is tried again with growing waits; the next time once.
+        """
+        waits = () if index in self.failed else None
+        found = read_patiently(self.validation, middle_of_clip(index, bucket), waits=waits)
+        if not isinstance(found, str):
+            return found
+        self.failed.add(index)
+        return UnreadClip(sample_index=index, name=self.validation_clips[index].name, reason=found)
+
+    def readable_clip(self, bucket: BucketPlan) -> ClipSample:
+        """Returns the first held-out clip in the bucket's shape that can be read, or else a training clip.
+
+        Raises:
+            DataError: If there is none.
+        """
+        reasons = []
+        for index in self.held_out(bucket)[:_MAX_TRIED]:
+            found = self.try_held_out(index, bucket)
+            if not isinstance(found, UnreadClip):
+                return found
+            reasons.append(found.reason)
+        for index in long_enough(self.train_clips, bucket)[:_MAX_TRIED]:
+            other = read_patiently(self.train, middle_of_clip(index, bucket), waits=())
+            if not isinstance(other, str):
+                return other
+            reasons.append(other)
+        raise DataError(
+            f"data: a clip must be readable, got {len(reasons)} that could not be read, at last: "
+            f"{reasons[-1]}"
         )
-        return self.validation[request]
 
     def summary(self, too_short: Sequence[TooShort]) -> DataSummary:
         """Returns what the report says about the data."""
@@ -269,6 +306,20 @@ class ClipData:
             )
         ]
         return PhaseSampler(seed=seed, phase=phase.index, buckets=buckets)
+
+
+def middle_of_clip(index: int, bucket: BucketPlan) -> ClipRequest:
+    """Returns the request for the middle of a clip in the bucket's shape, without augmentation."""
+    return ClipRequest(
+        sample_index=index,
+        epoch=0,
+        frames=bucket.frames,
+        height=bucket.height,
+        width=bucket.width,
+        frame_rate_hz=bucket.frame_rate_hz,
+        augment=False,
+        flip=False,
+    )
 
 
 def split_manifests(

@@ -20,11 +20,13 @@ from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.curriculum.phase import PhasePlan
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.loader import MicroBatch
+from aiprod_ds.data.reading.replacing import UnreadClip
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms
+from aiprod_ds.metrics.evaluations import NotJudged
 from aiprod_ds.models.diffusion import TRANSFORMER, DiffusionModule
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.lora_files import LoraWeights
@@ -32,7 +34,7 @@ from aiprod_ds.train.unit import ClipWork, Evaluation, EvaluationRequest, Exampl
 from aiprod_ds.trainers.clip_unit import ClipUnit
 from aiprod_ds.trainers.diffusion_export import export_transformer
 from aiprod_ds.trainers.diffusion_objective import FlowObjective
-from aiprod_ds.trainers.evaluation import evaluation_slots
+from aiprod_ds.trainers.evaluation import NOTHING_READ, evaluation_slots, without_unread
 from aiprod_ds.trainers.open_data import read_empty_prompt
 from aiprod_ds.trainers.preview import PreviewItem, Previews, held_out_items
 from aiprod_ds.trainers.preview_prompts import EncodedPrompts, encode_prompts, prompt_item
@@ -68,7 +70,7 @@ class DiffusionUnit(ClipUnit):
         if not config.has_previews():
             return
         bucket = self.plan.phases[-1].buckets[0]
-        item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
+        item = self.data.readable_clip(bucket)
         self._prompts = encode_prompts(config, item, bucket, family=family, strides=self.strides)
         empty_prompt = read_empty_prompt(self.data)
         self._previews = Previews(
@@ -113,11 +115,11 @@ class DiffusionUnit(ClipUnit):
             yield f"{TRANSFORMER}{wrapped.get(name, name)}", value
 
     def probe(self, engine: Engine) -> Tensor:
-        """Returns the velocities that the transformer predicts for the first held-out clip, half noised, in
-        one vector."""
+        """Returns the velocities that the transformer predicts for the first held-out clip that can be read,
+        half noised, in one vector."""
         engine.eval()
         bucket = self.plan.phases[-1].buckets[0]
-        item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
+        item = self.data.readable_clip(bucket)
         tensors = _on_device({name: tensor[None] for name, tensor in item.items()}, engine.device)
         answer = self._objective.answer(engine, tensors, place=0, noise_level=_PROBE_LEVEL)
         engine.train()
@@ -146,25 +148,35 @@ class DiffusionUnit(ClipUnit):
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips and makes previews, whichever is asked for."""
         metrics: dict[str, float] = {}
+        clips: tuple[str, ...] = ()
+        not_judged: tuple[NotJudged, ...] = ()
         if Part.MEASURES in request.parts:
-            metrics = self._measured(engine, request.go_on)
+            unread: dict[int, str] = {}
+            metrics = self._measured(engine, unread, request.go_on)
+            clips, unreadable = without_unread(self._measured_names(), unread)
+            not_judged = (*unreadable, *self._passed_over())
         examples = self._make_previews(engine, request.go_on) if Part.PREVIEWS in request.parts else None
         return Evaluation(
             metrics=metrics,
-            headline=f"loss {metrics['loss']:.4f}" if metrics else "previews",
+            headline=f"loss {metrics['loss']:.4f}" if metrics else NOTHING_READ if not_judged else "previews",
             examples=examples,
-            clips=self._measured_names() if metrics else (),
-            not_judged=self._passed_over() if metrics else (),
+            clips=clips,
+            not_judged=not_judged,
         )
 
-    def _measured(self, engine: Engine, go_on: Callable[[], None]) -> dict[str, float]:
+    def _measured(
+        self, engine: Engine, unread: dict[int, str], go_on: Callable[[], None]
+    ) -> dict[str, float]:
         """Returns the losses of held-out clips in the last phase's shape at the configured noise levels,
-        spread over ranks."""
+        spread over ranks; nothing if none could be read."""
         bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
         levels, modalities = settings.noise_levels, self.module.family.modalities
         sums_ML = torch.zeros(len(modalities), len(levels), dtype=torch.float64)
         count = 0
-        for slot in evaluation_slots(engine, self.data, bucket, max_clips=settings.max_clips, go_on=go_on):
+        slots = evaluation_slots(
+            engine, self.data, bucket, max_clips=settings.max_clips, unread=unread, go_on=go_on
+        )
+        for slot in slots:
             tensors = _on_device({name: tensor[None] for name, tensor in slot.item.items()}, engine.device)
             for column, level in enumerate(levels):
                 found = self._objective.held_out(engine, tensors, place=slot.place, noise_level=level)
@@ -174,6 +186,8 @@ class DiffusionUnit(ClipUnit):
                     )
             count += slot.is_own
         means_ML = _mean_over_ranks(sums_ML, count, engine)
+        if means_ML is None:
+            return {}
         return _measures(means_ML, modalities, levels, self.plan.phases[-1].loss_weights)
 
     def num_sampled_shapes(self) -> int:
@@ -218,7 +232,7 @@ class DiffusionUnit(ClipUnit):
         """Returns the own prompts, and those of the first held-out clips."""
         bucket, settings = self.plan.phases[-1].buckets[0], self.config.evaluation
         held_out = self.data.held_out(bucket)
-        first, prompts = self.data.held_out_clip(held_out[0], bucket), self._prompts
+        first, prompts = self.data.readable_clip(bucket), self._prompts
         family, strides = self.module.family, self.strides
         own = [
             PreviewItem(
@@ -234,8 +248,17 @@ class DiffusionUnit(ClipUnit):
             )
         ]
         shown = held_out[: min(settings.num_pictures, settings.max_clips)]
-        items = [self.data.held_out_clip(index, bucket) for index in shown]
-        return own + held_out_items(items, [self.data.validation_clips[index].name for index in shown])
+        found = [self.data.try_held_out(index, bucket) for index in shown]
+        items = [None if isinstance(item, UnreadClip) else item for item in found]
+        # The same on all ranks, which sample together, also if a clip can be read on some of them.
+        gathered = dist.gather_objects([item is not None for item in items])
+        read = [all(flags) for flags in zip(*gathered, strict=True)]
+        kept = [
+            (item, self.data.validation_clips[index].name)
+            for item, index, is_read in zip(items, shown, read, strict=True)
+            if item is not None and is_read
+        ]
+        return own + held_out_items([item for item, _ in kept], [name for _, name in kept])
 
     def _require_fitting_latents(self) -> None:
         """Finds latents of other channels or another size than the model and the phases take, before anything
@@ -246,7 +269,7 @@ class DiffusionUnit(ClipUnit):
         """
         bucket = self.plan.phases[-1].buckets[0]
         try:
-            item = self.data.held_out_clip(self.data.held_out(bucket)[0], bucket)
+            item = self.data.readable_clip(bucket)
             self.module.family.tokens({name: tensor[None] for name, tensor in item.items()})
         except DataError as error:
             raise PlanError(f"data: {error}") from error
@@ -297,9 +320,11 @@ def _on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str,
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
-def _mean_over_ranks(sums_ML: Tensor, count: int, engine: Engine) -> Tensor:
+def _mean_over_ranks(sums_ML: Tensor, count: int, engine: Engine) -> Tensor | None:
     own = torch.cat([sums_ML.flatten(), torch.tensor([count], dtype=torch.float64)]).to(engine.device)
     *sums, total = dist.reduce_mean(own).tolist()
+    if total == 0:
+        return None
     means_ML: Tensor = torch.tensor(sums, dtype=torch.float64).view_as(sums_ML) / total
     return means_ML
 

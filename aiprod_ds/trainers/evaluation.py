@@ -1,9 +1,10 @@
 """Held-out clips through the model, spread over ranks: what evaluation measures and what the latents'
-statistics are taken of."""
+statistics are taken of. A clip that cannot be read is left out by name and ends nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -13,9 +14,14 @@ from torch import Tensor
 from aiprod_ds import progress
 from aiprod_ds.curriculum.phase import BucketPlan
 from aiprod_ds.data.dataset import ClipSample
+from aiprod_ds.data.reading.replacing import UnreadClip
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.metrics.evaluations import EVERY_MEASURE, NotJudged
 from aiprod_ds.trainers.clip_data import ClipData
+
+_LOG = logging.getLogger(__name__)
+NOTHING_READ = "no held-out clip could be read"
 
 
 class Quality(Protocol):
@@ -56,7 +62,8 @@ class EvaluationSlot:
     Attributes:
         place: Its number among all that are measured.
         item: As the dataset gives it, on the CPU.
-        is_own: Whether this rank measures it; else it is another one's, run only to keep the ranks together.
+        is_own: Whether this rank measures it; else it is another one's, or stands in for one that cannot be
+            read, run only to keep the ranks together.
     """
 
     place: int
@@ -70,6 +77,7 @@ def evaluation_slots(
     bucket: BucketPlan,
     *,
     max_clips: int,
+    unread: dict[int, str],
     go_on: Callable[[], None] = lambda: None,
 ) -> Iterator[EvaluationSlot]:
     """Yields this rank's part of the first `max_clips` held-out clips in the bucket's shape.
@@ -82,7 +90,11 @@ def evaluation_slots(
         data: Of the run.
         bucket: The shape.
         max_clips: The most that are measured by all ranks together.
+        unread: Gets the places of this rank's clips that cannot be read, and why; for `without_unread`.
         go_on: Called before each slot, on all ranks; see `EvaluationRequest`.
+
+    Raises:
+        DataError: If neither a held-out clip nor a training clip can be read.
     """
     clips = data.held_out(bucket)[:max_clips]
     with progress.counting("evaluating clip", len(clips)) as shown:
@@ -90,15 +102,37 @@ def evaluation_slots(
             go_on()
             place = slot * engine.world_size + engine.rank
             last = len(clips) - 1
-            yield EvaluationSlot(
-                place=place, item=data.held_out_clip(clips[min(place, last)], bucket), is_own=place <= last
-            )
+            is_own, found = place <= last, data.try_held_out(clips[min(place, last)], bucket)
+            if isinstance(found, UnreadClip):
+                if is_own:
+                    unread[place] = found.reason
+                is_own, found = False, data.readable_clip(bucket)
+            yield EvaluationSlot(place=place, item=found, is_own=is_own)
             shown.advance(min(engine.world_size, len(clips) - slot * engine.world_size))
 
 
 def measured_names(data: ClipData, bucket: BucketPlan, *, max_clips: int) -> tuple[str, ...]:
     """Returns the names of the clips of `evaluation_slots`, by place."""
     return tuple(data.validation_clips[index].name for index in data.held_out(bucket)[:max_clips])
+
+
+def without_unread(
+    names: Sequence[str], unread: dict[int, str]
+) -> tuple[tuple[str, ...], tuple[NotJudged, ...]]:
+    """Returns which clips were measured, and which could not be read by their rank. Collective.
+
+    Args:
+        names: Of all that were to be measured, by place.
+        unread: Of this rank, from `evaluation_slots`.
+    """
+    reasons = {place: reason for part in dist.gather_objects(unread) for place, reason in part.items()}
+    left_out = tuple(
+        NotJudged(clip=names[place], measure=EVERY_MEASURE, reason=reasons[place])
+        for place in sorted(reasons)
+    )
+    for entry in left_out:
+        _LOG.warning("held_out_clip_unread name=%s reason=%s", entry.clip, entry.reason)
+    return tuple(name for place, name in enumerate(names) if place not in reasons), left_out
 
 
 @torch.no_grad()
@@ -110,6 +144,7 @@ def held_out_clips(
     name: str,
     dtype: torch.dtype,
     max_clips: int,
+    unread: dict[int, str],
     go_on: Callable[[], None] = lambda: None,
 ) -> Iterator[HeldOutClip]:
     """Yields the clips of `evaluation_slots` through a VAE, with the posterior's mode. Collective: exhaust it
@@ -122,9 +157,11 @@ def held_out_clips(
         name: Of the tensor in the dataset's items: `video` or `audio`.
         dtype: In which the module wants it.
         max_clips: The most that are measured by all ranks together.
-        go_on: As in `evaluation_slots`.
+        unread: As in `evaluation_slots`.
+        go_on: Likewise.
     """
-    for slot in evaluation_slots(engine, data, bucket, max_clips=max_clips, go_on=go_on):
+    slots = evaluation_slots(engine, data, bucket, max_clips=max_clips, unread=unread, go_on=go_on)
+    for slot in slots:
         original = slot.item[name][None].to(engine.device)
         output, mean, _ = engine(original.to(dtype))
         if slot.is_own:

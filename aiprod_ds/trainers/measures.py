@@ -60,7 +60,10 @@ class Judging(Protocol):
 def judged(
     engine: Engine, own: Judging, empty: Judging, *, clips: Sequence[str]
 ) -> tuple[dict[str, float], tuple[NotJudged, ...]]:
-    """Returns the measures over all ranks, and what they leave out in the order of `clips`. Collective."""
+    """Returns the measures over all ranks, and what they leave out in the order of `clips`; nothing without
+    a clip. Collective."""
+    if not clips:
+        return {}, ()
     metrics = over_ranks(engine, own, empty).compute()
     places = {clip: place for place, clip in enumerate(clips)}
     found = chain.from_iterable(dist.gather_objects(own.not_judged))

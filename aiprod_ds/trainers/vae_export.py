@@ -59,7 +59,7 @@ def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: P
 
 def _fill_config(path: Path, found: Mapping[str, list[float]]) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
-    known = {name: found[name] for name in _STATISTICS if name in values}
+    known = {name: found[name] for name in _STATISTICS if name in values and found[name]}
     if known:
         write_atomically(path, json.dumps({**values, **known}, indent=2) + "\n")
 

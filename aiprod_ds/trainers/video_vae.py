@@ -32,7 +32,14 @@ from aiprod_ds.train.unit import Evaluation, EvaluationRequest
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
-from aiprod_ds.trainers.evaluation import HeldOutClip, gather_shown, held_out_clips, measured_names
+from aiprod_ds.trainers.evaluation import (
+    NOTHING_READ,
+    HeldOutClip,
+    gather_shown,
+    held_out_clips,
+    measured_names,
+    without_unread,
+)
 from aiprod_ds.trainers.measures import (
     VideoMeasures,
     judged,
@@ -194,26 +201,28 @@ class VideoVAEUnit(ClipUnit):
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""
         quality, shown = self._measures.new_quality(), {}
         names, rates = self._measured_names(), self._frame_rates()
-        for clip in self._held_out(engine, request.go_on):
+        unread: dict[int, str] = {}
+        for clip in self._held_out(engine, unread, request.go_on):
             quality.update(clip.original, clip.output, names=[names[clip.place]])
             if clip.place < self.config.evaluation.num_pictures:
                 rate_hz = rates[clip.place]
                 shown[clip.place] = shown_pair(clip.original, clip.output, frame_rate_hz=rate_hz)
-        metrics, left_out = judged(engine, quality, self._measures.new_quality(), clips=names)
+        clips, unreadable = without_unread(names, unread)
+        metrics, left_out = judged(engine, quality, self._measures.new_quality(), clips=clips)
         pairs = gather_shown(shown)
-        examples = VideoExamples(pairs=tuple(pairs), sources=names) if pairs and engine.rank == 0 else None
+        examples = VideoExamples(pairs=tuple(pairs), sources=clips) if pairs and engine.rank == 0 else None
         return Evaluation(
             metrics=metrics,
-            headline=f"PSNR {metrics['psnr_db']:.1f} dB",
+            headline=f"PSNR {metrics['psnr_db']:.1f} dB" if metrics else NOTHING_READ,
             examples=examples,
-            clips=names,
-            not_judged=(*left_out, *self._passed_over()),
+            clips=clips,
+            not_judged=(*left_out, *unreadable, *self._passed_over()),
         )
 
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
         clips."""
-        export_vae(engine, self.module.vae, self._held_out(engine), folder)
+        export_vae(engine, self.module.vae, self._held_out(engine, {}), folder)
 
     def replacements(self) -> tuple[str, ...]:
         """Returns snapped frame counts, a replaced perceptual network, doubtful measures and clips that do
@@ -227,7 +236,9 @@ class VideoVAEUnit(ClipUnit):
         doubts = self._measures.notes(len(self._measured_names()))
         return (*self.snapped, *network, *doubts, *self.data.replacements(self.plan))
 
-    def _held_out(self, engine: Engine, go_on: Callable[[], None] = lambda: None) -> Iterator[HeldOutClip]:
+    def _held_out(
+        self, engine: Engine, unread: dict[int, str], go_on: Callable[[], None] = lambda: None
+    ) -> Iterator[HeldOutClip]:
         bucket, limit = self.plan.phases[-1].buckets[0], self.config.evaluation.max_clips
         return held_out_clips(
             engine,
@@ -236,6 +247,7 @@ class VideoVAEUnit(ClipUnit):
             name="video",
             dtype=engine.compute_dtype,
             max_clips=limit,
+            unread=unread,
             go_on=go_on,
         )
 

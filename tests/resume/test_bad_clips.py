@@ -23,6 +23,7 @@ from aiprod_ds.data.reading import replacing
 from aiprod_ds.data.synthetic import SyntheticVideoDataset, write_synthetic_clips
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import DataError
+from aiprod_ds.metrics.evaluations import read_evaluations
 from aiprod_ds.report.summary import RunSummary
 from aiprod_ds.testing.runs import alike_on_ranks, record_of, train_and_resume, without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
@@ -303,3 +304,59 @@ def run_with_hiccups(folder: str) -> dict[str, Any]:
     records = train_and_resume(recorded, Path(folder) / "run", {"resumed": 3 * EVERY})
     undisturbed = train_and_resume(recorded, Path(folder) / "undisturbed", {})
     return {**records, "undisturbed": undisturbed["whole"]}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_held_out_clip_that_cannot_be_read_is_left_out_by_name(world: int, tmp_path: Path) -> None:
+    """Oracle: the same run without the file. On two ranks, the sums of the measures are added in another
+    order."""
+    write_clips(tmp_path, damaged=0)
+    damage_behind_the_header(tmp_path / "validation" / "clip_00001.mp4")
+    shutil.copytree(tmp_path / "train", tmp_path / "without" / "train")
+    shutil.copytree(tmp_path / "validation", tmp_path / "without" / "validation")
+    (tmp_path / "without" / "validation" / "clip_00001.mp4").unlink()
+    found = alike_on_ranks(run_with_bad_validation, ranks=world, folder=tmp_path)
+    assert found["damaged"]["metrics"] == pytest.approx(found["without"]["metrics"], rel=1e-12, abs=0)
+    assert found["damaged"]["sha256"] == found["without"]["sha256"]
+    records = read_evaluations(tmp_path / "run_damaged")
+    assert [record.reason for record in records] == ["before", "phase_end", "phase_end"]
+    for record in records:
+        assert record.clips == ("clip_00000.mp4", "clip_00002.mp4")
+        [entry] = record.not_judged
+        assert (entry.clip, entry.measure) == ("clip_00001.mp4", "every measure")
+        assert DECODED in entry.reason
+
+
+def run_with_bad_validation(folder: str) -> dict[str, Any]:
+    """Runs on the ranks."""
+    replacing.WAITS_SECONDS = (0.001, 0.002)
+    found = {}
+    with without_plots():
+        for name, clips in (("damaged", Path(folder)), ("without", Path(folder) / "without")):
+            run = Path(folder) / f"run_{name}"
+            summary = train(run, clips, updates=2)
+            dist.barrier()
+            statistics = json.loads((run / "export" / "latent_statistics.json").read_text())
+            assert statistics["clips"] == 2
+            found[name] = {"metrics": dict(summary.metrics), "sha256": summary.final_state_sha256}
+    return found
+
+
+def test_where_no_held_out_clip_can_be_read_any_more_training_goes_on(tmp_path: Path) -> None:
+    write_clips(tmp_path, damaged=0)
+
+    def lose_them() -> None:
+        shutil.rmtree(tmp_path / "validation")
+
+    with without_plots():
+        summary = train(tmp_path / "run", tmp_path, updates=2, actions={1: lose_them})
+    assert summary.status.value == "completed"
+    before, *later = read_evaluations(tmp_path / "run")
+    assert before.metrics
+    for record in later:
+        assert (record.metrics, record.clips) == ({}, ())
+        assert record.headline == "no held-out clip could be read"
+        assert [entry.clip for entry in record.not_judged] == [
+            f"clip_{number:05d}.mp4" for number in range(3)
+        ]
