@@ -8,17 +8,20 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
-from aiprod_ds.data.dataset import ClipRequest, MapDataset
+from aiprod_ds.data.dataset import ClipRequest, ItemDataset, MapDataset
 from aiprod_ds.data.loudness import level_db, normalized
 from aiprod_ds.data.manifest import Manifest, Unreadable
+from aiprod_ds.data.own.items import AUDIO, sound_of
+from aiprod_ds.data.own.values import ValueRange, to_signed
 from aiprod_ds.decode.audio import decode_audio, fit_sound
 from aiprod_ds.decode.downmix import check_layout
 from aiprod_ds.decode.record import MediaRecord
@@ -99,40 +102,56 @@ class AudioClipDataset:
         ]
 
 
-class TensorAudioDataset:
-    """A user's dataset of whole sounds, answering the same requests.
+class AudioItems:
+    """Reads items that are whole sounds; see `items.AUDIO` for what they may be.
 
     Args:
-        dataset: Items are floating tensors [N] or [C,N] in [-1,1], or mappings with one under `audio` and
-            optionally its rate under `sample_rate_hz`; without it the configured rate is taken for theirs.
         seed: With sample and epoch it decides where a clip starts.
         config: Rate and channels that all clips get, loudness that they are brought to, and silence that is
             drawn again.
+        value_range: Of floating samples; see `values.to_signed`.
     """
 
-    def __init__(self, dataset: MapDataset, *, seed: int, config: AudioDataConfig) -> None:
-        self._dataset = dataset
+    kind = AUDIO
+
+    def __init__(self, *, seed: int, config: AudioDataConfig, value_range: ValueRange | None = None) -> None:
         self._seed = seed
         self._config = config
-        self._lengths: list[ClipFacts] | None = None
+        self.value_range = value_range
 
-    def __len__(self) -> int:
-        """Returns the number of items."""
-        return len(self._dataset)
+    def values(self, item: Any, name: str) -> Tensor:
+        """See `ItemReader.values`."""
+        return sound_of(item, name)[0]
 
-    def __getitem__(self, request: ClipRequest) -> dict[str, Tensor]:
-        """See `ClipSource.__getitem__`: `audio`, [C,N] float32 in [-1,1].
+    def facts(self, item: Any, name: str) -> ClipFacts:
+        """See `ItemReader.facts`.
+
+        Raises:
+            DataError: If the item is no sound, has channels without a place, or its rate has no simple ratio
+                to the configured one.
+        """
+        wave_CN, own_hz = self._read(item, name)
+        rate_hz = self._config.sample_rate_hz
+        try:
+            check_layout(wave_CN.shape[0], None)
+            check_rates(from_hz=own_hz, to_hz=rate_hz)
+        except DataError as error:
+            raise DataError(f"{name}: {error}.") from error
+        return _facts(name, resampled_length(wave_CN.shape[1], from_hz=own_hz, to_hz=rate_hz), rate_hz)
+
+    def clip(self, item: Any, request: ClipRequest, name: str) -> dict[str, Tensor]:
+        """See `ItemReader.clip`: `audio`, [C,N] float32 in [-1,1].
 
         Raises:
             DataError: If the item is no sound, is too short for the request or holds NaN or infinity.
         """
-        wave_CN, own_hz = self._item(request.sample_index)
-        name, rate_hz = f"dataset[{request.sample_index}]", self._config.sample_rate_hz
+        wave_CN, own_hz = self._read(item, name)
+        rate_hz = self._config.sample_rate_hz
 
         def read(start: int) -> Tensor:
             window = input_window(start, request.frames, from_hz=own_hz, to_hz=rate_hz)
             return fit_sound(
-                wave_CN[:, window.start : window.stop],
+                to_signed(wave_CN[:, window.start : window.stop], self.value_range),
                 start,
                 request.frames,
                 from_hz=own_hz,
@@ -144,45 +163,33 @@ class TensorAudioDataset:
         length = resampled_length(wave_CN.shape[1], from_hz=own_hz, to_hz=rate_hz)
         return {"audio": _clip(request, length, read, name, seed=self._seed, config=self._config)}
 
-    def lengths(self) -> list[ClipFacts]:
-        """See `ClipDataset.lengths`; the first call reads each item once.
+    def _read(self, item: Any, name: str) -> tuple[Tensor, int]:
+        wave_CN, rate_hz = sound_of(item, name)
+        return wave_CN, self._config.sample_rate_hz if rate_hz is None else rate_hz
 
-        Raises:
-            DataError: If an item is no sound, has channels without a place, or its rate has no simple ratio
-                to the configured one.
-        """
-        if self._lengths is None:
-            self._lengths = [self._checked_facts(index) for index in range(len(self._dataset))]
-        return self._lengths
 
-    def _checked_facts(self, index: int) -> ClipFacts:
-        wave_CN, own_hz = self._item(index)
-        name, rate_hz = f"dataset[{index}]", self._config.sample_rate_hz
-        try:
-            check_layout(wave_CN.shape[0], None)
-            check_rates(from_hz=own_hz, to_hz=rate_hz)
-        except DataError as error:
-            raise DataError(f"{name}: {error}.") from error
-        return _facts(name, resampled_length(wave_CN.shape[1], from_hz=own_hz, to_hz=rate_hz), rate_hz)
+class TensorAudioDataset(ItemDataset):
+    """A user's dataset of whole sounds, answering requests.
 
-    def _item(self, index: int) -> tuple[Tensor, int]:
-        item = self._dataset[index]
-        is_mapping = isinstance(item, Mapping)
-        wave = item.get("audio") if is_mapping else item
-        rate_hz = item.get("sample_rate_hz") if is_mapping else None
-        is_sound = (
-            isinstance(wave, Tensor) and wave.is_floating_point() and wave.ndim in (1, 2) and wave.numel() > 0
-        )
-        if not is_sound:
-            got = f"{list(wave.shape)} {wave.dtype}" if isinstance(wave, Tensor) else type(wave).__name__
-            raise DataError(
-                f"dataset[{index}]: must be a floating tensor [N] or [C,N] in [-1,1], or a mapping with one "
-                "under 'audio', "
-                f"got {got}. Convert the item."
-            )
-        return wave.reshape(-1, wave.shape[-1]), self._config.sample_rate_hz if rate_hz is None else int(
-            rate_hz
-        )
+    Args:
+        dataset: Items as `AudioItems` reads them: floating or int16 [N] or [C,N], or mappings with one under
+            `audio` and optionally its rate under `sample_rate_hz`; without it the configured rate is taken
+            for theirs.
+        seed: With sample and epoch it decides where a clip starts.
+        config: Rate and channels that all clips get, loudness that they are brought to, and silence that is
+            drawn again.
+        value_range: Of floating samples; None: [-1,1].
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        *,
+        seed: int,
+        config: AudioDataConfig,
+        value_range: ValueRange | None = None,
+    ) -> None:
+        super().__init__(dataset, AudioItems(seed=seed, config=config, value_range=value_range))
 
 
 def _problem(record: MediaRecord, config: AudioDataConfig) -> str | None:

@@ -15,6 +15,8 @@ import torch
 
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.data.manifest import Manifest
+from aiprod_ds.data.own.items import VIDEO, ItemKind, video_of
+from aiprod_ds.data.own.values import ValueCheck, ValueRange, to_signed
 from aiprod_ds.decode.fit import fit_clip
 from aiprod_ds.decode.pixels import BLACK, Color
 from aiprod_ds.decode.video import decode_clip, max_start_seconds
@@ -125,94 +127,195 @@ class VideoClipDataset:
         ]
 
 
-class TensorVideoDataset:
-    """A user's dataset of whole clips, answering the same requests.
+class ItemReader(Protocol):
+    """Makes clips of the items of a user's own data, whatever holds them."""
+
+    @property
+    def kind(self) -> ItemKind:
+        """What the items look like."""
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The range that was declared for their values."""
+
+    def values(self, item: Any, name: str) -> torch.Tensor:
+        """Returns the tensor that an item is about, in its own type and range.
+
+        Raises:
+            DataError: If the item has another form; `name` says which.
+        """
+
+    def facts(self, item: Any, name: str) -> ClipFacts:
+        """Returns what the plan's rules need to know of an item.
+
+        Raises:
+            DataError: If the item has another form.
+        """
+
+    def clip(self, item: Any, request: ClipRequest, name: str) -> ClipSample:
+        """Returns the requested clip of an item.
+
+        Raises:
+            DataError: If the item has another form, does not have what is asked for, or is not finite.
+        """
+
+
+class ItemDataset:
+    """A user's map-style dataset, answering requests.
 
     Args:
-        dataset: Items are floating tensors [3,T,H,W] in [-1,1], or mappings with one under `video` and
-            optionally its rate under `fps`, which requests with a `frame_rate_hz` need.
-        seed: With sample and epoch it decides start, crop and flip.
+        dataset: Items as the reader takes them.
+        reader: Of their kind.
+        indices: Which items count, in this order; None: all. `ClipRequest.sample_index` counts these.
+        is_held_out: Whether nothing is learned from them.
     """
 
-    def __init__(self, dataset: MapDataset, *, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: MapDataset,
+        reader: ItemReader,
+        *,
+        indices: Sequence[int] | None = None,
+        is_held_out: bool = False,
+    ) -> None:
+        self._is_held_out = is_held_out
         self._dataset = dataset
-        self._seed = seed
-        self._lengths: list[ClipFacts] | None = None
+        self._reader = reader
+        self._indices = indices
+        self._lengths: Sequence[ClipFacts] | None = None
+        self._notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Returns the number of items."""
-        return len(self._dataset)
+        return len(self._dataset) if self._indices is None else len(self._indices)
 
     def __getitem__(self, request: ClipRequest) -> ClipSample:
         """See `ClipSource.__getitem__`.
 
         Raises:
-            DataError: If the item is no clip, has too few frames, or has no `fps` where a rate is asked for.
+            DataError: As `ItemReader.clip`.
         """
-        video_CTHW, fps = self._item(request.sample_index)
-        step = self._step(request, fps)
+        index = self._own_index(request.sample_index)
+        return self._reader.clip(self._dataset[index], request, f"dataset[{index}]")
+
+    def lengths(self) -> Sequence[ClipFacts]:
+        """See `ClipDataset.lengths`; the first call reads each item once and looks at the first ones' values.
+
+        Raises:
+            DataError: If an item has another form, or the first ones' values cannot be right.
+        """
+        if self._lengths is None:
+            reader = self._reader
+            check = ValueCheck(reader.kind.key, reader.value_range, is_held_out=self._is_held_out)
+            self._lengths = [self._facts(place, check) for place in range(len(self))]
+            self._notes = check.judge()
+        return self._lengths
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns what is doubtful about the first items' values, in words."""
+        self.lengths()
+        return self._notes
+
+    def part(self, places: Sequence[int]) -> ItemDataset:
+        """Returns the items at `places` alone, under the names that they have here."""
+        found, known = ItemDataset(self._dataset, self._reader, indices=list(places)), self.lengths()
+        found._lengths = [known[place] for place in places]
+        return found
+
+    def _own_index(self, place: int) -> int:
+        return place if self._indices is None else self._indices[place]
+
+    def _facts(self, place: int, check: ValueCheck) -> ClipFacts:
+        index = self._own_index(place)
+        item, name = self._dataset[index], f"dataset[{index}]"
+        if not check.is_full:
+            check.see(self._reader.values(item, name), name)
+        return self._reader.facts(item, name)
+
+
+class VideoItems:
+    """Reads items that are whole clips; see `items.VIDEO` for what they may be.
+
+    Args:
+        seed: With sample and epoch it decides start, crop and flip.
+        value_range: Of floating pixels; see `values.to_signed`.
+    """
+
+    kind = VIDEO
+
+    def __init__(self, *, seed: int, value_range: ValueRange | None = None) -> None:
+        self._seed = seed
+        self.value_range = value_range
+
+    def values(self, item: Any, name: str) -> torch.Tensor:
+        """See `ItemReader.values`."""
+        return video_of(item, name)[0]
+
+    def facts(self, item: Any, name: str) -> ClipFacts:
+        """See `ItemReader.facts`; an item without `fps` counts as one frame a second."""
+        video_CTHW, fps = video_of(item, name)
+        _, frames, height, width = video_CTHW.shape
+        return ClipFacts(name=name, frames=frames, seconds=frames / (fps or 1.0), height=height, width=width)
+
+    def clip(self, item: Any, request: ClipRequest, name: str) -> ClipSample:
+        """See `ItemReader.clip`.
+
+        Raises:
+            DataError: If the item is no clip, has too few frames, has no `fps` where a rate is asked for, or
+                holds NaN or infinity.
+        """
+        video_CTHW, fps = video_of(item, name)
+        step = _step(request, fps, name)
         latest_frame = int(video_CTHW.shape[1] - request.frames * step + _EPSILON)
         if video_CTHW.shape[1] - request.frames * step < -_EPSILON:
             raise DataError(
-                f"dataset[{request.sample_index}]: must have {request.frames} frames, "
+                f"{name}: must have {request.frames} frames, "
                 f"got {int(video_CTHW.shape[1] / step + _EPSILON)}. Ask for fewer frames or drop the item."
             )
         start = _start(self._seed, request, latest_frame)
         indices = [
             min(int(start + index * step + 0.5), video_CTHW.shape[1] - 1) for index in range(request.frames)
         ]
-        return _sample(video_CTHW[:, indices], self._seed, request)
+        sample = _sample(self._fit_for(video_CTHW[:, indices]), self._seed, request)
+        # uint8 cannot be anything else; the clamp to [-1,1] leaves NaN and hides infinity.
+        if video_CTHW.is_floating_point() and not bool(video_CTHW[:, indices].isfinite().all()):
+            raise DataError(f"{name}: pixels must be finite, got NaN or infinity. Repair or drop the item.")
+        return sample
 
-    def lengths(self) -> list[ClipFacts]:
-        """See `ClipDataset.lengths`; the first call reads each item once.
+    def _fit_for(self, frames_CTHW: torch.Tensor) -> torch.Tensor:
+        """Returns the frames as `fit_clip` takes them: bytes stay bytes, which it converts one frame at a
+        time."""
+        if frames_CTHW.dtype == torch.uint8:
+            # Contiguous by channels, or scaling would add in another order than for floating clips.
+            return frames_CTHW.contiguous().permute(1, 2, 3, 0)
+        return to_signed(frames_CTHW, self.value_range)
 
-        An item without `fps` counts as one frame a second.
-        """
-        if self._lengths is None:
-            self._lengths = [self._facts(index) for index in range(len(self._dataset))]
-        return self._lengths
 
-    def _facts(self, index: int) -> ClipFacts:
-        video_CTHW, fps = self._item(index)
-        _, frames, height, width = video_CTHW.shape
-        return ClipFacts(
-            name=f"dataset[{index}]", frames=frames, seconds=frames / (fps or 1.0), height=height, width=width
+class TensorVideoDataset(ItemDataset):
+    """A user's dataset of whole clips, answering requests.
+
+    Args:
+        dataset: Items as `VideoItems` reads them: of floating or uint8 pixels, [3,T,H,W] or another order
+            that the shape tells, or mappings with one under `video` and optionally its rate under `fps`,
+            which requests with a `frame_rate_hz` need.
+        seed: With sample and epoch it decides start, crop and flip.
+        value_range: Of floating pixels; None: [-1,1].
+    """
+
+    def __init__(self, dataset: MapDataset, *, seed: int, value_range: ValueRange | None = None) -> None:
+        super().__init__(dataset, VideoItems(seed=seed, value_range=value_range))
+
+
+def _step(request: ClipRequest, fps: float | None, name: str) -> float:
+    """Returns how many frames of the item lie between two frames of the clip."""
+    if request.frame_rate_hz is None or request.frames == 1:
+        return 1.0
+    if fps is None:
+        raise DataError(
+            f"{name}: must state its rate under 'fps' for clips at {request.frame_rate_hz:g} Hz, "
+            "got none. Add 'fps' to the item or remove frame_rate_hz."
         )
-
-    def _item(self, index: int) -> tuple[torch.Tensor, float | None]:
-        item = self._dataset[index]
-        is_mapping = isinstance(item, Mapping)
-        video = item.get("video") if is_mapping else item
-        fps = item.get("fps") if is_mapping else None
-        if (
-            not isinstance(video, torch.Tensor)
-            or not video.is_floating_point()
-            or video.ndim != 4
-            or video.shape[0] != 3
-        ):
-            got = (
-                f"{list(video.shape)} {video.dtype}"
-                if isinstance(video, torch.Tensor)
-                else type(video).__name__
-            )
-            raise DataError(
-                f"dataset[{index}]: must be a floating tensor [3,T,H,W] in [-1,1], or a mapping with one "
-                "under 'video', "
-                f"got {got}. Convert the item."
-            )
-        return video, None if fps is None else float(fps)
-
-    def _step(self, request: ClipRequest, fps: float | None) -> float:
-        """Returns how many frames of the item lie between two frames of the clip."""
-        if request.frame_rate_hz is None or request.frames == 1:
-            return 1.0
-        if fps is None:
-            raise DataError(
-                f"dataset[{request.sample_index}]: must state its rate under 'fps' for clips at "
-                f"{request.frame_rate_hz:g} Hz, "
-                "got none. Add 'fps' to the item or remove frame_rate_hz."
-            )
-        return fps / request.frame_rate_hz
+    return fps / request.frame_rate_hz
 
 
 def _clip_seed(seed: int, request: ClipRequest, purpose: str) -> int:

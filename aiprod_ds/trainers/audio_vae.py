@@ -50,8 +50,8 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
     """Trains an audio VAE through a curriculum.
 
     A model that is passed in must offer what `AudioVAE` says, or `MelVAE` for models of mel spectrograms;
-    items of a dataset are [N] or [C, N] in [-1, 1] or dicts with 'audio' and optionally 'sample_rate_hz'. The
-    arguments are those of `Trainer`.
+    items of a dataset are what `AudioItems` reads: sounds [N] or [C, N], floating in `value_range` or int16,
+    or dicts with 'audio' and optionally 'sample_rate_hz'. The arguments are those of `Trainer`.
     """
 
     config_class: ClassVar[type[RunConfig]] = AudioVAETrainerConfig
@@ -101,7 +101,14 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
         return {"audio": torch.empty(self.config.data.channels, bucket.frames, device="meta")}
 
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
-        return open_audio_datasets(dataset, validation, self.config.data, seed=self.config.seed)
+        return open_audio_datasets(
+            dataset,
+            validation,
+            self.config.data,
+            seed=self.config.seed,
+            value_range=self.value_range,
+            held_out=self._what_is_held_out(),
+        )
 
     def _open_files(self) -> ClipData:
         return open_audio_files(self.config.data, seed=self.config.seed)

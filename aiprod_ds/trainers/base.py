@@ -23,6 +23,7 @@ from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.clip_list import ClipList, own_fingerprint
+from aiprod_ds.data.own.values import require_range
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.models.registry import build_model
@@ -37,6 +38,7 @@ from aiprod_ds.train.run import Prepared, evaluate_checkpoint, run_training
 from aiprod_ds.train.unit import Evaluation, Unit
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.measures import require_known_measure
+from aiprod_ds.trainers.own_data import HeldOut
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -53,12 +55,20 @@ class Trainer(ABC, Generic[ConfigT]):
     Args:
         config: The whole configuration.
         model: A module to train in place of `config.model`.
-        dataset: Training clips in place of `config.data.train`, map-style.
-        validation: Held-out clips, in the same form; required with `dataset`.
+        dataset: Training clips in place of `config.data.train`: a map-style dataset (any object with
+            `__len__` and `__getitem__`, a list too), a DataLoader, an IterableDataset, another object that
+            gives a new iterator whenever one is asked for, or one of these in a `ClipIterable`. Items, or the
+            items that a loader's batches are cut into, are tensors, arrays or mappings as the trainer says.
+        validation: Held-out clips, in the same forms. Without it `config.data.holdout_fraction` of a
+            map-style dataset is held out; beside an iterable it is required, and of an iterable validation
+            set the first `config.evaluation.max_clips` clips are read.
+        value_range: What the values of floating items lie in: (-1, 1), (0, 1) or (0, 255). uint8 is in
+            0..255 and int16 samples are of full scale whatever stands here. None: (-1, 1), and a dataset
+            whose first items have no value below 0 is refused.
         source: How messages name the configuration.
 
     Raises:
-        ConfigError: If `dataset` comes without `validation`.
+        ConfigError: If `validation` or `value_range` comes without `dataset`, or the range is another one.
     """
 
     config_class: ClassVar[type[RunConfig]]
@@ -70,17 +80,23 @@ class Trainer(ABC, Generic[ConfigT]):
         model: nn.Module | None = None,
         dataset: Any = None,
         validation: Any = None,
+        value_range: tuple[float, float] | None = None,
         source: str = "configuration",
     ) -> None:
-        if (dataset is None) != (validation is None):
-            name = type(self).__name__
-            raise ConfigError(
-                f"{name}: dataset and validation go together, got one of them. Pass both or neither."
-            )
+        for key, value in (("validation", validation), ("value_range", value_range)):
+            if dataset is None and value is not None:
+                raise ConfigError(
+                    f"{type(self).__name__}: {key} has no effect without dataset, got one. Pass dataset too, "
+                    "or name folders in the configuration."
+                )
+        self.value_range = require_range(value_range)
         self.config = config
         self.source = source
         self._model = model
         self._datasets = (dataset, validation)
+
+    def _what_is_held_out(self) -> HeldOut:
+        return HeldOut(fraction=self.config.data.holdout_fraction, max_clips=self.config.evaluation.max_clips)
 
     @cached_property
     @abstractmethod
@@ -250,6 +266,7 @@ class Trainer(ABC, Generic[ConfigT]):
         plan = self.plan(world_size=dist.world_size())
         self._prepare_gpu()
         data = self.open_data()
+        plan = data.with_buckets(plan, self.source)
         too_short = data.check(plan, self.source)
         plan = data.with_lengths(plan, self.source)
 
@@ -266,7 +283,6 @@ class Trainer(ABC, Generic[ConfigT]):
             source=self.source,
             clips=cache(partial(self.clip_list, data)),
         )
-        plan = data.with_buckets(plan, self.source)
 
     def _own_model(self) -> nn.Module:
         return build_model(self.config.model, seed=self.config.seed) if self._model is None else self._model

@@ -25,6 +25,7 @@ from aiprod_ds.data.clip_list import ClipList, Listing, list_facts, list_files
 from aiprod_ds.data.dataset import ClipDataset, ClipRequest, ClipSample
 from aiprod_ds.data.loader import ClipLoader, Draw, MicroBatch, no_draws
 from aiprod_ds.data.manifest import Manifest, holdout, require_readable
+from aiprod_ds.data.own.stream_loader import StreamLoader
 from aiprod_ds.data.packed.media import open_source
 from aiprod_ds.data.reading.replacing import UnreadClip, read_patiently
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
@@ -218,7 +219,7 @@ class ClipData:
         seed: int,
         num_workers: int,
         draw: Draw = no_draws,
-    ) -> ClipStream:
+    ) -> ClipStream | StreamLoader:
         """Returns the micro-batches of `phase` from the clock's position on, for one rank."""
         sampler = self._sampler(phase, seed)
         loader = ClipLoader(

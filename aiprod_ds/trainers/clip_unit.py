@@ -21,8 +21,8 @@ from aiprod_ds.errors import ConfigError
 from aiprod_ds.metrics.evaluations import NotJudged
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.train.engines import decay_groups
-from aiprod_ds.train.unit import ClipWork
-from aiprod_ds.trainers.clip_data import ClipData, ClipStream
+from aiprod_ds.train.unit import ClipWork, Stream
+from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.evaluation import measured_names
 from aiprod_ds.trainers.measures import passed_over
 
@@ -60,7 +60,7 @@ class ClipUnit:
         """Returns matrices and kernels, which are decayed, and vectors and scalars, which are not."""
         return decay_groups(self.module)
 
-    def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> ClipStream:
+    def open_stream(self, phase: PhasePlan, clock: Clock, *, rank: int, world_size: int) -> Stream:
         """Returns the data of `phase` from where `clock` stands."""
         workers = self.config.data.num_workers
         return self.data.stream(

@@ -47,7 +47,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
     """Trains a latent diffusion transformer through a curriculum, all of it or adapters.
 
     A model that is passed in must be of a known family (`aiprod_ds.models.families`); items of a dataset are
-    what `TensorLatentDataset` says. The arguments are those of `Trainer`.
+    mappings of latents and embeddings as `TensorLatentDataset` says, and `value_range` has no meaning. The
+    arguments are otherwise those of `Trainer`.
     """
 
     config_class: ClassVar[type[RunConfig]] = DiffusionTrainerConfig
@@ -140,6 +141,11 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
                 f"loss.shared_noise_level: has no effect for the family {name!r}, which makes no sound, got "
                 "true. Remove it."
             )
+        if self.value_range is not None:
+            yield (
+                f"value_range: has no effect for latents, which are normalised, got {self.value_range}. "
+                "Remove it."
+            )
         if self._model is not None:
             for key in ("lora_checkpoint", "lora_init"):
                 if getattr(self.config.model, key) is not None:
@@ -193,7 +199,13 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
         return clip | {"fps": torch.tensor(_ASSUMED_FPS)}
 
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
-        return open_latent_datasets(dataset, validation, strides=self.strides)
+        return open_latent_datasets(
+            dataset,
+            validation,
+            strides=self.strides,
+            seed=self.config.seed,
+            held_out=self._what_is_held_out(),
+        )
 
     def _open_files(self) -> ClipData:
         has_sound = self.family.sound is not None

@@ -22,26 +22,27 @@ from aiprod_ds.curriculum.auto_buckets import with_auto_buckets
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.data.audio_dataset import AudioClipDataset, TensorAudioDataset, usable_sounds
+from aiprod_ds.data.audio_dataset import AudioClipDataset, AudioItems, usable_sounds
 from aiprod_ds.data.clip_list import Listing
-from aiprod_ds.data.dataset import TensorVideoDataset, VideoClipDataset
+from aiprod_ds.data.dataset import VideoClipDataset, VideoItems
 from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS
 from aiprod_ds.data.manifest import Manifest, scan
+from aiprod_ds.data.own.values import ValueRange
 from aiprod_ds.data.packed.media import packed_media
 from aiprod_ds.data.probe_cache import default_probe_cache
-from aiprod_ds.data.tensor_latents import TensorLatentDataset
+from aiprod_ds.data.tensor_latents import LatentItems
 from aiprod_ds.data.treatment import audio_notes, picture_notes, usable_pictures
-from aiprod_ds.shards.reader import ShardReader
 from aiprod_ds.errors import PlanError
+from aiprod_ds.shards.reader import ShardReader
 from aiprod_ds.trainers.clip_data import (
     ClipData,
     manifest_notes,
-    require_clips,
     split_manifests,
     unreadable_files,
 )
+from aiprod_ds.trainers.own_data import HeldOut, open_own_data
 
 
 def open_video_files(config: VideoDataConfig, *, seed: int) -> ClipData:
@@ -63,14 +64,22 @@ def open_video_files(config: VideoDataConfig, *, seed: int) -> ClipData:
     )
 
 
-def open_video_datasets(dataset: Any, validation: Any, *, seed: int) -> ClipData:
-    """Takes a user's own map-style datasets; see `TensorVideoDataset` for what their items may be.
+def open_video_datasets(
+    dataset: Any,
+    validation: Any,
+    *,
+    seed: int,
+    value_range: ValueRange | None = None,
+    held_out: HeldOut | None = None,
+) -> ClipData:
+    """Takes a user's own data; see `VideoItems` for what its items may be.
 
     Raises:
-        DataError: If a dataset is empty or an item is not a clip.
+        DataError: As `open_own_data`.
     """
-    require_clips(dataset, validation)
-    return ClipData.of(TensorVideoDataset(dataset, seed=seed), TensorVideoDataset(validation, seed=seed))
+    reader = VideoItems(seed=seed, value_range=value_range)
+    chosen = held_out or HeldOut()
+    return open_own_data(dataset, validation, reader, seed=seed, held_out=chosen, kind=ClipData)
 
 
 def _scan_videos(config: VideoDataConfig, source: Path | ShardReader) -> Manifest:
@@ -99,15 +108,23 @@ def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:
     )
 
 
-def open_audio_datasets(dataset: Any, validation: Any, config: AudioDataConfig, *, seed: int) -> ClipData:
-    """Takes a user's own map-style datasets; see `TensorAudioDataset` for what their items may be.
+def open_audio_datasets(
+    dataset: Any,
+    validation: Any,
+    config: AudioDataConfig,
+    *,
+    seed: int,
+    value_range: ValueRange | None = None,
+    held_out: HeldOut | None = None,
+) -> ClipData:
+    """Takes a user's own data; see `AudioItems` for what its items may be.
 
     Raises:
-        DataError: If a dataset is empty or an item is not a sound.
+        DataError: As `open_own_data`.
     """
-    require_clips(dataset, validation)
-    own, held_out = (TensorAudioDataset(items, seed=seed, config=config) for items in (dataset, validation))
-    return ClipData.of(own, held_out)
+    reader = AudioItems(seed=seed, config=config, value_range=value_range)
+    chosen = held_out or HeldOut()
+    return open_own_data(dataset, validation, reader, seed=seed, held_out=chosen, kind=ClipData)
 
 
 def _scan_sounds(config: AudioDataConfig, source: Path | ShardReader) -> Manifest:
@@ -122,23 +139,6 @@ class LatentData(ClipData):
 
     __slots__ = ()
 
-    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
-        """Returns the training clips that some phase cannot use.
-
-        Raises:
-            PlanError: As for any clips, or if a clip has no latents in the shape of a bucket that will draw
-                it.
-        """
-        too_short = super().check(plan, source)
-        last = plan.phases[-1]
-        measured = replace(plan, phases=(replace(last, buckets=last.buckets[:1]),))
-        for dataset, asked in ((self.train, plan), (self.validation, measured)):
-            if isinstance(dataset, LatentDataset):
-                require_entries(dataset, asked, source)
-        return too_short
-
-
-def open_latent_files(
     def with_buckets(self, plan: RunPlan, source: str) -> RunPlan:
         """Returns `plan` with the shapes that `buckets: auto` got when the clips were encoded.
 
@@ -162,6 +162,23 @@ def open_latent_files(
         shapes = {index: found[key] for index, key in asked.items()}
         return with_auto_buckets(plan, self.train_clips, shapes=shapes)
 
+    def check(self, plan: RunPlan, source: str) -> tuple[TooShort, ...]:
+        """Returns the training clips that some phase cannot use.
+
+        Raises:
+            PlanError: As for any clips, or if a clip has no latents in the shape of a bucket that will draw
+                it.
+        """
+        too_short = super().check(plan, source)
+        last = plan.phases[-1]
+        measured = replace(plan, phases=(replace(last, buckets=last.buckets[:1]),))
+        for dataset, asked in ((self.train, plan), (self.validation, measured)):
+            if isinstance(dataset, LatentDataset):
+                require_entries(dataset, asked, source)
+        return too_short
+
+
+def open_latent_files(
     config: DiffusionTrainerConfig, *, strides: ModelStrides, with_audio: bool
 ) -> LatentData:
     """Reads the folders or manifests that `config` names and compares their encoders with the configured
@@ -201,16 +218,17 @@ def open_latent_files(
     )
 
 
-def open_latent_datasets(dataset: Any, validation: Any, *, strides: ModelStrides) -> LatentData:
-    """Takes a user's own map-style datasets; see `TensorLatentDataset` for what their items may be.
+def open_latent_datasets(
+    dataset: Any, validation: Any, *, strides: ModelStrides, seed: int = 0, held_out: HeldOut | None = None
+) -> ClipData:
+    """Takes a user's own data; see `LatentItems` for what its items may be.
 
     Raises:
-        DataError: If a dataset is empty or an item is no clip.
+        DataError: As `open_own_data`.
     """
-    require_clips(dataset, validation)
-    return LatentData.of(
-        TensorLatentDataset(dataset, strides=strides), TensorLatentDataset(validation, strides=strides)
-    )
+    reader = LatentItems(strides=strides)
+    chosen = held_out or HeldOut()
+    return open_own_data(dataset, validation, reader, seed=seed, held_out=chosen, kind=LatentData)
 
 
 def read_empty_prompt(data: ClipData) -> dict[str, Tensor] | None:

@@ -56,8 +56,9 @@ from aiprod_ds.trainers.video_examples import VideoExamples, shown_pair
 class VideoVAETrainer(Trainer[VAETrainerConfig]):
     """Trains a video VAE through a curriculum.
 
-    A model that is passed in must offer what `VideoVAE` says; items of a dataset are [3, T, H, W] in [-1, 1]
-    or dicts with 'video'. The arguments are those of `Trainer`.
+    A model that is passed in must offer what `VideoVAE` says; items of a dataset are what `VideoItems` reads:
+    clips [3, T, H, W], floating in `value_range` or uint8, or dicts with 'video' and optionally 'fps'. The
+    arguments are those of `Trainer`.
     """
 
     config_class: ClassVar[type[RunConfig]] = VAETrainerConfig
@@ -98,7 +99,13 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
         return {"video": torch.empty(3, bucket.frames, bucket.height, bucket.width, device="meta")}
 
     def _open_datasets(self, dataset: Any, validation: Any) -> ClipData:
-        return open_video_datasets(dataset, validation, seed=self.config.seed)
+        return open_video_datasets(
+            dataset,
+            validation,
+            seed=self.config.seed,
+            value_range=self.value_range,
+            held_out=self._what_is_held_out(),
+        )
 
     def _open_files(self) -> ClipData:
         return open_video_files(self.config.data, seed=self.config.seed)

@@ -366,6 +366,6 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert not run_folder.exists()
 
 
-def test_training_clips_need_held_out_clips() -> None:
-    with pytest.raises(ConfigError, match="dataset and validation go together"):
-        VideoVAETrainer(_trainer(Path("unused")).config, model=SmallVAE(), dataset=_clips())
+def test_held_out_clips_need_training_clips() -> None:
+    with pytest.raises(ConfigError, match="VideoVAETrainer: validation has no effect without dataset"):
+        VideoVAETrainer(_trainer(Path("unused")).config, model=SmallVAE(), validation=_clips())

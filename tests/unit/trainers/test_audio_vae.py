@@ -402,6 +402,6 @@ def test_a_deterministic_model_is_refused(run_folder: Path) -> None:
         _trainer(run_folder, module=Plain(), model=HOP_8).train()
 
 
-def test_training_clips_need_held_out_clips(run_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="AudioVAETrainer: dataset and validation go together"):
-        AudioVAETrainer(_config(run_folder), dataset=_sounds(2))
+def test_held_out_clips_need_training_clips(run_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="AudioVAETrainer: validation has no effect without dataset"):
+        AudioVAETrainer(_config(run_folder), validation=_sounds(2))
