@@ -244,9 +244,9 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
         require_capacity(trainer, plan, settings, MACHINES[arguments.machine])
         require_fitting_previews(trainer, plan, settings, MACHINES[arguments.machine])
     data = trainer.open_data()
+    plan = data.with_buckets(plan, trainer.source)
     too_short = data.check(plan, trainer.source)
     for entry in too_short:
-    plan = data.with_buckets(plan, trainer.source)
         names = ", ".join(entry.names)
         arguments.console.print(
             f"phase {entry.phase}: not used, because they have under {entry.length}: {names}"
@@ -281,9 +281,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         totals=totals(plan, clips=clips),
         curve=learning_rate_curve(plan, _CURVE_POINTS),
         evaluation=_evaluation(trainer, plan),
+        found=() if data is None else data.found_buckets(plan),
     )
     estimate = _estimate(arguments, trainer, plan)
-        found=() if data is None else data.found_buckets(plan),
     if arguments.json:
         print(json.dumps(page.document() | estimate, indent=1))
     else:
@@ -333,9 +333,9 @@ def _with_data(trainer: Any, plan: RunPlan) -> tuple[RunPlan, Any, str | None]:
         data = trainer.open_data()
     except PlanError as error:
         return plan, None, str(error)
+    plan = data.with_buckets(plan, trainer.source)
     data.check(plan, trainer.source)
     return data.with_lengths(plan, trainer.source), data, None
-    plan = data.with_buckets(plan, trainer.source)
 
 
 def _encode(arguments: argparse.Namespace) -> int:
