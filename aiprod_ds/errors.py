@@ -32,6 +32,10 @@ class DataError(AiprodError):
     """Media, manifests or latents are missing, unreadable or do not fit."""
 
 
+class StorageError(DataError):
+    """All data is out of reach: its storage or the network to it is down, or does not let this user in."""
+
+
 class EngineError(AiprodError):
     """The training engine or a process group cannot do what was asked."""
 

@@ -25,6 +25,9 @@ class StorageConfig(StrictModel):
     cache_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 100.0
     """The most that the folder holds, in 1e9 bytes; what was used longest ago goes first. 0: nothing is
     kept."""
+    patience_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 40.0
+    """How long a storage is waited for that does not answer, once training has begun; then the run ends with
+    an error. Keep it below `engine.hang_seconds`."""
 
 
 class ClipDataConfig(StrictModel):
@@ -71,8 +74,8 @@ class ClipDataConfig(StrictModel):
         sources = [source for source in (self.train, self.validation) if source is not None]
         if self.storage != StorageConfig() and not any("://" in source for source in sources):
             raise ValueError(
-                f"storage: has no effect unless train or validation is an address such as s3://bucket/prefix, "
-                f"got {self.train!r}. Remove it."
+                "storage: has no effect unless train or validation is an address such as "
+                f"s3://bucket/prefix, got {self.train!r}. Remove it."
             )
         if self.storage.endpoint_url is not None and not any(
             source.startswith("s3://") for source in sources

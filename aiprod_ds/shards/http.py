@@ -13,7 +13,13 @@ from urllib.parse import quote
 from urllib.request import getproxies, proxy_bypass
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.shards.storage import InterruptedTransferError, NoSuchFileError, transferred
+from aiprod_ds.shards.storage import (
+    DEFAULT_PATIENCE_SECONDS,
+    INDEX,
+    InterruptedTransferError,
+    NoSuchFileError,
+    transferred,
+)
 
 _TIMEOUT_SECONDS = 30.0
 _BLOCK_BYTES = 1 << 20
@@ -31,6 +37,7 @@ class HttpStorage:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.patience_seconds = DEFAULT_PATIENCE_SECONDS
         self._pools: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -44,13 +51,13 @@ class HttpStorage:
                 return
             yield from self._stream(name, start + done, None if size is None else start + size)
 
-        try:
-            return transferred(fetch, size=size)
-        except InterruptedTransferError as error:
-            raise DataError(
-                f"{self.address}/{name}: must be delivered by its server, got: {error}. Check server and "
-                "network; the same command goes on."
-            ) from error
+        return transferred(
+            fetch,
+            size=size,
+            where=f"{self.address}/{name}",
+            is_reachable=self._is_reachable,
+            patience_seconds=self.patience_seconds,
+        )
 
     def sizes(self) -> None:
         """Returns None: web servers do not list files."""
@@ -62,6 +69,12 @@ class HttpStorage:
             DataError: Always.
         """
         raise DataError(f"{self.address}: cannot be written. Write to a folder or to s3://bucket/prefix.")
+
+    def _is_reachable(self) -> bool:
+        try:
+            return any(self._stream(INDEX, 0, 1))
+        except DataError:
+            return False
 
     def _stream(self, name: str, start: int, end: int | None) -> Iterator[bytes]:
         import urllib3

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.shards.storage import NoSuchFileError, Storage
+from aiprod_ds.shards.storage import INDEX, NoSuchFileError, Storage
 
-INDEX = "index.jsonl.gz"
 SHARD_SUFFIX = ".tar"
 _FORMAT = "aiprod_ds shards 1"
 _MAX_INDEX_BYTES = 16 << 30  # of text; some fifty million files

@@ -31,4 +31,6 @@ def open_shards(source: str, settings: StorageConfig) -> ShardReader | None:
     if settings.cache_gb > 0:
         folder = default_cache_folder() if settings.cache_dir is None else Path(settings.cache_dir)
         cache = ShardCache(folder, limit_bytes=int(settings.cache_gb * 1e9))
-    return ShardReader(storage, read_index(storage), cache=cache)
+    index = read_index(storage)  # with little patience: a wrong address is told soon
+    storage.patience_seconds = settings.patience_seconds
+    return ShardReader(storage, index, cache=cache)

@@ -11,8 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aiprod_ds.errors import DataError
-from aiprod_ds.shards.storage import InterruptedTransferError, NoSuchFileError, transferred
+from aiprod_ds.errors import DataError, StorageError
+from aiprod_ds.shards.storage import (
+    DEFAULT_PATIENCE_SECONDS,
+    INDEX,
+    InterruptedTransferError,
+    NoSuchFileError,
+    transferred,
+)
 
 try:
     import boto3
@@ -43,6 +49,7 @@ class S3Storage:
 
     def __init__(self, bucket: str, prefix: str, *, endpoint_url: str | None = None) -> None:
         self.address = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.patience_seconds = DEFAULT_PATIENCE_SECONDS
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._endpoint_url = endpoint_url
@@ -60,13 +67,13 @@ class S3Storage:
             end = "" if size is None else start + size - 1
             yield from self._stream(name, f"bytes={start + done}-{end}")
 
-        try:
-            return transferred(fetch, size=size)
-        except InterruptedTransferError as error:
-            raise DataError(
-                f"{self.address}/{name}: must be delivered by its storage, got: {error}. Check storage and "
-                "network; the same command goes on."
-            ) from error
+        return transferred(
+            fetch,
+            size=size,
+            where=f"{self.address}/{name}",
+            is_reachable=self._is_reachable,
+            patience_seconds=self.patience_seconds,
+        )
 
     def sizes(self) -> dict[str, int]:
         """See `Storage.sizes`."""
@@ -86,6 +93,12 @@ class S3Storage:
             self._client().upload_file(str(file), self._bucket, f"{self._prefix}{name}")
         except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error) as error:
             raise self._unreachable(error) from error
+
+    def _is_reachable(self) -> bool:
+        try:
+            return any(self._stream(INDEX, "bytes=0-0"))
+        except DataError:
+            return False
 
     def _stream(self, name: str, bytes_range: str) -> Iterator[bytes]:
         key = f"{self._prefix}{name}"
@@ -110,8 +123,8 @@ class S3Storage:
             return self._unreachable(error)
         return InterruptedTransferError(type(error).__name__)
 
-    def _unreachable(self, error: Exception) -> DataError:
-        return DataError(
+    def _unreachable(self, error: Exception) -> StorageError:
+        return StorageError(
             f"{self.address}: must be a bucket that can be used, got: {_without_secrets(error)}. Check "
             "credentials, AWS_PROFILE, region and endpoint (data.storage.endpoint_url or AWS_ENDPOINT_URL)."
         )

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from aiprod_ds.errors import DataError
+from aiprod_ds.errors import DataError, StorageError
 
+INDEX = "index.jsonl.gz"
 REMOTE_SCHEMES = ("s3", "https", "http")
-_ATTEMPTS = 5  # in a row, of which none brought a byte
-_FIRST_WAIT_SECONDS = 0.1
+DEFAULT_PATIENCE_SECONDS = 5.0
+_ATTEMPTS = 5  # in a row that bring no byte, before it is asked whether the file or the storage is at fault
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
 
 
 class NoSuchFileError(DataError):
@@ -33,17 +35,20 @@ class Storage(Protocol):
     Attributes:
         address: How messages name it.
         is_remote: Whether what is read often should be kept on a local disk.
+        patience_seconds: How long a storage that is out of reach is waited for.
     """
 
     address: str
     is_remote: bool
+    patience_seconds: float
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         """Returns `size` bytes from `start` on; None: all that follow. Fewer only where the file ends.
 
         Raises:
             NoSuchFileError: If there is no such file.
-            DataError: If it cannot be read, after several attempts where that may help.
+            StorageError: If nothing can be read, after waiting for it where that may help.
+            DataError: If this file cannot be read, after several attempts.
         """
 
     def sizes(self) -> Mapping[str, int] | None:
@@ -68,6 +73,7 @@ class FolderStorage:
 
     def __init__(self, folder: Path) -> None:
         self.address = str(folder)
+        self.patience_seconds = DEFAULT_PATIENCE_SECONDS  # a file system has its own
         self._folder = folder
 
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
@@ -137,20 +143,34 @@ def open_storage(source: str, *, endpoint_url: str | None = None) -> Storage:
 
 
 def transferred(
-    fetch: Callable[[int], Iterator[bytes]], *, size: int | None, wait: Callable[[float], None] = time.sleep
+    fetch: Callable[[int], Iterator[bytes]],
+    *,
+    size: int | None,
+    where: str,
+    is_reachable: Callable[[], bool],
+    patience_seconds: float,
+    wait: Callable[[float], None] = time.sleep,
+    now: Callable[[], float] = time.monotonic,
 ) -> bytes:
-    """Returns the bytes that `fetch` yields; after an interruption it is called again for the rest.
+    """Returns the bytes that `fetch` yields; after an interruption it is called again for the rest, with
+    growing waits while nothing comes.
 
     Args:
         fetch: Given how many bytes there are already, yields those after them.
         size: How many there must be; None: as many as come until an orderly end.
+        where: How messages name the file.
+        is_reachable: Asked after five attempts in a row that brought nothing, and then after each: whether
+            another file can be read.
+        patience_seconds: How long to go on while none can, attempts included.
         wait: Sleeps.
+        now: A clock.
 
     Raises:
-        InterruptedTransferError: After five attempts in a row that brought nothing, with growing waits.
+        DataError: If others can be read and this one cannot.
+        StorageError: If none can.
     """
     received = bytearray()
-    fruitless = 0
+    fruitless, since = 0, 0.0
     while True:
         before = len(received)
         try:
@@ -162,6 +182,15 @@ def transferred(
         except InterruptedTransferError as error:
             reason = error
         fruitless = 0 if len(received) > before else fruitless + 1
-        if fruitless >= _ATTEMPTS:
-            raise InterruptedTransferError(str(reason)) from reason
-        wait(_FIRST_WAIT_SECONDS * 2**fruitless)
+        since = now() if fruitless <= 1 else since
+        if fruitless >= _ATTEMPTS and is_reachable():
+            raise DataError(
+                f"{where}: must be readable as other files there are, got: {reason}. Pack it again."
+            ) from reason
+        left = since + patience_seconds - now()
+        if fruitless and left <= 0:
+            raise StorageError(
+                f"{where}: must be delivered by its storage, got: {reason}, and nothing else within "
+                f"{patience_seconds:g} s. Check storage and network; the same command goes on."
+            ) from reason
+        wait(min(_FIRST_WAIT_SECONDS * 2**fruitless, _LONGEST_WAIT_SECONDS, left))

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from aiprod_ds.errors import DataError
-from aiprod_ds.shards.index import INDEX, SHARD_SUFFIX, Member, ShardIndex
-from aiprod_ds.shards.storage import Storage
+from aiprod_ds.shards.index import SHARD_SUFFIX, Member, ShardIndex
+from aiprod_ds.shards.storage import INDEX, Storage
 
 _BLOCK = tarfile.BLOCKSIZE
 _COPIED_BYTES = 16 << 20

@@ -38,8 +38,8 @@ from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import file_sha256
-from aiprod_ds.shards.index import INDEX, ShardIndex, read_index
-from aiprod_ds.shards.storage import Storage
+from aiprod_ds.shards.index import ShardIndex, read_index
+from aiprod_ds.shards.storage import INDEX, Storage
 from aiprod_ds.shards.writer import PackedFile, index_shards, write_shards
 
 RECORD_SUFFIX = ".record.json"

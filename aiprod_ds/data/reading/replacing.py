@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from aiprod_ds.data.dataset import ClipRequest, ClipSample, ClipSource
-from aiprod_ds.errors import DataError
+from aiprod_ds.errors import DataError, StorageError
 
 WAITS_SECONDS = (0.5, 2.0)
 """Between the tries of one clip: a hiccup of a network is over by then, what is damaged stays it."""
@@ -55,11 +55,16 @@ def read_patiently(
         source: Any exception of it counts as a clip that cannot be read.
         request: The clip.
         waits: Seconds between the tries; `WAITS_SECONDS` by default.
+
+    Raises:
+        StorageError: If the fault is not the clip's: all data is out of reach.
     """
     pauses = iter(WAITS_SECONDS if waits is None else waits)
     while True:
         try:
             return source[request]
+        except StorageError:
+            raise  # no other clip could be read either, and it was waited for
         except DataError as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001  whatever a decoder, a disk or a user's dataset raises
@@ -95,6 +100,7 @@ class ReplacingReader:
 
         Raises:
             DataError: If no candidate can be read either.
+            StorageError: If all data is out of reach.
         """
         unread: list[UnreadClip] = []
         seen: set[int] = set()

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds.config.data import StorageConfig
-from aiprod_ds.errors import DataError
+from aiprod_ds.errors import DataError, StorageError
 from aiprod_ds.shards import s3
 from aiprod_ds.shards.cache import ShardCache
-from aiprod_ds.shards.index import INDEX, read_index
+from aiprod_ds.shards.index import read_index
 from aiprod_ds.shards.opening import open_shards
 from aiprod_ds.shards.reader import ShardReader
-from aiprod_ds.shards.storage import FolderStorage, open_storage
+from aiprod_ds.shards.storage import INDEX, FolderStorage, open_storage
 from aiprod_ds.shards.writer import PackedFile, index_shards, write_shards
 from aiprod_ds.testing.object_storage import BadLine, Server, bad_line, s3_server, web_server
 
@@ -42,7 +42,10 @@ def server() -> Iterator[Server]:
 
 def _open(server: Server, cache: Path | None = None, *, cache_gb: float = 0.0) -> ShardReader:
     settings = StorageConfig(
-        endpoint_url=server.url, cache_dir=None if cache is None else str(cache), cache_gb=cache_gb
+        endpoint_url=server.url,
+        cache_dir=None if cache is None else str(cache),
+        cache_gb=cache_gb,
+        patience_seconds=1.0,
     )
     shards = open_shards(ADDRESS, settings)
     assert shards is not None
@@ -155,7 +158,7 @@ def test_a_server_that_is_gone_is_a_clear_error(server: Server) -> None:
         shards = _open(behind)
         behind.kill()
         told = r"s3://tests/some/prefix/shard-000000.tar: must be delivered.*EndpointConnectionError.*goes on"
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(StorageError, match=told):
             shards.read("clip 0/ä.bin")
 
 

@@ -8,17 +8,17 @@ import json
 import pickle
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from aiprod_ds.config.data import StorageConfig
-from aiprod_ds.errors import DataError
-from aiprod_ds.shards.index import INDEX
+from aiprod_ds.errors import DataError, StorageError
 from aiprod_ds.shards.opening import open_shards
 from aiprod_ds.shards.reader import ShardReader
 from aiprod_ds.shards.storage import (
+    INDEX,
     FolderStorage,
     InterruptedTransferError,
     open_storage,
@@ -243,21 +243,44 @@ def test_a_transfer_is_taken_up_where_it_broke_off() -> None:
         if done + 3 < 10:
             raise InterruptedTransferError("cut")
 
-    assert transferred(fetch, size=10, wait=waits.append) == b"0123456789"
+    found = transferred(
+        fetch, size=10, where="x", is_reachable=pytest.fail, patience_seconds=1, wait=waits.append
+    )
+    assert found == b"0123456789"
     assert asked == [0, 3, 6, 9]
     assert waits == [0.1, 0.1, 0.1]
 
 
-def test_a_transfer_that_brings_nothing_ends_after_growing_waits() -> None:
+def _refused(done: int) -> Iterator[bytes]:
+    raise InterruptedTransferError("refused")
+    yield b""
+
+
+def test_a_file_that_cannot_be_read_where_others_can_is_given_up_soon() -> None:
     waits: list[float] = []
-
-    def fetch(done: int):
-        raise InterruptedTransferError("refused")
-        yield b""
-
-    with pytest.raises(InterruptedTransferError, match="refused"):
-        transferred(fetch, size=10, wait=waits.append)
+    with pytest.raises(DataError, match="x: must be readable as other files there are, got: refused") as told:
+        transferred(
+            _refused, size=9, where="x", is_reachable=lambda: True, patience_seconds=99, wait=waits.append
+        )
+    assert not isinstance(told.value, StorageError)
     assert waits == [0.2, 0.4, 0.8, 1.6]
+
+
+def test_a_storage_that_is_out_of_reach_is_waited_for() -> None:
+    waits: list[float] = []
+    with pytest.raises(StorageError, match="got: refused, and nothing else within 120 s"):
+        transferred(
+            _refused,
+            size=9,
+            where="x",
+            is_reachable=lambda: False,
+            patience_seconds=120,
+            wait=waits.append,
+            now=lambda: sum(waits),
+        )
+    assert waits[:8] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6]
+    assert max(waits) == 30
+    assert sum(waits) == pytest.approx(120)
 
 
 def test_reading_hashes_each_local_file_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

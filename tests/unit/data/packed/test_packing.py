@@ -34,9 +34,8 @@ from aiprod_ds.data.packed.media import open_source, packed_media
 from aiprod_ds.data.packed.packing import make_index, pack_latents, pack_media
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.errors import DataError
-from aiprod_ds.shards.index import INDEX
 from aiprod_ds.shards.reader import ShardReader
-from aiprod_ds.shards.storage import FolderStorage
+from aiprod_ds.shards.storage import INDEX, FolderStorage
 from aiprod_ds.trainers.open_data import open_audio_files, open_video_files
 
 STRIDES = ModelStrides(spatial=4, temporal=2)

@@ -22,7 +22,7 @@ from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.loader import ClipLoader, MicroBatch
 from aiprod_ds.data.reading import replacing, workers
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
-from aiprod_ds.errors import DataError
+from aiprod_ds.errors import DataError, StorageError
 
 CLIPS, UPDATES = 12, 9
 BUCKET = BucketPlan(
@@ -333,3 +333,35 @@ class _Source:
         if error is not None:
             raise error("gone")
         return {"video": 1}
+
+
+class Unreachable:
+    """No clip can be had at all; every try is counted."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+
+    def __getitem__(self, request: ClipRequest) -> dict[str, Any]:
+        self.tries += 1
+        raise StorageError("s3://bucket/clips: must be delivered by its storage")
+
+
+def test_a_storage_that_is_gone_ends_the_run_and_blames_no_clip() -> None:
+    clips = Unreachable()
+    sampler = PhaseSampler(
+        seed=0, phase=0, buckets=[BucketSamples(indices=tuple(range(CLIPS)), global_batch_size=4)]
+    )
+    loader = ClipLoader(
+        clips,
+        sampler,
+        (BUCKET,),
+        rank=0,
+        world_size=1,
+        start_position=0,
+        num_workers=0,
+        augment=True,
+        flip=False,
+    )
+    with closing(loader), pytest.raises(DataError, match="must be delivered by its storage"):
+        next(loader)
+    assert clips.tries == 1
