@@ -22,7 +22,9 @@ from typing import Any
 
 from rich.console import Console
 
+from aiprod_ds.cli_check import add_read_all, read_all, require_clips_of_training
 from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
+from aiprod_ds.cli_data import add_data, look
 from aiprod_ds.cli_shard import add_shard, run_shard
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "check a configuration (of train, encode or sample) and print every problem",
     )
     plan = _configured(commands, "plan", _plan, "print the phases with every derived number; needs no GPU")
+    add_read_all(check)
     for command in (check, plan):
         command.add_argument(
             "--world-size",
@@ -139,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         output_dir="folder of the clips, in place of the configuration's",
         example="seed=4",
     )
+    add_data(commands).set_defaults(command=_data)
     add_shard(commands).set_defaults(command=_shard)
     add_convert(commands).set_defaults(command=_convert)
     add_inspect(commands).set_defaults(command=_inspect)
@@ -204,6 +208,7 @@ def _trainer(arguments: argparse.Namespace) -> Any:
 
 def _check(arguments: argparse.Namespace) -> int:
     kind = config_kind(arguments.config, arguments.overrides)
+    require_clips_of_training(arguments, kind)
     check = {"trainer": _check_trainer, "encode": _check_encode, "sample": _check_sample}[kind]
     note = check(arguments)
     print(f"{arguments.config}: good{note}")
@@ -259,6 +264,10 @@ def _check_trainer(arguments: argparse.Namespace) -> str:
     if (change := trainer.data_change(data)) is not None:
         words = f"warning: {change}. `train` goes on with it only if --accept-changed-data is given"
         arguments.console.print(words, markup=False, highlight=False)
+    if arguments.read_all:
+        limit = trainer.config.data.max_unreadable_fraction
+        for words in read_all(data, plan, max_fraction=limit, source=trainer.source):
+            arguments.console.print(words, markup=False, highlight=False)
     return ""
 
 
@@ -425,6 +434,13 @@ def _shard(arguments: argparse.Namespace) -> int:
     for line in run_shard(arguments):
         print(line)
     return DONE
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    found = look(arguments)
+    if found.view is not None:
+        open_console().print(found.view)
+    return DONE if found.survey.tally.num_used else FAILED
 
 
 def _convert(arguments: argparse.Namespace) -> int:

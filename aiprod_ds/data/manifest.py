@@ -90,7 +90,7 @@ _FOREIGN_EXTENSIONS = frozenset(
 )
 HIDDEN = "hidden"
 """Why files are ignored whose names begin with a dot."""
-_PARTIAL_SUFFIXES = frozenset({".crdownload", ".download", ".part", ".partial", ".tmp"})
+PARTIAL_SUFFIXES = frozenset({".crdownload", ".download", ".part", ".partial", ".tmp"})
 TABLE_EXTENSIONS = frozenset({".csv", ".json", ".jsonl"})
 
 _EXTENSIONS: Mapping[Medium, frozenset[str]] = {
@@ -344,7 +344,7 @@ def why_no_clip(path: str, medium: Medium) -> str | None:
     suffix = name.suffix.lower()
     if suffix in _EXTENSIONS[medium]:
         reason = ""
-    elif suffix in _PARTIAL_SUFFIXES and PurePath(name.stem).suffix.lower() in _EXTENSIONS[medium]:
+    elif suffix in PARTIAL_SUFFIXES and PurePath(name.stem).suffix.lower() in _EXTENSIONS[medium]:
         reason = "not whole yet"
     elif suffix in _FOREIGN_EXTENSIONS and medium == "video":
         reason = "of a kind that is not read, convert it"

@@ -55,10 +55,16 @@ class ProbeCache:
         medium: What counts of the files; see `look_into`.
         num_workers: Processes for what is not known, once that is many files; None for as many as there are
             cores.
+        forgets: Whether probes of files that nobody asked for are left out at the end.
     """
 
     def __init__(
-        self, file: Path | None, *, medium: Medium = "video", num_workers: int | None = None
+        self,
+        file: Path | None,
+        *,
+        medium: Medium = "video",
+        num_workers: int | None = None,
+        forgets: bool = True,
     ) -> None:
         self._file = file
         self._medium: Medium = medium
@@ -66,6 +72,7 @@ class ProbeCache:
         self._known = _Known() if file is None else _Known.read(file, self._header)
         self._new: dict[str, bytes] = {}
         self._num_workers = default_num_workers() if num_workers is None else num_workers
+        self._forgets = forgets
         self._num_unknown = 0
         self._pool: ProbePool | None = None
         self._saved_at = time.monotonic()
@@ -80,7 +87,7 @@ class ProbeCache:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close()
-        self.save(forget=kind is None)
+        self.save(forget=kind is None and self._forgets)
         self._known.close()
 
     def record(self, file: Path) -> MediaRecord:

@@ -19,7 +19,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import aiprod_ds
 from aiprod_ds.decode.probe import look_into
 from aiprod_ds.decode.record import Details, MediaRecord, Medium, Probed
 from aiprod_ds.errors import DataError
@@ -143,8 +142,8 @@ def from_json(values: list[dict[str, Any]], *, path: str) -> Probed:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    package = Path(aiprod_ds.__file__).resolve().parents[1]
-    paths = (str(package), os.environ.get("PYTHONPATH", ""))
+    # Where the package lies, which another current folder need not find.
+    paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", __name__],

@@ -13,23 +13,33 @@ from functools import cache
 from importlib import metadata, resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+_OWN = "aiprod_ds.report.page"
 
-def render(template: str, **values: Any) -> str:
-    """Returns the page that a template of this package makes of `values`; all text is escaped."""
-    script = _text("page.js")
+
+def render(template: str, *, package: str = _OWN, name: str = "page", **values: Any) -> str:
+    """Returns the page that a template makes of `values`; all text is escaped.
+
+    Args:
+        template: Its file name.
+        package: Whose folder `templates` holds it; it may use the templates of this package, too.
+        name: Of a package's own script and style sheet there, of which the latter stands behind this
+            package's.
+    """
+    script = _text(package, f"{name}.js")
+    style = _text(_OWN, "style.css") + ("" if package == _OWN else _text(package, f"{name}.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     policy = (
         "default-src 'none'; img-src 'self' file: data:; media-src 'self' file: data:; "
         f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     )
     return (
-        _templates()
+        _templates(package)
         .get_template(template)
         .render(
-            style=Markup(_text("style.css")),
+            style=Markup(style),
             script=Markup(script),
             policy=policy,
             version=_version(),
@@ -39,9 +49,10 @@ def render(template: str, **values: Any) -> str:
 
 
 @cache
-def _templates() -> Environment:
+def _templates(package: str) -> Environment:
+    packages = dict.fromkeys((package, _OWN))
     return Environment(
-        loader=PackageLoader("aiprod_ds.report.page"),
+        loader=ChoiceLoader([PackageLoader(each) for each in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -50,8 +61,8 @@ def _templates() -> Environment:
 
 
 @cache
-def _text(name: str) -> str:
-    return (resources.files("aiprod_ds.report.page") / "templates" / name).read_text(encoding="utf-8")
+def _text(package: str, name: str) -> str:
+    return (resources.files(package) / "templates" / name).read_text(encoding="utf-8")
 
 
 @cache
