@@ -277,10 +277,12 @@ def content_mark(manifest: Manifest, clip: str) -> str:
 
 
 def own_fingerprint(dataset: Any) -> str | None:
-    """Returns what a user's dataset says of its content by an attribute or a method `fingerprint`; None if it
-    has none."""
-    found = getattr(dataset, "fingerprint", None)
-    found = found() if callable(found) else found
+    """Returns what a user's dataset says of its content by an attribute or a method `fingerprint`, or what
+    the dataset of a loader says; None if there is neither."""
+    if not hasattr(dataset, "fingerprint"):
+        inner = getattr(dataset, "dataset", None)
+        return None if inner is None else own_fingerprint(inner)
+    found = dataset.fingerprint() if callable(dataset.fingerprint) else dataset.fingerprint
     return None if found is None else str(found)
 
 
@@ -307,7 +309,7 @@ def _media(part: int, manifest: Manifest, record: MediaRecord, by: str) -> Entry
     num_bytes, modified = _size_and_time(manifest, record.path)
     mark = {"content": record.sha256[:_MARK_DIGITS], "time": modified}.get(by, "")
     facts = _facts(record, is_sound=manifest.medium == "sound")
-    return Entry(part=part, name=record.path, num_bytes=num_bytes, mark=mark, facts=facts)
+    return Entry(part=part, name=record.name, num_bytes=num_bytes, mark=mark, facts=facts)
 
 
 def _size_and_time(manifest: Manifest, name: str) -> tuple[int | None, str]:

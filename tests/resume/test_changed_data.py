@@ -109,7 +109,8 @@ def stopped(whole: Copy, tmp_path: Path) -> Copy:
 
 def _trained_clip(copy: Copy, place: int) -> Path:
     """Returns one of the clips that are trained on, by its index."""
-    return copy.clips / [name for part, name, *_ in copy.listed(STOPPED) if part == 0][place]
+    names: list[str] = [name for part, name, *_ in copy.listed(STOPPED) if part == 0]
+    return copy.clips / names[place]
 
 
 def _add(copy: Copy) -> str:

@@ -129,7 +129,7 @@ def test_latents(tmp_path: Path, moves: bool) -> None:
     def change() -> None:
         nonlocal root
         if moves:
-            root = shutil.move(root, tmp_path / "elsewhere")
+            root = root.rename(tmp_path / "elsewhere")
         write_entry(root / EMPTY_PROMPT, _prompt(seed=10), {})
 
     _refused_then_accepted(new, change, f"beside the clips: 1 altered ({EMPTY_PROMPT}: another content)")

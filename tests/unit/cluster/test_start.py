@@ -127,11 +127,12 @@ def test_a_host_that_does_not_answer_is_told_and_nothing_is_started(
 def test_a_dry_run_prints_the_command_of_this_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = _launch(tmp_path, "--no-ssh", "--node-rank", "0", "--dry-run")
+    arguments = _launch(tmp_path, "--no-ssh", "--node-rank", "0", "--dry-run", "--accept-changed-data")
     assert main(arguments) == 0
     told = capsys.readouterr().err
     assert "2 ranks on node-a (1), node-b (1)" in told
     assert "--no_ssh --node_rank 0 --master_addr node-a --master_port 29500" in " ".join(told.split())
+    assert "--resume auto --accept-changed-data" in " ".join(told.split())
 
 
 @pytest.mark.usefixtures("path")

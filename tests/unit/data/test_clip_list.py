@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.strides import ModelStrides
@@ -192,7 +193,10 @@ class _Computed(list[int]):
 
 
 def test_own_datasets_say_what_they_can() -> None:
-    assert [own_fingerprint(each) for each in ([1], _Said(), _Computed())] == [None, "of the attribute", "7"]
+    loaders: list[Any] = [DataLoader(items) for items in (_Said([1]), [1])]  # type: ignore[arg-type]
+    datasets: list[Any] = [[1], _Said(), _Computed(), *loaders]
+    said = [own_fingerprint(each) for each in datasets]
+    assert said == [None, "of the attribute", "7", "of the attribute", None]
     clips = [ClipFacts(name=f"dataset[{i}]", frames=9, seconds=1.0, height=8, width=8) for i in range(3)]
     before = list_facts(clips, clips[:1], selection={}, fingerprints={"dataset.fingerprint": "a"})
     assert changes(before, ClipList.read(before.compressed, where="")) == ()
