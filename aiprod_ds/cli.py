@@ -1,7 +1,8 @@
 """The command line: check, plan, encode, train, eval, report, sample, shard, convert, inspect, launch,
 doctor. The only module that prints.
 
-Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 70 an error that nobody foresaw
+Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 3 converted, but an older checkpoint
+than the newest, 70 an error that nobody foresaw
 (`crash` tells it), 75 the run was asked to stop and has saved: the same command goes on. A second signal ends
 with 128 + its number.
 """
@@ -38,6 +39,7 @@ from aiprod_ds.report.output import log_handler, open_console
 from aiprod_ds.report.progress_line import shown_on
 
 DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
+OLDER = 3
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
 HUNG = 76  # as `train.watchdog` ends a process, too
 _MOST_RANKS = 1_000_000  # ten times the largest machines of today
@@ -446,9 +448,10 @@ def _data(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from aiprod_ds.convert.run import convert  # loads torch and diffusers, which takes seconds
 
-    for line in convert(request_of(arguments), verify=arguments.verify, console=arguments.console).lines:
+    converted = convert(request_of(arguments), verify=arguments.verify, console=arguments.console)
+    for line in converted.lines:
         print(line)
-    return DONE
+    return OLDER if converted.is_older else DONE
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from aiprod_ds.errors import CheckpointError
 
+_MOST = 10**15  # a count a microsecond for thirty years
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
@@ -77,7 +79,7 @@ class Clock:
         """Returns the clock saved by `to_dict`.
 
         Raises:
-            CheckpointError: If a field is missing, unknown or not a non-negative integer.
+            CheckpointError: If a field is missing, unknown, or no count that a run can reach.
         """
         names = {field.name for field in fields(cls)}
         if set(values) != names:
@@ -87,9 +89,10 @@ class Clock:
             )
         checked: dict[str, int] = {}
         for name, value in values.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST:
                 raise CheckpointError(
-                    f"clock.{name}: must be a non-negative integer, got {value!r}. The checkpoint is damaged."
+                    f"clock.{name}: must be an integer from 0 to {_MOST:,}, got {str(value)[:80]!r}. The "
+                    "checkpoint is damaged."
                 )
             checked[name] = value
         return cls(**checked)

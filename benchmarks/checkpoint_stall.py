@@ -208,7 +208,8 @@ class _Run:
 
     def _save(self, saver: Saver, requests: Interrupts) -> tuple[float, float, float]:
         layout = {"world_size": self._engine.world_size}
-        clock = Clock(updates=self._updates)
+        count = self._updates
+        clock = Clock(updates=count, phase_updates=count, micro_batches=count, samples=count)
         state = RunState(clock=clock, scheduler={}, fingerprint="", phase_fingerprints=("",), layout=layout)
         began = self._idle()
         saver.save(TrainState(engine=self._engine), state)

@@ -195,8 +195,8 @@ def _write_ours(folder: Path, names: list[str], width: int) -> Path:
         )
         del tensors
     layout = {"engine": "deepspeed", "world_size": _RANKS, "zero_stage": 2, "precision": "bf16"}
-    clock = Clock(updates=1)
-    state = RunState(clock=clock, scheduler={}, fingerprint="", phase_fingerprints=(), layout=layout)
+    clock = Clock(updates=1, phase_updates=1, micro_batches=1, samples=1)
+    state = RunState(clock=clock, scheduler={}, fingerprint="", phase_fingerprints=("",), layout=layout)
     return store.commit(1, state)
 
 

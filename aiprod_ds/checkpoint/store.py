@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from aiprod_ds.checkpoint.consistency import require_consistent
 from aiprod_ds.checkpoint.disk import PENDING, delete, discard, explained, require_space
 from aiprod_ds.checkpoint.frozen_bases import delete_unfinished, delete_unreferenced, verify_base
 from aiprod_ds.checkpoint.manifest import (
@@ -225,7 +226,8 @@ class CheckpointStore:
                 here.
 
         Raises:
-            CheckpointError: If `folder` is no whole checkpoint, or another one than its name says.
+            CheckpointError: If `folder` is no whole checkpoint, another one than its name says, or its run
+                state contradicts itself.
         """
         if folder.is_symlink():
             raise CheckpointError(f"{folder}: must be a folder, got a link. Name the folder itself.")
@@ -245,6 +247,7 @@ class CheckpointStore:
                 f"{folder}: must hold the update that its name says, got update {state.clock.updates}. Give "
                 "it its own name back."
             )
+        require_consistent(state, where=str(folder))
         return Checkpoint(folder=folder, state=state)
 
     def names(self) -> list[str]:

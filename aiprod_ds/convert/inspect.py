@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from aiprod_ds.checkpoint.consistency import require_layout
 from aiprod_ds.checkpoint.manifest import read_manifest
 from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
@@ -20,6 +21,7 @@ from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder
 from aiprod_ds.convert.diffusers_config import read_diffusers_config
 from aiprod_ds.convert.distributed_folder import DistributedFolder
 from aiprod_ds.convert.identify import IN_WORDS, Found, identify
+from aiprod_ds.convert.uses import uses_of
 from aiprod_ds.convert.weights_folder import CONFIG, WeightsFolder, open_tensors
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.files import read_text
@@ -46,9 +48,16 @@ def inspect_path(path: Path, *, is_trusted: bool = False) -> Inspection:
             return _run(found)
         if found.kind == "checkpoint":
             return _checkpoint(found)
-        return _weights(found, is_trusted=is_trusted)
+        page = _weights(found, is_trusted=is_trusted)
+        return replace(page, uses=uses_of(found, is_trusted=is_trusted))
     except AiprodError as error:
-        return Inspection(kind=IN_WORDS[found.kind], path=str(found.path), facts={}, problem=str(error))
+        return Inspection(
+            kind=IN_WORDS[found.kind],
+            path=str(found.path),
+            facts={},
+            problem=str(error),
+            uses=uses_of(found, is_trusted=is_trusted, problem=str(error)),
+        )
 
 
 def _run(found: Found) -> Inspection:
@@ -59,17 +68,34 @@ def _run(found: Found) -> Inspection:
             f"{found.path}: must be a run folder with checkpoints, got none. Name the folder given as "
             "--output-dir."
         )
-    rows = tuple(_checkpoint_row(store, name) for name in names)
+    read = {name: _read(store, name) for name in names}
+    rows = tuple(_checkpoint_row(name, checkpoint) for name, checkpoint in read.items())
     broken = [row.name for row in rows if row.problem]
     problem = f"{len(broken)} of {len(rows)} checkpoints are not whole" if broken else None
-    return Inspection(kind=IN_WORDS["run"], path=str(found.path), facts={}, checkpoints=rows, problem=problem)
+    newest = next((each for each in read.values() if isinstance(each, Checkpoint)), None)
+    uses = uses_of(found, is_trusted=False, newest=newest, problem=rows[0].problem)
+    return Inspection(
+        kind=IN_WORDS["run"],
+        path=str(found.path),
+        facts={},
+        checkpoints=rows,
+        problem=problem,
+        uses=uses,
+    )
 
 
-def _checkpoint_row(store: CheckpointStore, name: str) -> CheckpointRow:
+def _read(store: CheckpointStore, name: str) -> Checkpoint | CheckpointError:
     try:
         checkpoint = store.read(store.folder / name)
+        require_layout(checkpoint.state.layout, where=str(checkpoint.folder))
     except CheckpointError as error:
-        return CheckpointRow(name=name, problem=str(error))
+        return error
+    return checkpoint
+
+
+def _checkpoint_row(name: str, checkpoint: Checkpoint | CheckpointError) -> CheckpointRow:
+    if isinstance(checkpoint, CheckpointError):
+        return CheckpointRow(name=name, problem=str(checkpoint))
     return CheckpointRow(
         name=name,
         clock=asdict(checkpoint.state.clock),
@@ -94,7 +120,8 @@ def _checkpoint(found: Found) -> Inspection:
     if weights.missing_base is not None:
         facts["frozen weights"] = f"not here but of {weights.missing_base}"
     verified = "every file has the bytes and the hash of the manifest; every tensor is whole"
-    return _with_tensors(found, weights, facts, verified=verified)
+    page = _with_tensors(found, weights, facts, verified=verified)
+    return replace(page, uses=uses_of(found, is_trusted=False, newest=checkpoint))
 
 
 def _data_of(checkpoint: Checkpoint) -> str:

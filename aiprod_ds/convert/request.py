@@ -92,6 +92,7 @@ class Opened:
         adapters: Those of a LoRA or a run that trained one; None for anything else.
         model: The class that the weights are of; None where nobody says it.
         told: Lines for the user, such as which checkpoint was taken.
+        passed_over: Newer checkpoints of the run, which are not whole.
     """
 
     found: Found
@@ -99,6 +100,7 @@ class Opened:
     adapters: Adapters | None = None
     model: DiffusersModel | None = None
     told: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
 
 @contextmanager

@@ -47,9 +47,14 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """What a conversion did, for people: lines in order."""
+    """What a conversion did, for people: lines in order.
+
+    Attributes:
+        is_older: Whether it is of an older checkpoint than the newest, which is not whole.
+    """
 
     lines: tuple[str, ...]
+    is_older: bool = False
 
 
 def convert(request: Request, *, verify: bool = False, console: Console | None = None) -> Converted:
@@ -83,14 +88,15 @@ def _convert(
     request: Request, hashes: HashCheck | None, *, verify: bool, console: Console | None
 ) -> Converted:
     opened = open_source(request, hashes)
-    form = request.form or _usual_form(opened)
+    form = request.form or usual_form(opened)
     _require_name(request.out, form)
     if form in LORA_FORMS:
         line = _write_adapters(request, opened, form, verify=verify)
     else:
         line = _write_plain(request, opened, form, hashes, verify=verify, console=console)
     return Converted(
-        lines=(*opened.told, line, *(("verified: read again, every tensor is equal",) if verify else ()))
+        lines=(*opened.told, line, *(("verified: read again, every tensor is equal",) if verify else ())),
+        is_older=bool(opened.passed_over),
     )
 
 
@@ -102,7 +108,12 @@ def _is_confirmed(hashes: HashCheck) -> bool:
     return True
 
 
-def _usual_form(opened: Opened) -> Form:
+def usual_form(opened: Opened) -> Form:
+    """Returns the form that weights become where none is asked for.
+
+    Raises:
+        CheckpointError: If they are adapters without their model.
+    """
     if opened.weights is None:
         raise CheckpointError(
             f"{opened.found.path}: a LoRA needs --to with {', '.join(LORA_FORMS)}, or --base to be merged "
@@ -131,7 +142,7 @@ def _write_plain(
         raise CheckpointError(
             f"{request.source}: a LoRA becomes --to {form} only inside its model, got no --base. Name it."
         )
-    named = _named(opened, form)
+    named = named_for(opened, form)
     tensors = Cast(named, request.dtype)
     with shown(
         tensors if hashes is None else Confirmed(tensors, hashes.confirm), "converting", console
@@ -151,8 +162,12 @@ def _write_plain(
     return f"{request.out}: {what}, {len(tensors)} tensors, {num_bytes:,} bytes, {', '.join(types)}{left}"
 
 
-def _named(opened: Opened, form: Form) -> TensorSource:
-    """Returns the weights by the names that the form has."""
+def named_for(opened: Opened, form: Form) -> TensorSource:
+    """Returns the weights by the names that the form has.
+
+    Raises:
+        CheckpointError: If the model's class is not known or they are not of it.
+    """
     weights = opened.weights
     assert weights is not None
     if form == "safetensors":

@@ -6,6 +6,7 @@ The model's class comes from the run's config.yaml. Called by `sources`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def open_run(request: Request, found: Found, hashes: HashCheck | None = None) ->
         CheckpointError: If no checkpoint is whole, or it has not what the request asks for.
         ConfigError: If the run's configuration is broken.
     """
-    checkpoint, run = _checkpoint(request, found, hashes)
+    checkpoint, run, passed_over = _checkpoint(request, found, hashes)
     config = read_saved_run(run / "config.yaml") if (run / "config.yaml").is_file() else None
     source = CheckpointWeights(checkpoint.folder, ema=request.ema)
     weights = _without_module(source)
@@ -54,7 +55,8 @@ def open_run(request: Request, found: Found, hashes: HashCheck | None = None) ->
         found=replace(found, path=checkpoint.folder),
         weights=weights,
         model=model,
-        told=(f"{found.path}: {place}", *told),
+        told=(f"{found.path}: {place}", *_told_of(passed_over), *told),
+        passed_over=passed_over,
     )
     if not any(".lora_A." in name for name in weights):
         return opened
@@ -73,10 +75,13 @@ def open_run(request: Request, found: Found, hashes: HashCheck | None = None) ->
     )
 
 
-def _checkpoint(request: Request, found: Found, hashes: HashCheck | None) -> tuple[Checkpoint, Path]:
+def _checkpoint(
+    request: Request, found: Found, hashes: HashCheck | None
+) -> tuple[Checkpoint, Path, tuple[str, ...]]:
+    """Returns the checkpoint, its run's folder, and the newer ones that are not whole."""
     if found.kind == "checkpoint":
         checkpoint = CheckpointStore(found.path.parent).read(found.path, weights_only=True, hashes=hashes)
-        return checkpoint, found.path.parent.parent
+        return checkpoint, found.path.parent.parent, ()
     store = CheckpointStore(found.path / "checkpoints")
     names = store.names()
     named = request.checkpoint
@@ -85,13 +90,19 @@ def _checkpoint(request: Request, found: Found, hashes: HashCheck | None) -> tup
             f"{found.path}: --checkpoint must be one of {', '.join(names) or 'none'}, got {named[:80]!r}."
         )
     if named is not None:
-        return store.read(store.folder / named, weights_only=True, hashes=hashes), found.path
+        return store.read(store.folder / named, weights_only=True, hashes=hashes), found.path, ()
     newest = store.newest(weights_only=True, hashes=hashes)
     if newest is None:
         raise CheckpointError(
             f"{found.path}: must hold a checkpoint, got none. Train until the first one, or take export/."
         )
-    return newest, found.path
+    return newest, found.path, tuple(names[: names.index(newest.folder.name)])
+
+
+def _told_of(passed_over: Sequence[str]) -> tuple[str, ...]:
+    if not passed_over:
+        return ()
+    return (f"older than the newest: {', '.join(passed_over)} cannot be read; `inspect` says why",)
 
 
 def _without_module(weights: CheckpointWeights) -> TensorSource:

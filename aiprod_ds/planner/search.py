@@ -14,7 +14,7 @@ from typing import Any
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
-from aiprod_ds.errors import EngineError, PlanError
+from aiprod_ds.errors import CheckpointError, EngineError, PlanError
 from aiprod_ds.planner.cost import BucketCost, Estimator, total_gpu_hours
 
 STAGES = ((1, False), (2, False), (3, False), (2, True), (3, True))
@@ -77,14 +77,34 @@ class ParallelChoice:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ParallelChoice:
-        """Returns what `to_dict` gave."""
-        phases = tuple(
-            PhaseChoice(
-                is_recomputed=phase["is_checkpointed"], micro_batch_sizes=tuple(phase["micro_batch_sizes"])
+        """Returns what `to_dict` gave.
+
+        Raises:
+            CheckpointError: If it gave something else.
+        """
+        try:
+            phases = tuple(
+                PhaseChoice(
+                    is_recomputed=phase["is_checkpointed"],
+                    micro_batch_sizes=tuple(phase["micro_batch_sizes"]),
+                )
+                for phase in values["phases"]
             )
-            for phase in values["phases"]
-        )
-        return cls(**{**values, "phases": phases, "reason": tuple(values["reason"])})
+            choice = cls(**{**values, "phases": phases, "reason": tuple(values["reason"])})
+        except (KeyError, TypeError) as error:
+            raise _damaged(values) from error
+        sizes = [size for phase in phases for size in phase.micro_batch_sizes]
+        if any(
+            type(count) is not int or count < 1 for count in (choice.zero_stage, choice.world_size, *sizes)
+        ):
+            raise _damaged(values)
+        return choice
+
+
+def _damaged(values: object) -> CheckpointError:
+    return CheckpointError(
+        f"layout.parallel: must be a saved choice, got {str(values)[:200]}. The checkpoint is damaged."
+    )
 
 
 def search(

@@ -46,6 +46,18 @@ class CheckpointRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What a command makes of it.
+
+    Attributes:
+        how: In words; or why it does not read it.
+    """
+
+    is_read: bool
+    how: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """Everything that is said of one file or folder.
 
@@ -56,6 +68,7 @@ class Inspection:
         tensors: Empty where nothing was opened.
         verified: What was compared and found good, in words; None if nothing was.
         problem: What is wrong with it, in words; None if nothing is.
+        uses: What `convert` and `train` make of it.
         all_tensors: Whether the terminal shows all of them; the JSON document always does.
     """
 
@@ -66,6 +79,7 @@ class Inspection:
     tensors: tuple[TensorRow, ...] = ()
     verified: str | None = None
     problem: str | None = None
+    uses: Mapping[str, Use] = field(default_factory=dict)
     all_tensors: bool = False
 
     def document(self) -> dict[str, Any]:
@@ -89,6 +103,8 @@ class Inspection:
             yield _line(f"verified: {self.verified}")
         if self.problem:
             yield _line(f"problem: {self.problem}")
+        for command, use in self.uses.items():
+            yield _line(f"{command}: {'reads it' if use.is_read else 'does not read it'}: {use.how}")
 
     def _checkpoint_table(self) -> Table:
         table = Table("checkpoint", "whole", "updates", "phase", "engine", "bytes", box=None)

@@ -50,6 +50,7 @@ from aiprod_ds.train.reporting import (
 )
 from aiprod_ds.train.resume.compatibility import (
     change_in_words,
+    check_clock,
     check_compatible,
     require_all,
     run_layout,
@@ -195,6 +196,7 @@ def _resolved(
             lambda: require_same_data(data, accepted=accept_changed_data, where=where),
             lambda: check_compatible(checkpoint.state, as_saved, layout, where=where),
         )
+        check_clock(checkpoint.state.clock, resolved.plan, where=where)
     if trains:
         prepared.require_capacity(resolved, None if checkpoint is None else checkpoint.state.clock)
     unit = prepared.build_unit(resolved.plan)

@@ -11,11 +11,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aiprod_ds.checkpoint.consistency import require_layout
 from aiprod_ds.checkpoint.state import RunState
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
 from aiprod_ds.config.run import RunConfig
-from aiprod_ds.errors import ConfigError
+from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.train.planning.auto import ResolvedRun
 
 _LOG = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ def check_compatible(state: RunState, config: RunConfig, layout: Mapping[str, An
             "Restore the configuration (config.yaml in the run folder is what ran), choose another "
             "--output-dir or start anew."
         )
+    require_layout(state.layout, where=where)
     saved, phase = state.layout, state.clock.phase
     if saved.get("precision") != layout["precision"]:
         raise ConfigError(
@@ -92,6 +95,27 @@ def require_all(*rules: Callable[[], None]) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+
+
+def check_clock(clock: Clock, plan: RunPlan, *, where: str) -> None:
+    """Checks that a clock is one that this curriculum can reach; that the state agrees with itself is checked
+    when it is read.
+
+    Args:
+        clock: Of the checkpoint.
+        plan: Of this run, whose phases up to the clock's are those of the checkpoint.
+        where: How messages name the checkpoint.
+
+    Raises:
+        CheckpointError: If its phase cannot be so long.
+    """
+    phase = plan.phases[clock.phase]
+    limit = phase.end.limit_updates
+    if limit is not None and clock.phase_updates > limit:
+        raise CheckpointError(
+            f"{where}: clock.phase_updates: must be at most {limit}, which ends phase {phase.name}, got "
+            f"{clock.phase_updates}. It was changed after it was saved: take another checkpoint."
+        )
 
 
 def change_in_words(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

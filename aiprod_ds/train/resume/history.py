@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from aiprod_ds.errors import CheckpointError
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,5 +75,20 @@ class History:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
-        """Returns the history saved by `to_dict`."""
+        """Returns the history saved by `to_dict`.
+
+        Raises:
+            CheckpointError: If it holds anything else.
+        """
+        unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
+        try:
+            TypeAdapter(cls).validate_python(dict(values))  # what is kept is what was saved, not a copy of it
+        except ValidationError as error:
+            first = error.errors()[0]
+            unknown.append(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        if unknown:
+            raise CheckpointError(
+                f"history: must be what a run saves, got {', '.join(unknown)[:200]}. The checkpoint is "
+                "damaged."
+            )
         return cls(**values)

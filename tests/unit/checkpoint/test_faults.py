@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def _watching(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[None]
 
 
 def _state(updates: int) -> RunState:
-    clock = replace(Clock(), updates=updates)
+    clock = Clock(updates=updates, phase_updates=updates, micro_batches=updates, samples=updates)
     return RunState(
         clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={"world_size": 1}
     )

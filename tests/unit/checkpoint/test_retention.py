@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,9 +119,10 @@ class FailingCapture(Snapshot):
 
 def _state(updates: int, *, phase: int = 0, measures: dict[str, Any] | None = None) -> RunState:
     history = {"before": {"psnr_db": 1.0}, "phase_metrics": measures or {}}
-    clock = replace(Clock(), updates=updates, phase=phase)
+    own = 0 if phase else updates
+    clock = Clock(updates=updates, phase=phase, phase_updates=own, micro_batches=updates, samples=updates)
     return RunState(
-        clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p",), layout={}, history=history
+        clock=clock, scheduler={}, fingerprint="f", phase_fingerprints=("p", "q"), layout={}, history=history
     )
 
 

@@ -37,7 +37,13 @@ Damage = Callable[[Path], object]
 
 def _state(updates: int = 7) -> RunState:
     return RunState(
-        clock=replace(CLOCK, updates=updates),
+        clock=replace(
+            CLOCK,
+            updates=updates,
+            micro_batches=2 * updates + 2,
+            samples=8 * updates,
+            phase_updates=updates // 2,
+        ),
         scheduler={"plateau": {"best": 0.25, "stale": 3}},
         fingerprint="abc",
         phase_fingerprints=("p0", "p1"),
@@ -271,7 +277,7 @@ def test_state_with_an_unknown_or_missing_field_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [-1, 1.0, True, "3"])
 def test_a_clock_takes_only_counts(value: object) -> None:
-    with pytest.raises(CheckpointError, match=r"clock\.updates: must be a non-negative integer"):
+    with pytest.raises(CheckpointError, match=r"clock\.updates: must be an integer from 0 to"):
         Clock.from_dict({**CLOCK.to_dict(), "updates": value})
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 
 from aiprod_ds.checkpoint import manifest
-from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, main
+from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, OLDER, main
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.load import load_config
 from aiprod_ds.convert.lora import Extraction
@@ -519,6 +519,96 @@ def test_inspect_says_what_everything_is(
     assert "must hold tensors" in _inspected(capsys, tmp_path, "--trust-checkpoint", code=FAILED)["problem"]
 
 
+def _uses(found: dict[str, Any]) -> tuple[bool, str, bool, str]:
+    convert, train = found["uses"]["convert"], found["uses"]["train"]
+    return convert["is_read"], convert["how"], train["is_read"], train["how"]
+
+
+def test_inspect_says_what_a_run_is_good_for(
+    full_run: Path, lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    going_on = "goes on from update_000002 with its configuration and"
+    assert _uses(_inspected(capsys, full_run)) == (
+        True,
+        "update_000002 to diffusers",
+        True,
+        f"{going_on} --output-dir {full_run}",
+    )
+    saved = full_run / "checkpoints" / "update_000002"
+    assert _uses(_inspected(capsys, saved)) == (True, "to diffusers", True, f"{going_on} --resume {saved}")
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    engine = run / "checkpoints" / "update_000002" / "engine"
+    _damage(engine / "rank_00000_of_00001.moments.safetensors")
+    older = f"goes on from update_000001 with its configuration and --output-dir {run}"
+    assert _uses(_inspected(capsys, run, code=FAILED)) == (True, "update_000002 to diffusers", True, older)
+    _damage(engine / "rank_00000_of_00001.safetensors")
+    assert _uses(_inspected(capsys, run, code=FAILED)) == (True, "update_000001 to diffusers", True, older)
+    reads, reason, goes_on, _ = _uses(_inspected(capsys, engine.parent, code=FAILED))
+    assert (reads, goes_on) == (False, False)
+    assert "content differs from the manifest's sha256" in reason
+    shutil.rmtree(run / "checkpoints" / "update_000001")
+    found = _uses(_inspected(capsys, run, code=FAILED))
+    assert (found[0], found[2]) == (False, False)
+    adapters = _uses(_inspected(capsys, lora_run))
+    assert adapters[:3] == (True, "update_000002 to diffusers", True)  # its base's folder is there
+    shutil.copytree(lora_run, tmp_path / "elsewhere")
+    config = tmp_path / "elsewhere" / "config.yaml"
+    config.write_text(config.read_text().replace(str(lora_run.parent / "base"), "/nowhere/at/all"))
+    adapters = _uses(_inspected(capsys, tmp_path / "elsewhere"))
+    assert adapters[:2] == (
+        True,
+        "update_000002 to peft, comfyui, diffusers-lora with --to, or merged with --base",
+    )
+
+
+def test_inspect_says_what_weights_are_good_for(
+    full_run: Path, lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _uses(_inspected(capsys, full_run / "export")) == (
+        True,
+        "to diffusers",
+        True,
+        "as model.pretrained of LTXVideoTransformer3DModel",
+    )
+    only_convert = "it takes folders of diffusers as model.pretrained: `convert` makes one"
+    assert _uses(_inspected(capsys, full_run / "export" / WEIGHTS)) == (
+        True,
+        "to safetensors (with --config also to diffusers)",
+        False,
+        only_convert,
+    )
+    lora = _uses(_inspected(capsys, lora_run / "export"))
+    assert (lora[0], lora[2]) == (True, True)
+    assert "with --to and --config" in lora[1]
+    assert "model.lora_init or model.lora_checkpoint" in lora[3]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(full_run / "export" / WEIGHTS, bare)
+    found = _uses(_inspected(capsys, bare))
+    assert found[:3] == (True, "to safetensors (with --config also to diffusers)", False)
+    assert "no config.json says its class" in found[3]
+    (bare / WEIGHTS).rename(bare / "model.safetensors")
+    shutil.copy(full_run / "export" / "config.json", bare)
+    found = _uses(_inspected(capsys, bare))
+    assert found[0] is True
+    assert found[2] is False
+    assert "files must be called diffusion_pytorch_model" in found[3]
+    (tmp_path / "global_step1").mkdir()
+    (tmp_path / "global_step1" / "mp_rank_00_model_states.pt").write_bytes(b"not opened")
+    foreign = _uses(_inspected(capsys, tmp_path / "global_step1"))
+    assert foreign == (
+        True,
+        "only with --trust-checkpoint, because its files are pickles",
+        False,
+        only_convert,
+    )
+    assert main(["inspect", str(full_run / "export")]) == DONE
+    shown = capsys.readouterr().out
+    assert "convert: reads it: to diffusers" in shown
+    assert "train: reads it: as model.pretrained of LTXVideoTransformer3DModel" in shown
+
+
 def _damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -546,8 +636,10 @@ def test_a_conversion_compares_the_hashes_of_what_it_reads(
         in capsys.readouterr().err
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    assert _convert(run, out) == DONE
-    assert "update 1 (update_000001)" in capsys.readouterr().out
+    assert _convert(run, out) == OLDER
+    told = capsys.readouterr().out
+    assert "update 1 (update_000001)" in told
+    assert "older than the newest: update_000002 cannot be read; `inspect` says why" in told
 
 
 def test_nothing_stands_before_the_hashes_are_compared(

@@ -64,7 +64,7 @@ def _saver(folder: Path, **config: Any) -> Saver:
 
 def _state(updates: int) -> RunState:
     return RunState(
-        clock=Clock(updates=updates),
+        clock=Clock(updates=updates, phase_updates=updates, micro_batches=updates, samples=updates),
         scheduler={},
         fingerprint="f",
         phase_fingerprints=("p",),

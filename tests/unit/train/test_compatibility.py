@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from aiprod_ds.config.fingerprint import config_fingerprint, phase_fingerprints
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.errors import ConfigError
+from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.train.planning.auto import ResolvedRun
-from aiprod_ds.train.resume.compatibility import change_in_words, check_compatible, run_layout
+from aiprod_ds.train.resume.compatibility import change_in_words, check_clock, check_compatible, run_layout
 
 BY_GLOBAL_BATCH = {"global_batch_size": 8}
 BY_MICRO_BATCH = {"micro_batch_size": 4}
@@ -101,3 +102,16 @@ def test_a_change_is_told_in_words_and_no_change_is_none() -> None:
         change_in_words(local, _layout(config, ranks=1, stage=3))
         == "local on 1 rank -> deepspeed on 1 rank, ZeRO-3"
     )
+
+
+def test_a_clock_beyond_the_end_of_its_phase_is_refused() -> None:
+    config = _config(BY_GLOBAL_BATCH)
+    plan = plan_run(config, world_size=1, strides=ModelStrides(spatial=32, temporal=8))
+    limit = plan.phases[1].end.limit_updates
+    assert limit is not None
+    clock = Clock(updates=10 + limit, phase=1, phase_updates=limit)
+    check_clock(clock, plan, where="run")
+    with pytest.raises(
+        CheckpointError, match=rf"run: clock\.phase_updates: must be at most {limit}, which ends"
+    ):
+        check_clock(replace(clock, phase_updates=limit + 1), plan, where="run")

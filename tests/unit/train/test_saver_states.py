@@ -255,7 +255,7 @@ class Bench:
 
     def save(self, updates: int) -> None:
         state = RunState(
-            clock=Clock(updates=updates),
+            clock=Clock(updates=updates, phase_updates=updates, micro_batches=updates, samples=updates),
             scheduler={},
             fingerprint="f",
             phase_fingerprints=("p",),
