@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from aiprod_ds import progress
@@ -146,14 +145,16 @@ def build_text_encoder(config: TextEncoderConfig, *, seed: int) -> TextEncoder:
     alone.
 
     Raises:
-        ConfigError: If a name does not resolve, a constructor refuses its arguments or files cannot be
-            loaded.
+        ConfigError: If a name does not resolve or is no model's, a constructor refuses its arguments or files
+            cannot be loaded.
     """
     dtype = _DTYPES[config.precision]
     try:
         model = _random(config, seed).to(dtype) if config.pretrained is None else _pretrained(config, dtype)
         tokenizer = _tokenizer(config)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # what is given what it does not expect may fail in any way
         got = config.pretrained or config.source
         raise ConfigError(
             f"text: must name a text encoder of transformers and its tokenizer, got {got!r} ({error})."
@@ -163,7 +164,7 @@ def build_text_encoder(config: TextEncoderConfig, *, seed: int) -> TextEncoder:
 
 
 def _random(config: TextEncoderConfig, seed: int) -> nn.Module:
-    factory = _class(config.source or "")
+    factory = _class(config.source or "", is_pretrained=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "text weights"))
         model: nn.Module = factory(factory.config_class(**config.config))
@@ -176,7 +177,7 @@ def _pretrained(config: TextEncoderConfig, dtype: torch.dtype) -> nn.Module:
     assert config.pretrained is not None, "see build_text_encoder"
     found = AutoConfig.from_pretrained(config.pretrained, subfolder=config.subfolder)
     if config.source is not None:
-        factory: Any = _class(config.source)
+        factory: Any = _class(config.source, is_pretrained=True)
     elif found.model_type == "clip":  # both towers; the auto classes know the text tower alone
         factory = CLIPTextModel
     else:
@@ -187,10 +188,24 @@ def _pretrained(config: TextEncoderConfig, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _class(name: str) -> Any:
+def _class(name: str, *, is_pretrained: bool) -> Any:
+    """Returns the class of a model, judged before it is called; an automatic one needs files to find its
+    own."""
     import transformers  # takes seconds to import; needed only here
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-    return getattr(transformers, name)
+    found = getattr(transformers, name, None)
+    kinds = (
+        (transformers.PreTrainedModel, _BaseAutoModelClass)
+        if is_pretrained
+        else (transformers.PreTrainedModel,)
+    )
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        raise ConfigError(
+            f"text.source: must name a text model of transformers, got {name[:80]!r}, which is none. Write "
+            "for example T5EncoderModel."
+        )
+    return found
 
 
 def _tokenizer(config: TextEncoderConfig) -> Any:

@@ -129,8 +129,23 @@ def test_the_fingerprint_follows_whatever_decides_the_embeddings() -> None:
     [
         (
             {"source": "T5EncodrModel"},
-            r"text: must name a text encoder of transformers and its tokenizer, got 'T5EncodrModel'",
+            r"text\.source: must name a text model of transformers, got 'T5EncodrModel', which is none",
         ),
+        *(
+            ({"source": name}, r"text\.source: must name a text model of transformers, got")
+            for name in (
+                "pipeline",
+                "AutoConfig",
+                "AutoModel",
+                "TrainingArguments",
+                "T5Config",
+                "os",
+                "a:b",
+                "",
+            )
+        ),
+        ({"config": {"d_model": 10**12}}, "text: must name a text encoder"),
+        ({"config": {"num_heads": 0}}, "text: must name a text encoder"),
         ({"config": {"d_model": "wide"}}, "text: must name a text encoder"),
         (
             {"source": "CLIPTextModel", "config": _CLIP, "max_tokens": 78},
