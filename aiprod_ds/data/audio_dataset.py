@@ -26,6 +26,7 @@ from aiprod_ds.decode.audio import decode_audio, fit_sound
 from aiprod_ds.decode.downmix import check_layout
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.decode.resampling import check_rates, input_window, resampled_length
+from aiprod_ds.decode.whole import read_sound_to_end
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
@@ -93,6 +94,16 @@ class AudioClipDataset:
                 config=self._config,
             )
         return {"audio": clip}
+
+    def read_whole(self, index: int) -> None:
+        """Decodes every sample of a sound.
+
+        Raises:
+            DataError: If one cannot be decoded.
+        """
+        record = self._manifest.records[index]
+        with self._manifest.file(record.path) as path:
+            read_sound_to_end(path, samples=record.frames)
 
     def lengths(self) -> list[ClipFacts]:
         """See `ClipDataset.lengths`; opens no file."""

@@ -20,6 +20,7 @@ from aiprod_ds.data.own.values import ValueCheck, ValueRange, to_signed
 from aiprod_ds.decode.fit import fit_clip
 from aiprod_ds.decode.pixels import BLACK, Color
 from aiprod_ds.decode.video import decode_clip, max_start_seconds
+from aiprod_ds.decode.whole import read_video_to_end
 from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
@@ -112,6 +113,16 @@ class VideoClipDataset:
                 crop=record.crop,
             )
         return _sample(frames_THWC, self._seed, request, displayed=(record.height, record.width))
+
+    def read_whole(self, index: int) -> None:
+        """Decodes every frame of a file.
+
+        Raises:
+            DataError: If one cannot be decoded.
+        """
+        record = self._manifest.records[index]
+        with self._manifest.file(record.path) as path:
+            read_video_to_end(path, frames=record.frames)
 
     def lengths(self) -> list[ClipFacts]:
         """See `ClipDataset.lengths`; opens no file."""

@@ -29,7 +29,7 @@ from aiprod_ds.errors import DataError
 
 _EPSILON = 1e-6
 # Without it FFmpeg repairs damaged H.264 and drops damaged HEVC frames, and neither shows.
-_STRICT_DECODING = {"err_detect": "explode"}
+STRICT_DECODING = {"err_detect": "explode"}
 # An interlaced frame needs the one before it. Three periods are at least one frame where fields are counted.
 _LEAD_PERIODS = 3
 
@@ -147,7 +147,7 @@ def _decode(
             raise DataError(f"{path}: must hold a video stream, got none. Remove the file.")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"  # PyAV's default, threads within a frame, leaves most codecs on one core
-        stream.codec_context.options = _STRICT_DECODING
+        stream.codec_context.options = STRICT_DECODING
         lead_seconds = _LEAD_PERIODS / float(stream.average_rate) if stream.average_rate else 0.0
         has_moved = False
         for sought_seconds in (start_seconds, start_seconds - lead_seconds):

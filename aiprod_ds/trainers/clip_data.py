@@ -27,6 +27,7 @@ from aiprod_ds.data.loader import ClipLoader, Draw, MicroBatch, no_draws
 from aiprod_ds.data.manifest import Manifest, holdout, require_readable
 from aiprod_ds.data.own.stream_loader import StreamLoader
 from aiprod_ds.data.packed.media import open_source
+from aiprod_ds.data.reading.read_all import unread_clips
 from aiprod_ds.data.reading.replacing import UnreadClip, read_patiently
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.data.treatment import duplicate_notes, ignored_notes
@@ -280,6 +281,42 @@ class ClipData:
         raise DataError(
             f"data: a clip must be readable, got {len(reasons)} that could not be read, at last: "
             f"{reasons[-1]}"
+        )
+
+    def unread_for_training(
+        self, plan: RunPlan, names: Collection[str] | None = None
+    ) -> tuple[UnreadClip, ...]:
+        """Returns the training clips that cannot be read to their end.
+
+        Args:
+            plan: Says in which shapes a clip is read that has several.
+            names: Of the clips that are tried; all by default.
+        """
+        shapes = [
+            (bucket, frozenset(indices))
+            for phase, members in zip(plan.phases, self._members(plan), strict=True)
+            for bucket, indices in zip(phase.buckets, members, strict=True)
+        ]
+        return unread_clips(
+            self.train,
+            [index for index, clip in enumerate(self.train_clips) if names is None or clip.name in names],
+            name_of=self._train_name,
+            requests=lambda index: [
+                middle_of_clip(index, bucket) for bucket, indices in shapes if index in indices
+            ],
+            title="reading training clip",
+        )
+
+    def unread_held_out(self, plan: RunPlan) -> tuple[UnreadClip, ...]:
+        """Returns the held-out clips that cannot be read to their end."""
+        bucket = plan.phases[-1].buckets[0]
+        measured = frozenset(self.held_out(bucket))
+        return unread_clips(
+            self.validation,
+            range(len(self.validation_clips)),
+            name_of=lambda index: self.validation_clips[index].name,
+            requests=lambda index: [middle_of_clip(index, bucket)] if index in measured else [],
+            title="reading held-out clip",
         )
 
     def summary(self, too_short: Sequence[TooShort]) -> DataSummary:

@@ -264,17 +264,14 @@ def test_too_many_deaths_of_one_loader_end_the_run(monkeypatch: pytest.MonkeyPat
     assert not restarts.may_begin()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_death_between_two_batches_interrupts_nothing(
-    number: signal.Signals, healthy: list[MicroBatch]
-) -> None:
+def test_a_death_between_two_batches_interrupts_nothing(healthy: list[MicroBatch]) -> None:
     """torch would raise it in the main thread at once, in the middle of an update."""
     loader = _loader(Clips(), num_workers=2)
     with closing(loader):
         batches = list(islice(loader, 3))
         victim = multiprocessing.active_children()[0]
         assert victim.pid is not None
-        os.kill(victim.pid, number)
+        os.kill(victim.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
         while victim.is_alive():
             assert time.monotonic() < deadline
