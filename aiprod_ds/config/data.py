@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from aiprod_ds.config.schema import Fraction, NonNegativeInt, PositiveInt, StrictModel
+from aiprod_ds.config.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 
 
 class StorageConfig(StrictModel):
@@ -84,6 +84,7 @@ class ClipDataConfig(StrictModel):
         return self
 
 
+DEFAULT_SCENE_THRESHOLD = 27.0
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -98,6 +99,21 @@ class PictureConfig(StrictModel):
     left out."""
     alpha_background: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), strict=False)
     """Red, green and blue behind transparent pixels."""
+    scenes: Literal["none", "cut"] = "none"
+    """`cut` makes a clip of every scene of a film, so that none straddles a hard cut; each film is decoded
+    once for that. Dissolves are not found. Not for shards."""
+    scene_threshold: PositiveFloat = DEFAULT_SCENE_THRESHOLD
+    """How much a frame must differ from the one before it to begin a scene, as of PySceneDetect's
+    ContentDetector; lower finds more cuts. Goes with `scenes: cut`."""
+
+    @model_validator(mode="after")
+    def _threshold_has_effect(self) -> Self:
+        if self.scenes == "none" and self.scene_threshold != DEFAULT_SCENE_THRESHOLD:
+            raise ValueError(
+                f"scene_threshold: has no effect without scenes: cut, got {self.scene_threshold:g}. Set "
+                "both or neither."
+            )
+        return self
 
 
 class VideoDataConfig(PictureConfig, ClipDataConfig):

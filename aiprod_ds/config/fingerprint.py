@@ -29,7 +29,13 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
 # Keys that came after runs had been hashed without them, and what those runs did: with it they are no part of
 # the hash, so that such a run can be resumed.
 _CAME_LATER: dict[str, dict[str, Any]] = {
-    "data": {"alpha_background": [0, 0, 0], "hdr": "tone_map", "interlaced": "deinterlace"},
+    "data": {
+        "alpha_background": [0, 0, 0],
+        "hdr": "tone_map",
+        "interlaced": "deinterlace",
+        "scenes": "none",
+        "scene_threshold": 27.0,
+    },
 }
 
 

@@ -244,7 +244,8 @@ def _shape_problems(phase: PhaseConfig) -> Iterator[str]:
     if not buckets and phase.duration is None:
         what = "unless buckets are" if phase.auto_buckets is None else "with buckets: auto"
         yield f"duration: must be given {what}, got nothing. Add `duration:`."
-    rule, longest = phase.auto_buckets, phase.duration and phase.duration.frames
+    rule = phase.auto_buckets
+    longest = None if phase.duration is None else phase.duration.frames
     if rule is not None and longest is not None and rule.min_frames > longest:
         yield (
             f"buckets.min_frames: must be at most duration.frames ({longest}), got {rule.min_frames}. Lower "

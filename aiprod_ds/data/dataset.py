@@ -128,7 +128,7 @@ class VideoClipDataset:
         """See `ClipDataset.lengths`; opens no file."""
         return [
             ClipFacts(
-                name=record.path,
+                name=record.name,
                 frames=record.frames,
                 seconds=record.seconds,
                 height=record.height,

@@ -33,7 +33,7 @@ from aiprod_ds.data.latents import (
     unnumbered,
 )
 from aiprod_ds.data.manifest import Manifest, Unreadable, read_table
-from aiprod_ds.decode.record import MediaRecord
+from aiprod_ds.decode.record import SCENE_MARK, MediaRecord
 from aiprod_ds.errors import DataError
 from aiprod_ds.shards.reader import ShardReader
 
@@ -77,7 +77,7 @@ def scan_latents(source: Path | ShardReader, needs: LatentNeeds) -> Manifest:
     root = _root(source)
     found = _entries(root)
     is_folder = isinstance(source, ShardReader) or source.is_dir()
-    wanted = list(found) if is_folder else [listed.path for listed in read_table(Path(str(source)))]
+    wanted = list(found) if is_folder else _of_rows(Path(str(source)), found)
     reader = _ClipReader(root=root, needs=needs)
     files: dict[str, tuple[str, ...]] = {}
     records: list[MediaRecord] = []
@@ -103,6 +103,17 @@ def scan_latents(source: Path | ShardReader, needs: LatentNeeds) -> Manifest:
         manifest = Manifest(root=root, records=tuple(records))
     named = frozenset(reader.named)
     return replace(manifest, unreadable=tuple(unreadable), files=files, named=named)
+
+
+def _of_rows(table: Path, found: Mapping[str, object]) -> list[str]:
+    """Returns the clips of the rows; a row of a film that was cut stands for its scenes."""
+    scenes: dict[str, list[str]] = {}
+    for clip in found:
+        film, mark, _ = clip.rpartition(SCENE_MARK)
+        if mark:
+            scenes.setdefault(film, []).append(clip)
+    rows = [listed.path for listed in read_table(table)]
+    return [clip for path in rows for clip in ([path] if path in found else scenes.get(path, [path]))]
 
 
 class _UnusableError(ValueError):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from aiprod_ds.config.data import AudioDataConfig, PictureConfig
 from aiprod_ds.data.clip_list import content_mark
 from aiprod_ds.data.manifest import Manifest, Unreadable
-from aiprod_ds.decode.record import MediaRecord
+from aiprod_ds.decode.record import SCENE_MARK, MediaRecord
 
 # In int16 the least that is not 0 is -90 dB; noise below it is dither.
 _SILENCE_PEAK = 10 ** (-90 / 20)
@@ -34,7 +34,7 @@ def picture_notes(records: Iterable[MediaRecord], config: PictureConfig) -> tupl
     """Returns what is done with the pictures of clips, one sentence a treatment, with how many clips."""
     red, green, blue = config.alpha_background
     known = tuple(records)
-    return _counted(
+    return _scene_notes(known) + _counted(
         known,
         (
             ("deinterlaced (bwdif)", lambda record: record.is_interlaced),
@@ -115,7 +115,7 @@ def duplicate_notes(train: Manifest, validation: Manifest) -> tuple[str, ...]:
     """
     paths: dict[str, list[str]] = {}
     for record in train.records:
-        paths.setdefault(_content(train, record), []).append(record.path)
+        paths.setdefault(_content(train, record), []).append(record.name)
     twice = [names for names in paths.values() if len(names) > 1]
     # Names of two folders may be alike.
     held, own = (
@@ -124,7 +124,7 @@ def duplicate_notes(train: Manifest, validation: Manifest) -> tuple[str, ...]:
         else (f"{manifest.where}/" for manifest in (validation, train))
     )
     leaks = [
-        f"{held}{record.path} = {own}{paths[content][0]}"
+        f"{held}{record.name} = {own}{paths[content][0]}"
         for record in validation.records
         if (content := _content(validation, record)) in paths
     ]
@@ -139,7 +139,10 @@ def duplicate_notes(train: Manifest, validation: Manifest) -> tuple[str, ...]:
 
 
 def _content(manifest: Manifest, record: MediaRecord) -> str:
-    return content_mark(manifest, record.path) if record.path in manifest.named else record.sha256
+    if record.path in manifest.named:
+        return content_mark(manifest, record.path)
+    _, mark, span = record.name.rpartition(SCENE_MARK)
+    return f"{record.sha256}{mark}{span}" if mark else record.sha256
 
 
 _Rule = tuple[str, Callable[[MediaRecord], bool]]
@@ -150,10 +153,16 @@ def _counted(
 ) -> tuple[str, ...]:
     notes = []
     for words, holds in rules:
-        names = [record.path for record in records if holds(record)]
+        names = list(dict.fromkeys(record.path for record in records if holds(record)))
         if names:
             notes.append(f"{len(names)} {noun}{'' if len(names) == 1 else 's'} {words}: {_some(names)}")
     return tuple(notes)
+
+
+def _scene_notes(records: tuple[MediaRecord, ...]) -> tuple[str, ...]:
+    scenes = [record.path for record in records if record.name != record.path]
+    films = list(dict.fromkeys(scenes))
+    return (f"{_files(len(films))} cut into {len(scenes)} scenes: {_some(films)}",) if films else ()
 
 
 def _left_out(record: MediaRecord, config: PictureConfig) -> str | None:

@@ -14,6 +14,8 @@ Hdr = Literal["pq", "hlg"]
 """Transfer curves of HDR."""
 Kind = Literal["picture", "film", "sound"]
 """What a file is: an animation of several frames is a film."""
+SCENE_MARK = "#t="
+"""Before the seconds in the name of a scene, as in fragments of addresses (W3C Media Fragments)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class MediaRecord:
         audio_peak: Largest absolute sample; this and what follows is known of sounds and of `audio_path`.
         audio_clipped: Samples in runs of three or more at full scale.
         audio_dc: Largest absolute mean of a channel.
+        start_seconds: When it begins in its file; above 0 for scenes of a film.
+        end_seconds: When it ends; None with the file.
         caption: What is said of it; None if nothing.
         more_captions: Further ones, only beside `caption`.
     """
@@ -69,8 +73,18 @@ class MediaRecord:
     audio_peak: float | None = None
     audio_clipped: int | None = None
     audio_dc: float | None = None
+    start_seconds: float = 0.0
+    end_seconds: float | None = None
     caption: str | None = None
     more_captions: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the clip is called: its path, and of a scene also from and to which second it lasts."""
+        if self.start_seconds == 0 and self.end_seconds is None:
+            return self.path
+        end = "" if self.end_seconds is None else f",{self.end_seconds:.6g}"
+        return f"{self.path}{SCENE_MARK}{self.start_seconds:.6g}{end}"
 
     @property
     def captions(self) -> tuple[str, ...]:

@@ -7,7 +7,9 @@ Owns seeking and the choice of frames; what is in a file is `frames.py`'s, colou
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -42,6 +44,7 @@ def decode_clip(
     frame_rate_hz: float | None,
     background: Color = BLACK,
     crop: tuple[int, int, int, int] = NO_CROP,
+    end_seconds: float | None = None,
 ) -> NDArray[np.uint8]:
     """Decodes `num_frames` frames from `start_seconds` on, counted from the stream's first timestamp.
 
@@ -53,6 +56,8 @@ def decode_clip(
             consecutive frames.
         background: RGB behind transparent pixels.
         crop: Of `MediaRecord`: what the container does not show.
+        end_seconds: Frames from there on are of another scene, as if the file had ended; None: there are
+            none.
 
     Returns:
         [T,H,W,3] uint8 RGB, as displayed: deinterlaced, in SDR, opaque and upright. Where pixels are not
@@ -63,11 +68,12 @@ def decode_clip(
             no redundancy (VP8, VP9) decodes some damage to wrong pixels, which nobody can see.
     """
     painter = Painter(path, background, crop)
+    asked = _Asked(start_seconds, end_seconds, num_frames, frame_rate_hz)
     try:
         if is_animated_webp(path):
-            clip = _chosen(animation_frames(path), painter, start_seconds, num_frames, frame_rate_hz)
+            clip = _chosen(animation_frames(path), painter, asked)
         else:
-            clip = _decode(path, painter, start_seconds, num_frames, frame_rate_hz)
+            clip = _decode(path, painter, asked)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(
             f"{path}: must be a decodable video, got: {error}. Repair or remove the file."
@@ -106,6 +112,15 @@ def max_start_seconds(record: MediaRecord, num_frames: int, frame_rate_hz: float
     return max(0.0, latest)
 
 
+class _Asked(NamedTuple):
+    """Which frames a clip takes; see `decode_clip`."""
+
+    start_seconds: float
+    end_seconds: float | None
+    num_frames: int
+    frame_rate_hz: float | None
+
+
 class _Clip:
     """The chosen frames, written one after the other into one array.
 
@@ -139,9 +154,7 @@ class _Clip:
         return self._frames
 
 
-def _decode(
-    path: Path, painter: Painter, start_seconds: float, num_frames: int, frame_rate_hz: float | None
-) -> _Clip:
+def _decode(path: Path, painter: Painter, asked: _Asked) -> _Clip:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise DataError(f"{path}: must hold a video stream, got none. Remove the file.")
@@ -150,13 +163,13 @@ def _decode(
         stream.codec_context.options = STRICT_DECODING
         lead_seconds = _LEAD_PERIODS / float(stream.average_rate) if stream.average_rate else 0.0
         has_moved = False
-        for sought_seconds in (start_seconds, start_seconds - lead_seconds):
+        for sought_seconds in (asked.start_seconds, asked.start_seconds - lead_seconds):
             if not _seek(container, stream, sought_seconds):
                 break
             has_moved = True
             timed = _reaching(timed_frames(container, stream, is_beginning=False), sought_seconds)
             try:
-                return _chosen(timed, painter, start_seconds, num_frames, frame_rate_hz)
+                return _chosen(timed, painter, asked)
             except MissingNeighbourError:
                 continue
             except UndecodableError:
@@ -167,7 +180,7 @@ def _decode(
         if has_moved:
             container.seek(stream.start_time or 0, stream=stream)
         timed = timed_frames(container, stream, is_beginning=True)
-        return _chosen(timed, painter, start_seconds, num_frames, frame_rate_hz)
+        return _chosen(timed, painter, asked)
 
 
 def _seek(container: av.container.InputContainer, stream: av.VideoStream, start_seconds: float) -> bool:
@@ -178,13 +191,11 @@ def _seek(container: av.container.InputContainer, stream: av.VideoStream, start_
     return True
 
 
-def _chosen(
-    timed: Iterable[TimedFrame],
-    painter: Painter,
-    start_seconds: float,
-    num_frames: int,
-    frame_rate_hz: float | None,
-) -> _Clip:
+def _chosen(timed: Iterable[TimedFrame], painter: Painter, asked: _Asked) -> _Clip:
+    start_seconds, end_seconds, num_frames, frame_rate_hz = asked
+    if end_seconds is not None:
+        last = end_seconds - _EPSILON
+        timed = takewhile(lambda item: item.seconds < last, timed)
     clip = _Clip(painter, num_frames)
     if frame_rate_hz is None:
         _consecutive(timed, clip, start_seconds, num_frames)

@@ -46,7 +46,7 @@ def start_seconds(record: MediaRecord, shape: LatentShape) -> float:
     latest_frame = int(
         max_start_seconds(record, shape.frames, clip_rate_hz(record, shape)) * record.fps + _EPSILON
     )
-    return latest_frame // 2 / record.fps
+    return record.start_seconds + latest_frame // 2 / record.fps
 
 
 def read_pictures(
@@ -70,6 +70,7 @@ def read_pictures(
         frame_rate_hz=clip_rate_hz(record, shape),
         background=background,
         crop=record.crop,
+        end_seconds=record.end_seconds,
     )
     return fit_clip(
         frames_THWC,

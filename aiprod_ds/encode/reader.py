@@ -44,7 +44,7 @@ class Failure:
             if task.shape is None
             else f"{', '.join(task.sources)} of {task.shape.tag}"
         )
-        return cls(clip=task.record.path, what=what, reason=str(error))
+        return cls(clip=task.record.name, what=what, reason=str(error))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

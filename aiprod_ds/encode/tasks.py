@@ -54,7 +54,7 @@ class Task:
     @property
     def name(self) -> str:
         """The name of its entries."""
-        return entry_name(self.record.path, self.shape)
+        return entry_name(self.record.name, self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +103,11 @@ def encodable(manifest: Manifest) -> tuple[Manifest, list[tuple[str, str]]]:
         except DataError as error:
             refused.append((record.path, str(error)))
             continue
-        if record.path in kept:
+        if record.name in kept:
             refused.append(
-                (record.path, "it stands in the manifest more than once; only the first row is encoded")
+                (record.name, "it stands in the manifest more than once; only the first row is encoded")
             )
-        kept.setdefault(record.path, record)
+        kept.setdefault(record.name, record)
     return replace(manifest, records=tuple(kept.values())), refused
 
 
@@ -147,7 +147,7 @@ def caption_tasks(
     for record in captioned.records:
         captions = record.captions or (() if text.default_caption is None else (text.default_caption,))
         if record.path in problems or not captions:
-            refused.append((record.path, problems.get(record.path, _NO_CAPTION)))
+            refused.append((record.name, problems.get(record.path, _NO_CAPTION)))
             continue
         first, *more = with_trigger(captions, text.trigger)
         tasks.append(
@@ -217,7 +217,7 @@ def _treatment(record: MediaRecord, background: Color) -> str:
 def clip_facts(record: MediaRecord) -> ClipFacts:
     """Returns what decides into which buckets a clip goes."""
     return ClipFacts(
-        name=record.path,
+        name=record.name,
         frames=record.frames,
         seconds=record.seconds,
         height=record.height,

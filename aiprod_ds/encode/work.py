@@ -19,7 +19,8 @@ from aiprod_ds.curriculum.auto_buckets import Shape
 from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, LATENTS, default_folder, read_found_buckets
 from aiprod_ds.data.manifest import Manifest, require_readable, scan
 from aiprod_ds.data.probe_cache import default_probe_cache
-from aiprod_ds.data.treatment import ignored_notes, picture_notes, sound_notes, usable_pictures
+from aiprod_ds.data.scenes import usable_clips
+from aiprod_ds.data.treatment import ignored_notes, picture_notes, sound_notes
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.encode.media import clip_rate_hz
 from aiprod_ds.encode.reader import Failure
@@ -78,7 +79,8 @@ def plan_work(config: EncodeConfig, source: str) -> Work:
     """
     media = Path(config.data.media)
     try:
-        found = usable_pictures(scan(media, cache=default_probe_cache(media)), config.data)
+        probes = default_probe_cache(media)
+        found = usable_clips(scan(media, cache=probes), config.data, probes=probes)
         require_readable(found, config.data.max_failed_fraction, setting="data.max_failed_fraction")
         manifest, refused = encodable(found)
     except DataError as error:

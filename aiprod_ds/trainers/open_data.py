@@ -32,8 +32,9 @@ from aiprod_ds.data.manifest import Manifest, scan
 from aiprod_ds.data.own.values import ValueRange
 from aiprod_ds.data.packed.media import packed_media
 from aiprod_ds.data.probe_cache import default_probe_cache
+from aiprod_ds.data.scenes import usable_clips
 from aiprod_ds.data.tensor_latents import LatentItems
-from aiprod_ds.data.treatment import audio_notes, picture_notes, usable_pictures
+from aiprod_ds.data.treatment import audio_notes, picture_notes
 from aiprod_ds.errors import PlanError
 from aiprod_ds.shards.reader import ShardReader
 from aiprod_ds.trainers.clip_data import (
@@ -84,8 +85,9 @@ def open_video_datasets(
 
 def _scan_videos(config: VideoDataConfig, source: Path | ShardReader) -> Manifest:
     if isinstance(source, ShardReader):
-        return usable_pictures(packed_media(source, "video"), config)
-    return usable_pictures(scan(source, cache=default_probe_cache(source)), config)
+        return usable_clips(packed_media(source, "video"), config, probes=None)
+    probes = default_probe_cache(source)
+    return usable_clips(scan(source, cache=probes), config, probes=probes)
 
 
 def open_audio_files(config: AudioDataConfig, *, seed: int) -> ClipData:

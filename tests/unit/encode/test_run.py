@@ -43,6 +43,7 @@ from aiprod_ds.data.latents import (
 from aiprod_ds.data.loudness import loudness_lufs
 from aiprod_ds.data.manifest import scan
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.data.treatment import duplicate_notes
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.encode.media import read_pictures, read_sound, start_seconds
 from aiprod_ds.encode.reader import Failure
@@ -51,7 +52,7 @@ from aiprod_ds.encode.summary import summary_text
 from aiprod_ds.encode.work import check_encoding
 from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
-from aiprod_ds.testing.awkward import write_sound
+from aiprod_ds.testing.awkward import Coding, write_film, write_sound
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_ltx_vae
 
 pytestmark = pytest.mark.slow
@@ -303,6 +304,30 @@ def test_auto_buckets_of_a_curriculum_are_found_once_for_encoding_and_training(t
     assert dict(again.written) == {LATENTS: 1, CONDITIONS: 1}
     assert dict(again.present) == {LATENTS: 4, CONDITIONS: 4}
     assert check_encoding(held_out).startswith("5 clips, 4 latents and 5 captions")
+
+
+def test_scenes_are_encoded_as_clips_of_their_own(tmp_path: Path) -> None:
+    dark, light = (np.full((32, 32, 3), shade, dtype=np.uint8) for shade in (20, 220))
+    write_film(tmp_path / "film.mp4", [dark] * 10 + [light] * 14, Coding(rate_hz=10))
+    write_film(tmp_path / "plain.mp4", [dark] * 12, Coding(rate_hz=10))
+    (tmp_path / "clips.csv").write_text("video,caption\nfilm.mp4,a film\nplain.mp4,plain\n")
+    config = _config(tmp_path, text=TEXT, data={"scenes": "cut"})
+    summary = run_encoding(config)
+    assert dict(summary.written) == {LATENTS: 3, CONDITIONS: 3}
+    assert "1 file cut into 2 scenes: film.mp4" in summary.notes
+    names = ["film.mp4#t=0,1", "film.mp4#t=1", "plain.mp4"]
+    assert {name for name in _files(tmp_path) if name.startswith(LATENTS)} == {
+        f"latents/{name}@5x16x16.safetensors" for name in names
+    }
+    root = default_folder(tmp_path)
+    headers = [read_header(entry_path(root, LATENTS, f"{name}@5x16x16")) for name in names]
+    starts = [float(header.metadata["start_seconds"]) for header in headers]
+    assert starts == [0.2, 1.4, 0.3]  # the middle 5 of 10, of 14 and of 12 frames
+    assert dict(run_encoding(config).written) == {}
+    manifest = scan_latents(tmp_path / "clips.csv", LatentNeeds(strides=STRIDES))
+    assert [record.path for record in manifest.records] == names
+    assert manifest.unreadable == ()
+    assert duplicate_notes(manifest, replace(manifest, records=())) == ()
 
 
 def test_tables_side_by_side_share_a_folder(media: Path) -> None:
