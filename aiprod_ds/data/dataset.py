@@ -106,11 +106,12 @@ class VideoClipDataset:
         with self._manifest.file(record.path) as path:
             frames_THWC = decode_clip(
                 path,
-                start_seconds=_start(self._seed, request, latest_frame) / record.fps,
+                start_seconds=record.start_seconds + _start(self._seed, request, latest_frame) / record.fps,
                 num_frames=request.frames,
                 frame_rate_hz=rate_hz,
                 background=self._background,
                 crop=record.crop,
+                end_seconds=record.end_seconds,
             )
         return _sample(frames_THWC, self._seed, request, displayed=(record.height, record.width))
 
