@@ -2,9 +2,8 @@
 doctor. The only module that prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 3 converted, but an older checkpoint
-than the newest, 70 an error that nobody foresaw
-(`crash` tells it), 75 the run was asked to stop and has saved: the same command goes on. A second signal ends
-with 128 + its number.
+than the newest, 70 an error that nobody foresaw (`crash` tells it), 75 the run was asked to stop and has
+saved: the same command goes on, 76 it did not come on. A second signal ends with 128 + its number.
 """
 
 from __future__ import annotations

@@ -44,5 +44,18 @@ class CheckpointError(AiprodError):
     """A checkpoint is missing, incomplete, corrupt or belongs to another run."""
 
 
+class HangError(AiprodError):
+    """The data of the only rank did not come.
+
+    Args:
+        message: What blocked, and where.
+        was_asked: Whether the process had been asked to stop.
+    """
+
+    def __init__(self, message: str, *, was_asked: bool = False) -> None:
+        self.was_asked = was_asked
+        super().__init__(message)
+
+
 class NonFiniteError(AiprodError):
     """A loss or a gradient became NaN or infinite and training stopped before it could be saved."""

@@ -35,8 +35,23 @@ class Display(Protocol):
         """Writes a line that stays."""
 
 
+class Listener(Protocol):
+    """Is told of every step, on the thread that makes it."""
+
+    def stepped(self) -> None:
+        """A step has been made."""
+
+    def began_to_work(self) -> None:
+        """A block begins that cannot say how far it is."""
+
+    def ended_to_work(self) -> None:
+        """Such a block has ended."""
+
+
 # The last one shows; a training's console stands on the command line's while it trains.
 _displays: list[Display] = []
+# Who wants to know that something comes on, whether or not it is shown.
+_listeners: list[Listener] = []
 
 
 def show_on(display: Display) -> None:
@@ -48,6 +63,16 @@ def hide(display: Display) -> None:
     """Takes `display` away. Idempotent."""
     if display in _displays:
         _displays.remove(display)
+
+
+@contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """A block in which `listener` is told of progress."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 class Progress:
@@ -76,6 +101,8 @@ class Progress:
         """
         self._done += count
         self._note = note
+        for listener in _listeners:
+            listener.stepped()
         self.show()
 
     def show(self) -> None:
@@ -146,6 +173,23 @@ def working(title: str, *, has_own_bar: bool = False) -> Iterator[None]:
         title: What is done.
         has_own_bar: Whether a library shows more than this in a terminal, where nothing is drawn then.
     """
+    with _told_of_work():
+        yield from _shown_while_working(title, has_own_bar=has_own_bar)
+
+
+@contextmanager
+def _told_of_work() -> Iterator[None]:
+    listeners = tuple(_listeners)
+    for listener in listeners:
+        listener.began_to_work()
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            listener.ended_to_work()
+
+
+def _shown_while_working(title: str, *, has_own_bar: bool) -> Iterator[None]:
     progress, ended = Progress(title), threading.Event()
 
     def tell() -> None:

@@ -37,6 +37,13 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bind-cores", action="store_true", help="with --no-ssh: cores of its own for every rank, by numactl"
     )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again up to N times where ranks fail, hang or are lost; not after bad input or a stop",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the command")
     parser.add_argument("--verbose", action="store_true", help="show the command and what libraries log, too")
 
@@ -73,6 +80,7 @@ def launch_request(arguments: argparse.Namespace) -> Request:
         master_address=arguments.master_addr,
         master_port=arguments.master_port,
         bind_cores=arguments.bind_cores,
+        max_restarts=arguments.max_restarts,
         dry_run=arguments.dry_run,
         verbose=arguments.verbose,
     )

@@ -45,9 +45,12 @@ from aiprod_ds.cluster.supervise import Supervisor
 from aiprod_ds.config.load import load_config
 from aiprod_ds.errors import AiprodError, ConfigError, EngineError
 from aiprod_ds.report.command import VARIABLE, encoded, typed_command
+from aiprod_ds.train.orphans import Launchers
 
 _LOG = logging.getLogger(__name__)
 _FAILED = 1
+# Done, bad configuration, and saved because somebody asked for it (`aiprod_ds.cli`).
+_FINAL = frozenset({0, 2, 75})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +73,16 @@ class Request:
     master_address: str | None = None
     master_port: int | None = None
     bind_cores: bool = False
+    max_restarts: int = 0
     dry_run: bool = False
     verbose: bool = False
 
 
 def start(request: Request, console: Console) -> int:
     """Runs `aiprod-ds train` on the hosts and returns its exit code.
+
+    With `max_restarts` it starts again where the ranks failed, after examining the hosts again; from the
+    newest checkpoint, if this start or the one before has made any.
 
     Returns:
         0 only if the run's own report says that it is completed; else the launcher's code, or 1 if that was
@@ -85,6 +92,27 @@ def start(request: Request, console: Console) -> int:
         ConfigError: If anything that was given is wrong; nothing has been started.
         EngineError: If a host is; the message has every problem.
     """
+    before = _checkpoints(request.run_folder)
+    code, is_stopped = _start_once(request, console)
+    for restart in range(1, request.max_restarts + 1):
+        if code in _FINAL or is_stopped or request.dry_run:
+            break
+        has_saved = bool(_checkpoints(request.run_folder) - before)
+        _LOG.warning("restarting restart=%d of=%d exit_code=%d", restart, request.max_restarts, code)
+        again = replace(request, resume="auto" if has_saved else request.resume)
+        code, is_stopped = _start_once(again, console)
+    return code
+
+
+def _checkpoints(run_folder: Path) -> set[tuple[str, int]]:
+    """Returns names and times of the checkpoints that are there."""
+    return {
+        (path.name, path.stat().st_mtime_ns) for path in (run_folder / "checkpoints").glob("update_*[0-9]")
+    }
+
+
+def _start_once(request: Request, console: Console) -> tuple[int, bool]:
+    """Returns the exit code, and whether a signal asked for the end."""
     hosts, environment = check(request)
     selected = [host.name for host in hosts]
     launch = Launch(
@@ -122,7 +150,8 @@ def start(request: Request, console: Console) -> int:
         console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
     # What a rank gets would start one rank; the run's page says what was typed here.
     environment = {**environment, VARIABLE: encoded(typed_command(sys.argv))}
-    return 0 if request.dry_run else _run(request, launch, command, environment, selected)
+    environment |= Launchers.environment_of_this_process()
+    return (0, False) if request.dry_run else _run(request, launch, command, environment, selected)
 
 
 def check(request: Request) -> tuple[tuple[Host, ...], dict[str, str]]:
@@ -213,6 +242,8 @@ def _check_options(request: Request) -> None:
     address = request.master_address
     if address is not None and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.:_-]*", address) is None:
         problems.append(f"--master-addr: must be an address or a host name, got {address!r}.")
+    if request.max_restarts < 0:
+        problems.append(f"--max-restarts: must be 0 or more, got {request.max_restarts}.")
     if problems:
         raise ConfigError(problems)
 
@@ -264,7 +295,7 @@ def _tell_of_what_was_left(run_folder: Path) -> None:
 
 def _run(
     request: Request, launch: Launch, command: list[str], environment: Mapping[str, str], names: Sequence[str]
-) -> int:
+) -> tuple[int, bool]:
     report = Report.of(request.run_folder)
     supervisor = Supervisor(
         pattern=rank_pattern(launch), hosts=() if request.no_ssh else names, ssh=request.ssh
@@ -280,10 +311,10 @@ def _run(
     if code != 0 and report.status() == "missing":
         _tell_of_what_was_left(request.run_folder)
     if code != 0 or report.is_completed():
-        return code
+        return code, supervisor.is_stopped
     _LOG.error(
         "run_not_completed report=%s status=%s: the launcher ended without an error, the run did not",
         report.path,
         report.status(),
     )
-    return _FAILED
+    return _FAILED, supervisor.is_stopped

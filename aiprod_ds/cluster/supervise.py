@@ -42,6 +42,11 @@ class Supervisor:
     ssh: Ssh = field(default_factory=Ssh)
     _signals: list[int] = field(default_factory=list)
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has asked for the end."""
+        return bool(self._signals)
+
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Runs the launcher to its end and returns its exit code, 128 + n if signal n ended it."""
         minded = [

@@ -48,6 +48,10 @@ class EngineConfig(StrictModel):
     lost_rank_seconds: PositiveFloat | None = 60.0
     """Silence after which a rank counts as gone and the others end with an error, instead of waiting for it.
     null: never."""
+    hang_seconds: PositiveFloat | None = 60.0
+    """Time without progress after which a run counts as hung; more where the same has taken longer before, 10
+    times as much for evaluations and checkpoints, 30 times for the start, a change of phase and new shapes.
+    null: never."""
     parallel: Literal["configured", "auto"] = "configured"
     """`auto` chooses ZeRO stage, offload, activation checkpointing and micro-batches: the fastest that fit
     the GPUs by the estimates of `plan --machine`. Of the DeepSpeed settings then count precision, loss scale

@@ -155,6 +155,25 @@ def _watch_peers(limit_seconds: float) -> PeerWatch | None:
     return watch
 
 
+def connect_to_store(timeout: timedelta) -> Any:
+    """Returns a connection of the caller's own to the group's store, for threads that no collective may hold
+    up.
+
+    There must be more than one rank.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch_dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in torch's export list
+        address, port, None, False, timeout=timeout, wait_for_workers=False
+    )
+
+
+def when_a_rank_is_lost(write: Callable[[], None] | None) -> None:
+    """Sets what this process does before it ends because another rank is gone; None: nothing."""
+    watch = _PEERS.get("watch")
+    if watch is not None:
+        watch.before_end = write
+
+
 def _forget_peers() -> None:
     watch = _PEERS.pop("watch", None)
     if watch is not None:

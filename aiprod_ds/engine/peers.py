@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -45,6 +46,9 @@ class PeerWatch:
         address: Host of the group's store, which lives in rank 0.
         port: Its port.
         limit_seconds: Silence after which a rank counts as lost.
+
+    Attributes:
+        before_end: Called before this process ends.
     """
 
     def __init__(self, *, rank: int, world_size: int, address: str, port: int, limit_seconds: float) -> None:
@@ -66,6 +70,7 @@ class PeerWatch:
         self._to_post: str | None = None
         self._is_posted = threading.Event()
         self._stopped = threading.Event()
+        self.before_end: Callable[[], None] | None = None
         self._threads = [
             threading.Thread(target=work, name=f"peers_{work.__name__.strip('_')}", daemon=True)
             for work in (self._talk, self._judge)
@@ -190,5 +195,7 @@ class PeerWatch:
             verdict,
             grace_seconds,
         )
+        if self.before_end is not None:
+            self.before_end()
         if not self._stopped.wait(grace_seconds):
             os._exit(LOST_CODE)  # the main thread waits in a collective that nothing interrupts

@@ -25,10 +25,17 @@ class Stopwatch:
 
     Args:
         now: Monotonic time in seconds; tests pass their own.
+        on_switch: Called with each activity that begins, also if it was going on.
     """
 
-    def __init__(self, *, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        now: Callable[[], float] = time.perf_counter,
+        on_switch: Callable[[Activity], None] = lambda _activity: None,
+    ) -> None:
         self._now = now
+        self._on_switch = on_switch
         self._activity = Activity.START
         self._since = now()
         self._seconds = dict.fromkeys(Activity, 0.0)
@@ -43,6 +50,7 @@ class Stopwatch:
         now = self._now()
         self._seconds[self._activity] += now - self._since
         self._activity, self._since = activity, now
+        self._on_switch(activity)
 
     @contextmanager
     def during(self, activity: Activity) -> Iterator[None]:

@@ -4,6 +4,7 @@ boundary of an update.
 Owns the signals, the files and the agreement (`SignalWatch`, `Interrupts`); the loop acts.
 
     SIGTERM, SIGUSR1 to any rank         save and leave
+    its launcher is gone (`watchdog.py`) save and leave
     a file EVALUATE in the run folder    evaluate and go on
     a file SAVE in the run folder        save and go on
     a file STOP in the run folder        save and leave
@@ -193,6 +194,12 @@ class SignalWatch:
             signal.signal(number, handler)
         self._handlers = {}
         self._writer.close()
+
+    def leave(self, reason: str) -> None:
+        """Asks this process to save and leave, as SIGTERM does."""
+        if self.received is None:
+            self.received, self._received_at = signal.SIGTERM, time.monotonic()
+            _LOG.warning("leaving reason=%s; saving at the end of the update", reason)
 
     def _read(self, reader: socket.socket) -> None:
         with reader:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import UpdateResult
+from aiprod_ds.errors import HangError
 from aiprod_ds.metrics.evaluations import Reason
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
@@ -42,6 +44,7 @@ from aiprod_ds.train.stages import ENDS, Change, Event, Saved, Stage, Staging, a
 from aiprod_ds.train.state import TrainState
 from aiprod_ds.train.throughput import throughput
 from aiprod_ds.train.unit import ClipWork, Evaluation, Part
+from aiprod_ds.train.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class TrainingLoop:
     overflows: OverflowWatch
     faults: DataFaults
     layout: Mapping[str, Any]
+    watchdog: Watchdog
     clock: Clock
     history: History
     _saved: Saved = Saved.NO
@@ -152,6 +156,13 @@ class TrainingLoop:
         try:
             with self.stopwatch.during(Activity.TRAIN):
                 decision = self._updates(entered, began, decision)
+        except HangError as error:
+            # Of the only rank: nobody waits for it, and the update has changed nothing yet.
+            self._save()
+            self._finish_save()
+            if not error.was_asked:
+                raise
+            _LOG.warning("left_without_data update=%d reason=%s", self.clock.updates, error)
         finally:
             entered.close()
         if decision.action is not Action.STAY:
@@ -200,7 +211,8 @@ class TrainingLoop:
         shape = (phase.index, stream.bucket_at(position))
         for index in range(bucket.accumulation):
             with self.stopwatch.during(Activity.DATA_WAIT):
-                batch = next(entered.batches)
+                batch = self.watchdog.await_data(partial(next, entered.batches))
+            self.watchdog.begin(shape)
             assert batch.position == position, f"loader at {batch.position}, clock at {position}"
             if batch.unread or batch.restarts:
                 self.faults.note(batch)
@@ -258,6 +270,7 @@ class TrainingLoop:
                 self.state.ema.update(samples_before=before, samples_after=self.clock.samples)
         else:
             self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
+        self.watchdog.update = self.clock.updates
         self._saved = after_change(self._saved, Change.UPDATED if result.applied else Change.SKIPPED)
         self.overflows.observe(
             is_applied=result.applied, loss_scale=result.loss_scale, update=self.clock.updates

@@ -66,6 +66,7 @@ from aiprod_ds.train.run_folder import open_sinks, prepare_folder
 from aiprod_ds.train.state import TrainState, new_clip, new_ema
 from aiprod_ds.train.throughput import peak_flops
 from aiprod_ds.train.unit import Evaluation, EvaluationRequest, Part, Unit
+from aiprod_ds.train.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def run_training(
         CheckpointError: If another run is in the folder, checkpoints exist and none is whole, the ranks share
             no folder, or a checkpoint cannot be written.
         NonFiniteError: If training diverged for good.
+        HangError: If the data of the only rank did not come; it has saved.
     """
     config, source = prepared.config, prepared.source
     with FolderLock(Path(config.output_dir)) as lock:
@@ -141,8 +143,12 @@ def run_training(
             lock.share()
         sampled = facts.unit.num_sampled_shapes()
         active = facts.parts.performance.active(facts.plan, num_sampled_shapes=sampled)
-        with SignalWatch() as watch, active:
-            return _train(facts, checkpoint, watch, console or open_console(stderr=True))
+        with SignalWatch() as watch, _new_watchdog(facts, watch) as watchdog, active:
+            dist.when_a_rank_is_lost(watchdog.note_lost_rank)
+            try:
+                return _train(facts, checkpoint, watch, watchdog, console or open_console(stderr=True))
+            finally:
+                dist.when_a_rank_is_lost(None)
 
 
 def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
@@ -236,8 +242,23 @@ def _build_engine(facts: RunFacts, phase: PhasePlan) -> Engine:
     return facts.parts.build_engine()
 
 
+def _new_watchdog(facts: RunFacts, watch: SignalWatch) -> Watchdog:
+    return Watchdog(
+        facts.folder,
+        least_seconds=facts.config.engine.hang_seconds,
+        stops=watch,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        store=dist.connect_to_store,
+    )
+
+
 def _train(
-    facts: RunFacts, checkpoint: Checkpoint | None, watch: SignalWatch, console: Console
+    facts: RunFacts,
+    checkpoint: Checkpoint | None,
+    watch: SignalWatch,
+    watchdog: Watchdog,
+    console: Console,
 ) -> RunSummary:
     config, first = facts.config, 0 if checkpoint is None else checkpoint.state.clock.phase
     engine = _build_engine(facts, facts.plan.phases[first])
@@ -246,7 +267,8 @@ def _train(
     try:
         standing = _restore(facts, state, checkpoint)
         saver = _new_saver(facts, standing.history)
-        loop = _new_loop(facts, state, standing, saver, watch, console)
+        watchdog.update = standing.clock.updates
+        loop = _new_loop(facts, state, standing, saver, watch, watchdog, console)
         return _run(facts, loop, console)
     finally:
         try:
@@ -325,6 +347,7 @@ def _new_loop(
     standing: _Standing,
     saver: Saver,
     watch: SignalWatch,
+    watchdog: Watchdog,
     console: Console,
 ) -> TrainingLoop:
     config, plan, clock, history = facts.config, facts.plan, standing.clock, standing.history
@@ -335,7 +358,7 @@ def _new_loop(
     resumed = {"is_resumed": standing.is_resumed, "evaluates_again": evaluates_again}
     dist.from_main(lambda: drop_later_evaluations(facts.folder, count=history.evaluations))
     sinks = open_sinks(config, plan, console, clock, **resumed) if dist.is_main() else ()
-    engine, stopwatch = state.engine, Stopwatch()
+    engine, stopwatch = state.engine, Stopwatch(on_switch=watchdog.enter)
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
     faults = standing.faults
     interrupts = Interrupts(
@@ -363,6 +386,7 @@ def _new_loop(
         overflows=OverflowWatch(lowest_scale=_lowest_scale(facts.parts.resolved.settings)),
         faults=faults,
         layout=facts.layout,
+        watchdog=watchdog,
         clock=clock,
         history=history,
     )

@@ -7,8 +7,8 @@ plus a random part of an update.
 
 Two ranks are also killed by SIGKILL, at least three times in ten inside a save. Half of the attempts save
 while training goes on. In two attempts of seven a real deepspeed launcher starts the ranks and one of its two
-processes is killed: `runner`, which the user starts, or `launch`, which starts the ranks. The ranks then
-train on as orphans. Without the exhaustive tests every moment, way and target comes once; with them a run is
+processes is killed: `runner`, which the user starts, or `launch`, which starts the ranks. The ranks find that
+out, save and leave. Without the exhaustive tests every moment, way and target comes once; with them a run is
 killed 50 times, which is the promise.
 """
 
@@ -36,6 +36,7 @@ LAUNCHER = ("runner", "launch")
 TARGETS = ("rank 0", "rank 1", "all", "runner", "rank 1", "rank 0", "launch")
 UPDATES_PER_PHASE = 15  # a kill takes the run forward by some four updates, a stop by up to a phase
 WITHIN_SECONDS = 25.0
+ORPHAN_SECONDS = 60.0  # 10 where nothing else runs; most of it is the end of the processes
 INTERRUPTED = 75
 MOMENTS = ("resumed", "row", "phase_begins", "row", "phase_ends", "row")
 HOW = ("SIGTERM to rank 0", "SIGUSR1 to the last rank", "SIGTERM to all", "SIGUSR1 to all", "STOP")
@@ -267,12 +268,8 @@ def _kill_launcher(
     *,
     in_save: bool,
 ) -> bool:
-    """Kills a process of the launcher, and later the orphans; returns whether those died inside a save.
-
-    Nothing tells the ranks that their launcher is gone. They train on, to the end of the run if nobody ends
-    them, and a second start beside them is refused. So this does what an operator, a service manager or a
-    batch system does: it ends what remains of the process group, and only then is the run started anew.
-    """
+    """Kills a process of the launcher and waits for the ranks to save and leave; returns whether that was
+    inside a save."""
     before = len(_lines(Path(f"{folder}.log")))
     arguments = [__file__, str(folder), json.dumps(sweep), json.dumps(checkpoint)]
     command = [*launcher_command(ranks=sweep["ranks"]), *arguments]
@@ -282,29 +279,30 @@ def _kill_launcher(
         _await_phase(folder, before)
         (launch,) = _children(runner.pid)
         orphans = _children(launch)
-        os.kill({"runner": runner.pid, "launch": launch}[target], signal.SIGKILL)
-        runner.wait(timeout=30)
-        _await_rows(folder, 1)  # they train on
-        _require_refusal(folder)
         _await_moment_to_kill(folder, chance, in_save=in_save)
         inside_a_save = _is_saving(folder)
         assert len(orphans) == sweep["ranks"], orphans
         assert all(_is_running(process) for process in orphans), (
             "the run has ended before it was killed often enough"
         )
+        killed_at = time.monotonic()
+        os.kill({"runner": runner.pid, "launch": launch}[target], signal.SIGKILL)
+        _await(lambda: not any(_is_running(process) for process in orphans))
+        assert time.monotonic() - killed_at < ORPHAN_SECONDS
+        assert json.loads((folder / "report.json").read_text())["status"] == "interrupted"
+        assert _last_update(folder) == _newest_saved(folder), "nothing is lost"
     finally:
         kill_session(runner.pid)
-    _await(lambda: not any(_is_running(process) for process in orphans))
+        runner.wait(timeout=30)
     return inside_a_save
 
 
-def _require_refusal(folder: Path) -> None:
-    """Checks that a start beside the orphans would be refused."""
-    from aiprod_ds.errors import CheckpointError
-    from aiprod_ds.train.resume.folder_lock import FolderLock
+def _newest_saved(folder: Path) -> int:
+    from aiprod_ds.checkpoint.store import CheckpointStore
 
-    with FolderLock(folder) as lock, pytest.raises(CheckpointError, match="one run at a time"):
-        lock.take(within_seconds=0.0)
+    newest = CheckpointStore(folder / "checkpoints").newest()
+    assert newest is not None
+    return newest.state.clock.updates
 
 
 def _children(process: int) -> list[int]:

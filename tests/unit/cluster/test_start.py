@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from aiprod_ds.cli import BAD_CONFIGURATION, main
+from aiprod_ds.cluster import start
 from aiprod_ds.cluster.completion import Report
 from aiprod_ds.cluster.ssh import Ssh, ask_all
 from aiprod_ds.cluster.supervise import Supervisor
@@ -77,6 +79,7 @@ BAD_INPUT = {
     ),
     "node rank unknown": ({}, ["--no-ssh"], "--node-rank: must be given, because"),
     "address": ({}, ["--master-addr", "a;b"], "--master-addr: must be an address or a host name, got 'a;b'."),
+    "restarts": ({}, ["--max-restarts", "-1"], "--max-restarts: must be 0 or more, got -1."),
     "ssh configuration": ({}, ["--ssh-config", "a b"], "--ssh-config: must be a path without blanks"),
 }
 
@@ -133,6 +136,47 @@ def test_a_dry_run_prints_the_command_of_this_host(
     assert "2 ranks on node-a (1), node-b (1)" in told
     assert "--no_ssh --node_rank 0 --master_addr node-a --master_port 29500" in " ".join(told.split())
     assert "--resume auto --accept-changed-data" in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "resumes", "code"),
+    [
+        ([(76, False), (1, False), (0, False)], ["never", "never", "auto"], 0),
+        ([(1, False)] * 5, ["never", "never", "auto", "auto"], 1),
+        ([(2, False)], ["never"], 2),
+        ([(75, False)], ["never"], 75),
+        ([(143, True)], ["never"], 143),
+        ([(70, False), (75, False)], ["never", "never"], 75),
+    ],
+    ids=["hang then loss", "always", "bad input", "stopped", "signalled", "stopped later"],
+)
+def test_what_failed_is_started_again_from_what_it_has_saved(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: list[tuple[int, bool]],
+    resumes: list[str],
+    code: int,
+) -> None:
+    asked: list[str] = []
+
+    def start_once(request: start.Request, _console: Console) -> tuple[int, bool]:
+        asked.append(request.resume)
+        if len(asked) == 2:  # the second start is the first to save
+            (request.run_folder / "checkpoints" / "update_000005").mkdir()
+        return outcomes[len(asked) - 1]
+
+    monkeypatch.setattr(start, "_start_once", start_once)
+    (tmp_path / "checkpoints" / "update_000099").mkdir(parents=True)  # of a run before, which `never` leaves
+    request = start.Request(
+        config=Path(CONFIG),
+        run_folder=tmp_path,
+        hostfile=tmp_path / "hosts",
+        resume="never",
+        ssh=Ssh(),
+        max_restarts=3,
+    )
+    assert start.start(request, Console()) == code
+    assert asked == resumes
 
 
 @pytest.mark.usefixtures("path")
