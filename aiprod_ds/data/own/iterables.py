@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -86,11 +86,15 @@ class Source:
     batch_size: int | None
     _initial: Any = field(default=None, repr=False)
 
+    @property
     def initial_state(self) -> Any:
-        """Returns the state that the object had when it was first asked for; each phase begins there."""
+        """The state that each phase begins with; None where there is none."""
+        return self._initial
+
+    def remember_initial(self) -> None:
+        """Remembers the state that the object has now, the first time."""
         if self._initial is None:
             self._initial = encode_state(self.iterable.state_dict())
-        return self._initial
 
     def words(self) -> tuple[str, ...]:
         """Returns what a user should know of how it is read."""
@@ -238,6 +242,10 @@ class ItemPasses:
         self.epoch = 0
         self.number = 0
         self.marks: list[Mark] = []
+        if source.is_stateful:
+            # Before a checkpoint's state is loaded, and of no phase: it is the same in every process.
+            with _streams_of(stream_seed(names[0], "own_data")):
+                source.remember_initial()
 
     def settle(self) -> None:
         """Makes sure that there is a next item, so that `epoch` is the pass that it is in and `number` its
@@ -278,7 +286,7 @@ class ItemPasses:
         """Goes on from a mark of this run or of the one that is resumed."""
         self.close()
         self.epoch, self._element, self.number = mark.epoch, mark.element, mark.number
-        self._begin(None if mark.state is None else mark.state)
+        self._begin(mark.state)
         self.marks = [mark]
 
     def close(self) -> None:
@@ -288,7 +296,7 @@ class ItemPasses:
 
     def _pull(self) -> None:
         if self._iterator is None:
-            self._begin(self._source.initial_state() if self._source.is_stateful and self._is_first else None)
+            self._begin(self._source.initial_state if self._is_first else None)
             self.marks.append(Mark(self.epoch, 0, 0, self._state()))
         assert self._iterator is not None, "just made"
         try:
@@ -323,20 +331,26 @@ class ItemPasses:
     def _state(self) -> Any:
         return encode_state(self._source.iterable.state_dict()) if self._source.is_stateful else None
 
-    @contextmanager
-    def _chance(self, element: int) -> Iterator[None]:
-        """Runs the block under the random streams of one element."""
-        seed = stream_seed(*self._names[:1], "own_data", *self._names[1:], self.epoch, element)
-        kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            torch.set_rng_state(kept[0])
-            np.random.set_state(kept[1])
-            random.setstate(kept[2])
+    def _chance(self, element: int) -> AbstractContextManager[None]:
+        """Returns the random streams of one element."""
+        seed, *names = self._names
+        return _streams_of(stream_seed(seed, "own_data", *names, self.epoch, element))
+
+
+@contextmanager
+def _streams_of(seed: int) -> Iterator[None]:
+    """Runs the block under the global random streams of one seed, and leaves those of training as they
+    are."""
+    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        np.random.set_state(kept[1])
+        random.setstate(kept[2])
 
 
 def mark_to_dict(mark: Mark) -> dict[str, Any]:

@@ -351,7 +351,7 @@ class StreamLoader:
             return _Entry(taken._replace(item=None), None)
         shape = self._buckets[bucket]
         request = ClipRequest(
-            sample_index=taken.number,
+            sample_index=self._global_number(taken),
             epoch=taken.epoch,
             frames=shape.frames,
             height=shape.height,
@@ -362,6 +362,12 @@ class StreamLoader:
         )
         sample = self._reader.clip(taken.item, request, _name(taken))
         return _Entry(taken._replace(item=None), sample)
+
+    def _global_number(self, taken: Taken) -> int:
+        """Returns which item of its pass it is, over all ranks: of random draws it is the name."""
+        if not self._source.is_sharded:
+            return taken.number
+        return taken.number * self._place.world_size + self._place.rank
 
     def _micro_batches(self, position: int, update: _Update) -> Iterator[MicroBatch]:
         bucket, world_size = self._buckets[update.bucket], self._place.world_size
@@ -380,7 +386,7 @@ class StreamLoader:
             places = [(self._place.phase.index, position, ordinal) for ordinal, _, _ in part]
             batch = MicroBatch(
                 tensors={**tensors, **self._draw(tensors, places)},
-                samples=[SampleRef(taken.number, taken.epoch, ordinal) for ordinal, taken, _ in part],
+                samples=[SampleRef(self._global_number(taken), taken.epoch, n) for n, taken, _ in part],
                 bucket=update.bucket,
                 position=position,
             )
