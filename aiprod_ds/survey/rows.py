@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 from aiprod_ds.decode.record import Probed
@@ -99,10 +100,9 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Returns what `from_dict` takes, and JSON has."""
         values = {name: getattr(self, name) for name in COLUMNS}
-        return values | {
-            "buckets": dict(self.buckets),
-            "findings": [[found.kind, found.text] for found in self.findings],
-        }
+        values["buckets"] = dict(self.buckets)
+        values["findings"] = [[found.kind, found.text] for found in self.findings]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
@@ -120,15 +120,17 @@ class Row:
 
     def cells(self) -> list[Any]:
         """Returns the row as the CSV has it, by `CSV_COLUMNS`."""
-        values = self.document()
+        level = self.level
         problems = "; ".join(found.sentence for found in self.findings)
         shapes = "; ".join(f"{phase}: {shape}" for phase, shape in self.buckets.items())
-        return [*(values[name] for name in COLUMNS if name not in _NESTED), values["level"], problems, shapes]
+        values = [getattr(self, name) for name in _PLAIN]
+        return [*values, "" if level is None else level.name.lower(), problems, shapes]
 
 
 _NESTED = ("buckets", "findings")
 COLUMNS = tuple(each.name for each in fields(Row))
-CSV_COLUMNS = (*(name for name in COLUMNS if name not in _NESTED), "level", "problems", "buckets")
+_PLAIN = tuple(name for name in COLUMNS if name not in _NESTED)
+CSV_COLUMNS = (*_PLAIN, "level", "problems", "buckets")
 
 
 def row_of(path: str, probed: Probed, sound: Probed | None) -> Row:
@@ -141,31 +143,36 @@ def row_of(path: str, probed: Probed, sound: Probed | None) -> Row:
     """
     record, details = probed.record, probed.details
     heard = record if sound is None else sound.record
-    row = Row(
+    if details.kind == "sound":
+        return Row(
+            path=path,
+            kind=details.kind,
+            num_bytes=details.num_bytes,
+            container=details.container,
+            codec=details.codec,
+            seconds=record.seconds,
+            audio_rate_hz=heard.audio_rate_hz or 0,
+            audio_channels=heard.audio_channels or 0,
+            audio_layout=heard.audio_layout or "",
+            sha256=record.sha256,
+        )
+    is_film = details.kind == "film"
+    return Row(
         path=path,
         kind=details.kind,
         num_bytes=details.num_bytes,
         container=details.container,
         codec=details.codec,
-        seconds=0.0 if details.kind == "picture" else record.seconds,
-        audio_rate_hz=heard.audio_rate_hz or 0,
-        audio_channels=heard.audio_channels or 0,
-        audio_layout=heard.audio_layout or "",
-        sha256=record.sha256,
-    )
-    if details.kind == "sound":
-        return row
-    return replace(
-        row,
         pixel_format=details.pixel_format,
         stored_width=details.stored_width,
         stored_height=details.stored_height,
         width=record.width,
         height=record.height,
         aspect=aspect_words(record.width, record.height),
-        rate_hz=record.fps if details.kind == "film" else 0.0,
+        rate_hz=record.fps if is_film else 0.0,
         variable_rate=details.is_variable_rate,
         frames=record.frames,
+        seconds=record.seconds if is_film else 0.0,
         rotation_degrees=record.rotation_degrees,
         mirrored=record.is_mirrored,
         cropped=any(record.crop),
@@ -176,9 +183,14 @@ def row_of(path: str, probed: Probed, sound: Probed | None) -> Row:
         alpha=record.has_alpha,
         color_matrix=details.color_matrix,
         color_range=details.color_range,
+        audio_rate_hz=heard.audio_rate_hz or 0,
+        audio_channels=heard.audio_channels or 0,
+        audio_layout=heard.audio_layout or "",
+        sha256=record.sha256,
     )
 
 
+@lru_cache(maxsize=1000)
 def aspect_words(width: int, height: int) -> str:
     """Returns `16:9` and the like for what is within 2 % of one, else `1.90:1` or `1:1.90`."""
     ratio = width / height

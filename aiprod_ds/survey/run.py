@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -277,20 +277,21 @@ def _tell(
             continue
         row = Row.from_dict(json.loads(line[1:]))
         more: list[Finding] = []
+        known: dict[str, Any] = {}
         if row.sha256 and int(row.sha256[:_HASH_DIGITS], 16) in repeated:
             original = originals.setdefault(row.sha256, row.path)
             if original != row.path:
                 num_copies += 1
-                row = replace(row, duplicate_of=original)
+                known["duplicate_of"] = original
                 more.append(Finding(kind="duplicate", text=f"same content as {original}"))
         if damaged.get(row.path):
             more.append(Finding(kind="damaged", text=damaged[row.path]))
         more += _about_captions(row, first)
         if is_placed(row, first.demands):
             placed = placement(row, first.demands, phases)
-            row = replace(row, buckets=placed.buckets)
+            known["buckets"] = placed.buckets
             more += placed.findings
-        row = replace(row, findings=tuple(sorted((*row.findings, *more), key=_by_level)))
+        row = replace(row, **known, findings=tuple(sorted((*row.findings, *more), key=_by_level)))
         tally.add(row)
         for writer in writers:
             writer.row(row)
