@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         root = Path(folder)
-        _write_clips(root, arguments.clips)
+        write_clips(root, arguments.clips)
         files = list(root.rglob("*.safetensors"))
         megabytes = sum(path.stat().st_size for path in files) / 1e6
         readers = _readers(root, arguments.clips)
@@ -82,7 +82,8 @@ def main() -> None:
     write_result(arguments.output, "latent_loading", _rows(seconds, index, megabytes, arguments.clips))
 
 
-def _write_clips(root: Path, count: int) -> None:
+def write_clips(root: Path, count: int) -> None:
+    """Writes the files of `count` clips."""
     draw = torch.Generator().manual_seed(0)
     facts = {
         "fps": "24.0",

@@ -22,16 +22,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, ClassVar
 from unittest.mock import patch
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 _BLOCK_BYTES = 16 << 10
 _STARTED = re.compile(r"http://127\.0\.0\.1:(\d+)")
-_CREDENTIALS = {
+CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_CONFIG_FILE": os.devnull,
-    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_SHAREDCREDENTIALS_FILE": os.devnull,
 }
 
 
@@ -73,7 +73,7 @@ class Server:
 def s3_server(bucket: str) -> Iterator[Server]:
     """Runs a server with one bucket; in the block the environment has credentials for it and no others."""
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    with patch.dict(os.environ, _CREDENTIALS), _running(command) as server:
+    with patch.dict(os.environ, CREDENTIALS), _running(command) as server:
         for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
             os.environ.pop(name, None)
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=10)
@@ -94,7 +94,8 @@ def bad_line(target: Server, line: BadLine) -> Iterator[Server]:
 
 @contextmanager
 def web_server(folder: Path, line: BadLine | None = None) -> Iterator[Server]:
-    """Runs a web server of a folder that answers ranges."""
+    """Runs a web server of a folder that answers ranges; for reading it is an S3 server whose buckets are
+    the folders inside, and faster than moto's, which reads a whole object for every range of it."""
     command = [sys.executable, "-m", __name__, str(folder), json.dumps(asdict(line or BadLine()))]
     with _running(command) as server:
         yield server
@@ -189,18 +190,32 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _file(self) -> tuple[int, dict[str, str], bytes]:
-        path = Path(self.source, unquote(urlsplit(self.path).path).lstrip("/"))
+        asked = urlsplit(self.path)
+        path = Path(self.source, unquote(asked.path).lstrip("/"))
+        if "list-type" in asked.query:
+            return 200, {}, _listing(path, parse_qs(asked.query)["prefix"][0])
         if not path.is_file():
             return 404, {}, b""
-        content = path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None:
-            return 200, {}, content
-        start, end = int(asked[1]), int(asked[2] or len(content) - 1)
-        body = content[start : end + 1]
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span is None:
+            return 200, {}, path.read_bytes()
+        size, start = path.stat().st_size, int(span[1])
+        with path.open("rb") as file:
+            file.seek(start)
+            body = file.read(int(span[2] or size - 1) + 1 - start)
         if not body:
             return 416, {}, b""
-        return 206, {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{len(content)}"}, body
+        return 206, {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{size}"}, body
+
+
+def _listing(bucket: Path, prefix: str) -> bytes:
+    """Returns what S3 answers to `ListObjectsV2` of files that lie in one folder."""
+    files = sorted((bucket / prefix).iterdir())
+    entries = "".join(
+        f"<Contents><Key>{prefix}{file.name}</Key><Size>{file.stat().st_size}</Size></Contents>"
+        for file in files
+    )
+    return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
 
 
 _OF_ONE_HOP = frozenset({"connection", "content-length", "transfer-encoding", "keep-alive"})

@@ -23,7 +23,13 @@ from aiprod_ds.data.packed.packing import pack_latents
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.shards.storage import FolderStorage, open_storage
 from aiprod_ds.testing.object_storage import BadLine, bad_line, s3_server
-from aiprod_ds.testing.runs import alike_on_ranks, record_of, train_and_resume
+from aiprod_ds.testing.runs import (
+    alike_on_ranks,
+    copy_as_if_stopped_at,
+    record_of,
+    train_and_resume,
+    without_plots,
+)
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 CLIPS, UPDATES, MIDDLE = 12, 6, 2
@@ -91,6 +97,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert again["rows"] == oracle["rows"]
 
 
+def test_a_run_that_began_on_a_folder_goes_on_from_its_shards(one_rank: dict[str, Any]) -> None:
+    oracle, moved = one_rank["folder_0"]["whole"], one_rank["moved"]
+    assert moved["resumed_from"] == [f"update_{MIDDLE:06d}"]
+    assert moved["sha256"] == oracle["sha256"]
+    assert moved["rows"] == oracle["rows"]
+
+
 def test_two_ranks_share_a_cache(sources: dict[str, Any], tmp_path: Path) -> None:
     found = alike_on_ranks(run_on_two_ranks, ranks=2, folder=tmp_path, **sources)
     assert found["s3"]["whole"]["sha256"] == found["folder"]["whole"]["sha256"]
@@ -104,10 +117,10 @@ def test_two_ranks_share_a_cache(sources: dict[str, Any], tmp_path: Path) -> Non
 def run_every_source(
     folder: str, data: Mapping[str, dict[str, Any]], environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Returns the runs of one rank by source and workers."""
+    """Returns the runs of one rank by source and workers, and one that moves from the folder to S3."""
     cases = [("folder", 0), *((source, workers) for source in ("shards", "s3") for workers in (0, 2))]
     with patch.dict(os.environ, environment):
-        return {
+        records: dict[str, Any] = {
             f"{source}_{workers}": train_and_resume(
                 _trainer(data[source], workers, kind="local"),
                 Path(folder) / f"{source}_{workers}",
@@ -115,6 +128,11 @@ def run_every_source(
             )
             for source, workers in cases
         }
+        whole, moved = Path(folder) / "folder_0", Path(folder) / "moved"
+        copy_as_if_stopped_at(MIDDLE, whole, moved)
+        with without_plots():
+            records["moved"] = _trainer(data["s3"], 0, kind="local")(moved)
+        return records
 
 
 def run_on_two_ranks(
