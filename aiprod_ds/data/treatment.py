@@ -77,6 +77,16 @@ def sound_notes(records: Iterable[MediaRecord], *, sample_rate_hz: int, channels
                 "stereo, averaged to one channel",
                 lambda record: record.audio_channels == _PLAIN_CHANNELS and channels == 1,
             ),
+        ),
+        noun="sound",
+    ) + odd_sound_notes(known)
+
+
+def odd_sound_notes(records: Iterable[MediaRecord]) -> tuple[str, ...]:
+    """Returns what is odd about the sound of clips, as far as it was looked at, with how many clips."""
+    return _counted(
+        tuple(records),
+        (
             ("silent (peak below -90 dB)", lambda record: _is_below(record.audio_peak, _SILENCE_PEAK)),
             (
                 "clipped (three or more samples at full scale in a row)",

@@ -253,7 +253,7 @@ def _probe_animation(file: Path) -> Probed:
 def _probe_sound(file: Path) -> Probed:
     """Decodes the whole sound: headers lie about lengths, and a NaN or damage in the middle must be found
     before training."""
-    level = _Level()
+    level = SoundLevel()
     with SoundFile(file) as sound:
         for piece in sound.pieces():
             if not np.isfinite(piece.wave).all():
@@ -283,7 +283,7 @@ def _probe_sound(file: Path) -> Probed:
     return Probed(record=record, details=details)
 
 
-class _Level:
+class SoundLevel:
     """Peak, mean and clipped samples of a sound that comes in pieces."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from aiprod_ds.data.loudness import normalized
 from aiprod_ds.decode.audio import fit_sound
 from aiprod_ds.decode.fit import fit_clip
 from aiprod_ds.decode.pixels import BLACK, Color
+from aiprod_ds.decode.probe import SoundLevel
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.decode.resampling import input_window, resampled_length
 from aiprod_ds.decode.sound_file import SoundFile
@@ -83,7 +84,13 @@ def read_pictures(
 
 
 def read_sound(
-    root: Path, record: MediaRecord, shape: LatentShape, form: AudioForm, *, fill_with_silence: bool
+    root: Path,
+    record: MediaRecord,
+    shape: LatentShape,
+    form: AudioForm,
+    *,
+    fill_with_silence: bool,
+    level: SoundLevel | None = None,
 ) -> Tensor:
     """Returns the sound of the clip's span, [C,N] float32 in [-1,1].
 
@@ -95,6 +102,7 @@ def read_sound(
     Args:
         form: What the audio encoder takes.
         fill_with_silence: Whether more than 0.1 s may be filled up, or all of it.
+        level: Takes in what the file has of the span, before it is resampled.
 
     Raises:
         DataError: If the sound is missing and may not be, is damaged or has channels without a place.
@@ -110,7 +118,7 @@ def read_sound(
     try:
         delay_seconds = _delay_seconds(path) if record.audio_path is None else 0.0
         begin = round((start_seconds(record, shape) - delay_seconds) * form.sample_rate_hz)
-        wave_CN, missing = _part(path, begin, num_samples, form)
+        wave_CN, missing = _part(path, begin, num_samples, form, level)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(
             f"{path}: must be decodable sound, got: {error}. Repair or remove the file."
@@ -136,14 +144,19 @@ def _delay_seconds(path: Path) -> float:
         return float(first.time) - float((video.start_time or 0) * video.time_base)
 
 
-def _part(path: Path, begin: int, num_samples: int, form: AudioForm) -> tuple[Tensor, int]:
+def _part(
+    path: Path, begin: int, num_samples: int, form: AudioForm, level: SoundLevel | None
+) -> tuple[Tensor, int]:
     """Returns samples `begin` to `begin + num_samples`, and how many of them the file does not have."""
     early = min(num_samples, max(0, -begin))
     wanted, begin = num_samples - early, max(0, begin)
     with SoundFile(path) as sound:
         own_hz, layout = sound.sample_rate_hz, sound.layout
         window = input_window(begin, wanted, from_hz=own_hz, to_hz=form.sample_rate_hz)
-        window_CN = torch.from_numpy(sound.read(window.start, window.stop))
+        read_CN = sound.read(window.start, window.stop)
+    if level is not None and read_CN.size:
+        level.add(read_CN)
+    window_CN = torch.from_numpy(read_CN)
     held = resampled_length(window.start + window_CN.shape[1], from_hz=own_hz, to_hz=form.sample_rate_hz)
     late = min(wanted, max(0, begin + wanted - held))
     filled_CN = F.pad(window_CN, (0, len(window) - window_CN.shape[1]))

@@ -20,12 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from aiprod_ds.codec.encoders import AudioForm
 from aiprod_ds.data.latents import AUDIO_LATENTS, LATENTS
 from aiprod_ds.decode.pixels import BLACK, Color
+from aiprod_ds.decode.probe import SoundLevel
 from aiprod_ds.encode.media import read_pictures, read_sound
 from aiprod_ds.encode.tasks import Task
 from aiprod_ds.errors import DataError
 
 Loaded = Mapping[str, Tensor]
 """What a task needs, by source."""
+SOUND_LEVEL = "sound_level"
+"""Peak, clipped samples and mean of the sound's span, as `MediaRecord` has them of whole sounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ class MediaReader:
 
     def __call__(self, task: Task) -> Loaded:
         """Returns `latents` [3,T,H,W] and `audio_latents` [C,N] as far as the task writes them: what is to be
-        encoded.
+        encoded; and with a sound its `SOUND_LEVEL` [3].
 
         Raises:
             DataError: If one of them cannot be read.
@@ -76,10 +79,18 @@ class MediaReader:
         if AUDIO_LATENTS in task.sources:
             assert task.shape is not None, "clips have shapes"
             assert self.form is not None, "sounds need an encoder"
-            silence = self.fill_with_silence
+            level = SoundLevel()
             loaded[AUDIO_LATENTS] = read_sound(
-                self.root, task.record, task.shape, self.form, fill_with_silence=silence
+                self.root,
+                task.record,
+                task.shape,
+                self.form,
+                fill_with_silence=self.fill_with_silence,
+                level=level,
             )
+            if level.samples:
+                facts = [level.peak, float(level.clipped), level.dc()]
+                loaded[SOUND_LEVEL] = torch.tensor(facts, dtype=torch.float64)
         return loaded
 
 

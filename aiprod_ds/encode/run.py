@@ -28,9 +28,11 @@ from aiprod_ds.data.latents import (
     write_entry,
     write_found_buckets,
 )
+from aiprod_ds.data.treatment import odd_sound_notes
+from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.encode.media import read_pictures
 from aiprod_ds.encode.packing import pack_encoded
-from aiprod_ds.encode.reader import Failure, Loaded, MediaReader, load_tasks
+from aiprod_ds.encode.reader import SOUND_LEVEL, Failure, Loaded, MediaReader, load_tasks
 from aiprod_ds.encode.stages import CaptionStage, Entry, MediaStage, Stage
 from aiprod_ds.encode.tasks import Task, is_done, pending
 from aiprod_ds.encode.work import Work, count_clips, plan_work
@@ -110,7 +112,7 @@ def run_encoding(
         too_short=work.too_short,
         failures_file=work.output / _failures_name(Path(config.data.media)),
         seconds=time.monotonic() - began,
-        notes=work.notes,
+        notes=(*work.notes, *odd_sound_notes(result.odd_sounds)),
     )
     dist.from_main(lambda: _write_failures(summary))
     _require_few_failures(summary, work, config)
@@ -124,11 +126,13 @@ class _Result:
     written: Counter[str] = field(default_factory=Counter)
     present: Counter[str] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
+    odd_sounds: list[MediaRecord] = field(default_factory=list)
 
     def add(self, other: _Result) -> None:
         self.written += other.written
         self.present += other.present
         self.failures += other.failures
+        self.odd_sounds += other.odd_sounds
 
 
 def _keep_buckets(work: Work) -> None:
@@ -210,9 +214,20 @@ def _write(stage: Stage, task: Task, loaded: Loaded, output: Path, result: _Resu
         for entry in stage.entries(task, loaded):
             _save(entry_path(output, entry.source, task.name), entry)
             result.written[entry.source] += 1
+        result.odd_sounds += _odd_sounds(task, loaded)
     except DataError as error:
         return Failure.of(task, error)
     return None
+
+
+def _odd_sounds(task: Task, loaded: Loaded) -> list[MediaRecord]:
+    """Returns the task's record with what its sound is like, if that is odd; a sound in a file of its own was
+    looked at as a whole before."""
+    if SOUND_LEVEL not in loaded or task.record.audio_path is not None:
+        return []
+    peak, clipped, mean = loaded[SOUND_LEVEL].tolist()
+    record = replace(task.record, audio_peak=peak, audio_clipped=int(clipped), audio_dc=mean)
+    return [record] if odd_sound_notes([record]) else []
 
 
 def _save(path: Path, entry: Entry) -> None:

@@ -25,6 +25,8 @@ from aiprod_ds.codec.normalization import LatentNormalization, normalization_of
 from aiprod_ds.codec.tiling import check_tiles
 from aiprod_ds.config.encode import AudioEncoderConfig, EncodeConfig, TilingConfig, VideoEncoderConfig
 from aiprod_ds.config.model import ModelConfig
+from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.dataset import ClipRequest
 from aiprod_ds.data.latent_dataset import LatentDataset
@@ -33,6 +35,7 @@ from aiprod_ds.data.latents import (
     AUDIO_LATENTS,
     CONDITIONS,
     EMPTY_PROMPT,
+    FOUND_BUCKETS,
     LATENTS,
     LatentShape,
     default_folder,
@@ -41,7 +44,7 @@ from aiprod_ds.data.latents import (
     read_header,
 )
 from aiprod_ds.data.loudness import loudness_lufs
-from aiprod_ds.data.manifest import scan
+from aiprod_ds.data.manifest import Manifest, scan
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.data.treatment import duplicate_notes
 from aiprod_ds.decode.record import MediaRecord
@@ -54,6 +57,7 @@ from aiprod_ds.errors import ConfigError, DataError, EngineError, PlanError
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.awkward import Coding, write_film, write_sound
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_ltx_vae
+from aiprod_ds.trainers.open_data import LatentData
 
 pytestmark = pytest.mark.slow
 
@@ -304,6 +308,21 @@ def test_auto_buckets_of_a_curriculum_are_found_once_for_encoding_and_training(t
     assert dict(again.written) == {LATENTS: 1, CONDITIONS: 1}
     assert dict(again.present) == {LATENTS: 4, CONDITIONS: 4}
     assert check_encoding(held_out).startswith("5 clips, 4 latents and 5 captions")
+
+    def opened(latents: Manifest) -> LatentData:
+        own = LatentDataset(latents, seed=0, strides=STRIDES)
+        return LatentData.of(own, own)
+
+    values = {"output_dir": "o", "model": {"source": "M"}, "data": {"train": "t"}}
+    run = VAETrainerConfig.model_validate({**values, "curriculum": {"phases": [phase]}})
+    plan = plan_run(run, world_size=1, strides=STRIDES)
+    trained = opened(manifest).with_buckets(plan, "c")
+    shapes = [(bucket.frames, bucket.height, bucket.width) for bucket in trained.phases[0].buckets]
+    assert shapes == [(5, 12, 20), (3, 12, 20)]
+    opened(manifest).check(trained, "c")
+    (default_folder(tmp_path) / FOUND_BUCKETS).unlink()
+    with pytest.raises(PlanError, match=r"phases\[0\]\.buckets: auto takes the shapes that `encode` found"):
+        opened(manifest).with_buckets(plan, "c")
 
 
 def test_scenes_are_encoded_as_clips_of_their_own(tmp_path: Path) -> None:
@@ -711,6 +730,42 @@ def test_another_sound_or_background_is_encoded_again(media: Path) -> None:
     # Plain pictures do not depend on the background.
     white = _config(media, audio=AUDIO, data={"alpha_background": (255, 255, 255)})
     assert dict(run_encoding(white).written) == {}
+
+
+def test_what_is_odd_about_sounds_is_told(tmp_path: Path) -> None:
+    _film(tmp_path / "rising.mkv", frames=20, rate_hz=8)  # a mean of 0.125
+    write_sound(
+        tmp_path / "loud.wav",
+        np.ones((1, 20_000), np.float32),
+        codec="pcm_s16le",
+        layout="mono",
+        rate_hz=8000,
+    )
+    (tmp_path / "clips.csv").write_text("video\nrising.mkv\n")
+    rising = run_encoding(_config(tmp_path, audio=AUDIO))
+    assert "1 sound with a mean (DC) beyond 0.01: rising.mkv" in rising.notes
+    assert not any("clipped" in note for note in rising.notes)
+    (tmp_path / "clips.csv").write_text("video,audio\nrising.mkv,loud.wav\n")
+    loud = check_encoding(_config(tmp_path, audio=AUDIO))
+    assert "Note: 1 sound resampled to 16000 Hz: rising.mkv." in loud
+    assert "Note: 1 sound clipped (three or more samples at full scale in a row): rising.mkv." in loud
+
+
+def test_latents_for_training_have_the_sound_of_its_own_file(media: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 40_000)).astype(np.float32)
+    write_sound(media / "noise.wav", noise, codec="pcm_s16le", layout="mono", rate_hz=16_000)
+    found = []
+    for audio in ("", "noise.wav"):
+        (media / "clips.csv").write_text(f"video,audio,caption\nclips/clip_00000.mp4,{audio},a film\n")
+        run_encoding(_config(media, audio=AUDIO, text=TEXT))
+        manifest = scan_latents(media / "clips.csv", LatentNeeds(strides=STRIDES, with_audio=True))
+        assert manifest.unreadable == ()
+        dataset = LatentDataset(manifest, seed=0, strides=STRIDES, with_audio=True)
+        found.append(dataset[ClipRequest(sample_index=0, epoch=0, frames=5, height=16, width=16)])
+    own, other = found
+    assert own["audio_latents"].shape == other["audio_latents"].shape == (4, 104)
+    assert not torch.equal(own["audio_latents"], other["audio_latents"])
+    assert torch.equal(own["latents"], other["latents"])
 
 
 def test_sound_is_brought_to_the_loudness_of_the_vaes_training(tmp_path: Path) -> None:

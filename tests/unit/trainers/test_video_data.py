@@ -4,6 +4,7 @@ small files."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,22 @@ def test_slow_clips_are_said_to_repeat_frames() -> None:
             "dataset[2] and 1 more"
         ),
     )
+
+
+def test_buckets_are_not_found_for_clips_that_nobody_knows() -> None:
+    plan = _plan({**_VIDEO, "buckets": "auto"})
+    data = _data(9, 5)
+    empty = replace(data, train_clips=())
+    with pytest.raises(
+        PlanError, match=r"c: curriculum\.phases\[0\]\.buckets: auto needs clips that are known"
+    ):
+        empty.with_buckets(plan, "c")
+    assert empty.with_buckets(_plan(_VIDEO), "c") == _plan(_VIDEO)
+    found = data.with_buckets(plan, "c")
+    assert [(bucket.frames, bucket.height, bucket.width) for bucket in found.phases[0].buckets] == [
+        (5, 16, 16)
+    ]
+    assert data.found_buckets(found)[0].startswith(
+        "phase p0: found for 2 of 2 clips (100%): 5 frames 16x16, "
+    )
+    assert data.found_buckets(found)[0] in data.replacements(found)
