@@ -33,11 +33,11 @@ from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
 from aiprod_ds.report.environment import device_peak_bytes, rss_bytes
 from aiprod_ds.report.summary import RunStatus
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.data_faults import DataFaults
 from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupt, Interrupts
 from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.phase_change import Entered, RunParts, change_phase, enter_phase
+from aiprod_ds.train.resume.data_faults import DataFaults
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.stages import ENDS, Change, Event, Saved, Stage, Staging, after_change, next_stage

@@ -30,11 +30,11 @@ from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.report.environment import device_peak_bytes, reset_device_peak
-from aiprod_ds.train.data_faults import DataFaults
 from aiprod_ds.train.engines import build_engine
 from aiprod_ds.train.performance import Performance
 from aiprod_ds.train.phase_graphs import PhaseGraphs
 from aiprod_ds.train.planning.auto import ResolvedRun
+from aiprod_ds.train.resume.data_faults import DataFaults
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.state import TrainState, new_clip, new_ema

@@ -30,7 +30,6 @@ from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.console import print_summary
 from aiprod_ds.report.output import open_console
 from aiprod_ds.report.summary import RunStatus, RunSummary
-from aiprod_ds.train.data_faults import DataFaults
 from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupts, SignalWatch
 from aiprod_ds.train.kept_media import drop_later_evaluations
@@ -56,6 +55,7 @@ from aiprod_ds.train.resume.compatibility import (
     run_layout,
 )
 from aiprod_ds.train.resume.data_change import CLIPS, compare, require_same_data, with_selection
+from aiprod_ds.train.resume.data_faults import DataFaults
 from aiprod_ds.train.resume.engine_files import read_engine
 from aiprod_ds.train.resume.folder_lock import FolderLock
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words

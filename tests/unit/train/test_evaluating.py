@@ -66,8 +66,8 @@ class Watched(Dataset[Tensor]):
         return self._clips[index]
 
 
-class PowerCutError(RuntimeError):
-    """Stands for whatever ends a process in the middle of a run."""
+class PowerCutError(BaseException):
+    """Stands for whatever ends a process in the middle of a run; no error of a clip."""
 
 
 @pytest.fixture(autouse=True)
@@ -319,7 +319,7 @@ def test_an_evaluation_that_was_asked_for_inside_a_phase(
 ) -> None:
     real = CheckpointStore.commit
 
-    def ask(store: CheckpointStore, updates: int, *rest: Any) -> Path:
+    def ask(store: CheckpointStore, updates: int, *rest: Any, **named: Any) -> Path:
         if updates == 3:
             (tmp_path / "EVALUATE").touch()
         return real(store, updates, *rest)

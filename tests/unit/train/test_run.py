@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.data.reading import replacing
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError
@@ -257,7 +258,10 @@ def test_resume_from_a_checkpoint_repeats_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_died_goes_on_where_it_was_saved(tmp_path: Path, precision: str) -> None:
+def test_a_run_that_died_goes_on_where_it_was_saved(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replacing, "WAITS_SECONDS", ())
     uninterrupted = _trainer(tmp_path / "whole", precision=precision).train()
     # 4 clips are read for each of the first updates: this dies in the third, after the save.
     with pytest.raises(DataError, match="PowerCutError"):
