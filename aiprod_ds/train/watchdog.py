@@ -246,8 +246,9 @@ class Watchdog:
                 self._stops.leave(f"{gone} is gone, which started this process")
             if self._least is None:
                 continue
-            # Where the interpreter's lock is never given back, no thread of Python's can look.
-            faulthandler.dump_traceback_later(2 * self.limit() + self._gather_seconds, exit=True)
+            # Where the interpreter's lock is never given back, no thread of Python's can look. To the
+            # descriptor: what stands for standard error, as in a notebook, may have none.
+            faulthandler.dump_traceback_later(2 * self.limit() + self._gather_seconds, exit=True, file=2)
             if self._request is not None:
                 self._end(self._request, is_finder=False)
             quiet = time.monotonic() - self._since
