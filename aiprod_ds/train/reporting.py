@@ -8,7 +8,7 @@ collective, because the other ranks may never answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -48,6 +48,7 @@ class RunFacts:
         parameters: Of the model, trained or not.
         layout: From `compatibility.run_layout`.
         clips: Returns the list of the run's clips; for the main rank.
+        unread_clips: Returns which of some training clips, by name, cannot be read to their end.
         data_change: How the data differs from that of the checkpoint, in words; None if it does not.
     """
 
@@ -55,6 +56,7 @@ class RunFacts:
     parameters: int
     layout: dict[str, Any]
     clips: Callable[[], ClipList]
+    unread_clips: Callable[[Collection[str]], frozenset[str]]
     data_change: str | None = None
 
     @property

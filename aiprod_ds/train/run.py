@@ -8,7 +8,7 @@ write; only the main rank writes, except that every rank writes its part of a ch
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,7 @@ class Prepared:
         source: How messages name the configuration.
         clips: Returns the list of the clips that it trains on and holds out; the main rank asks, as often as
             it likes.
+        unread_clips: Returns which of some training clips, by name, cannot be read to their end.
     """
 
     config: RunConfig
@@ -93,6 +94,7 @@ class Prepared:
     require_capacity: RequireCapacity
     source: str
     clips: Callable[[], ClipList]
+    unread_clips: Callable[[Collection[str]], frozenset[str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +234,7 @@ def _resolved(
         parameters=parameters,
         layout=layout,
         clips=prepared.clips,
+        unread_clips=prepared.unread_clips,
         data_change=data.change,
     )
 
@@ -305,14 +308,24 @@ def _restore(facts: RunFacts, state: TrainState, checkpoint: Checkpoint | None) 
 
 
 def _faults(facts: RunFacts, checkpoint: Checkpoint | None, history: History) -> DataFaults:
-    """Returns what the checkpoint knows of bad clips; with data that was changed since, it begins anew."""
+    """Returns what the checkpoint knows of bad clips; with data that was changed since, it begins anew.
+
+    Where they are too many to go on, they are tried again first: the run stopped for that, and a disk may be
+    back. Collective.
+    """
     is_same_data = facts.data_change is None
-    return DataFaults(
+    faults = DataFaults(
         num_clips=facts.unit.data_summary().clips,
         max_fraction=facts.config.data.max_unreadable_fraction,
         agreed=dict(checkpoint.state.replaced_clips) if checkpoint is not None and is_same_data else {},
         worker_restarts=history.worker_restarts,
     )
+    if faults.are_too_many:
+        known = faults.agreed
+        unread = dist.from_main(lambda: facts.unread_clips(known))
+        faults.agreed = {name: reason for name, reason in known.items() if name in unread}
+        _LOG.warning("clips_tried_again clips=%d unreadable=%d", len(known), len(unread))
+    return faults
 
 
 def _note_resume(history: History, checkpoint: Checkpoint, facts: RunFacts) -> None:

@@ -306,6 +306,27 @@ def run_with_hiccups(folder: str) -> dict[str, Any]:
     return {**records, "undisturbed": undisturbed["whole"]}
 
 
+def test_a_run_that_stopped_for_too_many_tries_them_again_when_it_is_resumed(tmp_path: Path) -> None:
+    """The files were out of reach for a while, and are the same again."""
+    write_clips(tmp_path, damaged=0)
+    names = [f"clip_{number:05d}.mp4" for number in range(3, 9)]
+    away = tmp_path / "away"
+    away.mkdir()
+
+    def go_away() -> None:
+        for name in names:
+            (tmp_path / "train" / name).rename(away / name)
+
+    with without_plots():
+        with pytest.raises(DataError, match="at most 5% of the clips may be unreadable in training"):
+            train(tmp_path / "run", tmp_path, actions={1: go_away})
+        for name in names:
+            (away / name).rename(tmp_path / "train" / name)
+        found = train(tmp_path / "run", tmp_path)
+    assert found.status.value == "completed"
+    assert found.data.replaced == ()
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_held_out_clip_that_cannot_be_read_is_left_out_by_name(world: int, tmp_path: Path) -> None:

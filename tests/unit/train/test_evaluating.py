@@ -322,7 +322,7 @@ def test_an_evaluation_that_was_asked_for_inside_a_phase(
     def ask(store: CheckpointStore, updates: int, *rest: Any, **named: Any) -> Path:
         if updates == 3:
             (tmp_path / "EVALUATE").touch()
-        return real(store, updates, *rest)
+        return real(store, updates, *rest, **named)
 
     monkeypatch.setattr(CheckpointStore, "commit", ask)
     summary = _train(tmp_path)
