@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -43,16 +43,17 @@ from aiprod_ds.snapshot import Base
 from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.state import TrainState
 
+BESIDE = {"clips.jsonl.gz": b"the clips of the run"}
 KEEP_TWO = CheckpointConfig(keep_last=2)
 # Scenario -> checkpoints that stand before, update that is saved, file operations of the save. The count may
 # only change with the commit protocol: fewer would mean that operations are no longer seen.
 SCENARIOS: dict[str, tuple[tuple[int, ...], int, int]] = {
-    "first": ((), 4, 36),
-    "next": ((2,), 4, 39),
-    "same name": ((2,), 2, 47),
-    "deletes two": ((1, 2, 3), 4, 65),
+    "first": ((), 4, 41),
+    "next": ((2,), 4, 44),
+    "same name": ((2,), 2, 53),
+    "deletes two": ((1, 2, 3), 4, 72),
 }
-WHOLE_SAVE_OPERATIONS = 73  # the file of moments and the deletion of the oldest included
+WHOLE_SAVE_OPERATIONS = 79  # the file of moments and the deletion of the oldest included
 _NAMES = ("open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync")
 _AUDITED = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir"}
 
@@ -114,6 +115,10 @@ class _Watched:
         written: int = self._file.write(data)
         return written
 
+    def writelines(self, lines: Iterable[Any]) -> None:
+        for line in lines:
+            self.write(line)
+
     def __enter__(self) -> _Watched:
         return self
 
@@ -173,7 +178,7 @@ def _save(store: CheckpointStore, updates: int, content: bytes) -> None:
     pending = store.open_pending(updates)
     try:
         (pending / "engine" / "weights.bin").write_bytes(content)
-        store.commit(updates, _state(updates))
+        store.commit(updates, _state(updates), beside=BESIDE)
     except Exception:
         store.discard_pending(updates)
         raise
@@ -189,7 +194,7 @@ def _prepared(folder: Path, scenario: str) -> tuple[CheckpointStore, set[tuple[i
     for number in before:
         pending = store.open_pending(number)
         (pending / "engine" / "weights.bin").write_bytes(b"old")
-        store.commit(number, _state(number))
+        store.commit(number, _state(number), beside=BESIDE)
     return store, {(updates, b"new"), *([(before[-1], b"old")] if before else [(0, b"")])}
 
 
@@ -284,6 +289,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(
     assert [Path(path).name.partition(".")[0] for _, path in writes] == [
         "weights",
         "state",
+        "clips",
         "manifest",
         "latest",
     ]
@@ -321,7 +327,10 @@ def test_everything_is_on_the_disk_before_it_counts(
     flushed = {path for name, path in seen[:renamed] if name == "fsync"}
     written = {path for name, path in seen[:renamed] if name == "write"}
     assert (
-        {str(store / pending / name) for name in ("engine/weights.bin", "state.json", "manifest.json")}
+        {
+            str(store / pending / name)
+            for name in ("engine/weights.bin", "state.json", *BESIDE, "manifest.json")
+        }
         <= written
         <= flushed
     )
@@ -395,7 +404,8 @@ def _engine() -> LocalEngine:
 
 def _saver(folder: Path, *, asynchronous: bool) -> Saver:
     config = CheckpointConfig(keep_last=2, asynchronous=asynchronous)
-    return Saver(store=CheckpointStore(folder / "checkpoints"), config=config, phase_names=("only",))
+    store = CheckpointStore(folder / "checkpoints")
+    return Saver(store=store, config=config, phase_names=("only",), beside=BESIDE)
 
 
 def _set(engine: LocalEngine, value: float) -> None:
