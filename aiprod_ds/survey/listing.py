@@ -24,10 +24,10 @@ from aiprod_ds.files import files_below
 from aiprod_ds.survey.demands import Wanted
 
 NOT_WHOLE = "not whole yet"
-TEXT = "text beside no clip"
-CAPTION = "the caption of a clip"
-TABLE = "a table: captions if it is captions.json or metadata.csv"
-NO_MEDIA = "no media by its name"
+TEXT = "text without a clip"
+CAPTION = "caption of a clip"
+TABLE = "table"
+NO_MEDIA = "no media by name"
 _NOT_WANTED = {
     "video": "a sound, which this configuration does not take",
     "sound": "a picture, which this configuration does not take",

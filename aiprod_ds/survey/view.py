@@ -55,7 +55,7 @@ class SurveyView:
             yield self._problems()
         if tally.ignored:
             reasons = sorted(tally.ignored.items(), key=lambda item: -item[1].count)
-            yield _line("ignored: " + "; ".join(f"{found.count:,} {reason}" for reason, found in reasons))
+            yield _line("ignored: " + ", ".join(f"{reason} ({found.count:,})" for reason, found in reasons))
         for phase, counts in tally.buckets.items():
             most = counts.most_common(_MAX_SHAPES)
             more = f"; {len(counts) - len(most)} more shapes" if len(counts) > len(most) else ""

@@ -97,11 +97,11 @@ def test_every_file_that_can_be_trained_on_has_its_displayed_size(surveyed: Surv
 def test_ignored_files_are_told_apart(surveyed: Surveyed) -> None:
     reasons = {item["path"]: item["reason"] for item in surveyed.document["ignored"]}
     assert reasons == surveyed.truth.ignored | {
-        "notes.txt": "text beside no clip",
-        "plain.txt": "the caption of a clip",
+        "notes.txt": "text without a clip",
+        "plain.txt": "caption of a clip",
         "film.part": "not whole yet",
         "clip.mkv.crdownload": "not whole yet",
-        "nothing.bin": "no media by its name",
+        "nothing.bin": "no media by name",
     }
 
 
@@ -147,7 +147,7 @@ def test_the_csv_has_a_line_for_each_file(surveyed: Surveyed) -> None:
 def test_the_page_shows_every_file_and_the_clips(surveyed: Surveyed) -> None:
     page = (surveyed.output / "report.html").read_text(encoding="utf-8")
     assert page.count('<tr class="') == len(surveyed.document["files"])
-    assert page.count('<figure class="tile">') == sum(
+    assert page.count('<figure class="tile"') == sum(
         file["height"] > 0 for file in surveyed.document["files"]
     )
     assert "6 files cannot be used" in page
@@ -163,7 +163,7 @@ def test_the_summary_says_what_to_do_next(
     said = capsys.readouterr().out
     assert "6 cannot" in said
     assert "deinterlaced (bwdif)" in said
-    assert "2 hidden" in said
+    assert "hidden (2)" in said
     assert f"page:  {tmp_path / 'report.html'}" in said
     assert f"next:  aiprod-ds data {surveyed.folder} --config CONFIG" in said
 
