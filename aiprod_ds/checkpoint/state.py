@@ -34,8 +34,7 @@ class RunState:
             bucket.
         history: What the report needs from before the save (evaluations, seconds per phase, resumes).
         adaptive_clip: Statistics of gradient norms; empty without an adaptive clip.
-        streams: Where an iterable dataset stands on every rank, and in which phase; empty if the clock says
-            all.
+        streams: Where an iterable dataset stands on every rank (`ranks`); empty if the clock says all.
         replaced_clips: Name -> reason, by name, of the training clips that could not be read and that no rank
             reads from this checkpoint on.
     """

@@ -424,9 +424,9 @@ class TrainingLoop:
         """Returns where the data of the phase stands on every rank, if the clock alone does not say it."""
         entered = self._entered
         if entered is None or entered.phase.index != self.clock.phase:
-            return {}
+            return dict(self.state.streams)  # of the checkpoint that the run stands at
         own = entered.stream.state_at(self.clock.phase_position)
-        return {"phase": self.clock.phase, "ranks": dist.gather_objects(own)} if own else {}
+        return {"ranks": dist.gather_objects(own)} if own else {}
 
     def _run_state(self) -> RunState:
         clip = self.state.clip

@@ -153,9 +153,8 @@ def enter_phase(
     begin_phase(engine, unit.module, phase, clock, recompute_default=default)
     stream = unit.open_stream(phase, clock, rank=engine.rank, world_size=engine.world_size)
     try:
-        if clock.phase_position:
-            is_of_phase = state.streams.get("phase") == phase.index
-            stream.restore(state.streams["ranks"] if is_of_phase else ())
+        if clock.phase_position or state.streams:
+            stream.restore(state.streams.get("ranks", ()))
         bucket = phase.buckets[stream.bucket_at(clock.phase_position)]
         engine.set_batch(micro_batch_size=bucket.micro_batch_size, accumulation=bucket.accumulation)
         engine.set_learning_rate(phase.learning_rate.at(clock.phase_updates))

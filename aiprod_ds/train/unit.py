@@ -54,8 +54,8 @@ class Stream(Protocol):
         clock stands; JSON-ready, on all ranks empty if it needs nothing."""
 
     def restore(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Goes to where each rank's `state_at` was asked, before anything is read; empty if none said
-        anything.
+        """Goes on from where each rank's `state_at` was asked, before anything is read; empty if none said
+        anything. Of another phase it takes what all phases begin with.
 
         Raises:
             CheckpointError: If what was saved does not fit this data.

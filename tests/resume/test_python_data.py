@@ -299,7 +299,7 @@ def test_an_order_that_changes_is_found_at_a_resume(tmp_path: Path) -> None:
     assert anew["updates"] == [EDGE, LAST - EDGE]
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11, torch 2.14
+@pytest.mark.filterwarnings("ignore:.*set_vital.*:UserWarning")  # torchdata 0.11, torch 2.14
 def test_torchdata_resumes_where_it_was(tmp_path: Path) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
 

@@ -91,9 +91,11 @@ class Source:
         """The state that each phase begins with; None where there is none."""
         return self._initial
 
-    def remember_initial(self) -> None:
-        """Remembers the state that the object has now, the first time."""
-        if self._initial is None:
+    def remember_initial(self, state: Any = None) -> None:
+        """Remembers a saved state as that, or the state that the object has now, the first time."""
+        if state is not None:
+            self._initial = state
+        elif self._initial is None:
             self._initial = encode_state(self.iterable.state_dict())
 
     def words(self) -> tuple[str, ...]:

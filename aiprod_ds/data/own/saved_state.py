@@ -43,7 +43,7 @@ def encode_state(value: Any) -> Any:  # noqa: PLR0911  one return a kind of valu
         }
     if isinstance(value, bytes | bytearray):
         return {"kind": "bytes", "data": _text(bytes(value))}
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dtype != torch.bfloat16:  # which numpy does not have
         return {"kind": "tensor", "array": _array(value.detach().cpu().numpy())}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return {"kind": "array", "array": _array(value)}

@@ -157,6 +157,8 @@ class StreamLoader:
         mark = self._passes.mark_before(*record.oldest)
         return {
             "is_shared": not self._source.is_sharded,
+            "phase": self._place.phase.index,
+            "initial": self._source.initial_state,
             "next": [record.epoch, record.number],
             "waiting": [list(place) for place in record.waiting],
             "completed": record.completed,
@@ -165,7 +167,8 @@ class StreamLoader:
         }
 
     def restore(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Goes to where `state_at` was asked, before the first update is read.
+        """Goes to where `state_at` was asked, before the first update is read; in a later phase, begins with
+        the state that the first phase began with.
 
         Args:
             ranks: What each rank's `state_at` gave; empty if the run had no iterable then.
@@ -178,6 +181,9 @@ class StreamLoader:
             _LOG.warning("dataset_anew position=%d", self._place.start_position)
             return
         state = self._own_state(ranks)
+        self._source.remember_initial(state.get("initial"))
+        if state.get("phase") != self._place.phase.index or not self._place.start_position:
+            return
         try:
             target, mark = tuple(state["next"]), state["mark"]
             wanted = {tuple(place) for place in state["waiting"]}
