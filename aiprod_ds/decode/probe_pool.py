@@ -9,6 +9,7 @@ and the user's script is not imported again. Owns them and what a line holds; wh
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from aiprod_ds.decode.record import Details, MediaRecord, Medium, Probed
 from aiprod_ds.errors import DataError
 
 _MAX_WORKERS = 16
+_READY = b"ready\n"
+_log = logging.getLogger(__name__)
 _OF_RECORD = {field.name: field.default for field in fields(MediaRecord) if field.name != "path"}
 _OF_DETAILS = {field.name: field.default for field in fields(Details)}
 
@@ -31,8 +34,10 @@ _OF_DETAILS = {field.name: field.default for field in fields(Details)}
 def default_num_workers() -> int:
     """Returns how many processes may look into files: one for each core that this process may use, shared
     among the ranks of the host, 16 at most."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // max(1, int(ranks))))
+    # torchrun's name, then DeepSpeed's.
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    shared = max(1, int(ranks)) if ranks.isdecimal() else 1
+    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // shared))
 
 
 class ProbePool:
@@ -70,7 +75,7 @@ class ProbePool:
 
 
 class _Worker:
-    """One process; started anew after a crash."""
+    """One process; started anew after a crash. Where none can be started, files are looked into here."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -79,6 +84,8 @@ class _Worker:
     def look(self, file: Path, medium: Medium) -> Probed:
         if self._process is None and not self._is_ended:
             self._process = _start()
+            if self._process is None:
+                return look_into(file, medium=medium)
         answer = self._ask(json.dumps([os.fspath(file), medium]))
         if answer is None:
             raise DataError(f"ended the process that looked into it ({self._crash()})")
@@ -141,21 +148,30 @@ def from_json(values: list[dict[str, Any]], *, path: str) -> Probed:
     return Probed(record=MediaRecord(**{**record, **tuples, "path": path}), details=Details(**details))
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start() -> subprocess.Popen[bytes] | None:
+    """Returns a process that is ready; None, with a warning, if there is none to be had."""
     # Where the package lies, which another current folder need not find.
     paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
+    command = [sys.executable, "-m", __name__]
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    except (OSError, ValueError, TypeError) as error:
+        _log.warning("files are looked into one by one, no process can be started: error=%s", error)
+        return None
+    assert process.stdout is not None, "a pipe"
+    if process.stdout.readline() == _READY:
+        return process
+    process.communicate()
+    _log.warning("files are looked into one by one, a process ended at once: code=%s", process.returncode)
+    return None
 
 
 def _serve() -> None:
     """Answers each line on standard input until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         path, medium = json.loads(line)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from aiprod_ds.data.manifest import scan
 from aiprod_ds.data.probe_cache import ProbeCache
 from aiprod_ds.decode import probe_pool
 from aiprod_ds.decode.probe import look_into
-from aiprod_ds.decode.probe_pool import ProbePool, from_json, to_json
+from aiprod_ds.decode.probe_pool import ProbePool, default_num_workers, from_json, to_json
 from aiprod_ds.errors import DataError
 from aiprod_ds.testing.awkward import Coding, corners, write_film, write_sound
 
@@ -99,6 +100,34 @@ def test_a_file_that_ends_its_process_is_named_and_the_others_go_on(
             futures[1].result()
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize("program", ["", "/bin/false", "/no/such/program"])
+def test_where_no_process_can_be_started_files_are_looked_into_here(
+    film: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, program: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    pool = ProbePool(1)
+    try:
+        assert pool.submit(film, "video").result() == look_into(film)
+    finally:
+        pool.close()
+    assert "files are looked into one by one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "share"),
+    [({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_SIZE": "4"}, 4), ({"LOCAL_WORLD_SIZE": "x"}, 1)],
+)
+def test_the_ranks_of_a_host_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], share: int
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert default_num_workers() == 12 // share
 
 
 def test_what_was_found_is_kept_when_a_scan_is_broken_off(film: Path, tmp_path: Path) -> None:
