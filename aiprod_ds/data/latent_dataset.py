@@ -192,9 +192,7 @@ class LatentDataset:
     def _path(self, source: str, name: str) -> EntryFile:
         path = find_entry(self._root, source, name)
         if path is None:
-            raise DataError(
-                f"{self._root}/{source}/{name}: must exist, got no such file. Encode again."
-            )
+            raise DataError(f"{self._root}/{source}/{name}: must exist, got no such file. Encode again.")
         return path
 
     def _drops_caption(self, request: ClipRequest) -> bool:
@@ -224,6 +222,16 @@ def require_entries(dataset: LatentDataset, plan: RunPlan, source: str) -> None:
                 )
     if problems:
         raise PlanError(problems)
+
+
+def unmeasured_note(names: Sequence[str], bucket: BucketPlan, *, of: int) -> tuple[str, ...]:
+    """Returns which of the held-out clips are not measured in the shape of `bucket`, in words; nothing if all
+    are."""
+    if not names:
+        return ()
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    why = f"not measured, because they have no latents of {_shape(bucket).tag}"
+    return (f"{len(names)} of {of} held-out clips are {why}: {', '.join(names[:3])}{more}",)
 
 
 def _shape(asked: ClipRequest | BucketPlan) -> LatentShape:

@@ -20,12 +20,12 @@ from aiprod_ds.config.data import AudioDataConfig, VideoDataConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.curriculum.auto_buckets import with_auto_buckets
 from aiprod_ds.curriculum.data_rules import TooShort
-from aiprod_ds.curriculum.phase import RunPlan
+from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.audio_dataset import AudioClipDataset, AudioItems, usable_sounds
 from aiprod_ds.data.clip_list import Listing
 from aiprod_ds.data.dataset import VideoClipDataset, VideoItems
-from aiprod_ds.data.latent_dataset import LatentDataset, require_entries
+from aiprod_ds.data.latent_dataset import LatentDataset, require_entries, unmeasured_note
 from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.latents import AUDIO_LATENTS, EMPTY_PROMPT, LATENTS
 from aiprod_ds.data.manifest import Manifest, scan
@@ -169,15 +169,33 @@ class LatentData(ClipData):
 
         Raises:
             PlanError: As for any clips, or if a clip has no latents in the shape of a bucket that will draw
-                it.
+                it, or no held-out clip in that in which it is measured.
         """
-        too_short = super().check(plan, source)
         last = plan.phases[-1]
-        measured = replace(plan, phases=(replace(last, buckets=last.buckets[:1]),))
-        for dataset, asked in ((self.train, plan), (self.validation, measured)):
-            if isinstance(dataset, LatentDataset):
-                require_entries(dataset, asked, source)
+        if isinstance(self.validation, LatentDataset) and not self.held_out(last.buckets[0]):
+            measured = replace(plan, phases=(replace(last, buckets=last.buckets[:1]),))
+            require_entries(self.validation, measured, source)
+        too_short = super().check(plan, source)
+        if isinstance(self.train, LatentDataset):
+            require_entries(self.train, plan, source)
         return too_short
+
+    def held_out(self, bucket: BucketPlan) -> tuple[int, ...]:
+        """Returns the indices of the held-out clips that are long enough for `bucket` and have latents of its
+        shape: one that was held out by a fraction has those of the bucket that it would train in."""
+        indices = super().held_out(bucket)
+        if not isinstance(self.validation, LatentDataset):
+            return indices
+        dataset = self.validation
+        return tuple(index for index in indices if not dataset.without_entry([index], bucket))
+
+    def replacements(self, plan: RunPlan) -> tuple[str, ...]:
+        """See `ClipData.replacements`."""
+        notes, bucket = super().replacements(plan), plan.phases[-1].buckets[0]
+        if not isinstance(self.validation, LatentDataset):
+            return notes
+        names = self.validation.without_entry(super().held_out(bucket), bucket)
+        return (*notes, *unmeasured_note(names, bucket, of=len(self.validation_clips)))
 
 
 def open_latent_files(

@@ -29,6 +29,7 @@ from aiprod_ds.data.latents import (
 )
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.trainers.clip_data import split_manifests
+from aiprod_ds.trainers.open_data import LatentData
 
 STRIDES = ModelStrides(spatial=4, temporal=2)
 SMALL, LARGE = LatentShape(frames=5, height=16, width=16), LatentShape(frames=9, height=32, width=32)
@@ -133,6 +134,22 @@ def test_a_shape_that_was_not_encoded_is_named_before_and_in_training(folder: Pa
     )
     with pytest.raises(PlanError, match=message):
         require_entries(_dataset(folder), _plan("32x32", 9), "c.yaml")
+
+
+def test_held_out_clips_of_other_shapes_are_not_measured_and_named(folder: Path) -> None:
+    # As `encode` leaves them where clips are held out by a fraction: each has the shape that it would train in.
+    own, held_out = (_dataset(folder) for _ in range(2))
+    plan = _plan("32x32", 9)
+    bucket = plan.phases[0].buckets[0]
+    data = LatentData.of(own, held_out)
+    assert data.held_out(bucket) == (0, 1, 2)
+    assert not any("not measured" in note for note in data.replacements(plan))
+    for clip in ("c.mov", "deep/b.mp4"):
+        entry_path(folder / ".precomputed", LATENTS, f"{clip}@{LARGE.tag}").unlink()
+    assert data.held_out(bucket) == (0,)
+    assert data.replacements(plan)[-1] == (
+        "2 of 3 held-out clips are not measured, because they have no latents of 9x32x32: c.mov, deep/b.mp4"
+    )
 
 
 def _plan(resolution: str, frames: int) -> RunPlan:
