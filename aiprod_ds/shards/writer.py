@@ -1,7 +1,7 @@
 """Packs files into tar shards with their index, and makes the index anew from shards.
 
 Owns the shards' form: plain tar files, the names being those of the files, so that unpacking gives the folder
-again; the same files always give the same bytes. Called by `aiprod_ds.data.packing`.
+again; the same files always give the same bytes. Called by `aiprod_ds.data.packed.packing`.
 """
 
 from __future__ import annotations
