@@ -46,7 +46,8 @@ class ClipDataConfig(StrictModel):
     num_workers: NonNegativeInt = 2
     """Processes per rank that decode ahead; 0 decodes in the training process. No effect on the result."""
     max_unreadable_fraction: Fraction = 0.05
-    """Share of files that may be unreadable; above it the run stops before training."""
+    """Share of files that may be unreadable; above it the run stops before training. As many training clips
+    again may turn out unreadable while it trains, and are replaced; above it the run saves and stops."""
     duplicates: Literal["allow", "warn", "error"] = "warn"
     """The same content twice in training, or in training and validation: allowed, told by `check` and in the
     report, or an error."""
@@ -156,7 +157,8 @@ class LatentDataConfig(ClipDataConfig):
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read ahead; 0 reads in the training process. No effect on the result."""
     max_unreadable_fraction: Fraction = 0.05
-    """Share of clips that may be damaged or lack a partner file; above it the run stops before training."""
+    """Share of clips that may be damaged or lack a partner file; above it the run stops before training. As
+    many again may turn out unreadable while it trains, and are replaced; above it the run saves and stops."""
     caption_dropout: Fraction = 0.1
     """Share of training clips whose caption is replaced by the empty one, for classifier-free guidance. Above
     0 it needs `empty_prompt.safetensors` beside the latents, which `aiprod-ds encode` writes."""
