@@ -213,7 +213,7 @@ def list_files(listing: Listing, *, selection: Mapping[str, Any]) -> ClipList:
         for part, manifest in parts:
             records = manifest.records
             if manifest.files:
-                words = f"comparing the latents of {manifest.root}:"
+                words = f"comparing the latents of {manifest.where}:"
                 yield from (
                     _latents(part, manifest, record, by)
                     for record in progress.steps(records, words, len(records))

@@ -15,7 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aiprod_ds.tensor_file import TensorFile, TensorFileError, TensorSpec, by_width, write_tensor_file
+from aiprod_ds.tensor_file import (
+    TensorFile,
+    TensorFileError,
+    TensorSpec,
+    by_width,
+    tensors_in,
+    write_tensor_file,
+)
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -51,6 +58,24 @@ def test_what_the_library_wrote_is_read(tmp_path: Path) -> None:
         assert torch.equal(
             part, torch.cat([torch.zeros(1), tensors["weight"].flatten()[5:9], torch.zeros(1)])
         )
+
+
+def test_a_file_in_memory_is_read_alike_and_keeps_no_hold_on_it(tmp_path: Path) -> None:
+    tensors = _tensors()
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"rank": "4"})
+    data = bytearray((tmp_path / "x.safetensors").read_bytes())
+    found = tensors_in(bytes(data))
+    assert found.keys() == tensors.keys()
+    assert all(_equal(found[name], value) for name, value in tensors.items())
+    found["weight"].zero_()
+    assert _equal(tensors_in(bytes(data))["weight"], tensors["weight"])
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
+def test_a_file_that_is_not_whole_in_memory_is_refused(tmp_path: Path, length: int) -> None:
+    save_file(_tensors(), tmp_path / "x.safetensors")
+    with pytest.raises(TensorFileError):
+        tensors_in((tmp_path / "x.safetensors").read_bytes()[:length])
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
