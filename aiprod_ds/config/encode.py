@@ -243,6 +243,8 @@ class EncodeConfig(StrictModel):
     def _problems(self) -> Iterator[str]:
         if self.data.held_out and self.curriculum is None:
             yield "data.held_out: has no effect without curriculum, got true. Remove it."
+        if self.data.captions_per_line and self.text is None:
+            yield "data.captions_per_line: has no effect without text, got true. Remove it."
         if bool(self.shapes) == (self.curriculum is not None):
             got = "both" if self.shapes else "neither"
             yield (

@@ -59,6 +59,20 @@ _SHIPPED = sorted((_ROOT / "configs" / "encode").glob("*.yaml"))
             ),
             ["data.held_out: has no effect without curriculum, got true"],
         ),
+        (
+            (
+                "data: {media: m, captions_per_line: true, scene_threshold: 20.0}\nvideo: {model: {source: "
+                "M}}\nshapes: [{resolution: 8x8, duration: {frames: 1}}]\n"
+            ),
+            ["data.scene_threshold: has no effect without scenes: cut, got 20"],
+        ),
+        (
+            (
+                "data: {media: m, captions_per_line: true}\nvideo: {model: {source: M}}\n"
+                "shapes: [{resolution: 8x8, duration: {frames: 1}}]\n"
+            ),
+            ["data.captions_per_line: has no effect without text, got true"],
+        ),
     ],
 )
 def test_a_wrong_configuration_names_every_problem(tmp_path: Path, text: str, messages: list[str]) -> None:
