@@ -230,7 +230,8 @@ def tensors_in(data: bytes) -> dict[str, Tensor]:
     found = {}
     for name, spec in specs.items():
         value = torch.empty(spec.numel, dtype=spec.dtype, device="cpu")
-        _bytes_of(value)[:] = memoryview(data)[first + starts[name] : first + starts[name] + spec.nbytes]
+        if spec.nbytes:
+            _bytes_of(value)[:] = memoryview(data)[first + starts[name] : first + starts[name] + spec.nbytes]
         found[name] = value.reshape(spec.shape)
     return found
 
