@@ -177,8 +177,13 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
         resumed_from=("checkpoints/update_000300",),
         not_saved=({"update": 200, "reason": "the disk is full"}, {"update": 1300, "reason": "it still is"}),
         data=DataSummary(
-            clips=12, held_out_clips=4, unreadable=(("a|b.mp4", "Invalid | data\nfound"),), too_short=many
+            clips=12,
+            held_out_clips=4,
+            unreadable=(("a|b.mp4", "Invalid | data\nfound"),),
+            too_short=many,
+            replaced=(("c.mp4", "damaged after frame 3"),),
         ),
+        worker_restarts=2,
     )
     json_path, page_path = write_report(tmp_path, summary)
     page, report = page_path.read_text(), json.loads(json_path.read_text())
@@ -187,6 +192,11 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
     assert "- frames 8 -> 9 in phase low" in page
     assert r"Invalid \| data found |" in page
     assert "Too short: 60 files" in page
+    assert "Unreadable in training: 1 file, replaced by other clips." in page
+    assert "| `c.mp4` | damaged after frame 3 |" in page
+    assert "Workers of the loader died and were started again: 2 times." in page
+    assert report["data"]["replaced"] == [{"path": "c.mp4", "reason": "damaged after frame 3"}]
+    assert report["worker_restarts"] == 2
     assert "10 more are in `report.json`" in page
     assert "3 updates were skipped for overflow." in page
     assert "`checkpoints/update_000300`" in page
