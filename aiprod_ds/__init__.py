@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aiprod_ds.config.diffusion import DiffusionTrainerConfig
     from aiprod_ds.config.video_vae import VAETrainerConfig
     from aiprod_ds.curriculum.scheduler import CurriculumScheduler
+    from aiprod_ds.data.own.iterables import ClipIterable
     from aiprod_ds.losses import AudioVAELoss, PerceptualLoss, SpectralLoss, VideoVAELoss
     from aiprod_ds.trainers.audio_vae import AudioVAETrainer
     from aiprod_ds.trainers.diffusion import DiffusionTrainer
@@ -29,6 +30,7 @@ __all__ = [
     "AudioVAELoss",
     "AudioVAETrainer",
     "AudioVAETrainerConfig",
+    "ClipIterable",
     "CurriculumAdapterConfig",
     "CurriculumConfig",
     "CurriculumPhase",
@@ -58,6 +60,7 @@ _MODULES = {
     "aiprod_ds.config.diffusion": ("DiffusionTrainerConfig",),
     "aiprod_ds.config.video_vae": ("VAETrainerConfig",),
     "aiprod_ds.curriculum.scheduler": ("CurriculumScheduler",),
+    "aiprod_ds.data.own.iterables": ("ClipIterable",),
     "aiprod_ds.losses": ("AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"),
     "aiprod_ds.trainers.audio_vae": ("AudioVAETrainer",),
     "aiprod_ds.trainers.diffusion": ("DiffusionTrainer",),

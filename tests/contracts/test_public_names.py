@@ -18,6 +18,7 @@ DOCUMENTED = {
     "aiprod_ds.config.diffusion": ["DiffusionTrainerConfig"],
     "aiprod_ds.config.video_vae": ["VAETrainerConfig"],
     "aiprod_ds.curriculum.scheduler": ["CurriculumScheduler"],
+    "aiprod_ds.data.own.iterables": ["ClipIterable"],
     "aiprod_ds.losses": ["AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"],
     "aiprod_ds.trainers.audio_vae": ["AudioVAETrainer"],
     "aiprod_ds.trainers.diffusion": ["DiffusionTrainer"],

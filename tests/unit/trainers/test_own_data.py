@@ -349,3 +349,19 @@ def test_latents_of_a_loader_are_stacked_with_what_belongs_to_them() -> None:
         "fps": [4],
     }
     assert torch.equal(batch.tensors["latents"][2], items[2]["latents"])
+
+
+@pytest.mark.slow
+def test_the_example_of_the_guide_runs(
+    tmp_path: Path, repository_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (repository_root / "docs" / "guide.md").read_text(encoding="utf-8")
+    (example,) = (
+        block.partition("```")[0] for block in guide.split("```python\n")[1:] if "class Recordings" in block
+    )
+    monkeypatch.chdir(tmp_path)
+    with without_plots():
+        exec(example, {"__name__": "example"})
+    assert capsys.readouterr().out.endswith("6 updates of 4 clips: two passes over 12\n")
+    report = json.loads((tmp_path / "runs" / "recordings" / "report.json").read_text())
+    assert report["phases"][0]["updates"] == 6
