@@ -338,6 +338,48 @@ class _Counting:
 
 
 @pytest.mark.slow
+def test_encoding_says_which_captions_are_missing_and_finds_its_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "clips"
+    for name, size in {"wide.mp4": (48, 96), "tall.mp4": (96, 48)}.items():
+        write_film(folder / name, [corners(*size)] * 9, _H264)
+    (folder / "wide.txt").write_text("a wide one")
+    run = tmp_path / "train.yaml"
+    run.write_text(
+        "curriculum: {phases: [{name: only, resolution: 32x32, duration: {frames: 9}, buckets: auto, "
+        "updates: 1, learning_rate: 1.0e-4, global_batch_size: 1}]}\n"
+    )
+    encode = tmp_path / "encode.yaml"
+    encode.write_text(
+        f"data: {{media: {folder}}}\n"
+        "video: {model: {source: 'aiprod_ds.testing.tiny:TinyVideoVAE'}, precision: fp32}\n"
+        "text: {source: T5EncoderModel, precision: fp32, config: {vocab_size: 259, d_model: 32, d_kv: 16, "
+        "d_ff: 64, num_layers: 1, num_heads: 2}}\n"
+        f"curriculum: {run}\n"
+    )
+    assert main(["data", str(folder), "--config", str(encode), "--json", "-"]) == 0
+    files = {file["path"]: file for file in json.loads(capsys.readouterr().out)["files"]}
+    assert [found["kind"] for found in files["tall.mp4"]["findings"]] == ["no_caption_left_out"]
+    assert files["wide.mp4"]["findings"] == []
+    (height, width), length = _shape(files["wide.mp4"]["buckets"]["only"])
+    assert height < width
+    assert length == "9 frames"
+    with_default = ["--set", "text.default_caption=a clip"]
+    assert main(["data", str(folder), "--config", str(encode), *with_default, "--json", "-"]) == 0
+    files = {file["path"]: file for file in json.loads(capsys.readouterr().out)["files"]}
+    assert files["tall.mp4"]["findings"] == []
+    (height, width), _ = _shape(files["tall.mp4"]["buckets"]["only"])
+    assert height > width
+
+
+def _shape(words: str) -> tuple[tuple[int, int], str]:
+    size, _, length = words.partition(", ")
+    height, width = map(int, size.split("x"))
+    return (height, width), length
+
+
+@pytest.mark.slow
 def test_two_thousand_files_are_looked_into_once_and_no_row_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
