@@ -9,8 +9,8 @@ A scene begins with a frame whose `change` is
     at least 5/9 of it, and 3 times the mean of the two before and two after   (AdaptiveDetector):
 
 cuts between shots of one place change little, but at once. Source: PySceneDetect 0.7.2,
-`scenedetect.detectors.content_detector` and `adaptive_detector` (27, 15 and 3 by default). Deviations: either rule
-is enough; hues are compared around their circle, and that of almost grey pixels does not count (both are
+`scenedetect.detectors.content_detector` and `adaptive_detector` (27, 15 and 3 by default). Deviations: either
+rule is enough; hues are compared around their circle, and that of almost grey pixels does not count (both are
 noise of the codec); there is no shortest scene; frames are scaled to 128 pixels at most by FFmpeg. The
 package itself needs OpenCV, 60 MB, for nothing else.
 """
