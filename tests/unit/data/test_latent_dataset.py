@@ -137,7 +137,7 @@ def test_a_shape_that_was_not_encoded_is_named_before_and_in_training(folder: Pa
 
 
 def test_held_out_clips_of_other_shapes_are_not_measured_and_named(folder: Path) -> None:
-    # As `encode` leaves them where clips are held out by a fraction: each has the shape that it would train in.
+    # As `encode` leaves them where a fraction is held out: each clip has the shape that it would train in.
     own, held_out = (_dataset(folder) for _ in range(2))
     plan = _plan("32x32", 9)
     bucket = plan.phases[0].buckets[0]
