@@ -44,12 +44,14 @@ class BadLine:
         bytes_per_second: Of each connection; None: as fast as it goes.
         cut_every: Every so many answers end in the middle.
         fail_every: Every so many requests are answered with status 500.
+        die_after: The line is gone for good after so many answers.
     """
 
     latency_seconds: float = 0.0
     bytes_per_second: float | None = None
     cut_every: int | None = None
     fail_every: int | None = None
+    die_after: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             with self.lock:
                 type(self).count += 1
                 number = self.count
+        if self.line.die_after is not None and number > self.line.die_after:
+            os._exit(1)
         time.sleep(self.line.latency_seconds)
         if number and self.line.fail_every and number % self.line.fail_every == 0:
             self._answer(500, {}, b"<Error><Code>InternalError</Code></Error>")

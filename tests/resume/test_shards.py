@@ -20,6 +20,7 @@ import torch
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.data.latents import CONDITIONS, EMPTY_PROMPT, LATENTS, entry_path, write_entry
 from aiprod_ds.data.packed.packing import pack_latents
+from aiprod_ds.errors import DataError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.shards.storage import FolderStorage, open_storage
 from aiprod_ds.testing.object_storage import BadLine, bad_line, s3_server
@@ -64,14 +65,19 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
             },
         }
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        yield {"data": data, "environment": environment}
+        yield {"data": data, "environment": environment, "server": server}
         kept = sum(path.stat().st_size for path in (folder / "cache").glob("*/*"))
         assert 0 < kept <= total / 3
 
 
 @pytest.fixture(scope="module")
 def one_rank(sources: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return alike_on_ranks(run_every_source, ranks=1, folder=tmp_path_factory.mktemp("one"), **sources)
+    folder = tmp_path_factory.mktemp("one")
+    return alike_on_ranks(run_every_source, ranks=1, folder=folder, **_given(sources))
+
+
+def _given(sources: dict[str, Any]) -> dict[str, Any]:
+    return {"data": sources["data"], "environment": sources["environment"]}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,8 +110,28 @@ def test_a_run_that_began_on_a_folder_goes_on_from_its_shards(one_rank: dict[str
     assert moved["rows"] == oracle["rows"]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_storage_that_dies_ends_the_run_which_then_goes_on_to_the_same_end(
+    one_rank: dict[str, Any], sources: dict[str, Any], tmp_path: Path, workers: int
+) -> None:
+    with bad_line(sources["server"], BadLine(die_after=20)) as dying:
+        storage = {"endpoint_url": dying.url, "cache_gb": 0, "patience_seconds": 1}
+        found = alike_on_ranks(
+            run_until_the_storage_is_gone,
+            ranks=1,
+            folder=tmp_path,
+            dying={**sources["data"]["s3"], "storage": storage, "num_workers": workers},
+            data={**sources["data"]["s3"], "num_workers": workers},
+            environment=sources["environment"],
+        )
+    assert "must be delivered by its storage, got: EndpointConnectionError" in found["told"]
+    assert found["resumed_from"] != []
+    assert found["sha256"] == one_rank["folder_0"]["whole"]["sha256"]
+    assert found["rows"] == one_rank["folder_0"]["whole"]["rows"]
+
+
 def test_two_ranks_share_a_cache(sources: dict[str, Any], tmp_path: Path) -> None:
-    found = alike_on_ranks(run_on_two_ranks, ranks=2, folder=tmp_path, **sources)
+    found = alike_on_ranks(run_on_two_ranks, ranks=2, folder=tmp_path, **_given(sources))
     assert found["s3"]["whole"]["sha256"] == found["folder"]["whole"]["sha256"]
     assert found["s3"]["middle"]["sha256"] == found["folder"]["whole"]["sha256"]
     assert found["s3"]["whole"]["rows"] == found["folder"]["whole"]["rows"]
@@ -133,6 +159,18 @@ def run_every_source(
         with without_plots():
             records["moved"] = _trainer(data["s3"], 0, kind="local")(moved)
         return records
+
+
+def run_until_the_storage_is_gone(
+    folder: str, dying: dict[str, Any], data: dict[str, Any], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns the run that went on after its storage was back, and with what error it ended before."""
+    with patch.dict(os.environ, environment), without_plots():
+        try:
+            _train(dying, "local", Path(folder))
+        except DataError as error:
+            told = str(error)
+        return {"told": told, **_train(data, "local", Path(folder))}
 
 
 def run_on_two_ranks(
