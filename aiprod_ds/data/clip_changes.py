@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiprod_ds.data.clip_list import BESIDE, HELD_OUT, TRAINING, ClipList, Entry
+from aiprod_ds.decode.record import SCENE_MARK
 
 _NAMED = 10
 _OTHER_MARK = {"time": "another time of the last change", "facts": "another fingerprint"}
@@ -126,7 +127,9 @@ def _compare(
     change = PartChange(
         part=_PARTS[part],
         added=tuple(_with(name, _place(name, origins, "was in")) for name, _ in added),
-        lost=tuple(_with(name, left_out.get(name) or _place(name, others, "now in")) for name, _ in lost),
+        lost=tuple(
+            _with(name, left_out.get(_file_of(name)) or _place(name, others, "now in")) for name, _ in lost
+        ),
         altered=tuple(altered),
         renamed=renamed,
         reordered=_reordered(stayed, [key for key in news if key in olds]),
@@ -182,6 +185,12 @@ def _reordered(old: Sequence[_Key], new: Sequence[_Key]) -> str | None:
         if one != two:
             return f"{two[0]} comes before {one[0]}"
     return None
+
+
+def _file_of(name: str) -> str:
+    """Returns the path of a clip, which may be a scene of its file."""
+    path, mark, _ = name.rpartition(SCENE_MARK)
+    return path if mark else name
 
 
 def _place(name: str, parts: Mapping[str, set[str]], words: str) -> str | None:

@@ -106,7 +106,7 @@ class ClipList:
         selection: The settings that chose the clips.
         num_training: Clips that are trained on.
         num_held_out: Clips that are held out.
-        left_out: Why files are no clips, by name; known while the folders are at hand, not saved.
+        left_out: Why files are no clips, by path; known while the folders are at hand, not saved.
     """
 
     compressed: bytes = field(repr=False)

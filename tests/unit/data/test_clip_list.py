@@ -39,6 +39,7 @@ from aiprod_ds.data.latents import (
     write_entry,
 )
 from aiprod_ds.data.manifest import Manifest, Unreadable, holdout
+from aiprod_ds.data.scenes import scenes_of
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.errors import DataError
 
@@ -120,6 +121,16 @@ def test_a_clip_that_cannot_be_read_any_more_is_lost_with_the_reason() -> None:
     assert _change(_list(*FOUR), now) == (
         "training: 2 lost (000001.mp4: unreadable now: is missing: there is no such file; 000002.mp4: "
         "ignored now: hidden); 3 of 4 indices stand for another clip"
+    )
+
+
+def test_scenes_are_clips_of_their_own() -> None:
+    scenes = tuple(scenes_of(_record(7, frames=48, seconds=2.0), (0.5,)))
+    before = _list(FOUR[0], *scenes)
+    now = _list(FOUR[0], scenes[1], unreadable=(Unreadable(path=scenes[0].path, reason="is cut off"),))
+    assert _change(before, now) == (
+        f"training: 1 lost ({scenes[0].name}: unreadable now: is cut off); 2 of 3 indices stand for another "
+        "clip"
     )
 
 
