@@ -14,7 +14,8 @@ their order nor the number of ranks changes it. The rule:
    then the largest area.
 3. Choice. The first bucket has the shortest of the lengths, so that every clip fits one. Then, one after the
    other, the candidate is added that raises the mean worth most, as long as it does by 0.01 and there are
-   fewer than `most`; buckets that no clip goes to any more are dropped.
+   fewer than `most`; buckets that no clip goes to any more are dropped. Of thousands of aspect ratios, those
+   within 1 % are taken as one for this.
 4. Batch. The configured batch is that of the largest shape. A smaller shape gets as many clips a micro-batch
    as have no more tokens together, so that updates of all buckets cost about the same, but no more than its
    clips fill. Where `micro_batch_size` is given, micro-batches grow by single clips, else by whole
@@ -27,7 +28,7 @@ The bucket with most clips stands first: held-out clips are measured in it. Call
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, isqrt
 from typing import NamedTuple
@@ -41,6 +42,8 @@ from aiprod_ds.curriculum.phase import AutoPlan, BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.strides import ModelStrides
 
 _LEAST_GAIN = 0.01
+_MANY_GROUPS = 5000
+_STEPS_PER_OCTAVE, _COARSE_WIDTH = 64, 1 << 16  # 1.1 % apart
 _FloatsG = npt.NDArray[np.float64]
 
 
@@ -64,7 +67,8 @@ def find_shapes(
     groups = _Groups.of(clips, largest, rule, strides)
     if not groups.counts.size:
         return (Shape(largest.frames, largest.height, largest.width),)
-    return _ordered(groups, _chosen(groups, _candidates(groups, largest, strides), rule.most))
+    coarse = groups.coarse()
+    return _ordered(groups, _chosen(coarse, _candidates(coarse, largest, strides), rule.most))
 
 
 def with_auto_buckets(
@@ -129,18 +133,20 @@ def _found(auto: AutoPlan, bucket: BucketPlan, clips: Sequence[ClipFacts], indic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Groups:
-    """Equal clips counted together, in an order of their own; index g.
+    """Clips of one aspect ratio and length counted together, in an order of their own; index g.
 
     Attributes:
-        heights: And `widths`: the aspect ratio in lowest terms.
+        counts: Clips.
+        parts: The sum over them of what one frame is of the frames that could be shown, 1 / min(n, F).
+        heights: And `widths`: the aspect ratio.
         frames: The most that the model takes of such a clip.
     """
 
     counts: _FloatsG
+    parts: _FloatsG
     heights: npt.NDArray[np.int64]
     widths: npt.NDArray[np.int64]
     frames: npt.NDArray[np.int64]
-    longest: npt.NDArray[np.int64]
 
     @classmethod
     def of(
@@ -154,14 +160,39 @@ class _Groups:
             if fitting >= shortest:
                 divisor = gcd(clip.height, clip.width)
                 counted[clip.height // divisor, clip.width // divisor, fitting, seen] += 1
-        known = sorted(counted)
-        columns = np.array(known, dtype=np.int64).reshape(-1, 4)
+        # In one order, because sums of floats depend on it.
+        return cls._summed((key[:3], counted[key], counted[key] / key[3]) for key in sorted(counted))
+
+    def coarse(self) -> _Groups:
+        """Returns the groups with near aspect ratios put together where there are very many: a choice among
+        shapes takes as long as there are groups."""
+        if len(self.counts) <= _MANY_GROUPS:
+            return self
+        steps = np.rint(np.log2(self.heights / self.widths) * _STEPS_PER_OCTAVE)
+        heights = np.rint(_COARSE_WIDTH * np.exp2(steps / _STEPS_PER_OCTAVE)).astype(np.int64)
+        keys = zip(heights.tolist(), self.frames.tolist(), strict=True)
+        return self._summed(
+            ((height, _COARSE_WIDTH, frames), count, part)
+            for (height, frames), count, part in zip(
+                keys, self.counts.tolist(), self.parts.tolist(), strict=True
+            )
+        )
+
+    @classmethod
+    def _summed(cls, items: Iterable[tuple[tuple[int, int, int], float, float]]) -> _Groups:
+        counts: dict[tuple[int, int, int], float] = {}
+        parts: dict[tuple[int, int, int], float] = {}
+        for key, count, part in items:
+            counts[key] = counts.get(key, 0.0) + count
+            parts[key] = parts.get(key, 0.0) + part
+        known = sorted(counts)
+        columns = np.array(known, dtype=np.int64).reshape(-1, 3)
         return cls(
-            counts=np.array([counted[key] for key in known], dtype=np.float64),
+            counts=np.array([counts[key] for key in known], dtype=np.float64),
+            parts=np.array([parts[key] for key in known], dtype=np.float64),
             heights=columns[:, 0],
             widths=columns[:, 1],
             frames=columns[:, 2],
-            longest=columns[:, 3],
         )
 
     def kept(self, shape: Shape) -> _FloatsG:
@@ -205,8 +236,7 @@ class _Assignment:
 
     def worth(self, groups: _Groups) -> float:
         """Returns the mean worth over all clips."""
-        each = groups.counts * self.kept * (self.frames / groups.longest)
-        return float(each.sum() / groups.counts.sum())
+        return float((groups.parts * self.kept * self.frames).sum() / groups.counts.sum())
 
 
 def _candidates(groups: _Groups, largest: BucketPlan, strides: ModelStrides) -> list[Shape]:

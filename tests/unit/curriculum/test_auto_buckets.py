@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aiprod_ds.config.phase import AutoBuckets
 from aiprod_ds.config.video_vae import VAETrainerConfig
+from aiprod_ds.curriculum import auto_buckets
 from aiprod_ds.curriculum.auto_buckets import Shape, auto_notes, find_shapes, with_auto_buckets
 from aiprod_ds.curriculum.data_rules import ClipFacts, frames_at_rate
 from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
@@ -94,6 +95,24 @@ def test_sounds_get_lengths() -> None:
     ]
     largest = _largest(frames=800, height=1, width=1)
     assert find_shapes(clips, largest, AutoBuckets(), strides) == (Shape(800, 1, 1), Shape(400, 1, 1))
+
+
+def test_many_aspect_ratios_are_put_together_and_no_clip_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = random.Random(0)
+    clips = [
+        _clip(drawn.randint(300, 900), drawn.randint(300, 900), drawn.randint(1, 12), n) for n in range(400)
+    ]
+    exact = _shapes(clips)
+    monkeypatch.setattr(auto_buckets, "_MANY_GROUPS", 100)
+    found = _shapes(clips)
+    assert _shapes(clips[::-1]) == found
+    buckets = [BucketPlan(**{**_fields(_largest()), **shape._asdict()}) for shape in found]
+    members = bucket_clips(clips, buckets)
+    assert sum(map(len, members)) == len(clips)
+    assert all(members)
+    # The choice is as good as that among all ratios: the same number of shapes, most of them the same.
+    assert len(found) == len(exact)
+    assert len(set(found) & set(exact)) > len(exact) / 2
 
 
 def _config(**changes: Any) -> VAETrainerConfig:
