@@ -203,7 +203,8 @@ def _replacements(replacements: Sequence[str]) -> str:
 
 
 def _data(data: DataSummary, worker_restarts: int) -> str:
-    lines = [f"{data.clips:,} clips for training, {data.held_out_clips:,} held out."]
+    clips = "Clips of an iterable" if data.clips is None else f"{data.clips:,} clips"
+    lines = [f"{clips} for training, {data.held_out_clips:,} held out."]
     listed = (
         ("Unreadable", data.unreadable, "left out"),
         ("Too short", data.too_short, "left out"),

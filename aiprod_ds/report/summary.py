@@ -50,12 +50,13 @@ class DataSummary:
     """What the run trained on and what it could not use, file by file.
 
     Attributes:
+        clips: To train on; None where they come from an iterable.
         unreadable: Found before training.
         too_short: For some phase.
         replaced: Found in training, and replaced by other clips from then on.
     """
 
-    clips: int
+    clips: int | None
     held_out_clips: int
     unreadable: tuple[tuple[str, str], ...] = ()
     too_short: tuple[tuple[str, str], ...] = ()

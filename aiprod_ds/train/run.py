@@ -315,7 +315,7 @@ def _faults(facts: RunFacts, checkpoint: Checkpoint | None, history: History) ->
     """
     is_same_data = facts.data_change is None
     faults = DataFaults(
-        num_clips=facts.unit.data_summary().clips,
+        num_clips=facts.unit.data_summary().clips or 0,  # of an iterable none is replaced
         max_fraction=facts.config.data.max_unreadable_fraction,
         agreed=dict(checkpoint.state.replaced_clips) if checkpoint is not None and is_same_data else {},
         worker_restarts=history.worker_restarts,

@@ -7,7 +7,7 @@ What items may be is `aiprod_ds.data.own`'s. Called by `open_data.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from aiprod_ds.clock import Clock
@@ -20,6 +20,7 @@ from aiprod_ds.data.own.iterables import ItemPasses, Source, shuffled_dataset, s
 from aiprod_ds.data.own.stream_loader import StreamLoader, StreamPlace
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import DataError, PlanError
+from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.trainers.clip_data import ClipData, require_clips
 
@@ -142,6 +143,10 @@ class StreamData(ClipData):
         own, wanted = self.source.batch_size, ", ".join(map(str, sizes))
         note = f"dataset: batches of {own} are cut and stacked anew, in order, to micro-batches of {wanted}"
         return (*self.notes, note)
+
+    def summary(self, too_short: Sequence[TooShort]) -> DataSummary:
+        """Returns what the report says about the data: nobody has counted the clips."""
+        return replace(ClipData.summary(self, too_short), clips=None)
 
     def stream(
         self,

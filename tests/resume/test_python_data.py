@@ -188,14 +188,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable
     return train
 
 
-@pytest.mark.parametrize("form", [form for form in MAP_STYLE if form != "floats"])
+def _forms(known: Mapping[str, Any], reference: str, *, usual: set[str]) -> list[Any]:
+    """Returns the forms to compare with a reference; all but the usual ones are exhaustive."""
+    return [
+        pytest.param(form, marks=() if form in usual else pytest.mark.exhaustive)
+        for form in known
+        if form != reference
+    ]
+
+
+@pytest.mark.parametrize("form", _forms(MAP_STYLE, "floats", usual={"bytes", "shuffled_loader"}))
 def test_map_style_datasets_of_the_same_clips_train_alike(trained: Callable[..., Any], form: str) -> None:
     reference = trained("map_floats", MAP_STYLE["floats"])
     assert len(set(series(reference, "loss/total"))) == LAST, "otherwise the comparison shows nothing"
     assert trained(f"map_{form}", MAP_STYLE[form])["sha256"] == reference["sha256"]
 
 
-@pytest.mark.parametrize("form", [form for form in ITERABLE if form != "items"])
+@pytest.mark.parametrize(
+    "form", _forms(ITERABLE, "items", usual={"bytes", "loader", "batches_of_4_and_2", "loader_with_workers"})
+)
 def test_iterables_of_the_same_clips_train_alike(trained: Callable[..., Any], form: str) -> None:
     reference = trained("items", ITERABLE["items"])
     assert reference["sha256"] != trained("map_floats", MAP_STYLE["floats"])["sha256"], "another order"

@@ -230,7 +230,7 @@ class StreamLoader:
 
     def _digest(self, taken: Taken) -> int:
         """Returns a checksum of an item's values."""
-        values = self._reader.values(taken.item, "dataset").detach().contiguous()
+        values = self._reader.values(taken.item, "dataset").detach().cpu().contiguous()
         return zlib.crc32(values.flatten().view(torch.uint8).numpy().data)
 
     def _record(self) -> _Record:

@@ -22,7 +22,7 @@ from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.own.iterables import ClipIterable
-from aiprod_ds.data.own.stream_loader import StreamLoader
+from aiprod_ds.data.own.stream_loader import StreamLoader, StreamPlace
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, DataError, PlanError
 from aiprod_ds.testing.runs import without_plots
@@ -189,6 +189,28 @@ def test_items_that_no_bucket_takes_are_left_out_and_said(caplog: pytest.LogCapt
         next(iter(short))
 
 
+def test_a_pass_of_own_parts_is_over_when_it_is_on_every_rank() -> None:
+    """Stands for the other rank, whose first pass lasts until the third update."""
+    answers = iter([False, False, True, False, False])
+    own: list[bool] = []
+
+    def agree(is_over: bool) -> bool:
+        own.append(is_over)
+        return is_over and next(answers)
+
+    (phase,) = _plan({"epochs": 1, "updates": None, "schedule": "constant"}, world_size=2).phases
+    data = open_video_datasets(ClipIterable(Listed(_clips(5, 5, 5)), each_rank="own"), _clips(5), seed=0)
+    assert isinstance(data, StreamData)
+    place = StreamPlace(phase=phase, seed=0, rank=0, world_size=2, start_position=0)
+    stream = iter(loader := StreamLoader(data.source, data.reader, place, agree=agree))
+    epochs = []
+    for position in range(4):
+        next(stream)
+        epochs.append(loader.epoch_at(position + 1))
+    assert epochs == [0, 0, 0, 1]
+    assert own == [False, True, True, True, True], "two items an update, three a pass"
+
+
 def test_images_wait_for_their_bucket() -> None:
     buckets = [
         {"resolution": "16x16", "duration": {"frames": 5}, "global_batch_size": 2, "share": 0.5},
@@ -331,6 +353,9 @@ def test_sounds_of_a_loader_train(tmp_path: Path) -> None:
             digests.add(AudioVAETrainer(own, dataset=dataset, validation=floats).train().final_state_sha256)
     assert len(digests) == 1
     report = json.loads((tmp_path / "batches_BT" / "report.json").read_text())
+    assert report["data"]["clips"] is None
+    words = (tmp_path / "batches_BT" / "report.md").read_text()
+    assert "Clips of an iterable for training, 2 held out." in words
     assert any("batches of 3 are cut" in note for note in report["replacements"])
 
 
