@@ -181,7 +181,8 @@ class StreamLoader:
             _LOG.warning("dataset_anew position=%d", self._place.start_position)
             return
         state = self._own_state(ranks)
-        self._source.remember_initial(state.get("initial"))
+        if self._source.is_stateful:
+            self._source.remember_initial(state.get("initial"))
         if state.get("phase") != self._place.phase.index or not self._place.start_position:
             return
         try:
