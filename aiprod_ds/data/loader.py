@@ -258,19 +258,22 @@ class _Order:
         """The first micro-batch that was not delivered, as it is to be read now."""
         if not self._pending:
             self._pending.append(next(self._further))
-        return replace(self._pending[0], left_out=self.left_out)
+        return self._as_known(self._pending[0])
 
     def __iter__(self) -> Iterator[_Description]:
         """Yields what was not delivered and then what follows: workers that start anew begin there."""
         for description in tuple(self._pending):
-            yield replace(description, left_out=self.left_out)
+            yield self._as_known(description)
         for description in self._further:
             self._pending.append(description)
-            yield replace(description, left_out=self.left_out)
+            yield self._as_known(description)
 
     def delivered(self) -> None:
         """Takes the first away."""
         self._pending.popleft()
+
+    def _as_known(self, description: _Description) -> _Description:
+        return replace(description, left_out=self.left_out) if self.left_out else description
 
 
 def _micro_batches(
@@ -313,7 +316,8 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
 
     def __getitem__(self, description: _Description) -> MicroBatch | _Failure:
         try:
-            clips = [self._read(sample, description) for sample in description.samples]
+            asked = list(description.samples)
+            clips = [self._read(sample, description) for sample in asked]
             first = clips[0].item
             tensors = {name: torch.stack([clip.item[name] for clip in clips]) for name in first}
             tensors |= self._draw(tensors, description)
@@ -323,7 +327,7 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
             return _Failure(message=f"data loader: {type(error).__name__}: {error}")
         return MicroBatch(
             tensors=tensors,
-            samples=_as_read(description.samples, clips),
+            samples=description.samples if _are_as_asked(asked, clips) else _as_read(asked, clips),
             bucket=description.bucket,
             position=description.position,
             unread=tuple(unread for clip in clips for unread in clip.unread),
@@ -356,12 +360,15 @@ class _Clips(Dataset["MicroBatch | _Failure"]):
         return clip
 
 
-def _as_read(samples: Sequence[SampleRef], clips: Sequence[ReadClip]) -> Sequence[SampleRef]:
-    """Returns the samples as they are, or with the indices of what was read in their place."""
-    pairs = list(zip(samples, clips, strict=True))
-    if all(sample.sample_index == clip.sample_index for sample, clip in pairs):
-        return samples
-    return [sample._replace(sample_index=clip.sample_index) for sample, clip in pairs]
+def _are_as_asked(asked: Sequence[SampleRef], clips: Sequence[ReadClip]) -> bool:
+    return all(sample.sample_index == clip.sample_index for sample, clip in zip(asked, clips, strict=True))
+
+
+def _as_read(asked: Sequence[SampleRef], clips: Sequence[ReadClip]) -> Sequence[SampleRef]:
+    """Returns the samples with the indices of what was read in their place."""
+    return [
+        sample._replace(sample_index=clip.sample_index) for sample, clip in zip(asked, clips, strict=True)
+    ]
 
 
 def _placed(

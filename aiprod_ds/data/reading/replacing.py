@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from aiprod_ds.data.dataset import ClipRequest, ClipSample, ClipSource
 from aiprod_ds.errors import DataError, StorageError
@@ -102,17 +101,23 @@ class ReplacingReader:
             DataError: If no candidate can be read either.
             StorageError: If all data is out of reach.
         """
+        wanted = request.sample_index
         unread: list[UnreadClip] = []
-        seen: set[int] = set()
-        for index in chain([request.sample_index], _later(candidates)):
+        seen: set[int] = {wanted}
+        if wanted not in left_out:
+            found = self._read(request, is_patient=True)
+            if not isinstance(found, str):
+                return ReadClip(sample_index=wanted, item=found)
+            unread.append(UnreadClip(sample_index=wanted, name=self._name_of(wanted), reason=found))
+        for index in candidates():
             if index in seen or index in left_out:
                 continue
             seen.add(index)
-            found = self._read(replace(request, sample_index=index), is_patient=len(seen) <= _MAX_PATIENT)
+            found = self._read(replace(request, sample_index=index), is_patient=len(unread) < _MAX_PATIENT)
             if not isinstance(found, str):
                 return ReadClip(sample_index=index, item=found, unread=tuple(unread))
             unread.append(UnreadClip(sample_index=index, name=self._name_of(index), reason=found))
-        raise DataError(self._nothing_read(request.sample_index, unread))
+        raise DataError(self._nothing_read(wanted, unread))
 
     def _read(self, request: ClipRequest, *, is_patient: bool) -> ClipSample | str:
         known = self._failed.get(request.sample_index)
@@ -129,8 +134,3 @@ class ReplacingReader:
             f"data loader: {self._name_of(wanted)} or another clip of its bucket must be readable, got "
             f"{len(unread)} that could not be read{reasons} Repair the disk, the network or the files."
         )
-
-
-def _later(candidates: Callable[[], Iterator[int]]) -> Iterator[int]:
-    """Yields the candidates, which are not made before the first is wanted."""
-    yield from candidates()
