@@ -62,7 +62,8 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder of the page and the table; by default, named after PATH with _survey, in this folder",
+        help="folder of the page and the table; by default, named after PATH with _survey, in this folder "
+        "and never inside PATH",
     )
     parser.add_argument("--verbose", action="store_true", help="show what libraries log, too")
     return parser
@@ -224,7 +225,7 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
     if arguments.output is None and arguments.json == "-":
         return None
     source: Path = arguments.source
-    folder: Path = arguments.output or Path(f"{source.resolve().stem or 'data'}_survey")
+    folder: Path = arguments.output or _default_folder(source.resolve())
     problem = folder_problem(folder)
     if problem is not None:
         raise ConfigError(
@@ -232,6 +233,12 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
             f"({problem}). Name another."
         )
     return folder
+
+
+def _default_folder(source: Path) -> Path:
+    name = f"{(source.name if source.is_dir() else source.stem) or 'data'}_survey"
+    # Not among the files that are looked at, as in a folder that is surveyed from inside.
+    return source.parent / name if Path.cwd().is_relative_to(source) else Path(name)
 
 
 def _json_file(name: str, stack: ExitStack) -> TextIO:

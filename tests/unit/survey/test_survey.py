@@ -181,6 +181,16 @@ def test_json_alone_writes_nothing_else(
     assert sorted(path.name for path in (tmp_path / "clips_survey").iterdir()) == ["files.csv", "report.html"]
 
 
+def test_a_folder_is_surveyed_from_inside_and_nothing_is_written_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_film(tmp_path / "my.clips" / "a.mp4", [corners(32, 48)] * 3, _H264)
+    monkeypatch.chdir(tmp_path / "my.clips")
+    assert main(["data", "."]) == 0
+    assert [path.name for path in Path().iterdir()] == ["a.mp4"]
+    assert str(tmp_path / "my.clips_survey" / "report.html") in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_configuration_says_what_is_asked(
     tmp_path: Path, in_repository_root: Path, capsys: pytest.CaptureFixture[str]
