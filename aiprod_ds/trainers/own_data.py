@@ -6,6 +6,7 @@ What items may be is `aiprod_ds.data.own`'s. Called by `open_data.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.rng import stream_seed
 from aiprod_ds.trainers.clip_data import ClipData, require_clips
 
+_LOG = logging.getLogger(__name__)
 _Data = TypeVar("_Data", bound=ClipData)
 _HOLDOUT_FRACTION = ClipDataConfig.model_fields["holdout_fraction"].default
 
@@ -67,6 +69,8 @@ def open_own_data(
                 "got None. Pass a few clips that are not in it, as a list."
             )
         measured = _validation_items(validation, reader, seed=seed, held_out=held_out)
+        for words in source.words():
+            _LOG.info("own_data %s", words)
         return StreamData(
             train=ItemDataset([], reader),
             validation=measured,
