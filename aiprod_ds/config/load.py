@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from aiprod_ds.config.curriculum import CurriculumConfig, expand_preset
 from aiprod_ds.config.diffusion import DiffusionModelConfig, adapters_of
@@ -137,6 +137,29 @@ def read_curriculum(path: Path) -> CurriculumConfig:
 
 class _CurriculumFile(BaseModel):
     curriculum: CurriculumConfig
+
+
+class HoldoutFile(BaseModel):
+    """What a trainer's file says of clips that are held out, whichever trainer it is of."""
+
+    class Data(BaseModel):
+        """The part of `data` that says which."""
+
+        validation: str | None = None
+        holdout_fraction: float = Field(default=0.1, ge=0, le=1)
+
+    seed: int = 0
+    data: Data = Data()
+
+
+def read_holdout(path: Path) -> HoldoutFile:
+    """Returns which clips the training of a trainer's YAML file holds out.
+
+    Raises:
+        ConfigError: If the file cannot be read, or one of these values is wrong.
+    """
+    document = read_document(path)
+    return validated(document, HoldoutFile)
 
 
 def read_saved_run(path: Path) -> SavedRun:

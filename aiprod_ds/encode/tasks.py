@@ -7,14 +7,14 @@ same list.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aiprod_ds.config.encode import CaptionConfig
 from aiprod_ds.curriculum.data_rules import ClipFacts
 from aiprod_ds.curriculum.phase import BucketPlan
-from aiprod_ds.data.buckets import bucket_clips
+from aiprod_ds.data.buckets import bucket_clips, long_enough
 from aiprod_ds.data.captions import CAPTION_SUFFIXES, with_captions, with_trigger
 from aiprod_ds.data.latents import (
     AUDIO_LATENTS,
@@ -112,7 +112,11 @@ def encodable(manifest: Manifest) -> tuple[Manifest, list[tuple[str, str]]]:
 
 
 def media_tasks(
-    manifest: Manifest, shapes: Sequence[tuple[BucketPlan, ...]], sources: tuple[str, ...]
+    manifest: Manifest,
+    shapes: Sequence[tuple[BucketPlan, ...]],
+    sources: tuple[str, ...],
+    *,
+    measured: Collection[str] = (),
 ) -> tuple[list[Task], list[str]]:
     """Returns one task for every clip and shape, and the clips that no shape takes because they are too
     short.
@@ -120,12 +124,16 @@ def media_tasks(
     Args:
         shapes: Of `shapes.shape_groups`: a clip goes to those buckets of a group that will draw it.
         sources: What each task writes.
+        measured: Paths of clips that go to the last group's first bucket, too, if they are long enough.
     """
     clips = [clip_facts(record) for record in manifest.records]
     wanted: dict[tuple[int, LatentShape], None] = {}
     for buckets in shapes:
         for bucket, indices in zip(buckets, bucket_clips(clips, buckets), strict=True):
             wanted.update(dict.fromkeys((index, _shape(bucket)) for index in indices))
+    for index in long_enough(clips, shapes[-1][0]) if measured else ():
+        if manifest.records[index].path in measured:
+            wanted[index, _shape(shapes[-1][0])] = None
     # Shapes together, large ones first: equal clips are spread over ranks evenly.
     ordered = sorted(wanted, key=lambda pair: (-pair[1].frames * pair[1].height * pair[1].width, pair[0]))
     used = {index for index, _ in wanted}

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from aiprod_ds.codec.encoders import AudioForm, audio_form
 from aiprod_ds.config.encode import EncodeConfig
+from aiprod_ds.config.load import read_holdout
 from aiprod_ds.curriculum.auto_buckets import Shape
 from aiprod_ds.data.latents import AUDIO_LATENTS, CONDITIONS, LATENTS, default_folder, read_found_buckets
-from aiprod_ds.data.manifest import Manifest, require_readable, scan
+from aiprod_ds.data.manifest import Manifest, holdout, require_readable, scan
 from aiprod_ds.data.probe_cache import default_probe_cache
 from aiprod_ds.data.scenes import usable_clips
 from aiprod_ds.data.treatment import ignored_notes, picture_notes, sound_notes
@@ -96,7 +97,8 @@ def plan_work(config: EncodeConfig, source: str) -> Work:
         clips=[clip_facts(record) for record in manifest.records],
         known=read_found_buckets(output),
     )
-    tasks, too_short = media_tasks(manifest, groups.shapes, sources)
+    measured = _held_out_later(manifest, config)
+    tasks, too_short = media_tasks(manifest, groups.shapes, sources, measured=measured)
     captions, without = _captions(manifest, config)
     failures = (
         *(Failure(clip=path, what="media", reason=reason) for path, reason in refused),
@@ -124,6 +126,21 @@ def plan_work(config: EncodeConfig, source: str) -> Work:
         notes=(*_notes(found, config, form), *_found_notes(tasks, groups)),
         found_buckets=groups.found,
     )
+
+
+def _held_out_later(manifest: Manifest, config: EncodeConfig) -> frozenset[str]:
+    """Returns which clips the training of `curriculum` will hold out by a fraction, and measure in one shape,
+    whatever theirs is."""
+    if config.curriculum is None or config.data.held_out:
+        return frozenset()
+    trainer = read_holdout(Path(config.curriculum))
+    if trainer.data.validation is not None:
+        return frozenset()
+    try:
+        _, held_out = holdout(manifest, fraction=trainer.data.holdout_fraction, seed=trainer.seed)
+    except DataError:  # of one clip nothing is held out; training says so
+        return frozenset()
+    return frozenset(record.path for record in held_out.records)
 
 
 def _captions(manifest: Manifest, config: EncodeConfig) -> tuple[list[Task], list[tuple[str, str]]]:
