@@ -25,6 +25,7 @@ from aiprod_ds.errors import DataError
 from aiprod_ds.rng import stream_seed
 
 _EPSILON = 1e-6
+_PIECE_FRAMES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,20 @@ class VideoClipDataset:
         """
         record = self._manifest.records[index]
         with self._manifest.file(record.path) as path:
-            read_video_to_end(path, frames=record.frames)
+            if record.start_seconds == 0 and record.end_seconds is None:
+                read_video_to_end(path, frames=record.frames)
+                return
+            # A scene of a film, whose other scenes may be damaged.
+            for first in range(0, record.frames, _PIECE_FRAMES):
+                decode_clip(
+                    path,
+                    start_seconds=record.start_seconds + first / record.fps,
+                    end_seconds=record.end_seconds,
+                    num_frames=min(_PIECE_FRAMES, record.frames - first),
+                    frame_rate_hz=record.fps,
+                    background=self._background,
+                    crop=record.crop,
+                )
 
     def lengths(self) -> list[ClipFacts]:
         """See `ClipDataset.lengths`; opens no file."""

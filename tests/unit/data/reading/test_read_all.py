@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,25 @@ def test_a_video_that_ends_before_its_time_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="No such file"):
         dataset.read_whole(0)
+
+
+def test_of_a_film_only_the_scene_itself_is_read(tmp_path: Path) -> None:
+    [path] = write_synthetic_clips(tmp_path, num_clips=1, frames=40, height=32, width=32)
+    manifest = scan(tmp_path)
+    [film] = manifest.records
+    fps = film.fps
+    scenes = tuple(
+        replace(film, start_seconds=first / fps, end_seconds=(first + 10) / fps, frames=frames)
+        for first, frames in ((0, 10), (10, 10), (30, 12))
+    )
+    dataset = VideoClipDataset(replace(manifest, records=scenes), seed=0)
+    dataset.read_whole(0)
+    dataset.read_whole(1)
+    with pytest.raises(DataError, match="must have 12 frames at "):
+        dataset.read_whole(2)
+    damage(path)
+    with pytest.raises(DataError, match="must be a decodable video"):
+        dataset.read_whole(1)
 
 
 class Crashing:
