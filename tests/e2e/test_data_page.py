@@ -3,9 +3,9 @@ there."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,28 +46,41 @@ def steps(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         "AIPROD_DS_CACHE_DIR": str(folder / "cache"),
         "PYTHONPATH": str(repository_root),
     }
-    done = []
+    commands: list[tuple[str, bool]] = []
     for block in _BLOCK.finditer((repository_root / "docs" / "data.md").read_text()):
         if block["kind"] == "yaml":
             assert block["file"] is not None, "the page says how each file is called"
             (folder / block["file"]).write_text(block["text"])
-            continue
-        for command in block["text"].splitlines():
-            done.append(_run(command, folder, environment, fails=block["kind"].endswith("fails")))
-    return done
+        else:
+            fails = block["kind"].endswith("fails")
+            commands += [(command, fails) for command in block["text"].splitlines()]
+    words = [sys.executable, "-c", _DRIVER, str(folder), json.dumps([command for command, _ in commands])]
+    code, output = run_in_own_session(words, timeout_seconds=500, environment=environment)
+    assert code == 0, output[-3000:]
+    answers = json.loads((folder / "answers.json").read_text())
+    return [
+        Step(command=command, fails=fails, code=code, output=output)
+        for (command, fails), (code, output) in zip(commands, answers, strict=True)
+    ]
 
 
-def _run(command: str, folder: Path, environment: dict[str, str], *, fails: bool) -> Step:
+# One process for all commands: each of its own would take seconds to import.
+_DRIVER = """
+import contextlib, io, json, os, subprocess, sys
+from aiprod_ds.cli import main
+os.chdir(sys.argv[1])
+answers = []
+for command in json.loads(sys.argv[2]):
+    told = io.StringIO()
     if command.startswith("aiprod-ds "):
-        words = [
-            "import os, sys; os.chdir(sys.argv.pop(1)); from aiprod_ds.cli import main; sys.exit(main())"
-        ]
-        words = [sys.executable, "-c", *words, str(folder), *command.split()[1:]]
-        code, output = run_in_own_session(words, timeout_seconds=200, environment=environment)
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            code = main(command.split()[1:])
     else:
-        shell = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
-        code, output = shell.returncode, shell.stdout + shell.stderr
-    return Step(command=command, fails=fails, code=code, output=output)
+        code = subprocess.run(command, shell=True, check=False).returncode
+    answers.append((code, told.getvalue()))
+with open("answers.json", "w") as file:
+    json.dump(answers, file)
+"""
 
 
 def _write_phone(folder: Path) -> None:
