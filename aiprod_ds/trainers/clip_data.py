@@ -279,8 +279,7 @@ class ClipData:
                 return other
             reasons.append(other)
         raise DataError(
-            f"data: a clip must be readable, got {len(reasons)} that could not be read, first: "
-            f"{reasons[0]}"
+            f"data: a clip must be readable, got {len(reasons)} that could not be read, first: {reasons[0]}"
         )
 
     def unread_for_training(
