@@ -282,9 +282,7 @@ class Trainer(ABC, Generic[ConfigT]):
             require_capacity=partial(require_own_capacity, self),
             source=self.source,
             clips=cache(partial(self.clip_list, data)),
-            unread_clips=lambda names: frozenset(
-                clip.name for clip in data.unread_for_training(plan, names)
-            ),
+            unread_clips=lambda names: frozenset(clip.name for clip in data.unread_for_training(plan, names)),
         )
 
     def _own_model(self) -> nn.Module:
