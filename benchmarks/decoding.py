@@ -22,7 +22,8 @@ only adds to it. Frames are compared once: those of `decode_clip` and PyAV must 
 
 torchcodec is no dependency of the project; it needs FFmpeg's libraries of the system, PyAV brings its own.
 
-Of several runs the value is the best one, not the median. It does not show: network file systems, resizing,
+Of several runs the value is the best one, not the median. Those of 29 November 2026 were taken beside other
+work of lower priority on the same two cores. It does not show: network file systems, resizing,
 a loader with many workers, or decoding on a GPU.
 """
 
