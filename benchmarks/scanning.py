@@ -13,10 +13,9 @@ needs; `data` keeps none.
 
     python benchmarks/scanning.py --files 10000 100000 --runs 3 --output benchmarks/results/NAME.json
 
-Of several runs the rate is the best one, not the median. Those of 29 November 2026 were taken while other work
-put a load of 10 to 17 on two cores. It does not show: network file systems, where asking
-for a file's size and time takes longer than all of this, or long films, of which the first scan reads every
-byte once.
+Of several runs the rate is the best one, not the median. Those of 29 November 2026 were taken while other
+work put a load of 10 to 17 on two cores. It does not show: network file systems, where asking for a file's
+size and time takes longer than all of this, or long films, of which the first scan reads every byte once.
 """
 
 from __future__ import annotations
