@@ -57,8 +57,8 @@ class EngineConfig(StrictModel):
     the GPUs by the estimates of `plan --machine`. Of the DeepSpeed settings then count precision, loss scale
     and buckets. A resumed run keeps its choice."""
     on_lack_of_memory: Literal["stop", "go_on"] = "stop"
-    """A phase that does not fit the GPUs by the estimates of `plan --machine`: end before anything is started,
-    or warn and go on all the same."""
+    """A phase that does not fit the GPUs by the estimates of `plan --machine`: end before anything is
+    started, or warn and go on all the same."""
     flat_parameters: Literal["auto", "on", "off"] = "auto"
     """`auto` puts the weights of each repeated block into a few flat parameters, which DeepSpeed updates
     faster than many small ones; what cannot be a view of one stays as it is, and with `on` is an error.
