@@ -188,6 +188,7 @@ def test_a_list_is_read_as_it_was_made() -> None:
         gzip.compress(b'{"format": 1, "by": "content", "selection": {}}\n[7, "a"]\n'),
         _list(*FOUR).compressed[:-20],
     ],
+    ids=["nothing", "text", "empty", "no header", "format", "no entries", "short entry", "cut off"],
 )
 def test_what_is_no_list_is_refused(content: bytes) -> None:
     with pytest.raises(DataError, match="here: must be a list of clips"):

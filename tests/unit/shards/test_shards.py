@@ -165,6 +165,7 @@ def test_an_index_of_other_shards_is_refused(folder: Path, damage: object, told:
         (gzip.compress(b'{"format": "another"}\n'), "no header of the format"),
         (gzip.compress(b"[]\n"), "no header of the format"),
     ],
+    ids=["text", "another", "no header"],
 )
 def test_a_damaged_index_is_refused(folder: Path, content: bytes, told: str) -> None:
     (folder / INDEX).write_bytes(content)
