@@ -122,13 +122,14 @@ def files_below(
     folder: Path, *, on_error: Callable[[str, OSError], None] = lambda _path, _error: None
 ) -> Iterator[str]:
     """Yields the regular files in a folder and below it, by path from there with slashes, sorted by it; in
-    linked folders too, each real folder once.
+    linked folders too, each real folder once. A link to nothing counts as a file, which is missing.
 
     Only the names of one folder, and of those above it, are in memory.
 
     Args:
         folder: Where to look.
-        on_error: Called with the path from there of a folder that cannot be listed, and why.
+        on_error: Called with the path from there of a folder that cannot be listed, or of a link that cannot
+            be followed, and why.
     """
     seen = {os.path.realpath(folder)}
     waiting: list[Iterator[tuple[str, os.DirEntry[str]]]] = [_sorted_entries(str(folder), "", on_error)]
@@ -141,7 +142,7 @@ def files_below(
             if real not in seen:
                 seen.add(real)
                 waiting.append(_sorted_entries(entry.path, path, on_error))
-        elif entry.is_file():
+        elif entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
             yield path
 
 
@@ -150,12 +151,18 @@ def _sorted_entries(
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Returns the entries of a folder by path; that of a folder ends in a slash, which makes the order of
     entries that of all paths."""
+    found = []
     try:
         with os.scandir(folder) as entries:
-            found = [(f"{path}{entry.name}{'/' if entry.is_dir() else ''}", entry) for entry in entries]
+            listed = list(entries)
     except OSError as error:
         on_error(path, error)
         return iter(())
+    for entry in listed:
+        try:
+            found.append((f"{path}{entry.name}{'/' if entry.is_dir() else ''}", entry))
+        except OSError as error:  # A link in a circle, or into a folder that may not be entered.
+            on_error(f"{path}{entry.name}", error)
     return iter(sorted(found, key=lambda item: item[0]))
 
 

@@ -322,8 +322,13 @@ def _videos_or_all(records: tuple[MediaRecord, ...]) -> tuple[MediaRecord, ...]:
 
 
 def _clips_of_folder(folder: Path, medium: Medium, ignored: list[Unreadable]) -> Iterator[ListedClip]:
-    """Yields the clips by path; media that are none on purpose are added to `ignored`."""
-    for path in files_below(folder):
+    """Yields the clips by path; media that are none on purpose, and what cannot be listed, are added to
+    `ignored`."""
+
+    def note(path: str, error: OSError) -> None:
+        ignored.append(Unreadable(path=path or ".", reason=f"cannot be listed ({error.strerror})"))
+
+    for path in files_below(folder, on_error=note):
         reason = why_no_clip(path, medium)
         if reason is None:
             continue

@@ -117,6 +117,12 @@ def ignored_notes(*manifests: Manifest) -> tuple[str, ...]:
     )
 
 
+def unreadable_notes(*manifests: Manifest) -> tuple[str, ...]:
+    """Returns which files of the manifests cannot be read, by name and reason, in words."""
+    named = [f"{item.path} ({item.reason})" for manifest in manifests for item in manifest.unreadable]
+    return (f"{_files(len(named))} left out that cannot be read: {_some(named)}",) if named else ()
+
+
 def duplicate_notes(train: Manifest, validation: Manifest) -> tuple[str, ...]:
     """Returns what stands more than once, by content: within training, and in training and validation.
 

@@ -30,7 +30,7 @@ from aiprod_ds.data.packed.media import open_source
 from aiprod_ds.data.reading.read_all import unread_clips
 from aiprod_ds.data.reading.replacing import UnreadClip, read_patiently
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
-from aiprod_ds.data.treatment import duplicate_notes, ignored_notes
+from aiprod_ds.data.treatment import duplicate_notes, ignored_notes, unreadable_notes
 from aiprod_ds.errors import CheckpointError, DataError, PlanError
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.shards.reader import ShardReader
@@ -382,7 +382,7 @@ def split_manifests(
 
 
 def manifest_notes(config: ClipDataConfig, train: Manifest, validation: Manifest) -> tuple[str, ...]:
-    """Returns what the manifests leave out on purpose and what they hold twice, in words.
+    """Returns what the manifests leave out and what they hold twice, in words.
 
     Raises:
         DataError: If something stands twice and `data.duplicates` is `error`.
@@ -393,7 +393,7 @@ def manifest_notes(config: ClipDataConfig, train: Manifest, validation: Manifest
             f"{train.where}: must hold no clip twice (data.duplicates: error), got {'; '.join(copies)}. "
             "Remove the copies, or set data.duplicates to warn or allow."
         )
-    return (*ignored_notes(train, validation), *copies)
+    return (*unreadable_notes(train, validation), *ignored_notes(train, validation), *copies)
 
 
 def unreadable_files(*manifests: Manifest) -> tuple[tuple[str, str], ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -84,6 +87,31 @@ def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "set")
     assert [record.path for record in scan(tmp_path / "set").records] == ["link/x.mp4"]
+
+
+def test_what_cannot_be_followed_or_listed_hides_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b.mp4", "locked/x.mp4"):
+        _write_video(tmp_path / name, frames=3)
+    (tmp_path / "a_circle").symlink_to("a_circle")
+    (tmp_path / "gone.mp4").symlink_to("nowhere.mp4")
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    manifest = scan(tmp_path)
+    assert [record.path for record in manifest.records] == ["b.mp4"]
+    assert [(u.path, u.reason) for u in manifest.ignored] == [
+        ("a_circle", "cannot be listed (Too many levels of symbolic links)"),
+        ("locked/", "cannot be listed (Permission denied)"),
+    ]
+    assert [u.path for u in manifest.unreadable] == ["gone.mp4"]
+    assert "is missing" in manifest.unreadable[0].reason
 
 
 def test_a_caption_may_hold_any_character(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from PIL import Image
 
 from aiprod_ds.config.data import AudioDataConfig, VideoDataConfig
 from aiprod_ds.data.dataset import ClipRequest
-from aiprod_ds.data.manifest import Manifest, scan
+from aiprod_ds.data.manifest import Manifest, Unreadable, scan
 from aiprod_ds.data.treatment import (
     audio_notes,
     duplicate_notes,
     ignored_notes,
     picture_notes,
+    unreadable_notes,
     usable_pictures,
 )
 from aiprod_ds.decode.record import MediaRecord
@@ -216,3 +217,11 @@ def test_doubles_are_allowed_told_or_an_error(tmp_path: Path, setting: str) -> N
             open_video_files(config, seed=0)
         return
     assert (leak in open_video_files(config, seed=0).notes) == (setting == "warn")
+
+
+def test_what_cannot_be_read_is_told_by_name() -> None:
+    manifest = Manifest(
+        root=Path("clips"), records=(), unreadable=(Unreadable(path="a.mp4", reason="is empty (0 bytes)"),)
+    )
+    assert unreadable_notes(manifest) == ("1 file left out that cannot be read: a.mp4 (is empty (0 bytes))",)
+    assert unreadable_notes(replace(manifest, unreadable=())) == ()
