@@ -53,6 +53,32 @@ def captions_in_row(row: Mapping[Any, Any]) -> tuple[str, ...]:
     return () if name is None else _texts(row[name], name)
 
 
+def csv_rows(text: str) -> Iterator[dict[str, str | None]]:
+    """Yields the rows of a CSV table by column; cells that a row lacks are None.
+
+    Raises:
+        ValueError: If a column stands twice, a row has more cells than the header, as of a caption with a
+            comma and no quotes, or quotes are not closed. Each would train on another text than was written.
+    """
+    # Not splitlines: it also cuts at characters that a caption may hold, such as U+2028.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        twice = sorted({name for name in header if name and header.count(name) > 1})
+        if twice:
+            raise ValueError(f"column {twice[0]!r} twice")
+        for cells in reader:
+            if len(cells) > len(header):
+                raise ValueError(
+                    f"line {reader.line_num}: {len(cells)} cells under {len(header)} columns; quote cells "
+                    f"that hold commas, right behind the comma before them: {','.join(cells)!r:.160}"
+                )
+            if cells:
+                yield {name: cells[i] if i < len(cells) else None for i, name in enumerate(header)}
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}, look for quotes that are not closed") from error
+
+
 class CaptionFinder:
     """Finds the captions that files hold; tables are read once a folder.
 
@@ -163,7 +189,7 @@ def _rows(table: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield from ((path, _texts(value, path)) for path, value in dict(json.loads(text)).items())
             return
         rows = (
-            csv.DictReader(io.StringIO(text, newline=""))
+            csv_rows(text)
             if table.suffix == ".csv"
             else (json.loads(line) for line in text.split("\n") if line.strip())
         )
@@ -172,5 +198,5 @@ def _rows(table: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
             captions = captions_in_row(row)
             if isinstance(path, str) and captions:
                 yield PurePosixPath(path).as_posix(), captions
-    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{table}: must be a table of captions, got: {error}. Correct the file.") from error

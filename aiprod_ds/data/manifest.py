@@ -7,8 +7,6 @@ Owns finding files, reading tables and splitting; `decode/probe.py` looks into f
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds import progress
-from aiprod_ds.data.captions import MEDIA_COLUMNS, captions_in_row
+from aiprod_ds.data.captions import MEDIA_COLUMNS, captions_in_row, csv_rows
 from aiprod_ds.data.probe_cache import MISSING, Pending, ProbeCache
 from aiprod_ds.decode.record import MediaRecord, Medium
 from aiprod_ds.errors import DataError
@@ -226,7 +224,7 @@ def read_table(table: Path, medium: Medium = "video") -> list[ListedClip]:
         )
     try:
         rows = list(_rows(table))
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{table}: must be a readable {table.suffix[1:]} table, got: {error}. Correct the file."
         ) from error
@@ -362,8 +360,7 @@ def why_no_clip(path: str, medium: Medium) -> str | None:
 def _rows(table: Path) -> Iterable[Any]:
     text = read_text(table, limit=_MAX_TABLE_BYTES).removeprefix("\ufeff")
     if table.suffix.lower() == ".csv":
-        # Not splitlines: it also cuts at characters that a caption may hold, such as U+2028.
-        return csv.DictReader(io.StringIO(text, newline=""))
+        return csv_rows(text)
     if table.suffix.lower() == ".jsonl":
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     rows = json.loads(text)

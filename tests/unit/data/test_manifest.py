@@ -123,6 +123,33 @@ def test_a_caption_may_hold_any_character(tmp_path: Path) -> None:
     assert manifest.unreadable == ()
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            "video,caption\na.mp4,hello, world\n",
+            "line 2: 3 cells under 2 columns; quote cells that hold commas",
+        ),
+        ('video,caption\na.mp4,"open\nb.mp4,b\n', "look for quotes that are not closed"),
+        ("video,caption,caption\na.mp4,a,b\n", "column 'caption' twice"),
+    ],
+)
+def test_a_csv_that_would_be_read_otherwise_than_written_is_refused(
+    table: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "clips.csv").write_text(table, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / "clips.csv", "video")
+
+
+def test_spaces_around_the_columns_of_a_csv_are_no_part_of_them(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text('video , caption\na.mp4,"hello, world"\n\nb.mp4\n', encoding="utf-8")
+    assert [(clip.path, clip.caption) for clip in read_table(tmp_path / "clips.csv", "video")] == [
+        ("a.mp4", "hello, world"),
+        ("b.mp4", None),
+    ]
+
+
 def test_broken_files_are_listed_with_a_reason(tmp_path: Path) -> None:
     _write_video(tmp_path / "good.mp4", frames=3)
     (tmp_path / "empty.mp4").touch()
