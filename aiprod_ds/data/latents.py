@@ -50,7 +50,8 @@ TEMPORARY_SUFFIX = ".part"
 EntryFile: TypeAlias = Path | PackedEntry
 """Where an entry is: a file of its own, or in shards."""
 _TAGGED = re.compile(
-    r"^(?P<clip>.+)@(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)(?:@(?P<rate>[0-9.e+-]+)hz)?$"
+    r"^(?P<clip>.+)@(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)(?:@(?P<rate>[0-9.e+-]+)hz)?$",
+    re.DOTALL,  # names of files may hold line feeds
 )
 
 

@@ -251,7 +251,10 @@ def _write_failures(summary: EncodeSummary) -> None:
         "failures": [asdict(failure) for failure in summary.failures],
         "too_short": list(summary.too_short),
     }
-    write_atomically(summary.failures_file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    # A name that is no UTF-8 holds lone surrogates, which JSON has as escapes.
+    escaped = text.encode("utf-8", "backslashreplace").decode()
+    write_atomically(summary.failures_file, f"{escaped}\n")
 
 
 def _require_few_failures(summary: EncodeSummary, work: Work, config: EncodeConfig) -> None:

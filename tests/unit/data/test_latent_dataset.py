@@ -24,7 +24,9 @@ from aiprod_ds.data.latents import (
     EMPTY_PROMPT,
     LATENTS,
     LatentShape,
+    entry_name,
     entry_path,
+    split_name,
     write_entry,
 )
 from aiprod_ds.errors import DataError, PlanError
@@ -323,3 +325,8 @@ def test_latents_split_like_media(folder: Path) -> None:
     train, held = split_manifests(config, lambda path: scan_latents(path, SOUNDING), seed=0)
     assert (len(train.records), len(held.records)) == (2, 1)
     assert not {record.path for record in train.records} & {record.path for record in held.records}
+
+
+@pytest.mark.parametrize("clip", ["new\nline.mp4", "a@9x24x40.mp4", "x.mp4#t=0.5,1"])
+def test_the_name_of_an_entry_gives_back_clip_and_shape(clip: str) -> None:
+    assert split_name(entry_name(clip, SMALL)) == (clip, SMALL)

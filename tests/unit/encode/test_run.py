@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -504,6 +505,16 @@ def test_a_clip_without_caption_fails_or_gets_the_default(media: Path) -> None:
     assert [(failure.clip, failure.what) for failure in some.failures] == [
         ("clips/clip_00000.mp4", CONDITIONS)
     ]
+
+
+def test_a_clip_whose_name_is_no_text_fails_by_name(media: Path) -> None:
+    folder, name = media / "clips", os.fsdecode(b"caf\xe9.mp4")
+    (folder / "clip_00001.mp4").rename(folder / name)
+    for number in (0, 2):
+        (folder / f"clip_{number:05}.txt").write_text("a film")
+    summary = run_encoding(_config(media, text=TEXT, data={"media": str(folder), "max_failed_fraction": 0.5}))
+    found = json.loads(summary.failures_file.read_text(encoding="utf-8"))
+    assert [failure["clip"] for failure in found["failures"]] == [name]
 
 
 def test_all_missing_captions_are_found_before_anything_is_encoded(media: Path) -> None:
