@@ -106,7 +106,7 @@ def _apply_override(document: Document, override: str) -> None:
             "seed=1."
         )
     path = tuple(int(step) if step.isdigit() else step for step in _STEP.findall(match[1]))
-    document.replace(path, read_yaml(match[2].encode(), origin), "--set")
+    document.replace(path, read_yaml(match[2].encode("utf-8", "surrogatepass"), origin), "--set")
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> Document:

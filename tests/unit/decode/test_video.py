@@ -332,5 +332,5 @@ def test_tensors_are_resampled_when_their_rate_is_known() -> None:
 def test_items_that_do_not_fit_are_named() -> None:
     with pytest.raises(DataError, match=r"dataset\[1\]: must have 5 frames, got 4"):
         TensorVideoDataset([_ramp(9), _ramp(4)], seed=0)[_request(sample_index=1)]
-    with pytest.raises(DataError, match=r"dataset\[0\]: must be a floating tensor .* got str"):
+    with pytest.raises(DataError, match=r"dataset\[0\]: must be a tensor or array .* got str"):
         TensorVideoDataset(["clip"], seed=0)[_request()]

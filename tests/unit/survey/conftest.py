@@ -56,3 +56,8 @@ def surveyed(tmp_path_factory: pytest.TempPathFactory) -> Surveyed:
     return Surveyed(
         folder=folder, truth=truth, output=root / "page", document=json.loads(document.read_text())
     )
+
+
+@pytest.fixture(autouse=True)
+def _lines_as_long_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it
