@@ -222,7 +222,7 @@ class ItemDataset:
             DataError: As `ItemReader.clip`.
         """
         index = self._own_index(request.sample_index)
-        return self._reader.clip(self._dataset[index], request, f"dataset[{index}]")
+        return self._reader.clip(self._dataset[index], request, self._name(index))
 
     def lengths(self) -> Sequence[ClipFacts]:
         """See `ClipDataset.lengths`; the first call reads each item once and looks at the first ones' values.
@@ -248,12 +248,15 @@ class ItemDataset:
         found._lengths = [known[place] for place in places]
         return found
 
+    def _name(self, index: int) -> str:
+        return f"{'validation' if self._is_held_out else 'dataset'}[{index}]"
+
     def _own_index(self, place: int) -> int:
         return place if self._indices is None else self._indices[place]
 
     def _facts(self, place: int, check: ValueCheck) -> ClipFacts:
         index = self._own_index(place)
-        item, name = self._dataset[index], f"dataset[{index}]"
+        item, name = self._dataset[index], self._name(index)
         if not check.is_full:
             check.see(self._reader.values(item, name), name)
         return self._reader.facts(item, name)

@@ -152,8 +152,8 @@ class ShardReader:
             if not is_known and not self._is_right(member, part):
                 raise DataError(
                     f"{self.where(member.name)}: must be {member.size} bytes at {member.offset} of {shard} "
-                    f"with the hash {member.sha256[:12]} of the index, got others. Pack it again with "
-                    f"`aiprod-ds shard`, or make the index with `aiprod-ds shard --index {self.address}`."
+                    f"with the hash {member.sha256[:12]} of the index, got others: it is damaged. Pack it "
+                    "again with `aiprod-ds shard`."
                 )
             if self._cache is not None:
                 self._cache.keep(member.sha256, part)

@@ -114,9 +114,21 @@ class Source:
             if self.is_sharded
             else "each rank reads all of it and trains on its part"
         )
-        return (
-            f"dataset: an iterable, read in its own order in the training process; it {resumed}; {ranks}",
+        read = f"dataset: an iterable, read in its own order in the training process; it {resumed}; {ranks}"
+        return (read, *self._words_of_workers())
+
+    def _words_of_workers(self) -> tuple[str, ...]:
+        loader = self.iterable
+        if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
+            return ()
+        if loader.num_workers < 2:
+            return ()
+        words = (
+            f"dataset: each of its {loader.num_workers} workers iterates over the dataset, which must share "
+            "its items out by torch.utils.data.get_worker_info(); if it does not, every clip comes "
+            f"{loader.num_workers} times a pass"
         )
+        return (words,)
 
 
 def source_of(dataset: Any) -> Source | None:

@@ -241,3 +241,13 @@ def test_samplers_and_datasets_are_told_the_pass() -> None:
 def test_a_damaged_mark_is_named() -> None:
     with pytest.raises(CheckpointError, match="a mark must have"):
         mark_from_dict({"epoch": 0})
+
+
+@pytest.mark.parametrize(("workers", "is_warned"), [(0, False), (1, False), (2, True)])
+def test_workers_that_may_all_give_the_same_items_are_told_of(workers: int, is_warned: bool) -> None:
+    source = source_of(DataLoader(Streamed(), batch_size=2, num_workers=workers))
+    assert source is not None
+    told = [words for words in source.words() if "get_worker_info" in words]
+    assert [f"every clip comes {workers} times a pass" in words for words in told] == [True] * is_warned
+    (read,) = [words for words in source.words() if words not in told]
+    assert "in its own order" in read
