@@ -24,7 +24,7 @@ from aiprod_ds.data.reading import replacing, workers
 from aiprod_ds.data.sampler import BucketSamples, PhaseSampler
 from aiprod_ds.errors import DataError, StorageError
 
-# torch 2.14.1 (utils/data/dataloader.py:1324) opens temporary files to see whether there is room for more, and
+# torch 2.14.1 (utils/data/dataloader.py:1324) opens temporary files to see whether there is room for more;
 # the signal of a worker's death may interrupt it there, before it has closed them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
