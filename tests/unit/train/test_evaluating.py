@@ -196,7 +196,7 @@ def test_a_record_says_what_was_measured_and_names_the_files(tmp_path: Path) -> 
     _train(tmp_path, evaluation={"every_updates": 4, "num_pictures": 2})
     record = next(record for record in read_evaluations(tmp_path) if record.update == 4)
     assert (record.reason, record.phase, record.samples, record.is_average) == ("interval", "first", 8, True)
-    assert record.clips == ("dataset[0]", "dataset[1]")
+    assert record.clips == ("validation[0]", "validation[1]")
     assert {"psnr_db", "ssim"} <= set(record.metrics)
     assert [(medium.path, medium.kind, medium.role, medium.clip) for medium in record.media] == [
         ("samples/update_000004.png", "picture", "sheet", None),
@@ -207,7 +207,7 @@ def test_a_record_says_what_was_measured_and_names_the_files(tmp_path: Path) -> 
     ]
     assert record.media[0].caption == f"update 4: {record.headline}"
     assert record.media[2].caption == "clip 1, update 4", "the measure is the mean of both clips"
-    assert {medium.source for medium in record.media} == {"", "dataset[0]", "dataset[1]"}
+    assert {medium.source for medium in record.media} == {"", "validation[0]", "validation[1]"}
     assert all((tmp_path / medium.path).stat().st_size for medium in record.media)
 
 

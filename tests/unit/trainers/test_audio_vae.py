@@ -138,11 +138,11 @@ def test_an_evaluation_inside_a_phase_has_sounds_of_its_own(whole: Path, tmp_pat
     report = json.loads((whole / "report.json").read_text())
     assert summary.final_state_sha256 == report["final_state_sha256"], "nothing in training changed"
     record = next(found for found in read_evaluations(tmp_path) if found.update == 2)
-    assert record.clips == ("dataset[0]", "dataset[1]")
+    assert record.clips == ("validation[0]", "validation[1]")
     assert [(medium.path, medium.kind, medium.role, medium.source) for medium in record.media] == [
         ("samples/update_000002.png", "picture", "sheet", ""),
-        ("samples/original_clip_1.wav", "sound", "original", "dataset[0]"),
-        ("samples/update_000002_clip_1.wav", "sound", "reconstruction", "dataset[0]"),
+        ("samples/original_clip_1.wav", "sound", "original", "validation[0]"),
+        ("samples/update_000002_clip_1.wav", "sound", "reconstruction", "validation[0]"),
     ]
     assert all((tmp_path / medium.path).stat().st_size for medium in record.media)
 

@@ -254,7 +254,7 @@ def test_latents_of_another_vae_are_refused_before_training(tmp_path: Path) -> N
 
 
 def test_latents_of_another_size_than_the_phase_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"dataset\[0\]: must have latents of 2 frames of 8x4 for this phase"):
+    with pytest.raises(PlanError, match=r"validation\[0\]: must have latents of 2 frames of 8x4"):
         _trainer(tmp_path, "ltx", latent_rows=8).train()
 
 

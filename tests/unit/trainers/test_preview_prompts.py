@@ -146,7 +146,7 @@ def test_own_prompts_are_sampled_at_their_interval_and_encoded_once(
     assert records[1].metrics == {}, "its own interval: nothing was measured"
     films = _films(run, 2)
     assert [(film.clip, film.prompt) for film in films] == [(1, "a red cat"), (2, "a dog"), (3, "")]
-    assert films[2].source == "dataset[0]"
+    assert films[2].source == "validation[0]"
     with av.open(str(run / films[1].path)) as film:
         video = film.streams.video[0]
         shape = (video.height, video.width, video.frames, float(video.average_rate or 0))
