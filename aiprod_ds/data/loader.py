@@ -8,6 +8,7 @@ number of workers changes neither the order nor a single value. The training loo
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class ClipLoader:
         assert not self._is_closed, "the loader is closed"
         batch = self._fetched()
         while isinstance(batch, _Lost):
-            self._batches = None  # ends those that live
+            self._end_workers()
             if not self._restarts.may_begin():
                 batch = batch.as_failure()
                 break
@@ -159,10 +160,16 @@ class ClipLoader:
 
     def close(self) -> None:
         """Ends the worker processes; may be called at any time and more than once."""
-        # DataLoader's iterator ends its workers when it is collected and offers no public method for it.
-        self._batches = None
+        self._end_workers()
         self._is_closed = True
         self._workers.end()
+
+    def _end_workers(self) -> None:
+        # DataLoader's iterator ends its workers when it is collected and offers no public method for it.
+        self._batches = None
+        if self._workers.are_there():
+            # A death that was heard inside torch may have left a circle of frames that holds the iterator.
+            gc.collect()
 
     def _fetched(self) -> MicroBatch | _Failure | _Lost:
         """Returns the next micro-batch, or how the workers were lost that were to read it."""

@@ -86,6 +86,10 @@ class Workers:
                 return f"worker {process.pid} ended with exit code {process.exitcode}"
         return None
 
+    def are_there(self) -> bool:
+        """Returns whether a process has not ended."""
+        return any(process.is_alive() for process in self._processes)
+
     def kill(self) -> None:
         """Ends the processes at once, also those that are stopped or read what never comes."""
         for process in self._processes:

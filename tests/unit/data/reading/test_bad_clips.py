@@ -252,6 +252,18 @@ def test_dead_workers_are_started_again_where_they_were(
     assert not multiprocessing.active_children()
 
 
+def test_a_circle_that_holds_the_iterator_keeps_no_worker() -> None:
+    """As an error leaves one that is raised inside torch when a worker dies."""
+    loader = _loader(Clips(), num_workers=1)
+    next(loader)
+    assert multiprocessing.active_children()
+    circle: list[Any] = [loader._batches]
+    circle.append(circle)
+    del circle
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
 def test_more_deaths_in_a_row_end_the_run(tmp_path: Path) -> None:
     deaths = workers.RESTARTS_IN_A_ROW + 1
     with pytest.raises(DataError, match=r"worker processes must stay alive, got .* again and again"):
