@@ -6,19 +6,12 @@ an endpoint is a setting or `AWS_ENDPOINT_URL`. Needs the extra `storage`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aiprod_ds.errors import DataError, StorageError
-from aiprod_ds.shards.storage import (
-    DEFAULT_PATIENCE_SECONDS,
-    INDEX,
-    InterruptedTransferError,
-    NoSuchFileError,
-    transferred,
-)
+from aiprod_ds.shards.storage import InterruptedTransferError, NoSuchFileError, RangeStorage, byte_range
 
 try:
     import boto3
@@ -36,7 +29,7 @@ _ABSENT = frozenset({"404", "NoSuchKey", "NotFound"})
 _MAY_PASS = frozenset({"500", "503", "InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout"})
 
 
-class S3Storage:
+class S3Storage(RangeStorage):
     """The objects of a bucket whose keys begin with a prefix and a slash; a `Storage`.
 
     Args:
@@ -45,39 +38,15 @@ class S3Storage:
         endpoint_url: None: as boto3 finds it.
     """
 
-    is_remote = True
-
     def __init__(self, bucket: str, prefix: str, *, endpoint_url: str | None = None) -> None:
-        self.address = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.patience_seconds = DEFAULT_PATIENCE_SECONDS
+        super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"))
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._endpoint_url = endpoint_url
-        self._clients: dict[int, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_clients": {}}
-
-    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
-        """See `Storage.read`."""
-
-        def fetch(done: int) -> Iterator[bytes]:
-            if size is not None and done >= size:
-                return
-            end = "" if size is None else start + size - 1
-            yield from self._stream(name, f"bytes={start + done}-{end}")
-
-        return transferred(
-            fetch,
-            size=size,
-            where=f"{self.address}/{name}",
-            is_reachable=self._is_reachable,
-            patience_seconds=self.patience_seconds,
-        )
 
     def sizes(self) -> dict[str, int]:
         """See `Storage.sizes`."""
-        pages = self._client().get_paginator("list_objects_v2")
+        pages = self._connection().get_paginator("list_objects_v2")
         found: dict[str, int] = {}
         try:
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix, Delimiter="/"):
@@ -90,20 +59,15 @@ class S3Storage:
     def write(self, name: str, file: Path) -> None:
         """See `Storage.write`; large files go up in parts, of which none is seen before all are there."""
         try:
-            self._client().upload_file(str(file), self._bucket, f"{self._prefix}{name}")
+            self._connection().upload_file(str(file), self._bucket, f"{self._prefix}{name}")
         except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error) as error:
             raise self._unreachable(error) from error
 
-    def _is_reachable(self) -> bool:
-        try:
-            return any(self._stream(INDEX, "bytes=0-0"))
-        except DataError:
-            return False
-
-    def _stream(self, name: str, bytes_range: str) -> Iterator[bytes]:
+    def _stream(self, name: str, start: int, end: int | None) -> Iterator[bytes]:
+        bytes_range = byte_range(start, end)
         key = f"{self._prefix}{name}"
         try:
-            body = self._client().get_object(Bucket=self._bucket, Key=key, Range=bytes_range)["Body"]
+            body = self._connection().get_object(Bucket=self._bucket, Key=key, Range=bytes_range)["Body"]
             yield from body.iter_chunks(_BLOCK_BYTES)
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code"))
@@ -129,17 +93,13 @@ class S3Storage:
             "credentials, AWS_PROFILE, region and endpoint (data.storage.endpoint_url or AWS_ENDPOINT_URL)."
         )
 
-    def _client(self) -> Any:
-        """Returns the client of this process; a parent's connections are not to be used in a fork."""
-        if os.getpid() not in self._clients:
-            retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
-            config = Config(connect_timeout=_CONNECT_SECONDS, read_timeout=_READ_SECONDS, retries=retries)
-            try:
-                made = boto3.session.Session().client("s3", endpoint_url=self._endpoint_url, config=config)
-            except (BotoCoreError, ValueError) as error:
-                raise self._unreachable(error) from error
-            self._clients = {os.getpid(): made}
-        return self._clients[os.getpid()]
+    def _connect(self) -> Any:
+        retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
+        config = Config(connect_timeout=_CONNECT_SECONDS, read_timeout=_READ_SECONDS, retries=retries)
+        try:
+            return boto3.session.Session().client("s3", endpoint_url=self._endpoint_url, config=config)
+        except (BotoCoreError, ValueError) as error:
+            raise self._unreachable(error) from error
 
 
 def _without_secrets(error: Exception) -> str:

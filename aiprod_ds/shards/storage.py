@@ -6,10 +6,12 @@ Owns the choice by address, and that a transfer that breaks off is taken up wher
 
 from __future__ import annotations
 
+import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from aiprod_ds.errors import DataError, StorageError
@@ -107,6 +109,65 @@ class FolderStorage:
             target.with_name(f"{name}.part").replace(target)
         except OSError as error:
             raise DataError(f"{target}: must be writable, got: {error.strerror}. Make room.") from error
+
+
+class RangeStorage(ABC):
+    """Files that are read by ranges of bytes over a connection; the reading half of a `Storage`.
+
+    Args:
+        address: Without the slash at its end.
+    """
+
+    is_remote = True
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.patience_seconds = DEFAULT_PATIENCE_SECONDS
+        self._connections: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_connections": {}}
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """See `Storage.read`."""
+
+        def fetch(done: int) -> Iterator[bytes]:
+            if size is not None and done >= size:
+                return
+            yield from self._stream(name, start + done, None if size is None else start + size)
+
+        return transferred(
+            fetch,
+            size=size,
+            where=f"{self.address}/{name}",
+            is_reachable=self._is_reachable,
+            patience_seconds=self.patience_seconds,
+        )
+
+    def _is_reachable(self) -> bool:
+        try:
+            return any(self._stream(INDEX, 0, 1))
+        except DataError:
+            return False
+
+    def _connection(self) -> Any:
+        """Returns the connection of this process; that of a parent is not to be used in a fork."""
+        if os.getpid() not in self._connections:
+            self._connections = {os.getpid(): self._connect()}
+        return self._connections[os.getpid()]
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """Returns a new connection."""
+
+    @abstractmethod
+    def _stream(self, name: str, start: int, end: int | None) -> Iterator[bytes]:
+        """Yields the bytes from `start` to before `end`; None: all that follow."""
+
+
+def byte_range(start: int, end: int | None) -> str:
+    """Returns the range from `start` to before `end` as HTTP writes it; None: all that follow."""
+    return f"bytes={start}-{'' if end is None else end - 1}"
 
 
 def is_remote(source: str) -> bool:
