@@ -246,18 +246,19 @@ class Watchdog:
                 self._stops.leave(f"{gone} is gone, which started this process")
             if self._least is None:
                 continue
+            # Before the time: what the main thread begins in between may have a smaller limit, but is young.
+            limit = self.limit()
             # Where the interpreter's lock is never given back, no thread of Python's can look. To the
             # descriptor: what stands for standard error, as in a notebook, may have none.
-            faulthandler.dump_traceback_later(2 * self.limit() + self._gather_seconds, exit=True, file=2)
+            faulthandler.dump_traceback_later(2 * limit + self._gather_seconds, exit=True, file=2)
             if self._request is not None:
                 self._end(self._request, is_finder=False)
-            quiet = time.monotonic() - self._since
-            problem = self._problem(quiet)
+            problem = self._problem(time.monotonic() - self._since, limit)
             if problem is not None and not self._call_back(problem):
                 self._find(problem)
 
-    def _problem(self, quiet: float) -> str | None:
-        limit, stop = self.limit(), self._stops.received
+    def _problem(self, quiet: float, limit: float) -> str | None:
+        stop = self._stops.received
         if quiet > limit:
             return (
                 f"no progress for {quiet:.0f} s in {self._activity.value}, where {limit:.0f} s are the limit"
