@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from aiprod_ds.config.curriculum import CurriculumConfig, expand_preset
+from aiprod_ds.config.data import ClipDataConfig
 from aiprod_ds.config.diffusion import DiffusionModelConfig, adapters_of
 from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.config.merge import Document, apply_overrides, read_document
@@ -23,7 +24,7 @@ from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.sample import SampleConfig
-from aiprod_ds.config.schema import TRUST_CODE, untrusted
+from aiprod_ds.config.schema import TRUST_CODE, Fraction, Seed, untrusted
 from aiprod_ds.config.trainers import DEFAULT_TRAINER, TRAINERS, trainer_config_class
 from aiprod_ds.errors import ConfigError
 
@@ -146,9 +147,9 @@ class HoldoutFile(BaseModel):
         """The part of `data` that says which."""
 
         validation: str | None = None
-        holdout_fraction: float = Field(default=0.1, ge=0, le=1)
+        holdout_fraction: Fraction = ClipDataConfig.model_fields["holdout_fraction"].default
 
-    seed: int = 0
+    seed: Seed = RunConfig.model_fields["seed"].default
     data: Data = Data()
 
 
