@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -143,26 +143,22 @@ def row_of(path: str, probed: Probed, sound: Probed | None) -> Row:
     """
     record, details = probed.record, probed.details
     heard = record if sound is None else sound.record
-    if details.kind == "sound":
-        return Row(
-            path=path,
-            kind=details.kind,
-            num_bytes=details.num_bytes,
-            container=details.container,
-            codec=details.codec,
-            seconds=record.seconds,
-            audio_rate_hz=heard.audio_rate_hz or 0,
-            audio_channels=heard.audio_channels or 0,
-            audio_layout=heard.audio_layout or "",
-            sha256=record.sha256,
-        )
-    is_film = details.kind == "film"
-    return Row(
+    row = Row(
         path=path,
         kind=details.kind,
         num_bytes=details.num_bytes,
         container=details.container,
         codec=details.codec,
+        audio_rate_hz=heard.audio_rate_hz or 0,
+        audio_channels=heard.audio_channels or 0,
+        audio_layout=heard.audio_layout or "",
+        sha256=record.sha256,
+    )
+    if details.kind == "sound":
+        return replace(row, seconds=record.seconds)
+    is_film = details.kind == "film"
+    return replace(
+        row,
         pixel_format=details.pixel_format,
         stored_width=details.stored_width,
         stored_height=details.stored_height,
@@ -183,10 +179,6 @@ def row_of(path: str, probed: Probed, sound: Probed | None) -> Row:
         alpha=record.has_alpha,
         color_matrix=details.color_matrix,
         color_range=details.color_range,
-        audio_rate_hz=heard.audio_rate_hz or 0,
-        audio_channels=heard.audio_channels or 0,
-        audio_layout=heard.audio_layout or "",
-        sha256=record.sha256,
     )
 
 
