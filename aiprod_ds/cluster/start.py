@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,11 +78,20 @@ class Request:
     verbose: bool = False
 
 
-def start(request: Request, console: Console) -> int:
+Once = Callable[[Request, Console], tuple[int, bool]]
+"""Makes one start; returns the exit code, and whether a signal asked for the end."""
+
+
+def start(request: Request, console: Console, *, once: Once | None = None) -> int:
     """Runs `aiprod-ds train` on the hosts and returns its exit code.
 
     With `max_restarts` it starts again where the ranks failed, after examining the hosts again; from the
     newest checkpoint, if this start or the one before has made any.
+
+    Args:
+        request: What the user asked for.
+        console: Shows what is started.
+        once: Makes one start, in place of DeepSpeed's launcher.
 
     Returns:
         0 only if the run's own report says that it is completed; else the launcher's code, or 1 if that was
@@ -92,15 +101,16 @@ def start(request: Request, console: Console) -> int:
         ConfigError: If anything that was given is wrong; nothing has been started.
         EngineError: If a host is; the message has every problem.
     """
+    start_once = once or _start_once
     before = _checkpoints(request.run_folder)
-    code, is_stopped = _start_once(request, console)
+    code, is_stopped = start_once(request, console)
     for restart in range(1, request.max_restarts + 1):
         if code in _FINAL or is_stopped or request.dry_run:
             break
         has_saved = bool(_checkpoints(request.run_folder) - before)
         _LOG.warning("restarting restart=%d of=%d exit_code=%d", restart, request.max_restarts, code)
         again = replace(request, resume="auto" if has_saved else request.resume)
-        code, is_stopped = _start_once(again, console)
+        code, is_stopped = start_once(again, console)
     return code
 
 
@@ -143,6 +153,9 @@ def _start_once(request: Request, console: Console) -> tuple[int, bool]:
         launch = replace(
             launch, master_address=address, master_port=request.master_port or int(first["free_port"])
         )
+    elif len(hosts) == 1 and found[0].probe is not None:
+        # Nobody else has to guess it, and ranks of an earlier start that are about to end may hold the usual one.
+        launch = replace(launch, master_port=request.master_port or int(found[0].probe["free_port"]))
     command = deepspeed_command(launch)
     listed = ", ".join(f"{host.name} ({len(host.slots)})" for host in hosts)
     console.print(f"{num_ranks(hosts)} ranks on {listed}", markup=False, highlight=False)
@@ -296,10 +309,10 @@ def _tell_of_what_was_left(run_folder: Path) -> None:
 def _run(
     request: Request, launch: Launch, command: list[str], environment: Mapping[str, str], names: Sequence[str]
 ) -> tuple[int, bool]:
-    report = Report.of(request.run_folder)
     supervisor = Supervisor(
         pattern=rank_pattern(launch), hosts=() if request.no_ssh else names, ssh=request.ssh
     )
+    report = Report.of(request.run_folder)
     with tempfile.TemporaryDirectory(prefix="aiprod_ds_launch_") as folder:
         variables = {**os.environ, **environment}
         if not request.no_ssh:
@@ -310,11 +323,16 @@ def _run(
         code = supervisor.run(command, variables)
     if code != 0 and report.status() == "missing":
         _tell_of_what_was_left(request.run_folder)
+    return judged(code, report), supervisor.is_stopped
+
+
+def judged(code: int, report: Report) -> int:
+    """Returns the exit code of a start whose launcher ended with `code`: 0 only if the run completed."""
     if code != 0 or report.is_completed():
-        return code, supervisor.is_stopped
+        return code
     _LOG.error(
         "run_not_completed report=%s status=%s: the launcher ended without an error, the run did not",
         report.path,
         report.status(),
     )
-    return _FAILED, supervisor.is_stopped
+    return _FAILED

@@ -13,9 +13,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Protocol
 
 from aiprod_ds.cluster.ssh import Ssh, ask_all
 
@@ -25,6 +26,20 @@ STOP_SECONDS = 300.0  # for the ranks to save; a second signal does not wait
 _LEFT_OVER_SECONDS = 30.0
 _SSH_SECONDS = 60.0
 _POLL_SECONDS, _LOOK_SECONDS = 0.2, 2.0
+
+
+class Launcher(Protocol):
+    """A process that starts ranks; it leads a session of its own, in which those on this machine are."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def poll(self) -> int | None:
+        """Returns its exit code, -n if signal n ended it; None while it runs."""
+
+    def wait(self) -> int:
+        """Returns its exit code, once it has ended."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,13 +64,17 @@ class Supervisor:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Runs the launcher to its end and returns its exit code, 128 + n if signal n ended it."""
+        # A session of its own: a ctrl-C in the terminal reaches this process only, which knows what to do
+        # with it.
+        return self.follow(lambda: subprocess.Popen(command, env=dict(environment), start_new_session=True))
+
+    def follow(self, start: Callable[[], Launcher]) -> int:
+        """Does what `run` does, with the launcher that `start` returns."""
         minded = [
             number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
         ]  # nohup ignores one
         handlers = {number: signal.signal(number, self._note) for number in minded}
-        # A session of its own: a ctrl-C in the terminal reaches this process only, which knows what to do
-        # with it.
-        launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        launcher = start()
         try:
             return self._watch(launcher)
         finally:
@@ -69,7 +88,7 @@ class Supervisor:
     def _note(self, number: int, _: FrameType | None) -> None:
         self._signals.append(number)
 
-    def _watch(self, launcher: subprocess.Popen[bytes]) -> int:
+    def _watch(self, launcher: Launcher) -> int:
         told, deadline = 0, float("inf")
         while launcher.poll() is None:
             if len(self._signals) > told:
