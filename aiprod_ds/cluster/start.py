@@ -154,7 +154,7 @@ def _start_once(request: Request, console: Console) -> tuple[int, bool]:
             launch, master_address=address, master_port=request.master_port or int(first["free_port"])
         )
     elif len(hosts) == 1 and found[0].probe is not None:
-        # Nobody else has to guess it, and ranks of an earlier start that are about to end may hold the usual one.
+        # Nobody else has to guess it, and an earlier start whose ranks still save may hold the usual one.
         launch = replace(launch, master_port=request.master_port or int(found[0].probe["free_port"]))
     command = deepspeed_command(launch)
     listed = ", ".join(f"{host.name} ({len(host.slots)})" for host in hosts)
