@@ -1,5 +1,5 @@
-"""The command line: check, plan, encode, train, eval, report, sample, shard, convert, inspect, launch,
-doctor. The only module that prints.
+"""The command line: all commands, of which some have their arguments in `cli_*.py`. The only module that
+prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 3 converted, but an older checkpoint
 than the newest, 70 an error that nobody foresaw (`crash` tells it), 75 the run was asked to stop and has
@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from aiprod_ds.cli_check import add_read_all, read_all, require_clips_of_training
 from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
 from aiprod_ds.cli_data import add_data, look
 from aiprod_ds.cli_shard import add_shard, run_shard
+from aiprod_ds.cli_start import add_examples, add_program, list_or_copy
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
@@ -78,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it
+    add_program(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_examples(commands).set_defaults(command=_examples)
     check = _configured(
         commands,
         "check",
@@ -147,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     add_shard(commands).set_defaults(command=_shard)
     add_convert(commands).set_defaults(command=_convert)
     add_inspect(commands).set_defaults(command=_inspect)
-    launch = commands.add_parser("launch", help="train on the hosts of a hostfile, after checking them")
+    launch = commands.add_parser(
+        "launch", help="train on every accelerator of this machine, or on the hosts of a hostfile"
+    )
     add_launch_options(launch)
     launch.set_defaults(command=_launch)
     doctor = commands.add_parser(
@@ -466,7 +473,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return FAILED if page.problem else DONE
 
 
+def _examples(arguments: argparse.Namespace) -> int:
+    found = list_or_copy(arguments)
+    if isinstance(found, Table):
+        open_console().print(found)
+    else:
+        for line in found:
+            print(line)
+    return DONE
+
+
 def _launch(arguments: argparse.Namespace) -> int:
+    if arguments.hostfile is None:
+        from aiprod_ds.cluster.local import become, command_here
+
+        command = command_here(arguments)
+        if arguments.dry_run:
+            print(shlex.join(command))
+            return DONE
+        become(command)
     from aiprod_ds.cluster.start import start
 
     return start(launch_request(arguments), arguments.console)

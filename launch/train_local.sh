@@ -17,7 +17,7 @@ printf -v typed ' %q' "$0" "$@"
 shift 2
 source "$(dirname "$0")/all_accelerators.sh"
 # For the run's page: a rank would only know of its own command. Percent-encoded, see aiprod_ds/report/command.py.
-export AIPROD_DS_COMMAND="NUM_ACCELERATORS=$accelerators${typed//%/%25}"
+export AIPROD_DS_COMMAND="${AIPROD_DS_COMMAND:-NUM_ACCELERATORS=$accelerators${typed//%/%25}}"
 
 on_all_accelerators train "$config" --output-dir "$run_folder" "$@"
 if ((code != 0)) && [[ -f $run_folder/metrics.jsonl && ! -f $run_folder/report.json ]]; then

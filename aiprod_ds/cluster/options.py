@@ -8,13 +8,24 @@ from pathlib import Path
 
 from aiprod_ds.cluster.ssh import Ssh
 from aiprod_ds.cluster.start import Request
+from aiprod_ds.errors import ConfigError
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `launch`."""
     parser.add_argument("config", type=Path)
-    parser.add_argument("run_folder", type=Path, help="on a file system that all hosts share")
-    parser.add_argument("--hostfile", type=Path, required=True, help="lines of `name slots=N`")
+    parser.add_argument(
+        "run_folder",
+        type=Path,
+        nargs="?",
+        help="in place of the configuration's; needed with --hostfile, on a file system that all hosts share",
+    )
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        help="lines of `name slots=N`; without it every accelerator of this machine is used, or its CPU by "
+        "two processes; CONFIG may then be one of encode, too",
+    )
     _add_hosts(parser)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as of `train`"
@@ -62,7 +73,13 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
 
 
 def launch_request(arguments: argparse.Namespace) -> Request:
-    """Returns what the options of `launch` say."""
+    """Returns what the options of `launch` say.
+
+    Raises:
+        ConfigError: If there is no run folder.
+    """
+    if arguments.run_folder is None:
+        raise ConfigError("RUN_FOLDER: must be given with --hostfile, got none. Add one.")
     return Request(
         config=arguments.config,
         run_folder=arguments.run_folder,

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from aiprod_ds.config.merge import places_of
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import read_text
+from aiprod_ds.shipped import lookup
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Check = Callable[[object], object]  # returns the value to keep or raises ValueError with the rule
@@ -86,8 +88,9 @@ class DeepSpeedSettings:
 
 
 def read_settings(config: RunConfig, *, source: str) -> DeepSpeedSettings:
-    """Returns the engine settings that `engine.deepspeed_config` names; a relative path is taken from the
-    working folder, the configuration file's folder, or a folder above it.
+    """Returns the engine settings that `engine.deepspeed_config` names: a path, relative to the working
+    folder, the folder of the file that says it, of the configuration, or one above them; or the name of
+    shipped ones.
 
     Raises:
         ConfigError: If the file is missing or breaks a rule.
@@ -95,12 +98,13 @@ def read_settings(config: RunConfig, *, source: str) -> DeepSpeedSettings:
     given = config.engine.deepspeed_config
     if not isinstance(given, str):
         return parse_deepspeed_settings(given, where=f"{source}: engine.deepspeed_config")
-    folders = [Path(), *Path(source).resolve().parents]
-    found = next((folder / given for folder in folders if (folder / given).is_file()), None)
+    files = places_of(given, ("engine", "deepspeed_config"), source)
+    found = lookup.settings(given, lookup.searched(*files))
     if found is None:
         raise ConfigError(
-            f"{source}: engine.deepspeed_config: must name a file, got {given!r}, which is not there. Check "
-            "the path."
+            f"{source}: engine.deepspeed_config: must name a file or shipped settings, got {given!r}, "
+            f"which is not in {lookup.in_words(*files)}. Check the path, or take one of "
+            f"{', '.join(lookup.shipped_settings())}."
         )
     return parse_deepspeed_settings(found, where=given)
 

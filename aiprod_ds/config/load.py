@@ -18,7 +18,7 @@ from aiprod_ds.config.curriculum import CurriculumConfig, expand_preset
 from aiprod_ds.config.data import ClipDataConfig
 from aiprod_ds.config.diffusion import DiffusionModelConfig, adapters_of
 from aiprod_ds.config.encode import EncodeConfig
-from aiprod_ds.config.merge import Document, apply_overrides, read_document
+from aiprod_ds.config.merge import Document, apply_overrides, places_of, read_document
 from aiprod_ds.config.messages import problems_of
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
@@ -27,6 +27,7 @@ from aiprod_ds.config.sample import SampleConfig
 from aiprod_ds.config.schema import TRUST_CODE, Fraction, Seed, untrusted
 from aiprod_ds.config.trainers import DEFAULT_TRAINER, TRAINERS, trainer_config_class
 from aiprod_ds.errors import ConfigError
+from aiprod_ds.shipped import lookup
 
 ConfigKind = Literal["trainer", "encode", "sample"]
 # Keys that the other kinds do not have; an encode file's `curriculum` is also a trainer's section.
@@ -36,6 +37,7 @@ _OWN_KEYS: tuple[tuple[ConfigKind, frozenset[str]], ...] = (
     ("encode", frozenset({"video", "audio", "text", "shapes"})),
 )
 Record = TypeVar("Record", bound=BaseModel)
+Data = TypeVar("Data", bound=ClipDataConfig)
 
 
 def load_config(
@@ -122,8 +124,38 @@ def load_encode_config(
     problems = apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("data", "output_dir"), output_dir, "--output-dir")
+    _find_media(document)
     is_trusted = _take_trust(document, problems, by_option=trust_code)
     return validated(document, EncodeConfig, problems, context={TRUST_CODE: is_trusted})
+
+
+def _find_media(document: Document) -> None:
+    """Replaces what `encode` reads by where it is, if that is not the working folder: nothing of an encode
+    file is hashed."""
+    data = document.values.get("data")
+    section = data if isinstance(data, dict) else {}
+    for values, path in ((section, ("data", "media")), (document.values, ("curriculum",))):
+        given = values.get(path[-1])
+        if isinstance(given, str) and lookup.shipped_configuration(Path(given)) is None:
+            file = lookup.configuration(Path(document.origin(path)))
+            found = lookup.media(given, lookup.searched(file))
+            values[path[-1]] = given if found is None else str(found)
+
+
+def found_data(data: Data, source: str) -> Data:
+    """Returns a trainer's section `data` with its relative paths replaced by where they lead from the working
+    folder, the file that names them, the configuration `source` or what is shipped; those that lead nowhere
+    stay.
+
+    The configuration itself keeps what was typed: its fingerprint is the same wherever the files lie.
+    """
+    update = {}
+    for key in ("train", "validation"):
+        given = getattr(data, key)
+        if given is not None and "://" not in given:
+            found = lookup.media(given, lookup.searched(*places_of(given, ("data", key), source)))
+            update[key] = given if found is None else str(found)
+    return data.model_copy(update=update)
 
 
 def read_curriculum(path: Path) -> CurriculumConfig:

@@ -14,6 +14,7 @@ from typing import Any
 
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.files import read_whole
+from aiprod_ds.shipped import lookup
 from aiprod_ds.strict_yaml import MAX_BYTES, read_yaml
 
 KeyPath = tuple[str | int, ...]
@@ -64,6 +65,21 @@ class Document:
         self.origins[path] = origin
 
 
+def places_of(value: str, path: KeyPath, source: str) -> tuple[Path, ...]:
+    """Returns the files from whose folders a relative path `value` at `path` is looked for: the one of the
+    configuration `source` and its bases that says it, then `source` itself."""
+    file = lookup.configuration(Path(source))
+    try:
+        document = read_document(Path(source))
+    except ConfigError:
+        return (file,)  # of a configuration made in Python, whose source is a name
+    found: Any = document.values
+    for step in path:
+        found = found.get(step) if isinstance(found, dict) else None
+    said_by = lookup.configuration(Path(document.origin(path)))
+    return (said_by, file) if found == value and said_by != file else (file,)
+
+
 def dotted(path: KeyPath) -> str:
     """Returns `path` as people write it, for example `curriculum.phases[2].updates`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
@@ -73,7 +89,8 @@ def dotted(path: KeyPath) -> str:
 def read_document(path: Path) -> Document:
     """Returns the values of the file `path` merged over its `base:` files.
 
-    `base` is a path relative to the file that names it. Mappings merge key by key, an empty mapping clears,
+    `path` may also be the name of a shipped configuration, such as `video_vae/tiny`. `base` is a path
+    relative to the file that names it, or such a name. Mappings merge key by key, an empty mapping clears,
     everything else (lists too) replaces.
 
     Raises:
@@ -124,18 +141,29 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> Document:
             f"{path}: base: must be the path of a YAML file relative to this one, got {base!r}. Name one "
             "file."
         )
-    document = _read_chain(path.parent / base, (*seen, path))
+    document = _read_chain(_base(path, base), (*seen, path))
     _merge(document, document.values, values, (), str(path))
     return document
 
 
+def _base(path: Path, base: str) -> Path:
+    """Returns the file beside `path` that its `base` names, or the shipped one of that name if none is
+    there."""
+    beside = lookup.configuration(path).parent / base
+    shipped = None if beside.exists() else lookup.shipped_configuration(Path(base))
+    return shipped or beside
+
+
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        data = read_whole(path, limit=MAX_BYTES)
+        data = read_whole(lookup.configuration(path), limit=MAX_BYTES)
     except IsADirectoryError:
         raise ConfigError(f"{path}: must be a YAML file, got a folder. Name a file in it.") from None
     except FileNotFoundError:
-        raise ConfigError(f"{path}: must exist, got no such file. Check the path.") from None
+        raise ConfigError(
+            f"{path}: must exist, got no such file in {path.resolve().parent}, nor a shipped configuration "
+            f"of that name. {lookup.instead_of(path)}"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: must be readable, got {error}. Check the path and its permissions."

@@ -41,10 +41,10 @@ class EngineConfig(StrictModel):
     kind: Literal["deepspeed", "local"] = "deepspeed"
     """`local` runs the same precision and checkpointing in plain PyTorch on one process, as the control for
     numerics."""
-    deepspeed_config: str | FreeMapping = "ds_configs/zero1_bf16.json"
-    """A file (looked for in the working folder, the configuration's folder and the folders above it) or the
-    mapping itself. It holds only what DeepSpeed owns: ZeRO stage, precision, activation checkpointing,
-    offload, buckets."""
+    deepspeed_config: str | FreeMapping = "zero1_bf16"
+    """The name of shipped settings, a file (looked for in the working folder, the folder of the file that
+    names it and the folders above) or the mapping itself. It holds only what DeepSpeed owns: ZeRO stage,
+    precision, activation checkpointing, offload, buckets."""
     lost_rank_seconds: PositiveFloat | None = 60.0
     """Silence after which a rank counts as gone and the others end with an error, instead of waiting for it.
     null: never."""

@@ -34,6 +34,7 @@ from torch import Tensor
 from aiprod_ds.curriculum.auto_buckets import Shape
 from aiprod_ds.errors import DataError
 from aiprod_ds.shards.reader import PackedEntry, ShardReader
+from aiprod_ds.shipped import lookup
 from aiprod_ds.tensor_file import TensorFile, TensorFileError, tensors_in
 
 LATENTS, AUDIO_LATENTS, CONDITIONS = "latents", "audio_latents", "conditions"
@@ -110,13 +111,15 @@ class Header:
 def default_folder(media: Path) -> Path:
     """Returns where the latents of the media in a folder are unless a configuration says otherwise:
     `<folder>_latents` beside it, so that no scan of media meets them; or `.precomputed` in it where that
-    exists, as ltx-trainer has it.
+    exists, as ltx-trainer has it. Of shipped samples, in the working folder.
 
     Raises:
         DataError: If the folder is the root of the file system, which has nothing beside it.
     """
     if (media / PRECOMPUTED).is_dir():
         return media / PRECOMPUTED
+    if lookup.is_of_the_installation(media):
+        return Path(f"{media.name}{_BESIDE}")
     named = media if media.name not in ("", "..") else media.resolve()
     if not named.name:
         raise DataError(f"{media}: has no folder beside it for latents. Name data.output_dir.")

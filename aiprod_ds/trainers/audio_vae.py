@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.config.load import found_data
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
@@ -111,7 +112,7 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
         )
 
     def _open_files(self) -> ClipData:
-        return open_audio_files(self.config.data, seed=self.config.seed)
+        return open_audio_files(found_data(self.config.data, self.source), seed=self.config.seed)
 
     def build_unit(
         self,

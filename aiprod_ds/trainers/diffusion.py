@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aiprod_ds.codec.encoders import audio_form
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.encode import AudioEncoderConfig
+from aiprod_ds.config.load import found_data
 from aiprod_ds.config.model import LoraFileConfig
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
@@ -209,7 +210,8 @@ class DiffusionTrainer(Trainer[DiffusionTrainerConfig]):
 
     def _open_files(self) -> ClipData:
         has_sound = self.family.sound is not None
-        return open_latent_files(self.config, strides=self.strides, with_audio=has_sound)
+        found = self.config.model_copy(update={"data": found_data(self.config.data, self.source)})
+        return open_latent_files(found, strides=self.strides, with_audio=has_sound)
 
     def build_unit(
         self,

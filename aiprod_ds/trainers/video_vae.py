@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.config.load import found_data
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.data_rules import TooShort
@@ -108,7 +109,7 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
         )
 
     def _open_files(self) -> ClipData:
-        return open_video_files(self.config.data, seed=self.config.seed)
+        return open_video_files(found_data(self.config.data, self.source), seed=self.config.seed)
 
     def build_unit(
         self,

@@ -11,6 +11,7 @@ from aiprod_ds.config.deepspeed import read_settings
 from aiprod_ds.config.load import load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
 from aiprod_ds.planner.hardware import MACHINES
+from aiprod_ds.shipped import lookup
 from aiprod_ds.train.planning.capacity import capacity_problems
 from aiprod_ds.train.planning.gpu_rules import require_runnable
 
@@ -49,7 +50,7 @@ def test_configuration_of_another_command_is_valid(path: Path, in_repository_roo
 def test_configuration_names_deepspeed_settings_that_exist(path: Path, in_repository_root: Path) -> None:
     settings = load_config(path).engine.deepspeed_config
     if isinstance(settings, str):
-        assert (in_repository_root / settings).is_file() or (path.parent / settings).is_file()
+        assert settings in lookup.shipped_settings()
 
 
 _GPUS = {"v100": ("v100-32gb", 8), "h200": ("h200-141gb", 1)}

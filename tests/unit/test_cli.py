@@ -107,7 +107,7 @@ BAD_SETTINGS = {
     "misspelt model": (["model.source=AutoencoderKLLTXVide"], "Did you mean 'AutoencoderKLLTXVideo'?"),
     "engine file missing": (
         ["engine.deepspeed_config=nowhere.json"],
-        "engine.deepspeed_config: must name a file, got 'nowhere.json'",
+        "engine.deepspeed_config: must name a file or shipped settings, got 'nowhere.json'",
     ),
     "data missing": (["data.train=/nowhere"], "/nowhere: must be a folder or a CSV, JSON or JSONL manifest"),
     "moments in the first phase": (

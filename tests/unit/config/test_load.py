@@ -152,7 +152,7 @@ curriculum:
         ("", None, "c.yaml: must hold a mapping of settings, got an empty file. Start from a file in configs/."),
         ("[1]", None, "c.yaml: must hold a mapping of settings, got list. Write `key: value` lines."),
         ("base: c.yaml", None, "c.yaml: base: must not lead back to a file that is being read, got c.yaml. Break the circle."),
-        ("base: nowhere.yaml", None, "nowhere.yaml: must exist, got no such file. Check the path."),
+        ("base: nowhere.yaml", None, "nowhere.yaml: must exist, got no such file in {folder}, nor a shipped configuration of that name. Check the path; `aiprod-ds examples` lists what is shipped."),
         ("base: .", None, ".: must be a YAML file, got a folder. Name a file in it."),
         ("base: [base.yaml]", None, "c.yaml: base: must be the path of a YAML file relative to this one, got ['base.yaml']. Name one file."),
         ("base: base.yaml", "seed", "--set seed: must be of the form path.to.key[index]=value, got 'seed'. Write for example seed=1."),
@@ -176,7 +176,7 @@ curriculum:
 def test_one_broken_thing_gives_one_message(
     folder: Path, text: str, override: str | None, message: str
 ) -> None:
-    assert problems(text, *([override] if override else [])) == [message]
+    assert problems(text, *([override] if override else [])) == [message.replace("{folder}", str(folder))]
 
 
 def test_missing_file_and_unreadable_path(folder: Path) -> None:
