@@ -32,17 +32,20 @@ _POLL_SECONDS = 0.004
 _FULL_SECONDS = 2.0
 _SPIKES = 4  # skipped updates after which the flag goes
 _BEGINS = re.compile(r"training_begins update=(\d+)")
-_TRAINING, _SAVE, _START = "in training", "inside a save", "while it starts"
-_FIRST, _AFTER_FIRST = "inside the first save", "after the first save"
+TRAINING, SAVE, START = "in training", "inside a save", "while it starts"
+FIRST_SAVE, AFTER_FIRST_SAVE = "inside the first save", "after the first save"
+RANK, LAUNCHER, SUPERVISOR = "SIGKILL of a rank", "SIGKILL of the launcher", "SIGKILL of the supervisor"
+WORKER, HANG, TERM = "SIGKILL of a loader worker", "SIGSTOP of a rank", "SIGTERM"
+FULL_DISK, SPIKE = "full disk", "spike"
 MOMENTS = {
-    "SIGKILL of a rank": (_TRAINING, _SAVE, _START),
-    "SIGKILL of the launcher": (_TRAINING, _SAVE, _START),
-    "SIGKILL of the supervisor": (_TRAINING, _SAVE, _START),
-    "SIGKILL of a loader worker": (_TRAINING,),
-    "SIGSTOP of a rank": (_TRAINING,),
-    "SIGTERM": (_TRAINING, _SAVE),
-    "full disk": (_TRAINING,),
-    "spike": (_TRAINING,),
+    RANK: (TRAINING, SAVE, START),
+    LAUNCHER: (TRAINING, SAVE, START),
+    SUPERVISOR: (TRAINING, SAVE, START),
+    WORKER: (TRAINING,),
+    HANG: (TRAINING,),
+    TERM: (TRAINING, SAVE),
+    FULL_DISK: (TRAINING,),
+    SPIKE: (TRAINING,),
 }
 """By kind."""
 
@@ -56,6 +59,7 @@ class Disturbance:
         moment: In words.
         update: Done before it.
         lost: Of these, updates that were done again.
+        has_cut_a_save: Whether a save was left unfinished.
         end_seconds: Until the ranks were gone; None where they need not go.
         pause_seconds: Until the run had come on by an update.
     """
@@ -64,6 +68,7 @@ class Disturbance:
     moment: str
     update: int
     lost: int
+    has_cut_a_save: bool
     end_seconds: float | None
     pause_seconds: float
 
@@ -87,6 +92,8 @@ class Service:
 
     def tend(self) -> None:
         """Starts the supervisor if there is none, and notes its end."""
+        if self.is_done:
+            return
         if self.supervisor:
             process, status = os.waitpid(self.supervisor, os.WNOHANG)
             if not process:
@@ -133,33 +140,32 @@ class DisturbedRun:
         self.service = service
         self.disturbances: list[Disturbance] = []
 
-    def disturb(self, kind: str, *, is_first: bool = False) -> bool:
+    def disturb(self, kind: str, moment: str) -> bool:
         """Waits for a moment, disturbs and waits until training has come on; returns whether the run was
         still there.
 
         Args:
             kind: A key of `MOMENTS`.
-            is_first: Whether the moment is in or just after the first save of the run.
+            moment: Any.
         """
-        moment = self._chance.choice((_FIRST, _AFTER_FIRST) if is_first else MOMENTS[kind])
         if not self._reach(moment):
             return False
         job = self._await(lambda: self._whole(kind))
         if job is None:
             return False
         began, begins, update = time.monotonic(), len(self._begins()), self.updates()
-        end_seconds = None
-        match kind:
-            case "full disk":
-                self._fill_disk(job)
-            case "spike":
-                self._spike()
-            case "SIGKILL of a loader worker":
-                os.kill(self._chance.choice(job.workers), signal.SIGKILL)
-            case _:
-                self._hit(kind, job)
-                self._await(lambda: not any(map(_is_there, job.ranks)))
-                end_seconds = time.monotonic() - began
+        end_seconds, has_cut_a_save = None, False
+        if kind == FULL_DISK:
+            self._fill_disk(job)
+        elif kind == SPIKE:
+            self._spike()
+        elif kind == WORKER:
+            os.kill(self._chance.choice(job.workers), signal.SIGKILL)
+        else:
+            self._hit(kind, job)
+            self._await(lambda: not any(map(_is_there, job.ranks)))
+            end_seconds = time.monotonic() - began
+            has_cut_a_save = any((self._folder / "checkpoints").glob("*.pending"))
         update = max(update, self.updates()) if end_seconds is None else self.updates()
         new = self._await(lambda: self._has_come_on(begins, update, end_seconds is not None))
         if new is None and not self.service.is_done:
@@ -170,6 +176,7 @@ class DisturbedRun:
                 kind=kind,
                 moment=moment,
                 update=update,
+                has_cut_a_save=has_cut_a_save,
                 lost=max((update - begin for begin in later[:1]), default=0),
                 end_seconds=end_seconds,
                 pause_seconds=time.monotonic() - began,
@@ -198,16 +205,16 @@ class DisturbedRun:
         """Waits for a moment and returns whether the run is still there."""
         checkpoints = self._folder / "checkpoints"
         wanted = self.updates() + self._chance.randint(3, 12)
-        if moment == _START:
+        if moment == START:
             self._await(lambda: bool(self.service.job().ranks) or None)
             self._sleep(self._chance.uniform(0.0, 2.0))
-        elif moment == _AFTER_FIRST:
+        elif moment == AFTER_FIRST_SAVE:
             self._await(lambda: any(checkpoints.glob("update_*[0-9]")) or None)
             self._sleep(self._chance.uniform(0.0, 0.05))
         else:
-            if moment != _FIRST:
+            if moment != FIRST_SAVE:
                 self._await(lambda: self.updates() >= wanted or None)
-            if moment != _TRAINING:
+            if moment != TRAINING:
                 self._await(lambda: any(checkpoints.glob("*.pending")) or None)
                 time.sleep(self._chance.uniform(0.0, 0.03))
         self.service.tend()
@@ -216,16 +223,16 @@ class DisturbedRun:
     def _whole(self, kind: str) -> Job | None:
         """Returns the processes of the run once those that `kind` is about are there."""
         job = self.service.job()
-        is_whole = bool(job.workers) if "worker" in kind else bool(job.ranks and job.launchers)
+        is_whole = bool(job.workers) if kind == WORKER else bool(job.ranks and job.launchers)
         return job if is_whole else None
 
     def _hit(self, kind: str, job: Job) -> None:
         number = getattr(signal, kind.split(maxsplit=1)[0])
-        if kind == "SIGTERM" or kind.endswith("supervisor"):
+        if kind in (TERM, SUPERVISOR):
             self.service.may_end = True
             target = self.service.supervisor
         else:
-            target = self._chance.choice(job.launchers if kind.endswith("launcher") else job.ranks)
+            target = self._chance.choice(job.launchers if kind == LAUNCHER else job.ranks)
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.kill(target, number)
 

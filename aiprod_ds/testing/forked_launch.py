@@ -28,8 +28,8 @@ from aiprod_ds.train.orphans import Launchers
 
 _LAUNCHER, _RANK = "forked_launcher", "forked_rank"
 _SET_NAME = 15  # PR_SET_NAME, see prctl(2)
-# As DeepSpeed's launcher, which kills what has not ended 30 s after a rank has failed.
-_SURVIVOR_SECONDS = 30.0
+# DeepSpeed's launcher gives ranks 30 s to end after one has failed.
+_SURVIVOR_SECONDS = 10.0
 _ATTEMPT_SECONDS = 600.0
 _RANK_COMMAND, _LAUNCHER_COMMAND = (
     re.compile(r"-m aiprod_ds train "),
