@@ -149,11 +149,12 @@ def _descendants(process: int) -> list[tuple[int, int]]:
     """Returns them with their parents, parents first."""
     found = []
     try:
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        threads = os.listdir(f"/proc/{process}/task")  # noqa: PTH208  names of a folder that may go at once
     except OSError:
         return []
-    for child in map(int, children):
-        found += [(child, process), *_descendants(child)]
+    for thread in threads:
+        for child in map(int, _read(f"/proc/{process}/task/{thread}/children").split()):
+            found += [(child, process), *_descendants(child)]
     return found
 
 
