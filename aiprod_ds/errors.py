@@ -36,6 +36,10 @@ class StorageError(DataError):
     """All data is out of reach: its storage or the network to it is down, or does not let this user in."""
 
 
+class DiskError(AiprodError):
+    """A disk is full, read-only, failing or gone, and does not take what a command writes."""
+
+
 class EngineError(AiprodError):
     """The training engine or a process group cannot do what was asked."""
 

@@ -7,6 +7,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
 def write_lines_atomically(path: Path, lines: Iterable[bytes]) -> None:
     """Writes `lines` one after the other, as `write_atomically` does a text; they need not fit into memory
     together."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.writelines(lines)
@@ -37,8 +38,35 @@ def write_lines_atomically(path: Path, lines: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file beside `path` to a body that writes it; then it takes the place of
+    `path`, as a whole.
+
+    For what writes a file by its name, as libraries do. After an error the temporary file is gone.
+    """
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _remove(temporary: Path) -> None:
+    """Deletes it; what ended the write is to be told, not that a disk which is read-only by now keeps it."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def read_whole(path: Path, *, limit: int = SETTINGS_BYTES) -> bytes:

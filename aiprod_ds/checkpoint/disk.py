@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aiprod_ds.bad_disk import free_in_words, is_disk_fault
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.files import sync
 
@@ -25,8 +26,13 @@ _LOG = logging.getLogger(__name__)
 PENDING = ".pending"  # of names: a save or a deletion that is not finished
 
 
-class DiskFullError(CheckpointError):
-    """There is no room for a checkpoint. Those before it are as they were."""
+class DiskFaultError(CheckpointError):
+    """The disk is full, read-only, failing or gone, and does not take a checkpoint. Those before it are as
+    they were."""
+
+
+class DiskFullError(DiskFaultError):
+    """There is no room for a checkpoint."""
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
@@ -43,8 +49,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 def write_error(error: Exception, folder: Path) -> AiprodError:
-    """Returns what a failed write into `folder` means: an error of this package as it is, `DiskFullError`, or
-    `CheckpointError`.
+    """Returns what a failed write into `folder` means: an error of this package as it is, `DiskFullError`,
+    `DiskFaultError`, or `CheckpointError` of what no disk says.
 
     safetensors says in words only that the disk was full, torch not at all; what is free then decides.
     """
@@ -52,11 +58,19 @@ def write_error(error: Exception, folder: Path) -> AiprodError:
         return error
     told = error.errno if isinstance(error, OSError) else None
     if told in _FULL or (told is None and (_FULL_IN_WORDS in str(error) or _is_full(folder))):
-        return DiskFullError(f"{folder}: must have room for the checkpoint, got {error}. {_FIX}")
-    return CheckpointError(
-        f"{folder}: must take the checkpoint, got {type(error).__name__}: {error}. Check disk and "
-        "permissions."
+        return DiskFullError(
+            f"{folder}: must have room for the checkpoint, got {error}{_free(folder)}. {_FIX}"
+        )
+    kind = DiskFaultError if is_disk_fault(error) else CheckpointError
+    return kind(
+        f"{folder}: must take the checkpoint, got {type(error).__name__}: {error}{_free(folder)}. Check disk "
+        "and permissions."
     )
+
+
+def _free(folder: Path) -> str:
+    free = free_in_words(folder)
+    return "" if free is None else f" ({free})"
 
 
 @contextmanager

@@ -127,8 +127,8 @@ class CheckpointConfig(StrictModel):
     all checkpoint files of the ranks on one host; without room for it, a run saves as with `false` and its
     report says so."""
     on_full_disk: Literal["stop", "go_on"] = "stop"
-    """Without room for a checkpoint: end the run with an error, or warn, train on and try again at the next
-    save."""
+    """Where the disk takes no checkpoint, because it is full, read-only, failing or gone: end the run with an
+    error, or warn, train on and try again at the next save."""
 
     @model_validator(mode="after")
     def _rules_have_an_effect(self) -> Self:
@@ -194,6 +194,9 @@ class ReportConfig(StrictModel):
     tensorboard: bool = False
     """Mirrors metrics, pictures, films and sounds into `tensorboard/` of the run folder; needs the extra
     `tensorboard`."""
+    on_full_disk: Literal["stop", "go_on"] = "go_on"
+    """Where the disk takes nothing of all that is no checkpoint, because it is full, read-only, failing or
+    gone: save and end the run with an error, or warn, train on, and write it once the disk takes it again."""
     wandb: WandbConfig = WandbConfig()
     """Mirrors metrics, pictures, films and sounds to Weights & Biases."""
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from aiprod_ds.appended_file import AppendedFile
 from aiprod_ds.errors import DataError
-from aiprod_ds.files import write_atomically
+from aiprod_ds.files import write_lines_atomically
 
 FILE = "evaluations.jsonl"
 EVERY_MEASURE = "every measure"
@@ -121,10 +122,21 @@ class EvaluationRecord:
 
 
 def append_evaluation(folder: Path, record: EvaluationRecord) -> None:
-    """Adds `record` to the file in the run folder."""
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
-        file.flush()
+    """Adds `record` to the file in the run folder; what a kill cut short there goes first.
+
+    Raises:
+        OSError: If the disk does not take it; then it is not there.
+    """
+    file = AppendedFile(folder / FILE)
+    try:
+        file.append(line_of(record))
+    finally:
+        file.close()
+
+
+def line_of(record: EvaluationRecord) -> bytes:
+    """Returns the line of the file that says `record`."""
+    return f"{json.dumps(record.to_dict(), allow_nan=False)}\n".encode()
 
 
 def read_evaluations(folder: Path) -> tuple[EvaluationRecord, ...]:
@@ -148,13 +160,12 @@ def read_evaluations(folder: Path) -> tuple[EvaluationRecord, ...]:
             if number == len(lines):  # without its line feed
                 break
             raise DataError(
-                f"{path}:{number}: must be an evaluation's record, got {line[:80]!r}. Remove the line or "
-                "restore the file."
+                f"{path}:{number}: must be an evaluation's record, got {line[:80]!r}. Delete this line, "
+                "which loses that evaluation's record alone, or restore the file, and start again."
             ) from error
     return tuple(found)
 
 
 def keep_evaluations(folder: Path, records: Iterable[EvaluationRecord]) -> None:
     """Replaces the file by `records`; a run that goes on from a checkpoint drops what came after it."""
-    text = "".join(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records)
-    write_atomically(folder / FILE, text)
+    write_lines_atomically(folder / FILE, map(line_of, records))

@@ -1,8 +1,8 @@
 """metrics.jsonl: one JSON object per update, the truth that all other sinks mirror.
 
-A line is written and flushed at once, so a killed run loses at most the line it was writing. A resumed run
-first drops what the lost run wrote beyond the checkpoint, so that every update stands in the file exactly
-once.
+A line is written at once, so a killed run loses at most the line it was writing; while the disk takes nothing
+lines wait in memory. A resumed run first drops what the lost run wrote beyond the checkpoint, so that every
+update stands in the file exactly once.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
 
+from aiprod_ds.appended_file import AppendedFile
+from aiprod_ds.bad_disk import DiskWatch
 from aiprod_ds.errors import DataError
 from aiprod_ds.files import write_atomically
 from aiprod_ds.metrics.evaluations import EvaluationRecord
@@ -30,13 +32,20 @@ class JsonlSink:
             dropped. None starts a new file.
         evaluates_again: Whether the evaluation at just that update is still to come for the continued run; a
             line of it is dropped too.
+        disk: Survives and counts lines that the disk does not take, which are written once it does; None: an
+            `OSError` is raised.
 
     Raises:
         DataError: If the file to continue is damaged anywhere but in its last line.
     """
 
     def __init__(
-        self, path: Path, *, resume_from_update: int | None = None, evaluates_again: bool = False
+        self,
+        path: Path,
+        *,
+        resume_from_update: int | None = None,
+        evaluates_again: bool = False,
+        disk: DiskWatch | None = None,
     ) -> None:
         known = [] if resume_from_update is None or not path.exists() else _complete_lines(path)
         rows = [(_parse(line, f"{path}:{number}"), line) for number, line in enumerate(known, start=1)]
@@ -46,24 +55,34 @@ class JsonlSink:
             return update < last or (update == last and not (evaluates_again and _is_evaluation(metrics)))
 
         write_atomically(path, "".join(line for row, line in rows if is_kept(*row)))
-        self._file: TextIO | None = path.open("a", encoding="utf-8")
+        self._name = path.name
+        self._disk = disk
+        self._file = AppendedFile(path)
+        self._is_open = True
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         """Appends one line and hands it to the operating system."""
-        if self._file is None:
+        if not self._is_open:
             raise ValueError(f"metrics.jsonl: update {update} was logged after close().")
         record = {"update": update, **{name: _encode(value) for name, value in metrics.items()}}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with nullcontext() if self._disk is None else self._disk.survived(self._name):
+            self._file.append(f"{json.dumps(record, allow_nan=False)}\n".encode())
 
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
         """Does nothing: the row of its measures is written, and evaluations have a file of their own."""
 
     def close(self) -> None:
         """See `Sink.close`."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._disk is not None:
+            if self._file.num_waiting:
+                with self._disk.survived(self._name):
+                    self._file.flush()
+            if lost := self._file.num_lost + self._file.num_waiting:
+                self._disk.give_up(self._name, lost, "rows")
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[MetricRow]:

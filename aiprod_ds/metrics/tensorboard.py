@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aiprod_ds.bad_disk import DiskWatch
 from aiprod_ds.errors import ConfigError
 from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium
 from aiprod_ds.metrics.shown import TABLE, caption_of, evaluations_so_far, measures_table, named_media
+from aiprod_ds.metrics.tensorboard_events import EventFile
 
 
 class TensorBoardSink:
@@ -19,27 +21,32 @@ class TensorBoardSink:
         folder: Of the event files; made if it is missing.
         resume_from_update: Update count of the checkpoint that the run continues from; TensorBoard hides what
             was written later.
+        disk: See `EventFile`.
 
     Raises:
         ConfigError: If TensorBoard is not installed.
+        OSError: If the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, *, resume_from_update: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, resume_from_update: int | None = None, disk: DiskWatch | None = None
+    ) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import summary
         except ImportError as error:
             raise ConfigError(
                 "report.tensorboard: needs the package tensorboard, which is not installed. "
                 "Run `pip install 'aiprod-ds[tensorboard]'` or set report.tensorboard to false."
             ) from error
         purge = None if resume_from_update is None else resume_from_update + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self._forms: Any = summary  # its functions have no types
+        self._events = EventFile(folder, disk=disk, purge_step=purge)
         self._originals: set[str] = set()
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         """Writes one scalar per metric."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, update)
+            self._events.add(self._forms.scalar(name, value), update)
 
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
         """Writes the media, the measures of all evaluations so far and the prompts."""
@@ -50,15 +57,17 @@ class TensorBoardSink:
                     continue
                 self._originals.add(medium.path)
             self._add(name, medium, folder / medium.path, record.update)
-        self._writer.add_text(TABLE, _markdown(evaluations_so_far(record, folder)), record.update)
+        self._events.add(
+            self._forms.text(TABLE, _markdown(evaluations_so_far(record, folder))), record.update
+        )
         prompts = [f"- `{name}`: {medium.prompt}" for name, medium in media.items() if medium.prompt]
         if prompts:
-            self._writer.add_text("prompts", "\n".join(prompts), record.update)
-        self._writer.flush()  # somebody waits for an evaluation; scalars are flushed by the clock
+            self._events.add(self._forms.text("prompts", "\n".join(prompts)), record.update)
+        self._events.flush()  # somebody waits for an evaluation; scalars are flushed by the clock
 
     def close(self) -> None:
         """See `Sink.close`."""
-        self._writer.close()
+        self._events.close()
 
     def _add(self, name: str, medium: Medium, path: Path, update: int) -> None:
         from aiprod_ds.metrics.tensorboard_media import read_film, read_picture, read_sound
@@ -86,8 +95,7 @@ class TensorBoardSink:
         from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
         about = SummaryMetadata(display_name=name, summary_description=caption_of(medium))
-        writer: Any = self._writer.file_writer  # by its types it is None for ever
-        writer.add_summary(Summary(value=[Summary.Value(tag=name, metadata=about, **content)]), update)
+        self._events.add(Summary(value=[Summary.Value(tag=name, metadata=about, **content)]), update)
 
 
 def _markdown(records: tuple[EvaluationRecord, ...]) -> str:

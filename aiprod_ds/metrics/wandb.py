@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.config.run import WandbConfig
+from aiprod_ds.files import write_atomically
 from aiprod_ds.metrics.evaluations import EvaluationRecord
 from aiprod_ds.metrics.shown import TABLE, caption_of, evaluations_so_far, measures_table, named_media
 from aiprod_ds.metrics.sinks import MirrorSink, OwnThreadSink, Sink
@@ -61,7 +62,7 @@ class _WandbSink:
             )
         self._originals: set[str] = set()
         run_folder = folder / "wandb"
-        run_folder.mkdir(parents=True, exist_ok=True)
+        run_folder.mkdir(exist_ok=True)
         self._run = wandb.init(
             entity=config.entity,
             project=config.project,
@@ -120,5 +121,5 @@ def _abandon() -> None:
 def _run_id(path: Path) -> str:
     """Returns the id of this folder's wandb run, made at the first call."""
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12], encoding="ascii")
+        write_atomically(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="ascii").strip()

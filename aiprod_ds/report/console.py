@@ -11,6 +11,7 @@ import re
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -90,8 +91,9 @@ class ConsoleSink:
             console=console, auto_refresh=False, transient=True, redirect_stdout=Console().is_terminal
         )
         if console.is_terminal:
-            self._live.start()
-            self._live.update(self._waiting(), refresh=True)
+            with suppress(OSError):
+                self._live.start()
+                self._live.update(self._waiting(), refresh=True)
         progress.show_on(self)
 
     @property
@@ -106,7 +108,8 @@ class ConsoleSink:
 
     def write(self, line: str) -> None:
         """See `progress.Display`."""
-        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+        with suppress(OSError):  # standard error may be a file, on a disk that is full
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         """Takes one update; redraws the block, or prints a line if the last one is old enough."""
@@ -135,12 +138,14 @@ class ConsoleSink:
         self._is_closed = True
         self._activity = None
         progress.hide(self)
-        self._live.stop()
-        if self._console.is_terminal and self._metrics:
-            self._console.print(self._block(), highlight=False)
+        with suppress(OSError):
+            self._live.stop()
+            if self._console.is_terminal and self._metrics:
+                self._console.print(self._block(), highlight=False)
 
     def _refresh(self) -> None:
-        self._live.update(self._block() if self._phase >= 0 else self._waiting(), refresh=True)
+        with suppress(OSError):
+            self._live.update(self._block() if self._phase >= 0 else self._waiting(), refresh=True)
 
     def _waiting(self) -> Text:
         return _one_line(self._activity or "waiting for the first update")

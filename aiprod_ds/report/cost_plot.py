@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from aiprod_ds.bad_disk import disk_required
+from aiprod_ds.files import replacing
 from aiprod_ds.report.cost_view import PARTS
 
 _COLOURS = {
@@ -46,7 +48,8 @@ def save_cost_plot(document: Mapping[str, Any], memory_bytes: int, path: Path) -
     hours.bar(range(len(rows)), [row["gpu_hours"] for _, row in rows], color="#4477aa")
     hours.set_xticks(range(len(rows)), names, fontsize="small")
     hours.set_ylabel("GPU-hours")
-    figure.savefig(path, dpi=120)
+    with disk_required(path, "the plot"), replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=120)
 
 
 def _stack(axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

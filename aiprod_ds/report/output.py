@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -33,6 +34,15 @@ def log_handler(console: Console) -> logging.Handler:
         handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
         return handler
-    handler = logging.StreamHandler(console.file)
+    handler = _FileHandler(console.file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     return handler
+
+
+class _FileHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 knows no argument
+    """Loses what a full disk does not take, without the traceback of `logging`."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  of `logging`
+        """See `logging.Handler.handleError`."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)

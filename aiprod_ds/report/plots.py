@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from aiprod_ds.files import replacing
 from aiprod_ds.metrics.jsonl import MetricRow
 from aiprod_ds.metrics.metric_names import METRICS, find_metric
 from aiprod_ds.report.curves import Curve, Floats, smooth
@@ -104,7 +105,8 @@ def _save_panels(curves: Sequence[Curve], spans: Sequence[_Span], path: Path) ->
         _draw(next(panels), curve, spans)
     for unused in panels:
         unused.set_axis_off()
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw(axes: Axes, curve: Curve, spans: Sequence[_Span]) -> None:

@@ -6,7 +6,7 @@ Shows nothing else; while a run trains, `console.py` shows progress inside its o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -51,7 +51,8 @@ class ProgressLine:
 
     def write(self, line: str) -> None:
         """See `Display`."""
-        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+        with suppress(OSError):  # standard error may be a file, on a disk that is full
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager

@@ -125,7 +125,17 @@ def _phases(summary: RunSummary) -> str:
         if summary.skipped_updates
         else ""
     )
-    return "## Phases\n\n" + _table(header, rows) + skipped + _not_saved(summary.not_saved)
+    return (
+        "## Phases\n\n"
+        + _table(header, rows)
+        + skipped
+        + _not_saved(summary.not_saved)
+        + _not_written(summary.not_written)
+    )
+
+
+def _not_written(files: Sequence[str]) -> str:
+    return "".join(f"\n\nThe disk did not take everything of {words}." for words in files)
 
 
 def _not_saved(saves: Sequence[Mapping[str, Any]]) -> str:

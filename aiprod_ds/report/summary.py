@@ -91,7 +91,8 @@ class RunSummary:
         resumed_from: Checkpoints that this run continued from, oldest first.
         resharded: Those of them that other ranks or another ZeRO stage had saved, and what changed, in words.
         accepted_data: Those of them that it went on from with other data, and what changed, in words.
-        not_saved: Saves that there was no room for, with `checkpoint.on_full_disk: go_on`: update and reason.
+        not_saved: Saves that the disk did not take, with `checkpoint.on_full_disk: go_on`: update and reason.
+        not_written: Other files that the disk did not take, since the last start, in words.
         error: What ended the run, if it failed.
     """
 
@@ -124,6 +125,7 @@ class RunSummary:
     resharded: tuple[str, ...] = ()
     accepted_data: tuple[str, ...] = ()
     not_saved: tuple[Mapping[str, Any], ...] = ()
+    not_written: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
     plots: tuple[Picture, ...] = ()
     error: str | None = None

@@ -21,12 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from aiprod_ds.appended_file import AppendedFile
+from aiprod_ds.bad_disk import DiskWatch
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import DataError
-from aiprod_ds.metrics.evaluations import EvaluationRecord, Medium, Reason, append_evaluation
+from aiprod_ds.metrics.evaluations import FILE, EvaluationRecord, Medium, Reason, line_of
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
 from aiprod_ds.optim.ema import evaluated_weights
@@ -46,6 +48,7 @@ class Evaluator:
 
     Attributes:
         history: Remembers what was evaluated; saved with every checkpoint.
+        disk: Survives records and media that the disk does not take.
     """
 
     config: RunConfig
@@ -56,6 +59,9 @@ class Evaluator:
     stopwatch: Stopwatch
     interrupts: Interrupts
     history: History
+    disk: DiskWatch
+    _records: AppendedFile | None = None
+    _best_before: tuple[int, str, list[float]] | None = None
 
     @property
     def every_part(self) -> Part:
@@ -107,7 +113,7 @@ class Evaluator:
             self._note(parts, found, clock)
             if dist.is_main():
                 record = self._record(found, reason, state=state, clock=clock, began=began)
-                append_evaluation(self.folder, record)
+                self._append(record)
                 self._thin()
                 self.recorder.log_evaluation(record, self.folder)
         _LOG.info(
@@ -126,7 +132,34 @@ class Evaluator:
         known = self.history.best.get(name, [])
         best = sorted([*known, value], key=lambda each: sign * each)[: rule.count]
         self.history.best[name] = best
+        if best != known:
+            self._best_before = (self.history.measured["updates"], name, known)
         return best != known
+
+    def note_not_saved(self, update: int, reason: str) -> None:
+        """Remembers a save that failed; measures that were the best then do not count as such any more."""
+        self.history.note_not_saved(update, reason)
+        if self._best_before is not None and self._best_before[0] == update:
+            _, name, known = self._best_before
+            self.history.best[name] = known
+            self._best_before = None
+
+    def close(self) -> None:
+        """Writes the records that the disk has not taken, if it does now, and lets go of their file."""
+        records = self._records
+        if records is None:
+            return
+        if records.num_waiting:
+            with self.disk.survived(FILE):
+                records.flush()
+        if lost := records.num_lost + records.num_waiting:
+            self.disk.give_up(FILE, lost, "records")
+        records.close()
+
+    def _append(self, record: EvaluationRecord) -> None:
+        self._records = self._records or AppendedFile(self.folder / FILE)
+        with self.disk.survived(FILE):
+            self._records.append(line_of(record))
 
     def _found(self, parts: Part, state: TrainState) -> Evaluation | None:
         request = EvaluationRequest(parts=parts, go_on=self._go_on)
@@ -174,25 +207,25 @@ class Evaluator:
         )
 
     def _media(self, found: Evaluation, name: str, moment: str) -> tuple[Medium, ...]:
-        """Writes what shows the evaluation. Without room for it the measures are kept, and training goes on:
-        whether a full disk ends a run is for the next checkpoint to say."""
+        """Writes what shows the evaluation; of media that the disk does not take none are named."""
         if found.examples is None:
             return ()
+        media: tuple[Medium, ...] = ()
         samples, unfinished = self.folder / SAMPLES, self.folder / UNFINISHED / SAMPLES
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-            unfinished.mkdir(parents=True)
-            media = found.examples.save(unfinished, name, title=f"{moment}: {found.headline}", moment=moment)
-            samples.mkdir(exist_ok=True)
-            for (
-                path
-            ) in unfinished.iterdir():  # whole ones only: originals are those of earlier evaluations too
-                path.replace(samples / path.name)
-        except OSError as error:
-            _LOG.warning("media_not_written folder=%s name=%s error=%s", samples, name, error)
-            return ()
-        finally:
-            shutil.rmtree(unfinished.parent, ignore_errors=True)
+        with self.disk.survived(SAMPLES):
+            try:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+                unfinished.mkdir(parents=True)
+                made = found.examples.save(
+                    unfinished, name, title=f"{moment}: {found.headline}", moment=moment
+                )
+                samples.mkdir(exist_ok=True)
+                # Whole ones only: originals are those of earlier evaluations too.
+                for path in unfinished.iterdir():
+                    path.replace(samples / path.name)
+                media = made
+            finally:
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
         return media
 
     def _thin(self) -> None:

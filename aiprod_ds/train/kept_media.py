@@ -51,18 +51,25 @@ def kept_numbers(count: int, keep: int) -> set[int]:
     return {*range(0, count, step), count - 1} if keep > 1 else {count - 1}
 
 
-def drop_later_evaluations(folder: Path, *, count: int) -> None:
-    """Leaves the first `count` records, which the checkpoint knows that a run goes on from, and deletes what
-    the others show.
+def drop_later_evaluations(folder: Path, *, count: int, last_update: int | None = None) -> None:
+    """Leaves the records which the checkpoint knows that a run goes on from, and deletes what the others
+    show.
+
+    Args:
+        folder: The run folder.
+        count: The most that are left; fewer where the disk did not take one, or a damaged line was deleted.
+        last_update: Of the last evaluation that the checkpoint knows; None if it does not say.
 
     Raises:
         DataError: If the file is damaged.
+        OSError: If it cannot be written.
     """
     if not (folder / FILE).exists():
         return
     records = read_evaluations(folder)
-    keep_evaluations(folder, records[:count])  # also without a line that a kill cut short
-    _delete(folder, records[count:], records[:count])
+    kept = [record for record in records[:count] if last_update is None or record.update <= last_update]
+    keep_evaluations(folder, kept)  # also without a line that a kill cut short
+    _delete(folder, records[len(kept) :], kept)
 
 
 def _is_inside(record: EvaluationRecord) -> bool:

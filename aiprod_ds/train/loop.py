@@ -96,6 +96,7 @@ class TrainingLoop:
         Raises:
             NonFiniteError: If too many updates had a non-finite gradient; see `overflow.py`.
             DataError: Once the run has saved, if too many clips could not be read.
+            DiskError: Once the run has saved, if the disk takes no more and that is to end it.
         """
         if self.clock.updates:
             self._saved = after_change(self._saved, Change.RESUMED)
@@ -105,6 +106,7 @@ class TrainingLoop:
             stage = next_stage(stage, self._do(stage))
         if stage is Stage.INTERRUPTED:
             self.faults.require_few()
+            dist.from_main(self.evaluator.disk.require_no_fault)
         return RunStatus.COMPLETED if stage is Stage.COMPLETED else RunStatus.INTERRUPTED
 
     @property
@@ -354,6 +356,8 @@ class TrainingLoop:
 
     def _evaluate(self, parts: Part, reason: Reason) -> Evaluation | None:
         """Returns None if the run is to stop before the evaluation has ended."""
+        if self.config.checkpoint.keep_best is not None:
+            self._finish_save()  # whether the best is saved decides what the next has to be better than
         found = self.evaluator.make(parts, reason, state=self.state, clock=self.clock)
         if found is not None:
             self._saved = after_change(self._saved, Change.MEASURED)

@@ -8,12 +8,15 @@ collective, because the other ranks may never answer.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from aiprod_ds.bad_disk import DiskWatch
 from aiprod_ds.checkpoint.state import tensors_sha256
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
@@ -36,7 +39,7 @@ from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
 _CLIP_SUFFIXES = (".wav", ".mp4")
-_LOG = logging.getLogger(__name__)
+_EXPORT, _REPORT = "export", "report.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,7 @@ class RunFacts:
         clips: Returns the list of the run's clips; for the main rank.
         unread_clips: Returns which of some training clips, by name, cannot be read to their end.
         data_change: How the data differs from that of the checkpoint, in words; None if it does not.
+        disk: Survives what the disk does not take.
     """
 
     parts: RunParts
@@ -58,6 +62,7 @@ class RunFacts:
     clips: Callable[[], ClipList]
     unread_clips: Callable[[Collection[str]], frozenset[str]]
     data_change: str | None = None
+    disk: DiskWatch
 
     @property
     def config(self) -> RunConfig:
@@ -84,32 +89,46 @@ def report_started(facts: RunFacts) -> None:
     """Writes what is known before the first update, on the main rank: a run that is killed leaves no more."""
     if not dist.is_main():
         return
-    write_start(
-        facts.folder,
-        {
-            "trainer": facts.config.trainer,
-            "model": facts.config.model.source,
-            "parameters": facts.parameters,
-            **{key: facts.layout[key] for key in ("world_size", "engine", "zero_stage", "precision")},
-            "performance": list(facts.parts.performance.reasons),
-            "replacements": [*facts.unit.replacements(), *_chosen(facts.layout)],
-        },
-        facts.unit.data_summary(),
-    )
+    known = {
+        "trainer": facts.config.trainer,
+        "model": facts.config.model.source,
+        "parameters": facts.parameters,
+        **{key: facts.layout[key] for key in ("world_size", "engine", "zero_stage", "precision")},
+        "performance": list(facts.parts.performance.reasons),
+        "replacements": [*facts.unit.replacements(), *_chosen(facts.layout)],
+    }
+    with facts.disk.survived("start.json"):
+        write_start(facts.folder, known, facts.unit.data_summary())
 
 
 def report_completed(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
     """Exports the model, writes the report of a finished run and returns its summary. Collective; the main
-    rank writes."""
+    rank writes.
+
+    Raises:
+        DiskError: If the disk does not take export or report, whatever the rule: the run's result is missing.
+    """
     engine = loop.state.engine
     digest = final_state_sha256(engine)
     engine.eval()
-    with evaluated_weights(loop.state.ema):
-        facts.unit.export(engine, facts.folder / "export")
-    summary = _summarize(facts, loop, RunStatus.COMPLETED, digest=digest)
+    # Looks for the folder inside only: before, ranks that see it would wait for one that does not.
+    with evaluated_weights(loop.state.ema), facts.disk.survived(_EXPORT, looks_for_folder=False):
+        facts.unit.export(engine, facts.folder / _EXPORT)
+    status, error = RunStatus.COMPLETED, None
+    if facts.disk.is_out(_EXPORT):
+        shutil.rmtree(facts.folder / _EXPORT, ignore_errors=True)
+        status, error = RunStatus.FAILED, f"the disk does not take {_EXPORT}"
+    summary = _summarize(facts, loop, status, digest=digest, error=error)
     if dist.is_main():
-        _write(facts.folder, summary)
+        _write(facts, summary)
+    dist.from_main(lambda: _require_result(facts.disk))
     return summary
+
+
+def _require_result(disk: DiskWatch) -> None:
+    for what in (_EXPORT, _REPORT):
+        disk.require_written(what)
+    disk.require_no_fault()
 
 
 def report_interrupted(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
@@ -117,7 +136,7 @@ def report_interrupted(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
     summary."""
     summary = _summarize(facts, loop, RunStatus.INTERRUPTED)
     if dist.is_main():
-        _write(facts.folder, summary)
+        _write(facts, summary)
     return summary
 
 
@@ -128,17 +147,25 @@ def report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> N
     error = dist.caused_by_peer(error) or error
     status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.INTERRUPTED
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    _write(facts.folder, _summarize(facts, loop, status, error=reason))
+    _write(facts, _summarize(facts, loop, status, error=reason))
 
 
-def _write(folder: Path, summary: RunSummary) -> None:
-    """Writes the report for programs, as text and as a page; a page that cannot be made ends nothing."""
-    write_report(folder, summary)
+def _write(facts: RunFacts, summary: RunSummary) -> None:
+    """Writes the report for programs, as text and as a page; what cannot be made of it ends nothing here."""
+    folder = facts.folder
+    with facts.disk.survived(_REPORT):
+        write_report(folder, summary)
     try:
-        write_page(folder)
+        with facts.disk.survived(PAGE):
+            write_page(folder)
     except Exception as error:  # noqa: BLE001  whatever a file in the folder does to the page
         _LOG.warning("page_failed folder=%s error=%r", folder, error)
-        (folder / PAGE).unlink(missing_ok=True)  # it says that the run goes on
+        is_missing = True
+    else:
+        is_missing = facts.disk.is_out(PAGE)
+    if is_missing:
+        with suppress(OSError):
+            (folder / PAGE).unlink(missing_ok=True)  # it says that the run goes on
 
 
 def page_of(folder: Path) -> Path:
@@ -199,6 +226,7 @@ def _summarize(
         resharded=tuple(history.resharded),
         accepted_data=tuple(history.accepted_data),
         not_saved=tuple(history.not_saved),
+        not_written=facts.disk.notes(),
         pictures=_pictures(facts) if dist.is_main() else (),
         plots=_plots(facts) if dist.is_main() else (),
         error=error,
@@ -209,7 +237,7 @@ def _last_measured(folder: Path) -> EvaluationRecord | None:
     """Returns the last evaluation that measured something; None without one or if its file is damaged."""
     try:
         records = read_evaluations(folder)
-    except DataError as error:
+    except (DataError, OSError) as error:
         _LOG.warning("evaluations_unread reason=%s", error)
         return None
     return next((record for record in reversed(records) if record.metrics), None)
@@ -241,6 +269,13 @@ def _phase_summary(phase: PhasePlan, history: History) -> PhaseSummary:
 
 
 def _pictures(facts: RunFacts) -> tuple[Picture, ...]:
+    found: tuple[Picture, ...] = ()
+    with facts.disk.survived("samples"):
+        found = _found_pictures(facts)
+    return found
+
+
+def _found_pictures(facts: RunFacts) -> tuple[Picture, ...]:
     names = [("before", "before training")]
     names += [
         (f"phase_{phase.index + 1}_{phase.name}", f"after phase {phase.name}") for phase in facts.plan.phases
@@ -262,8 +297,14 @@ def _clips(folder: Path, name: str, caption: str) -> list[Picture]:
 
 
 def _plots(facts: RunFacts) -> tuple[Picture, ...]:
-    rows = read_metrics(facts.folder / "metrics.jsonl")
-    return save_plots(rows, facts.folder / "plots", phase_names=[phase.name for phase in facts.plan.phases])
+    plots: tuple[Picture, ...] = ()
+    with facts.disk.survived("plots"):
+        rows, names = (
+            read_metrics(facts.folder / "metrics.jsonl"),
+            [phase.name for phase in facts.plan.phases],
+        )
+        plots = save_plots(rows, facts.folder / "plots", phase_names=names)
+    return plots
 
 
 def _chosen(layout: Mapping[str, Any]) -> tuple[str, ...]:

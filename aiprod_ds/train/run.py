@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from aiprod_ds.bad_disk import DiskWatch, disk_required
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, read_settings
@@ -25,6 +27,7 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.metrics.recorder import MetricsRecorder
+from aiprod_ds.metrics.sinks import Sink
 from aiprod_ds.metrics.stopwatch import Stopwatch
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.console import print_summary
@@ -57,7 +60,7 @@ from aiprod_ds.train.resume.compatibility import (
 from aiprod_ds.train.resume.data_change import CLIPS, compare, require_same_data, with_selection
 from aiprod_ds.train.resume.data_faults import DataFaults
 from aiprod_ds.train.resume.engine_files import read_engine
-from aiprod_ds.train.resume.folder_lock import FolderLock
+from aiprod_ds.train.resume.folder_lock import LOCK, FolderLock
 from aiprod_ds.train.resume.frozen_base import base_of_phase, start_in_words
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
@@ -126,11 +129,13 @@ def run_training(
         CheckpointError: If another run is in the folder, checkpoints exist and none is whole, the ranks share
             no folder, or a checkpoint cannot be written.
         NonFiniteError: If training diverged for good.
+        DiskError: If the disk takes no run folder; or, with `report.on_full_disk: stop`, anything later; or
+            no export and no report at the end.
         HangError: If the data of the only rank did not come; it has saved.
     """
     config, source = prepared.config, prepared.source
     with FolderLock(Path(config.output_dir)) as lock:
-        dist.from_main(lock.take_if_used)  # before the newest checkpoint is looked for
+        dist.from_main(lambda: _take(lock, config))  # before the newest checkpoint is looked for
         checkpoint = _find_checkpoint(config, resume)
         facts = _resolved(prepared, checkpoint, accept_changed_data=accept_changed_data, trains=True)
         settings = facts.parts.resolved.settings
@@ -236,6 +241,7 @@ def _resolved(
         clips=prepared.clips,
         unread_clips=prepared.unread_clips,
         data_change=data.change,
+        disk=DiskWatch(Path(config.output_dir), rule=config.report.on_full_disk, marker=LOCK),
     )
 
 
@@ -348,7 +354,7 @@ def _new_saver(facts: RunFacts, history: History) -> Saver:
         store=CheckpointStore(facts.folder / "checkpoints"),
         config=facts.config.checkpoint,
         phase_names=tuple(phase.name for phase in facts.plan.phases),
-        on_not_saved=history.note_not_saved,
+        require_folder=facts.disk.require_folder,
         on_replaced=history.note_replacement,
         beside=files,
     )
@@ -369,13 +375,23 @@ def _new_loop(
     phase_is_measured = plan.phases[clock.phase].name in history.phase_metrics
     evaluates_again = clock.phase_updates > 0 and not is_measured and not phase_is_measured
     resumed = {"is_resumed": standing.is_resumed, "evaluates_again": evaluates_again}
-    dist.from_main(lambda: drop_later_evaluations(facts.folder, count=history.evaluations))
-    sinks = open_sinks(config, plan, console, clock, **resumed) if dist.is_main() else ()
+    disk, sinks = facts.disk, list[Sink]()
+
+    def begin_files() -> None:
+        with disk_required(facts.folder, "the files of a run"):
+            last = max((made["updates"] for made in history.evaluated.values()), default=None)
+            drop_later_evaluations(facts.folder, count=history.evaluations, last_update=last)
+            sinks.extend(open_sinks(config, plan, console, clock, disk=disk, **resumed))
+
+    dist.from_main(begin_files)
     engine, stopwatch = state.engine, Stopwatch(on_switch=watchdog.enter)
     recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
     faults = standing.faults
     interrupts = Interrupts(
-        watch, facts.folder, finished=lambda: saver.finished, wants_stop=lambda: faults.are_too_many
+        watch,
+        facts.folder,
+        finished=lambda: saver.finished,
+        wants_stop=lambda: faults.are_too_many or disk.wants_stop,
     )
     evaluator = Evaluator(
         config=config,
@@ -386,7 +402,9 @@ def _new_loop(
         stopwatch=stopwatch,
         interrupts=interrupts,
         history=history,
+        disk=disk,
     )
+    saver.on_not_saved = evaluator.note_not_saved
     return TrainingLoop(
         parts=facts.parts,
         state=state,
@@ -410,17 +428,28 @@ def _run(facts: RunFacts, loop: TrainingLoop, console: Console) -> RunSummary:
     try:
         status = loop.run()
     except BaseException as error:
-        loop.recorder.close()
+        _close_files(loop)
         _report_ended(facts, loop, error)
         raise
-    loop.recorder.close()
+    _close_files(loop)
     if status is RunStatus.COMPLETED:
         summary = report_completed(facts, loop)
     else:
         summary = report_interrupted(facts, loop)
     if dist.is_main():
-        print_summary(console, summary, report=page_of(facts.folder))
+        with suppress(OSError):  # standard error may be a file, on a disk that is full
+            print_summary(console, summary, report=page_of(facts.folder))
     return summary
+
+
+def _close_files(loop: TrainingLoop) -> None:
+    loop.recorder.close()
+    loop.evaluator.close()
+
+
+def _take(lock: FolderLock, config: RunConfig) -> None:
+    with disk_required(Path(config.output_dir), "the lock of a run"):
+        lock.take_if_used()
 
 
 def _lowest_scale(settings: DeepSpeedSettings) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from aiprod_ds.bad_disk import DiskWatch, disk_required
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.fingerprint import to_yaml
 from aiprod_ds.config.run import RunConfig
@@ -23,6 +24,7 @@ from aiprod_ds.metrics.sinks import MirrorSink, Sink
 from aiprod_ds.metrics.wandb import open_wandb
 from aiprod_ds.report.console import ConsoleSink, PhaseSpan
 from aiprod_ds.report.environment import describe_environment
+from aiprod_ds.report.page.run_page import PAGE
 from aiprod_ds.report.page.sink import PageSink
 from aiprod_ds.train.resume.folder_lock import FolderLock
 
@@ -40,13 +42,24 @@ def prepare_folder(
         lock: Of the folder; taken here, once the folder is there.
         resumed_at: Where the checkpoint stands that the run goes on from; None for a new run.
         move_aside: Whether what is in the folder is renamed first.
+
+    Raises:
+        DiskError: If the disk does not take it.
     """
     folder = Path(config.output_dir)
     if move_aside and folder.exists() and any(folder.iterdir()):
         names = (folder.with_name(f"{folder.name}.{number}") for number in range(1, 10_000))
         old = next(path for path in names if not path.exists())
-        folder.rename(old)
+        with disk_required(folder, "another name"):
+            folder.rename(old)
         _LOG.warning("previous_run_moved from=%s to=%s", folder, old)
+    with disk_required(folder, "the files of a run"):
+        _fill(folder, config, plan, lock, resumed_at=resumed_at)
+
+
+def _fill(
+    folder: Path, config: RunConfig, plan: RunPlan, lock: FolderLock, *, resumed_at: Clock | None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
     # Of an earlier start: its status would be taken for this one's.
@@ -75,6 +88,7 @@ def open_sinks(
     *,
     is_resumed: bool,
     evaluates_again: bool,
+    disk: DiskWatch,
 ) -> tuple[Sink, ...]:
     """Returns what takes the rows of the metrics; on the main rank.
 
@@ -85,6 +99,10 @@ def open_sinks(
         clock: Where the run goes on; rows of later updates, which a killed run left, are dropped.
         is_resumed: Whether there are rows to keep.
         evaluates_again: Whether the row of an evaluation at the clock's update will be written once more.
+        disk: Survives what the disk does not take once the run has begun.
+
+    Raises:
+        DiskError: If the disk does not take the beginnings.
     """
     folder, from_update = Path(config.output_dir), clock.updates if is_resumed else None
     phases = [
@@ -97,20 +115,21 @@ def open_sinks(
         for phase in plan.phases
     ]
     rows = folder / "metrics.jsonl"
-    sinks: list[Sink] = [
-        JsonlSink(rows, resume_from_update=from_update, evaluates_again=evaluates_again),
-        ConsoleSink(
-            console,
-            phases=phases,
-            first_update=clock.updates,
-            evaluation_updates=config.evaluation.every_updates,
-        ),
-    ]
+    with disk_required(rows):
+        lines = JsonlSink(rows, resume_from_update=from_update, evaluates_again=evaluates_again, disk=disk)
+    progress = ConsoleSink(
+        console,
+        phases=phases,
+        first_update=clock.updates,
+        evaluation_updates=config.evaluation.every_updates,
+    )
+    sinks: list[Sink] = [lines, progress]
     if config.report.tensorboard:
         from aiprod_ds.metrics.tensorboard import TensorBoardSink  # an extra; not everybody has it
 
-        board = TensorBoardSink(folder / "tensorboard", resume_from_update=from_update)
+        with disk_required(folder / "tensorboard"):
+            board = TensorBoardSink(folder / "tensorboard", resume_from_update=from_update, disk=disk)
         sinks.append(MirrorSink(board, name="tensorboard"))
-    sinks.append(MirrorSink(PageSink(folder), name="report.html"))
+    sinks.append(MirrorSink(PageSink(folder, disk=disk), name=PAGE))
     wandb = open_wandb(config.report.wandb, folder=folder, run_config=config.model_dump(mode="json"))
     return (*sinks, wandb) if wandb is not None else tuple(sinks)

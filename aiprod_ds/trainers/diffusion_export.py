@@ -39,7 +39,7 @@ def export_transformer(
     Args:
         engine: Holds `module`.
         module: What was trained.
-        folder: Made if it is missing.
+        folder: Made if it is missing; its parent exists.
         lora: What the adapters were made with; None if the whole model was trained.
         with_base: Whether the base of the adapters is written too, because nobody else has it.
         shard_bytes: The most that one file of a whole model holds, unless a single tensor is larger.
@@ -47,7 +47,7 @@ def export_transformer(
     state = engine.module_state()
     if not dist.is_main():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     tensors = {name.removeprefix(TRANSFORMER): tensor for name, tensor in state.items()}
     if lora is None:
         _save_model(module, tensors, folder, shard_bytes)
@@ -74,6 +74,6 @@ def export_transformer(
 
 def _save_model(module: DiffusionModule, tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
     transformer: Any = module.transformer
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     transformer.save_config(folder)
     save_torch_state_dict(tensors, folder, filename_pattern=_FILE_PATTERN, max_shard_size=shard_bytes)

@@ -34,7 +34,7 @@ def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: P
         engine: In evaluation mode; its module holds the model as `vae`.
         vae: The model.
         clips: This rank's held-out clips through the model.
-        folder: Made if it is missing.
+        folder: Made if it is missing; its parent exists.
     """
     own, together = LatentStatistics(), LatentStatistics()
     for clip in clips:
@@ -45,7 +45,7 @@ def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: P
     if not dist.is_main():
         return
     found = together.compute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     if hasattr(vae, "save_config"):
         vae.save_config(folder)
         _fill_config(folder / "config.json", found)

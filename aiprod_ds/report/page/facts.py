@@ -302,6 +302,10 @@ def _notes(run: RunRecord) -> Iterator[Note]:
         rows = tuple((f"update {save.get('update')}", str(save.get("reason"))) for save in saves[-5:])
         text = f"No room for {len(saves)} {plural('checkpoint', len(saves))}."
         yield Note(title="Not saved", text=text, rows=rows, is_serious=True)
+    unwritten = [str(entry) for entry in known.get("not_written") or ()]
+    if unwritten:
+        rows = tuple(_parted(entry) for entry in unwritten[:_MAX_LISTED])
+        yield Note(title="Not written", text="The disk did not take:", rows=rows, is_serious=True)
     skipped = known.get("skipped_updates")
     if isinstance(skipped, int) and skipped > 0:
         text = f"{skipped:,} updates were computed and not applied, because a gradient was not finite."

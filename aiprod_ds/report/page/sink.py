@@ -3,11 +3,16 @@ evaluation."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
+from aiprod_ds.bad_disk import DiskWatch
 from aiprod_ds.metrics.evaluations import EvaluationRecord
-from aiprod_ds.report.page.run_page import write_page
+from aiprod_ds.report.page.run_page import PAGE, write_page
+
+_AGAIN_SECONDS = 60.0
 
 
 class PageSink:
@@ -15,15 +20,18 @@ class PageSink:
 
     Args:
         folder: The run folder.
+        disk: Survives and counts pages that the disk does not take, which are tried again at the next
+            evaluation, or with a row a minute later; None: an `OSError` is raised.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, disk: DiskWatch | None = None) -> None:
         self._folder = folder
-        self._is_written = False
+        self._disk = disk
+        self._due_at: float | None = 0.0
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002 the folder has them
         """Writes the page at the first row, so that it does not wait for an evaluation."""
-        if not self._is_written:
+        if self._due_at is not None and time.monotonic() >= self._due_at:
             self._write()
 
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:  # noqa: ARG002 likewise
@@ -34,5 +42,8 @@ class PageSink:
         """See `Sink.close`: the end of a run writes its page once it has written its report."""
 
     def _write(self) -> None:
-        self._is_written = True
-        write_page(self._folder, is_running=True)
+        self._due_at = None
+        with nullcontext() if self._disk is None else self._disk.survived(PAGE):
+            write_page(self._folder, is_running=True)
+        if self._disk is not None and self._disk.is_out(PAGE):
+            self._due_at = time.monotonic() + _AGAIN_SECONDS

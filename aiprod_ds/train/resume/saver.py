@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from aiprod_ds.checkpoint.disk import DiskFullError
+from aiprod_ds.checkpoint.disk import DiskFaultError, explained
 from aiprod_ds.checkpoint.frozen_bases import commit_base, discard_pending_base, has_base, open_base
 from aiprod_ds.checkpoint.manifest import FileRecord
 from aiprod_ds.checkpoint.shard_files import write_shards
@@ -53,8 +53,9 @@ class Saver:
         store: Where to.
         config: What to keep, and what to do without room.
         phase_names: Of the curriculum, by the index that the clock has.
-        on_not_saved: Called with update and reason when there was no room and the configuration says to go
-            on.
+        require_folder: Raises an `OSError` if the run folder is gone, as its mount may be.
+        on_not_saved: Called with update and reason when the disk did not take it and the configuration says
+            to go on.
         on_replaced: Called with words when a save cannot be asynchronous.
         beside: Small files that every checkpoint gets, by name; the main rank's count.
     """
@@ -62,6 +63,7 @@ class Saver:
     store: CheckpointStore
     config: CheckpointConfig
     phase_names: tuple[str, ...]
+    require_folder: Callable[[], None] = lambda: None
     on_not_saved: Callable[[int, str], None] = lambda _update, _reason: None
     on_replaced: Callable[[str], None] = lambda _words: None
     beside: Mapping[str, bytes] = field(default_factory=dict, repr=False)
@@ -119,8 +121,8 @@ class Saver:
             state: What stands beside it: clock, scheduler, history, the adaptive clip's statistics.
 
         Raises:
-            DiskFullError: If there is no room and the configuration says to stop then.
-            CheckpointError: If the ranks share no folder, or the disk fails.
+            DiskFaultError: If the disk does not take it and the configuration says to stop then.
+            CheckpointError: If the ranks share no folder, or something else fails.
         """
         self.finish()
         self._began = time.monotonic()
@@ -135,7 +137,7 @@ class Saver:
             finished: The least `finished` of all ranks, the same on all.
 
         Raises:
-            DiskFullError: As `save`.
+            DiskFaultError: As `save`.
             CheckpointError: As `save`.
         """
         if self.is_saving and finished >= self._work.started:
@@ -145,7 +147,7 @@ class Saver:
         """Waits until nothing is being saved any more. Collective.
 
         Raises:
-            DiskFullError: As `save`.
+            DiskFaultError: As `save`.
             CheckpointError: As `save`.
         """
         while self.is_saving:
@@ -169,7 +171,7 @@ class Saver:
             self._happened(SaveEvent.FAILED)
             if dist.is_main():
                 self.store.discard_pending(updates)
-            if not isinstance(error, DiskFullError) or self.config.on_full_disk == "stop":
+            if not isinstance(error, DiskFaultError) or self.config.on_full_disk == "stop":
                 raise
             _LOG.warning("checkpoint_not_saved update=%d reason=%s", updates, error)
             self.on_not_saved(updates, str(error))
@@ -177,6 +179,7 @@ class Saver:
     def _begin(self, trained: TrainState, state: RunState) -> None:
         """Starts the writing, and waits for all of the save if nothing was copied."""
         engine, base = trained.engine, trained.base
+        dist.from_main(self._require_folder)  # before the store makes one beside a mount that is gone
         if base is not None and base.is_stored:
             self._store_base(engine, base.sha256)
         self._await_memory()
@@ -196,6 +199,10 @@ class Saver:
         if not is_copied:
             self.finish()
 
+    def _require_folder(self) -> None:
+        with explained(self.store.folder):
+            self.require_folder()
+
     def _go_on(self) -> None:
         """Waits for the work of this state on all ranks and begins that of the next, if it has any."""
         state = self._saved
@@ -214,7 +221,12 @@ class Saver:
         written = {f"{_ENGINE}/{name}": record for name, record in known.items()}
         self.store.commit(updates, state, written, beside=self.beside)
         _LOG.info("checkpoint_committed update=%d seconds=%.2f", updates, time.monotonic() - self._began)
-        self._prune(state)
+        try:
+            self._prune(state)
+        except DiskFaultError as error:
+            if self.config.on_full_disk == "stop":
+                raise
+            _LOG.warning("checkpoints_not_deleted update=%d reason=%s", updates, error)
 
     def _await_memory(self) -> None:
         if self._state is SaveState.RESERVING:

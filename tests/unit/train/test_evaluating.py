@@ -225,7 +225,7 @@ def test_a_run_goes_on_without_room_for_films_and_over_a_damaged_record(
 
     summary = _train(tmp_path, evaluation={"every_updates": 2}, validation=Watched(damage))
     assert summary.final_state_sha256 == plain[0]
-    assert "media_not_written" in caplog.text
+    assert "not_written what=samples" in caplog.text
     assert "media_not_thinned" in caplog.text
     records = [json.loads(line) for line in (tmp_path / FILE).read_text(encoding="utf-8").splitlines()[1:]]
     assert [record["update"] for record in records] == [2, 4, 5, 6, 8, 9]

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from aiprod_ds.checkpoint import staging, store
-from aiprod_ds.checkpoint.disk import DiskFullError
+from aiprod_ds.checkpoint.disk import DiskFaultError, DiskFullError
 from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.checkpoint.staging import StagingBuffer
 from aiprod_ds.checkpoint.state import RunState
@@ -35,7 +35,6 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
-from aiprod_ds.errors import CheckpointError
 from aiprod_ds.train.resume import saver as saving
 from aiprod_ds.train.resume.background import Background
 from aiprod_ds.train.resume.save_states import SaveEvent, SaveState, next_state
@@ -59,7 +58,7 @@ class Event(Enum):
     BOUNDARY = "boundary, some rank still works"
     ALL_FINISHED = "boundary, the work is finished on all ranks"
     FINISH = "finish"
-    FAILURE = "the work fails, or without any the next save"
+    FAILURE = "the disk fails, or without any the next save"
     FULL_DISK_STOPS = "the disk is full, on_full_disk: stop"
     FULL_DISK_GOES_ON = "the disk is full, on_full_disk: go_on"
     CLOSE = "close"
@@ -97,7 +96,7 @@ ASYNCHRONOUS = {
     (IDLE, Event.BOUNDARY): Row(path="", then=IDLE, stands=OLD),
     (IDLE, Event.ALL_FINISHED): Row(path="", then=IDLE, stands=OLD),
     (IDLE, Event.FINISH): Row(path="", then=IDLE, stands=OLD),
-    (IDLE, Event.FAILURE): Row(path="failed", then=IDLE, raises=CheckpointError, stands=OLD),
+    (IDLE, Event.FAILURE): Row(path="failed", then=IDLE, raises=DiskFaultError, stands=OLD),
     (IDLE, Event.FULL_DISK_STOPS): Row(path="failed", then=IDLE, raises=DiskFullError, stands=OLD),
     (IDLE, Event.FULL_DISK_GOES_ON): Row(path="failed", then=IDLE, stands=OLD),
     (IDLE, Event.CLOSE): Row(path="", then=IDLE, stands=OLD),
@@ -115,7 +114,7 @@ ASYNCHRONOUS = {
     (WRITING, Event.BOUNDARY): Row(path="", then=WRITING, stands=UNDER_WAY),
     (WRITING, Event.ALL_FINISHED): Row(path="done", then=COMMITTING, stands=UNDER_WAY),
     (WRITING, Event.FINISH): Row(path="done done", then=IDLE, stands=UNDER_WAY),
-    (WRITING, Event.FAILURE): Row(path="failed", then=IDLE, raises=CheckpointError, stands=OLD),
+    (WRITING, Event.FAILURE): Row(path="failed", then=IDLE, raises=DiskFaultError, stands=OLD),
     (WRITING, Event.FULL_DISK_STOPS): Row(path="failed", then=IDLE, raises=DiskFullError, stands=OLD),
     (WRITING, Event.FULL_DISK_GOES_ON): Row(path="failed", then=IDLE, stands=OLD),
     (WRITING, Event.CLOSE): Row(path="", then=WRITING, stands=UNDER_WAY),
@@ -124,7 +123,7 @@ ASYNCHRONOUS = {
     (COMMITTING, Event.BOUNDARY): Row(path="", then=COMMITTING, stands=UNDER_WAY),
     (COMMITTING, Event.ALL_FINISHED): Row(path="done", then=IDLE, stands=UNDER_WAY),
     (COMMITTING, Event.FINISH): Row(path="done", then=IDLE, stands=UNDER_WAY),
-    (COMMITTING, Event.FAILURE): Row(path="failed", then=IDLE, raises=CheckpointError, stands=OLD),
+    (COMMITTING, Event.FAILURE): Row(path="failed", then=IDLE, raises=DiskFaultError, stands=OLD),
     (COMMITTING, Event.FULL_DISK_STOPS): Row(path="failed", then=IDLE, raises=DiskFullError, stands=OLD),
     (COMMITTING, Event.FULL_DISK_GOES_ON): Row(path="failed", then=IDLE, stands=OLD),
     (COMMITTING, Event.CLOSE): Row(path="", then=COMMITTING, stands=UNDER_WAY),
