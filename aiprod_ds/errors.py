@@ -61,5 +61,13 @@ class HangError(AiprodError):
         super().__init__(message)
 
 
+class DivergenceError(AiprodError):
+    """Ranks hold different bits where all must hold the same; nothing of that was saved."""
+
+
+class SpikeError(AiprodError):
+    """Training went wrong more often than the run may go back, or there was nothing to go back to."""
+
+
 class NonFiniteError(AiprodError):
     """A loss or a gradient became NaN or infinite and training stopped before it could be saved."""

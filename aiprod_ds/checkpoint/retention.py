@@ -18,15 +18,17 @@ class Standing:
 
     Attributes:
         value: The measure that `keep_best` names, if it was taken at these very updates.
+        is_doubtful: Whether it may have to be given up for a spike.
     """
 
     name: str
     updates: int
     value: float | None = None
+    is_doubtful: bool = False
 
 
 def surplus(standing: Sequence[Standing], config: CheckpointConfig) -> list[str]:
-    """Returns the names that no rule keeps; never the first.
+    """Returns the names that no rule keeps; never the first, nor the first that is not doubtful.
 
     Worked example: 8, 7, 6, 5, 4 with `keep_last: 2` and `keep_every_updates: 4`: 6 and 5.
 
@@ -37,6 +39,7 @@ def surplus(standing: Sequence[Standing], config: CheckpointConfig) -> list[str]
     if config.keep_last is None:
         return []
     kept = {entry.name for entry in standing[: config.keep_last]}
+    kept |= {entry.name for entry in [entry for entry in standing if not entry.is_doubtful][:1]}
     if config.keep_every_updates is not None:
         kept |= {entry.name for entry in standing if entry.updates % config.keep_every_updates == 0}
     if config.keep_best is not None:

@@ -19,7 +19,7 @@ from aiprod_ds.errors import CheckpointError
 
 _KINDS: dict[str, type] = {"fingerprint": str, "phase_fingerprints": Sequence}  # the others are mappings
 # Checkpoints from before these fields are read as if they had them empty.
-_CAME_LATER = frozenset({"replaced_clips", "streams"})
+_CAME_LATER = frozenset({"replaced_clips", "spikes", "streams"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,8 @@ class RunState:
         streams: Where an iterable dataset stands on every rank (`ranks`); empty if the clock says all.
         replaced_clips: Name -> reason, by name, of the training clips that could not be read and that no rank
             reads from this checkpoint on.
+        spikes: What was decided about them (`rollbacks`), the `watch` that looks for the next one, and
+            whether one `is_doubtful`.
     """
 
     clock: Clock
@@ -48,6 +50,12 @@ class RunState:
     adaptive_clip: Mapping[str, Any] = field(default_factory=dict)
     streams: Mapping[str, Any] = field(default_factory=dict)
     replaced_clips: Mapping[str, str] = field(default_factory=dict)
+    spikes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a spike may have begun before this checkpoint, which then has to be given up."""
+        return self.spikes.get("is_doubtful") is True
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping."""

@@ -21,6 +21,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,13 +186,20 @@ class CheckpointStore:
             delete_unreferenced(self.folder, self.names())
         return names
 
-    def newest(self, *, weights_only: bool = False, hashes: HashCheck | None = None) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, or None when there has never been one. Changes
-        nothing.
+    def newest(
+        self,
+        *,
+        weights_only: bool = False,
+        hashes: HashCheck | None = None,
+        accepts: Callable[[RunState], bool] = lambda _state: True,
+    ) -> Checkpoint | None:
+        """Returns the newest checkpoint that is accepted and verifies, or None when there has never been one.
+        Changes nothing.
 
         Args:
             weights_only: See `read`.
             hashes: See `read`.
+            accepts: Whether a run may go on from there; one that it does not accept counts as not there.
 
         Raises:
             CheckpointError: If checkpoints exist and none of them is good: starting over would lose them
@@ -201,6 +209,9 @@ class CheckpointStore:
         problems: list[str] = []
         for name in names:
             try:
+                if not accepts(_read_state(self.folder / name)):
+                    _LOG.warning("checkpoint_passed_over name=%s reason=given_up", name)
+                    continue
                 return self.read(self.folder / name, weights_only=weights_only, hashes=hashes)
             except CheckpointError as error:
                 problems.append(str(error))
@@ -250,6 +261,19 @@ class CheckpointStore:
         require_consistent(state, where=str(folder))
         return Checkpoint(folder=folder, state=state)
 
+    def states(self) -> list[tuple[str, RunState]]:
+        """Returns name and run state of all committed checkpoints whose state can be read, newest first; the
+        rest of them is not looked at.
+
+        Raises:
+            CheckpointError: If the folder cannot be read.
+        """
+        found = []
+        for name in self.names():
+            with suppress(CheckpointError):
+                found.append((name, _read_state(self.folder / name)))
+        return found
+
     def names(self) -> list[str]:
         """Returns the names of all committed checkpoints, newest first, whole or not.
 
@@ -276,7 +300,10 @@ class CheckpointStore:
                 return None
             if _STATE not in files or file_sha256(folder / _STATE) != files[_STATE].sha256:
                 return None
-            return Standing(name=name, updates=_updates(name), value=measure(_read_state(folder)))
+            state = _read_state(folder)
+            return Standing(
+                name=name, updates=_updates(name), value=measure(state), is_doubtful=state.is_doubtful
+            )
         except (OSError, CheckpointError):
             return None
 

@@ -14,7 +14,8 @@ from aiprod_ds.config.run import RunConfig
 from aiprod_ds.strict_yaml import write_yaml
 
 # Where results go, how often they are saved, measured or shown, how fast data comes, and how the state is
-# spread over ranks: none of it changes the weights by more than rounding.
+# spread over ranks: none of it changes the weights by more than rounding. And what a run does about spikes,
+# which is changed when it has stopped for them; what it did so far stands in its checkpoints.
 _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "output_dir": True,
     "report": True,
@@ -23,6 +24,7 @@ _WITHOUT_EFFECT: dict[str, bool | set[str]] = {
     "preview": True,
     "engine": True,
     "performance": True,
+    "spikes": True,
     "data": {"num_workers", "duplicates", "storage", "fingerprint"},
     "curriculum": {"phases"},
 }
@@ -43,8 +45,8 @@ def config_fingerprint(config: RunConfig) -> str:
     """Returns the sha256 of every setting outside the phases that determines the training result.
 
     Left out: `output_dir`, `report`, `checkpoint`, `evaluation`, `preview`, `engine`, `performance`,
-    `data.num_workers`, `data.duplicates`, `data.fingerprint` and `curriculum.phases`; and later keys with
-    their defaults. That the precision stays is checked with what the checkpoint says of itself.
+    `spikes`, `data.num_workers`, `data.duplicates`, `data.fingerprint` and `curriculum.phases`; and later
+    keys with their defaults. That the precision stays is checked with what the checkpoint says of itself.
     """
     values = config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT))
     for section, later in _CAME_LATER.items():
@@ -56,8 +58,12 @@ def config_fingerprint(config: RunConfig) -> str:
 
 
 def phase_fingerprints(config: RunConfig) -> tuple[str, ...]:
-    """Returns the sha256 of every phase's own settings, in order."""
-    return tuple(_sha256(phase.model_dump(mode="json")) for phase in config.curriculum.phases)
+    """Returns the sha256 of every phase's own settings, in order; without `learning_rate_factor`, which may
+    change while the phase runs."""
+    return tuple(
+        _sha256(phase.model_dump(mode="json", exclude={"learning_rate_factor"}))
+        for phase in config.curriculum.phases
+    )
 
 
 def to_yaml(config: RunConfig) -> str:

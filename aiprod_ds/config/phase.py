@@ -183,6 +183,9 @@ class PhaseConfig(StrictModel):
     """The longest length beside `epochs` or `plateau`; not beside `updates`. Above `warmup_updates`."""
     learning_rate: PositiveFloat
     """The highest rate, reached at the end of the warm-up."""
+    learning_rate_factor: PositiveFloat = 1.0
+    """Of every rate of the phase. Unlike all else it may be changed in a phase that runs: from the resume on
+    it counts as it is then."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """The rate after the warm-up. `linear` and `cosine` end with the first of `updates`, `max_updates` and
     the epochs."""

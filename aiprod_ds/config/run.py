@@ -20,7 +20,7 @@ from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.data import ClipDataConfig
 from aiprod_ds.config.messages import suggestion
 from aiprod_ds.config.model import LoraConfig, ModelConfig
-from aiprod_ds.config.optim import EmaConfig, OptimizerConfig
+from aiprod_ds.config.optim import EmaConfig, OptimizerConfig, SpikesConfig
 from aiprod_ds.config.phase import BucketConfig, PhaseConfig
 from aiprod_ds.config.schema import (
     FreeMapping,
@@ -52,6 +52,9 @@ class EngineConfig(StrictModel):
     """Time without progress after which a run counts as hung; more where the same has taken longer before, 10
     times as much for evaluations and checkpoints, 30 times for the start, a change of phase and new shapes.
     null: never."""
+    compare_ranks: bool = True
+    """Compares the bits of what every rank holds alike (whole weights, buffers), all within 100 updates and
+    before every save; a rank that holds others ends the run."""
     parallel: Literal["configured", "auto"] = "configured"
     """`auto` chooses ZeRO stage, offload, activation checkpointing and micro-batches: the fastest that fit
     the GPUs by the estimates of `plan --machine`. Of the DeepSpeed settings then count precision, loss scale
@@ -221,6 +224,8 @@ class RunConfig(StrictModel):
     """The phases."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How the loss is minimised."""
+    spikes: SpikesConfig = SpikesConfig()
+    """What happens where training goes wrong."""
     ema: EmaConfig | None = None
     """Keeps an average of the weights, which is evaluated and exported in their place. null: the weights
     themselves are."""

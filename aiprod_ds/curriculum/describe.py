@@ -154,8 +154,8 @@ def _length_columns(
 def _setting_columns(phase: PhasePlan) -> dict[str, Any]:
     rate, limit = phase.learning_rate, phase.length.maximum
     return {
-        "learning_rate_max": rate.peak,
-        "learning_rate_final": rate.peak if limit is None else rate.at(limit - 1),
+        "learning_rate_max": rate.highest,
+        "learning_rate_final": rate.highest if limit is None else rate.at(limit - 1),
         "schedule": rate.kind,
         "warmup_updates": rate.warmup_updates,
         "weight_decay": phase.weight_decay,

@@ -25,6 +25,8 @@ class LearningRateSchedule:
                    linear    peak * (1 - (1 - r) * p)
                    cosine    peak * (r + (1 - r) * (1 + cos(pi * p)) / 2)
 
+    all of it times `factor`.
+
     The last warm-up update and the first after it both have `peak`; update n - 1 and all later ones have the
     final rate (if n - 1 > w; otherwise there is no room to decay).
     Worked number: peak 1e-4, cosine, w = 1000, n = 50001, r = 0.1: at(499) = 5e-5, at(25500) = 5.5e-5,
@@ -36,6 +38,7 @@ class LearningRateSchedule:
         warmup_updates: Length of the warm-up, >= 0 and below `updates`.
         updates: Length of the phase; None while only the data can tell it, and then the rate does not decay.
         final_ratio: Final rate over peak, in [0, 1]; without effect for `constant`.
+        factor: Of every rate, > 0.
     """
 
     peak: float
@@ -43,10 +46,19 @@ class LearningRateSchedule:
     warmup_updates: int
     updates: int | None
     final_ratio: float
+    factor: float = 1.0
+
+    @property
+    def highest(self) -> float:
+        """The rate at the end of the warm-up."""
+        return self.factor * self.peak
 
     def at(self, phase_update: int) -> float:
         """Returns the rate of the phase's update with index `phase_update`, counted from 0; the final rate
         after the end."""
+        return self.factor * self._without_factor(phase_update)
+
+    def _without_factor(self, phase_update: int) -> float:
         if phase_update < self.warmup_updates:
             return self.peak * (
                 (phase_update + 1) / self.warmup_updates

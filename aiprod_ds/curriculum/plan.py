@@ -100,6 +100,7 @@ class _PhasePlanner:
                 warmup_updates=phase.warmup_updates,
                 updates=phase.limit_updates,
                 final_ratio=phase.final_learning_rate_ratio,
+                factor=phase.learning_rate_factor,
             ),
             weight_decay=self.config.optimizer.weight_decay
             if phase.weight_decay is None

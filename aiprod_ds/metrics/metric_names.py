@@ -198,6 +198,13 @@ METRICS: tuple[Metric, ...] = (
         "skipped",
         "Updates computed but not applied (fp16 overflow).",
     ),
+    _metric(
+        "clock/rollbacks",
+        "1",
+        _SAME,
+        "rollbacks",
+        "Spikes whose data was left out on the way to this update; from the first one on.",
+    ),
     *(
         Metric(
             name=f"evaluation/{name}",

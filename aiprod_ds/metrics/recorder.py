@@ -29,12 +29,21 @@ class MetricsRecorder:
         device: Where the window is put together, and where `reduce` gets it.
         world_size: Number of ranks; turns a mean over ranks into a sum for metrics that are summed.
         sinks: Where reduced metrics go; empty on every rank but the main one.
+        on_flush: Called with the rows of every flush, also without any.
     """
 
-    def __init__(self, *, device: torch.device, world_size: int, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        world_size: int,
+        sinks: Sequence[Sink] = (),
+        on_flush: Callable[[list[MetricRow]], None] = lambda _rows: None,
+    ) -> None:
         self._device = device
         self._world_size = world_size
         self._sinks = tuple(sinks)
+        self._on_flush = on_flush
         self._window: list[tuple[int, dict[str, float | Tensor]]] = []
 
     def record(self, update: int, metrics: Mapping[str, float | Tensor]) -> None:
@@ -78,6 +87,7 @@ class MetricsRecorder:
             rows[row][1][name] = value * self._world_size if is_sum else value
         rows = [(update, with_quotients(metrics)) for update, metrics in rows]
         self._send(rows)
+        self._on_flush(rows)
         return rows
 
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:

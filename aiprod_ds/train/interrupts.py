@@ -59,10 +59,12 @@ class Interrupts:
         folder: The run folder; only rank 0 looks into it, about once a second.
         finished: Returns a count that never falls, of which everybody wants to know the least of all ranks.
         wants_stop: Returns whether this rank has a reason of its own to save and leave.
+        has_spiked: Returns whether this rank has found training to have gone wrong.
         now: Monotonic time in seconds; tests pass their own.
 
     Attributes:
         finished_by_all: The least count, as the last vote had it.
+        has_any_spiked: Whether any rank had found a spike by the last vote.
     """
 
     def __init__(
@@ -72,15 +74,18 @@ class Interrupts:
         *,
         finished: Callable[[], int] = lambda: 0,
         wants_stop: Callable[[], bool] = lambda: False,
+        has_spiked: Callable[[], bool] = lambda: False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._watch = watch
         self._folder = folder
         self._finished = finished
         self._wants_stop = wants_stop
+        self._has_spiked = has_spiked
         self._now = now
         self.finished_by_all = 0
-        self._ballot = dist.Ballot(3)
+        self.has_any_spiked = False
+        self._ballot = dist.Ballot(4)
         self._is_cast = False
         self._are_updates_slow = False
         self._boundary_at = now()
@@ -106,6 +111,11 @@ class Interrupts:
         asked is left for the next boundary. Collective."""
         return self.agreed(at_once=True) is Interrupt.STOP
 
+    def finish(self) -> None:
+        """Reads the vote under way, after which nobody asks any more. Collective."""
+        if self._is_cast:
+            self._read()
+
     def done(self, request: Interrupt) -> None:
         """Takes away the file that asked for `request`, once it has been acted on; STOP has saved, but not
         evaluated. Collective.
@@ -125,12 +135,13 @@ class Interrupts:
         now = self._now()
         milliseconds = round((now - self._boundary_at) * 1000)
         self._boundary_at = now
-        self._ballot.cast((self._own(now), milliseconds, -self._finished()))
+        self._ballot.cast((self._own(now), milliseconds, -self._finished(), self._has_spiked()))
         self._is_cast = True
 
     def _read(self) -> Interrupt:
-        request, milliseconds, minus_finished = self._ballot.result()
+        request, milliseconds, minus_finished, spiked = self._ballot.result()
         self.finished_by_all = -minus_finished
+        self.has_any_spiked = bool(spiked)
         self._is_cast = False
         self._are_updates_slow = milliseconds >= _SLOW_UPDATE_MILLISECONDS
         return Interrupt(request)

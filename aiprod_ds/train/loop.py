@@ -9,9 +9,10 @@ clock, so a resumed run repeats an uninterrupted one.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.curriculum.scheduler import Action, CurriculumScheduler, Decision
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import UpdateResult
-from aiprod_ds.errors import HangError
+from aiprod_ds.errors import DivergenceError, HangError
 from aiprod_ds.metrics.evaluations import Reason
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
@@ -37,13 +38,17 @@ from aiprod_ds.train.evaluating import Evaluator
 from aiprod_ds.train.interrupts import Interrupt, Interrupts
 from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.phase_change import Entered, RunParts, change_phase, enter_phase
+from aiprod_ds.train.replicas.check import ReplicaCheck
+from aiprod_ds.train.replicas.verdict import Divergence
 from aiprod_ds.train.resume.data_faults import DataFaults
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
+from aiprod_ds.train.spikes.detector import LOSS, Made, SpikeWatch
+from aiprod_ds.train.spikes.rollbacks import Rollbacks
 from aiprod_ds.train.stages import ENDS, Change, Event, Saved, Stage, Staging, after_change, next_stage
 from aiprod_ds.train.state import TrainState
 from aiprod_ds.train.throughput import throughput
-from aiprod_ds.train.unit import ClipWork, Evaluation, Part
+from aiprod_ds.train.unit import ClipWork, Evaluation, NamedStream, Part
 from aiprod_ds.train.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
@@ -60,6 +65,9 @@ class TrainingLoop:
         evaluator: Measures it and makes what shows it.
         interrupts: What is asked of the run from outside.
         overflows: Judges updates with non-finite gradients.
+        spikes: Finds where training goes wrong; once it has, the run goes back to before that.
+        rollbacks: What earlier ones left out of the data.
+        replicas: Compares what all ranks hold alike.
         faults: Clips that could not be read, and workers that died.
         watchdog: Ends a run that does not come on.
         layout: How the state is spread over ranks, for checkpoints.
@@ -76,6 +84,9 @@ class TrainingLoop:
     saver: Saver
     interrupts: Interrupts
     overflows: OverflowWatch
+    spikes: SpikeWatch
+    rollbacks: Rollbacks
+    replicas: ReplicaCheck
     faults: DataFaults
     layout: Mapping[str, Any]
     watchdog: Watchdog
@@ -84,19 +95,22 @@ class TrainingLoop:
     _saved: Saved = Saved.NO
     _entered: Entered | None = None
     _phase_left_at: float | None = None
+    _has_spiked: bool = False
     _work: dict[tuple[int, int], ClipWork | None] = field(default_factory=dict)
 
-    def run(self) -> RunStatus:
+    def run(self) -> RunStatus | None:
         """Trains from the clock to the end of the curriculum, or until a request to stop, which it has then
-        saved for.
+        saved for, or until a spike is found.
 
         Returns:
-            `COMPLETED` or `INTERRUPTED`, the same on all ranks.
+            `COMPLETED` or `INTERRUPTED`, the same on all ranks; None if the run is to go back from a spike,
+            which the main rank knows.
 
         Raises:
             NonFiniteError: If too many updates had a non-finite gradient; see `overflow.py`.
             DataError: Once the run has saved, if too many clips could not be read.
             DiskError: Once the run has saved, if the disk takes no more and that is to end it.
+            DivergenceError: If a rank holds other bits than the rest; what was saved before stays.
         """
         if self.clock.updates:
             self._saved = after_change(self._saved, Change.RESUMED)
@@ -107,6 +121,8 @@ class TrainingLoop:
         if stage is Stage.INTERRUPTED:
             self.faults.require_few()
             dist.from_main(self.evaluator.disk.require_no_fault)
+        if stage is Stage.ROLLED_BACK:
+            return None
         return RunStatus.COMPLETED if stage is Stage.COMPLETED else RunStatus.INTERRUPTED
 
     @property
@@ -118,6 +134,12 @@ class TrainingLoop:
     def plan(self) -> RunPlan:
         """The phases as they run."""
         return self.parts.resolved.plan
+
+    def clips_at(self, position: int) -> Sequence[str]:
+        """Returns the names of the clips of an update of the phase, by its position in the data; empty where
+        nobody knows."""
+        stream = None if self._entered is None else self._entered.stream
+        return stream.clips_at(position) if isinstance(stream, NamedStream) else ()
 
     def _do(self, stage: Stage) -> Event:
         """Does what `stage` stands for and returns how it ended."""
@@ -140,10 +162,10 @@ class TrainingLoop:
         if decision.action is Action.STAY:  # else resumed exactly at the edge
             decision = self._train_phase(self.plan.phases[self.clock.phase], decision)
             if decision.action is Action.STAY:
-                return Event.STOP
+                return Event.SPIKE if self._has_spiked else Event.STOP
         # An evaluation or a change of engine may last longer than the sender of a signal waits.
         if self._must_stop(at_once=True):
-            return Event.STOP
+            return Event.SPIKE if self._has_spiked else Event.STOP
         return Event.LAST_PHASE_ENDED if decision.action is Action.FINISHED else Event.PHASE_ENDED
 
     def _train_phase(self, phase: PhasePlan, decision: Decision) -> Decision:
@@ -154,6 +176,8 @@ class TrainingLoop:
                     self.parts, phase, state=self.state, clock=self.clock, faults=self.faults
                 )
         entered = self._entered
+        self.spikes.begin_phase(phase.index)
+        self.history.note_rate_factor(phase.name, phase.learning_rate.factor, self.clock.updates)
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
             with self.stopwatch.during(Activity.TRAIN):
@@ -175,9 +199,13 @@ class TrainingLoop:
 
     def _updates(self, entered: Entered, began: float, decision: Decision) -> Decision:
         phase, before, staging = entered.phase, self.clock.updates, Staging.DUE
+        self.replicas.begin(self.state)
         # Asked for while the run started or the phase changed; or due where a resumed run was stopped.
         must_stop = self._between_updates(at_once=True)
         while decision.action is Action.STAY and not must_stop:
+            if self.rollbacks.leaves_out(self.clock):
+                decision = self._pass_over(entered)
+                continue
             loss = self._update(entered)
             if staging is Staging.DUE and self.clock.updates > before:
                 # Only now are there moments, and their size is what the memory for copies depends on.
@@ -188,9 +216,28 @@ class TrainingLoop:
             self.history.phase_seconds[phase.name] = self.stopwatch.seconds(Activity.TRAIN) - began
             if self.clock.updates % self.config.report.flush_updates == 0:
                 self.recorder.flush(dist.reduce_mean)
+            self._require_alike(self.replicas.look())
             must_stop = decision.action is Action.STAY and self._between_updates()
+        self._require_alike(self.replicas.end())
+        if decision.action is not Action.STAY:
+            self.recorder.flush(dist.reduce_mean)  # what is wrong with the last updates is found before the next phase begins
         self._phase_left_at = time.perf_counter()
         return decision
+
+    def _pass_over(self, entered: Entered) -> Decision:
+        """Takes the data of an update that is left out from the loader, and counts it as skipped."""
+        stream, position = entered.stream, self.clock.phase_position
+        bucket = entered.phase.buckets[stream.bucket_at(position)]
+        for _ in range(bucket.accumulation):
+            with self.stopwatch.during(Activity.DATA_WAIT):
+                batch = self.watchdog.await_data(partial(next, entered.batches))
+            assert batch.position == position, f"loader at {batch.position}, clock at {position}"
+            if batch.unread or batch.restarts:
+                self.faults.note(batch)
+        epoch = stream.epoch_at(position + 1)
+        self.clock = self.clock.after_skip(micro_batches=bucket.accumulation, epoch=epoch)
+        _LOG.info("update_left_out phase=%s position=%d", entered.phase.name, position)
+        return self.scheduler.observe(self.clock, None)
 
     def _update(self, entered: Entered) -> float | None:
         """Runs one update, advances the clock and returns the reduced loss if the curriculum asked for it.
@@ -242,9 +289,12 @@ class TrainingLoop:
         if self.state.clip is not None:
             self.state.clip.observe(result.gradient_norm)
         self._advance(result, bucket, stream.epoch_at(position + 1))
-        if not result.applied:
-            return None
         means = {name: value / bucket.accumulation for name, value in sums.items()}
+        made = Made(position=position, update=self.clock.updates, learning_rate=rate)
+        if not result.applied:
+            self._note_skipped(made, means[LOSS], result)
+            return None
+        self.spikes.note(made)
         waited = self.stopwatch.seconds(Activity.DATA_WAIT) - waited_before
         times = {"time/update_seconds": time.perf_counter() - began, "time/data_wait_seconds": waited}
         if self._phase_left_at is not None:
@@ -252,6 +302,13 @@ class TrainingLoop:
             self._phase_left_at = None
         self._record({**means, **clipped}, result, bucket, rate=rate, times=times, work=self._work[shape])
         return float(dist.reduce_mean(means["loss/total"])) if needs_loss else None
+
+    def _note_skipped(self, made: Made, loss: Tensor, result: UpdateResult) -> None:
+        """Judges a skipped update at once: the host has waited for its norm already."""
+        reduced = float(dist.reduce_mean(loss))
+        is_explained = self.overflows.explains(result.loss_scale) and math.isfinite(reduced)
+        self.spikes.note(replace(made, is_applied=False, loss=reduced, is_explained=is_explained))
+        self.recorder.flush(dist.reduce_mean)
 
     def _set_clip_norm(self) -> dict[str, float]:
         """Sets the limit of the update whose last gradient is being computed, and returns it as a metric."""
@@ -314,6 +371,7 @@ class TrainingLoop:
             "clock/epoch": clock.epoch,
             "clock/samples": clock.samples,
             "clock/skipped_updates": clock.skipped_updates,
+            **({"clock/rollbacks": behind} if (behind := self.rollbacks.num_behind(clock)) else {}),
         }
         self.recorder.record(clock.updates, values)
 
@@ -393,6 +451,11 @@ class TrainingLoop:
                 return False
             if not self._evaluate_inside(self.evaluator.missing(self.clock), "asked"):
                 return self._must_stop(at_once=True)
+        elif interrupt is Interrupt.NONE and self.interrupts.has_any_spiked:
+            self._has_spiked = True
+            self.interrupts.finish()
+            self._finish_save()
+            return True
         elif interrupt is not Interrupt.NONE:
             self._agree_on_faults()
             self._save()
@@ -411,9 +474,17 @@ class TrainingLoop:
             return
         self.recorder.flush(dist.reduce_mean)
         with self.stopwatch.during(Activity.CHECKPOINT):
+            self._require_alike(self.replicas.look_at_all(self.state))
             self._agree_on_faults()
             self.saver.save(self.state, self._run_state())
         self._saved = after_change(self._saved, Change.SAVED)
+
+    def _require_alike(self, found: Divergence | None) -> None:
+        if found is not None:
+            self._finish_save()  # of what was alike when it began
+            names = dist.from_main(self.saver.store.names)
+            last = names[0] if names else None
+            raise DivergenceError(found.message(update=self.clock.updates, checkpoint=last))
 
     def _agree_on_faults(self) -> None:
         """Makes the clips that a rank could not read those of all ranks, from this checkpoint on."""
@@ -444,4 +515,9 @@ class TrainingLoop:
             adaptive_clip={} if clip is None else clip.to_dict(),
             streams=self._streams(),
             replaced_clips=dict(self.faults.agreed),
+            spikes={
+                "rollbacks": self.rollbacks.to_list(),
+                "watch": self.spikes.to_dict(),
+                "is_doubtful": self.spikes.is_doubtful,
+            },
         )

@@ -72,6 +72,10 @@ class OverflowWatch:
                 "or raise fp16.loss_scale_window, then resume."
             )
 
+    def explains(self, loss_scale: float) -> bool:
+        """Returns whether a skipped update with that scale may be how a dynamic one finds its height."""
+        return self._lowest_scale is not None and loss_scale > self._lowest_scale
+
     def _watch_scale(self, loss_scale: float, update: int) -> None:
         is_lowest = self._lowest_scale is not None and loss_scale <= self._lowest_scale
         self._at_lowest_in_a_row = self._at_lowest_in_a_row + 1 if is_lowest else 0

@@ -25,10 +25,10 @@ from aiprod_ds.curriculum.scheduler import CurriculumScheduler
 from aiprod_ds.data.clip_list import ClipList
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.errors import CheckpointError, ConfigError
+from aiprod_ds.errors import CheckpointError
 from aiprod_ds.metrics.recorder import MetricsRecorder
 from aiprod_ds.metrics.sinks import Sink
-from aiprod_ds.metrics.stopwatch import Stopwatch
+from aiprod_ds.metrics.stopwatch import Activity, Stopwatch
 from aiprod_ds.optim.ema import evaluated_weights
 from aiprod_ds.report.console import print_summary
 from aiprod_ds.report.output import open_console
@@ -42,6 +42,7 @@ from aiprod_ds.train.performance import choose_performance
 from aiprod_ds.train.phase_change import RunParts, check_recompute
 from aiprod_ds.train.planning.auto import Search, resolve, this_machine
 from aiprod_ds.train.planning.capacity import RequireCapacity
+from aiprod_ds.train.replicas.check import ReplicaCheck
 from aiprod_ds.train.reporting import (
     RunFacts,
     page_of,
@@ -66,6 +67,9 @@ from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.resume.shared_folder import require_shared
 from aiprod_ds.train.run_folder import open_sinks, prepare_folder
+from aiprod_ds.train.spikes.detector import SpikeWatch
+from aiprod_ds.train.spikes.going_back import Rules, WayBack, decide, delete_given_up, find_way
+from aiprod_ds.train.spikes.rollbacks import Rollbacks
 from aiprod_ds.train.state import TrainState, new_clip, new_ema
 from aiprod_ds.train.throughput import peak_flops
 from aiprod_ds.train.unit import Evaluation, EvaluationRequest, Part, Unit
@@ -88,6 +92,7 @@ class Prepared:
         clips: Returns the list of the clips that it trains on and holds out; the main rank asks, as often as
             it likes.
         unread_clips: Returns which of some training clips, by name, cannot be read to their end.
+        can_begin_anew: Whether `build_unit` gives the same each time, whatever was trained before.
     """
 
     config: RunConfig
@@ -98,6 +103,7 @@ class Prepared:
     source: str
     clips: Callable[[], ClipList]
     unread_clips: Callable[[Collection[str]], frozenset[str]]
+    can_begin_anew: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +114,25 @@ class _Standing:
     scheduler: CurriculumScheduler
     history: History
     faults: DataFaults
+    spikes: SpikeWatch
     is_resumed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Surroundings:
+    """What stays the same wherever a run of this process goes back to.
+
+    Attributes:
+        started_from: The checkpoint that the process went on from; None if it began the run.
+        can_begin_anew: As `Prepared` has it.
+    """
+
+    started_from: Checkpoint | None
+    can_begin_anew: bool
+    watch: SignalWatch
+    watchdog: Watchdog
+    stopwatch: Stopwatch
+    console: Console
 
 
 def run_training(
@@ -129,14 +153,17 @@ def run_training(
         CheckpointError: If another run is in the folder, checkpoints exist and none is whole, the ranks share
             no folder, or a checkpoint cannot be written.
         NonFiniteError: If training diverged for good.
+        SpikeError: If it went wrong more often than it may go back.
         DiskError: If the disk takes no run folder; or, with `report.on_full_disk: stop`, anything later; or
             no export and no report at the end.
         HangError: If the data of the only rank did not come; it has saved.
+        DivergenceError: If a rank holds other bits than the rest; what was saved before stays.
     """
     config, source = prepared.config, prepared.source
     with FolderLock(Path(config.output_dir)) as lock:
         dist.from_main(lambda: _take(lock, config))  # before the newest checkpoint is looked for
-        checkpoint = _find_checkpoint(config, resume)
+        way = _find_way(config, resume)
+        checkpoint = way.checkpoint
         facts = _resolved(prepared, checkpoint, accept_changed_data=accept_changed_data, trains=True)
         settings = facts.parts.resolved.settings
         default = settings.activation_checkpointing
@@ -152,8 +179,24 @@ def run_training(
         active = facts.parts.performance.active(facts.plan, num_sampled_shapes=sampled)
         with SignalWatch() as watch, _new_watchdog(facts, watch) as watchdog, active:
             dist.when_a_rank_is_lost(watchdog.note_lost_rank)
+            around = _Surroundings(
+                started_from=checkpoint,
+                can_begin_anew=prepared.can_begin_anew,
+                watch=watch,
+                watchdog=watchdog,
+                stopwatch=Stopwatch(on_switch=watchdog.enter),
+                console=console or open_console(stderr=True),
+            )
             try:
-                return _train(facts, checkpoint, watch, watchdog, console or open_console(stderr=True))
+                dist.from_main(lambda: delete_given_up(facts.folder, way.rollbacks))
+                report_started(facts)
+                outcome = _train(facts, way, around, goes_back=False)
+                while isinstance(outcome, WayBack):
+                    # As a new process does: what is trained there is built differently, or anew.
+                    del facts
+                    facts = _resolved(prepared, outcome.checkpoint, accept_changed_data=True, trains=True)
+                    outcome = _train(facts, outcome, around, goes_back=True)
+                return outcome
             finally:
                 dist.when_a_rank_is_lost(None)
 
@@ -164,7 +207,7 @@ def evaluate_checkpoint(prepared: Prepared, *, resume: str) -> Evaluation:
     Raises:
         CheckpointError: If there is none, or it belongs to another run.
     """
-    checkpoint = _find_checkpoint(prepared.config, resume)
+    checkpoint = _find_way(prepared.config, resume).checkpoint
     facts = _resolved(prepared, checkpoint, accept_changed_data=True, trains=False)
     if facts.data_change is not None:
         _LOG.warning("data_changed %s", facts.data_change)
@@ -262,23 +305,39 @@ def _new_watchdog(facts: RunFacts, watch: SignalWatch) -> Watchdog:
     )
 
 
-def _train(
-    facts: RunFacts,
-    checkpoint: Checkpoint | None,
-    watch: SignalWatch,
-    watchdog: Watchdog,
-    console: Console,
-) -> RunSummary:
-    config, first = facts.config, 0 if checkpoint is None else checkpoint.state.clock.phase
+def _train(facts: RunFacts, way: WayBack, around: _Surroundings, *, goes_back: bool) -> RunSummary | WayBack:
+    """Trains from a checkpoint on, and again from an earlier one after a spike.
+
+    Args:
+        facts: With the unit as it is before training.
+        way: What to go on from, and what to leave out.
+        around: Of this process.
+        goes_back: Whether a spike leads here.
+
+    Returns:
+        The summary; or the way back where it leads to a phase that trains other parameters, or to the
+        beginning.
+    """
+    config, first = facts.config, _phase_at(way.checkpoint)
     engine = _build_engine(facts, facts.plan.phases[first])
     state = TrainState(engine=engine, ema=new_ema(engine, config), clip=new_clip(config), base=None)
     saver: Saver | None = None
     try:
-        standing = _restore(facts, state, checkpoint)
-        saver = _new_saver(facts, standing.history)
-        watchdog.update = standing.clock.updates
-        loop = _new_loop(facts, state, standing, saver, watch, watchdog, console)
-        return _run(facts, loop, console)
+        while True:
+            standing = _restore(facts, state, way, goes_back=goes_back)
+            saver = _new_saver(facts, standing.history)
+            around.watchdog.update = standing.clock.updates
+            loop = _new_loop(facts, state, standing, saver, way.rollbacks, around)
+            outcome = _run(facts, loop, around)
+            if isinstance(outcome, RunSummary):
+                return outcome
+            way, goes_back = outcome, True
+            around.stopwatch.switch(Activity.START)
+            saver.close()
+            saver = None
+            between = facts.plan.phases[_phase_at(way.checkpoint) : loop.clock.phase + 1]
+            if way.checkpoint is None or any(phase.adapters != between[0].adapters for phase in between):
+                return way
     finally:
         try:
             if saver is not None:
@@ -287,8 +346,20 @@ def _train(
             state.engine.close()  # not `engine`: a change of phase may have built another
 
 
-def _restore(facts: RunFacts, state: TrainState, checkpoint: Checkpoint | None) -> _Standing:
-    """Puts `state` where the checkpoint stands, if there is one. Collective."""
+def _phase_at(checkpoint: Checkpoint | None) -> int:
+    return 0 if checkpoint is None else checkpoint.state.clock.phase
+
+
+def _restore(facts: RunFacts, state: TrainState, way: WayBack, *, goes_back: bool) -> _Standing:
+    """Puts `state` where the checkpoint stands, if there is one. Collective.
+
+    Args:
+        facts: Of the run.
+        state: As it was made; or where it goes back, as training left it.
+        way: With the checkpoint.
+        goes_back: Whether this process was further already.
+    """
+    checkpoint, spikes = way.checkpoint, _new_spikes(facts.config)
     config, scheduler, history, clock = facts.config, CurriculumScheduler(facts.plan), History(), Clock()
     origin = start_in_words(config)
     if checkpoint is not None:
@@ -296,10 +367,15 @@ def _restore(facts: RunFacts, state: TrainState, checkpoint: Checkpoint | None) 
         state.base = read_engine(checkpoint.engine_folder, state.engine, state.ema, origin=origin).base
         if state.clip is not None:
             state.clip.restore(saved.adaptive_clip)
+            state.engine.set_clip_norm(config.optimizer.gradient_clip_norm)
         state.streams = saved.streams
         clock, history = saved.clock, History.from_dict(saved.history)
         scheduler.load_state_dict(saved.scheduler)
-        _note_resume(history, checkpoint, facts)
+        spikes.restore(saved.spikes.get("watch", {}))
+        if facts.data_change is not None:
+            spikes.forget()
+        if not goes_back:
+            _note_resume(history, checkpoint, facts)
     if state.base is None or config.checkpoint.self_contained:
         # What was restored may have been trained before: starting the run anew does not give it.
         is_stored, phase = checkpoint is not None, facts.plan.phases[clock.phase]
@@ -309,8 +385,13 @@ def _restore(facts: RunFacts, state: TrainState, checkpoint: Checkpoint | None) 
         scheduler=scheduler,
         history=history,
         faults=_faults(facts, checkpoint, history),
+        spikes=spikes,
         is_resumed=checkpoint is not None,
     )
+
+
+def _new_spikes(config: RunConfig) -> SpikeWatch:
+    return SpikeWatch(config=config.spikes, is_on=dist.is_main() and config.spikes.mode != "off")
 
 
 def _faults(facts: RunFacts, checkpoint: Checkpoint | None, history: History) -> DataFaults:
@@ -365,9 +446,8 @@ def _new_loop(
     state: TrainState,
     standing: _Standing,
     saver: Saver,
-    watch: SignalWatch,
-    watchdog: Watchdog,
-    console: Console,
+    rollbacks: Rollbacks,
+    around: _Surroundings,
 ) -> TrainingLoop:
     config, plan, clock, history = facts.config, facts.plan, standing.clock, standing.history
     # A stop saves before an evaluation of the same update that it has cut short or left out.
@@ -381,17 +461,20 @@ def _new_loop(
         with disk_required(facts.folder, "the files of a run"):
             last = max((made["updates"] for made in history.evaluated.values()), default=None)
             drop_later_evaluations(facts.folder, count=history.evaluations, last_update=last)
-            sinks.extend(open_sinks(config, plan, console, clock, disk=disk, **resumed))
+            sinks.extend(open_sinks(config, plan, around.console, clock, disk=disk, **resumed))
 
     dist.from_main(begin_files)
-    engine, stopwatch = state.engine, Stopwatch(on_switch=watchdog.enter)
-    recorder = MetricsRecorder(device=engine.device, world_size=engine.world_size, sinks=sinks)
+    engine, stopwatch, spikes = state.engine, around.stopwatch, standing.spikes
+    recorder = MetricsRecorder(
+        device=engine.device, world_size=engine.world_size, sinks=sinks, on_flush=spikes.read
+    )
     faults = standing.faults
     interrupts = Interrupts(
-        watch,
+        around.watch,
         facts.folder,
         finished=lambda: saver.finished,
         wants_stop=lambda: faults.are_too_many or disk.wants_stop,
+        has_spiked=lambda: spikes.found is not None,
     )
     evaluator = Evaluator(
         config=config,
@@ -414,31 +497,36 @@ def _new_loop(
         evaluator=evaluator,
         saver=saver,
         interrupts=interrupts,
+        replicas=ReplicaCheck(is_on=config.engine.compare_ranks),
         overflows=OverflowWatch(lowest_scale=_lowest_scale(facts.parts.resolved.settings)),
+        spikes=spikes,
+        rollbacks=rollbacks,
         faults=faults,
         layout=facts.layout,
-        watchdog=watchdog,
+        watchdog=around.watchdog,
         clock=clock,
         history=history,
     )
 
 
-def _run(facts: RunFacts, loop: TrainingLoop, console: Console) -> RunSummary:
-    report_started(facts)
+def _run(facts: RunFacts, loop: TrainingLoop, around: _Surroundings) -> RunSummary | WayBack:
     try:
         status = loop.run()
+        way = None if status is not None else _decide(facts, loop, around)
     except BaseException as error:
         _close_files(loop)
         _report_ended(facts, loop, error)
         raise
     _close_files(loop)
+    if way is not None:
+        return way
     if status is RunStatus.COMPLETED:
         summary = report_completed(facts, loop)
     else:
         summary = report_interrupted(facts, loop)
     if dist.is_main():
         with suppress(OSError):  # standard error may be a file, on a disk that is full
-            print_summary(console, summary, report=page_of(facts.folder))
+            print_summary(around.console, summary, report=page_of(facts.folder))
     return summary
 
 
@@ -464,19 +552,25 @@ def _report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> 
         _LOG.exception("report_failed folder=%s", facts.folder)
 
 
-def _find_checkpoint(config: RunConfig, resume: str) -> Checkpoint | None:
-    """Returns the verified checkpoint to go on from, the same on all ranks."""
-    store = CheckpointStore(Path(config.output_dir) / "checkpoints")
-    return dist.from_main(lambda: _find(store, resume))
+def _decide(facts: RunFacts, loop: TrainingLoop, around: _Surroundings) -> WayBack:
+    """Returns the way back from the spike that the loop has found, the same on all ranks. Collective."""
+    rules = Rules(
+        folder=facts.folder,
+        config=facts.config,
+        plan=facts.plan,
+        started_from=around.started_from,
+        can_begin_anew=around.can_begin_anew,
+        clips_at=loop.clips_at,
+    )
+
+    def decided() -> WayBack:
+        assert loop.spikes.found is not None, "the main rank has voted for it"
+        return decide(loop.spikes.found, loop.rollbacks, rules)
+
+    return dist.from_main(decided)
 
 
-def _find(store: CheckpointStore, resume: str) -> Checkpoint | None:
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return store.newest()
-    if not Path(resume).is_dir():
-        raise ConfigError(
-            f"--resume: must be auto, never or a checkpoint folder, got {resume!r}, which is no folder."
-        )
-    return store.read(Path(resume))
+def _find_way(config: RunConfig, resume: str) -> WayBack:
+    """Returns the verified checkpoint to go on from, and what is left out on the way, the same on all
+    ranks."""
+    return dist.from_main(lambda: find_way(Path(config.output_dir), resume))

@@ -5,7 +5,8 @@ goes the same way because the events are agreed.
 
     MEASURE_START -> TRAIN -> MEASURE_PHASE -> CHANGE_PHASE -> TRAIN -> ... -> MEASURE_LAST -> COMPLETED
 
-A request to stop leads to INTERRUPTED from wherever one is looked for.
+A request to stop leads to INTERRUPTED from wherever one is looked for, a spike that was found in training to
+ROLLED_BACK.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Stage(Enum):
     MEASURE_LAST = "measure_last"
     COMPLETED = "completed"
     INTERRUPTED = "interrupted"
+    ROLLED_BACK = "rolled_back"
 
 
 class Event(Enum):
@@ -33,6 +35,7 @@ class Event(Enum):
     PHASE_ENDED = "phase_ended"
     LAST_PHASE_ENDED = "last_phase_ended"
     STOP = "stop"
+    SPIKE = "spike"
 
 
 _NEXT: Mapping[tuple[Stage, Event], Stage] = {
@@ -41,13 +44,14 @@ _NEXT: Mapping[tuple[Stage, Event], Stage] = {
     (Stage.TRAIN, Event.PHASE_ENDED): Stage.MEASURE_PHASE,
     (Stage.TRAIN, Event.LAST_PHASE_ENDED): Stage.MEASURE_LAST,
     (Stage.TRAIN, Event.STOP): Stage.INTERRUPTED,
+    (Stage.TRAIN, Event.SPIKE): Stage.ROLLED_BACK,
     (Stage.MEASURE_PHASE, Event.DONE): Stage.CHANGE_PHASE,
     (Stage.MEASURE_PHASE, Event.STOP): Stage.INTERRUPTED,
     (Stage.CHANGE_PHASE, Event.DONE): Stage.TRAIN,
     (Stage.MEASURE_LAST, Event.DONE): Stage.COMPLETED,
     (Stage.MEASURE_LAST, Event.STOP): Stage.INTERRUPTED,
 }
-ENDS = frozenset({Stage.COMPLETED, Stage.INTERRUPTED})
+ENDS = frozenset({Stage.COMPLETED, Stage.INTERRUPTED, Stage.ROLLED_BACK})
 
 
 def next_stage(stage: Stage, event: Event) -> Stage:

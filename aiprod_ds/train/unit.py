@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -64,6 +64,14 @@ class Stream(Protocol):
 
     def close(self) -> None:
         """Ends the workers. Idempotent."""
+
+
+@runtime_checkable
+class NamedStream(Stream, Protocol):
+    """A stream that knows which clips make an update."""
+
+    def clips_at(self, position: int) -> Sequence[str]:
+        """Returns the names of the clips of the global batch at `position`, whether it was yielded or not."""
 
 
 class Part(Flag):

@@ -283,6 +283,7 @@ class Trainer(ABC, Generic[ConfigT]):
             source=self.source,
             clips=cache(partial(self.clip_list, data)),
             unread_clips=lambda names: frozenset(clip.name for clip in data.unread_for_training(plan, names)),
+            can_begin_anew=self._model is None and self._datasets[0] is None,
         )
 
     def _own_model(self) -> nn.Module:

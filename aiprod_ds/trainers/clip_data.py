@@ -58,6 +58,10 @@ class ClipStream:
         """Returns the completed passes over the phase's data before `position`."""
         return self.sampler.epoch_at(position)
 
+    def clips_at(self, position: int) -> Sequence[str]:
+        """Returns the names of the clips of the global batch at `position`."""
+        return [self.clips[sample.sample_index].name for sample in self.sampler.batch(position).samples]
+
     def leave_out(self, names: Collection[str]) -> None:
         """Replaces the clips of these names, without reading them, in all that is yielded from now on."""
         self.loader.leave_out([index for index, clip in enumerate(self.clips) if clip.name in names])

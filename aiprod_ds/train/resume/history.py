@@ -38,6 +38,8 @@ class History:
         evaluated: Part of an evaluation -> `updates` and `samples` where it was last made.
         measured: `updates` and `metrics` of the last held-out measures.
         best: Rule of `keep_best` -> its best values, at most as many as it keeps.
+        rate_factors: Changes of a phase's `learning_rate_factor`, which is 1 before the first: `phase`,
+            `update` after which it counts, and `factor`.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -56,6 +58,21 @@ class History:
     evaluated: dict[str, dict[str, int]] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     best: dict[str, list[float]] = field(default_factory=dict)
+    rate_factors: list[dict[str, Any]] = field(default_factory=list)
+
+    def rate_factors_of(self, phase: str) -> list[float]:
+        """Returns the factors that a phase's learning rate has had, in order, at least the one it begins
+        with."""
+        return [1.0, *(change["factor"] for change in self.rate_factors if change["phase"] == phase)]
+
+    def note_rate_factor(self, phase: str, factor: float, update: int) -> None:
+        """Remembers, and logs, that a phase's rates are multiplied by another factor from now on."""
+        before = self.rate_factors_of(phase)[-1]
+        if factor != before:
+            _LOG.warning(
+                "learning_rate_factor_changed phase=%s update=%d from=%g to=%g", phase, update, before, factor
+            )
+            self.rate_factors.append({"phase": phase, "update": update, "factor": factor})
 
     def note_not_saved(self, update: int, reason: str) -> None:
         """Remembers a save that there was no room for."""

@@ -15,6 +15,7 @@ POSSIBLE = {
     ("TRAIN", "PHASE_ENDED"): "MEASURE_PHASE",
     ("TRAIN", "LAST_PHASE_ENDED"): "MEASURE_LAST",
     ("TRAIN", "STOP"): "INTERRUPTED",
+    ("TRAIN", "SPIKE"): "ROLLED_BACK",
     ("MEASURE_PHASE", "DONE"): "CHANGE_PHASE",
     ("MEASURE_PHASE", "STOP"): "INTERRUPTED",
     ("CHANGE_PHASE", "DONE"): "TRAIN",
@@ -34,7 +35,7 @@ def test_every_stage_and_event(stage: Stage, event: Event) -> None:
 
 
 def test_an_end_is_reached_from_everywhere_and_left_by_nothing() -> None:
-    assert {stage.name for stage in ENDS} == {"COMPLETED", "INTERRUPTED"}
+    assert {stage.name for stage in ENDS} == {"COMPLETED", "INTERRUPTED", "ROLLED_BACK"}
     assert not {stage for stage, _ in POSSIBLE} & {stage.name for stage in ENDS}
     for start in Stage:
         reached, before = {start.name}, set()
