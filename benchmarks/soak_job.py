@@ -38,16 +38,16 @@ RANK, LAUNCHER, SUPERVISOR = "SIGKILL of a rank", "SIGKILL of the launcher", "SI
 WORKER, HANG, TERM = "SIGKILL of a loader worker", "SIGSTOP of a rank", "SIGTERM"
 FULL_DISK, SPIKE = "full disk", "spike"
 MOMENTS = {
-    RANK: (TRAINING, SAVE, START),
-    LAUNCHER: (TRAINING, SAVE, START),
-    SUPERVISOR: (TRAINING, SAVE, START),
+    RANK: (TRAINING, SAVE, SAVE, START),
+    LAUNCHER: (TRAINING, SAVE, SAVE, START),
+    SUPERVISOR: (TRAINING, SAVE, SAVE, START),
     WORKER: (TRAINING,),
     HANG: (TRAINING,),
     TERM: (TRAINING, SAVE),
     FULL_DISK: (TRAINING,),
     SPIKE: (TRAINING,),
 }
-"""By kind."""
+"""By kind, as often as they are chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,8 +58,10 @@ class Job:
         ranks: list[int] = []
         workers: list[int] = []
         for process, parent in _descendants(supervisor):
-            if _is_rank(process):
-                (workers if parent in ranks else ranks).append(process)
+            if parent in ranks:  # a fork of it; torch gives workers another name
+                workers += [process] if _words(process) == _words(parent) else []
+            elif _is_rank(process):
+                ranks.append(process)
             elif _is_launcher(process):
                 launchers.append(process)
         return cls(launchers=tuple(launchers), ranks=tuple(sorted(ranks)), workers=tuple(workers))
