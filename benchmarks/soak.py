@@ -325,6 +325,7 @@ def _config(folder: Path, flag: Path, updates: int) -> dict[str, Any]:
         },
         "checkpoint": {"every_updates": 5, "keep_last": 3},
         "evaluation": {"max_clips": 1, "num_pictures": 0},
+        "spikes": {"max_rollbacks": 20},
         "report": {"flush_updates": 1},
     }
 
