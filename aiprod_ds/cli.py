@@ -28,7 +28,7 @@ from aiprod_ds.cli_check import add_read_all, read_all, require_clips_of_trainin
 from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
 from aiprod_ds.cli_data import add_data, look
 from aiprod_ds.cli_shard import add_shard, run_shard
-from aiprod_ds.cli_start import add_examples, add_program, list_or_copy
+from aiprod_ds.cli_start import add_examples, add_init, add_program, begun, list_or_copy
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # the deepspeed launcher adds it
     add_program(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_init(commands).set_defaults(command=_init)
     add_examples(commands).set_defaults(command=_examples)
     check = _configured(
         commands,
@@ -471,6 +472,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         open_console().print(page, crop=False)
     return FAILED if page.problem else DONE
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    made = begun(arguments)
+    for path in made.files:
+        print(path)
+    for note in made.notes:
+        arguments.console.print(note, markup=False, highlight=False)
+    code = _main(["check", str(made.checked), *made.options])
+    if code == DONE:
+        print("Next:", *made.commands, sep="\n  ")
+    return code
 
 
 def _examples(arguments: argparse.Namespace) -> int:
