@@ -3,7 +3,8 @@ prints.
 
 Exit codes: 0 done, 1 failure, 2 bad configuration (nothing was written), 3 converted, but an older checkpoint
 than the newest, 70 an error that nobody foresaw (`crash` tells it), 75 the run was asked to stop and has
-saved: the same command goes on, 76 it did not come on. A second signal ends with 128 + its number.
+saved: the same command goes on, 76 it did not come on, 77 its ranks hold different weights,
+78 training went wrong more often than it may go back. A second signal ends with 128 + its number.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from aiprod_ds.bad_disk import disk_error, is_disk_fault
 from aiprod_ds.cli_check import add_read_all, read_all, require_clips_of_training
 from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
 from aiprod_ds.cli_data import add_data, look
@@ -32,9 +35,17 @@ from aiprod_ds.cli_start import add_examples, add_init, add_program, begun, list
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
-from aiprod_ds.crash import guarded
+from aiprod_ds.crash import guarded, silence
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.errors import AiprodError, ConfigError, HangError, PlanError
+from aiprod_ds.errors import (
+    AiprodError,
+    ConfigError,
+    DivergenceError,
+    HangError,
+    NonFiniteError,
+    PlanError,
+    SpikeError,
+)
 from aiprod_ds.files import folder_problem
 from aiprod_ds.planner.hardware import MACHINES
 from aiprod_ds.report.output import log_handler, open_console
@@ -44,6 +55,8 @@ DONE, FAILED, BAD_CONFIGURATION = 0, 1, 2
 OLDER = 3
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again"
 HUNG = 76  # as `train.watchdog` ends a process, too
+DIVERGED = 77
+SPIKED = 78
 _MOST_RANKS = 1_000_000  # ten times the largest machines of today
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
@@ -65,12 +78,24 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         with shown_on(arguments.console if is_main else None):
             code: int = arguments.command(arguments)
+        sys.stdout.flush()
     except ConfigError as error:
         return _explain(error, BAD_CONFIGURATION)
     except HangError as error:
         return _explain(error, HUNG)
+    except DivergenceError as error:
+        return _explain(error, DIVERGED)
+    except (SpikeError, NonFiniteError) as error:
+        return _explain(error, SPIKED)
     except AiprodError as error:
         return _explain(error, FAILED)
+    except OSError as error:
+        if not is_disk_fault(error):
+            raise
+        if error.filename is None:
+            with suppress(OSError):  # it is no file, as in a test
+                silence(sys.stdout.fileno())
+        return _explain(disk_error(error), FAILED)
     return code
 
 
@@ -534,6 +559,7 @@ def _set_up_logging(console: Console, *, is_main: bool, is_verbose: bool) -> Non
 
 def _explain(error: AiprodError, code: int) -> int:
     problems = error.problems if isinstance(error, ConfigError) else (str(error),)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    with suppress(OSError):  # standard error may be a file, on a disk that is full
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
     return code

@@ -49,8 +49,9 @@ from aiprod_ds.train.orphans import Launchers
 
 _LOG = logging.getLogger(__name__)
 _FAILED = 1
-# Done, bad configuration, and saved because somebody asked for it (`aiprod_ds.cli`).
-_FINAL = frozenset({0, 2, 75})
+# Done, bad configuration, saved because somebody asked for it, and gone wrong, which it would be again
+# (`aiprod_ds.cli`).
+_FINAL = frozenset({0, 2, 75, 78})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

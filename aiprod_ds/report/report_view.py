@@ -121,7 +121,8 @@ def _phases(summary: RunSummary) -> str:
         for phase in summary.phases
     ]
     skipped = (
-        f"\n\n{summary.skipped_updates:,} updates were skipped for overflow."
+        f"\n\n{summary.skipped_updates:,} updates were skipped: for a gradient that was not finite, or left "
+        "out with a spike."
         if summary.skipped_updates
         else ""
     )
@@ -129,8 +130,34 @@ def _phases(summary: RunSummary) -> str:
         "## Phases\n\n"
         + _table(header, rows)
         + skipped
+        + _rollbacks(summary.rollbacks)
+        + _rate_factors(summary.rate_factors)
         + _not_saved(summary.not_saved)
         + _not_written(summary.not_written)
+    )
+
+
+def _rollbacks(rollbacks: Sequence[Mapping[str, Any]]) -> str:
+    if not rollbacks:
+        return ""
+    rows = [
+        (
+            entry["phase"],
+            f"{entry['first_position']:,} to {entry['last_position']:,}",
+            _cell(entry["reason"]),
+            f"`{entry['checkpoint']}`" if entry["checkpoint"] else "the beginning",
+        )
+        for entry in rollbacks
+    ]
+    header = ("phase", "left out of its data", "what went wrong", "went back to")
+    return "\n\n### Rollbacks\n\n" + _table(header, rows) + "\n\nValues and clips: `rollbacks.json`."
+
+
+def _rate_factors(changes: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(
+        f"\n\nThe learning rate of phase {change['phase']} was multiplied by {change['factor']:g} from "
+        f"update {change['update']:,} on."
+        for change in changes
     )
 
 

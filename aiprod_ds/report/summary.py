@@ -93,6 +93,9 @@ class RunSummary:
         accepted_data: Those of them that it went on from with other data, and what changed, in words.
         not_saved: Saves that the disk did not take, with `checkpoint.on_full_disk: go_on`: update and reason.
         not_written: Other files that the disk did not take, since the last start, in words.
+        rollbacks: What went wrong and was left out, oldest first: phase, first and last position in its data,
+            update at which it was found, the reason in words, the checkpoint that the run went back to, clips.
+        rate_factors: Changes of a phase's `learning_rate_factor`: phase, update after which it counts, factor.
         error: What ended the run, if it failed.
     """
 
@@ -126,6 +129,8 @@ class RunSummary:
     accepted_data: tuple[str, ...] = ()
     not_saved: tuple[Mapping[str, Any], ...] = ()
     not_written: tuple[str, ...] = ()
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
+    rate_factors: tuple[Mapping[str, Any], ...] = ()
     pictures: tuple[Picture, ...] = ()
     plots: tuple[Picture, ...] = ()
     error: str | None = None

@@ -177,7 +177,7 @@ class TrainingLoop:
                 )
         entered = self._entered
         self.spikes.begin_phase(phase.index)
-        self.history.note_rate_factor(phase.name, phase.learning_rate.factor, self.clock.updates)
+        self.history.note_rate_factor(phase.name, phase.learning_rate.factor, self.clock)
         began = self.stopwatch.seconds(Activity.TRAIN) - self.history.phase_seconds.get(phase.name, 0.0)
         try:
             with self.stopwatch.during(Activity.TRAIN):

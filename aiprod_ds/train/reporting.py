@@ -35,6 +35,8 @@ from aiprod_ds.report.summary import PhaseSummary, Picture, RunStatus, RunSummar
 from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.phase_change import RunParts
 from aiprod_ds.train.resume.history import History
+from aiprod_ds.train.spikes.going_back import in_words
+from aiprod_ds.train.spikes.rollbacks import Rollback
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
@@ -227,6 +229,8 @@ def _summarize(
         accepted_data=tuple(history.accepted_data),
         not_saved=tuple(history.not_saved),
         not_written=facts.disk.notes(),
+        rollbacks=tuple(_rollback(entry, plan) for entry in loop.rollbacks.decided),
+        rate_factors=tuple(history.rate_factors),
         pictures=_pictures(facts) if dist.is_main() else (),
         plots=_plots(facts) if dist.is_main() else (),
         error=error,
@@ -262,10 +266,24 @@ def _phase_summary(phase: PhasePlan, history: History) -> PhaseSummary:
         frames=first.frames,
         batch=first.global_batch_size,
         shapes=tuple(bucket.shape_text for bucket in phase.buckets),
-        lr_max=phase.learning_rate.peak,
+        lr_max=phase.learning_rate.peak * history.highest_rate_factor(phase.name, phase.learning_rate.factor),
         seconds=history.phase_seconds.get(phase.name, 0.0),
         metrics=history.phase_metrics.get(phase.name, {}),
     )
+
+
+def _rollback(entry: Rollback, plan: RunPlan) -> dict[str, Any]:
+    spike = entry.spike
+    return {
+        "phase": plan.phases[spike.phase].name,
+        "first_position": spike.first,
+        "last_position": spike.last,
+        "update": spike.update,
+        "reason": in_words(spike),
+        "checkpoint": entry.checkpoint,
+        "learning_rate": spike.learning_rate,
+        "clips": list(entry.clips),
+    }
 
 
 def _pictures(facts: RunFacts) -> tuple[Picture, ...]:

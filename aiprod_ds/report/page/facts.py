@@ -308,8 +308,12 @@ def _notes(run: RunRecord) -> Iterator[Note]:
         yield Note(title="Not written", text="The disk did not take:", rows=rows, is_serious=True)
     skipped = known.get("skipped_updates")
     if isinstance(skipped, int) and skipped > 0:
-        text = f"{skipped:,} updates were computed and not applied, because a gradient was not finite."
+        text = (
+            f"{skipped:,} updates were not applied, because a gradient was not finite or because they were "
+            "left out with a spike."
+        )
         yield Note(title="Skipped", text=text)
+    yield from _of_spikes(known)
     restarts = known.get("worker_restarts")
     if isinstance(restarts, int) and restarts > 0:
         text = f"Workers of the loader died and were started again, {restarts:,} {plural('time', restarts)}."
@@ -317,6 +321,24 @@ def _notes(run: RunRecord) -> Iterator[Note]:
     if run.problems:
         rows = tuple(("", problem) for problem in run.problems)
         yield Note(title="This page", text="Not everything in the run folder could be read:", rows=rows)
+
+
+def _of_spikes(known: Mapping[str, Any]) -> Iterator[Note]:
+    rollbacks = [entry for entry in known.get("rollbacks") or () if isinstance(entry, dict)]
+    if rollbacks:
+        rows = tuple(
+            (f"to {entry.get('checkpoint') or 'the beginning'}", str(entry.get("reason")))
+            for entry in rollbacks[-_MAX_LISTED:]
+        )
+        text = "Training went wrong and was taken back; the data of these updates is left out:"
+        yield Note(title="Rollbacks", text=text, rows=rows, is_serious=True)
+    changes = [entry for entry in known.get("rate_factors") or () if isinstance(entry, dict)]
+    if changes:
+        rows = tuple(
+            (f"{entry.get('phase')}, from update {entry.get('update')}", f"times {entry.get('factor')}")
+            for entry in changes[-_MAX_LISTED:]
+        )
+        yield Note(title="Learning rate", text="Multiplied, by the configuration of a start:", rows=rows)
 
 
 def _of_data(data: Mapping[str, Any]) -> Iterator[Note]:

@@ -29,7 +29,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("height", "width", "frames", "global_batch_size"), int),
     **dict.fromkeys(("pixels_per_update", "learning_rate_max"), (int, float)),
     **dict.fromkeys(("phases", "replacements", "not_saved", "not_written", "performance"), list),
-    **dict.fromkeys(("resharded", "accepted_data"), list),
+    **dict.fromkeys(("resharded", "accepted_data", "rollbacks", "rate_factors"), list),
     **dict.fromkeys(("data", "time_seconds", "versions", "hardware", "git"), dict),
 }
 _OF_A_RUN = ("config.yaml", "plan.json", "metrics.jsonl", "report.json", EVALUATIONS)

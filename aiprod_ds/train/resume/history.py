@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from aiprod_ds.clock import Clock
 from aiprod_ds.errors import CheckpointError
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class History:
         measured: `updates` and `metrics` of the last held-out measures.
         best: Rule of `keep_best` -> its best values, at most as many as it keeps.
         rate_factors: Changes of a phase's `learning_rate_factor`, which is 1 before the first: `phase`,
-            `update` after which it counts, and `factor`.
+            `update` of the run and `phase_update` after which it counts, and `factor`.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -60,19 +61,26 @@ class History:
     best: dict[str, list[float]] = field(default_factory=dict)
     rate_factors: list[dict[str, Any]] = field(default_factory=list)
 
-    def rate_factors_of(self, phase: str) -> list[float]:
-        """Returns the factors that a phase's learning rate has had, in order, at least the one it begins
-        with."""
-        return [1.0, *(change["factor"] for change in self.rate_factors if change["phase"] == phase)]
-
-    def note_rate_factor(self, phase: str, factor: float, update: int) -> None:
-        """Remembers, and logs, that a phase's rates are multiplied by another factor from now on."""
-        before = self.rate_factors_of(phase)[-1]
+    def note_rate_factor(self, phase: str, factor: float, clock: Clock) -> None:
+        """Remembers, and logs, that a phase's rates are multiplied by another factor from `clock` on."""
+        before = next(
+            (change["factor"] for change in reversed(self.rate_factors) if change["phase"] == phase), 1.0
+        )
         if factor != before:
             _LOG.warning(
-                "learning_rate_factor_changed phase=%s update=%d from=%g to=%g", phase, update, before, factor
-            )
-            self.rate_factors.append({"phase": phase, "update": update, "factor": factor})
+                "learning_rate_factor_changed phase=%s update=%d from=%g to=%g",
+                phase, clock.updates, before, factor,
+            )  # fmt: skip
+            moment = {"update": clock.updates, "phase_update": clock.phase_updates}
+            self.rate_factors.append({"phase": phase, **moment, "factor": factor})
+
+    def highest_rate_factor(self, phase: str, factor: float) -> float:
+        """Returns the highest factor that a phase's rates have had; `factor` if it has not begun."""
+        own = [change for change in self.rate_factors if change["phase"] == phase]
+        factors: list[float] = [change["factor"] for change in own]
+        if own and own[0]["phase_update"]:
+            factors.append(1.0)
+        return max(factors, default=factor)
 
     def note_not_saved(self, update: int, reason: str) -> None:
         """Remembers a save that there was no room for."""
