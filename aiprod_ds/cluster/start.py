@@ -11,12 +11,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
@@ -48,7 +51,9 @@ from aiprod_ds.report.command import VARIABLE, encoded, typed_command
 from aiprod_ds.train.orphans import Launchers
 
 _LOG = logging.getLogger(__name__)
-_FAILED = 1
+_FAILED, _SAVED = 1, 75
+# Of ranks that SIGTERM ended, through DeepSpeed's launcher: they were loading, or they would have saved.
+_ENDED_BY_SIGTERM = 256 - signal.SIGTERM
 # Done, bad configuration, saved because somebody asked for it, and gone wrong, which it would be again
 # (`aiprod_ds.cli`).
 _FINAL = frozenset({0, 2, 75, 78})
@@ -95,14 +100,22 @@ def start(request: Request, console: Console, *, once: Once | None = None) -> in
         once: Makes one start, in place of DeepSpeed's launcher.
 
     Returns:
-        0 only if the run's own report says that it is completed; else the launcher's code, or 1 if that was
-        0.
+        0 only if the run's own report says that it is completed; 75 if it was asked to stop and nothing is
+        lost; else the launcher's code, or 1 if that was 0.
 
     Raises:
         ConfigError: If anything that was given is wrong; nothing has been started.
         EngineError: If a host is; the message has every problem.
     """
-    start_once = once or _start_once
+    try:
+        with _leaving_for_sigterm():
+            return _start_until_done(request, console, once or _start_once)
+    except _StoppedError:
+        _LOG.warning("stopped reason=SIGTERM while no rank was running")
+        return _SAVED
+
+
+def _start_until_done(request: Request, console: Console, start_once: Once) -> int:
     before = _checkpoints(request.run_folder)
     code, is_stopped = start_once(request, console)
     for restart in range(1, request.max_restarts + 1):
@@ -112,7 +125,28 @@ def start(request: Request, console: Console, *, once: Once | None = None) -> in
         _LOG.warning("restarting restart=%d of=%d exit_code=%d", restart, request.max_restarts, code)
         again = replace(request, resume="auto" if has_saved else request.resume)
         code, is_stopped = start_once(again, console)
+    if is_stopped and code == _ENDED_BY_SIGTERM:
+        _LOG.warning("stopped reason=the signal came before the ranks had begun to train")
+        return _SAVED
     return code
+
+
+class _StoppedError(Exception):
+    """A signal came between two starts."""
+
+
+@contextmanager
+def _leaving_for_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an end like that of a run which has saved, wherever the supervisor does not mind it."""
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        raise _StoppedError
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _checkpoints(run_folder: Path) -> set[tuple[str, int]]:

@@ -89,20 +89,19 @@ class Supervisor:
         self._signals.append(number)
 
     def _watch(self, launcher: Launcher) -> int:
-        told, deadline = 0, float("inf")
+        deadline, look_at = float("inf"), float("inf")
         while launcher.poll() is None:
-            if len(self._signals) > told:
-                told = len(self._signals)
-                if told > 1 or time.monotonic() > deadline:
-                    break
-                deadline = time.monotonic() + STOP_SECONDS
+            if self._signals and deadline == float("inf"):
+                deadline, look_at = time.monotonic() + STOP_SECONDS, 0.0
                 _LOG.warning(
                     "stopping signal=%s saving_within_seconds=%.0f",
                     signal.Signals(self._signals[0]).name,
                     STOP_SECONDS,
                 )
-                self._signal_ranks("TERM", launcher.pid)
-            if time.monotonic() > deadline:
+            if time.monotonic() > look_at:  # ranks that have not been started yet would not hear of it
+                has_reached = self._signal_ranks("TERM", launcher.pid)
+                look_at = float("inf") if has_reached else time.monotonic() + _LOOK_SECONDS
+            if len(self._signals) > 1 or time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
         code = launcher.poll()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -146,9 +147,22 @@ def test_a_dry_run_prints_the_command_of_this_host(
         ([(2, False)], ["never"], 2),
         ([(75, False)], ["never"], 75),
         ([(143, True)], ["never"], 143),
+        ([(241, True)], ["never"], 75),
+        ([(1, False), (241, True)], ["never", "never"], 75),
+        ([(241, False)] * 4, ["never", "never", "auto", "auto"], 241),
         ([(70, False), (75, False)], ["never", "never"], 75),
     ],
-    ids=["hang then loss", "always", "bad input", "stopped", "signalled", "stopped later"],
+    ids=[
+        "hang then loss",
+        "always",
+        "bad input",
+        "stopped",
+        "signalled",
+        "signalled while it loads",
+        "signalled while it loads again",
+        "ended by somebody else's signal",
+        "stopped later",
+    ],
 )
 def test_what_failed_is_started_again_from_what_it_has_saved(
     tmp_path: Path,
@@ -177,6 +191,24 @@ def test_what_failed_is_started_again_from_what_it_has_saved(
     )
     assert start.start(request, Console()) == code
     assert asked == resumes
+
+
+def test_a_signal_between_two_starts_is_a_stop(tmp_path: Path) -> None:
+    starts: list[str] = []
+
+    def start_once(request: start.Request, _console: Console) -> tuple[int, bool]:
+        starts.append(request.resume)
+        if len(starts) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        return 1, False
+
+    request = start.Request(
+        config=Path(CONFIG), run_folder=tmp_path, hostfile=tmp_path / "hosts", ssh=Ssh(), max_restarts=3
+    )
+    assert start.start(request, Console(), once=start_once) == 75
+    assert len(starts) == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("path")
@@ -258,6 +290,23 @@ def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Pat
         assert output.readline() == "ready\n"
         supervisor.terminate()
         assert supervisor.wait(timeout=60) == 75
+
+
+# Starts its rank only after the signal has come.
+STARTING = STOPPING.replace("rank = ", "print('ready', flush=True); time.sleep(1.0)\nrank = ", 1)
+
+
+def test_ranks_that_are_started_after_the_signal_hear_of_it(tmp_path: Path) -> None:
+    script = tmp_path / "launcher.py"
+    script.write_text(STARTING)
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISING, str(script)], stdout=subprocess.PIPE, text=True
+    )
+    assert supervisor.stdout is not None
+    with supervisor.stdout as output:
+        assert output.readline() == "ready\n"
+        supervisor.terminate()
+        assert supervisor.wait(timeout=60) in (75, 241)
 
 
 def _job(tmp_path: Path, path: Path, code: int) -> subprocess.CompletedProcess[str]:
