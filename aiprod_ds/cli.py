@@ -57,6 +57,13 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to try again
 HUNG = 76  # as `train.watchdog` ends a process, too
 DIVERGED = 77
 SPIKED = 78
+_CODES: tuple[tuple[type[AiprodError], int], ...] = (
+    (ConfigError, BAD_CONFIGURATION),
+    (HangError, HUNG),
+    (DivergenceError, DIVERGED),
+    (SpikeError, SPIKED),
+    (NonFiniteError, SPIKED),
+)
 _MOST_RANKS = 1_000_000  # ten times the largest machines of today
 _CURVE_POINTS = 500  # of the whole run; more than a terminal has columns of dots
 
@@ -79,16 +86,8 @@ def _main(argv: Sequence[str] | None) -> int:
         with shown_on(arguments.console if is_main else None):
             code: int = arguments.command(arguments)
         sys.stdout.flush()
-    except ConfigError as error:
-        return _explain(error, BAD_CONFIGURATION)
-    except HangError as error:
-        return _explain(error, HUNG)
-    except DivergenceError as error:
-        return _explain(error, DIVERGED)
-    except (SpikeError, NonFiniteError) as error:
-        return _explain(error, SPIKED)
     except AiprodError as error:
-        return _explain(error, FAILED)
+        return _explain(error, next((code for kind, code in _CODES if isinstance(error, kind)), FAILED))
     except OSError as error:
         if not is_disk_fault(error):
             raise

@@ -94,8 +94,10 @@ class RunSummary:
         not_saved: Saves that the disk did not take, with `checkpoint.on_full_disk: go_on`: update and reason.
         not_written: Other files that the disk did not take, since the last start, in words.
         rollbacks: What went wrong and was left out, oldest first: phase, first and last position in its data,
-            update at which it was found, the reason in words, the checkpoint that the run went back to, clips.
-        rate_factors: Changes of a phase's `learning_rate_factor`: phase, update after which it counts, factor.
+            update at which it was found, the reason in words, the checkpoint that the run went back to, the
+            learning rate, clips.
+        rate_factors: Changes of a phase's `learning_rate_factor`: phase, update of the run and of the phase
+            after which it counts, factor.
         error: What ended the run, if it failed.
     """
 

@@ -220,7 +220,8 @@ class TrainingLoop:
             must_stop = decision.action is Action.STAY and self._between_updates()
         self._require_alike(self.replicas.end())
         if decision.action is not Action.STAY:
-            self.recorder.flush(dist.reduce_mean)  # what is wrong with the last updates is found before the next phase begins
+            # What is wrong with the last updates is found before the next phase begins.
+            self.recorder.flush(dist.reduce_mean)
         self._phase_left_at = time.perf_counter()
         return decision
 

@@ -19,6 +19,8 @@ MAX_SKIPPED_IN_A_ROW = 50
 STORM_WINDOW, STORM_SKIPPED = 200, 100
 """A scale that fits costs 1 skipped update in 1000."""
 COLLAPSED_UPDATES = 100
+# What a resumed run takes: precision, clipping and all else of a running phase must stay.
+_ADVICE = "Lower the phase's learning_rate_factor, which a running phase takes, and resume"
 
 
 class OverflowWatch:
@@ -59,17 +61,13 @@ class OverflowWatch:
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"update {update}: gradients must be finite, got {self._skipped_in_a_row} updates that were "
-                "not. "
-                "The parameters are as after the last applied update. Lower learning_rate or use bf16, then "
-                "resume."
+                f"not. The parameters are as after the last applied update. {_ADVICE}."
             )
         if sum(self._recent) >= STORM_SKIPPED:
             raise NonFiniteError(
                 f"update {update}: gradients must be finite, got {sum(self._recent)} of the last "
-                f"{len(self._recent)} updates "
-                "that were not. The parameters are as after the last applied update. Lower learning_rate or "
-                "gradient_clip_norm, "
-                "or raise fp16.loss_scale_window, then resume."
+                f"{len(self._recent)} updates that were not. The parameters are as after the last applied "
+                f"update. {_ADVICE}; or raise fp16.loss_scale_window in the engine's settings."
             )
 
     def explains(self, loss_scale: float) -> bool:
@@ -81,8 +79,8 @@ class OverflowWatch:
         self._at_lowest_in_a_row = self._at_lowest_in_a_row + 1 if is_lowest else 0
         if self._at_lowest_in_a_row == COLLAPSED_UPDATES:
             _LOG.warning(
-                "loss_scale_collapsed update=%d loss_scale=%g: small gradients round to zero. Lower "
-                "learning_rate, or use bf16",
+                "loss_scale_collapsed update=%d loss_scale=%g: small gradients round to zero. Lower the "
+                "phase's learning_rate_factor, or start a run in bf16",
                 update,
                 loss_scale,
             )

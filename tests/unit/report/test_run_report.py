@@ -198,7 +198,7 @@ def test_problems_are_told_in_both_files(tmp_path: Path) -> None:
     assert report["data"]["replaced"] == [{"path": "c.mp4", "reason": "damaged after frame 3"}]
     assert report["worker_restarts"] == 2
     assert "10 more are in `report.json`" in page
-    assert "3 updates were skipped for overflow." in page
+    assert "3 updates were skipped: for a gradient that was not finite, or left out with a spike." in page
     assert "`checkpoints/update_000300`" in page
     assert "No room for a checkpoint at update 200, 1,300; the last time: it still is" in page
     assert report["not_saved"][0] == {"update": 200, "reason": "the disk is full"}
