@@ -80,12 +80,10 @@ _DECKS = {
 _SPIKED_EVERY, _SPIKE_SHARE = 3, 0.3
 _TINY = (
     (RANK, FIRST_SAVE),
-    (LAUNCHER, SAVE),
     (WORKER, TRAINING),
     (FULL_DISK, TRAINING),
     (HANG, TRAINING),
     (SUPERVISOR, TRAINING),
-    (TERM, TRAINING),
 )
 
 
@@ -97,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no disturbance after this time")
     parser.add_argument("--kinds", choices=sorted(_DECKS), default="all")
-    parser.add_argument("--tiny", action="store_true", help="one of each kind but spikes, of forked ranks")
+    parser.add_argument("--tiny", action="store_true", help="one of five kinds, of forked ranks")
     parser.add_argument("--folder", type=Path, help="a temporary one by default")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(_INSIDE, action="store_true", help=argparse.SUPPRESS)
