@@ -49,7 +49,6 @@ from soak_job import (
     LAUNCHER,
     MOMENTS,
     RANK,
-    SAVE,
     SPIKE,
     SUPERVISOR,
     TERM,
