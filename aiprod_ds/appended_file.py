@@ -50,17 +50,21 @@ class AppendedFile:
         return len(self._waiting)
 
     def append(self, record: bytes) -> None:
-        """Adds a record.
+        """Adds a record and writes it.
 
         Raises:
             OSError: If the disk does not take it; then it waits.
         """
+        self.add(record)
+        self.flush()
+
+    def add(self, record: bytes) -> None:
+        """Lets a record wait for `flush`."""
         self._waiting.append(record)
         self._waiting_bytes += len(record)
         while self._waiting_bytes > self._limit_bytes and len(self._waiting) > 1:
             self._waiting_bytes -= len(self._waiting.popleft())
             self.num_lost += 1
-        self.flush()
 
     def flush(self) -> None:
         """Hands what waits to the operating system.

@@ -12,14 +12,15 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from aiprod_ds.errors import DiskError
+from aiprod_ds.errors import AiprodError, DiskError
 
+T = TypeVar("T")
 Rule = Literal["stop", "go_on"]
 _LOG = logging.getLogger(__name__)
 _MAKE_ROOM = "Make room, or see to the disk"
@@ -49,7 +50,7 @@ def is_disk_fault(error: BaseException) -> bool:
     """Returns whether `error` is what a disk says; libraries that are not Python's own say it in words."""
     if isinstance(error, OSError):
         return error.errno in _OF_DISKS
-    return any(words in str(error) for words in _IN_WORDS)
+    return not isinstance(error, AiprodError) and any(words in str(error) for words in _IN_WORDS)
 
 
 def fault_in_words(error: BaseException, path: Path | None = None) -> str:
@@ -127,25 +128,26 @@ class DiskWatch:
         self._sign = folder if marker is None else folder / marker
         self._faults: dict[str, _Fault] = {}
 
-    @contextmanager
-    def survived(self, what: str, *, looks_for_folder: bool = True) -> Iterator[None]:
-        """Runs a body that writes `what`; a fault of the disk ends the body, and nothing else.
+    def attempt(self, what: str, write: Callable[[], T], *, looks_for_folder: bool = True) -> T | None:
+        """Returns what `write` does; None if the disk does not take it, which ends `write` and nothing else.
 
         Args:
             what: Kind of file, for messages and the count.
-            looks_for_folder: Whether the body is not begun where the run folder is gone; not of a body that
-                is collective.
+            write: Writes it.
+            looks_for_folder: Whether nothing is begun where the run folder is gone; not of what is
+                collective.
         """
         try:
             if looks_for_folder:
                 self.require_folder()
-            yield
+            result = write()
         except Exception as error:
             if not isinstance(error, OSError) and not is_disk_fault(error):
                 raise
             self._failed(what, error)
-        else:
-            self._worked(what)
+            return None
+        self._worked(what)
+        return result
 
     def require_folder(self) -> None:
         """Checks that the run folder is there.

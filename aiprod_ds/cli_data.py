@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from aiprod_ds.bad_disk import disk_required
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, read_curriculum
 from aiprod_ds.curriculum.phase import AutoPlan
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.files import folder_problem
+from aiprod_ds.files import folder_problem, replacing
 
 if TYPE_CHECKING:
     from aiprod_ds.config.encode import EncodeConfig
@@ -98,8 +99,9 @@ def look(arguments: argparse.Namespace) -> Looked:
     writers: list[Writer] = [rows]
     with ExitStack() as stack:
         if folder is not None:
+            stack.enter_context(disk_required(folder, "the survey"))
             folder.mkdir(parents=True, exist_ok=True)
-            table = (folder / _TABLE).open("w", encoding="utf-8", newline="")
+            table = stack.enter_context(replacing(folder / _TABLE)).open("w", encoding="utf-8", newline="")
             writers.append(CsvWriter(stack.enter_context(table)))
         document: JsonWriter | None = None
         if arguments.json is not None:
@@ -117,7 +119,8 @@ def look(arguments: argparse.Namespace) -> Looked:
     command = demands.command
     page = None
     if folder is not None:
-        page = write_survey_page(found, rows, folder, command=command, table=_TABLE)
+        with disk_required(folder, "the survey"):
+            page = write_survey_page(found, rows, folder, command=command, table=_TABLE)
     is_printed = arguments.json == "-"
     view = SurveyView(
         survey=found, page=page, table=None if folder is None else folder / _TABLE, command=command
@@ -245,12 +248,19 @@ def _json_file(name: str, stack: ExitStack) -> TextIO:
     if name == "-":
         return sys.stdout
     try:
-        return stack.enter_context(Path(name).open("w", encoding="utf-8"))
+        stack.enter_context(disk_required(Path(name), "the document"))
+        written = stack.enter_context(replacing(Path(name))) if _is_replaceable(Path(name)) else Path(name)
+        return stack.enter_context(written.open("w", encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"--json: must be a file that can be written, got {reason}. Name another."
         ) from error
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether another file may take its place: not that of a device or a pipe."""
+    return path.is_file() or not path.exists()
 
 
 def _temporary(stack: ExitStack) -> Any:

@@ -59,9 +59,14 @@ def _has_no_reader() -> bool:
     watch.register(descriptor, select.POLLOUT)
     if not any(event & select.POLLERR for _, event in watch.poll(0)):
         return False
-    # Python flushes once more when it ends, and would complain.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    silence(descriptor)
     return True
+
+
+def silence(descriptor: int) -> None:
+    """Gives up what waits for an output that takes nothing: Python flushes it once more when it ends, and
+    would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _tell(error: Exception, program: str, *, is_verbose: bool) -> None:

@@ -75,10 +75,15 @@ def _free(folder: Path) -> str:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turns an `OSError` of the body into what `write_error` makes of it, so that other ranks can be told."""
+    """Turns an `OSError` of the body, or what a library says in its place, into what `write_error` makes of
+    it, so that other ranks can be told."""
     try:
         yield
-    except OSError as error:
+    except AiprodError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_disk_fault(error):
+            raise
         raise write_error(error, folder) from error
 
 

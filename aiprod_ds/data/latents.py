@@ -22,7 +22,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -225,11 +225,16 @@ def write_entry(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with temporary.open("wb") as file:
-        file.write(save(contiguous, metadata=dict(metadata)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(contiguous, metadata=dict(metadata)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # what ended the write is to be told
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_parts(root: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from aiprod_ds import progress
+from aiprod_ds.bad_disk import disk_required, fault_in_words
 from aiprod_ds.codec.tiling import check_tiles
 from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.data.latents import (
@@ -91,8 +92,7 @@ def run_encoding(
     """
     began = time.monotonic()
     work = dist.from_main(lambda: plan_work(config, source))
-    dist.from_main(lambda: remove_parts(work.output))
-    dist.from_main(lambda: _keep_buckets(work))
+    dist.from_main(lambda: _begin(work))
     result = _Result(failures=list(work.refused))
     device = dist.choose_device()
     shown = console if dist.is_main() else None
@@ -135,12 +135,14 @@ class _Result:
         self.odd_sounds += other.odd_sounds
 
 
-def _keep_buckets(work: Work) -> None:
+def _begin(work: Work) -> None:
     try:
+        remove_parts(work.output)
         write_found_buckets(work.output, work.found_buckets)
     except OSError as error:
+        words = fault_in_words(error, work.output)
         raise EngineError(
-            f"{work.output}: must be writable, got {error}. Name another data.output_dir."
+            f"{work.output}: must be writable, got {words}. Name another data.output_dir."
         ) from error
 
 
@@ -235,8 +237,8 @@ def _save(path: Path, entry: Entry) -> None:
         write_entry(path, entry.tensors, entry.metadata)
     except OSError as error:
         raise EngineError(
-            f"{path}: must be writable, got {error}. Make room or name another data.output_dir; what is "
-            "encoded stays."
+            f"{path}: must be writable, got {fault_in_words(error, path)}. Make room or name another "
+            "data.output_dir; what is encoded stays."
         ) from error
 
 
@@ -246,7 +248,6 @@ def _failures_name(media: Path) -> str:
 
 
 def _write_failures(summary: EncodeSummary) -> None:
-    summary.output_dir.mkdir(parents=True, exist_ok=True)
     document = {
         "failures": [asdict(failure) for failure in summary.failures],
         "too_short": list(summary.too_short),
@@ -254,7 +255,9 @@ def _write_failures(summary: EncodeSummary) -> None:
     text = json.dumps(document, indent=1, ensure_ascii=False)
     # A name that is no UTF-8 holds lone surrogates, which JSON has as escapes.
     escaped = text.encode("utf-8", "backslashreplace").decode()
-    write_atomically(summary.failures_file, f"{escaped}\n")
+    with disk_required(summary.failures_file, "the list of failures"):
+        summary.output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(summary.failures_file, f"{escaped}\n")
 
 
 def _require_few_failures(summary: EncodeSummary, work: Work, config: EncodeConfig) -> None:

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from aiprod_ds.bad_disk import disk_required
 from aiprod_ds.codec.decoders import LatentDecoder
 from aiprod_ds.codec.encoders import DTYPES
 from aiprod_ds.config.sample import SampleConfig
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.engine.dist import choose_device
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.files import write_atomically
+from aiprod_ds.files import replacing, write_atomically, write_lines_atomically
 from aiprod_ds.media.clips import Clip, save_contact_sheet
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.protocol import Family
@@ -81,7 +82,8 @@ def run_sampling(
     frames = strides.snap(config.requested_frames)
     sampler = _Sampler(config, family, _latent_shapes(config, decoder, frames), device)
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    with disk_required(output):
+        output.mkdir(parents=True, exist_ok=True)
     clips: list[Clip] = []
     paths: list[Path] = []
     for number in track(
@@ -90,13 +92,15 @@ def run_sampling(
         latents = sampler.latents(number, prompts[number - 1], prompts[-1])
         clips.append(decoder.clip(latents, frame_rate_hz=config.frame_rate_hz, device=device))
         paths.append(output / f"{number:02d}.mp4")
-        paths[-1].write_bytes(clips[-1].mp4)
+        with disk_required(paths[-1]):
+            write_lines_atomically(paths[-1], (clips[-1].mp4,))
     samples = Samples(clips=tuple(paths), contact_sheet=output / CONTACT_SHEET, record=output / RECORD)
     title = f"{frames} frames {config.resolution.height}x{config.resolution.width}, seed {config.seed}"
-    save_contact_sheet(clips, config.prompts, samples.contact_sheet, title=title)
-    write_atomically(
-        samples.record, json.dumps(_record(config, frames, paths), indent=1, ensure_ascii=False) + "\n"
-    )
+    record = json.dumps(_record(config, frames, paths), indent=1, ensure_ascii=False)
+    with disk_required(output):
+        with replacing(samples.contact_sheet) as temporary:
+            save_contact_sheet(clips, config.prompts, temporary, title=title)
+        write_atomically(samples.record, record + "\n")
     return samples
 
 

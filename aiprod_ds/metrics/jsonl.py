@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 from aiprod_ds.appended_file import AppendedFile
@@ -65,8 +64,12 @@ class JsonlSink:
         if not self._is_open:
             raise ValueError(f"metrics.jsonl: update {update} was logged after close().")
         record = {"update": update, **{name: _encode(value) for name, value in metrics.items()}}
-        with nullcontext() if self._disk is None else self._disk.survived(self._name):
-            self._file.append(f"{json.dumps(record, allow_nan=False)}\n".encode())
+        line = f"{json.dumps(record, allow_nan=False)}\n".encode()
+        self._file.add(line)
+        if self._disk is None:
+            self._file.flush()
+        else:
+            self._disk.attempt(self._name, self._file.flush)
 
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
         """Does nothing: the row of its measures is written, and evaluations have a file of their own."""
@@ -78,8 +81,7 @@ class JsonlSink:
         self._is_open = False
         if self._disk is not None:
             if self._file.num_waiting:
-                with self._disk.survived(self._name):
-                    self._file.flush()
+                self._disk.attempt(self._name, self._file.flush)
             if lost := self._file.num_lost + self._file.num_waiting:
                 self._disk.give_up(self._name, lost, "rows")
         self._file.close()

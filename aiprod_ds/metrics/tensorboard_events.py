@@ -10,7 +10,6 @@ import io
 import os
 import socket
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,11 @@ class EventFile:
         record = self._buffer.getvalue()
         self._buffer.seek(0)
         self._buffer.truncate()
-        with nullcontext() if self._disk is None else self._disk.survived(WHAT):
-            self._file.append(record)
+        self._file.add(record)
+        if self._disk is None:
+            self._file.flush()
+        else:
+            self._disk.attempt(WHAT, self._file.flush)
 
     def close(self) -> None:
         """Writes what is left. Idempotent."""

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from aiprod_ds.bad_disk import fault_in_words
 from aiprod_ds.errors import DataError, StorageError
+from aiprod_ds.files import replacing
 
 INDEX = "index.jsonl.gz"
 REMOTE_SCHEMES = ("s3", "https", "http")
@@ -103,12 +105,12 @@ class FolderStorage:
         target = self._folder / name
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with file.open("rb") as source, target.with_name(f"{name}.part").open("wb") as copy:
+            with replacing(target) as temporary, file.open("rb") as source, temporary.open("wb") as copy:
                 while block := source.read(16 << 20):
                     copy.write(block)
-            target.with_name(f"{name}.part").replace(target)
         except OSError as error:
-            raise DataError(f"{target}: must be writable, got: {error.strerror}. Make room.") from error
+            words = fault_in_words(error, target)
+            raise DataError(f"{target}: must be writable, got: {words}. Make room.") from error
 
 
 class RangeStorage(ABC):

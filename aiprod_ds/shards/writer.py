@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from aiprod_ds.bad_disk import disk_required
 from aiprod_ds.errors import DataError
 from aiprod_ds.shards.index import SHARD_SUFFIX, Member, ShardIndex
 from aiprod_ds.shards.storage import INDEX, Storage
@@ -51,8 +52,16 @@ def write_shards(
 
     Raises:
         DataError: If something lies there already, or a file cannot be read or written.
+        DiskError: If the folder for temporary files takes no shard.
     """
     require_empty(storage)
+    with disk_required(Path(tempfile.gettempdir()), "a shard, for a while"):
+        return _write_shards(groups, storage, kind=kind, shard_bytes=shard_bytes)
+
+
+def _write_shards(
+    groups: Iterable[Sequence[PackedFile]], storage: Storage, *, kind: str, shard_bytes: int
+) -> ShardIndex:
     shards: list[tuple[str, int]] = []
     members: list[Member] = []
     with tempfile.TemporaryDirectory(prefix="aiprod-ds-shards-") as folder:
@@ -88,6 +97,7 @@ def index_shards(
 
     Raises:
         DataError: If there are no shards, or one is no tar.
+        DiskError: If the folder for temporary files takes no shard.
     """
     sizes = storage.sizes()
     if sizes is None:
@@ -96,7 +106,10 @@ def index_shards(
     if not shards:
         raise DataError(f"{storage.address}: must hold shards ({SHARD_SUFFIX}), got none.")
     members: list[Member] = []
-    with tempfile.TemporaryDirectory(prefix="aiprod-ds-shards-") as folder:
+    with (
+        disk_required(Path(tempfile.gettempdir()), "a shard, for a while"),
+        tempfile.TemporaryDirectory(prefix="aiprod-ds-shards-") as folder,
+    ):
         for number, (name, size) in enumerate(shards):
             local = Path(folder, "shard")
             _download(storage, name, size, local)

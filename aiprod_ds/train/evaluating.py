@@ -150,16 +150,15 @@ class Evaluator:
         if records is None:
             return
         if records.num_waiting:
-            with self.disk.survived(FILE):
-                records.flush()
+            self.disk.attempt(FILE, records.flush)
         if lost := records.num_lost + records.num_waiting:
             self.disk.give_up(FILE, lost, "records")
         records.close()
 
     def _append(self, record: EvaluationRecord) -> None:
         self._records = self._records or AppendedFile(self.folder / FILE)
-        with self.disk.survived(FILE):
-            self._records.append(line_of(record))
+        self._records.add(line_of(record))
+        self.disk.attempt(FILE, self._records.flush)
 
     def _found(self, parts: Part, state: TrainState) -> Evaluation | None:
         request = EvaluationRequest(parts=parts, go_on=self._go_on)
@@ -208,25 +207,25 @@ class Evaluator:
 
     def _media(self, found: Evaluation, name: str, moment: str) -> tuple[Medium, ...]:
         """Writes what shows the evaluation; of media that the disk does not take none are named."""
-        if found.examples is None:
+        examples, title = found.examples, f"{moment}: {found.headline}"
+        if examples is None:
             return ()
-        media: tuple[Medium, ...] = ()
         samples, unfinished = self.folder / SAMPLES, self.folder / UNFINISHED / SAMPLES
-        with self.disk.survived(SAMPLES):
+
+        def write() -> tuple[Medium, ...]:
             try:
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
                 unfinished.mkdir(parents=True)
-                made = found.examples.save(
-                    unfinished, name, title=f"{moment}: {found.headline}", moment=moment
-                )
+                media = examples.save(unfinished, name, title=title, moment=moment)
                 samples.mkdir(exist_ok=True)
                 # Whole ones only: originals are those of earlier evaluations too.
                 for path in unfinished.iterdir():
                     path.replace(samples / path.name)
-                media = made
+                return media
             finally:
                 shutil.rmtree(unfinished.parent, ignore_errors=True)
-        return media
+
+        return self.disk.attempt(SAMPLES, write) or ()
 
     def _thin(self) -> None:
         try:

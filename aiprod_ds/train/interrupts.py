@@ -30,7 +30,6 @@ from typing import Any
 
 from typing_extensions import Self
 
-from aiprod_ds.checkpoint.disk import explained
 from aiprod_ds.engine import dist
 
 LOOK_SECONDS = 1.0
@@ -91,6 +90,7 @@ class Interrupts:
         self._boundary_at = now()
         self._looked_at: float | None = None
         self._in_folder = Interrupt.NONE
+        self._done_before: set[Interrupt] = set()  # asked for by files that cannot be removed
 
     def agreed(self, *, at_once: bool = False) -> Interrupt:
         """Returns what all ranks are to do now, the same on all. Collective; called between updates.
@@ -118,18 +118,18 @@ class Interrupts:
 
     def done(self, request: Interrupt) -> None:
         """Takes away the file that asked for `request`, once it has been acted on; STOP has saved, but not
-        evaluated. Collective.
-
-        Raises:
-            CheckpointError: If a file cannot be removed.
-        """
+        evaluated. One that cannot be taken away, as on a disk that is read-only, is told once and asks
+        for nothing more until it is gone. Collective."""
         dist.from_main(lambda: self._remove(request))
         self._in_folder = Interrupt.NONE
 
     def _remove(self, done: Interrupt) -> None:
-        with explained(self._folder):
-            for request in (done, Interrupt.SAVE) if done is Interrupt.STOP else (done,):
+        for request in (done, Interrupt.SAVE) if done is Interrupt.STOP else (done,):
+            try:
                 (self._folder / request.name).unlink(missing_ok=True)
+            except OSError as error:
+                self._done_before.add(request)
+                _LOG.warning("request_not_removed name=%s error=%s; remove it", request.name, error)
 
     def _cast(self) -> None:
         now = self._now()
@@ -157,7 +157,10 @@ class Interrupts:
         return self._in_folder
 
     def _is_asked(self, request: Interrupt) -> bool:
-        return os.path.exists(self._folder / request.name)  # noqa: PTH110  unlike `Path.exists` it never raises, as NFS may make it
+        is_there = os.path.exists(self._folder / request.name)  # noqa: PTH110  unlike `Path.exists` it never raises, as NFS may make it
+        if not is_there:
+            self._done_before.discard(request)
+        return is_there and request not in self._done_before
 
 
 class SignalWatch:

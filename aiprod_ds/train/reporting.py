@@ -99,8 +99,7 @@ def report_started(facts: RunFacts) -> None:
         "performance": list(facts.parts.performance.reasons),
         "replacements": [*facts.unit.replacements(), *_chosen(facts.layout)],
     }
-    with facts.disk.survived("start.json"):
-        write_start(facts.folder, known, facts.unit.data_summary())
+    facts.disk.attempt("start.json", lambda: write_start(facts.folder, known, facts.unit.data_summary()))
 
 
 def report_completed(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
@@ -114,8 +113,10 @@ def report_completed(facts: RunFacts, loop: TrainingLoop) -> RunSummary:
     digest = final_state_sha256(engine)
     engine.eval()
     # Looks for the folder inside only: before, ranks that see it would wait for one that does not.
-    with evaluated_weights(loop.state.ema), facts.disk.survived(_EXPORT, looks_for_folder=False):
-        facts.unit.export(engine, facts.folder / _EXPORT)
+    with evaluated_weights(loop.state.ema):
+        facts.disk.attempt(
+            _EXPORT, lambda: facts.unit.export(engine, facts.folder / _EXPORT), looks_for_folder=False
+        )
     status, error = RunStatus.COMPLETED, None
     if facts.disk.is_out(_EXPORT):
         shutil.rmtree(facts.folder / _EXPORT, ignore_errors=True)
@@ -155,11 +156,9 @@ def report_ended(facts: RunFacts, loop: TrainingLoop, error: BaseException) -> N
 def _write(facts: RunFacts, summary: RunSummary) -> None:
     """Writes the report for programs, as text and as a page; what cannot be made of it ends nothing here."""
     folder = facts.folder
-    with facts.disk.survived(_REPORT):
-        write_report(folder, summary)
+    facts.disk.attempt(_REPORT, lambda: write_report(folder, summary))
     try:
-        with facts.disk.survived(PAGE):
-            write_page(folder)
+        facts.disk.attempt(PAGE, lambda: write_page(folder))
     except Exception as error:  # noqa: BLE001  whatever a file in the folder does to the page
         _LOG.warning("page_failed folder=%s error=%r", folder, error)
         is_missing = True
@@ -287,10 +286,7 @@ def _rollback(entry: Rollback, plan: RunPlan) -> dict[str, Any]:
 
 
 def _pictures(facts: RunFacts) -> tuple[Picture, ...]:
-    found: tuple[Picture, ...] = ()
-    with facts.disk.survived("samples"):
-        found = _found_pictures(facts)
-    return found
+    return facts.disk.attempt("samples", lambda: _found_pictures(facts)) or ()
 
 
 def _found_pictures(facts: RunFacts) -> tuple[Picture, ...]:
@@ -315,14 +311,14 @@ def _clips(folder: Path, name: str, caption: str) -> list[Picture]:
 
 
 def _plots(facts: RunFacts) -> tuple[Picture, ...]:
-    plots: tuple[Picture, ...] = ()
-    with facts.disk.survived("plots"):
+    def save() -> tuple[Picture, ...]:
         rows, names = (
             read_metrics(facts.folder / "metrics.jsonl"),
             [phase.name for phase in facts.plan.phases],
         )
-        plots = save_plots(rows, facts.folder / "plots", phase_names=names)
-    return plots
+        return save_plots(rows, facts.folder / "plots", phase_names=names)
+
+    return facts.disk.attempt("plots", save) or ()
 
 
 def _chosen(layout: Mapping[str, Any]) -> tuple[str, ...]:

@@ -210,7 +210,7 @@ class Watchdog:
 
         def write() -> None:
             with suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
+                _make(folder)
                 with path.open("w", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                 _write_flight_record(folder / f"rank_{self._rank}.flight_record")
@@ -358,9 +358,15 @@ class Watchdog:
                 time.sleep(1.0)  # the store ends with this process
 
 
+def _make(folder: Path) -> None:
+    """Makes a folder of one report; no run folder beside a mount that is gone."""
+    folder.parent.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+
+
 def _write_verdict(folder: Path, words: str) -> None:
     with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         (folder / "verdict.txt").write_text(words + "\n", encoding="utf-8")
 
 

@@ -34,7 +34,7 @@ from aiprod_ds.decode.audio import decode_beginning
 from aiprod_ds.decode.sound_file import SoundFile
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError
-from aiprod_ds.files import file_sha256, read_whole
+from aiprod_ds.files import file_sha256, read_whole, replacing
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.strict_yaml import read_yaml
 
@@ -181,9 +181,11 @@ class EncodedPrompts:
         path = folder / FILE
         if not self._stored or set(_known(folder)) >= set(self._stored):
             return
-        temporary = path.with_name(f"{path.name}.tmp")
-        save_file(dict(self._stored), temporary)
-        temporary.replace(path)
+        try:
+            with replacing(path) as temporary:
+                save_file(dict(self._stored), temporary)
+        except (OSError, SafetensorError) as error:
+            _LOG.warning("prompts_not_kept file=%s error=%s; a resume encodes them again", path, error)
 
 
 def encode_prompts(

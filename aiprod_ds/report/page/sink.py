@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 from aiprod_ds.bad_disk import DiskWatch
@@ -43,7 +42,9 @@ class PageSink:
 
     def _write(self) -> None:
         self._due_at = None
-        with nullcontext() if self._disk is None else self._disk.survived(PAGE):
+        if self._disk is None:
             write_page(self._folder, is_running=True)
-        if self._disk is not None and self._disk.is_out(PAGE):
+            return
+        self._disk.attempt(PAGE, lambda: write_page(self._folder, is_running=True))
+        if self._disk.is_out(PAGE):
             self._due_at = time.monotonic() + _AGAIN_SECONDS

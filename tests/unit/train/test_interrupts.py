@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from aiprod_ds.errors import CheckpointError
 from aiprod_ds.train.interrupts import SIGNALS, Interrupt, Interrupts, SignalWatch
 
 
@@ -114,10 +113,21 @@ def test_a_vote_is_read_one_boundary_later_and_at_once_where_updates_are_slow(tm
     assert requests.agreed() is Interrupt.STOP
 
 
-def test_a_file_that_cannot_be_removed_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "SAVE").mkdir()
-    with pytest.raises(CheckpointError, match="SAVE"):
-        Interrupts(SignalWatch(), tmp_path).done(Interrupt.SAVE)
+def test_a_file_that_cannot_be_removed_asks_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "SAVE").mkdir()  # `unlink` refuses it, as it does a file of a read-only disk
+    now = Time()
+    requests = Interrupts(SignalWatch(), tmp_path, now=now)
+    assert requests.agreed(at_once=True) is Interrupt.SAVE
+    requests.done(Interrupt.SAVE)
+    assert caplog.text.count("request_not_removed name=SAVE") == 1
+    now.seconds += 1.0
+    assert requests.agreed(at_once=True) is Interrupt.NONE
+    (tmp_path / "SAVE").rmdir()
+    now.seconds += 1.0
+    assert requests.agreed(at_once=True) is Interrupt.NONE
+    (tmp_path / "SAVE").touch()
+    now.seconds += 1.0
+    assert requests.agreed(at_once=True) is Interrupt.SAVE
 
 
 @pytest.mark.parametrize("number", SIGNALS)
