@@ -77,10 +77,10 @@ class SpikesConfig(StrictModel):
     """How many times the median a single value must be: rare clips with ten times the gradient are healthy,
     and clipping bounds what they do."""
     sustained_deviations: PositiveFloat = 5.0
-    """Deviations of `sustained_updates` losses or gradient norms in a row that are a spike. At most
+    """Deviations of `sustained_updates` losses or gradient norms that are a spike. At most
     `extreme_deviations`."""
     sustained_updates: PositiveInt = 20
-    """Updates in a row that must be so high."""
+    """Updates that must be so high; each between them that is not takes three back."""
     baseline_updates: PositiveInt = Field(default=256, ge=32, le=4096)
     """Updates before that a value is compared with; of the same phase."""
     warmup_updates: PositiveInt = Field(default=100, ge=16)

@@ -19,6 +19,7 @@ _RENEWED_EVERY = 16
 # A normal distribution has its median absolute deviation at 0.6745 and its 99th percentile at 2.326 sigma.
 _MAD, _PERCENTILE, _OF_PERCENTILE = 1.4826, 0.99, 1 / 2.326
 _ABOVE_HIGHEST = math.log(2.0)
+_TAKEN_BACK = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +88,18 @@ class Baseline:
 class Series:
     """One number an update, its baseline, and whether it stands high right now.
 
-    Values that stand high in a row wait: they join the baseline when one comes that does not, so that a rise
-    is judged by what was before it. The baseline is made anew after every 16 values that joined.
+    While values stand high all of them wait, and join the baseline once that is over, so that a rise is
+    judged by what was before it. The baseline is made anew after every 16 values that joined.
 
     Attributes:
         floor: Of the baseline.
         config: The rule.
+        height: How many values stand high; each that does not takes three of them back.
     """
 
     floor: float
     config: SpikesConfig
+    height: int = 0
     _known: list[float] = field(default_factory=list)
     _joined: int = 0
     _waiting: list[float] = field(default_factory=list)
@@ -109,8 +112,10 @@ class Series:
             self._join(value)
             return 0.0
         deviation = baseline.deviation(value)
+        is_high = deviation >= self.config.sustained_deviations
+        self.height = self.height + 1 if is_high else max(self.height - _TAKEN_BACK, 0)
         self._waiting.append(value)
-        if deviation < self.config.sustained_deviations:
+        if not self.height:
             for waiting in self._waiting:
                 self._join(waiting)
             self._waiting = []
@@ -126,18 +131,19 @@ class Series:
             self._baseline = Baseline.of(whole[-self.config.baseline_updates :], floor=self.floor)
         return self._baseline
 
-    @property
-    def high_in_a_row(self) -> int:
-        """How many of the last values stand high."""
-        return len(self._waiting)
-
     def forget(self) -> None:
         """Begins anew."""
         self._known, self._waiting, self._joined, self._baseline = [], [], 0, None
+        self.height = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the state JSON-ready; floats as hexadecimal text, so that not a bit is lost."""
-        return {"known": _text(self._known), "joined": self._joined, "waiting": _text(self._waiting)}
+        return {
+            "known": _text(self._known),
+            "joined": self._joined,
+            "waiting": _text(self._waiting),
+            "height": self.height,
+        }
 
     def restore(self, values: object) -> None:
         """Takes over what `to_dict` returned, under the rules of its own configuration.
@@ -147,8 +153,11 @@ class Series:
         """
         try:
             assert isinstance(values, Mapping)
-            known, waiting, joined = _floats(values["known"]), _floats(values["waiting"]), values["joined"]
+            known, waiting = _floats(values["known"]), _floats(values["waiting"])
+            joined, height = values["joined"], values["height"]
             assert type(joined) is int
+            assert type(height) is int
+            assert 0 <= height <= len(waiting)
             assert len(known) == joined or joined > len(known) >= _RENEWED_EVERY
         except (AssertionError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
@@ -156,6 +165,7 @@ class Series:
                 "damaged."
             ) from error
         self._known, self._waiting, self._joined, self._baseline = known, waiting, joined, None
+        self.height = height
 
     def _join(self, value: float) -> None:
         self._known.append(value)

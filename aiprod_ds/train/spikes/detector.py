@@ -105,7 +105,7 @@ class SpikeWatch:
     - `skipped_in_a_row` updates without a finite gradient, or with a loss that is not finite, in a row. Those
       with which a dynamic loss scale looks for its height are no sign of anything and do not count.
     - One loss or gradient norm that is extreme (`Baseline.is_extreme`).
-    - `sustained_updates` losses, or gradient norms, in a row that stand high.
+    - `sustained_updates` losses, or gradient norms, that stand high (`Series.height`).
 
     The spike begins with the first update of all that stood high, or was not finite, when it was found, so
     that a loss which had risen before it became NaN is taken back with it. A phase, and a new term of its
@@ -189,13 +189,13 @@ class SpikeWatch:
         series = self._series[name]
         baseline = series.baseline
         deviation = series.observe(value)
-        if not series.high_in_a_row:
+        if not series.height:
             self._began.pop(name, None)
             return
         self._began.setdefault(name, (made.position, made.update - 1))
         assert baseline is not None, "only then a value can stand high"
         is_extreme = baseline.is_extreme(value, self.config)
-        if self.found is None and (is_extreme or series.high_in_a_row >= self.config.sustained_updates):
+        if self.found is None and (is_extreme or series.height >= self.config.sustained_updates):
             self.found = self._spike(
                 made,
                 kind="extreme" if is_extreme else "sustained",
