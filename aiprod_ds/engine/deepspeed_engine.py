@@ -34,6 +34,7 @@ from aiprod_ds.engine.layout import TORCH_DTYPES, group_parameters, require_prec
 from aiprod_ds.engine.protocol import (
     ParameterGroup,
     ParameterState,
+    Replica,
     UpdateResult,
     group_names,
     require_clip_norm,
@@ -251,6 +252,10 @@ class DeepSpeedEngine:
     def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of `master_shards`, which parts of which parameters lie in it."""
         return [shard.slices for shard in self._parameters.masters]
+
+    def replicas(self) -> list[Replica]:
+        """See `Engine.replicas`; ZeRO-3 has buffers alone."""
+        return self._parameters.replicas()
 
     def refresh_weights(self) -> None:
         """Casts the masters into the weights of all ranks. Collective."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aiprod_ds.engine import deepspeed_state, dist
 from aiprod_ds.engine.flat_layout import FlatLayout, member_names, member_slices
 from aiprod_ds.engine.layout import find_parameter, persistent_tensors, require_shape, whole_shape
-from aiprod_ds.engine.protocol import ParameterState
+from aiprod_ds.engine.protocol import ParameterState, Replica
 from aiprod_ds.engine.shards import EngineShards, Shard, describe_wholes
 from aiprod_ds.snapshot import MOMENTS, ShardSlice
 
@@ -154,6 +154,19 @@ class EngineParameters:
             writes_masters=self._is_sharded or dist.rank() == 0,
             writes_frozen=deepspeed_state.is_partitioned(self._engine) or dist.rank() == 0,
         )
+
+    def replicas(self) -> list[Replica]:
+        """See `Engine.replicas`; in the order of the module, the same on all ranks."""
+        found: list[Replica] = []
+        if not deepspeed_state.is_partitioned(self._engine):
+            weights = map(self._by_own_names, deepspeed_state.whole_weights(self._engine, self._module))
+            found += [Replica(kind="weight", tensor=each.tensor, slices=each.slices) for each in weights]
+        if not self._is_sharded:
+            weight_ids = {id(parameter) for parameter in self._module.parameters()}
+            masters = [shard for shard in self.masters if id(shard.tensor) not in weight_ids]
+            found += [Replica(kind="master", tensor=each.tensor, slices=each.slices) for each in masters]
+        buffers = [Shard.whole(name, buffer) for name, buffer in self._module.named_buffers()]
+        return found + [Replica(kind="buffer", tensor=each.tensor, slices=each.slices) for each in buffers]
 
     def _read_frozen(self, name: str) -> Tensor:
         shard = self._frozen_shard(self._frozen_homes[name])

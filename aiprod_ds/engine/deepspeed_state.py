@@ -16,6 +16,7 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
 
 from aiprod_ds.engine.shards import Shard
 from aiprod_ds.snapshot import LossScale, ShardSlice
@@ -61,6 +62,29 @@ def trained_shards(engine: Any, names: Mapping[int, str]) -> list[Shard]:
         )
         for flat, group in zip(flats, groups, strict=True)
     ]
+
+
+def whole_weights(engine: Any, module: nn.Module) -> list[Shard]:
+    """Returns the weights that forward computes with, of an engine that leaves them whole: ZeRO-1/2 keeps
+    those of a parameter group in one flat tensor (runtime/zero/stage_1_and_2.py:889), in an order of its own.
+    """
+    flats: list[Tensor] = getattr(engine.optimizer, "bit16_groups_flat", [])
+    homes = {flat.untyped_storage().data_ptr(): flat for flat in flats}
+    slices: dict[int, list[ShardSlice]] = {id(flat): [] for flat in flats}
+    apart: list[Shard] = []
+    for name, parameter in module.named_parameters():
+        flat = homes.get(parameter.untyped_storage().data_ptr()) if parameter.numel() else None
+        if flat is None:
+            apart.append(Shard.whole(name, parameter.detach()))
+            continue
+        offset = int(parameter.storage_offset() - flat.storage_offset())
+        part = ShardSlice(name=name, start=0, offset=offset, length=parameter.numel())
+        slices[id(flat)].append(part)
+    shared = []
+    for flat in flats:
+        own = tuple(slices[id(flat)])
+        shared.append(Shard(tensor=flat, names=tuple(part.name for part in own), slices=own))
+    return shared + apart
 
 
 def frozen_shard(parameter: Any, name: str) -> Shard:

@@ -273,15 +273,26 @@ class Ballot:
         self._votes = torch.zeros(size, dtype=torch.int64, device=self._device) if is_gpu else self._values
         self._stream = torch.cuda.Stream(self._device) if is_gpu else None  # type: ignore[no-untyped-call]
         self._work: Any = None
+        self._given: Tensor = self._values  # whoever gave it may forget it
 
-    def cast(self, values: Sequence[int]) -> None:
-        """Gives this rank's integers; the last result must have been read."""
+    def cast(self, values: Sequence[int] | Tensor) -> None:
+        """Gives this rank's integers; the last result must have been read.
+
+        Args:
+            values: An int64 tensor may be on the GPU, where it must stay as it is until the result is read;
+                the host then does not wait for it.
+        """
         assert self._work is None, "one vote at a time"
-        self._values.copy_(torch.tensor(values))
+        if self._stream is not None and isinstance(values, Tensor) and values.is_cuda:
+            self._given = values
+            self._stream.wait_stream(torch.cuda.current_stream())
+        else:
+            self._values.copy_(torch.as_tensor(values))
+            self._given = self._values
         if self._is_alone:
             return
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            self._votes.copy_(self._values, non_blocking=True)
+            self._votes.copy_(self._given, non_blocking=True)
             self._work = torch_dist.all_reduce(self._votes, op=torch_dist.ReduceOp.MAX, async_op=True)
             if self._stream is not None:
                 self._work.wait()  # of the side stream, not of the host

@@ -37,6 +37,7 @@ from aiprod_ds.engine.loss_scale import LossScaler
 from aiprod_ds.engine.protocol import (
     ParameterGroup,
     ParameterState,
+    Replica,
     UpdateResult,
     group_names,
     require_clip_norm,
@@ -194,6 +195,10 @@ class LocalEngine:
     def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of `master_shards`, the whole parameter that it is."""
         return [Shard.whole(name, master).slices for name, master in self._masters.items()]
+
+    def replicas(self) -> list[Replica]:
+        """Returns nothing: no other rank holds the same."""
+        return []
 
     def refresh_weights(self) -> None:
         """Casts the masters into the module's weights."""

@@ -67,6 +67,21 @@ class ParameterState:
     step: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """A tensor that every rank holds with the same bits between two updates.
+
+    Attributes:
+        kind: `weight`, `master`, `average` or `buffer`.
+        tensor: Not copied.
+        slices: Which parts of which parameters or buffers lie in it; what lies between is padding.
+    """
+
+    kind: str
+    tensor: Tensor
+    slices: tuple[ShardSlice, ...]
+
+
 class Engine(Protocol):
     """Owns the module between construction and `close`. One per process at a time.
 
@@ -161,6 +176,14 @@ class Engine(Protocol):
     def slices(self) -> list[tuple[ShardSlice, ...]]:
         """Returns, for each of `master_shards`, which parts of which parameters lie in it; what lies between
         is padding."""
+
+    def replicas(self) -> list[Replica]:
+        """Returns what this rank holds of which every other rank holds the same: weights that are not
+        partitioned, masters likewise, and buffers.
+
+        They stay where they are for the life of the engine. Number, order and sizes are the same on all
+        ranks.
+        """
 
     def refresh_weights(self) -> None:
         """Casts the masters into the weights that `module` computes with, as an update does at its end.

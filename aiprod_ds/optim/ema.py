@@ -111,6 +111,18 @@ class Ema:
         writes = self._holder.has_partitioned_masters or self._holder.rank == 0
         return state.plus("ema", self._shards if writes else [], self._holder.slices() if writes else [])
 
+    def replicas(self) -> list[tuple[Tensor, tuple[ShardSlice, ...]]]:
+        """Returns the averages that every rank holds alike, not copied, and what lies in each: all, or none
+        where each rank owns other masters.
+
+        Raises:
+            EngineError: If called while the average is swapped in.
+        """
+        self._require_own_place("replicas")
+        if self._holder.has_partitioned_masters:
+            return []
+        return list(zip(self._shards, self._holder.slices(), strict=True))
+
     def restore(self, source: StateReader) -> None:
         """Takes over what an average of the same parameters captured, bit for bit.
 
