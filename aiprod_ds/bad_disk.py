@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from aiprod_ds.errors import AiprodError, DiskError
 T = TypeVar("T")
 Rule = Literal["stop", "go_on"]
 _LOG = logging.getLogger(__name__)
+_TEMPORARY = re.compile(r"\.\d+\.tmp$")  # of `files.py`: the user knows the file that it becomes
 _MAKE_ROOM = "Make room, or see to the disk"
 # What a disk or its mount says of itself; others may be a mistake of a caller.
 _OF_DISKS = frozenset(
@@ -71,7 +73,7 @@ def disk_error(error: BaseException, path: Path | None = None, *, what: str = "w
     """
     named = error.filename if isinstance(error, OSError) else None
     place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else path
-    where = "standard output" if place is None else str(place)
+    where = "standard output" if place is None else _TEMPORARY.sub("", str(place))
     return DiskError(f"{where}: must take {what}, got {fault_in_words(error, place)}. {_MAKE_ROOM}.")
 
 

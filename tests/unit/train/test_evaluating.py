@@ -429,6 +429,14 @@ def test_evaluations_after_the_checkpoint_go_with_their_files_but_not_the_origin
     assert names == ["1.png", "original_clip_1.mp4"]
 
 
+def test_of_a_file_that_lacks_a_record_no_later_one_stays(tmp_path: Path) -> None:
+    """The disk did not take the second of the three that the checkpoint counts."""
+    for update in 1, 3, 4:
+        _shown(tmp_path, update)
+    drop_later_evaluations(tmp_path, count=3, last_update=3)
+    assert [record.update for record in read_evaluations(tmp_path)] == [1, 3]
+
+
 def test_evaluations_before_training_and_between_phases_are_not_counted(tmp_path: Path) -> None:
     _shown(tmp_path, 0, "before")
     for update in 1, 2, 3:
