@@ -66,6 +66,8 @@ def test_nobody_has_to_do_anything(soaked: dict[str, Any]) -> None:
 def test_a_kill_loses_at_most_what_was_done_since_the_last_save(soaked: dict[str, Any]) -> None:
     rows = soaked["rows"]
     assert 0 < rows["all", "most lost updates of a kill"] <= SAVED_EVERY, soaked["said"]
+    asynchronous = rows["all", "most lost updates of a kill, saved while it trained"]
+    assert asynchronous < 2 * SAVED_EVERY, soaked["said"]
     if "kills" in soaked["options"]:
         assert rows["inside a save", "disturbances"] >= 15
         assert rows["all", "saves cut in two"] > 0
