@@ -335,8 +335,7 @@ def _train(facts: RunFacts, way: WayBack, around: _Surroundings, *, goes_back: b
             around.stopwatch.switch(Activity.START)
             saver.close()
             saver = None
-            between = facts.plan.phases[_phase_at(way.checkpoint) : loop.clock.phase + 1]
-            if way.checkpoint is None or any(phase.adapters != between[0].adapters for phase in between):
+            if way.builds_anew:
                 return way
     finally:
         try:

@@ -38,7 +38,7 @@ from aiprod_ds.train.run import Prepared, evaluate_checkpoint, run_training
 from aiprod_ds.train.unit import Evaluation, Unit
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.measures import require_known_measure
-from aiprod_ds.trainers.own_data import HeldOut
+from aiprod_ds.trainers.own_data import HeldOut, StreamData
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -283,7 +283,7 @@ class Trainer(ABC, Generic[ConfigT]):
             source=self.source,
             clips=cache(partial(self.clip_list, data)),
             unread_clips=lambda names: frozenset(clip.name for clip in data.unread_for_training(plan, names)),
-            can_begin_anew=self._model is None and self._datasets[0] is None,
+            can_begin_anew=self._model is None and not isinstance(data, StreamData),
         )
 
     def _own_model(self) -> nn.Module:

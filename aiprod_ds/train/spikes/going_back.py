@@ -30,10 +30,12 @@ class WayBack:
     Attributes:
         rollbacks: With the new one; they stand in the run folder.
         checkpoint: To go on from, compared with its manifest; None: the run begins anew.
+        builds_anew: Whether what is trained there must be built as at the start of a process.
     """
 
     rollbacks: Rollbacks
     checkpoint: Checkpoint | None
+    builds_anew: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,8 @@ class Rules:
         folder: Of the run.
         plan: As it runs.
         started_from: The checkpoint that this process went on from; None if it began the run.
-        can_begin_anew: Whether this process can make the model again as the run began with it.
+        can_begin_anew: Whether this process can make the model and open the data again as the run began with
+            them.
         clips_at: Returns the names of the clips of an update, by its position in the data of the phase; empty
             where nobody knows.
     """
@@ -118,14 +121,15 @@ def decide(spike: Spike, known: Rollbacks, rules: Rules) -> WayBack:
         "rolled_back to=%s phase=%d positions=%d..%d %s",
         name or "the beginning", spike.phase, spike.first, spike.last, in_words(spike),
     )  # fmt: skip
-    if checkpoint is None and not rules.can_begin_anew:
-        raise SpikeError(
-            f"{in_words(spike)}. No checkpoint was saved before it, and a model or a dataset that was passed "
-            f"in is no longer what the run began with. The data of the spike is noted in {FILE}: start the "
-            "same program again, which begins anew and leaves it out."
-        )
     delete_given_up(rules.folder, now)
-    return WayBack(rollbacks=now, checkpoint=checkpoint)
+    builds_anew = checkpoint is None or _trains_others(checkpoint, spike, rules.plan)
+    if builds_anew and not rules.can_begin_anew:
+        raise SpikeError(
+            f"{in_words(spike)}. The run goes back to {name or 'its beginning'}, where it trains other "
+            "weights than now, and a model or an iterable that was passed in is no longer as it began. "
+            f"The data of the spike is noted in {FILE}: start the same program again, which leaves it out."
+        )
+    return WayBack(rollbacks=now, checkpoint=checkpoint, builds_anew=builds_anew)
 
 
 def delete_given_up(folder: Path, rollbacks: Rollbacks) -> None:
@@ -202,6 +206,11 @@ def _newest_good(
     if found is None and started_from is not None and _is_there(started_from, now):
         return store.read(started_from.folder)
     return found
+
+
+def _trains_others(checkpoint: Checkpoint, spike: Spike, plan: RunPlan) -> bool:
+    between = plan.phases[checkpoint.state.clock.phase : spike.phase + 1]
+    return any(phase.adapters != between[0].adapters for phase in between)
 
 
 def _is_there(checkpoint: Checkpoint, now: Rollbacks) -> bool:
