@@ -85,7 +85,7 @@ class PerformanceConfig(StrictModel):
     does so on GPUs where it can."""
     graphs: Literal["auto", "off", "passes"] = "auto"
     """`passes` captures the forward and the backward pass of a micro-batch as CUDA graphs, once for each
-    shape, in phases that recompute nothing. `auto` is `off` for now."""
+    shape, in phases that recompute nothing. `auto` does so on GPUs where it can."""
     attention: Literal["auto", "torch", "cudnn"] = "auto"
     """Whose attention kernel: `torch` lets torch choose, `cudnn` takes cuDNN's wherever it can. `auto` takes
     cuDNN's on GPUs of compute capability 9.x (H100, H200)."""

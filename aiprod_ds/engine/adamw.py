@@ -1,11 +1,12 @@
-"""AdamW as the engines use it: its state, what a phase may do to it, and a step that clips while it updates.
+"""AdamW as the engines use it: its state, what a phase may do to it, and an update that clips on the way.
 
 Owns how moments begin and their scaling, not where an engine keeps them. Called by the engines only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,21 +65,20 @@ def new_moments(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> 
 
 
 class OnePassAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, told before each step how large its gradients are.
+    """`torch.optim.AdamW` over one flat master a group, in one pass from its gradients to its weights.
 
-    Fused, one kernel divides the gradients and updates masters and moments. It reads the divisor and whether
-    to do anything from device memory, by the names under which torch's gradient scaler would set them.
-    Otherwise the same is done in two passes.
+    On a GPU with Triton that is one kernel (`kernels/adamw.py`); elsewhere torch's own step stands between
+    two conversions. On a GPU neither waits for the device.
     """
 
     def __init__(self, groups: Any, *, betas: tuple[float, float], epsilon: float, fused: bool) -> None:
         super().__init__(groups, lr=0.0, betas=betas, eps=epsilon, fused=fused)
         self._is_fused = fused
-        self._divisor: Tensor | None = None
-        self._is_skipped: Tensor | None = None
+        self._kernel = _kernel() if fused else None
+        self._expected: tuple[Tensor, Tensor] | None = None  # the divisor, and whether to skip
 
     def expect(self, norm: Tensor, *, clip_norm: float | None) -> None:
-        """Sets what the coming steps do with their gradients.
+        """Sets what the coming updates do with their gradients.
 
         Worked number: a norm of 4 and a limit of 1 divide by 4; a norm of 0.5 divides by 1.
 
@@ -88,22 +88,81 @@ class OnePassAdamW(torch.optim.AdamW):
             clip_norm: Above it gradients are scaled down to it; None: they are not.
         """
         excess = torch.ones_like(norm) if clip_norm is None else ((norm + _MARGIN) / clip_norm).clamp(min=1.0)
-        self._divisor, self._is_skipped = excess, (~torch.isfinite(norm)).to(torch.float32)
-        if self._is_fused:
-            self.grad_scale, self.found_inf = self._divisor, self._is_skipped
+        self._expected = excess, (~torch.isfinite(norm)).to(torch.float32)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates masters and moments, unless `expect` got a norm that is not finite."""
-        if not self._is_fused and self._divisor is not None:
-            if bool(self._is_skipped):
-                return None
-            for group in self.param_groups:
-                for value in group["params"]:
-                    if value.grad is not None:
-                        value.grad.div_(self._divisor)
-        result: float | None = super().step(closure)
-        return result
+    def update(self, index: int, gradients: Sequence[Tensor], weights: Tensor) -> None:
+        """Updates a group's master and moments, unless `expect` got a norm that is not finite.
+
+        Args:
+            index: Of the group. It has one parameter, which is 1-dimensional.
+            gradients: Of any floating type, in the order of the master's parts; they may end before it does,
+                where it has padding. They are changed.
+            weights: Of the master's length; they get it in their type.
+        """
+        assert self._expected is not None, "`expect` comes first"
+        divisor, is_skipped = self._expected
+        group = self.param_groups[index]
+        (master,) = group["params"]
+        if self._kernel is not None and master.is_cuda:
+            self._update_by(self._kernel, group, gradients, weights)
+            return
+        if not self._is_fused and bool(is_skipped):
+            return
+        whole = torch.zeros_like(master)
+        for gradient, part in _parts(gradients, whole):
+            part.copy_(gradient)
+        master.grad = whole if self._is_fused else whole.div_(divisor)
+        if self._is_fused:  # by the names under which torch's gradient scaler would set them
+            self.grad_scale, self.found_inf = divisor, is_skipped
+        groups, self.param_groups = self.param_groups, [group]
+        try:
+            self.step()
+        finally:
+            self.param_groups = groups
+            master.grad = None
+        weights.copy_(master)
+
+    def _update_by(
+        self, kernel: Any, group: dict[str, Any], gradients: Sequence[Tensor], weights: Tensor
+    ) -> None:
+        assert self._expected is not None
+        divisor, is_skipped = self._expected
+        (master,) = group["params"]
+        if not self.state[master]:
+            self.state[master] = new_moments(self, master, 0)
+        state, (beta1, beta2) = self.state[master], group["betas"]
+        state["step"] += 1.0 - is_skipped
+        # In fp64: 0.999 to a small power lies close to 1.
+        steps = state["step"].double()
+        corrections = [1.0 / (1.0 - beta1**steps), (1.0 - beta2**steps).rsqrt()]
+        numbers = torch.stack([is_skipped, divisor, *(each.float() for each in corrections)])
+        moments = [state[name] for name in MOMENTS]
+        at = 0
+        for gradient, part in _parts(gradients, master):
+            here = slice(at, at + part.numel())
+            kernel.update(
+                gradient, part, tuple(moment[here] for moment in moments), weights[here], numbers,
+                rate=group["lr"], decay=group["weight_decay"], betas=(beta1, beta2), epsilon=group["eps"],
+            )  # fmt: skip
+            at += part.numel()
+
+
+def _parts(gradients: Sequence[Tensor], whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields each gradient in one dimension, and the part of `whole` that it belongs to."""
+    at = 0
+    for gradient in gradients:
+        size = gradient.numel()
+        yield gradient.reshape(-1), whole[at : at + size]
+        at += size
+
+
+def _kernel() -> Any:
+    """Returns the module of the kernel, or None where Triton is missing."""
+    try:
+        return importlib.import_module("aiprod_ds.engine.kernels.adamw")
+    except ImportError:
+        return None
 
 
 def global_norm(shards: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.errors import EngineError
 
+_SHARE_OF_FREE = 0.5
 _WARM_UPS = 2  # on a stream of their own: torch allocates, compiles and chooses algorithms in the first
 
 
@@ -80,7 +81,12 @@ class CapturedLoss:
         hooks: Of the engine that holds them. Their memory must stay in place.
         device: Of the parameters.
         pool: Memory that several share, from `torch.cuda.graph_pool_handle`; only one of them may be between
-            its forward and its backward pass. None on the CPU.
+            its forward pass and the use of its gradients. None on the CPU.
+
+    Attributes:
+        fits: Whether it was captured. Not if its forward pass keeps more than half of the memory that was
+            free: what runs beside a graph cannot use its memory, not even the same loss in another shape.
+            Kernels that fill so much are long enough to be started one by one.
     """
 
     def __init__(
@@ -105,7 +111,8 @@ class CapturedLoss:
         self._values = self._total = torch.empty(())
         self._gradients: tuple[Tensor | None, ...] = ()
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        if device.type == "cuda":
+        self.fits = device.type != "cuda" or self._warm_up()
+        if device.type == "cuda" and self.fits:
             self._capture(pool)
 
     def __call__(self, tensors: Mapping[str, Tensor], *, is_last: bool) -> dict[str, Tensor]:
@@ -169,15 +176,22 @@ class CapturedLoss:
                 allow_unused=True,
             )
 
-    def _capture(self, pool: Any) -> None:
+    def _warm_up(self) -> bool:
+        """Computes the passes as they will be captured; returns whether there is memory for that."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
+        kept = 0
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
+                free, before = _free_bytes(), torch.cuda.memory_allocated()
                 self._forward()
+                kept = torch.cuda.memory_allocated() - before
                 self._backward()
+                self._total, self._gradients = torch.empty(()), ()
         torch.cuda.current_stream().wait_stream(stream)
-        self._total, self._gradients = torch.empty(()), ()
+        return kept <= _SHARE_OF_FREE * free
+
+    def _capture(self, pool: Any) -> None:
         gc.collect()
         torch.cuda.empty_cache()  # what is captured takes memory of its own for all that the warm-up took
         for run in (self._forward, self._backward):
@@ -186,9 +200,34 @@ class CapturedLoss:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 run()
             self._graphs.append(graph)
-        self._total = (
-            self._total.detach()
-        )  # lets go of the graph of autograd; what it saved stays in the pool
+        # Lets go of the graph of autograd and of the gradients: their memory stays in the pool, where the
+        # next capture may use it, too.
+        self._total = self._total.detach()
+        self._gradients = tuple(None if value is None else _borrowed(value) for value in self._gradients)
+
+
+class _Borrowed:
+    """What lies at an address, for `torch.as_tensor`: memory that somebody else keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
+            "typestr": f"<i{tensor.element_size()}",  # the protocol has no bf16
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """Returns another tensor over the memory of one in a graph's pool, which does not keep it from others."""
+    return torch.as_tensor(_Borrowed(tensor), device=tensor.device).view(tensor.dtype)
+
+
+def _free_bytes() -> int:
+    """Returns what tensors could still take: free on the device, or held by torch for them."""
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
 
 
 class _Replayed(torch.autograd.Function):

@@ -119,6 +119,10 @@ class DeepSpeedEngine:
             internals.leave_step_to_optimizer(dictionary)
         self._engine: Any = _initialize(module, adamw, dictionary)
         internals.prepare(self._engine)
+        if self._one_pass is not None:
+            internals.step_by(self._engine, self._one_pass.update)
+            if self.world_size == 1:
+                internals.keep_gradients_in_place(self._engine)
         internals.unhook_parts(self._engine, self._flat.blocks())
         self._parameters = EngineParameters(
             self._engine,

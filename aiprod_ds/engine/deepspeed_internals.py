@@ -18,11 +18,13 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as torch_dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import (
@@ -124,13 +126,98 @@ def leave_step_to_optimizer(dictionary: dict[str, Any]) -> None:
     dictionary["zero_allow_untested_optimizer"] = True  # runtime/engine.py:2299: a class of its own list
 
 
-def reduced_gradients(engine: Any) -> list[Tensor]:
-    """Returns the gradients of this rank's partitions, between the last backward pass and the step.
+def step_by(engine: Any, update: Callable[[int, Sequence[Tensor], Tensor], None]) -> None:
+    """Lets a ZeRO-1 or ZeRO-2 engine's step call `update` with each group's number, its gradients in this
+    rank's partition and its weights there.
 
-    runtime/zero/stage_1_and_2.py:1046 puts them into `averaged_gradients`, with padding, which is 0.
+    runtime/zero/stage_1_and_2.py:3113 joins the gradients, converts them to fp32, steps, and converts the
+    masters: four passes over memory around the one that updates. Everything else of :3013 is done here.
     """
-    groups = engine.optimizer.averaged_gradients
-    return [gradient for index in sorted(groups) for gradient in groups[index] or ()]
+    optimizer = engine.optimizer
+
+    def step(closure: Any = None) -> None:
+        assert closure is None
+        optimizer.micro_step_id = -1
+        optimizer.overflow = False
+        for index, weights in enumerate(optimizer.parallel_partitioned_bit16_groups):
+            optimizer.free_grad_in_param_list(optimizer.params_not_in_partition[index])
+            partition = torch_dist.get_rank(optimizer.real_dp_process_group[index])
+            update(index, _gradients(optimizer, index), weights[partition])
+            optimizer.free_grad_in_param_list(optimizer.params_in_partition[index])
+            optimizer._release_preflattened_grad_buffers(index)
+            optimizer.averaged_gradients[index] = optimizer.all_grad_tensors[index] = None
+        optimizer._lazy_init_hp_params_optimizer_state()
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+
+    optimizer.step = step
+
+
+def keep_gradients_in_place(engine: Any) -> None:
+    """Lets a ZeRO-1 or ZeRO-2 engine of one rank take the gradients of an update of one micro-batch where
+    autograd put them.
+
+    There is nobody to reduce with, yet runtime/zero/stage_1_and_2.py:1447 copies them into a bucket, :1664
+    divides them by 1, and :2183 or :1326 copies them once more.
+    """
+    optimizer = engine.optimizer
+    copying: dict[str, Callable[..., None]] = {
+        name: getattr(optimizer, name)
+        for name in (
+            "process_gradients",
+            "reduce_gradients",
+            "overlapping_partition_gradients_reduce_epilogue",
+        )
+    }
+
+    def has_one_micro_batch() -> bool:
+        return bool(engine.gradient_accumulation_steps() == 1)
+
+    def process_gradients(parameter: nn.Parameter, index: int) -> None:
+        if not has_one_micro_batch():
+            copying["process_gradients"](parameter, index)
+
+    def take_or(name: str) -> Callable[..., None]:
+        def reduce(*arguments: Any, **options: Any) -> None:
+            if has_one_micro_batch():
+                _take_gradients(optimizer)
+            else:
+                copying[name](*arguments, **options)
+
+        return reduce
+
+    optimizer.process_gradients = process_gradients
+    for name in ("reduce_gradients", "overlapping_partition_gradients_reduce_epilogue"):
+        setattr(optimizer, name, take_or(name))
+
+
+def _take_gradients(optimizer: Any) -> None:
+    for index, members in enumerate(optimizer.round_robin_bit16_groups):
+        found: list[Tensor] = []
+        for member, padding in zip(members, optimizer.round_robin_bit16_padding[index], strict=True):
+            found.append(torch.zeros_like(member) if member.grad is None else member.grad)
+            found += [member.new_zeros(padding)] if padding else []
+        optimizer.averaged_gradients[index] = found
+    optimizer._epilogue_ran_this_backward = True
+
+
+def reduced_gradients(engine: Any) -> list[Tensor]:
+    """Returns the gradients of this rank's partitions, between the last backward pass and the step."""
+    optimizer = engine.optimizer
+    return [each for index in sorted(optimizer.averaged_gradients) for each in _gradients(optimizer, index)]
+
+
+def _gradients(optimizer: Any, index: int) -> Sequence[Tensor]:
+    """runtime/zero/stage_1_and_2.py:1046 puts them into `averaged_gradients`, with padding, which is 0; some
+    (:141) are parts of a tensor that has them all."""
+    found = optimizer.averaged_gradients[index]
+    whole: Tensor | None = getattr(found, "flat_partition", None)
+    return (found or ()) if whole is None else [whole]
 
 
 def before_captured_forward(engine: Any) -> None:

@@ -38,7 +38,7 @@ def adapted_transformer(family_type: type[Family], config: LoraConfig) -> Any:
 
 def tiny_batch(*, seed: int = 0) -> dict[str, Tensor]:
     """Returns two samples for any tiny transformer: 32 tokens of video, 7 of sound, prompts of 6 and 4
-    tokens."""
+    tokens; noise levels 0.3 and 0.8."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "latents": torch.randn(2, 4, 2, 4, 4, generator=generator),
@@ -46,13 +46,14 @@ def tiny_batch(*, seed: int = 0) -> dict[str, Tensor]:
         "prompt_embeds": torch.randn(2, 6, 16, generator=generator),
         "prompt_attention_mask": torch.arange(6) < torch.tensor([[6], [4]]),
         "fps": torch.tensor([24.0, 12.0]),
+        "levels": torch.tensor([[0.3], [0.8]]),
     }
 
 
 def velocities(
     predict: Callable[..., Mapping[str, Tensor]], family: Family, tensors: Mapping[str, Tensor]
 ) -> Tensor:
-    """Returns what is predicted for the latents as they are at noise levels 0.3 and 0.8, of all modalities,
+    """Returns what is predicted for the latents as they are at their noise levels, of all modalities,
     flattened.
 
     Args:
@@ -62,7 +63,7 @@ def velocities(
     """
     tokens = family.tokens(tensors)
     noisy = {name: part.values for name, part in tokens.items()}
-    levels = {name: torch.tensor([[0.3], [0.8]]) for name in tokens}
+    levels = dict.fromkeys(tokens, tensors["levels"])
     grids = {name: part.grid for name, part in tokens.items()}
     return torch.cat([values.flatten() for values in predict(noisy, levels, tensors, grids).values()])
 

@@ -35,15 +35,31 @@ class Subject:
 
     Attributes:
         module: In fp32; depends on nothing but the name.
-        loss: Gives the loss of a micro-batch, 0-dim fp32, computed by what is called as the module is.
+        batch: Gives the tensors of a numbered micro-batch, on the device.
+        loss_of: Gives the loss of such tensors, 0-dim fp32, computed by what is called as the module is.
     """
 
     module: nn.Module
-    loss: Callable[[Callable[..., Any], int], Tensor]
+    batch: Callable[[int], dict[str, Tensor]]
+    loss_of: Callable[[Callable[..., Any], Mapping[str, Tensor]], Tensor]
+
+    def loss(self, run: Callable[..., Any], number: int) -> Tensor:
+        """Returns the loss of a numbered micro-batch."""
+        return self.loss_of(run, self.batch(number))
 
 
-def subject(name: str, *, has_adapters: bool = False) -> Subject:
+def subject(name: str, *, has_adapters: bool = False, device: torch.device | None = None) -> Subject:
     """Returns the model of that name, of `TRANSFORMERS` or `VAES`; with adapters, only they are trained."""
+    found = _subject(name, has_adapters=has_adapters)
+    found.module.to(device)
+
+    def batch(number: int) -> dict[str, Tensor]:
+        return {key: value.to(device) for key, value in found.batch(number).items()}
+
+    return Subject(module=found.module, batch=batch, loss_of=found.loss_of)
+
+
+def _subject(name: str, *, has_adapters: bool) -> Subject:
     if name == "ltx_vae":
         return _vae("AutoencoderKLLTXVideo", tiny_ltx_vae(), (1, 3, 9, 32, 32))
     if name == "oobleck":
@@ -53,10 +69,11 @@ def subject(name: str, *, has_adapters: bool = False) -> Subject:
     transformer = adapted_transformer(family_type, _LORA) if has_adapters else plain
     family = find_family(plain, _STRIDES)
 
-    def loss(run: Callable[..., Any], number: int) -> Tensor:
-        return velocities(run, family, tiny_batch(seed=number)).float().square().mean()
+    def loss(run: Callable[..., Any], tensors: Mapping[str, Tensor]) -> Tensor:
+        return velocities(run, family, tensors).float().square().mean()
 
-    return Subject(module=DiffusionModule(transformer, family), loss=loss)
+    module = DiffusionModule(transformer, family)
+    return Subject(module=module, batch=lambda number: tiny_batch(seed=number), loss_of=loss)
 
 
 def plain_gradients(trained: Subject, numbers: range) -> dict[str, Tensor]:
@@ -108,10 +125,13 @@ def _vae(class_name: str, settings: Mapping[str, Any], shape: tuple[int, ...]) -
         torch.manual_seed(0)
         module = _Reconstruction(prepare_vae(getattr(diffusers, class_name)(**settings)))
 
-    def loss(run: Callable[..., Any], number: int) -> Tensor:
-        given = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    def batch(number: int) -> dict[str, Tensor]:
+        return {"given": torch.randn(shape, generator=torch.Generator().manual_seed(number))}
+
+    def loss(run: Callable[..., Any], tensors: Mapping[str, Tensor]) -> Tensor:
+        given = tensors["given"]
         decoded, scale = run(given.to(next(module.parameters()).dtype))
         total: Tensor = (decoded.float() - given).square().mean() + scale.float().square().mean()
         return total
 
-    return Subject(module=module, loss=loss)
+    return Subject(module=module, batch=batch, loss_of=loss)

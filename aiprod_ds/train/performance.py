@@ -101,7 +101,8 @@ def choose_performance(
     """
     against = _against_compiling(module, settings, is_flat=is_flat)
     compile_by, compile_why = _compiling(config.compile, capability, against, where)
-    graphs_by, graphs_why = _graphs(config.graphs, _against_graphs(settings, can_capture), where)
+    against = _against_graphs(settings, can_capture)
+    graphs_by, graphs_why = _graphs(config.graphs, capability, against, where)
     attention_by, attention_why = _attention(config.attention, capability, where)
     return Performance(
         compiles_blocks=compile_by == "blocks",
@@ -172,10 +173,16 @@ def _against_compiling(module: nn.Module, settings: DeepSpeedSettings, *, is_fla
     return None
 
 
-def _graphs(asked: str, against: str | None, where: str) -> tuple[str, str]:
+def _graphs(
+    asked: str, capability: tuple[int, int] | None, against: str | None, where: str
+) -> tuple[str, str]:
     if asked != "auto":
         return _as_asked("graphs", asked, against, where)
-    return "off", "not measured on a GPU yet: ask for passes to try them"
+    if capability is None:
+        return "off", "a CPU has none"
+    return (
+        ("off", against) if against is not None else ("passes", "each shape is captured once, if it is small")
+    )
 
 
 def _against_graphs(settings: DeepSpeedSettings, can_capture: bool) -> str | None:

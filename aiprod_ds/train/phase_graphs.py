@@ -38,14 +38,14 @@ class PhaseGraphs:
     engine: Engine
     unit: Unit
     phase: PhasePlan
-    _captured: dict[_Shape, CapturedLoss] = field(default_factory=dict)
+    _captured: dict[_Shape, CapturedLoss | None] = field(default_factory=dict)
 
     def loss(self, batch: MicroBatch, *, is_last: bool) -> LossTerms:
         """Returns what `unit.loss` does.
 
         Args:
-            batch: Of the phase. Where a phase has more shapes than graphs are made for, it is computed
-                without.
+            batch: Of the phase. Where a phase has more shapes than graphs are made for, or a graph of this
+                one would take too much memory, it is computed without.
             is_last: Whether the update takes its gradients without those of another micro-batch.
         """
         shape = tuple(
@@ -55,19 +55,25 @@ class PhaseGraphs:
             if len(self._captured) >= _SHAPES_OF_BUCKET * len(self.phase.buckets):
                 return self.unit.loss(self.engine, batch, self.phase)
             self._captured[shape] = self._capture(batch)
-        found = self._captured[shape](batch.tensors, is_last=is_last)
+        captured = self._captured[shape]
+        if captured is None:
+            return self.unit.loss(self.engine, batch, self.phase)
+        found = captured(batch.tensors, is_last=is_last)
         return LossTerms(total=found.pop("total"), terms=found)
 
     def close(self) -> None:
         """Gives memory back. Idempotent."""
         for captured in self._captured.values():
-            captured.close()
+            if captured is not None:
+                captured.close()
         self._captured.clear()
 
-    def _capture(self, batch: MicroBatch) -> CapturedLoss:
+    def _capture(self, batch: MicroBatch) -> CapturedLoss | None:
         def loss(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found = self.unit.loss(self.engine, replace(batch, tensors=tensors), self.phase)
             return {"total": found.total, **found.terms}
 
-        _LOG.info("graphs_captured phase=%s number=%d", self.phase.name, len(self._captured) + 1)
-        return self.engine.captured_loss(loss, batch.tensors)
+        captured = self.engine.captured_loss(loss, batch.tensors)
+        name = "graphs_captured" if captured.fits else "graphs_take_too_much_memory"
+        _LOG.info("%s phase=%s number=%d", name, self.phase.name, len(self._captured) + 1)
+        return captured if captured.fits else None

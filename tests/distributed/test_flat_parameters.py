@@ -13,7 +13,6 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import dist, flat_views
-from aiprod_ds.engine.captured import CapturedLoss
 from aiprod_ds.engine.compiled import set_compiled
-from aiprod_ds.engine.recompute import repeated_blocks, set_recompute
+from aiprod_ds.engine.recompute import repeated_blocks
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.engine_gradients import (
+    ACCUMULATIONS,
+    STAGES,
+    measure_gradients,
+    small_settings,
+    worst_gradients,
+)
 from aiprod_ds.testing.engines import optimized_state
-from aiprod_ds.testing.gradients import TRANSFORMERS, VAES, Subject, gradient_errors, plain_gradients, subject
+from aiprod_ds.testing.gradients import TRANSFORMERS, VAES, Subject, subject
 from aiprod_ds.train.engines import decay_groups
 from aiprod_ds.train.resume.engine_files import read_engine, write_engine
 
-STAGES = (0, 1, 2, 3)
-ACCUMULATIONS = (1, 3)
 UPDATES = 6
 # fp32: rounding of sums in another order. bf16, against autograd in bf16: gradients of micro-batches and of
 # ranks are rounded to 8 bits before they are summed and after it. Measured: 1.3e-7 and 6e-3.
@@ -71,7 +73,9 @@ pytestmark = pytest.mark.dist
 @functools.cache
 def _measured(which: str, ranks: int) -> dict[str, Any]:
     cases = FEW if which == "few" else ALL
-    return run_on_ranks(measure_gradients, ranks=ranks, arguments={"cases": cases}, timeout_seconds=900)[0]
+    return run_on_ranks(measure_every_gradient, ranks=ranks, arguments={"cases": cases}, timeout_seconds=900)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -146,104 +150,8 @@ def test_a_wrong_place_of_a_saved_view_is_found() -> None:
 # Below runs on the ranks.
 
 
-def measure_gradients(cases: list[str]) -> dict[str, Any]:
-    errors = {}
-    for case in cases:
-        for stage in STAGES:
-            for accumulation, worst in zip(ACCUMULATIONS, _errors(*case.split("-"), stage), strict=True):
-                errors[f"{case}-{stage}-{accumulation}"] = worst
-    return errors
-
-
-def _errors(
-    name: str, kind: str, precision: str, form: str, recompute: str, stage: int
-) -> Iterator[tuple[str, float]]:
-    """Yields the parameter with the largest error and the error, for each accumulation."""
-    from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine
-
-    trained = subject(name, has_adapters=kind == "lora")
-    blocks = list(repeated_blocks(trained.module))
-    set_compiled(blocks, enabled=form == "compiled", backend="aot_eager")
-    if recompute != "none":
-        set_recompute(trained.module, enabled=True, blocks=blocks if recompute == "class" else None)
-    engine = DeepSpeedEngine(
-        trained.module,
-        decay_groups(trained.module),
-        optimizer=OptimizerConfig(),
-        settings=_settings(stage, precision),
-        micro_batch_size=1,
-        accumulation=1,
-        flat_parameters="on",
-    )
-    loss = _captured(trained, engine) if form == "captured" and stage < 3 else None
-    for accumulation in ACCUMULATIONS:
-        engine.set_batch(micro_batch_size=1, accumulation=accumulation)
-        for index in range(accumulation):
-            number = engine.rank * accumulation + index
-            if loss is None:
-                engine.backward(trained.loss(engine, number))
-            else:
-                engine.backward(
-                    loss({"number": torch.tensor(number)}, is_last=index == accumulation - 1)["total"]
-                )
-            if index < accumulation - 1:
-                engine.step()
-        expected = _expected(name, kind, precision, accumulation)
-        errors = gradient_errors(_gradients(engine), expected)
-        worst = max(errors, key=lambda name: errors[name])
-        engine.step()  # the learning rate is 0
-        yield worst, errors[worst]
-    engine.close()
-
-
-def _captured(trained: Subject, engine: Any) -> CapturedLoss:
-    def loss(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"total": trained.loss(engine, int(tensors["number"]))}
-
-    return engine.captured_loss(loss, {"number": torch.tensor(0)})
-
-
-def _gradients(engine: Any) -> dict[str, Tensor]:
-    """Returns the gradients of the update to come, by the parameters' own names."""
-    from deepspeed.utils import safe_get_full_grad
-
-    found = {}
-    layouts = engine._flat.layouts
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        whole = safe_get_full_grad(parameter)
-        if name not in layouts:
-            found[name] = whole
-            continue
-        for member in layouts[name].members:
-            found[member.name] = whole[member.start :][: member.numel].view(member.shape)
-    return found
-
-
-@functools.cache
-def _expected(name: str, kind: str, precision: str, accumulation: int) -> dict[str, Tensor]:
-    trained = subject(name, has_adapters=kind == "lora")
-    if precision == "bf16":
-        trained.module.bfloat16()
-    return plain_gradients(trained, range(accumulation * dist.world_size()))
-
-
-def _settings(stage: int, precision: str) -> Any:
-    values: dict[str, Any] = {"zero_optimization": {"stage": stage}}
-    if stage:
-        # So small that the blocks here have several flat parameters, some of them larger than a bucket.
-        values["zero_optimization"]["reduce_bucket_size"] = 5000
-    if stage == 3:
-        # Nothing stays gathered, neither for its size nor because it is needed again soon.
-        values["zero_optimization"] |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 0,
-        }
-    if precision == "bf16":
-        values["bf16"] = {"enabled": True}
-    return parse_deepspeed_settings(values, where=f"stage {stage}")
+def measure_every_gradient(cases: list[str]) -> dict[str, Any]:
+    return dict(measure_gradients(cases))
 
 
 def measure_runs() -> dict[str, Any]:
@@ -264,7 +172,7 @@ def _engine(trained: Subject, stage: int, mode: str) -> Any:
         trained.module,
         decay_groups(trained.module),
         optimizer=OptimizerConfig(gradient_clip_norm=None, weight_decay=0.1),
-        settings=_settings(stage, "fp32"),
+        settings=small_settings(stage, "fp32"),
         micro_batch_size=1,
         accumulation=1,
         flat_parameters=mode,
@@ -407,7 +315,7 @@ class _Outsider(nn.Module):
 
 def _read_outside() -> str:
     trained = subject("ltx")
-    outsider = Subject(module=_Outsider(trained.module), loss=trained.loss)
+    outsider = replace(trained, module=_Outsider(trained.module))
     engine = _engine(outsider, 1, "on")
     try:
         outsider.loss(engine, 0)
@@ -428,6 +336,6 @@ def _mutated() -> float:
 
     flat_views._place_in = wrong
     try:
-        return max(error for _, error in _errors("ltx", "full", "fp32", "eager", "none", 3))
+        return max(error for _, error in worst_gradients("ltx-full-fp32-eager-none", 3))
     finally:
         flat_views._place_in = right

@@ -194,6 +194,12 @@ def test_zero_0_in_fp32_clips_as_the_configuration_says_at_each_step(report: dic
     assert report["clipped_norm"] == pytest.approx(0.01, rel=1e-2)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_copied_and_converted_for_the_step(report: dict[str, Any], stage: int) -> None:
+    """Remedies: `keep_gradients_in_place` and `step_by`."""
+    assert report[f"copied_gradients_{stage}"] == {"in_place": 0, "step_dtypes": ["torch.float32"]}
+
+
 def test_the_launcher_reports_success_and_leaves_ranks_behind_when_it_is_killed(tmp_path: Path) -> None:
     """Remedy: `testing.dist` asks for a result of every rank and kills the session; training writes its own
     marker."""
@@ -317,12 +323,41 @@ def observe_everything() -> dict[str, Any]:
     for observe in (
         _observe_fp16, _observe_lifetime, _observe_zero_3_lifetime, _observe_unfreezing, _observe_latest, _observe_places,  # noqa: E501
         _observe_access, _observe_scaler, _observe_new_ones, _observe_masters, _observe_rebuilding,
-        _observe_clipping,
+        _observe_clipping, _observe_copies,
         _observe_offloaded_adam, _observe_autocast,
     ):  # fmt: skip
         observed |= observe()
         gc.collect()
     return observed
+
+
+def _observe_copies() -> dict[str, Any]:
+    return {f"copied_gradients_{stage}": _copied_gradients(stage) for stage in (1, 2)}
+
+
+def _copied_gradients(stage: int) -> dict[str, Any]:
+    net, given = Net().to(torch.bfloat16), set[int]()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda own: given.add(own.grad.data_ptr()))
+    engine = _engine(stage, module=net, bf16={"enabled": True})
+    step, dtypes = engine.basic_optimizer.step, list[str]()
+
+    def watched(*_: Any) -> Any:
+        dtypes.extend(
+            str(master.grad.dtype)
+            for group in engine.basic_optimizer.param_groups
+            for master in group["params"]
+        )
+        return step()
+
+    engine.basic_optimizer.step = watched
+    loss = engine(torch.randn(2, 8).to(torch.bfloat16)).float().pow(2).mean()
+    engine.backward(loss)
+    taken = [each for group in engine.optimizer.averaged_gradients.values() for each in group]
+    engine.step()
+    engine.destroy()
+    return {"in_place": sum(each.data_ptr() in given for each in taken), "step_dtypes": sorted(set(dtypes))}
 
 
 def _engine(

@@ -61,16 +61,16 @@ def _choose(
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
-        (None, (False, False)),
-        ((6, 1), (False, False)),
-        (V100, (True, False)),
-        (A100, (True, False)),
-        (H200, (True, True)),
+        (None, (False, False, False)),
+        ((6, 1), (False, True, False)),
+        (V100, (True, True, False)),
+        (A100, (True, True, False)),
+        (H200, (True, True, True)),
     ],
 )
-def test_what_auto_takes(capability: tuple[int, int] | None, expected: tuple[bool, bool]) -> None:
+def test_what_auto_takes(capability: tuple[int, int] | None, expected: tuple[bool, bool, bool]) -> None:
     found = _choose(capability)
-    assert (found.compiles_blocks, found.has_cudnn_first) == expected
+    assert (found.compiles_blocks, found.captures_passes, found.has_cudnn_first) == expected
     assert [reason.split()[0] for reason in found.reasons] == ["compile", "graphs", "attention"]
     assert all(": " in reason for reason in found.reasons)
 
@@ -117,9 +117,9 @@ def test_what_is_asked_for_by_name_is_taken() -> None:
 
 
 @pytest.mark.parametrize("capability", [None, H200])
-def test_graphs_have_to_be_asked_for(capability: tuple[int, int] | None) -> None:
-    assert not _choose(capability).captures_passes
+def test_graphs_are_taken_and_left_out_by_name(capability: tuple[int, int] | None) -> None:
     assert _choose(capability, graphs="passes").captures_passes
+    assert not _choose(capability, graphs="off").captures_passes
 
 
 @pytest.mark.parametrize(
