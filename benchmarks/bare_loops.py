@@ -103,7 +103,7 @@ class PlainLoop:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._trained = job.trained()
-        self._optimizer = _adamw(self._trained)
+        self._optimizer = adamw(self._trained)
 
     def update(self) -> None:
         """See `BareLoop`."""
@@ -220,7 +220,7 @@ class DeepSpeedLoop:
             "steps_per_print": 10**9,
         }
         self._engine, *_ = deepspeed.initialize(
-            model=job.module, optimizer=_adamw(self._trained), config=settings
+            model=job.module, optimizer=adamw(self._trained), config=settings
         )
 
     def update(self) -> None:
@@ -254,7 +254,7 @@ class AccelerateLoop:
         self._accelerator = Accelerator(mixed_precision=precision, cpu=job.device.type == "cpu")
         module = job.module.float()  # weights stay those of the compute type, rounded
         self._trained = job.trained()
-        self._module, self._optimizer = self._accelerator.prepare(module, _adamw(self._trained))
+        self._module, self._optimizer = self._accelerator.prepare(module, adamw(self._trained))
 
     def update(self) -> None:
         """See `BareLoop`."""
@@ -285,7 +285,8 @@ def _loss_of(workload: Workload, inputs: dict[str, Any], run: Callable[..., Any]
     return workload.loss(run, inputs)
 
 
-def _adamw(trained: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+def adamw(trained: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+    """Returns torch's fused AdamW with the rate, betas and decay of all loops."""
     return torch.optim.AdamW(
         trained.values(), lr=_RATE, betas=BETAS, eps=_EPSILON, weight_decay=_DECAY, fused=True
     )

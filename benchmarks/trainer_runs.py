@@ -90,15 +90,19 @@ def timed_training(
         after_first: Called with the engine after the first update.
 
     Returns:
-        `first_seconds`, of the first update, and `waited_seconds`, for the loader inside of the timed runs.
+        `first_seconds`, of the first update; its loss on this rank, `first_loss`, and the norm of its
+        gradient, `first_norm`; and `waited_seconds`, for the loader inside of the timed runs.
 
     Raises:
         SystemExit: If the run ended by itself, as it does when it is sent a signal.
     """
-    found = {"first_seconds": 0.0, "waited_seconds": 0.0}
+    found = {"first_seconds": 0.0, "first_loss": 0.0, "first_norm": 0.0, "waited_seconds": 0.0}
 
     def recorded(metrics: Mapping[str, Any]) -> None:
-        found["first_seconds"] = found["first_seconds"] or metrics["time/update_seconds"]
+        if not found["first_seconds"]:
+            found["first_seconds"] = metrics["time/update_seconds"]
+            found["first_loss"] = float(metrics["loss/total"])
+            found["first_norm"] = float(metrics["gradient/norm"])
         is_last = timer.after_update()
         found["waited_seconds"] += metrics["time/data_wait_seconds"] * timer.is_measuring
         if is_last:
