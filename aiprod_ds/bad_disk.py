@@ -73,7 +73,8 @@ def disk_error(error: BaseException, path: Path | None = None, *, what: str = "w
     """
     named = error.filename if isinstance(error, OSError) else None
     place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else path
-    where = "standard output" if place is None else _TEMPORARY.sub("", str(place))
+    unnamed = "standard output" if isinstance(error, OSError) else "a disk"  # of which a library may say more
+    where = unnamed if place is None else _TEMPORARY.sub("", str(place))
     return DiskError(f"{where}: must take {what}, got {fault_in_words(error, place)}. {_MAKE_ROOM}.")
 
 

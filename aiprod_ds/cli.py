@@ -88,10 +88,10 @@ def _main(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
     except AiprodError as error:
         return _explain(error, next((code for kind, code in _CODES if isinstance(error, kind)), FAILED))
-    except OSError as error:
+    except Exception as error:
         if not is_disk_fault(error):
             raise
-        if error.filename is None:
+        if getattr(error, "filename", None) is None:
             with suppress(OSError):  # it is no file, as in a test
                 silence(sys.stdout.fileno())
         return _explain(disk_error(error), FAILED)

@@ -105,6 +105,8 @@ def test_words_say_where_why_and_what_is_free(tmp_path: Path, monkeypatch: pytes
     named = OSError(errno.EROFS, "Read-only file system", str(tmp_path / "b"))
     assert str(disk_error(named, tmp_path / "a")).startswith(f"{tmp_path / 'b'}: must take what is written")
     assert str(disk_error(FULL)).startswith("standard output: must take what is written, got No space left")
+    said = RuntimeError("OSError: [Errno 28] No space left on device: '/cache/kernel.so'")
+    assert str(disk_error(said)).startswith("a disk: must take what is written, got OSError: [Errno 28]")
 
 
 @pytest.mark.slow

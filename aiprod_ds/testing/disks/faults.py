@@ -13,7 +13,7 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,14 @@ class BadDisk:
         away = self.folder.with_name(f"{self.folder.name}.unmounted")
         if is_gone != self._is_renamed:
             source, target = (self.folder, away) if is_gone else (away, self.folder)
-            if source.exists():
+            with suppress(FileNotFoundError):  # before it is made
                 _REAL["rename"](source, target)
                 self._is_renamed = is_gone
+
+    def is_away(self, path: object) -> bool:
+        """Returns whether `path` is looked for where the folder was; that, too, is an operation then, so that
+        who looks first sees the end of it."""
+        return self._is_renamed and str(path).startswith(str(self.folder))
 
     def mount_again(self) -> None:
         """Ends what `gone` does, if no later operation has."""
@@ -96,6 +101,7 @@ class BadDisk:
         with (
             patch.multiple(os, **calls),
             patch.object(os, "open", _os_open(self)),
+            patch.object(os, "stat", _stat(self)),
             patch.object(builtins, "open", _opening(self)),
             patch.object(io, "open", _opening(self)),
         ):
@@ -106,7 +112,7 @@ class BadDisk:
 
 
 _REAL: dict[str, Callable[..., Any]] = {
-    name: getattr(os, name) for name in (*_NAMED, *_OF_DESCRIPTORS, "open")
+    name: getattr(os, name) for name in (*_NAMED, *_OF_DESCRIPTORS, "open", "stat")
 }
 _REAL_OPEN = io.open
 
@@ -125,6 +131,15 @@ def _of_descriptor(name: str, disk: BadDisk) -> Callable[..., Any]:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         disk.meet(name, os.readlink(f"/proc/self/fd/{number}"))  # noqa: PTH115
         return _REAL[name](descriptor, *arguments)
+
+    return call
+
+
+def _stat(disk: BadDisk) -> Callable[..., Any]:
+    def call(path: Any, *arguments: Any, **options: Any) -> Any:
+        if disk.is_away(path):
+            disk.meet("stat", path)
+        return _REAL["stat"](path, *arguments, **options)
 
     return call
 

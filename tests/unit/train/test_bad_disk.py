@@ -204,7 +204,10 @@ def test_some_writes_fail(
     places = range(3 if kind == "full" else 5, total, max(1, total // 6))
     ends = sweep(tmp_path, undisturbed, places, kind=kind, rules=rules, caplog=caplog)
     assert sum(ends.values()) == len(places)
-    assert ("completed" in ends) is (rules is GO_ON)
+    if rules is GO_ON:
+        assert ends["completed"] > 0
+    else:
+        assert ends.get("completed", 0) < len(places)
 
 
 @pytest.mark.exhaustive
