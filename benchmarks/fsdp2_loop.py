@@ -1,8 +1,8 @@
 """Training under torch's FSDP2 (`fully_shard`) without the trainer: the loop of torch's own examples.
 
 fp32 masters are what is sharded; blocks compute in the type of the job and reduce gradients in it, as
-DeepSpeed's bf16 settings do. Every repeated block is a group of its own whose forward is compiled, with FSDP's
-hooks outside of it; fused AdamW, clipping. Called by `scaling.py`, inside a process group.
+DeepSpeed's bf16 settings do. Every repeated block is a group of its own whose forward is compiled, with
+FSDP's hooks outside of it; fused AdamW, clipping. Called by `scaling.py`, inside a process group.
 """
 
 from __future__ import annotations
