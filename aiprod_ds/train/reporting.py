@@ -36,7 +36,7 @@ from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.phase_change import RunParts
 from aiprod_ds.train.resume.history import History
 from aiprod_ds.train.spikes.going_back import in_words
-from aiprod_ds.train.spikes.rollbacks import Rollback
+from aiprod_ds.train.spikes.rollbacks import Rollback, Rollbacks
 from aiprod_ds.train.unit import Unit
 
 _LOG = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ class RunFacts:
         return Path(self.config.output_dir)
 
 
-def report_started(facts: RunFacts) -> None:
-    """Writes what is known before the first update, on the main rank: a run that is killed leaves no more."""
+def report_started(facts: RunFacts, rollbacks: Rollbacks, history: History) -> None:
+    """Writes what is known before the next update, on the main rank: a run that is killed leaves no more."""
     if not dist.is_main():
         return
     known = {
@@ -98,6 +98,8 @@ def report_started(facts: RunFacts) -> None:
         **{key: facts.layout[key] for key in ("world_size", "engine", "zero_stage", "precision")},
         "performance": list(facts.parts.performance.reasons),
         "replacements": [*facts.unit.replacements(), *_chosen(facts.layout)],
+        "rollbacks": [_rollback(entry, facts.plan) for entry in rollbacks.decided],
+        "rate_factors": list(history.rate_factors),
     }
     facts.disk.attempt("start.json", lambda: write_start(facts.folder, known, facts.unit.data_summary()))
 

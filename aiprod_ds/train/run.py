@@ -189,7 +189,6 @@ def run_training(
             )
             try:
                 dist.from_main(lambda: delete_given_up(facts.folder, way.rollbacks))
-                report_started(facts)
                 outcome = _train(facts, way, around, goes_back=False)
                 while isinstance(outcome, WayBack):
                     # As a new process does: what is trained there is built differently, or anew.
@@ -328,6 +327,7 @@ def _train(facts: RunFacts, way: WayBack, around: _Surroundings, *, goes_back: b
             saver = _new_saver(facts, standing.history)
             around.watchdog.update = standing.clock.updates
             loop = _new_loop(facts, state, standing, saver, way.rollbacks, around)
+            report_started(facts, way.rollbacks, standing.history)
             outcome = _run(facts, loop, around)
             if isinstance(outcome, RunSummary):
                 return outcome

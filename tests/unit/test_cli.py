@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from aiprod_ds.cli import BAD_CONFIGURATION, DONE, FAILED, main
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.errors import DataError, DivergenceError, NonFiniteError, SpikeError
 from aiprod_ds.testing.runs import without_plots
 from aiprod_ds.testing.tiny import tiny_ltx_vae
 
@@ -530,3 +531,17 @@ def _contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(SpikeError("x"), 78), (NonFiniteError("x"), 78), (DivergenceError("x"), 77), (DataError("x"), 1)],
+)
+def test_each_way_to_fail_has_its_exit_code(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("aiprod_ds.cli._train", fail)
+    assert main(["train", "any.yaml"]) == code

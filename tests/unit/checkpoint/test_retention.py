@@ -226,3 +226,16 @@ def test_a_writer_that_only_has_words_is_understood_by_what_is_free(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 1000, 0))
     assert isinstance(write_error(error, tmp_path / "not" / "there"), DiskFullError)
     assert not isinstance(write_error(PermissionError(errno.EACCES, "no"), tmp_path), DiskFullError)
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "kept"),
+    [((), {"8"}), ((8,), {"8", "7"}), ((8, 7, 6), {"8", "5"}), ((8, 7, 6, 5), {"8"})],
+)
+def test_one_that_no_spike_can_reach_is_kept(doubtful: tuple[int, ...], kept: set[str]) -> None:
+    standing = [
+        Standing(name=str(updates), updates=updates, is_doubtful=updates in doubtful)
+        for updates in (8, 7, 6, 5)
+    ]
+    gone = surplus(standing, _config(keep_last=1))
+    assert {entry.name for entry in standing} - set(gone) == kept

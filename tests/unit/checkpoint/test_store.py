@@ -290,3 +290,18 @@ def test_the_hash_of_tensors_sees_every_bit_name_and_shape(dtype: torch.dtype) -
     others = [[("b", tensor)], [("a", tensor.view(2, 3))], [("a", changed)], [("a", tensor.double())]]
     assert tensors_sha256([("a", tensor.clone())]) == first
     assert len({first, *(tensors_sha256(other) for other in others)}) == 5
+
+
+def test_one_that_is_not_accepted_counts_as_not_there(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for updates in (4, 7, 9):
+        _commit(store, updates)
+    found = store.newest(accepts=lambda state: state.clock.updates < 8)
+    assert found is not None
+    assert found.state.clock.updates == 7
+    assert "checkpoint_passed_over name=update_000009" in caplog.text
+    assert store.newest(accepts=lambda _state: False) is None
+    assert [name for name, _ in store.states()] == ["update_000009", "update_000007", "update_000004"]
+    (store.folder / "update_000007" / "state.json").write_text("{")
+    assert [name for name, _ in store.states()] == ["update_000009", "update_000004"]

@@ -47,6 +47,7 @@ def config(path: str | None = None, value: Any = None) -> VAETrainerConfig:
         ("evaluation.every_updates", 3),
         ("evaluation.every_samples", 3),
         ("evaluation.keep_media", 3),
+        ("spikes.max_rollbacks", 9),
         ("data.num_workers", 7),
         ("data.duplicates", "allow"),
         ("engine.kind", "local"),

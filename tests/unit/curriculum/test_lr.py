@@ -1,6 +1,7 @@
 """Learning-rate schedules against their closed form, at edges and over random phases."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -91,3 +92,12 @@ def test_rate_is_continuous_bounded_and_falls_after_warm_up(
     assert all(0 <= rate <= peak for rate in rates)
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(rates[warmup:]))
     assert rates[-1] == pytest.approx(peak if kind == "constant" else peak * ratio, rel=1e-9, abs=1e-15)
+
+
+@given(factor=st.floats(1e-6, 1e6), update=st.integers(0, 200))
+def test_a_factor_multiplies_every_rate(factor: float, update: int) -> None:
+    plain = schedule("cosine", warmup=10, updates=100)
+    scaled = replace(plain, factor=factor)
+    assert scaled.at(update) == factor * plain.at(update)
+    assert scaled.highest == factor * plain.peak
+    assert plain.at(update) == replace(plain, factor=1.0).at(update)

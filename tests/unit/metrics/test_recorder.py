@@ -150,3 +150,12 @@ def test_evaluations_and_close_reach_the_sinks() -> None:
     assert sink.rows == [(7, {"evaluation/psnr_db": 21.5})]
     assert sink.evaluations == [(record, Path("run"))]
     assert sink.closed
+
+
+def test_every_flush_is_told_of_also_without_rows() -> None:
+    told: list[list[tuple[int, dict[str, float]]]] = []
+    recorder = MetricsRecorder(device=CPU, world_size=1, on_flush=told.append)
+    recorder.record(1, {"loss/total": 0.5})
+    recorder.flush(identity)
+    recorder.flush(identity)
+    assert told == [[(1, {"loss/total": 0.5})], []]

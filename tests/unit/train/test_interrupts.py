@@ -193,3 +193,16 @@ def test_without_the_main_thread_signals_keep_their_meaning() -> None:
     thread.start()
     thread.join()
     assert seen == [(None, before)]
+
+
+def test_a_spike_is_told_with_the_next_vote_and_asks_for_nothing(tmp_path: Path) -> None:
+    has_spiked = False
+    requests = Interrupts(SignalWatch(), tmp_path, has_spiked=lambda: has_spiked, now=Time())
+    assert requests.agreed() is Interrupt.NONE
+    has_spiked = True
+    assert requests.agreed() is Interrupt.NONE
+    assert not requests.has_any_spiked, "of the vote before"
+    assert requests.agreed() is Interrupt.NONE
+    assert requests.has_any_spiked
+    requests.finish()
+    requests.finish()

@@ -110,3 +110,10 @@ def test_every_pinned_change_is_reported_at_once() -> None:
 def test_without_the_old_configuration_the_phase_is_still_named() -> None:
     with pytest.raises(ConfigError, match=r"curriculum\.phases\[0\]: .* got another phase 'p0'"):
         steer(config({"updates": 11}, {}, {}), saved_config=None)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_the_factor_of_the_learning_rate_may_change_in_any_phase(index: int) -> None:
+    changes: list[dict[str, Any]] = [{}, {}, {}]
+    changes[index] = {"learning_rate_factor": 0.5}
+    assert steer(config(*changes)) == ()

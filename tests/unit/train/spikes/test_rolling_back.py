@@ -171,6 +171,8 @@ def test_report_metrics_and_file_have_the_rollbacks(rolled_back: dict[str, Any])
     ]
     assert all(entry["clips"] for entry in summary.rollbacks)
     assert "deviations above its median of" in summary.rollbacks[1]["reason"]
+    started = json.loads((folder / "start.json").read_text())
+    assert started["rollbacks"] == list(summary.rollbacks), "for the page of a run that goes on"
     text = (folder / "report.md").read_text()
     assert "### Rollbacks" in text
     assert "update_000016" in text
