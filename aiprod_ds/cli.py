@@ -31,7 +31,16 @@ from aiprod_ds.cli_check import add_read_all, read_all, require_clips_of_trainin
 from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
 from aiprod_ds.cli_data import add_data, look
 from aiprod_ds.cli_shard import add_shard, run_shard
-from aiprod_ds.cli_start import add_examples, add_init, add_program, begun, list_or_copy
+from aiprod_ds.cli_start import (
+    add_examples,
+    add_init,
+    add_program,
+    add_validate,
+    begun,
+    list_or_copy,
+    validated,
+    validation_table,
+)
 from aiprod_ds.cluster.options import add_doctor_options, add_launch_options, launch_request
 from aiprod_ds.config.load import config_kind, load_config, load_encode_config, load_sample_config
 from aiprod_ds.config.trainers import trainer_class
@@ -107,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # the deepspeed launcher adds it
     add_program(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_validate(commands).set_defaults(command=_validate)
     add_init(commands).set_defaults(command=_init)
     add_examples(commands).set_defaults(command=_examples)
     check = _configured(
@@ -496,6 +506,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         open_console().print(page, crop=False)
     return FAILED if page.problem else DONE
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    found = validated(arguments)
+    if arguments.json:
+        print(json.dumps(found.document(), indent=1))
+    else:
+        open_console().print(validation_table(found))
+    return DONE if found.is_passed else FAILED
 
 
 def _init(arguments: argparse.Namespace) -> int:

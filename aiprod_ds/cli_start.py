@@ -7,13 +7,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.prompt import IntPrompt, Prompt
 from rich.table import Table
+from rich.text import Text
 
 from aiprod_ds.cli_convert import count
 from aiprod_ds.errors import ConfigError
@@ -21,6 +22,7 @@ from aiprod_ds.planner.hardware import MACHINES
 
 if TYPE_CHECKING:
     from aiprod_ds.starting.begin import Begun
+    from aiprod_ds.validate.run import Validation
 
 _SHELLS = ("bash", "zsh", "tcsh")
 _KINDS = {
@@ -66,15 +68,24 @@ def add_program(parser: argparse.ArgumentParser) -> None:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.exit(message=f"aiprod-ds {version('aiprod_ds')}, torch {version('torch')}, "
-                    f"deepspeed {version('deepspeed')}\n")  # fmt: skip
+        versions = [_version_of(name) for name in ("aiprod_ds", "torch", "deepspeed")]
+        sys.stdout.write("aiprod-ds {}, torch {}, deepspeed {}\n".format(*versions))
+        parser.exit()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # a checkout is found by its folder
 
 
 class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: Any, values: Any, *__: Any) -> None:
         import shtab
 
-        parser.exit(message=f"{shtab.complete(parser, values)}\n")
+        sys.stdout.write(f"{shtab.complete(parser, values)}\n")
+        parser.exit()
 
 
 def add_examples(commands: Any) -> argparse.ArgumentParser:
@@ -206,3 +217,46 @@ def _ask(arguments: argparse.Namespace, console: Console) -> None:
             arguments.gpus = IntPrompt.ask(
                 "On how many GPUs, or processes of a CPU?", console=console, default=usual
             )
+
+
+def add_validate(commands: Any) -> argparse.ArgumentParser:
+    """Adds `validate` to the subparsers and returns its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "validate",
+        help="check in two minutes that this installation computes what it should",
+        description="Checks configuration, losses and curriculum against closed forms, then trains each kind "
+        "of model on the GPU, or the CPU without one, kills the run and compares what goes on bit for bit. "
+        "DS_ACCELERATOR=cpu leaves the GPU out. Exit code 0 if all is well, 1 otherwise.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def validated(arguments: argparse.Namespace) -> Validation:
+    """Does the checks; on a terminal each is told of as it is done."""
+    from aiprod_ds.validate.run import validate
+
+    console: Console = arguments.console
+    if arguments.json or not console.is_terminal:
+        return validate()
+    with console.status("the trainings have begun; checking numbers meanwhile") as status:
+        return validate(lambda outcome: status.update(f"done: {outcome.title}"))
+
+
+def validation_table(found: Validation) -> Table:
+    """Returns the outcomes as people read them."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("check", overflow="fold")
+    table.add_column("seconds", justify="right")
+    table.add_column("what was compared, and what to do", overflow="fold", ratio=1)
+    for outcome in found.outcomes:
+        mark = Text("✓", style="green") if outcome.is_passed else Text("✗", style="bold red")
+        said = Text(outcome.detail)
+        if outcome.advice:
+            said.append(f"\n{outcome.advice}", style="" if outcome.is_passed else "bold")
+        table.add_row(mark, Text(outcome.title), f"{outcome.seconds:.1f}", said)
+    failed = sum(not outcome.is_passed for outcome in found.outcomes)
+    end = f"{failed} of {len(found.outcomes)} checks failed" if failed else "all is well"
+    table.add_row("", Text(end, style="bold"), f"{found.seconds:.1f}", "")
+    return table

@@ -31,8 +31,9 @@ class LossConfig(StrictModel):
 class PerceptualConfig(StrictModel):
     """VGG16 feature distance; see `aiprod_ds.losses.perceptual.PerceptualLoss`."""
 
-    mode: Literal["lpips", "vgg"] = "lpips"
-    """`lpips`: unit-normalised features with learned heads; `vgg`: plain feature distance."""
+    mode: Literal["lpips", "vgg", "l2"] = "lpips"
+    """`lpips`: unit-normalised features with learned heads; `vgg`: plain feature distance; `l2`: no network,
+    the mean squared error in its place."""
     weights: str | None = None
     """A local copy of torchvision's VGG16 file; its hash is checked. null: the torch hub cache, else a
     download."""
@@ -41,6 +42,17 @@ class PerceptualConfig(StrictModel):
     report says so."""
     frames_per_clip: NonNegativeInt = 0
     """Frames of each clip that the network looks at, chosen at random; 0 takes all."""
+
+    @model_validator(mode="after")
+    def _network_settings_have_an_effect(self) -> Self:
+        given = [
+            f"{key}: has no effect with mode: l2, got {getattr(self, key)!r}. Remove it."
+            for key in ("weights", "fallback", "frames_per_clip")
+            if self.mode == "l2" and getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if given:
+            raise ValueError("\n".join(given))
+        return self
 
 
 class VideoVAELossConfig(LossConfig):

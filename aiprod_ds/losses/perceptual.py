@@ -29,11 +29,12 @@ _HEADS_FILE = "lpips_models/vgg.pth"
 
 
 class PerceptualLoss(nn.Module):
-    """Distance between two videos in the features of a frozen VGG16, in fp32.
+    """Distance between two videos in the features of a frozen VGG16, in fp32; or without a network.
 
         lpips:  P = sum_l mean_hw sum_c w_lc * (n(f_l(x)) - n(f_l(y)))_c^2
                 n(f) = f * rsqrt(sum_c f_c^2 + 1e-8)
         vgg:    P = mean_l mean_chw (f_l(x) - f_l(y))^2
+        l2:     P = mean (x - y)^2
 
     over the layers relu1_2, relu2_2, relu3_3, relu4_3, relu5_3; mean over frames and batch.
 
@@ -74,6 +75,8 @@ class PerceptualLoss(nn.Module):
             str, VGGFeatures
         ] = {}  # a dict, because nn.Module would register the module itself
         self._heads = _lpips_heads() if config.mode == "lpips" else {}
+        if config.mode == "l2":
+            return
         if is_blank:
             self._hidden["network"] = VGGFeatures(None)
             return
@@ -215,10 +218,10 @@ def _lpips_heads() -> Mapping[str, Tensor]:
 def _chosen_layers(config: PerceptualConfig, layers: Sequence[str] | None) -> tuple[str, ...]:
     if layers is None:
         return tuple(LAYERS)
-    if config.mode == "lpips":
+    if config.mode != "vgg":
         raise ConfigError(
-            "PerceptualLoss: layers has no effect in lpips mode, whose heads take all five. Remove it or "
-            "use vgg."
+            f"PerceptualLoss: layers has no effect in {config.mode} mode: the heads of lpips take all five, "
+            "l2 has none. Remove it or use vgg."
         )
     if not layers or set(layers) - set(LAYERS):
         raise ConfigError(f"PerceptualLoss: layers must be some of {', '.join(LAYERS)}, got {list(layers)}.")

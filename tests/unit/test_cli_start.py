@@ -14,7 +14,8 @@ def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         main(list(arguments))
     assert end.value.code == 0
     caught = capsys.readouterr()
-    return caught.out + caught.err
+    assert caught.err == ""  # both are redirected into files
+    return caught.out
 
 
 def test_the_version_is_told_with_those_of_what_matters_most(capsys: pytest.CaptureFixture[str]) -> None:
