@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,8 @@ def run_ranks(
 def _start(command: Sequence[str], folder: Path, rank: int, ranks: int, port: str) -> subprocess.Popen[bytes]:
     environment = {
         "OMP_NUM_THREADS": "1",  # as launchers set it, too
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a rank that is aborted says where it stood
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -98,6 +101,9 @@ def _watch(
             _await_survivors(processes)
             return f"rank {failed} exited with {codes[failed]}\n{_tail(folder, failed)}"
         if time.monotonic() - last > seconds_per_line:
+            for process in processes:
+                process.send_signal(signal.SIGABRT)
+            _await_survivors(processes)
             return f"nothing was measured in {seconds_per_line:.0f} s\n{_tail(folder, 0)}"
         time.sleep(_POLL_SECONDS)
 
