@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def main() -> int:
             works, _workload(arguments), arguments.output, is_tiny=arguments.tiny, graphs=arguments.graphs
         )
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that ranks are ended
     runs: list[Run] = []
 
     def measured(run: Run) -> None:
