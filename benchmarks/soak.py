@@ -9,7 +9,7 @@ disturbances as come before its end; then the next begins.
     python benchmarks/soak.py --output benchmarks/results/NAME.json
 
 The stated part of the disturbances hits `aiprod-ds launch` with DeepSpeed's launcher as a user starts it. In
-the other part ranks are forked from a process that has imported everything (`testing/forked_launch.py`): the
+the other part ranks are forked from a process that has imported everything (`forked_launch.py`): the
 restart rule, the supervisor and `aiprod-ds train` are the same, DeepSpeed's launcher has a stand-in, and no
 page is written. A service starts the same command again where the supervisor was killed or said 75 (saved),
 as a batch system does; whatever else would be needed is a manual action.
@@ -40,6 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from forked_launch import fork_launch
 from result_file import figure, write_result
 from soak_job import (
     AFTER_FIRST_SAVE,
@@ -63,7 +64,6 @@ from aiprod_ds.cluster.ssh import Ssh
 from aiprod_ds.cluster.start import Request
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.testing.forked import import_for_ranks
-from aiprod_ds.testing.forked_launch import fork_launch
 
 RANKS = 2
 RUN_UPDATES, TINY_UPDATES = 200, 60

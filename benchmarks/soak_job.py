@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from aiprod_ds.testing.forked_launch import Job
+from forked_launch import Job
 
 SAVED = 75  # asked to stop, and saved
 PATIENCE_SECONDS = 240.0

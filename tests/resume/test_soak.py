@@ -24,7 +24,6 @@ import pytest
 import yaml
 
 from aiprod_ds.data.synthetic import write_synthetic_clips
-from aiprod_ds.testing.forked_launch import Job
 from aiprod_ds.testing.processes import kill_session, run_in_own_session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +77,13 @@ def test_a_disturbed_run_ends_like_the_one_that_nobody_disturbed(soaked: dict[st
     assert rows["all", "runs equal"] == rows["all", "runs that promise it"] > 0, soaked["said"]
 
 
-def test_launch_starts_again_when_deepspeeds_launcher_is_killed(tmp_path: Path) -> None:
+def test_launch_starts_again_when_deepspeeds_launcher_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Right after the first checkpoint: DeepSpeed's program that starts ranks, which then exits with 0."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from forked_launch import Job
+
     write_synthetic_clips(tmp_path / "clips", num_clips=4, frames=6, height=16, width=16, with_sound=False)
     (tmp_path / "hosts").write_text("localhost slots=1\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config(tmp_path)))

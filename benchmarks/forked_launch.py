@@ -3,7 +3,7 @@ two seconds in place of ten and more.
 
 The restart rule and the supervisor are those of `aiprod_ds.cluster`; DeepSpeed's launcher has a stand-in, a
 process that ends its ranks when one fails. Hosts and configuration are not examined. Also finds the processes
-of a launch, forked or not, by what they are. Called by tests and by benchmarks/soak.py.
+of a launch, forked or not, by what they are. Called by `soak.py` and its test.
 """
 
 from __future__ import annotations
