@@ -110,7 +110,14 @@ def test_words_say_where_why_and_what_is_free(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["examples"], ["plan", "configs/video_vae/tiny.yaml", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["examples"],
+        pytest.param(["plan", "configs/video_vae/tiny.yaml", "--json"], marks=pytest.mark.exhaustive),
+    ],
+    ids=["at once", "at the end"],
+)
 def test_an_output_that_is_full_costs_one_line(in_repository_root: Path, arguments: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "aiprod_ds", *arguments]

@@ -201,7 +201,7 @@ def test_some_writes_fail(
     rules: dict[str, str],
 ) -> None:
     total = len(undisturbed.writes)
-    places = range(3 if kind == "full" else 5, total, max(1, total // 6))
+    places = range(3 if kind == "full" else 5, total, max(1, total // 4))
     ends = sweep(tmp_path, undisturbed, places, kind=kind, rules=rules, caplog=caplog)
     assert sum(ends.values()) == len(places)
     if rules is GO_ON:
