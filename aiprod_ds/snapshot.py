@@ -28,6 +28,8 @@ Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema", "frozen", "buffer"]
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 OF_TRAINED: tuple[Kind, ...] = ("master", *MOMENTS, "ema")
 KINDS: tuple[Kind, ...] = (*OF_TRAINED, "frozen", "buffer")
+COMPANION = "companion/"
+"""Begins the names of what is trained beside the model; no part of a module is called so."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -175,6 +177,30 @@ class EngineFacts:
         """Returns the names of the tensors of one kind, sorted."""
         return tuple(sorted(name for own, name in map(split_key, self.tensors) if own == kind))
 
+    def of_companion(self) -> EngineFacts:
+        """Returns what is told of the companion, by its own names."""
+        return self._of({key: key.replace(COMPANION, "", 1) for key in self._companion_keys()})
+
+    def of_model(self) -> EngineFacts:
+        """Returns what is told of all but the companion."""
+        beside = self._companion_keys()
+        return self._of({key: key for key in self.tensors if key not in beside}) if beside else self
+
+    def _companion_keys(self) -> frozenset[str]:
+        return frozenset(key for key in self.tensors if split_key(key)[1].startswith(COMPANION))
+
+    def _of(self, renamed: Mapping[str, str]) -> EngineFacts:
+        """Returns the facts of some tensors, under the new keys."""
+        trained = {split_key(key)[1]: split_key(new)[1] for key, new in renamed.items()}
+        is_companion = any(key != new for key, new in renamed.items())
+        return replace(
+            self,
+            tensors={new: self.tensors[key] for key, new in renamed.items()},
+            adam_steps={trained[name]: step for name, step in self.adam_steps.items() if name in trained},
+            loss_scale=None if is_companion else self.loss_scale,
+            base=None if is_companion else self.base,
+        )
+
     def num_bytes(self) -> int:
         """Returns the bytes of all tensors that are here."""
         return sum(
@@ -249,6 +275,32 @@ class Snapshot:
         """Returns the frozen weights alone."""
         tensors = {key: whole for key, whole in self.facts.tensors.items() if split_key(key)[0] == "frozen"}
         return self._only(("frozen",), replace(self.facts, tensors=tensors, adam_steps={}, loss_scale=None))
+
+    def beside(self, companion: Snapshot) -> Snapshot:
+        """Returns this and what is trained beside it, whose loss has no scale of its own."""
+        first, facts = len(self.tensors), companion.facts
+        assert facts.loss_scale is None, "a companion's engine is not in fp16"
+        own = {
+            tensor_key(kind, COMPANION + name): whole
+            for (kind, name), whole in ((split_key(key), whole) for key, whole in facts.tensors.items())
+        }
+        steps = {COMPANION + name: step for name, step in facts.adam_steps.items()}
+        return replace(
+            self,
+            facts=replace(
+                self.facts,
+                tensors={**self.facts.tensors, **own},
+                adam_steps={**self.facts.adam_steps, **steps},
+            ),
+            tensors=(*self.tensors, *companion.tensors),
+            chunks=(
+                *self.chunks,
+                *(
+                    replace(chunk, name=COMPANION + chunk.name, tensor=first + chunk.tensor)
+                    for chunk in companion.chunks
+                ),
+            ),
+        )
 
     def _only(self, kinds: Sequence[Kind], facts: EngineFacts) -> Snapshot:
         chunks = [chunk for chunk in self.chunks if chunk.kind in kinds]

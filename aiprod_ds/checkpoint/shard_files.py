@@ -32,6 +32,7 @@ from aiprod_ds.checkpoint.manifest import FileRecord, read_mapping
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import sync
 from aiprod_ds.snapshot import (
+    COMPANION,
     MOMENTS,
     Base,
     Chunk,
@@ -118,15 +119,19 @@ class ShardReader:
     Args:
         folder: The `engine` folder of a checkpoint whose manifest was compared; for weights, but for the
             hashes of moments.
+        of_companion: Whether it reads what was trained beside the model, in its place; without it nobody
+            sees that.
 
     Raises:
         CheckpointError: If anything is missing, surplus, damaged or twice; names file and key.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, of_companion: bool = False) -> None:
         self.folder = folder
+        self._prefix = COMPANION if of_companion else ""
         try:
-            self.facts = EngineFacts.from_dict(read_mapping(folder / FACTS))
+            self._all = EngineFacts.from_dict(read_mapping(folder / FACTS))
+            self.facts = self._all.of_companion() if of_companion else self._all.of_model()
         except CheckpointError as error:
             where = "" if str(error).startswith(str(folder)) else f"{folder / FACTS}: "
             raise CheckpointError(f"{where}{error}") from error
@@ -179,7 +184,7 @@ class ShardReader:
 
     def read(self, kind: Kind, name: str, start: int, length: int) -> Tensor:
         """See `StateReader.read`; a range beyond the tensor's end is an error too."""
-        whole, key = self.metadata_of(kind, name), tensor_key(kind, name)
+        whole, key = self.metadata_of(kind, name), tensor_key(kind, self._prefix + name)
         if kind == "frozen" and self.facts.base is not None:
             return self._read_base(self.facts.base, name, start, length)
         if not 0 <= start <= start + length <= whole.numel:
@@ -234,13 +239,13 @@ class ShardReader:
 
     def _tiled(self) -> dict[str, list[_StoredChunk]]:
         """Returns the chunks of every tensor in order, after checking that they are the whole of it."""
-        has_all = self.facts.base is None
+        has_all = self._all.base is None
         found: dict[str, list[_StoredChunk]] = {
-            key: [] for key in self.facts.tensors if has_all or split_key(key)[0] != "frozen"
+            key: [] for key in self._all.tensors if has_all or split_key(key)[0] != "frozen"
         }
         for path in self._rank_files():
             for key, chunk, dtype in _chunks_in(path):
-                whole = self.facts.tensors.get(key)
+                whole = self._all.tensors.get(key)
                 if whole is None or key not in found:
                     raise CheckpointError(
                         f"{path}: must hold tensors of {FACTS} only, got {key[:200]!r}. It is damaged."
@@ -263,9 +268,9 @@ class ShardReader:
                         "A piece is missing or there twice."
                     )
                 end += chunk.length
-            if end != self.facts.tensors[key].numel:
+            if end != self._all.tensors[key].numel:
                 raise CheckpointError(
-                    f"{self.folder}: {key} must have {self.facts.tensors[key].numel} elements, got {end}. A "
+                    f"{self.folder}: {key} must have {self._all.tensors[key].numel} elements, got {end}. A "
                     "piece is missing."
                 )
         return found

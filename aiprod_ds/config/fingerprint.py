@@ -38,6 +38,7 @@ _CAME_LATER: dict[str, dict[str, Any]] = {
         "scenes": "none",
         "scene_threshold": 27.0,
     },
+    "loss": {"adversarial": None, "adversarial_weight": 0.0, "feature_matching_weight": 0.0},
 }
 
 

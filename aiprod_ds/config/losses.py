@@ -5,6 +5,7 @@ Owns the schema; the formulas are in `aiprod_ds.losses`. Field names are the YAM
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -26,6 +27,180 @@ class LossConfig(StrictModel):
     def weights(self) -> dict[str, float]:
         """Returns the fields that a phase may override, by name: every `*_weight`."""
         return {name: getattr(self, name) for name in type(self).model_fields if name.endswith("_weight")}
+
+
+FFTSize = Annotated[int, Field(ge=4, multiple_of=4)]  # the hop is a quarter of it
+
+
+class PatchDiscriminatorConfig(StrictModel):
+    """A PatchGAN: see `aiprod_ds.models.discriminators.patch`."""
+
+    channels: PositiveInt = 64
+    """Channels of the first layer; each further one has twice as many, at most 8 times."""
+    layers: Annotated[int, Field(ge=1, le=6)] = 3
+    """Layers that halve height and width; frames must have a side of at least 2 to this power."""
+
+
+class STFTDiscriminatorConfig(StrictModel):
+    """A discriminator for each window: see `aiprod_ds.models.discriminators.spectrum`."""
+
+    fft_sizes: tuple[FFTSize, ...] = Field(default=(2048, 1024, 512, 256, 128), min_length=1, strict=False)
+    """Windows in samples, multiples of 4; each hops by a quarter of itself."""
+    channels: PositiveInt = 32
+    """Channels of every layer."""
+
+
+class PeriodDiscriminatorConfig(StrictModel):
+    """A discriminator for each period: see `aiprod_ds.models.discriminators.period`."""
+
+    periods: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        default=(2, 3, 5, 7, 11), min_length=1, strict=False
+    )
+    """Distances in samples."""
+    channels: PositiveInt = 32
+    """Channels of the first layer; the widest has 32 times as many."""
+
+
+class DiscriminatorOptimizerConfig(StrictModel):
+    """AdamW of the discriminator."""
+
+    learning_rate: PositiveFloat | None = None
+    """Of every update. null: that of the model, with the warm-up and the schedule of the phase."""
+    betas: tuple[Fraction, Fraction] = Field(default=(0.5, 0.9), strict=False)
+    """Decay of the first and of the second moment, per update."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay of kernels; times the learning rate in each update."""
+    gradient_clip_norm: PositiveFloat | None = 1.0
+    """Global L2 norm to which a longer gradient is scaled down. null: no clipping."""
+
+
+class AdversarialConfig(StrictModel):
+    """A discriminator that is trained against the reconstructions, by an engine of its own.
+
+    It starts at `start_update` or with `start_phase`, else with the run. The model feels it
+    `warmup_updates` later, at first with a part of the weights.
+    """
+
+    objective: Literal["hinge", "lsgan"] = "hinge"
+    """Hinge losses, or squared distances to 1 and 0."""
+    start_update: NonNegativeInt | None = None
+    """Updates of the run before the discriminator is trained. Not beside `start_phase`."""
+    start_phase: str | None = None
+    """Name of the phase in which it begins to be trained. null: by `start_update`."""
+    warmup_updates: NonNegativeInt = 0
+    """Updates in which the discriminator alone is trained, before the model is trained against it."""
+    ramp_updates: NonNegativeInt = 0
+    """Updates over which both weights then rise linearly to their values."""
+    adaptive: Literal["last_layer", "output", "off"] = "last_layer"
+    """Multiplies `adversarial_weight` by the gradient of the other terms over that of this one: at the
+    weight of the decoder's last layer, or at its output. `off`: by 1."""
+    max_adaptive: PositiveFloat = 1e4
+    """The most that this factor may be."""
+    last_layer: str | None = None
+    """Name of the decoder's last layer in the model, `decoder.conv_out` for one. null: the convolution or
+    linear layer that runs last."""
+    lecam_weight: NonNegativeFloat = 0.0
+    """Weight, for the discriminator, of the distance of its answers to the running means of those to the
+    other side."""
+    lecam_decay: Fraction = 0.999
+    """What such a mean keeps of itself in an update; no effect without `lecam_weight`, so refused there."""
+    r1_weight: NonNegativeFloat = 0.0
+    """Weight, for the discriminator, of half its squared gradient at the data."""
+    r1_every_updates: PositiveInt = 16
+    """It is computed in one update of so many, with so many times the weight; no effect without `r1_weight`,
+    so refused there."""
+    optimizer: DiscriminatorOptimizerConfig = DiscriminatorOptimizerConfig()
+    """How the discriminator is trained."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.start_update is not None and self.start_phase is not None:
+            yield (
+                f"start_update: has no effect beside start_phase, got {self.start_update}. Remove one of the "
+                "two."
+            )
+        for key, owner, is_there in (
+            ("lecam_decay", "lecam_weight", self.lecam_weight > 0),
+            ("r1_every_updates", "r1_weight", self.r1_weight > 0),
+            ("last_layer", "adaptive: last_layer", self.adaptive == "last_layer"),
+            ("max_adaptive", "adaptive", self.adaptive != "off"),
+        ):
+            value = getattr(self, key)
+            if not is_there and value != type(self).model_fields[key].default:
+                yield f"{key}: has no effect without {owner}, got {value}. Remove it."
+
+    def _raise_problems(self, members: tuple[str, str]) -> None:
+        problems = [*self._problems()]
+        if all(getattr(self, member) is None for member in members):
+            problems.append(
+                f"{members[0]}: this or {members[1]} must be a discriminator, got null for both. Set one, or "
+                "remove `adversarial`."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+class VideoAdversarialConfig(AdversarialConfig):
+    """Discriminators of video."""
+
+    patch_3d: PatchDiscriminatorConfig | None = PatchDiscriminatorConfig()
+    """Judges patches of space and time. null: there is none."""
+    frame_2d: PatchDiscriminatorConfig | None = None
+    """Judges patches of each frame. null: there is none."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        self._raise_problems(("patch_3d", "frame_2d"))
+        return self
+
+
+class AudioAdversarialConfig(AdversarialConfig):
+    """Discriminators of sound."""
+
+    stft: STFTDiscriminatorConfig | None = STFTDiscriminatorConfig()
+    """Judge spectrograms. null: there is none."""
+    period: PeriodDiscriminatorConfig | None = PeriodDiscriminatorConfig()
+    """Judge samples a period apart. null: there is none."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        self._raise_problems(("stft", "period"))
+        return self
+
+
+class ReconstructionLossConfig(LossConfig):
+    """A loss that may have a discriminator; what derives from it says of which kind."""
+
+    adversarial_weight: NonNegativeFloat = 0.0
+    """Weight of the reconstruction's score with the discriminator, before the factor of
+    `adversarial.adaptive`. Needs `adversarial`."""
+    feature_matching_weight: NonNegativeFloat = 0.0
+    """Weight of the L1 distance between the discriminator's features of clip and reconstruction. Needs
+    `adversarial`."""
+
+    def weights(self) -> dict[str, float]:
+        """Returns the fields that a phase may override, by name; those of the discriminator only if there is
+        one."""
+        known = super().weights()
+        if getattr(self, "adversarial", None) is None:
+            known = {name: value for name, value in known.items() if name not in _AGAINST_DISCRIMINATOR}
+        return known
+
+    @model_validator(mode="after")
+    def _weights_have_a_discriminator(self) -> Self:
+        problems = [
+            f"{name}: has no effect without adversarial, got {getattr(self, name)}. Add `adversarial: {{}}` "
+            "or remove it."
+            for name in _AGAINST_DISCRIMINATOR
+            if getattr(self, name) > 0 and getattr(self, "adversarial", None) is None
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+_AGAINST_DISCRIMINATOR = ("adversarial_weight", "feature_matching_weight")
 
 
 class PerceptualConfig(StrictModel):
@@ -55,7 +230,7 @@ class PerceptualConfig(StrictModel):
         return self
 
 
-class VideoVAELossConfig(LossConfig):
+class VideoVAELossConfig(ReconstructionLossConfig):
     """The terms of the loss and their weights; a term of weight 0 is measured where it can be, not
     trained."""
 
@@ -71,9 +246,8 @@ class VideoVAELossConfig(LossConfig):
     """Weight of the L1 distance between one-level 3-D Haar sub-bands."""
     perceptual: PerceptualConfig = PerceptualConfig()
     """The network behind `perceptual_weight`."""
-
-
-FFTSize = Annotated[int, Field(ge=4, multiple_of=4)]  # the hop is a quarter of it
+    adversarial: VideoAdversarialConfig | None = None
+    """The discriminator. null: there is none."""
 
 
 class SpectralConfig(StrictModel):
@@ -123,7 +297,7 @@ class MelConfig(StrictModel):
         return self
 
 
-class AudioVAELossConfig(LossConfig):
+class AudioVAELossConfig(ReconstructionLossConfig):
     """Weights of the terms; a term with weight 0 is measured, not trained."""
 
     waveform_weight: NonNegativeFloat = 0.1
@@ -140,6 +314,8 @@ class AudioVAELossConfig(LossConfig):
     """The STFT distance."""
     mel: MelConfig = MelConfig()
     """The log-mel distance."""
+    adversarial: AudioAdversarialConfig | None = None
+    """The discriminator. null: there is none."""
 
     @model_validator(mode="after")
     def _something_is_reconstructed(self) -> Self:

@@ -72,6 +72,37 @@ METRICS: tuple[Metric, ...] = (
     _metric("loss/perceptual", "1", _MEAN, "perceptual", "Distance of VGG16 features, before its weight."),
     _metric("loss/haar", "1", _MEAN, "Haar", "L1 between one-level 3-D Haar sub-bands, before its weight."),
     _metric(
+        "loss/adversarial",
+        "1",
+        _MEAN,
+        "adversarial",
+        "What the discriminator makes of reconstructions, as the model minimises it, before its weight.",
+    ),
+    _metric(
+        "loss/feature_matching",
+        "1",
+        _MEAN,
+        "feature matching",
+        "L1 between the discriminator's features of clip and reconstruction, before its weight.",
+    ),
+    _metric(
+        "loss/discriminator",
+        "1",
+        _MEAN,
+        "discriminator",
+        "What the discriminator minimises, without its regularisers; no part of `loss/total`.",
+    ),
+    _metric(
+        "loss/lecam", "1", _MEAN, "LeCAM", "LeCAM's regulariser of the discriminator, before its weight."
+    ),
+    _metric(
+        "loss/r1",
+        "1",
+        _MEAN,
+        "R1",
+        "Half the squared gradient of the discriminator at the data, where it is computed.",
+    ),
+    _metric(
         "loss/waveform_l1", "1", _MEAN, "waveform", "Mean absolute error between input and decoded waveform."
     ),
     _metric(
@@ -106,6 +137,48 @@ METRICS: tuple[Metric, ...] = (
         _MEAN,
         "collapsed",
         "Share of latent channels with less than 0.01 nat of KL.",
+    ),
+    _metric(
+        "discriminator/real_accuracy",
+        "1",
+        _MEAN,
+        "real accuracy",
+        "Share of the discriminator's logits of data that are on the side of data.",
+    ),
+    _metric(
+        "discriminator/fake_accuracy",
+        "1",
+        _MEAN,
+        "fake accuracy",
+        "Share of the discriminator's logits of reconstructions that are on the side of reconstructions.",
+    ),
+    _metric(
+        "discriminator/adaptive_weight",
+        "1",
+        _MEAN,
+        "adaptive weight",
+        "Factor of `adversarial_weight`; 1 without `adaptive`.",
+    ),
+    _metric(
+        "discriminator/gradient_ratio",
+        "1",
+        _MEAN,
+        "gradient ratio",
+        "Norm of the weighed adversarial gradient over that of the other terms, where `adaptive` measures.",
+    ),
+    _metric(
+        "discriminator/gradient_norm",
+        "1",
+        _SAME,
+        "discriminator's gradient norm",
+        "Global L2 norm of the discriminator's gradient before clipping.",
+    ),
+    _metric(
+        "discriminator/learning_rate",
+        "1",
+        _SAME,
+        "discriminator's rate",
+        "Learning rate of the discriminator in this update.",
     ),
     _metric(
         "gradient/norm",

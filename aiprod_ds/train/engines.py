@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine import dist
+from aiprod_ds.engine.flat_parameters import FlatMode
 from aiprod_ds.engine.layout import whole_shape
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import Engine, ParameterGroup
@@ -27,27 +29,51 @@ def build_engine(config: RunConfig, settings: DeepSpeedSettings, unit: Unit, pla
     Raises:
         ConfigError: If the local engine is asked for on several ranks.
     """
+    return engine_of(
+        unit.module,
+        unit.parameter_groups(),
+        config,
+        optimizer=config.optimizer,
+        settings=settings,
+        plan=plan,
+        flat_parameters=config.engine.flat_parameters,
+    )
+
+
+def engine_of(
+    module: nn.Module,
+    groups: Sequence[ParameterGroup],
+    config: RunConfig,
+    *,
+    optimizer: OptimizerConfig,
+    settings: DeepSpeedSettings,
+    plan: RunPlan,
+    flat_parameters: FlatMode = "off",
+) -> Engine:
+    """Returns an engine of the run's kind that owns `module`, with the batch of the plan's first bucket.
+
+    Raises:
+        ConfigError: If the local engine is asked for on several ranks.
+    """
     bucket = plan.phases[0].buckets[0]
     batch = {"micro_batch_size": bucket.micro_batch_size, "accumulation": bucket.accumulation}
-    groups, device = unit.parameter_groups(), dist.initialize()
+    device = dist.initialize()
     if config.engine.kind == "local":
         if dist.world_size() > 1:
             raise ConfigError(
                 f"engine.kind: local runs on one process, got {dist.world_size()}. Use deepspeed, or start "
                 "one process."
             )
-        return LocalEngine(
-            unit.module, groups, optimizer=config.optimizer, settings=settings, device=device, **batch
-        )
+        return LocalEngine(module, groups, optimizer=optimizer, settings=settings, device=device, **batch)
     from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 
     return DeepSpeedEngine(
-        unit.module,
+        module,
         groups,
-        optimizer=config.optimizer,
+        optimizer=optimizer,
         settings=settings,
         device=device,
-        flat_parameters=config.engine.flat_parameters,
+        flat_parameters=flat_parameters,
         **batch,
     )
 

@@ -255,6 +255,7 @@ class TrainingLoop:
         # Between two updates no gradients are held, so this is where another bucket's accumulation may begin.
         engine.set_batch(micro_batch_size=bucket.micro_batch_size, accumulation=bucket.accumulation)
         engine.set_learning_rate(rate)
+        self.state.begin_beside(self.clock, phase=phase, bucket=bucket, learning_rate=rate)
         sums: dict[str, Tensor] = {}
         result: UpdateResult | None = None
         clipped: dict[str, float] = {}
@@ -301,7 +302,8 @@ class TrainingLoop:
         if self._phase_left_at is not None:
             times["time/phase_change_seconds"] = began - self._phase_left_at
             self._phase_left_at = None
-        self._record({**means, **clipped}, result, bucket, rate=rate, times=times, work=self._work[shape])
+        values = {**means, **clipped, **self.state.metrics_beside()}
+        self._record(values, result, bucket, rate=rate, times=times, work=self._work[shape])
         return float(dist.reduce_mean(means["loss/total"])) if needs_loss else None
 
     def _note_skipped(self, made: Made, loss: Tensor, result: UpdateResult) -> None:

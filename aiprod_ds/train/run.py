@@ -72,7 +72,7 @@ from aiprod_ds.train.spikes.going_back import Rules, WayBack, decide, delete_giv
 from aiprod_ds.train.spikes.rollbacks import Rollbacks
 from aiprod_ds.train.state import TrainState, new_clip, new_ema
 from aiprod_ds.train.throughput import peak_flops
-from aiprod_ds.train.unit import Evaluation, EvaluationRequest, Part, Unit
+from aiprod_ds.train.unit import Companion, Evaluation, EvaluationRequest, Part, Unit, UnitWithCompanion
 from aiprod_ds.train.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
@@ -318,8 +318,15 @@ def _train(facts: RunFacts, way: WayBack, around: _Surroundings, *, goes_back: b
         beginning.
     """
     config, first = facts.config, _phase_at(way.checkpoint)
-    engine = _build_engine(facts, facts.plan.phases[first])
-    state = TrainState(engine=engine, ema=new_ema(engine, config), clip=new_clip(config), base=None)
+    companion = _open_companion(facts)
+    try:
+        engine = _build_engine(facts, facts.plan.phases[first])
+    except BaseException:
+        _close(companion)
+        raise
+    state = TrainState(
+        engine=engine, ema=new_ema(engine, config), clip=new_clip(config), base=None, companion=companion
+    )
     saver: Saver | None = None
     try:
         while True:
@@ -343,6 +350,17 @@ def _train(facts: RunFacts, way: WayBack, around: _Surroundings, *, goes_back: b
                 saver.close()
         finally:
             state.engine.close()  # not `engine`: a change of phase may have built another
+            _close(companion)
+
+
+def _open_companion(facts: RunFacts) -> Companion | None:
+    unit, settings = facts.unit, facts.parts.resolved.settings
+    return unit.open_companion(settings) if isinstance(unit, UnitWithCompanion) else None
+
+
+def _close(companion: Companion | None) -> None:
+    if companion is not None:
+        companion.close()
 
 
 def _phase_at(checkpoint: Checkpoint | None) -> int:
@@ -363,7 +381,9 @@ def _restore(facts: RunFacts, state: TrainState, way: WayBack, *, goes_back: boo
     origin = start_in_words(config)
     if checkpoint is not None:
         saved = checkpoint.state
-        state.base = read_engine(checkpoint.engine_folder, state.engine, state.ema, origin=origin).base
+        state.base = read_engine(
+            checkpoint.engine_folder, state.engine, state.ema, companion=state.companion, origin=origin
+        ).base
         if state.clip is not None:
             state.clip.restore(saved.adaptive_clip)
             state.engine.set_clip_norm(config.optimizer.gradient_clip_norm)

@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import RunConfig
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.optim.adaptive_clip import AdaptiveClip
 from aiprod_ds.optim.ema import Ema
 from aiprod_ds.snapshot import Base
+from aiprod_ds.train.unit import Companion
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +32,7 @@ class TrainState:
         clip: Finds the norm to clip each update at; None if the run does not adapt it.
         base: The frozen weights that checkpoints refer to in place of holding them; None if they hold all.
         streams: Of a resumed run: where its data stood, as `RunState.streams`.
+        companion: What is trained beside the module; None if nothing is. No change of phase replaces it.
     """
 
     engine: Engine
@@ -34,6 +40,18 @@ class TrainState:
     clip: AdaptiveClip | None = None
     base: Base | None = None
     streams: Mapping[str, Any] = field(default_factory=dict)
+    companion: Companion | None = None
+
+    def begin_beside(
+        self, clock: Clock, *, phase: PhasePlan, bucket: BucketPlan, learning_rate: float
+    ) -> None:
+        """Prepares the companion, if there is one, for an update; see `Companion.begin_update`."""
+        if self.companion is not None:
+            self.companion.begin_update(clock, phase=phase, bucket=bucket, learning_rate=learning_rate)
+
+    def metrics_beside(self) -> Mapping[str, float | Tensor]:
+        """Returns what the companion has to say of the update that has ended; nothing without one."""
+        return {} if self.companion is None else self.companion.metrics()
 
 
 def new_ema(engine: Engine, config: RunConfig) -> Ema | None:

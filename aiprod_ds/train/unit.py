@@ -12,12 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from aiprod_ds.clock import Clock
-from aiprod_ds.curriculum.phase import PhasePlan
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
+from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine, ParameterGroup
 from aiprod_ds.losses.terms import LossTerms
 from aiprod_ds.metrics.evaluations import Medium, NotJudged
 from aiprod_ds.report.summary import DataSummary
+from aiprod_ds.snapshot import Snapshot, StateReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,3 +191,55 @@ class Unit(Protocol):
 
     def replacements(self) -> tuple[str, ...]:
         """Returns everything done in place of what was asked, in words."""
+
+
+class Companion(Protocol):
+    """What is trained beside the module, by an engine of its own, inside the unit's loss: a discriminator.
+
+    Its updates end with the module's. Checkpoints hold it; averages, evaluations and exports know nothing of
+    it.
+    """
+
+    def begin_update(
+        self, clock: Clock, *, phase: PhasePlan, bucket: BucketPlan, learning_rate: float
+    ) -> None:
+        """Prepares for the micro-batches of an update.
+
+        Args:
+            clock: Before the update.
+            phase: That it is in.
+            bucket: Whose batch it has.
+            learning_rate: That the module has.
+        """
+
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """Returns what the update that has ended brings beside the terms of the loss; the same names on all
+        ranks."""
+
+    def capture(self) -> Snapshot:
+        """Returns what this rank writes into a checkpoint, as `Engine.capture` does; without a loss scale."""
+
+    def restore(self, source: StateReader) -> None:
+        """Takes over what `capture` gave, whatever its ranks and ZeRO stage. Collective.
+
+        Raises:
+            CheckpointError: If it is of another network, or cannot be read.
+        """
+
+    def close(self) -> None:
+        """Releases everything. Idempotent."""
+
+
+@runtime_checkable
+class UnitWithCompanion(Unit, Protocol):
+    """A unit that may train something beside its module."""
+
+    def open_companion(self, settings: DeepSpeedSettings) -> Companion | None:
+        """Returns what `loss` trains from now on; None if the configuration asks for none. Collective.
+
+        Called before the module's engine is built: of two DeepSpeed engines the last one built decides how
+        all linear layers run.
+
+        Args:
+            settings: Of the module's engine.
+        """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.load import found_data
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.data_rules import TooShort
@@ -28,8 +29,12 @@ from aiprod_ds.errors import PlanError
 from aiprod_ds.losses import LossTerms
 from aiprod_ds.metrics.listening import Visqol
 from aiprod_ds.models.audio_vae import AudioVAE, audio_facts, audio_strides, wrap_audio_vae
+from aiprod_ds.models.discriminators.judgement import audio_discriminators
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model
-from aiprod_ds.train.unit import Evaluation, EvaluationRequest
+from aiprod_ds.models.shapes import on_meta
+from aiprod_ds.train.unit import Companion, Evaluation, EvaluationRequest
+from aiprod_ds.trainers.adversarial.adversary import Adversary
+from aiprod_ds.trainers.adversarial.opening import adversary_problems, choose_last_layer, open_adversary
 from aiprod_ds.trainers.audio_objective import Objective, choose_objective, objective_problems
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
@@ -74,6 +79,7 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
             *self._form_problems(),
             *objective_problems(self.config.loss, plan, is_mel=is_mel_model(self.shapes)),
             *audio_measure_problems(self.config, plan, is_mel=is_mel_model(self.shapes)),
+            *self._adversary_problems(plan),
         ]
         if problems:
             raise PlanError([f"{self.source}: {problem}" for problem in problems])
@@ -82,6 +88,19 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
     def measures(self, plan: RunPlan) -> tuple[str, ...]:  # noqa: ARG002  of every plan the same
         """Returns `audio_measure_names`."""
         return audio_measure_names(self.config, is_mel=is_mel_model(self.shapes))
+
+    def _adversary_problems(self, plan: RunPlan) -> Iterator[str]:
+        if self.config.loss.adversarial is None:
+            return
+        if is_mel_model(self.shapes):
+            yield (
+                "loss.adversarial: must be null for a model of mel spectrograms, whose output is no "
+                "waveform, got a discriminator of waveforms. Remove it."
+            )
+            return
+        clip = self.blank_clip(plan.phases[0].buckets[0])["audio"].unsqueeze(0)
+        module = AudioVAE(on_meta(self.shapes))
+        yield from adversary_problems(self.config, self.config.loss, plan, module=module, clip=clip)
 
     def _form_problems(self) -> Iterator[str]:
         takes, data = audio_facts(self.shapes, hop=self.config.model.temporal_stride), self.config.data
@@ -157,6 +176,7 @@ class AudioVAEUnit(ClipUnit):
     module: AudioVAE | MelVAE
     _objective: Objective = field(init=False)
     _noise: PosteriorNoise = field(init=False)
+    _adversary: Adversary | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Builds the losses of all phases."""
@@ -193,10 +213,34 @@ class AudioVAEUnit(ClipUnit):
         on its rank."""
         wave_BCN = batch.tensors["audio"].to(engine.device, non_blocking=True)
         noise = self._noise.of(batch, phase.index, engine.device)
-        output, mean, logvar = engine(wave_BCN.to(self._objective.input_dtype(engine.compute_dtype)), noise)
+        own_BCN = wave_BCN.to(self._objective.input_dtype(engine.compute_dtype))
+        if self._adversary is not None and self._adversary.is_on:
+
+            def loss_of(output: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
+                return self._objective.loss(phase, output, wave_BCN, mean, logvar)
+
+            return self._adversary.loss(engine, (own_BCN, noise), wave_BCN, loss_of, phase)
+        output, mean, logvar = engine(own_BCN, noise)
         return self._objective.loss(
             phase, output, self._objective.target(wave_BCN), mean, require_posterior(logvar, phase)
         )
+
+    def open_companion(self, settings: DeepSpeedSettings) -> Companion | None:
+        """Returns the discriminator, if the loss has one."""
+        adversarial, channels = self.config.loss.adversarial, self.config.data.channels
+        if adversarial is None:
+            return None
+        shape = (1, channels, self.plan.phases[0].buckets[0].frames)
+        clip = torch.empty(shape, device="meta", dtype=next(self.module.parameters()).dtype)
+        self._adversary = open_adversary(
+            self.config,
+            adversarial,
+            settings,
+            plan=self.plan,
+            build=partial(audio_discriminators, adversarial, channels=channels),
+            last_layer=choose_last_layer(self.module, clip, adversarial),
+        )
+        return self._adversary
 
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
         """Measures held-out clips in the last phase's shape, spread over ranks, with the posterior's mode."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.load import found_data
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
@@ -27,9 +28,13 @@ from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
 from aiprod_ds.metrics.video_features import load_features
+from aiprod_ds.models.discriminators.judgement import video_discriminators
+from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.video_vae import VideoVAE, video_strides
 from aiprod_ds.rng import stream_seed
-from aiprod_ds.train.unit import Evaluation, EvaluationRequest
+from aiprod_ds.train.unit import Companion, Evaluation, EvaluationRequest
+from aiprod_ds.trainers.adversarial.adversary import Adversary
+from aiprod_ds.trainers.adversarial.opening import adversary_problems, choose_last_layer, open_adversary
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
 from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
@@ -74,10 +79,14 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
         model.
 
         Raises:
-            PlanError: With every problem found, also of what the measures need.
+            PlanError: With every problem found, also of what the measures and the discriminator need.
         """
         plan = super().plan(world_size=world_size)
         problems = list(video_measure_problems(self.config, plan))
+        if self.config.loss.adversarial is not None:
+            clip = self.blank_clip(plan.phases[0].buckets[0])["video"].unsqueeze(0)
+            module = VideoVAE(on_meta(self.shapes))
+            problems += adversary_problems(self.config, self.config.loss, plan, module=module, clip=clip)
         if problems:
             raise PlanError([f"{self.source}: {problem}" for problem in problems])
         return plan
@@ -156,6 +165,7 @@ class VideoVAEUnit(ClipUnit):
     _losses: dict[int, VideoVAELoss] = field(init=False)
     _noise: PosteriorNoise = field(init=False)
     _measures: VideoMeasures = field(init=False, default_factory=VideoMeasures)
+    _adversary: Adversary | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Builds the losses of all phases and the measures, so that a missing weight file is found before
@@ -193,13 +203,37 @@ class VideoVAEUnit(ClipUnit):
         place = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
         noise = self._noise.of(batch, phase.index, engine.device)
         frames = [stream_seed(self.config.seed, "perceptual_frames", *numbers) for numbers in place]
+
+        def loss_of(reconstruction_BCTHW: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
+            terms: LossTerms = self._losses[phase.index](
+                reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames
+            )
+            return terms
+
+        if self._adversary is not None and self._adversary.is_on:
+            target_BCTHW = video.to(engine.device, non_blocking=True)
+            return self._adversary.loss(engine, (video_BCTHW, noise), target_BCTHW, loss_of, phase)
         reconstruction_BCTHW, mean, logvar = engine(video_BCTHW, noise)
-        require_posterior(logvar, phase)
         target_BCTHW = video.to(engine.device, non_blocking=True)
-        terms: LossTerms = self._losses[phase.index](
-            reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames
+        return loss_of(reconstruction_BCTHW, mean, require_posterior(logvar, phase))
+
+    def open_companion(self, settings: DeepSpeedSettings) -> Companion | None:
+        """Returns the discriminator, if the loss has one."""
+        adversarial = self.config.loss.adversarial
+        if adversarial is None:
+            return None
+        bucket = self.plan.phases[0].buckets[0]
+        shape = (1, 3, bucket.frames, bucket.height, bucket.width)
+        clip = torch.empty(shape, device="meta", dtype=next(self.module.parameters()).dtype)
+        self._adversary = open_adversary(
+            self.config,
+            adversarial,
+            settings,
+            plan=self.plan,
+            build=partial(video_discriminators, adversarial),
+            last_layer=choose_last_layer(self.module, clip, adversarial),
         )
-        return terms
+        return self._adversary
 
     def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
         """See `PosteriorNoise.draws`."""

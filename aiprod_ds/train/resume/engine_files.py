@@ -18,15 +18,20 @@ from aiprod_ds.errors import AiprodError
 from aiprod_ds.optim.ema import Ema
 from aiprod_ds.snapshot import Base, EngineFacts, Snapshot
 from aiprod_ds.train.resume.frozen_base import require_same_base
+from aiprod_ds.train.unit import Companion
 
 
-def capture(engine: Engine, ema: Ema | None = None, base: Base | None = None) -> Snapshot:
-    """Returns what this rank writes of engine and average, not copied; without frozen weights where there is
-    a `base`."""
+def capture(
+    engine: Engine, ema: Ema | None = None, base: Base | None = None, companion: Companion | None = None
+) -> Snapshot:
+    """Returns what this rank writes of engine, average and companion, not copied; without frozen weights
+    where there is a `base`."""
     state = engine.capture()
     if ema is not None:
         state = ema.capture(state)
-    return state if base is None else state.on(base)
+    if base is not None:
+        state = state.on(base)
+    return state if companion is None else state.beside(companion.capture())
 
 
 def write_engine(folder: Path, engine: Engine, ema: Ema | None = None, base: Base | None = None) -> None:
@@ -45,14 +50,17 @@ def read_engine(
     engine: Engine,
     ema: Ema | None = None,
     *,
+    companion: Companion | None = None,
     origin: str = "the weights that the engine was built with",
 ) -> EngineFacts:
-    """Restores engine and average from what any number of ranks wrote under any ZeRO stage; returns what they
-    were. Collective.
+    """Restores engine, average and companion from what any number of ranks wrote under any ZeRO stage;
+    returns what they were. Collective.
 
     Args:
         folder: Of the engine, in a checkpoint.
         engine: As it was built: its frozen weights may be those that the checkpoint refers to.
+        ema: If the run keeps one.
+        companion: If the run trains one. Without it, one that was saved is passed over.
         origin: Of the engine's weights, in words.
 
     Raises:
@@ -65,7 +73,11 @@ def read_engine(
         engine.restore(reader)
         if ema is not None:
             ema.restore(reader)
-        return reader.facts
+        facts = reader.facts
+    if companion is not None:
+        with ShardReader(folder, of_companion=True) as beside:
+            companion.restore(beside)
+    return facts
 
 
 def write_together(folder: Path, state: Snapshot) -> None:

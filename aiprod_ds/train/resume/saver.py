@@ -103,7 +103,7 @@ class Saver:
         """
         if self.config.asynchronous and not self.is_saving:
             self._await_memory()
-            captured = capture(trained.engine, trained.ema, trained.base)
+            captured = capture(trained.engine, trained.ema, trained.base, trained.companion)
             if self._has_memory(captured):
                 self._work.start(self._copies.request(captured))
                 self._happened(SaveEvent.RESERVE)
@@ -183,7 +183,7 @@ class Saver:
         if base is not None and base.is_stored:
             self._store_base(engine, base.sha256)
         self._await_memory()
-        updates, captured = state.clock.updates, capture(engine, trained.ema, base)
+        updates, captured = state.clock.updates, capture(engine, trained.ema, base, trained.companion)
         pending = dist.from_main(
             lambda: self.store.open_pending(updates, num_bytes=captured.facts.num_bytes())
         )
