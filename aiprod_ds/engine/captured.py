@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from aiprod_ds.errors import EngineError
 
 _SHARE_OF_FREE = 0.5
-_WARM_UPS = 2  # on a stream of their own: torch allocates, compiles and chooses algorithms in the first
+_WAITED = "synchronizing CUDA operation"  # in the message of c10/cuda/CUDAFunctions.cpp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,8 @@ class CapturedLoss:
             its forward pass and the use of its gradients. None on the CPU.
 
     Attributes:
-        fits: Whether it was captured. Not if its forward pass keeps more than half of the memory that was
+        why_not: Why it was not captured, so that the loss has to be computed as any other; None if it was.
+            Either it waits for the device, or its forward pass keeps more than half of the memory that was
             free: what runs beside a graph cannot use its memory, not even the same loss in another shape.
             Kernels that fill so much are long enough to be started one by one.
     """
@@ -111,9 +112,11 @@ class CapturedLoss:
         self._values = self._total = torch.empty(())
         self._gradients: tuple[Tensor | None, ...] = ()
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self.fits = device.type != "cuda" or self._warm_up()
-        if device.type == "cuda" and self.fits:
-            self._capture(pool)
+        self.why_not: str | None = None
+        if device.type == "cuda":
+            self.why_not = self._warm_up()
+            if self.why_not is None:
+                self._capture(pool)
 
     def __call__(self, tensors: Mapping[str, Tensor], *, is_last: bool) -> dict[str, Tensor]:
         """Returns the loss of a micro-batch; the backward pass of `total` gives the parameters gradients.
@@ -176,20 +179,38 @@ class CapturedLoss:
                 allow_unused=True,
             )
 
-    def _warm_up(self) -> bool:
-        """Computes the passes as they will be captured; returns whether there is memory for that."""
+    def _warm_up(self) -> str | None:
+        """Computes the passes as they will be captured; returns why they cannot be."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        kept = 0
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                free, before = _free_bytes(), torch.cuda.memory_allocated()
+        try:
+            with torch.cuda.stream(stream):
+                self._forward()  # compiles, and chooses algorithms
+                self._backward()
+                self._forget()
+                return self._look_at_passes()
+        finally:
+            self._forget()
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def _look_at_passes(self) -> str | None:
+        free, before = _free_bytes(), torch.cuda.memory_allocated()
+        try:
+            # Found here and not by capturing: an error in a capture leaves torch without random numbers.
+            with _waiting_refused():
                 self._forward()
                 kept = torch.cuda.memory_allocated() - before
                 self._backward()
-                self._total, self._gradients = torch.empty(()), ()
-        torch.cuda.current_stream().wait_stream(stream)
-        return kept <= _SHARE_OF_FREE * free
+        except RuntimeError as error:
+            if _WAITED not in str(error):
+                raise
+            return f"it waits for the device: {error}"
+        if kept > _SHARE_OF_FREE * free:
+            return f"its forward pass keeps {kept / 1e9:.1f} of {free / 1e9:.1f} GB that are free"
+        return None
+
+    def _forget(self) -> None:
+        self._total, self._gradients = torch.empty(()), ()
 
     def _capture(self, pool: Any) -> None:
         gc.collect()
@@ -204,6 +225,17 @@ class CapturedLoss:
         # next capture may use it, too.
         self._total = self._total.detach()
         self._gradients = tuple(None if value is None else _borrowed(value) for value in self._gradients)
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Makes an operation that waits for the device an error; for all threads, while the block runs."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class _Borrowed:

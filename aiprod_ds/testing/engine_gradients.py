@@ -101,7 +101,7 @@ def _captured(trained: Subject, engine: Any) -> CapturedLoss:
         return {"total": trained.loss_of(engine, tensors)}
 
     found: CapturedLoss = engine.captured_loss(loss, trained.batch(0))
-    assert found.fits
+    assert found.why_not is None, found.why_not
     return found
 
 

@@ -44,8 +44,8 @@ class PhaseGraphs:
         """Returns what `unit.loss` does.
 
         Args:
-            batch: Of the phase. Where a phase has more shapes than graphs are made for, or a graph of this
-                one would take too much memory, it is computed without.
+            batch: Of the phase. Where a phase has more shapes than graphs are made for, or this one cannot
+                be captured, it is computed without.
             is_last: Whether the update takes its gradients without those of another micro-batch.
         """
         shape = tuple(
@@ -74,6 +74,8 @@ class PhaseGraphs:
             return {"total": found.total, **found.terms}
 
         captured = self.engine.captured_loss(loss, batch.tensors)
-        name = "graphs_captured" if captured.fits else "graphs_take_too_much_memory"
-        _LOG.info("%s phase=%s number=%d", name, self.phase.name, len(self._captured) + 1)
-        return captured if captured.fits else None
+        if captured.why_not is not None:
+            _LOG.info("graphs_left_out phase=%s reason=%r", self.phase.name, captured.why_not)
+            return None
+        _LOG.info("graphs_captured phase=%s number=%d", self.phase.name, len(self._captured) + 1)
+        return captured

@@ -7,8 +7,7 @@ same with `aot_eager` and without graphs.
 
 from __future__ import annotations
 
-import functools
-import time
+import traceback
 from typing import Any
 
 import pytest
@@ -37,17 +36,18 @@ CASES = (
 pytestmark = [pytest.mark.gpu, pytest.mark.dist]
 
 
-@functools.cache
-def _measured() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
     environment = {"DS_ACCELERATOR": "cuda"}
     return run_on_ranks(measure, ranks=1, timeout_seconds=600, environment=environment)[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", CASES)
-def test_every_gradient_is_that_of_plain_autograd(case: str, stage: int) -> None:
+def test_every_gradient_is_that_of_plain_autograd(measured: dict[str, Any], case: str, stage: int) -> None:
+    assert case not in measured["failed"], measured["failed"][case]
     for accumulation in ACCUMULATIONS:
-        name, error = _measured()[f"{case}-{stage}-{accumulation}"]
+        name, error = measured["errors"][f"{case}-{stage}-{accumulation}"]
         assert error <= TOLERANCES[case.split("-")[2]], f"{name} with accumulation {accumulation}"
 
 
@@ -56,11 +56,11 @@ def test_every_gradient_is_that_of_plain_autograd(case: str, stage: int) -> None
 
 def measure() -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    found: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for case in CASES:
-        began = time.perf_counter()
-        new = measure_gradients([case])
-        found |= new
-        largest = max(error for _, error in new.values())
-        print(f"{case}: {largest:.1e} in {time.perf_counter() - began:.0f} s", flush=True)  # noqa: T201
-    return found
+        try:
+            errors |= measure_gradients([case])
+        except Exception:  # noqa: BLE001  the other cases are to be seen, too
+            failed[case] = traceback.format_exc()
+    return {"errors": errors, "failed": failed}

@@ -6,7 +6,6 @@ every case; the tests read its records.
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,15 @@ _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 pytestmark = [pytest.mark.gpu, pytest.mark.dist]
 
 
-@functools.cache
-def _measured() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
     environment = {"DS_ACCELERATOR": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return run_on_ranks(measure, ranks=1, timeout_seconds=600, environment=environment)[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_captured_passes_train_the_same_bit_for_bit(stage: int) -> None:
-    off, passes = (_measured()["runs"][f"{stage}-{graphs}"]["whole"] for graphs in GRAPHS)
+def test_captured_passes_train_the_same_bit_for_bit(measured: dict[str, Any], stage: int) -> None:
+    off, passes = (measured["runs"][f"{stage}-{graphs}"]["whole"] for graphs in GRAPHS)
     assert len(set(series(off, "loss/total"))) == LAST, "otherwise the comparison shows nothing"
     assert passes["rows"] == off["rows"]
     assert passes["sha256"] == off["sha256"]
@@ -48,16 +47,18 @@ def test_captured_passes_train_the_same_bit_for_bit(stage: int) -> None:
 @pytest.mark.parametrize("resumed", RESUMES)
 @pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(stage: int, graphs: str, resumed: str) -> None:
-    found = _measured()["runs"][f"{stage}-{graphs}"]
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    measured: dict[str, Any], stage: int, graphs: str, resumed: str
+) -> None:
+    found = measured["runs"][f"{stage}-{graphs}"]
     assert found[resumed]["resumed_from"] == [f"update_{RESUMES[resumed]:06d}"]
     assert found[resumed]["rows"] == found["whole"]["rows"]
     assert found[resumed]["sha256"] == found["whole"]["sha256"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernel_of_adamw_computes_what_torch_does(dtype: str) -> None:
-    found = _measured()["adamw"][dtype]
+def test_the_kernel_of_adamw_computes_what_torch_does(measured: dict[str, Any], dtype: str) -> None:
+    found = measured["adamw"][dtype]
     assert found["moved"] > 0.1
     # Some roundings of fp32 an update, over five.
     assert found["difference"] < 2e-6
