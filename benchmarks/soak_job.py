@@ -25,7 +25,7 @@ from typing import TypeVar
 from forked_launch import Job
 
 SAVED = 75  # asked to stop, and saved
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 600.0
 _Found = TypeVar("_Found")
 _MOST_UNASKED = 3
 _POLL_SECONDS = 0.004
