@@ -143,7 +143,8 @@ def require_survived(
     assert evaluations(folder) == undisturbed.records, where
     assert json.loads((folder / "report.json").read_text())["status"] == "completed", where
     assert (folder / "export" / "diffusion_pytorch_model.safetensors").is_file(), where
-    assert leftovers(folder) == [], where
+    if kind == "full":  # on other disks what failed cannot be deleted either
+        assert leftovers(folder) == [], where
     assert sum(record.message.startswith("not_written") for record in caplog.records) <= COUNT, where
     return ended
 
