@@ -14,7 +14,9 @@ from pathlib import Path
 import hatchling.build
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+# Processes that import torch take minutes each where many others share the machine.
+_SECONDS = 1200
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(3 * _SECONDS)]
 
 _TINY = (
     "curriculum.phases=[{name: only, resolution: 32x32, duration: {frames: 9}, global_batch_size: 2, "
@@ -56,7 +58,7 @@ def _run(
     }
     command = [sys.executable, *program, *arguments]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False
     )
 
 
