@@ -9,10 +9,10 @@ both), and what is recomputed (nothing, what the model itself chooses, or whole 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
 from aiprod_ds.config.optim import OptimizerConfig
@@ -25,16 +25,22 @@ from aiprod_ds.train.engines import decay_groups
 
 STAGES = (0, 1, 2, 3)
 ACCUMULATIONS = (1, 3)
+ReadGradient = Callable[[nn.Parameter], Tensor]
 _BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
 
 
-def measure_gradients(cases: list[str]) -> dict[str, tuple[str, float]]:
+def measure_gradients(cases: list[str], read: ReadGradient) -> dict[str, tuple[str, float]]:
     """Returns, for each `case-stage-accumulation`, the parameter with the largest error and the error. Inside
-    `dist.process_group`."""
+    `dist.process_group`.
+
+    Args:
+        cases: As above.
+        read: Gives the whole gradient of one of an engine's parameters: `deepspeed.utils.safe_get_full_grad`.
+    """
     errors = {}
     for case in cases:
         for stage in STAGES:
-            for accumulation, worst in zip(ACCUMULATIONS, worst_gradients(case, stage), strict=True):
+            for accumulation, worst in zip(ACCUMULATIONS, worst_gradients(case, stage, read), strict=True):
                 errors[f"{case}-{stage}-{accumulation}"] = worst
     return errors
 
@@ -57,7 +63,7 @@ def small_settings(stage: int, precision: str) -> DeepSpeedSettings:
     return parse_deepspeed_settings(values, where=f"stage {stage}")
 
 
-def worst_gradients(case: str, stage: int) -> Iterator[tuple[str, float]]:
+def worst_gradients(case: str, stage: int, read: ReadGradient) -> Iterator[tuple[str, float]]:
     """Yields the parameter with the largest error and the error, for each of `ACCUMULATIONS`. Collective."""
     from aiprod_ds.engine.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 
@@ -89,7 +95,7 @@ def worst_gradients(case: str, stage: int) -> Iterator[tuple[str, float]]:
             if index < accumulation - 1:
                 engine.step()
         expected = _expected(name, kind, precision, accumulation)
-        errors = gradient_errors(_gradients(engine), expected)
+        errors = gradient_errors(_gradients(engine, read), expected)
         worst = max(errors, key=lambda name: errors[name])
         engine.step()  # the learning rate is 0
         yield worst, errors[worst]
@@ -105,16 +111,14 @@ def _captured(trained: Subject, engine: Any) -> CapturedLoss:
     return found
 
 
-def _gradients(engine: Any) -> dict[str, Tensor]:
+def _gradients(engine: Any, read: ReadGradient) -> dict[str, Tensor]:
     """Returns the gradients of the update to come, by the parameters' own names."""
-    from deepspeed.utils import safe_get_full_grad
-
     found = {}
     layouts = engine._flat.layouts
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        whole = safe_get_full_grad(parameter)
+        whole = read(parameter)
         if name not in layouts:
             found[name] = whole
             continue
