@@ -68,7 +68,7 @@ from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.resume.shared_folder import require_shared
 from aiprod_ds.train.run_folder import open_sinks, prepare_folder
 from aiprod_ds.train.spikes.detector import SpikeWatch
-from aiprod_ds.train.spikes.going_back import Rules, WayBack, decide, delete_given_up, find_way
+from aiprod_ds.train.spikes.going_back import Rules, WayBack, adopt, decide, find_way
 from aiprod_ds.train.spikes.rollbacks import Rollbacks
 from aiprod_ds.train.state import TrainState, new_clip, new_ema
 from aiprod_ds.train.throughput import peak_flops
@@ -188,7 +188,7 @@ def run_training(
                 console=console or open_console(stderr=True),
             )
             try:
-                dist.from_main(lambda: delete_given_up(facts.folder, way.rollbacks))
+                dist.from_main(lambda: adopt(facts.folder, way))
                 outcome = _train(facts, way, around, goes_back=False)
                 while isinstance(outcome, WayBack):
                     # As a new process does: what is trained there is built differently, or anew.

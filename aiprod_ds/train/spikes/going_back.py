@@ -114,6 +114,8 @@ def decide(spike: Spike, known: Rollbacks, rules: Rules) -> WayBack:
     counted = _counted(known, rollback, rules.config)
     if counted >= rules.config.spikes.max_rollbacks:
         known.write(rules.folder, stopped_by=rollback)
+        if checkpoint is not None:  # with another rate the spike may not come again
+            delete_given_up(rules.folder, known.plus(rollback))
         raise SpikeError(diagnosis(rollback, counted, rules))
     now = known.plus(rollback)
     now.write(rules.folder)
@@ -130,6 +132,18 @@ def decide(spike: Spike, known: Rollbacks, rules: Rules) -> WayBack:
             f"The data of the spike is noted in {FILE}: start the same program again, which leaves it out."
         )
     return WayBack(rollbacks=now, checkpoint=checkpoint, builds_anew=builds_anew)
+
+
+def adopt(folder: Path, way: WayBack) -> None:
+    """Makes a run folder say what a start goes on with: a checkpoint that was named may be on another way,
+    and a process that decided may have been killed before it had deleted anything.
+
+    Raises:
+        CheckpointError: If the disk fails.
+    """
+    if read_rollbacks(folder) != way.rollbacks:
+        way.rollbacks.write(folder)
+    delete_given_up(folder, way.rollbacks)
 
 
 def delete_given_up(folder: Path, rollbacks: Rollbacks) -> None:
@@ -183,8 +197,8 @@ def diagnosis(stopped_by: Rollback, counted: int, rules: Rules) -> str:
     return (
         f"phase {phase.name}, {in_words(spike)}, at a learning rate of {spike.learning_rate:.3g}; {budget}. "
         f"{_clips_in_words(stopped_by)} "
-        f"{'No checkpoint' if checkpoint is None else f'The checkpoint {checkpoint}'} stands before it; "
-        "what was saved since is given up when the run goes on. Try, and start it again: "
+        f"{'No checkpoint' if checkpoint is None else f'The checkpoint {checkpoint}'} stands before it. "
+        "Try, and start it again: "
         f"curriculum.phases[{spike.phase}].learning_rate_factor: {factor / 2:g} (a running phase takes it); "
         "other clips in place of these, with --accept-changed-data; "
         f"spikes.max_rollbacks: {rules_of.max_rollbacks + 3} to leave out more data; or, if nothing was "

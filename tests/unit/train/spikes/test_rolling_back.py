@@ -69,6 +69,7 @@ def train(
     spikes: Mapping[str, Any] | None = None,
     rate_factor: float = 1.0,
     precision: Mapping[str, Any] | None = None,
+    resume: str = "auto",
     **sections: Any,
 ) -> Any:
     low = {"name": "low", "resolution": "16x16", "duration": {"frames": 3}, "updates": LOW}
@@ -104,7 +105,7 @@ def train(
         validation=SyntheticVideoDataset(1, 5, 24, 24, seed=1),
     )
     with without_plots(), injected(factors or {}):
-        return trainer.train()
+        return trainer.train(resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ _MOMENTS = {
     "before it is written down": (Rollbacks, "write", 1, True),
     "once it is written down": (Rollbacks, "write", 1, False),
     "in the second one once it is written down": (Rollbacks, "write", 2, False),
-    "when what came later is deleted": (going_back, "delete_given_up", 1, False),
+    "when what came later is deleted": (going_back, "delete_given_up", 2, False),
     "while the checkpoint is read": (run_module, "read_engine", 1, False),
     "while the data is left out": (TrainingLoop, "_pass_over", 2, False),
 }
@@ -266,7 +267,7 @@ def test_the_budget_ends_in_a_diagnosis_that_can_be_followed(tmp_path: Path) -> 
         "phase low, update 6: the loss was nan, in 3 updates of the data",
         "learning rate of",
         "Its clips: ",
-        "The checkpoint update_000004 stands before it",
+        "The checkpoint update_000004 stands before it.",
         "curriculum.phases[0].learning_rate_factor: 0.5",
     ):
         assert words in told
@@ -279,6 +280,7 @@ def test_the_budget_ends_in_a_diagnosis_that_can_be_followed(tmp_path: Path) -> 
 
     rates = _rates(tmp_path)
     summary = train(tmp_path, spikes={"max_rollbacks": 0}, rate_factor=0.5)
+    assert summary.resumed_from == ("update_000004",)
     assert summary.rate_factors == ({"phase": "low", "update": 4, "phase_update": 4, "factor": 0.5},)
     now = _rates(tmp_path)
     assert {update: now[update] for update in range(1, 5)} == {
@@ -335,3 +337,18 @@ def test_a_damaged_file_of_rollbacks_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"format": 1, "rollbacks": [{"spike": 3}]}')
     with pytest.raises(CheckpointError, match=r"rollbacks\.json: must hold the run's rollbacks in format 1"):
         train(tmp_path)
+
+
+def test_a_checkpoint_that_was_given_up_can_be_named_and_the_run_stays_on_its_way(tmp_path: Path) -> None:
+    rise = {(0, position): 6.0 for position in (18, 19, 20)}
+    rules: dict[str, Any] = {"spikes": {"sustained_updates": 3}, "checkpoint": {"every_updates": 1}}
+    with _cut(going_back, "delete_given_up", at=2, first=True), pytest.raises(PowerCutError):
+        train(tmp_path, rise, **rules)
+    doubtful = tmp_path / "checkpoints" / "update_000020"
+    assert CheckpointStore(doubtful.parent).read(doubtful).state.is_doubtful
+    with _cut(TrainingLoop, "_update", at=2, first=True), pytest.raises(PowerCutError):
+        train(tmp_path, resume=str(doubtful), **rules)
+    assert read_rollbacks(tmp_path).decided == ()
+    summary = train(tmp_path, **rules)
+    assert summary.resumed_from == ("update_000020", "update_000021")
+    assert summary.rollbacks == ()
