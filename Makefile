@@ -24,7 +24,7 @@ TEST_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 # Test files that run side by side; more than the cores helps little, because some start two ranks of their own.
 TEST_WORKERS ?= 2
 
-.PHONY: help venv quickstart chain test test-all unit check benchmark-host clean
+.PHONY: help venv quickstart chain test test-all unit check benchmark-host baseline clean
 
 help: ## Shows this list.
 	@grep -E '^[a-z-]+: .*## ' Makefile | sed -E 's/^([a-z-]+): .*## (.*)/  make \1 \t\2/' | expand -t 24
@@ -57,6 +57,9 @@ check: $(STAMP) ## Runs the linter, the formatter, the type checker and the impo
 
 benchmark-host: $(STAMP) ## Compares the host's time of an update through the trainer with bare loops; takes minutes.
 	@$(TEST_ENV) "$(BIN)/python" benchmarks/host_time.py --output runs/host_time.json
+
+baseline: $(STAMP) ## Writes down what an update costs now, which `make test` compares with; commit it with what made it dearer.
+	@$(TEST_ENV) "$(BIN)/python" benchmarks/slowdown.py --renew
 
 clean: ## Removes the virtual environment and the caches; runs/ stays.
 	rm -rf "$(VENV)" build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
