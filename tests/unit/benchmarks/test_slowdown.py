@@ -4,6 +4,7 @@ every shape is compiled once. Each is shown to fail where something is made slow
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
 from aiprod_ds.engine.compiled import set_compiled
 from aiprod_ds.engine.local_engine import LocalEngine
+from aiprod_ds.testing.processes import run_in_own_session
 from aiprod_ds.testing.runs import copy_as_if_stopped_at, without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.train import performance
@@ -45,53 +47,32 @@ def _group() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def bare() -> dict[str, float]:
-    """What an update of the bare loop costs."""
-    sys.path.insert(0, str(_BENCHMARKS))
-    try:
-        from slowdown import measure_bare
+def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What is dearer than the baseline, by engine, and where the local engine is made slower.
 
-        with dist.process_group():
-            return measure_bare()
-    finally:
-        sys.path.remove(str(_BENCHMARKS))
+    Found in a process of its own: pytest looks at what its process logs and warns of, by calls of its own.
+    """
+    found = tmp_path_factory.mktemp("slowdown") / "problems.json"
+    command = [sys.executable, __file__, str(found)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(_BENCHMARKS)
+    code, output = run_in_own_session(command, timeout_seconds=600, environment=environment)
+    assert code == 0, output
+    problems: dict[str, list[str]] = json.loads(found.read_text())
+    return problems
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "deepspeed"])
-def test_an_update_costs_what_it_did_beside_a_bare_loop(bare: dict[str, float], engine: str) -> None:
-    assert _problems(bare, engine) == []
+def test_an_update_costs_what_it_did_beside_a_bare_loop(problems: dict[str, list[str]], engine: str) -> None:
+    assert problems[engine] == []
 
 
 @pytest.mark.slow
-def test_a_look_at_every_weight_is_found(bare: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_at_every_weight_is_found(problems: dict[str, list[str]]) -> None:
     """The slowdown that is made most easily: something is asked of every parameter, and the host waits."""
-    step = LocalEngine.step
-
-    kept: list[Tensor] = []  # from one update to the next
-
-    def watched(engine: LocalEngine) -> Any:
-        kept[:] = [weight.detach().clone() for weight in engine.module.parameters() for _ in range(4)]
-        assert all(float(weight.norm()) >= 0.0 for weight in kept)
-        for _ in range(300_000):
-            _called()
-        return step(engine)
-
-    monkeypatch.setattr(LocalEngine, "step", watched)
-    found = [problem.partition(" of an update")[0] for problem in _problems(bare, "local")]
-    names = ("operations", "reads", "calls", "bytes", "peak bytes", "CPU time")
-    assert found == [f"local, {name}" for name in names]
-
-
-def _called() -> None:
-    """Costs a call."""
-
-
-def _problems(bare: dict[str, float], engine: str) -> list[str]:
-    from slowdown import exceeded, measure_trainer, ratios
-
-    found = ratios(measure_trainer(engine), bare)
-    return exceeded({f"{engine}, {name}": value for name, value in found.items()}, BASELINE)
+    found = [problem.partition(" of an update")[0] for problem in problems["slowed"]]
+    assert found == [f"local, {name}" for name in ("operations", "reads", "calls", "bytes", "peak bytes")]
 
 
 @pytest.mark.parametrize("name", BASELINE["ratios"])
@@ -99,7 +80,7 @@ def test_each_ratio_has_its_margin(name: str) -> None:
     from slowdown import exceeded, versions
 
     ratio = BASELINE["ratios"][name]
-    margin, other = (2.0, 2.0) if name.endswith("CPU time") else (1.05, 1.25)
+    margin, other = 1.05, 1.25
     same = {**BASELINE, "versions": versions()}
     others = {**BASELINE, "versions": {**versions(), "torch": "1.0"}}
     assert exceeded({name: 0.999 * margin * ratio}, same) == []
@@ -110,11 +91,9 @@ def test_each_ratio_has_its_margin(name: str) -> None:
 
 
 def test_the_baseline_has_every_cost_of_every_engine() -> None:
-    from slowdown import COUNTS, CPU_TIME, ENGINES
+    from slowdown import COUNTS, ENGINES
 
-    assert list(BASELINE["ratios"]) == [
-        f"{engine}, {name}" for engine in ENGINES for name in (*COUNTS, CPU_TIME)
-    ]
+    assert list(BASELINE["ratios"]) == [f"{engine}, {name}" for engine in ENGINES for name in COUNTS]
 
 
 class Gate(nn.Module):
@@ -146,7 +125,8 @@ class TwoKindsVAE(TinyVideoVAE):
         self.gates = nn.ModuleList([gate(), gate()])
 
     def decode(self, latent: Tensor) -> Tensor:
-        latent = latent.contiguous()  # the mean that is evaluated is a part of a larger tensor
+        # The mean that is evaluated is a part of a larger tensor, with strides of its own.
+        latent = latent.clone(memory_format=torch.contiguous_format)
         for gate in self.gates:
             latent = gate(latent)
         return super().decode(latent)
@@ -222,3 +202,41 @@ def _train(folder: Path, gate: type[Gate]) -> None:
             dataset=clips[0],
             validation=clips[1],
         ).train()
+
+
+def _find_problems(file: Path) -> None:
+    """Measures in this process, and writes what is dearer than the baseline."""
+    from slowdown import exceeded, measure_bare, measure_trainer, ratios
+
+    def found(engine: str) -> list[str]:
+        values = ratios(measure_trainer(engine), bare)
+        return exceeded({f"{engine}, {name}": value for name, value in values.items()}, BASELINE)
+
+    torch.set_num_threads(1)
+    with dist.process_group():
+        bare = measure_bare()
+        problems = {engine: found(engine) for engine in ("local", "deepspeed")}
+        with patch.object(LocalEngine, "step", _slowed(LocalEngine.step)):
+            problems["slowed"] = found("local")
+    file.write_text(json.dumps(problems))
+
+
+def _slowed(step: Callable[[LocalEngine], Any]) -> Callable[[LocalEngine], Any]:
+    kept: list[Tensor] = []  # from one update to the next
+
+    def watched(engine: LocalEngine) -> Any:
+        kept[:] = [weight.detach().clone() for weight in engine.module.parameters() for _ in range(4)]
+        assert all(float(weight.norm()) >= 0.0 for weight in kept)
+        for _ in range(5000):
+            _called()
+        return step(engine)
+
+    return watched
+
+
+def _called() -> None:
+    """Costs a call."""
+
+
+if __name__ == "__main__":
+    _find_problems(Path(sys.argv[1]))
