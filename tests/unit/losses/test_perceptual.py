@@ -318,7 +318,9 @@ def test_layers_are_checked(weights_file):
     config = PerceptualConfig(mode="vgg", weights=str(weights_file))
     with pytest.raises(ConfigError, match="layers must be some of relu1_2"):
         PerceptualLoss(config, layers=["relu9_9"], allow_unverified_weights=True)
-    with pytest.raises(ConfigError, match="layers has no effect in lpips mode: the heads of lpips take all five"):
+    with pytest.raises(
+        ConfigError, match="layers has no effect in lpips mode: the heads of lpips take all five"
+    ):
         PerceptualLoss(
             PerceptualConfig(weights=str(weights_file)), layers=["relu1_2"], allow_unverified_weights=True
         )
