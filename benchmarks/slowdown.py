@@ -232,7 +232,6 @@ class Meter:
 def _collect_no_more() -> None:
     """Keeps Python from looking for circles at moments that depend on what else the process holds, and makes
     looking for those of an update cheap."""
-    gc.collect()
     gc.freeze()
     gc.disable()
 
