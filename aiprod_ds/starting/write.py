@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_ds.config.merge import read_document
+from aiprod_ds.models.families import registry
 from aiprod_ds.starting.draft import CPU, Kind, PhaseDraft, Wish, held_out_share
 from aiprod_ds.starting.look import Facts
 
 _PLAIN = re.compile(r"[A-Za-z_/.][\w/.-]*")
 _WORDS = {"true", "false", "null", "on", "off", "yes", "no", "y", "n"}
-_TRANSFORMER, _VIDEO_VAE = "LTXVideoTransformer3DModel", "AutoencoderKLLTXVideo"
+_VIDEO_VAE = "AutoencoderKLLTXVideo"
 _COMMENT_AT = 34
 
 
@@ -128,7 +129,7 @@ class Text:
         if wish.kind.is_diffusion:
             yield from (
                 "model:",
-                f"  source: {_TRANSFORMER}",
+                f"  source: {registry.FIRST.transformer_class}",
                 f"  pretrained: {quoted(wish.model or '')}",
                 "  subfolder: transformer",
                 _line("vae", "", "that of the latents, for previews and the export"),

@@ -25,7 +25,7 @@ from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.engine import dist
-from aiprod_ds.models.families.ltx import LTXVideo
+from aiprod_ds.models.families import registry
 from aiprod_ds.testing.forked import fork_ranks, import_for_ranks, wait_for_ranks
 from aiprod_ds.testing.runs import record_of, without_plots
 from aiprod_ds.testing.tiny import tiny_ltx_vae, tiny_oobleck
@@ -179,11 +179,11 @@ def _audio_vae(run_folder: str, settings: str) -> _Run:
 
 
 def _diffusion(run_folder: str, settings: str) -> _Run:
-    transformer = LTXVideo.tiny_config()
+    transformer = registry.FIRST.tiny_config()
     values = {
         **_common(run_folder, settings, {"resolution": "32x32", "duration": {"frames": 9}}),
         "trainer": "diffusion",
-        "model": {"source": LTXVideo.transformer_class, "config": transformer},
+        "model": {"source": registry.FIRST.transformer_class, "config": transformer},
         "vae": {"source": "AutoencoderKLLTXVideo", "config": tiny_ltx_vae()},
         "data": {"train": "in memory", "num_workers": 0, "caption_dropout": 0.0},
     }

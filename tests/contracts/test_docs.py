@@ -231,9 +231,9 @@ def _export_tiny(folder: Path, *, lora: LoraConfig | None) -> Tensor:
     for seed in (1, 2):  # the second update is the first that moves every adapter
         engine.backward(velocities(engine, family, tiny_batch(seed=seed)).float().square().mean())
         engine.step()
-    export_transformer(
-        engine, module, folder / ("FULL_RUN" if lora is None else "LORA_RUN") / "export", lora=lora
-    )
+    run = folder / ("FULL_RUN" if lora is None else "LORA_RUN")
+    run.mkdir()
+    export_transformer(engine, module, run / "export", lora=lora)
     return _answer(transformer)
 
 

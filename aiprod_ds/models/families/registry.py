@@ -15,6 +15,7 @@ from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.families.wan import Wan
 
 FAMILIES: tuple[type[Family], ...] = (LTXVideo, LTX2, Wan)
+FIRST: type[Family] = LTXVideo  # what a first configuration trains, and what an installation is tried with
 
 
 def find_family(transformer: nn.Module, strides: ModelStrides) -> Family:
