@@ -141,7 +141,7 @@ curriculum:
         "c.yaml: optimizer.weight_decay: must be a number, got '0.1'. Remove the quotes.",
         "c.yaml: engine.deepspeed_config: must be text or a mapping, got 7. Write text or a mapping.",
         "c.yaml: checkpoint: must be a mapping, got 5. Write `key: value` lines under it.",
-        "c.yaml: loss.perceptual.mode: must be 'lpips' or 'vgg', got 'lpip'. Did you mean 'lpips'?",
+        "c.yaml: loss.perceptual.mode: must be 'lpips', 'vgg' or 'l2', got 'lpip'. Did you mean 'lpips'?",
         "c.yaml: sed: is not a known key, got 1. Did you mean 'seed'?",
     ]
 

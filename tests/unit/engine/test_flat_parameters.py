@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -310,6 +310,11 @@ def test_what_cannot_be_a_view_stays_and_is_told(kind: type[Net], note: str, kep
     assert len(left) == kept
 
 
+def _subject(net: nn.Module, loss: Callable[..., Tensor]) -> Subject:
+    """Returns a model whose loss needs no micro-batch."""
+    return Subject(module=net, batch=lambda _: {}, loss_of=loss)
+
+
 def test_a_parametrized_weight_is_a_view_of_its_original() -> None:
     net = _net()
     for block in net.blocks:
@@ -319,7 +324,7 @@ def test_a_parametrized_weight_is_a_view_of_its_original() -> None:
     expected = {name: parameter.grad for name, parameter in net.named_parameters()}
     net.zero_grad()
     flat = _flat(net, mode="on")
-    trained = Subject(module=net, loss=lambda run, _: run(given).square().sum())
+    trained = _subject(net, lambda run, _: run(given).square().sum())
     assert max(gradient_errors(gradients(trained, flat), expected).values()) <= EAGER
 
 
@@ -340,7 +345,7 @@ def test_attention_of_torch_takes_views() -> None:
     expected = {name: parameter.grad for name, parameter in net.named_parameters()}
     net.zero_grad()
     flat = _flat(net, mode="on")
-    trained = Subject(module=net, loss=lambda run, _: run(given).square().sum())
+    trained = _subject(net, lambda run, _: run(given).square().sum())
     assert max(gradient_errors(gradients(trained, flat), expected).values()) <= EAGER
     with torch.no_grad():
         net.eval()(given)  # its fast path
@@ -384,7 +389,7 @@ def test_views_are_saved_by_their_place() -> None:
     assert [reference for reference in kept if reference() is not None] == [], "the graph keeps no storage"
     for name, parameter in whole.items():
         parameter.data = values[name]
-    trained = Subject(module=net, loss=lambda *_: loss)
+    trained = _subject(net, lambda *_: loss)
     assert max(gradient_errors(gradients(trained, flat), expected).values()) <= EAGER
 
 
