@@ -21,8 +21,8 @@ def write_atomically(path: Path, text: str) -> None:
     machine.
 
     Several processes may do so at the same time: each writes a temporary file of its own beside `path`, and
-    the last rename wins. After an error the temporary file is gone; a process that is killed leaves it, and
-    one with the same id writes over it.
+    the last rename wins. After an error the temporary file is gone; a process that is killed leaves it for
+    `remove_temporary`.
     """
     write_lines_atomically(path, (text.encode("utf-8"),))
 
@@ -57,6 +57,17 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def remove_temporary(folder: Path) -> None:
+    """Deletes temporary files in `folder` and below, which a process left that was killed or whose disk kept
+    them. Nobody else may write there meanwhile.
+
+    Raises:
+        OSError: If one cannot be deleted.
+    """
+    for path in folder.rglob("*.[0-9]*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:

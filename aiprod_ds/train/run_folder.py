@@ -18,7 +18,7 @@ from aiprod_ds.config.fingerprint import to_yaml
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.describe import describe
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.files import write_atomically
+from aiprod_ds.files import remove_temporary, write_atomically
 from aiprod_ds.metrics.jsonl import JsonlSink
 from aiprod_ds.metrics.sinks import MirrorSink, Sink
 from aiprod_ds.metrics.wandb import open_wandb
@@ -62,6 +62,7 @@ def _fill(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
+    remove_temporary(folder)
     # Of an earlier start: its status would be taken for this one's.
     for report in ("report.json", "report.md", "report.html"):
         (folder / report).unlink(missing_ok=True)

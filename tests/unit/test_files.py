@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aiprod_ds import files
-from aiprod_ds.files import folder_problem, read_text, read_whole
+from aiprod_ds.files import folder_problem, read_text, read_whole, remove_temporary
 
 
 def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -91,3 +91,14 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, name: str, reason:
 def test_a_folder_that_can_be_made_is_good_and_is_not_made(tmp_path: Path, name: str) -> None:
     assert folder_problem(tmp_path / name) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_temporary_files_of_others_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    left = [tmp_path / "report.json.123.tmp", tmp_path / "below" / "plan.json.7.tmp"]
+    kept = [tmp_path / "report.json", tmp_path / "own.tmp", tmp_path / "below" / "clip.mp4"]
+    for path in (*left, *kept):
+        path.touch()
+    remove_temporary(tmp_path)
+    assert [path for path in left if path.exists()] == []
+    assert all(path.exists() for path in kept)
