@@ -281,9 +281,9 @@ sys.exit(Supervisor(pattern="[-]m aiprod_ds rank_of_stop_test").run([sys.executa
 """  # noqa: E501
 
 
-def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Path) -> None:
-    script = tmp_path / "launcher.py"
-    script.write_text(STOPPING)
+def _exit_code_after_a_signal(script: Path, text: str) -> int:
+    """Returns with what a supervisor ends that is terminated once its launcher is ready."""
+    script.write_text(text)
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISING, str(script)], stdout=subprocess.PIPE, text=True
     )
@@ -291,7 +291,11 @@ def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Pat
     with supervisor.stdout as output:
         assert output.readline() == "ready\n"
         supervisor.terminate()
-        assert supervisor.wait(timeout=60) == 75
+        return supervisor.wait(timeout=60)
+
+
+def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path: Path) -> None:
+    assert _exit_code_after_a_signal(tmp_path / "launcher.py", STOPPING) == 75
 
 
 # Starts its rank only after the signal has come.
@@ -299,16 +303,7 @@ STARTING = STOPPING.replace("rank = ", "print('ready', flush=True); time.sleep(1
 
 
 def test_ranks_that_are_started_after_the_signal_hear_of_it(tmp_path: Path) -> None:
-    script = tmp_path / "launcher.py"
-    script.write_text(STARTING)
-    supervisor = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISING, str(script)], stdout=subprocess.PIPE, text=True
-    )
-    assert supervisor.stdout is not None
-    with supervisor.stdout as output:
-        assert output.readline() == "ready\n"
-        supervisor.terminate()
-        assert supervisor.wait(timeout=60) in (75, 241)
+    assert _exit_code_after_a_signal(tmp_path / "launcher.py", STARTING) in (75, 241)
 
 
 def _job(tmp_path: Path, path: Path, code: int) -> subprocess.CompletedProcess[str]:
