@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import model_validator
-from typing_extensions import Self
-
 from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.config.losses import AudioVAELossConfig
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
 from aiprod_ds.config.schema import StrictModel
 
@@ -47,13 +45,6 @@ class AudioVAETrainerConfig(RunConfig):
     evaluation: AudioEvaluationConfig = AudioEvaluationConfig()
     """What is measured on held-out clips."""
 
-    @model_validator(mode="after")
-    def _phases_are_of_sound(self) -> Self:
-        problems = list(self._keys_without_effect())
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
     def loss_weights(self) -> dict[str, float]:
         """Returns every `*_weight` of the loss section."""
         return self.loss.weights()
@@ -66,6 +57,7 @@ class AudioVAETrainerConfig(RunConfig):
         """Returns `data.sample_rate_hz`, to which all sounds are resampled."""
         return float(self.data.sample_rate_hz)
 
+    @rule
     def _keys_without_effect(self) -> Iterator[str]:
         if self.model.spatial_stride is not None:
             yield (

@@ -6,11 +6,11 @@ that need the data, the model or the world size. Field names are the YAML keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from aiprod_ds.config.phase import (
     BucketConfig,
@@ -21,6 +21,7 @@ from aiprod_ds.config.phase import (
     PhaseResolution,
     PlateauConfig,
 )
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import Fraction, PositiveInt, StrictModel
 
 __all__ = [
@@ -70,27 +71,23 @@ class CurriculumAdapterConfig(StrictModel):
     moment_decay: Fraction | None = None
     """Factor for both moments under `moments: decay`, and only there."""
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        problems = []
+    @rule
+    def _pairs(self) -> Iterator[str]:
         if (self.reference_global_batch_size is not None) != (self.lr_scaling != "none"):
-            problems.append(
+            yield (
                 f"reference_global_batch_size: goes with lr_scaling, got {self.reference_global_batch_size} "
                 "and "
                 f"lr_scaling: {self.lr_scaling}. Set both or neither."
             )
         if (self.reference_world_size is not None) != (self.batch_scaling != "none"):
-            problems.append(
+            yield (
                 f"reference_world_size: goes with batch_scaling, got {self.reference_world_size} and "
                 f"batch_scaling: {self.batch_scaling}. Set both or neither."
             )
         if (self.moment_decay is not None) != (self.moments == "decay"):
-            problems.append(
+            yield (
                 f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 def default_phases() -> tuple[PhaseConfig, ...]:
@@ -157,24 +154,18 @@ class CurriculumConfig(StrictModel):
     def _preset(cls, value: Any) -> Any:
         return expand_preset(value)
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        problems: list[str] = []
+    @rule
+    def _each_is_one_of_its_kind(self) -> Iterator[str]:
         names = [phase.name for phase in self.phases]
         for index, phase in enumerate(self.phases):
             if phase.name in names[:index]:
-                problems.append(
-                    f"phases[{index}].name: must be unique, got {phase.name!r} twice. Rename one of them."
-                )
+                yield f"phases[{index}].name: must be unique, got {phase.name!r} twice. Rename one of them."
             for key in sorted(phase.model_fields_set & (set(_OVERRIDABLE) - set(self.adapter.overrides))):
-                problems.append(
+                yield (
                     f"phases[{index}].{key}: has no effect, got a value while adapter.overrides lacks it. "
                     "Remove it."
                 )
         if not self.phases:
-            problems.append("phases: must have at least one entry, got an empty list. Add a phase.")
+            yield "phases: must have at least one entry, got an empty list. Add a phase."
         elif self.phases[0].moments is not None:
-            problems.append("phases[0].moments: has no effect in the first phase, got a value. Remove it.")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+            yield "phases[0].moments: has no effect in the first phase, got a value. Remove it."

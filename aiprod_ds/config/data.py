@@ -5,11 +5,12 @@ Owns the schema; reading is `aiprod_ds.data`. Field names are the YAML keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, StrictModel
 
 
@@ -56,33 +57,31 @@ class ClipDataConfig(StrictModel):
     of the files; `time`, sizes and times of the last change; `size`, sizes alone. `auto` is `content`, and of
     latents the beginning, middle and end of each file, so that they are not read as a whole."""
 
-    @model_validator(mode="after")
-    def _holdout_has_effect(self) -> Self:
+    @rule
+    def _holdout_has_effect(self) -> Iterator[str]:
         # The default value is no choice, so that a resolved configuration, which states every default, loads
         # again.
         if (
             self.validation is not None
             and self.holdout_fraction != type(self).model_fields["holdout_fraction"].default
         ):
-            raise ValueError(
+            yield (
                 f"holdout_fraction: has no effect when validation is set, got {self.holdout_fraction}. "
                 "Remove one of the two."
             )
-        return self
 
-    @model_validator(mode="after")
-    def _storage_has_effect(self) -> Self:
+    @rule
+    def _storage_has_effect(self) -> Iterator[str]:
         sources = [source for source in (self.train, self.validation) if source is not None]
         if self.storage != StorageConfig() and not any("://" in source for source in sources):
-            raise ValueError(
+            yield (
                 "storage: has no effect unless train or validation is an address such as "
                 f"s3://bucket/prefix, got {self.train!r}. Remove it."
             )
         if self.storage.endpoint_url is not None and not any(
             source.startswith("s3://") for source in sources
         ):
-            raise ValueError("storage.endpoint_url: has no effect without an s3:// address. Remove it.")
-        return self
+            yield "storage.endpoint_url: has no effect without an s3:// address. Remove it."
 
 
 DEFAULT_SCENE_THRESHOLD = 27.0
@@ -107,14 +106,13 @@ class PictureConfig(StrictModel):
     """How much a frame must differ from the one before it to begin a scene, as of PySceneDetect's
     ContentDetector; lower finds more cuts. Goes with `scenes: cut`."""
 
-    @model_validator(mode="after")
-    def _threshold_has_effect(self) -> Self:
+    @rule
+    def _threshold_has_effect(self) -> Iterator[str]:
         if self.scenes == "none" and self.scene_threshold != DEFAULT_SCENE_THRESHOLD:
-            raise ValueError(
+            yield (
                 f"scene_threshold: has no effect without scenes: cut, got {self.scene_threshold:g}. Set "
                 "both or neither."
             )
-        return self
 
 
 class VideoDataConfig(PictureConfig, ClipDataConfig):

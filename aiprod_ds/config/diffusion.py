@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from aiprod_ds.config.data import LatentDataConfig
 from aiprod_ds.config.losses import FlowConfig
 from aiprod_ds.config.model import LoraConfig, LoraFileConfig, ModelConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
 from aiprod_ds.config.sample import TrainingPreviewConfig
 
@@ -70,13 +70,6 @@ class DiffusionTrainerConfig(RunConfig):
     preview: TrainingPreviewConfig = TrainingPreviewConfig()
     """How, when and from what the clips are made that show the model."""
 
-    @model_validator(mode="after")
-    def _rules_of_diffusion(self) -> Self:
-        problems = [*self._keys_without_effect(), *self._missing_keys()]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
     def phase_adapters(self, phase: PhaseConfig) -> LoraConfig | None:
         """Returns the adapters that `phase` trains; None if it trains the weights themselves."""
         return adapters_of(phase, training_mode=self.training_mode, lora=self.lora)
@@ -103,11 +96,13 @@ class DiffusionTrainerConfig(RunConfig):
         """Returns None: every clip has its own rate unless a phase sets one."""
         return None
 
+    @rule
     def _missing_keys(self) -> Iterator[str]:
         for where, shape in self.phase_shapes():
             if shape.resolution is None:
                 yield f"{where}.resolution: must be given for video, got nothing. Add `resolution:`."
 
+    @rule
     def _keys_without_effect(self) -> Iterator[str]:
         for name in ("spatial_stride", "temporal_stride"):
             value = getattr(self.model, name)
@@ -115,7 +110,6 @@ class DiffusionTrainerConfig(RunConfig):
                 yield (
                     f"model.{name}: has no effect for a transformer, got {value}. Set it in the section vae."
                 )
-        yield from self._adapters_without_effect()
         if self.preview.every_updates is not None and not self.has_previews():
             yield (
                 "preview.every_updates: has no effect without previews, got a value. Add preview.prompts, "
@@ -128,10 +122,13 @@ class DiffusionTrainerConfig(RunConfig):
                     "value. Remove it."
                 )
 
+    @rule
     def _adapters_without_effect(self) -> Iterator[str]:
         phases = self.curriculum.phases
-        if self.lora is not None and all(
-            self.phase_adapters(phase) != self.lora or phase.lora for phase in phases
+        if (
+            self.lora is not None
+            and phases
+            and all(self.phase_adapters(phase) != self.lora or phase.lora for phase in phases)
         ):
             yield (
                 "lora: has no effect unless a phase trains these adapters, got a value. Remove it or set "

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from aiprod_ds.config.data import Decibels, PictureConfig
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import (
     Fraction,
     FreeMapping,
@@ -39,11 +39,10 @@ class ShardOutputConfig(StrictModel):
     endpoint_url: str | None = Field(default=None, pattern=r"^https?://[^@?#]+$")
     """A server that speaks the protocol of S3. null: as boto3 finds it."""
 
-    @model_validator(mode="after")
-    def _endpoint_has_effect(self) -> Self:
+    @rule
+    def _endpoint_has_effect(self) -> Iterator[str]:
         if self.endpoint_url is not None and not self.output.startswith("s3://"):
-            raise ValueError("endpoint_url: has no effect without an s3:// address in output. Remove it.")
-        return self
+            yield "endpoint_url: has no effect without an s3:// address in output. Remove it."
 
 
 class EncodeDataConfig(PictureConfig):
@@ -100,28 +99,24 @@ class TilingConfig(StrictModel):
     """Most that tiled latents may differ: the root mean square difference over the standard deviation of
     whole latents."""
 
-    @model_validator(mode="after")
-    def _parts_overlap(self) -> Self:
-        problems = []
+    @rule
+    def _parts_overlap(self) -> Iterator[str]:
         smallest = min(self.tile.height, self.tile.width)
         if self.overlap >= smallest:
-            problems.append(
+            yield (
                 f"overlap: must be below the tile's smaller side ({smallest}), got {self.overlap}. Lower it."
             )
         if (self.frames is None) != (self.overlap_frames is None):
-            problems.append(
+            yield (
                 f"overlap_frames: goes with frames, got {self.overlap_frames} and frames: {self.frames}. "
                 "Set both or neither."
             )
         elif (
             self.frames is not None and self.overlap_frames is not None and self.overlap_frames >= self.frames
         ):
-            problems.append(
+            yield (
                 f"overlap_frames: must be below frames ({self.frames}), got {self.overlap_frames}. Lower it."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class VideoEncoderConfig(StrictModel):
@@ -184,26 +179,18 @@ class TextEncoderConfig(StrictModel):
     default_caption: str | None = None
     """Caption of clips without one. null: these are listed as failed, before anything is encoded."""
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        problems = []
+    @rule
+    def _one_origin(self) -> Iterator[str]:
         if (self.pretrained is None) == (not self.config):
             got = "neither" if self.pretrained is None else "both"
-            problems.append(
-                f"pretrained: either this or config must be given, got {got}. Name a text encoder."
-            )
+            yield f"pretrained: either this or config must be given, got {got}. Name a text encoder."
         if self.config and self.source is None:
-            problems.append(
-                "source: must be given with config, got nothing. Write for example T5EncoderModel."
-            )
+            yield "source: must be given with config, got nothing. Write for example T5EncoderModel."
         if self.pretrained is None and self.tokenizer is None and self.tokenizer_subfolder:
-            problems.append(
+            yield (
                 f"tokenizer_subfolder: has no effect without tokenizer, got {self.tokenizer_subfolder!r}. "
                 "Remove it."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class CaptionConfig(TextEncoderConfig):
@@ -233,13 +220,7 @@ class EncodeConfig(StrictModel):
     """A trainer's YAML file, of which only the section `curriculum` is read: every clip is encoded in the
     shapes in which its phases will ask for it; relative to the working folder."""
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        problems = list(self._problems())
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
+    @rule
     def _problems(self) -> Iterator[str]:
         if self.data.held_out and self.curriculum is None:
             yield "data.held_out: has no effect without curriculum, got true. Remove it."

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import (
     Fraction,
     NonNegativeFloat,
@@ -114,7 +114,8 @@ class AdversarialConfig(StrictModel):
     optimizer: DiscriminatorOptimizerConfig = DiscriminatorOptimizerConfig()
     """How the discriminator is trained."""
 
-    def _problems(self) -> Iterator[str]:
+    @rule
+    def _keys_without_effect(self) -> Iterator[str]:
         if self.start_update is not None and self.start_phase is not None:
             yield (
                 f"start_update: has no effect beside start_phase, got {self.start_update}. Remove one of the "
@@ -130,15 +131,12 @@ class AdversarialConfig(StrictModel):
             if not is_there and value != type(self).model_fields[key].default:
                 yield f"{key}: has no effect without {owner}, got {value}. Remove it."
 
-    def _raise_problems(self, members: tuple[str, str]) -> None:
-        problems = [*self._problems()]
+    def _missing_discriminator(self, members: tuple[str, str]) -> Iterator[str]:
         if all(getattr(self, member) is None for member in members):
-            problems.append(
+            yield (
                 f"{members[0]}: this or {members[1]} must be a discriminator, got null for both. Set one, or "
                 "remove `adversarial`."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
 
 
 class VideoAdversarialConfig(AdversarialConfig):
@@ -149,10 +147,9 @@ class VideoAdversarialConfig(AdversarialConfig):
     frame_2d: PatchDiscriminatorConfig | None = None
     """Judges patches of each frame. null: there is none."""
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        self._raise_problems(("patch_3d", "frame_2d"))
-        return self
+    @rule
+    def _one_is_there(self) -> Iterator[str]:
+        yield from self._missing_discriminator(("patch_3d", "frame_2d"))
 
 
 class AudioAdversarialConfig(AdversarialConfig):
@@ -163,10 +160,9 @@ class AudioAdversarialConfig(AdversarialConfig):
     period: PeriodDiscriminatorConfig | None = PeriodDiscriminatorConfig()
     """Judge samples a period apart. null: there is none."""
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        self._raise_problems(("stft", "period"))
-        return self
+    @rule
+    def _one_is_there(self) -> Iterator[str]:
+        yield from self._missing_discriminator(("stft", "period"))
 
 
 class ReconstructionLossConfig(LossConfig):
@@ -187,17 +183,14 @@ class ReconstructionLossConfig(LossConfig):
             known = {name: value for name, value in known.items() if name not in _AGAINST_DISCRIMINATOR}
         return known
 
-    @model_validator(mode="after")
-    def _weights_have_a_discriminator(self) -> Self:
-        problems = [
-            f"{name}: has no effect without adversarial, got {getattr(self, name)}. Add `adversarial: {{}}` "
-            "or remove it."
-            for name in _AGAINST_DISCRIMINATOR
-            if getattr(self, name) > 0 and getattr(self, "adversarial", None) is None
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    @rule
+    def _weights_have_a_discriminator(self) -> Iterator[str]:
+        for name in _AGAINST_DISCRIMINATOR:
+            if getattr(self, name) > 0 and getattr(self, "adversarial", None) is None:
+                yield (
+                    f"{name}: has no effect without adversarial, got {getattr(self, name)}. Add "
+                    "`adversarial: {}` or remove it."
+                )
 
 
 _AGAINST_DISCRIMINATOR = ("adversarial_weight", "feature_matching_weight")
@@ -218,16 +211,11 @@ class PerceptualConfig(StrictModel):
     frames_per_clip: NonNegativeInt = 0
     """Frames of each clip that the network looks at, chosen at random; 0 takes all."""
 
-    @model_validator(mode="after")
-    def _network_settings_have_an_effect(self) -> Self:
-        given = [
-            f"{key}: has no effect with mode: l2, got {getattr(self, key)!r}. Remove it."
-            for key in ("weights", "fallback", "frames_per_clip")
-            if self.mode == "l2" and getattr(self, key) != type(self).model_fields[key].default
-        ]
-        if given:
-            raise ValueError("\n".join(given))
-        return self
+    @rule
+    def _network_settings_have_an_effect(self) -> Iterator[str]:
+        for key in ("weights", "fallback", "frames_per_clip"):
+            if self.mode == "l2" and getattr(self, key) != type(self).model_fields[key].default:
+                yield f"{key}: has no effect with mode: l2, got {getattr(self, key)!r}. Remove it."
 
 
 class VideoVAELossConfig(ReconstructionLossConfig):
@@ -265,13 +253,12 @@ class SpectralConfig(StrictModel):
     sum_difference: bool = True
     """Compares the sum and the difference of stereo channels beside left and right."""
 
-    @model_validator(mode="after")
-    def _log_epsilon_has_effect(self) -> Self:
+    @rule
+    def _log_epsilon_has_effect(self) -> Iterator[str]:
         if self.log == "log1p" and self.log_epsilon != type(self).model_fields["log_epsilon"].default:
-            raise ValueError(
+            yield (
                 f"log_epsilon: has no effect with log1p, got {self.log_epsilon}. Remove it or set log to log."
             )
-        return self
 
 
 class MelConfig(StrictModel):
@@ -286,15 +273,14 @@ class MelConfig(StrictModel):
     )
     """Mel bands of each window, as many numbers as `fft_sizes`."""
 
-    @model_validator(mode="after")
-    def _one_number_for_each_size(self) -> Self:
+    @rule
+    def _one_number_for_each_size(self) -> Iterator[str]:
         if len(self.num_bands) != len(self.fft_sizes):
-            raise ValueError(
+            yield (
                 f"num_bands: must have one number for each of the {len(self.fft_sizes)} fft_sizes, got "
                 f"{len(self.num_bands)}. "
                 "Add or remove some."
             )
-        return self
 
 
 class AudioVAELossConfig(ReconstructionLossConfig):
@@ -317,14 +303,13 @@ class AudioVAELossConfig(ReconstructionLossConfig):
     adversarial: AudioAdversarialConfig | None = None
     """The discriminator. null: there is none."""
 
-    @model_validator(mode="after")
-    def _something_is_reconstructed(self) -> Self:
+    @rule
+    def _something_is_reconstructed(self) -> Iterator[str]:
         if self.waveform_weight == self.spectral_weight == self.mel_weight == 0:
-            raise ValueError(
+            yield (
                 "waveform_weight: this, spectral_weight or mel_weight must exceed 0, got 0 for all. Raise "
                 "one of them."
             )
-        return self
 
 
 class NoiseLevelConfig(StrictModel):
@@ -353,20 +338,16 @@ class NoiseLevelConfig(StrictModel):
     uniform_fraction: Fraction = 0.1
     """Share of the samples whose level is drawn evenly from 0 to 1."""
 
-    @model_validator(mode="after")
-    def _the_line_and_the_bounds_are_ordered(self) -> Self:
-        problems = []
+    @rule
+    def _the_line_and_the_bounds_are_ordered(self) -> Iterator[str]:
         if self.high_tokens <= self.low_tokens:
-            problems.append(
+            yield (
                 f"high_tokens: must exceed low_tokens ({self.low_tokens}), got {self.high_tokens}. Swap them."
             )
         if self.min_shift is not None and self.max_shift is not None and self.max_shift < self.min_shift:
-            problems.append(
+            yield (
                 f"max_shift: must not be below min_shift ({self.min_shift}), got {self.max_shift}. Swap them."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class FlowConfig(LossConfig):
@@ -385,10 +366,7 @@ class FlowConfig(LossConfig):
     """Share of the clips whose first latent frame is given without noise and not trained, for
     image-to-video."""
 
-    @model_validator(mode="after")
-    def _something_is_trained(self) -> Self:
+    @rule
+    def _something_is_trained(self) -> Iterator[str]:
         if self.video_weight == self.audio_weight == 0:
-            raise ValueError(
-                "video_weight: this or audio_weight must exceed 0, got 0 for both. Raise one of them."
-            )
-        return self
+            yield "video_weight: this or audio_weight must exceed 0, got 0 for both. Raise one of them."

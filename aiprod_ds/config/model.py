@@ -6,11 +6,12 @@ are the YAML keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import (
     CodePath,
     FreeMapping,
@@ -41,15 +42,12 @@ class ModelConfig(StrictModel):
     """Frames that become one latent; the model takes 1 + stride * k frames. Of sound: samples, and multiples
     of it. null: measured on the model."""
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    @rule
+    def _one_origin(self) -> Iterator[str]:
         if self.pretrained is not None and self.config:
-            raise ValueError("config: has no effect when pretrained is set, got both. Remove one of the two.")
+            yield "config: has no effect when pretrained is set, got both. Remove one of the two."
         if self.pretrained is None and self.subfolder is not None:
-            raise ValueError(
-                f"subfolder: has no effect without pretrained, got {self.subfolder!r}. Remove it."
-            )
-        return self
+            yield f"subfolder: has no effect without pretrained, got {self.subfolder!r}. Remove it."
 
 
 class LoraConfig(StrictModel):

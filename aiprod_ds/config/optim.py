@@ -7,11 +7,12 @@ Owns the schema; the formulas are in `aiprod_ds.optim.ema`, `aiprod_ds.optim.ada
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import (
     Fraction,
     NonNegativeFloat,
@@ -92,19 +93,15 @@ class SpikesConfig(StrictModel):
     counted_updates: PositiveInt | None = 10_000
     """Only rollbacks of so many updates before count. null: all of the phase."""
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        problems = []
+    @rule
+    def _ordered(self) -> Iterator[str]:
         if self.sustained_deviations > self.extreme_deviations:
-            problems.append(
+            yield (
                 f"sustained_deviations: must be at most extreme_deviations ({self.extreme_deviations:g}), "
                 f"got {self.sustained_deviations:g}. Lower it or raise the other."
             )
         if self.warmup_updates > self.baseline_updates:
-            problems.append(
+            yield (
                 f"warmup_updates: must be at most baseline_updates ({self.baseline_updates}), got "
                 f"{self.warmup_updates}. Lower it or raise the other."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self

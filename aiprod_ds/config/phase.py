@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from typing_extensions import Self
 
 from aiprod_ds.config.model import LoraConfig
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import (
     Fraction,
     NonNegativeFloat,
@@ -63,14 +63,13 @@ class PhaseDuration(StrictModel):
     frame_rate_hz: PositiveFloat | None = None
     """Rate to which clips are resampled, in frames per second. null: each clip's own. Not for sound."""
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    @rule
+    def _one_length(self) -> Iterator[str]:
         if (self.frames is None) == (self.seconds is None):
             got = "neither" if self.frames is None else "both"
-            raise ValueError(
+            yield (
                 f"frames: either this or seconds must be given, got {got}. Write for example {{frames: 17}}."
             )
-        return self
 
 
 class BucketConfig(StrictModel):
@@ -227,16 +226,13 @@ class PhaseConfig(StrictModel):
         """The longest that the phase can be: `updates` or `max_updates`; None when only epochs end it."""
         return self.updates if self.updates is not None else self.max_updates
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        problems = [*_shape_problems(self), *_end_problems(self), *_length_problems(self)]
+    @rule
+    def _rules(self) -> Iterator[str]:
+        yield from _shape_problems(self)
+        yield from _end_problems(self)
+        yield from _length_problems(self)
         if (self.moment_decay is not None) != (self.moments == "decay"):
-            problems.append(
-                f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither."
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+            yield f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither."
 
 
 def _shape_problems(phase: PhaseConfig) -> Iterator[str]:

@@ -13,8 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.data import ClipDataConfig
@@ -22,6 +21,7 @@ from aiprod_ds.config.messages import suggestion
 from aiprod_ds.config.model import LoraConfig, ModelConfig
 from aiprod_ds.config.optim import EmaConfig, OptimizerConfig, SpikesConfig
 from aiprod_ds.config.phase import BucketConfig, PhaseConfig
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import (
     FreeMapping,
     NonNegativeInt,
@@ -67,13 +67,10 @@ class EngineConfig(StrictModel):
     faster than many small ones; what cannot be a view of one stays as it is, and with `on` is an error.
     Checkpoints are the same."""
 
-    @model_validator(mode="after")
-    def _flat_parameters_have_an_effect(self) -> Self:
+    @rule
+    def _flat_parameters_have_an_effect(self) -> Iterator[str]:
         if self.kind == "local" and self.flat_parameters == "on":
-            raise ValueError(
-                "flat_parameters: on has no effect with kind: local, got both. Remove one of the two."
-            )
-        return self
+            yield "flat_parameters: on has no effect with kind: local, got both. Remove one of the two."
 
 
 class PerformanceConfig(StrictModel):
@@ -133,22 +130,19 @@ class CheckpointConfig(StrictModel):
     """Where the disk takes no checkpoint, because it is full, read-only, failing or gone: end the run with an
     error, or warn, train on and try again at the next save."""
 
-    @model_validator(mode="after")
-    def _rules_have_an_effect(self) -> Self:
-        problems = [
-            f"{key}: has no effect without keep_last, which null keeps everything, got a value. Set "
-            "keep_last or remove it."
-            for key in ("keep_every_updates", "keep_best")
-            if self.keep_last is None and getattr(self, key) is not None
-        ]
+    @rule
+    def _rules_have_an_effect(self) -> Iterator[str]:
+        for key in ("keep_every_updates", "keep_best"):
+            if self.keep_last is None and getattr(self, key) is not None:
+                yield (
+                    f"{key}: has no effect without keep_last, which null keeps everything, got a value. Set "
+                    "keep_last or remove it."
+                )
         if self.keep_every_updates is not None and self.keep_every_updates % self.every_updates:
-            problems.append(
+            yield (
                 f"keep_every_updates: must be a multiple of every_updates ({self.every_updates}), got "
                 f"{self.keep_every_updates}."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class EvaluationConfig(StrictModel):
@@ -240,35 +234,34 @@ class RunConfig(StrictModel):
     report: ReportConfig = ReportConfig()
     """Where metrics go."""
 
-    @model_validator(mode="after")
-    def _phases_weigh_known_terms(self) -> Self:
+    @rule
+    def _phases_weigh_known_terms(self) -> Iterator[str]:
         known = self.loss_weights()
-        problems = [
-            f"curriculum.phases[{index}].loss.{name}: is not a weight of the loss section, got {value}. "
-            f"{suggestion(name, known)}"
-            for index, phase in enumerate(self.curriculum.phases)
-            for name, value in phase.loss.items()
-            if name not in known
-        ]
-        problems += [
-            f"curriculum.phases[{index}].{key}: has no effect for trainer {self.trainer}, got a value. "
-            "Remove it."
-            for index, phase in enumerate(self.curriculum.phases)
-            for key in ("training_mode", "lora")
-            if not self.has_adapters and getattr(phase, key) is not None
-        ]
-        if self.checkpoint.self_contained and all(
-            self.phase_adapters(phase) is None for phase in self.curriculum.phases
-        ):
-            problems.append(
+        for index, phase in enumerate(self.curriculum.phases):
+            for name, value in phase.loss.items():
+                if name not in known:
+                    yield (
+                        f"curriculum.phases[{index}].loss.{name}: is not a weight of the loss section, got "
+                        f"{value}. {suggestion(name, known)}"
+                    )
+
+    @rule
+    def _adapters_have_an_effect(self) -> Iterator[str]:
+        phases = self.curriculum.phases
+        for index, phase in enumerate(phases):
+            for key in ("training_mode", "lora"):
+                if not self.has_adapters and getattr(phase, key) is not None:
+                    yield (
+                        f"curriculum.phases[{index}].{key}: has no effect for trainer {self.trainer}, got a "
+                        "value. Remove it."
+                    )
+        if self.checkpoint.self_contained and all(self.phase_adapters(phase) is None for phase in phases):
+            yield (
                 "checkpoint.self_contained: has no effect unless a phase trains adapters, got true. Remove "
                 "it."
             )
-        problems += self._chosen_by_auto()
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
+    @rule
     def _chosen_by_auto(self) -> Iterator[str]:
         if self.engine.parallel != "auto":
             return

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from aiprod_ds.config.encode import Precision, TextEncoderConfig
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.phase import PhaseDuration, PhaseResolution
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import PositiveFloat, PositiveInt, Seed, StrictModel
 
 
@@ -77,19 +77,18 @@ class TrainingPreviewConfig(PreviewConfig):
     """The encoder of own prompts, as the latents' captions were encoded; it is loaded once, before training,
     and the embeddings stay in the run folder."""
 
-    @model_validator(mode="after")
-    def _prompts_need_an_encoder(self) -> Self:
+    @rule
+    def _prompts_need_an_encoder(self) -> Iterator[str]:
         has_prompts = bool(self.prompts) or self.prompts_file is not None
         if has_prompts and self.text is None:
-            raise ValueError(
+            yield (
                 "text: must be given for own prompts, got nothing. Copy the section text of what encoded the "
                 "captions."
             )
         if self.text is not None and not has_prompts:
-            raise ValueError(
+            yield (
                 "text: has no effect without prompts or prompts_file, got a value. Remove it or add prompts."
             )
-        return self
 
 
 class SampleConfig(StrictModel):
@@ -123,13 +122,7 @@ class SampleConfig(StrictModel):
     sampling: PreviewConfig = PreviewConfig()
     """How clips are sampled and decoded."""
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        problems = list(self._problems())
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
+    @rule
     def _problems(self) -> Iterator[str]:
         if self.duration.frame_rate_hz is None:
             yield (

@@ -9,8 +9,10 @@ and is not judged, nor is a run folder's copy of a configuration, of which nothi
 import math
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from typing_extensions import Self
 
+from aiprod_ds.config.problems.rules import UNRULED, broken_rules
 from aiprod_ds.import_path import INSTALLED, is_installed
 
 TRUST_CODE = "trust_code"
@@ -83,7 +85,7 @@ FreeMapping = Annotated[
 
 def _judged(path: str, info: ValidationInfo) -> str:
     # Only `load` gives a context, and says in it whether the file may name code.
-    if info.context is not None and not info.context[TRUST_CODE]:
+    if info.context is not None and not info.context.get(TRUST_CODE, True):
         problem = untrusted(path)
         if problem is not None:
             raise ValueError(problem)
@@ -105,7 +107,7 @@ def untrusted(path: str) -> str | None:
 
 
 class StrictModel(BaseModel):
-    """A frozen record that refuses unknown keys and wrong types.
+    """A frozen record that refuses unknown keys and wrong types, and asks its rules (`problems.rules.rule`).
 
     The text under a field is its description: `tools/config_reference.py` prints it in docs/configuration.md.
     """
@@ -118,3 +120,11 @@ class StrictModel(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+    @model_validator(mode="after")
+    def _keeps_its_rules(self, info: ValidationInfo) -> Self:
+        if not (info.context or {}).get(UNRULED):
+            problems = list(broken_rules(self))
+            if problems:
+                raise ValueError("\n".join(problems))
+        return self

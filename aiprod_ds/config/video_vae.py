@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from aiprod_ds.config.data import VideoDataConfig
 from aiprod_ds.config.losses import VideoVAELossConfig
+from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.run import EvaluationConfig, RunConfig, TrainerPath
 from aiprod_ds.config.schema import CodePath, PositiveInt, StrictModel
 
@@ -26,11 +27,10 @@ class FvdConfig(StrictModel):
     """Height and width of the frames that the network sees: the shorter side is scaled to it, the middle
     cut out."""
 
-    @model_validator(mode="after")
-    def _hash_has_effect(self) -> Self:
+    @rule
+    def _hash_has_effect(self) -> Iterator[str]:
         if self.sha256 is not None and ":" in self.network:
-            raise ValueError(f"sha256: has no effect on an import path, got {self.network!r}. Remove it.")
-        return self
+            yield f"sha256: has no effect on an import path, got {self.network!r}. Remove it."
 
 
 class VideoMeasuresConfig(StrictModel):
@@ -65,16 +65,11 @@ class VAETrainerConfig(RunConfig):
     evaluation: VideoEvaluationConfig = VideoEvaluationConfig()
     """What is measured on held-out clips."""
 
-    @model_validator(mode="after")
-    def _phases_have_a_resolution(self) -> Self:
-        problems = [
-            f"{where}.resolution: must be given for video, got nothing. Add `resolution:`."
-            for where, shape in self.phase_shapes()
-            if shape.resolution is None
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    @rule
+    def _phases_have_a_resolution(self) -> Iterator[str]:
+        for where, shape in self.phase_shapes():
+            if shape.resolution is None:
+                yield f"{where}.resolution: must be given for video, got nothing. Add `resolution:`."
 
     def loss_weights(self) -> dict[str, float]:
         """Returns every `*_weight` of the loss section."""
