@@ -10,6 +10,8 @@ nor read what differs between micro-batches from anywhere but its tensors.
 from __future__ import annotations
 
 import gc
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -71,6 +73,29 @@ class DirectCalls:
         return torch.func.functional_call(self._module, self._parameters, args, kwargs)
 
 
+class GraphPool:
+    """Memory that graphs share, while there are any.
+
+    A pool whose last graph is gone cannot be captured into again, although memory of it may still be in use
+    (torch 2.11, c10/cuda/CUDACachingAllocator.cpp:2799): the next graph begins another one.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._graphs = 0
+
+    def take(self) -> Any:
+        """Returns the handle for the capture of a graph."""
+        if self._graphs == 0:
+            self._handle = torch.cuda.graph_pool_handle()
+        self._graphs += 1
+        return self._handle
+
+    def give_back(self) -> None:
+        """Says that one graph is gone."""
+        self._graphs -= 1
+
+
 class CapturedLoss:
     """A loss of one shape, captured.
 
@@ -80,8 +105,8 @@ class CapturedLoss:
         parameters: Of the engine's module, by their names there.
         hooks: Of the engine that holds them. Their memory must stay in place.
         device: Of the parameters.
-        pool: Memory that several share, from `torch.cuda.graph_pool_handle`; only one of them may be between
-            its forward pass and the use of its gradients. None on the CPU.
+        pool: Memory that several share; only one of them may be between its forward pass and the use of its
+            gradients.
 
     Attributes:
         why_not: Why it was not captured, so that the loss has to be computed as any other; None if it was.
@@ -98,9 +123,9 @@ class CapturedLoss:
         parameters: Mapping[str, nn.Parameter],
         hooks: CaptureHooks,
         device: torch.device,
-        pool: Any = None,
+        pool: GraphPool,
     ) -> None:
-        self._loss, self._hooks = loss, hooks
+        self._loss, self._hooks, self._pool = loss, hooks, pool
         trained = {name: value for name, value in parameters.items() if value.requires_grad}
         self._own = trained
         # Others over the same memory. Of the engine's own DeepSpeed keeps the nodes of autograd, which belong
@@ -116,7 +141,7 @@ class CapturedLoss:
         if device.type == "cuda":
             self.why_not = self._warm_up()
             if self.why_not is None:
-                self._capture(pool)
+                self._capture()
 
     def __call__(self, tensors: Mapping[str, Tensor], *, is_last: bool) -> dict[str, Tensor]:
         """Returns the loss of a micro-batch; the backward pass of `total` gives the parameters gradients.
@@ -150,6 +175,7 @@ class CapturedLoss:
         """Gives the memory back to the pool."""
         for graph in self._graphs:
             graph.reset()
+            self._pool.give_back()
         self._graphs, self._gradients = [], ()
         self._total = torch.empty(())
 
@@ -204,7 +230,7 @@ class CapturedLoss:
         except RuntimeError as error:
             if _WAITED not in str(error):
                 raise
-            return f"it waits for the device: {error}"
+            return f"it waits for the device {_place(error)}"
         if kept > _SHARE_OF_FREE * free:
             return f"its forward pass keeps {kept / 1e9:.1f} of {free / 1e9:.1f} GB that are free"
         return None
@@ -212,19 +238,26 @@ class CapturedLoss:
     def _forget(self) -> None:
         self._total, self._gradients = torch.empty(()), ()
 
-    def _capture(self, pool: Any) -> None:
+    def _capture(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()  # what is captured takes memory of its own for all that the warm-up took
         for run in (self._forward, self._backward):
             graph = torch.cuda.CUDAGraph()
             # Threads that pin memory go on.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool.take(), capture_error_mode="thread_local"):
                 run()
             self._graphs.append(graph)
         # Lets go of the graph of autograd and of the gradients: their memory stays in the pool, where the
         # next capture may use it, too.
         self._total = self._total.detach()
         self._gradients = tuple(None if value is None else _borrowed(value) for value in self._gradients)
+
+
+def _place(error: BaseException) -> str:
+    """Returns where it was raised, outside of torch if any of it was."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame.filename] or frames
+    return f"in {outside[-1].name} ({outside[-1].filename}:{outside[-1].lineno})"
 
 
 @contextmanager

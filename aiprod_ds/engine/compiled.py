@@ -23,6 +23,7 @@ _PLAIN_CLASS = "_class_without_compilation"
 # A block is compiled with and without gradients, in training and for the held-out clips, for each shape.
 _ENTRIES_PER_SHAPE = 4
 _SPARE_ENTRIES = 8
+_KERNEL_ALIGNMENT = 16  # bytes
 
 
 def set_compiled(blocks: Iterable[nn.Module], *, enabled: bool, backend: str = "inductor") -> None:
@@ -40,6 +41,31 @@ def set_compiled(blocks: Iterable[nn.Module], *, enabled: bool, backend: str = "
         # A subclass, not a wrapper or an instance attribute: keys stay, hooks stay outside, and a deep copy
         # calls itself.
         block.__class__ = _compiled(plain, backend) if enabled else plain  # type: ignore[arg-type]  # mypy: a class is hashable
+
+
+def leave_unaligned_eager(module: nn.Module) -> tuple[str, ...]:
+    """Switches compilation off for blocks with a weight that does not begin at a multiple of 16 bytes;
+    returns what was switched off, and why.
+
+    Kernels that inductor makes for a block serve all blocks of its class. They take a parameter to be aligned
+    as the first block's was, and read another one with an error that no process survives (torch 2.11,
+    _inductor/compile_fx.py, `get_input_idxs_to_check`). An engine that packs weights of odd sizes into one
+    buffer makes such.
+
+    Args:
+        module: As its engine has it.
+    """
+    notes = []
+    for name, block in module.named_modules():
+        if not hasattr(type(block), _PLAIN_CLASS):
+            continue
+        odd = [own for own, value in block.named_parameters() if value.data_ptr() % _KERNEL_ALIGNMENT]
+        if odd:
+            set_compiled([block], enabled=False)
+            notes.append(
+                f"{name} is not compiled: {odd[0]} is not at a multiple of {_KERNEL_ALIGNMENT} bytes"
+            )
+    return tuple(notes)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine import deepspeed_internals as internals
 from aiprod_ds.engine import deepspeed_state, dist
 from aiprod_ds.engine.adamw import LateNumber, OnePassAdamW, global_norm, scale_moments
-from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks, DirectCalls
+from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks, DirectCalls, GraphPool
+from aiprod_ds.engine.compiled import leave_unaligned_eager
 from aiprod_ds.engine.deepspeed_parameters import EngineParameters, ModuleNames
 from aiprod_ds.engine.flat_parameters import MAX_ELEMENTS, FlatMode, FlatParameters, Sharding
 from aiprod_ds.engine.flat_views import InFlatParameter, saving_by_place
@@ -103,7 +104,7 @@ class DeepSpeedEngine:
         self._optimized = self._flat.groups(module, groups)
         self._clip_norm = optimizer.gradient_clip_norm
         self._direct = DirectCalls(module)
-        self._graph_pool: Any = None
+        self._graph_pool = GraphPool()
         dictionary = deepspeed_dictionary(
             settings,
             micro_batch_size=micro_batch_size,
@@ -135,6 +136,8 @@ class DeepSpeedEngine:
         )
         # After DeepSpeed's own hooks, so that what they gather is there.
         self._flat.attach(is_traced=not deepspeed_state.is_partitioned(self._engine))
+        if self.device.type == "cuda":
+            self.layout_notes += _left_eager(module)
         self.set_weight_decay(optimizer.weight_decay)
         internals.count_overflows_at_minimum(self._engine)
         _broadcast_buffers(module)
@@ -162,8 +165,6 @@ class DeepSpeedEngine:
             raise EngineError(
                 "performance.graphs: must be off with ZeRO-3, got a loss to capture. Set it to off."
             )
-        if self._graph_pool is None and self.device.type == "cuda":
-            self._graph_pool = torch.cuda.graph_pool_handle()
         hooks = CaptureHooks(
             direct=self._direct.using,
             before_forward=lambda: internals.before_captured_forward(self._engine),
@@ -415,6 +416,13 @@ def _flat_parameters(
         "".join(f" note={note!r}" for note in flat.notes),
     )  # fmt: skip
     return flat
+
+
+def _left_eager(module: nn.Module) -> tuple[str, ...]:
+    notes = leave_unaligned_eager(module)
+    for note in notes:
+        _LOG.warning("compile_left_out note=%r", note)
+    return notes
 
 
 def _adamw(

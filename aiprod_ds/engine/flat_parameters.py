@@ -136,13 +136,20 @@ class FlatParameters:
         return [each.block for each in self._blocks]
 
     def groups(self, module: nn.Module, groups: Sequence[ParameterGroup]) -> list[list[nn.Parameter]]:
-        """Returns the trained parameters as they are now, in groups as those of `__init__`."""
+        """Returns the trained parameters as they are now, in groups as those of `__init__`, flat ones first.
+
+        An engine that lays a group out in one buffer then has every flat parameter where it is aligned,
+        whatever the sizes of the others.
+        """
         homes = {member.name: name for name, layout in self.layouts.items() for member in layout.members}
         parameters = dict(module.named_parameters())
-        return [
-            [parameters[name] for name in dict.fromkeys(homes.get(name, name) for name in group.names)]
-            for group in groups
-        ]
+        found = []
+        for group in groups:
+            names = dict.fromkeys(homes.get(name, name) for name in group.names)
+            found.append(
+                [parameters[name] for name in sorted(names, key=lambda name: name not in self.layouts)]
+            )
+        return found
 
     def attach(self, *, is_traced: bool) -> None:
         """Lets blocks run: from now on their forward finds its weights.

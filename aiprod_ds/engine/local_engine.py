@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.optim import OptimizerConfig
 from aiprod_ds.engine.adamw import scale_moments
-from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks, DirectCalls
+from aiprod_ds.engine.captured import CapturedLoss, CaptureHooks, DirectCalls, GraphPool
 from aiprod_ds.engine.layout import (
     TORCH_DTYPES,
     find_parameter,
@@ -107,6 +107,7 @@ class LocalEngine:
         )
         self._groups = tuple(groups)
         self._direct = DirectCalls(module)
+        self._graph_pool = GraphPool()
         self.set_weight_decay(optimizer.weight_decay)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,14 @@ class LocalEngine:
     ) -> CapturedLoss:
         """See `Engine.captured_loss`."""
         hooks = CaptureHooks(direct=self._direct.using)
-        return CapturedLoss(loss, tensors, parameters=self._weights, hooks=hooks, device=self.device)
+        return CapturedLoss(
+            loss,
+            tensors,
+            parameters=self._weights,
+            hooks=hooks,
+            device=self.device,
+            pool=self._graph_pool,
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients of `loss` (0-dim fp32, the mean over the micro-batch), divided by the

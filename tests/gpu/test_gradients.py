@@ -48,7 +48,7 @@ def test_every_gradient_is_that_of_plain_autograd(measured: dict[str, Any], case
     assert case not in measured["failed"], measured["failed"][case]
     for accumulation in ACCUMULATIONS:
         name, error = measured["errors"][f"{case}-{stage}-{accumulation}"]
-        assert error <= TOLERANCES[case.split("-")[2]], f"{name} with accumulation {accumulation}"
+        assert error <= TOLERANCES[case.split("-")[2]], f"{name} {error:.1e}, accumulation {accumulation}"
 
 
 # Below runs on the rank.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from aiprod_ds.curriculum.strides import ModelStrides
@@ -27,8 +28,10 @@ _PUBLISHED = (
     (r"\b(video|audio)_a2v_cross_attn_scale_shift_table\b", r"scale_shift_table_a2v_ca_\1"),
     (r"\b(audio_)?proj_in\b", r"\1patchify_proj"),
     (r"\b(audio_)?time_embed\b", r"\1adaln_single"),
+    (r"\b(audio_)?prompt_adaln\b", r"\1prompt_adaln_single"),  # of 2.3
     (r"\bnorm_(q|k)\b", r"\1_norm"),
 )
+_NAMES = PublishedNames(prefix=PIPELINE_PREFIX, rules=_PUBLISHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,7 @@ class LTX2:
     has_token_timesteps: ClassVar[bool] = True
     text_tokens: ClassVar[int] = 1024
     lora_targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*",)
-    published: ClassVar[PublishedNames | None] = PublishedNames(prefix=PIPELINE_PREFIX, rules=_PUBLISHED)
+    published: ClassVar[PublishedNames | None] = _NAMES
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> LTX2:
@@ -143,6 +146,7 @@ class LTX2:
         """Returns the predicted velocities; arguments as `Family.forward` says."""
         dtype = noisy["video"].dtype
         _, frames, height, width = grids["video"].latent_shape
+        rates = frame_rates(tensors, num_axes=3, family=self.name)
         audio_text = "audio_prompt_embeds" if "audio_prompt_embeds" in tensors else "prompt_embeds"
         text_BSD = prompt(tensors, "prompt_embeds", width=self.text_width, family=self.name)
         audio_text_BSD = prompt(tensors, audio_text, width=self.sound.text_width, family=self.name)
@@ -162,7 +166,7 @@ class LTX2:
             num_frames=frames,
             height=height,
             width=width,
-            fps=frame_rates(tensors, num_axes=3, family=self.name),
+            video_coords=video_bounds(cast("Any", transformer).rope, (frames, height, width), rates),
             audio_num_frames=grids["audio"].sizes[0],
             use_cross_timestep=True,
             return_dict=False,
@@ -205,8 +209,39 @@ class LTX2:
         )
 
     def original_name(self, module_name: str) -> str:
-        """Returns the name itself: inside the blocks diffusers kept the names."""
-        return module_name
+        """Returns the publication's name of a module, out of the table of its single file."""
+        return _NAMES.layer_of(module_name)
+
+
+def video_bounds(rope: Any, sizes: Sequence[int], rates_B11: Tensor) -> Tensor:
+    """Returns where each token of video begins and ends, fp32 [B, 3, tokens, 2], in seconds and pixels.
+
+    What `rope.prepare_video_coords` returns, bit for bit (diffusers 0.42.1, models/transformers/
+    transformer_ltx2.py:873). That one copies constants from the host, for which every forward pass waits and
+    which a CUDA graph cannot hold.
+
+    Args:
+        rope: The transformer's.
+        sizes: Latent frames, rows and columns.
+        rates_B11: Frames per second, on the device.
+    """
+    steps = (rope.patch_size_t, rope.patch_size, rope.patch_size)
+    bounds = []
+    for size, step, scale in zip(sizes, steps, rope.scale_factors, strict=True):
+        begins = torch.arange(0, size, step, dtype=torch.float32, device=rates_B11.device)
+        bounds.append(torch.stack([begins, begins + step], dim=-1) * scale)
+    # The first latent is one frame, those after it `scale` frames.
+    times = (bounds[0] + rope.causal_offset - rope.scale_factors[0]).clamp(min=0)
+    shape = [len(axis) for axis in bounds]
+    time_N2, *space_N2 = (
+        axis.view([-1 if place == own else 1 for place in range(3)] + [2]).expand([*shape, 2]).flatten(0, 2)
+        for own, axis in enumerate([times, *bounds[1:]])
+    )
+    batch_size = len(rates_B11)
+    return torch.stack(
+        [time_N2 / rates_B11, *(axis.expand(batch_size, -1, -1) for axis in space_N2)],
+        dim=1,
+    )
 
 
 def _parameters(transformer: nn.Module, modality: str) -> Iterator[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.optim import OptimizerConfig
-from aiprod_ds.engine.captured import CapturedLoss
+from aiprod_ds.engine.captured import CapturedLoss, GraphPool
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
 from aiprod_ds.errors import EngineError
@@ -91,3 +91,15 @@ def test_a_weight_that_was_moved_is_an_error_by_its_name() -> None:
     weight.data = weight.data.clone()
     with pytest.raises(EngineError, match=r"performance\.graphs: weights must stay in place, got a new used"):
         captured({"x": torch.ones(2, 4)}, is_last=True)
+
+
+def test_a_pool_whose_last_graph_is_gone_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = iter(["first", "second"])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    pool = GraphPool()
+    assert [pool.take(), pool.take()] == ["first", "first"]
+    pool.give_back()
+    assert pool.take() == "first", "one graph is left"
+    pool.give_back()
+    pool.give_back()
+    assert pool.take() == "second"

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from aiprod_ds import progress
-from aiprod_ds.engine.compiled import compiled_shapes, set_compiled
+from aiprod_ds.engine.compiled import compiled_shapes, leave_unaligned_eager, set_compiled
 from aiprod_ds.engine.recompute import set_recompute
 from aiprod_ds.report.progress_line import shown_on
 
@@ -143,3 +143,16 @@ def test_compiling_shows_progress_and_its_callbacks_go(monkeypatch: pytest.Monke
     assert log.getvalue() == first  # nothing is compiled twice
     handler = torch._dynamo.callback.callback_handler
     assert (handler.start_callbacks, handler.end_callbacks) == ([], [])
+
+
+def test_blocks_whose_weights_are_not_aligned_stay_eager() -> None:
+    row = _row()
+    set_compiled(row.blocks, enabled=True, backend="aot_eager")
+    assert leave_unaligned_eager(row) == ()
+    bias = row.blocks[1].linear.bias  # type: ignore[union-attr]
+    bias.data = torch.cat([torch.zeros(1), bias.data])[1:]
+    assert bias.data_ptr() % 16 == 4
+    assert leave_unaligned_eager(row) == (
+        "blocks.1 is not compiled: linear.bias is not at a multiple of 16 bytes",
+    )
+    assert [type(block) is Block for block in row.blocks] == [False, True, False]

@@ -15,7 +15,7 @@ from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.models.diffusion import DiffusionModule
 from aiprod_ds.models.families.flops import attention_flops, linear_flops
 from aiprod_ds.models.families.ltx import LTXVideo
-from aiprod_ds.models.families.ltx2 import LTX2
+from aiprod_ds.models.families.ltx2 import LTX2, video_bounds
 from aiprod_ds.models.families.protocol import Family, require_token_timesteps
 from aiprod_ds.models.families.registry import FAMILIES, find_family
 from aiprod_ds.models.families.tokens import TokenGrid, latents_of, tokens_of
@@ -161,6 +161,17 @@ def test_samples_do_not_see_each_other(module: DiffusionModule) -> None:
     for index in range(2):
         alone = _velocity(module, {name: value[index : index + 1] for name, value in tensors.items()})
         _assert_close(alone, {name: values[index : index + 1] for name, values in together.items()})
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (4, 5, 2)])
+@pytest.mark.parametrize("changes", [{}, {"patch_size": 2, "patch_size_t": 2, "causal_offset": 3}])
+def test_positions_of_ltx2_are_those_of_its_transformer(
+    sizes: tuple[int, int, int], changes: dict[str, Any]
+) -> None:
+    rope = _transformer(LTX2, **changes).rope
+    rates = torch.tensor([24.0, 29.97]).view(-1, 1, 1)
+    expected = rope.prepare_video_coords(2, *sizes, torch.device("cpu"), fps=rates)
+    assert torch.equal(video_bounds(rope, sizes, rates), expected)
 
 
 @pytest.mark.parametrize("family_type", [LTXVideo, LTX2], ids=lambda family: family.name)
