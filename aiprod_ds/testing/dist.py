@@ -1,4 +1,5 @@
-"""Runs a function on several ranks, for tests of this project and of its users.
+"""Runs a function on several ranks, or in a process that forks its own, for tests of this project and of its
+users.
 
 Owns the call: what ranks get, a time limit, results that come back whole or as an error. The function runs in
 processes of its own, joined in one group; it returns something that JSON can hold.
@@ -12,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,46 @@ def run_on_ranks(
         EngineError: If a rank fails, time runs out or a result is missing; the message ends with the ranks'
             output.
     """
+    start = _launch if launcher or environment else _fork
+    return _results(
+        function,
+        arguments or {},
+        partial(start, ranks, _environment(environment or {}), timeout_seconds),
+        ranks,
+    )
+
+
+def run_forked(
+    function: Callable[..., Any],
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    timeout_seconds: float = 300.0,
+) -> Any:
+    """Returns what `function(**arguments)` returns in one process that is no rank and has joined no group.
+
+    It is forked from the process that `run_on_ranks` forks ranks from, so it has imported everything and may
+    itself fork ranks (`testing.forked`) that a test stops or kills.
+
+    Args:
+        function: As `run_on_ranks` takes it.
+        arguments: Keyword arguments that JSON can hold.
+        timeout_seconds: It is killed after this time, with what it has forked.
+
+    Raises:
+        EngineError: If it fails or time runs out; the message ends with its output.
+    """
+    return _results(function, arguments or {}, partial(_fork, None, _environment({}), timeout_seconds), 1)[0]
+
+
+def _results(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    start: Callable[[Mapping[str, Any]], tuple[str | None, str]],
+    ranks: int,
+) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
-        call = {"target": _target(function), "arguments": dict(arguments or {}), "results": folder}
-        start = _launch if launcher or environment else _fork
-        failure, output = start(call, ranks, _environment(environment or {}), timeout_seconds)
+        call = {"target": _target(function), "arguments": dict(arguments), "results": folder}
+        failure, output = start(call)
         results = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         # The launcher exits with 0 when it is killed itself, so only a file from every rank means success.
         missing = [rank for rank, path in enumerate(results) if not path.exists()]
@@ -71,7 +109,7 @@ def run_on_ranks(
 
 
 def _launch(
-    call: Mapping[str, Any], ranks: int, environment: Mapping[str, str], timeout_seconds: float
+    ranks: int, environment: Mapping[str, str], timeout_seconds: float, call: Mapping[str, Any]
 ) -> tuple[str | None, str]:
     """Returns what went wrong and what the ranks and their launcher wrote."""
     command = [*launcher_command(ranks=ranks), "--module", "aiprod_ds.testing.rank", json.dumps(call)]
@@ -82,7 +120,7 @@ def _launch(
 
 
 def _fork(
-    call: Mapping[str, Any], ranks: int, environment: Mapping[str, str], timeout_seconds: float
+    ranks: int | None, environment: Mapping[str, str], timeout_seconds: float, call: Mapping[str, Any]
 ) -> tuple[str | None, str]:
     """Returns what went wrong and what the ranks wrote."""
     output = Path(call["results"]) / "output.txt"

@@ -2,8 +2,8 @@
 ranks more than a launcher.
 
 Owns the server, its pipes and the end of all it has started. It has no threads and joins no group, so a fork
-of it is like a process that has just finished importing. Called by `run_on_ranks`. Executing this module is
-the server's side; it ends with the process that started it.
+of it is like a process that has just finished importing. Called by `run_on_ranks` and `run_forked`. Executing
+this module is the server's side; it ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.forked import fork_ranks, import_for_ranks, wait_for_ranks
 from aiprod_ds.testing.processes import kill_session
-from aiprod_ds.testing.rank import call_on_this_rank
+from aiprod_ds.testing.rank import call_alone, call_on_this_rank
 
 _SURVIVOR_SECONDS = 1.0  # as the launcher, which looks once a second whether a rank has failed
 _END_SECONDS = 10.0
@@ -66,7 +66,7 @@ class ForkServer:
         self,
         call: Mapping[str, Any],
         *,
-        ranks: int,
+        ranks: int | None,
         environment: Mapping[str, str],
         output: Path,
         timeout_seconds: float,
@@ -76,7 +76,7 @@ class ForkServer:
 
         Args:
             call: As `call_on_this_rank` takes it.
-            ranks: Processes.
+            ranks: Processes. None for one that is no rank: it runs `call_alone(call)`.
             environment: All that they get, but for the launcher's variables.
             output: A file for what they write to stdout and stderr.
             timeout_seconds: They are killed after this time.
@@ -125,7 +125,7 @@ _SERVERS: dict[int, ForkServer] = {}
 def call_on_forked_ranks(
     call: Mapping[str, Any],
     *,
-    ranks: int,
+    ranks: int | None,
     environment: Mapping[str, str],
     output: Path,
     timeout_seconds: float,
@@ -177,8 +177,12 @@ def _take_pipes() -> tuple[TextIO, TextIO]:
 def _run(request: Mapping[str, Any], is_wanted: Callable[[], bool]) -> RanksEnd:
     """Forks ranks and waits for them; until it has replied nothing can come from the caller but its end."""
     began, limit = time.monotonic(), request["timeout_seconds"]
+    ranks = request["ranks"]
     processes = fork_ranks(
-        lambda: _be_called(request), ranks=request["ranks"], environment=request["environment"]
+        lambda: _be_called(request),
+        ranks=ranks or 1,
+        environment=request["environment"],
+        is_launched=ranks is not None,
     )
     codes = wait_for_ranks(
         processes, timeout_seconds=limit, survivor_seconds=_SURVIVOR_SECONDS, is_wanted=is_wanted
@@ -195,7 +199,8 @@ def _be_called(request: Mapping[str, Any]) -> int:
     os.dup2(output, 2)
     os.chdir(request["folder"])
     sys.path[0] = request["folder"]
-    call_on_this_rank(request["call"])
+    run = call_alone if request["ranks"] is None else call_on_this_rank
+    run(request["call"])
     return 0
 
 

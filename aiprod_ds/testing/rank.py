@@ -1,6 +1,7 @@
 """The rank's side of `run_on_ranks`: loads a function, calls it inside a process group, writes its result.
 
-The launcher executes this module; a server's forked ranks call `call_on_this_rank`.
+The launcher executes this module; a server's forks call `call_on_this_rank`, or `call_alone` if they are no
+ranks.
 """
 
 from __future__ import annotations
@@ -25,13 +26,27 @@ def call_on_this_rank(call: Mapping[str, Any]) -> None:
     """
     # torch is loaded in the ranks, not in the process that starts them
     dist = importlib.import_module("aiprod_ds.engine.dist")
+    function = _prepared(call)
+    with dist.process_group():
+        _write_result(call, dist.rank(), function(**call["arguments"]))
+
+
+def call_alone(call: Mapping[str, Any]) -> None:
+    """Does the same in a process that joins no group; its result is that of rank 0."""
+    function = _prepared(call)
+    _write_result(call, 0, function(**call["arguments"]))
+
+
+def _prepared(call: Mapping[str, Any]) -> Callable[..., Any]:
     function = _load(call["target"])
     ask_for_the_cpu_once()
     # every engine that closes collects garbage, and all that is imported would be looked through again
     gc.freeze()
-    with dist.process_group():
-        result = function(**call["arguments"])
-        (Path(call["results"]) / f"{dist.rank()}.json").write_text(json.dumps(result), encoding="utf-8")
+    return function
+
+
+def _write_result(call: Mapping[str, Any], rank: int, result: object) -> None:
+    (Path(call["results"]) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def ask_for_the_cpu_once() -> None:

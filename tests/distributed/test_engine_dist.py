@@ -1,5 +1,5 @@
 """The process-group helpers on two ranks, launched and forked, and what `run_on_ranks` does with failures of
-both."""
+both; `run_forked`, whose process forks ranks of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import torch
 
 from aiprod_ds.engine import dist
 from aiprod_ds.errors import EngineError
-from aiprod_ds.testing.dist import run_on_ranks
+from aiprod_ds.testing.dist import run_forked, run_on_ranks
+from aiprod_ds.testing.forked import fork_ranks, wait_for_ranks
 
 LAUNCHER = pytest.mark.parametrize("launcher", [False, True], ids=["forked", "launched"])
 
@@ -67,6 +68,15 @@ def hang(folder: str) -> None:
     time.sleep(600)
 
 
+def fork_two_ranks(folder: str) -> list[int]:
+    def leave_a_mark() -> int:
+        with dist.process_group():
+            Path(folder, f"{dist.rank()} of {dist.world_size()}").touch()
+        return 0
+
+    return wait_for_ranks(fork_ranks(leave_a_mark, ranks=2))
+
+
 def count() -> int:
     return dist.world_size()
 
@@ -97,6 +107,7 @@ def look_around() -> dict[str, Any]:
         "accelerator": os.environ["DS_ACCELERATOR"],
         "input": sys.stdin.read(),
         "group": os.getpgid(0) == os.getpid(),
+        "rank": os.environ.get("RANK"),
     }
 
 
@@ -157,6 +168,25 @@ def test_ranks_with_an_environment_of_their_own_are_launched() -> None:
     ranks = run_on_ranks(look_around, ranks=1, environment={"OMP_NUM_THREADS": "2"})
     assert "deepspeed" in ranks[0]["parent_says"]
     assert ranks[0]["threads"] == 2
+
+
+def test_a_process_that_is_no_rank_may_fork_some(tmp_path: Path) -> None:
+    rank = run_on_ranks(look_around, ranks=1)[0]
+    alone = run_forked(look_around)
+    assert alone == {**rank, "process": alone["process"], "rank": None}
+    assert run_forked(fork_two_ranks, arguments={"folder": str(tmp_path)}) == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0 of 2", "1 of 2"]
+
+
+def test_a_process_that_is_no_rank_ends_with_all_that_it_has_forked(tmp_path: Path) -> None:
+    seconds = 2.0
+    while len(_started(tmp_path)) < 2:  # a busy machine starts them more slowly
+        with pytest.raises(EngineError, match="ran out of time"):
+            run_forked(hang, arguments={"folder": str(tmp_path)}, timeout_seconds=seconds)
+        seconds *= 2
+    _await(lambda: not any(map(_is_alive, _started(tmp_path))))
+    with pytest.raises(EngineError, match=r"(?s)exited with \[1\].*FileNotFoundError"):
+        run_forked(hang, arguments={"folder": str(tmp_path / "none")})
 
 
 def test_a_caller_may_give_a_call_up_and_make_another_and_nothing_outlives_it(tmp_path: Path) -> None:
