@@ -17,6 +17,8 @@ import yaml
 from aiprod_ds.errors import ConfigError
 
 MAX_BYTES = 1 << 20
+UNREAD = object()
+"""Stands where a value was refused, if its problem was not raised."""
 _MAX_DEPTH = 64
 _MAX_DIGITS = 1000  # Python reads, but does not write, hexadecimals of any length
 _NULL, _BOOL, _INT, _FLOAT, _TEXT = (
@@ -38,12 +40,14 @@ _RESOLVERS = (
 )
 
 
-def read_yaml(data: bytes, source: str) -> Any:
+def read_yaml(data: bytes, source: str, problems: list[str] | None = None) -> Any:
     """Returns the one YAML document in `data` as dicts, lists, text, numbers, bools and None.
 
     Args:
         data: The file's bytes, UTF-8.
         source: What to call it in messages.
+        problems: Takes what can be told and read over, such as a key that is given twice; `UNREAD` stands for
+            values that were refused. None: that is raised.
 
     Raises:
         ConfigError: If it is not UTF-8, not well-formed, too large or deep, or uses a refused feature; all
@@ -64,10 +68,12 @@ def read_yaml(data: bytes, source: str) -> Any:
         raise ConfigError(_syntax_problem(error, source)) from None
     except RecursionError:
         raise ConfigError(f"{source}: must nest at most {_MAX_DEPTH} levels, got more. Flatten it.") from None
-    problems: list[str] = []
-    value = _value(node, source, problems, depth=0) if node is not None else None
-    if problems:
-        raise ConfigError(problems)
+    found: list[str] = []
+    value = _value(node, source, found, depth=0) if node is not None else None
+    if problems is not None:
+        problems += found
+    elif found:
+        raise ConfigError(found)
     return value
 
 
@@ -133,7 +139,7 @@ def _value(node: yaml.Node, source: str, problems: list[str], *, depth: int) -> 
     where = f"{source}: line {node.start_mark.line + 1}"
     if depth > _MAX_DEPTH:
         problems.append(f"{where}: must nest at most {_MAX_DEPTH} levels, got more. Flatten it.")
-        return None
+        return UNREAD
     if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):
         return _mapping(node, source, problems, depth=depth)
     if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
@@ -141,7 +147,7 @@ def _value(node: yaml.Node, source: str, problems: list[str], *, depth: int) -> 
     if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
         return _scalar(node, where, problems)
     problems.append(f"{where}: must be a plain value, got the tag {node.tag!r}. Remove the tag.")
-    return None
+    return UNREAD
 
 
 def _scalar(node: yaml.ScalarNode, where: str, problems: list[str]) -> Any:
@@ -150,13 +156,13 @@ def _scalar(node: yaml.ScalarNode, where: str, problems: list[str]) -> Any:
             f"{where}: an integer must not start with 0, got {node.value}. Drop the zero, or quote it as "
             "text."
         )
-        return None
+        return UNREAD
     try:
         return _SCALARS[node.tag](node.value)
     except ValueError:
         kind = node.tag.rpartition(":")[2]
         problems.append(f"{where}: must be a readable {kind}, got {node.value[:40]!r}. Correct the value.")
-        return None
+        return UNREAD
 
 
 def _mapping(node: yaml.MappingNode, source: str, problems: list[str], *, depth: int) -> dict[str, Any]:

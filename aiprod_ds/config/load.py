@@ -8,20 +8,23 @@ Called by the command line, the launcher, conversions and encoding.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from aiprod_ds.config.curriculum import CurriculumConfig, expand_preset
 from aiprod_ds.config.data import ClipDataConfig
 from aiprod_ds.config.diffusion import DiffusionModelConfig, adapters_of
 from aiprod_ds.config.encode import EncodeConfig
 from aiprod_ds.config.merge import Document, apply_overrides, places_of, read_document
-from aiprod_ds.config.messages import problems_of
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.config.phase import PhaseConfig, TrainingMode
+from aiprod_ds.config.problems.gather import examine
+from aiprod_ds.config.problems.meaning import nearest
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.config.sample import SampleConfig
 from aiprod_ds.config.schema import TRUST_CODE, Fraction, Seed, untrusted
@@ -57,13 +60,54 @@ def load_config(
         ConfigError: With one problem for every rule that is broken, as
             `file: dotted.path[index]: rule, got X. Fix.`
     """
+    return read_config(path, overrides, output_dir, trust_code=trust_code).sound()
+
+
+def read_config(
+    path: Path, overrides: Sequence[str] = (), output_dir: str | None = None, *, trust_code: bool = False
+) -> Reading[RunConfig]:
+    """Returns what `load_config` would, with its problems in place of an error, so that what needs the model
+    or the data can be checked as well where their sections are sound.
+
+    Raises:
+        ConfigError: If the file itself cannot be read.
+    """
     document = read_document(path)
     problems = _expand(document) + apply_overrides(document, overrides)
     if output_dir is not None:
         document.replace(("output_dir",), output_dir, "--output-dir")
     is_trusted = _take_trust(document, problems, by_option=trust_code)
     schema = _trainer(document, problems, is_trusted=is_trusted)
-    return validated(document, schema, problems, context={TRUST_CODE: is_trusted})
+    return _reading(document, schema, problems, context={TRUST_CODE: is_trusted})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading(Generic[Record]):
+    """A configuration as far as it can be read.
+
+    Attributes:
+        record: With stand-ins where something is broken; None if there is nothing valid to stand in.
+        problems: All of them, as messages.
+        unsound: Sections at the top level that have a problem; `""` stands for the whole.
+    """
+
+    record: Record | None
+    problems: tuple[str, ...]
+    unsound: frozenset[str]
+
+    def sound(self) -> Record:
+        """Returns the record.
+
+        Raises:
+            ConfigError: If there is a problem.
+        """
+        if self.problems or self.record is None:
+            raise ConfigError(self.problems)
+        return self.record
+
+    def is_sound(self, *sections: str) -> bool:
+        """Returns whether the record says of these sections what the file does."""
+        return self.record is not None and not self.unsound & {"", *sections}
 
 
 def _expand(document: Document) -> list[str]:
@@ -100,9 +144,10 @@ def _trainer(document: Document, problems: list[str], *, is_trusted: bool) -> ty
     except ConfigError as error:
         found = list(error.problems)
     problems += [f"{document.origin(('trainer',))}: {problem}" for problem in found]
-    # The other sections are still checked, against the default trainer, so that one run shows every problem.
-    document.values["trainer"] = DEFAULT_TRAINER
-    return TRAINERS[DEFAULT_TRAINER].config_class
+    # The other sections are still checked, as those of the trainer that is likely meant.
+    meant = nearest(str(trainer), TRAINERS) or DEFAULT_TRAINER
+    document.values["trainer"] = meant
+    return TRAINERS[meant].config_class
 
 
 def load_encode_config(
@@ -278,10 +323,34 @@ def validated(
     Raises:
         ConfigError: With `problems` and one more for every rule that is broken.
     """
-    try:
-        record = schema.model_validate(document.values, context=context)
-    except ValidationError as error:
-        raise ConfigError([*problems, *problems_of(error, schema, document)]) from None
-    if problems:
-        raise ConfigError(problems)
-    return record
+    return _reading(document, schema, problems, context=context).sound()
+
+
+def _reading(
+    document: Document,
+    schema: type[Record],
+    problems: Sequence[str],
+    *,
+    context: Mapping[str, bool] | None,
+) -> Reading[Record]:
+    found = examine(schema, document.values, context, is_partial=document.is_partial)
+    told = []
+    for problem in found.problems:
+        origin, note = document.origin(problem.path), ""
+        if problem in found.of_rules or problem.is_missing:
+            origin, note = document.to_edit(problem.path)
+        told.append(problem.told(origin) + note)
+    before = [*document.problems, *problems]
+    sections = {str(step) for problem in found.problems for step in (*problem.path[:1], "")[:1]}
+    sections |= {section for problem in before for section in _sections_of(problem, schema)}
+    return Reading(
+        record=found.record,
+        problems=(*before, *told),
+        unsound=frozenset(sections | ({""} if document.is_partial else set())),
+    )
+
+
+def _sections_of(problem: str, schema: type[BaseModel]) -> set[str]:
+    """Returns the sections that a message is of, which names the path behind the file."""
+    words = set(re.findall(r"\w+", problem.partition(": ")[2].partition(": ")[0]))
+    return words & set(schema.model_fields)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from aiprod_ds.strict_yaml import MAX_BYTES, read_yaml
 KeyPath = tuple[str | int, ...]
 
 _OVERRIDE = re.compile(r"^([A-Za-z_]\w*(?:\[\d+\])*(?:\.[A-Za-z_]\w*(?:\[\d+\])*)*)=(.*)$", re.DOTALL)
+_NOTHING = object()
 _STEP = re.compile(r"[A-Za-z_]\w*|\d+")
 
 
@@ -29,11 +30,15 @@ class Document:
 
     Attributes:
         origins: Path of a value -> file or option that set it; a value without an entry has that of its
-            nearest ancestor. The root `()` always has one.
+            nearest ancestor. The root `()` always has one: the file that was asked for.
+        problems: What was wrong in the files so far, and did not keep the rest from being read.
+        is_partial: Whether a base could not be read, so that more may be set than is known.
     """
 
     values: dict[str, Any]
     origins: dict[KeyPath, str]
+    problems: list[str] = field(default_factory=list)
+    is_partial: bool = False
 
     def origin(self, path: KeyPath) -> str:
         """Returns the file or option that set the value at `path`, or that of its nearest known ancestor."""
@@ -63,6 +68,18 @@ class Document:
         target[path[-1]] = value
         self.origins = {known: name for known, name in self.origins.items() if known[: len(path)] != path}
         self.origins[path] = origin
+
+    def to_edit(self, path: KeyPath) -> tuple[str, str]:
+        """Returns the file or option in which a rule between several values is to be kept, and a sentence
+        that names the base that set the value at `path`, or nothing."""
+        origin, file = self.origin(path), self.origins[()]
+        is_whole = any(isinstance(step, int) for step in path)  # a list comes from one file as a whole
+        if is_whole or origin == file or origin.startswith("--"):
+            return origin, ""
+        value: Any = self.values
+        for step in path:
+            value = value.get(step, _NOTHING) if isinstance(value, dict) else _NOTHING
+        return file, "" if value is _NOTHING else f" It is set in {origin}."
 
 
 def places_of(value: str, path: KeyPath, source: str) -> tuple[Path, ...]:
@@ -94,7 +111,8 @@ def read_document(path: Path) -> Document:
     everything else (lists too) replaces.
 
     Raises:
-        ConfigError: If a file is missing, unreadable, empty, not a mapping, or the bases form a circle.
+        ConfigError: If the file is missing, unreadable, empty or not a mapping. What else is wrong in it, and
+            what is wrong with a base, stands in the document's `problems`.
     """
     return _read_chain(path, ())
 
@@ -127,22 +145,40 @@ def _apply_override(document: Document, override: str) -> None:
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> Document:
-    values = _read_mapping(path)
+    problems: list[str] = []
+    values = _read_mapping(path, problems)
     if path.resolve() in [reader.resolve() for reader in seen]:
         raise ConfigError(
             f"{seen[-1]}: base: must not lead back to a file that is being read, got {path}. Break the "
             "circle."
         )
     if "base" not in values:
-        return Document(values=values, origins={(): str(path)})
-    base = values.pop("base")
+        return Document(values=values, origins={(): str(path)}, problems=problems)
+    document = _read_base(path, values.pop("base"), (*seen, path))
+    document.problems += problems
+    _merge(document, document.values, values, (), str(path))
+    return document
+
+
+def _read_base(path: Path, base: Any, seen: tuple[Path, ...]) -> Document:
+    """Returns the document of what the file `path` names as its `base`, which is `path`'s to be merged into;
+    an empty one with the problem if that cannot be read."""
+    document = Document(values={}, origins={(): str(path)}, is_partial=True)
     if not isinstance(base, str) or not base:
-        raise ConfigError(
+        document.problems.append(
             f"{path}: base: must be the path of a YAML file relative to this one, got {base!r}. Name one "
             "file."
         )
-    document = _read_chain(_base(path, base), (*seen, path))
-    _merge(document, document.values, values, (), str(path))
+        return document
+    try:
+        found = _read_chain(_base(path, base), seen)
+    except ConfigError as error:
+        document.problems += error.problems
+        return document
+    document.problems, document.is_partial = found.problems, found.is_partial
+    document.values = found.values
+    of_root = {(key,): found.origins[()] for key in found.values}
+    document.origins |= of_root | {known: name for known, name in found.origins.items() if known}
     return document
 
 
@@ -154,7 +190,7 @@ def _base(path: Path, base: str) -> Path:
     return shipped or beside
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         data = read_whole(lookup.configuration(path), limit=MAX_BYTES)
     except IsADirectoryError:
@@ -168,7 +204,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: must be readable, got {error}. Check the path and its permissions."
         ) from None
-    values = read_yaml(data, str(path))
+    values = read_yaml(data, str(path), problems)
     if values is None:
         raise ConfigError(
             f"{path}: must hold a mapping of settings, got an empty file. Start from a file in configs/."

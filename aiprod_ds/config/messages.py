@@ -1,22 +1,24 @@
 """Validation errors of pydantic rewritten as the project's messages: where, rule, got, fix.
 
-Owns those words, and the guess at the name that was meant. Called by `load` with the schema and the document;
-the only place that knows pydantic's error types. Others take `suggestion` alone.
-Validators of our own raise `ValueError` with one problem a line, each either `field: rule, got X. Fix.` or
+Owns those words, and the guess at the name that was meant. Called by `problems.gather`; the only place that
+knows pydantic's error types. Others take `suggestion` alone.
+Rules and validators of our own have one problem a line, each either `field: rule, got X. Fix.` or
 `rule, got X. Fix.`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from difflib import get_close_matches
-from typing import Any, get_args
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from aiprod_ds.config.merge import Document, KeyPath, dotted
+from aiprod_ds.config.merge import KeyPath, dotted
+from aiprod_ds.config.problems.meaning import meaning_of, meanings_inside, nearest
+from aiprod_ds.config.problems.places import names_at
 
 _OWN_PATH = re.compile(r"^[A-Za-z_]\w*(?:\[\d+\])*(?:\.\w+(?:\[\d+\])*)*: ")
 _NUMBER = re.compile(r"^[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?$")
@@ -37,6 +39,7 @@ _RULES = {  # kind -> rule and fix, filled with pydantic's own numbers
     "greater_than_equal": ("must be >= {ge}", "Use a larger value."),
     "less_than": ("must be < {lt}", "Use a smaller value."),
     "less_than_equal": ("must be <= {le}", "Use a smaller value."),
+    "multiple_of": ("must be a multiple of {multiple_of}", "Use the nearest one."),
     "finite_number": ("must be finite", "Write a number."),
     "string_too_short": ("must not be empty", "Fill it in."),
     "string_pattern_mismatch": ("must match {pattern}", "Use only those characters."),
@@ -46,37 +49,65 @@ _RULES = {  # kind -> rule and fix, filled with pydantic's own numbers
 _LISTED = 12  # more names than this make a message harder to read than the documentation
 
 
-def problems_of(error: ValidationError, model: type[BaseModel], document: Document) -> list[str]:
-    """Returns one message for every broken rule in `error`, in the order of the configuration's fields."""
-    grouped: dict[KeyPath, list[ErrorDetails]] = {}
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One broken rule.
+
+    Attributes:
+        path: Of the value that breaks it.
+        words: The rule, what was got and the fix.
+    """
+
+    path: KeyPath
+    words: str
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether nothing is at fault but that nothing was given."""
+        return self.words.startswith("must be given")
+
+    def told(self, origin: str) -> str:
+        """Returns the whole message; `origin` is the file, option or class that is at fault."""
+        return f"{origin}: {dotted(self.path)}: {self.words}" if self.path else f"{origin}: {self.words}"
+
+
+def grouped(error: ValidationError, values: Any) -> dict[KeyPath, list[ErrorDetails]]:
+    """Returns what `error` says of each path in `values`, in the order of the configuration's fields."""
+    found: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
-        grouped.setdefault(_path_in(details, document), []).append(details)
-    problems: list[str] = []
-    for path, group in grouped.items():
-        for where, message in _messages(path, group, model):
-            problems.append(f"{document.origin(where)}: {dotted(path)}{message}".replace(": : ", ": ", 1))
+        found.setdefault(_path_in(details, values), []).append(details)
+    return found
+
+
+def worded(path: KeyPath, group: list[ErrorDetails], schema: type[BaseModel]) -> list[Problem]:
+    """Returns what is wrong at `path`, of which `group` is all that was found."""
+    if len(group) > 1 and all(details["type"] in _TYPES for details in group):
+        kinds = " or ".join(dict.fromkeys(_TYPES[details["type"]] for details in group))
+        return [Problem(path, f"must be {kinds}, got {_shown(group[0]['input'])}. Write {kinds}.")]
+    problems: list[Problem] = []
+    for details in group:
+        if details["type"] == "value_error":
+            problems += own_problems(path, str(details["ctx"]["error"]))
+        else:
+            problems.append(Problem(path, _rule(path, details, schema)))
     return problems
 
 
-def names_at(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
-    """Returns the keys that the schema knows at `path`; empty where it takes anything."""
-    classes: list[Any] = [model]
-    for step in path:
-        if isinstance(step, int):
-            continue  # `_records` has already looked inside lists
-        classes = [
-            found
-            for cls in classes
-            if step in cls.model_fields
-            for found in _records(cls.model_fields[step].annotation)
-        ]
-    return [name for cls in classes for name in cls.model_fields]
+def own_problems(path: KeyPath, text: str) -> list[Problem]:
+    """Returns the problems that a rule of the record at `path` tells in the lines of `text`."""
+    problems: list[Problem] = []
+    for line in text.splitlines():
+        match = _OWN_PATH.match(line)
+        steps = re.findall(r"\w+", match[0]) if match else []
+        where = (*path, *(int(step) if step.isdigit() else step for step in steps))
+        problems.append(Problem(where, line[match.end() :] if match else line))
+    return problems
 
 
-def _path_in(details: ErrorDetails, document: Document) -> KeyPath:
-    """Drops the members of a union from pydantic's location: only what the document can hold is a path."""
+def _path_in(details: ErrorDetails, values: Any) -> KeyPath:
+    """Drops the members of a union from pydantic's location: only what `values` can hold is a path."""
     path: list[str | int] = []
-    value: Any = document.values
+    value = values
     steps = details["loc"]
     for index, step in enumerate(steps):
         if isinstance(value, dict) and step in value:
@@ -89,31 +120,7 @@ def _path_in(details: ErrorDetails, document: Document) -> KeyPath:
     return tuple(path)
 
 
-def _messages(path: KeyPath, group: list[ErrorDetails], model: type[BaseModel]) -> list[tuple[KeyPath, str]]:
-    if len(group) > 1 and all(details["type"] in _TYPES for details in group):
-        kinds = " or ".join(dict.fromkeys(_TYPES[details["type"]] for details in group))
-        return [(path, f": must be {kinds}, got {_shown(group[0]['input'])}. Write {kinds}.")]
-    messages: list[tuple[KeyPath, str]] = []
-    for details in group:
-        if details["type"] == "value_error":
-            messages += _own_messages(path, str(details["ctx"]["error"]))
-        else:
-            messages.append((path, f": {_rule(path, details, model)}"))
-    return messages
-
-
-def _own_messages(path: KeyPath, text: str) -> list[tuple[KeyPath, str]]:
-    messages: list[tuple[KeyPath, str]] = []
-    for line in text.splitlines():
-        match = _OWN_PATH.match(line)
-        steps = re.findall(r"\w+", match[0]) if match else []
-        where = (*path, *(int(step) if step.isdigit() else step for step in steps))
-        joint = "." if match and path else ": "
-        messages.append((where, f"{joint}{line}"))
-    return messages
-
-
-def _rule(path: KeyPath, details: ErrorDetails, model: type[BaseModel]) -> str:
+def _rule(path: KeyPath, details: ErrorDetails, schema: type[BaseModel]) -> str:
     kind, context, got = details["type"], details.get("ctx", {}), _shown(details["input"])
     if kind == "missing":
         return (
@@ -121,7 +128,7 @@ def _rule(path: KeyPath, details: ErrorDetails, model: type[BaseModel]) -> str:
             f"{'Add it to the list.' if isinstance(path[-1], int) else f'Add `{path[-1]}:`.'}"
         )
     if kind == "extra_forbidden":
-        return f"is not a known key, got {got}. {suggestion(str(path[-1]), names_at(model, path[:-1]))}"
+        return f"is not a known key, got {got}. {_known_fix(path, details['input'], schema)}"
     if kind in _TYPES:
         return f"must be {_TYPES[kind]}, got {got}. {_type_fix(kind, details['input'])}"
     if kind in ("literal_error", "enum"):
@@ -130,6 +137,16 @@ def _rule(path: KeyPath, details: ErrorDetails, model: type[BaseModel]) -> str:
         rule, fix = _RULES[kind]
         return f"{rule.format(**context)}, got {got}. {fix}"
     return f"must be valid, got {got} ({details['msg']}). Correct the value."
+
+
+def _known_fix(path: KeyPath, value: Any, schema: type[BaseModel]) -> str:
+    meaning = meaning_of(schema, path, value)
+    if meaning is not None:
+        return meaning.words
+    inside = meanings_inside(schema, path, value)
+    if inside:
+        return " ".join(f"Of its keys, {inner[-1]}: {found.words}" for inner, found in inside.items())
+    return suggestion(str(path[-1]), names_at(schema, path[:-1]))
 
 
 def _type_fix(kind: str, value: Any) -> str:
@@ -154,22 +171,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _records(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for argument in get_args(annotation) for found in _records(argument)]
-
-
 def suggestion(name: str, valid: Collection[str]) -> str:
     """Returns what to write instead of `name`: the nearest of `valid`, or all of them when none is near.
 
     Example: `suggestion("learnig_rate", ["learning_rate", "updates"])` is `"Did you mean 'learning_rate'?"`.
     """
-    folded = {candidate.lower(): candidate for candidate in valid}
-    close = get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
-    started = [candidate for candidate in folded if name and candidate.startswith(name.lower())]
-    if close or len(started) == 1:
-        return f"Did you mean {folded[(close or started)[0]]!r}?"
+    near = nearest(name, valid)
+    if near is not None:
+        return f"Did you mean {near!r}?"
     if not valid:
         return "Remove it."
     if len(valid) > _LISTED:

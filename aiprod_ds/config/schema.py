@@ -7,12 +7,23 @@ and is not judged, nor is a run folder's copy of a configuration, of which nothi
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from typing_extensions import Self
 
+from aiprod_ds.config.problems.gather import problems_in_code
 from aiprod_ds.config.problems.rules import UNRULED, broken_rules
+from aiprod_ds.errors import ConfigError
 from aiprod_ds.import_path import INSTALLED, is_installed
 
 TRUST_CODE = "trust_code"
@@ -120,6 +131,34 @@ class StrictModel(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+    def __init__(self, /, **values: Any) -> None:
+        """Makes the record.
+
+        Raises:
+            ConfigError: With one problem for every rule that is broken.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError:
+            raise problems_in_code(type(self), values) from None
+
+    # Without it pydantic would call this for each record inside another, and tell the problems of one alone.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Returns the record that the mapping `obj` describes, as pydantic does.
+
+        Raises:
+            ConfigError: With one problem for every rule that is broken.
+        """
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            if not isinstance(obj, Mapping):
+                raise ConfigError(f"{cls.__name__}: must be a mapping, got {obj!r:.80}.") from error
+            raise problems_in_code(cls, obj) from None
 
     @model_validator(mode="after")
     def _keeps_its_rules(self, info: ValidationInfo) -> Self:

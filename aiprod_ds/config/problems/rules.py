@@ -31,15 +31,15 @@ def rule(method: Method) -> Method:
 def broken_rules(record: object) -> Iterator[str]:
     """Yields what the rules of `record` itself say, those of its base classes first; not those of records in
     it."""
-    for name in _names(type(record)):
+    for name in _names(type(record).__mro__):
         yield from getattr(record, name)()
 
 
 @cache
-def _names(cls: type) -> tuple[str, ...]:
+def _names(classes: tuple[type, ...]) -> tuple[str, ...]:
     marked = (
         name
-        for owner in reversed(cls.__mro__)
+        for owner in reversed(classes)
         for name, value in vars(owner).items()
         if getattr(value, _MARK, False) is True
     )

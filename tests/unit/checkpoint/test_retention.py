@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from aiprod_ds.checkpoint.disk import DiskFullError, write_error
 from aiprod_ds.checkpoint.retention import Standing, surplus
@@ -25,7 +24,7 @@ from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.clock import Clock
 from aiprod_ds.config.run import CheckpointConfig
 from aiprod_ds.engine.protocol import Engine
-from aiprod_ds.errors import CheckpointError
+from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.snapshot import Chunk, EngineFacts, Snapshot, TensorMetadata
 from aiprod_ds.train.resume.saver import Saver
 from aiprod_ds.train.state import TrainState
@@ -73,11 +72,11 @@ def test_the_rules_add_up(rules: dict[str, Any], kept: list[int]) -> None:
             {"keep_last": 1, "every_updates": 2, "keep_every_updates": 3},
             "must be a multiple of every_updates",
         ),
-        ({"keep_last": 0}, "greater than or equal to 1"),
+        ({"keep_last": 0}, "keep_last: must be >= 1, got 0"),
     ],
 )
 def test_rules_without_effect_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         _config(**values)
 
 

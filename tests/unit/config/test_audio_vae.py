@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.fingerprint import to_yaml
+from aiprod_ds.errors import ConfigError
 from aiprod_ds.strict_yaml import read_yaml
 
 SECONDS = {"duration": {"seconds": 1.5}}
@@ -30,9 +30,9 @@ def values(*phases: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def problems(given: dict[str, Any]) -> list[str]:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ConfigError) as caught:
         AudioVAETrainerConfig.model_validate(given)
-    return [line for error in caught.value.errors() for line in str(error["ctx"]["error"]).splitlines()]
+    return [problem.removeprefix("AudioVAETrainerConfig: ") for problem in caught.value.problems]
 
 
 @pytest.mark.parametrize(

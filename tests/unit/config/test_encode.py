@@ -29,7 +29,6 @@ _SHIPPED = sorted((_ROOT / "configs" / "encode").glob("*.yaml"))
                 "c.yaml\n"
             ),
             [
-                "data.media: must be given",
                 "data.mdia: is not a known key, got 'm'. Did you mean 'media'?",
                 "video.tiling.overlap: must be below the tile's smaller side (64), got 64",
             ],
@@ -64,7 +63,10 @@ _SHIPPED = sorted((_ROOT / "configs" / "encode").glob("*.yaml"))
                 "data: {media: m, captions_per_line: true, scene_threshold: 20.0}\nvideo: {model: {source: "
                 "M}}\nshapes: [{resolution: 8x8, duration: {frames: 1}}]\n"
             ),
-            ["data.scene_threshold: has no effect without scenes: cut, got 20"],
+            [
+                "data.scene_threshold: has no effect without scenes: cut, got 20",
+                "data.captions_per_line: has no effect without text, got true",
+            ],
         ),
         (
             (

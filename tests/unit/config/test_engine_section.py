@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
 from aiprod_ds.config.run import EngineConfig
+from aiprod_ds.errors import ConfigError
 
 
 @pytest.mark.parametrize("mode", ["auto", "off"])
@@ -19,5 +19,5 @@ def test_flat_parameters_are_auto_by_default_and_can_be_asked_for() -> None:
 
 
 def test_flat_parameters_cannot_be_asked_of_the_local_engine() -> None:
-    with pytest.raises(ValidationError, match="flat_parameters: on has no effect with kind: local"):
+    with pytest.raises(ConfigError, match="flat_parameters: on has no effect with kind: local"):
         EngineConfig.model_validate({"kind": "local", "flat_parameters": "on"})

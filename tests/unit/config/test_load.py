@@ -143,6 +143,8 @@ curriculum:
         "c.yaml: checkpoint: must be a mapping, got 5. Write `key: value` lines under it.",
         "c.yaml: loss.perceptual.mode: must be 'lpips', 'vgg' or 'l2', got 'lpip'. Did you mean 'lpips'?",
         "c.yaml: sed: is not a known key, got 1. Did you mean 'seed'?",
+        "c.yaml: curriculum.phases[0].global_batch_size: this or micro_batch_size must be given, got neither. Set one of them.",
+        "c.yaml: curriculum.phases[1].global_batch_size: this or micro_batch_size must be given, got neither. Set one of them.",
     ]
 
 
@@ -166,7 +168,7 @@ curriculum:
         ("base: base.yaml", "curriculum.phases=x", "--set: curriculum.phases: must be a list, got 'x'. Write [..] or lines that start with `-`."),
         ("base: base.yaml\ncurriculum: {preset: default}", None, "c.yaml: curriculum.preset: cannot stand beside phases, got both. Remove one of the two."),
         ("base: base.yaml", "seed=017", "--set seed=017: line 1: an integer must not start with 0, got 017. Drop the zero, or quote it as text."),
-        ("base: base.yaml", "model.pretrained=x", "base.yaml: model.config: has no effect when pretrained is set, got both. Remove one of the two."),
+        ("base: base.yaml", "model.pretrained=x", "c.yaml: model.config: has no effect when pretrained is set, got both. Remove one of the two. It is set in base.yaml."),
         ("base: base.yaml", "optimizer.betas=[0.9, 0.9, 0.9]", "--set: optimizer.betas: must have at most 2 entries, got [0.9, 0.9, 0.9]. Remove what is too much."),
         ("base: base.yaml\ndata: {validation: v, holdout_fraction: 0.2}", None, "c.yaml: data.holdout_fraction: has no effect when validation is set, got 0.2. Remove one of the two."),
         ("base: base.yaml", "curriculum.phases[1].loss.kl=1", "--set: curriculum.phases[1].loss.kl: is not a weight of the loss section, got 1.0. Did you mean 'kl_weight'?"),

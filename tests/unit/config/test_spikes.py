@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from aiprod_ds.config.optim import SpikesConfig
 from aiprod_ds.config.phase import PhaseConfig
+from aiprod_ds.errors import ConfigError
 
 PHASE = {"name": "a", "resolution": "64x64", "duration": {"frames": 9}, "global_batch_size": 4, "updates": 10}
 
@@ -35,7 +35,7 @@ def test_it_is_on_by_default_and_can_be_turned_off() -> None:
     ],
 )
 def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         SpikesConfig.model_validate(values)
 
 
@@ -45,5 +45,5 @@ def test_none_of_the_rollbacks_may_be_allowed_and_all_of_a_phase_may_count() -> 
 
 @pytest.mark.parametrize("factor", [0.0, -0.5, float("inf"), float("nan")])
 def test_a_factor_of_the_learning_rate_is_positive(factor: float) -> None:
-    with pytest.raises(ValidationError, match="learning_rate_factor"):
+    with pytest.raises(ConfigError, match="learning_rate_factor"):
         PhaseConfig.model_validate({**PHASE, "learning_rate": 1e-3, "learning_rate_factor": factor})

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.errors import PlanError
+from aiprod_ds.errors import ConfigError, PlanError
 
 PHASE = {
     "resolution": "64x64",
@@ -56,7 +55,7 @@ def moments(adapter: dict[str, Any], *changes: dict[str, Any]) -> list[tuple[str
 def test_overrides_say_which_sections_a_phase_may_set(key: str) -> None:
     plan({"overrides": [key]}, {key: OVERRIDES[key]})
     with pytest.raises(
-        ValidationError,
+        ConfigError,
         match=rf"phases\[0\]\.{key}: has no effect, got a value while adapter\.overrides lacks it",
     ):
         plan({"overrides": [other for other in OVERRIDES if other != key]}, {key: OVERRIDES[key]})

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from aiprod_ds.config.video_vae import FvdConfig
 from aiprod_ds.errors import ConfigError
@@ -157,7 +156,7 @@ def test_a_torchscript_file_of_another_hash_is_not_read(i3d_file, sha256):
 
 
 def test_a_hash_has_no_effect_on_an_import_path():
-    with pytest.raises(ValidationError, match="sha256: has no effect on an import path, got 'module:make'"):
+    with pytest.raises(ConfigError, match="sha256: has no effect on an import path, got 'module:make'"):
         FvdConfig(network="module:make", sha256="0" * 64)
 
 

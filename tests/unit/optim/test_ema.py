@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from aiprod_ds.config.deepspeed import parse_deepspeed_settings
 from aiprod_ds.config.optim import EmaConfig, OptimizerConfig
 from aiprod_ds.engine.local_engine import LocalEngine
 from aiprod_ds.engine.protocol import ParameterGroup
-from aiprod_ds.errors import CheckpointError, EngineError
+from aiprod_ds.errors import CheckpointError, ConfigError, EngineError
 from aiprod_ds.optim import ema as ema_module
 from aiprod_ds.optim.ema import Ema, ema_decay
 from aiprod_ds.train.resume.engine_files import read_engine, write_engine
@@ -215,5 +214,5 @@ def test_a_state_without_an_average_is_refused(tmp_path: Path) -> None:
     "values", [{"half_life_samples": 0}, {"ramp": 0.0}, {"ramp": float("nan")}, {"decay": 0.999}]
 )
 def test_impossible_settings_are_refused(values: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(values))):
+    with pytest.raises(ConfigError, match=next(iter(values))):
         EmaConfig.model_validate(values)

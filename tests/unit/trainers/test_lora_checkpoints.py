@@ -10,14 +10,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from aiprod_ds.checkpoint.frozen_bases import base_of
 from aiprod_ds.checkpoint.shard_files import ShardReader
 from aiprod_ds.checkpoint.store import CheckpointStore
 from aiprod_ds.config.diffusion import DiffusionTrainerConfig
-from aiprod_ds.errors import CheckpointError
+from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
@@ -222,6 +221,6 @@ def test_a_base_goes_with_the_last_checkpoint_that_refers_to_it(tmp_path: Path, 
 
 def test_self_contained_without_adapters_is_refused(tmp_path: Path, model: Path) -> None:
     with pytest.raises(
-        ValidationError, match=r"checkpoint\.self_contained: has no effect unless a phase trains adapters"
+        ConfigError, match=r"checkpoint\.self_contained: has no effect unless a phase trains adapters"
     ):
         _trainer(tmp_path / "run", model, FULL, self_contained=True)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -425,12 +424,12 @@ def test_a_family_with_one_noise_level_takes_no_first_frame(
     [
         ({"prompts": ["x"]}, "text: must be given for own prompts"),
         ({"text": TEXT}, "text: has no effect without prompts"),
-        ({"every_updates": 0}, "greater than or equal to 1"),
-        ({"prompts": [{"prompt": ""}], "text": TEXT}, "at least 1 character"),
+        ({"every_updates": 0}, "every_updates: must be >= 1, got 0"),
+        ({"prompts": [{"prompt": ""}], "text": TEXT}, r"prompts\[0\]\.prompt: must not be empty"),
     ],
 )
 def test_settings_without_effect_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         TrainingPreviewConfig.model_validate(values)
 
 
@@ -438,5 +437,5 @@ def test_an_interval_without_anything_to_preview_is_refused(tmp_path: Path) -> N
     config = _trainer(tmp_path, text=None, guidance_scale=1.0).config.model_dump(mode="json")
     config["evaluation"]["num_pictures"] = 0
     config["preview"]["every_updates"] = 5
-    with pytest.raises(ValidationError, match=r"preview\.every_updates: has no effect without previews"):
+    with pytest.raises(ConfigError, match=r"preview\.every_updates: has no effect without previews"):
         DiffusionTrainerConfig.model_validate(config)
