@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from aiprod_ds.testing.processes import run_in_own_session
+from aiprod_ds.testing.dist import run_forked
 
 INTERRUPTED = 75
 UPDATES, EVERY = 6, 2
@@ -34,12 +33,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("evaluations")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    code, output = run_in_own_session(command, timeout_seconds=600, environment=environment)
-    assert code == 0, output[-8000:]
-    found: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
+    arguments = {"folder": str(tmp_path_factory.mktemp("evaluations"))}
+    found: dict[str, Any] = run_forked(serve, arguments=arguments, timeout_seconds=600)
     return found
 
 
@@ -87,22 +82,22 @@ def test_the_stopped_run_goes_on_like_one_that_nobody_stopped(outcome: dict[str,
 # Below runs in the server and in the ranks that it forks.
 
 
-def serve(folder: Path) -> None:
+def serve(folder: str) -> dict[str, Any]:
     """Trains each case with and without evaluations, stops one of them inside an evaluation and goes on."""
     from aiprod_ds.checkpoint.store import CheckpointStore
-    from aiprod_ds.testing.forked import fork_ranks, import_for_ranks, wait_for_ranks
+    from aiprod_ds.testing.forked import fork_ranks, wait_for_ranks
 
-    import_for_ranks()
+    runs = Path(folder)
     found: dict[str, Any] = {}
     for case in CASES:
         found[case] = {}
         for name, every in (("without", None), ("evaluated", EVERY)):
-            run = folder / f"{case}_{name}"
+            run = runs / f"{case}_{name}"
             assert wait_for_ranks(fork_ranks(partial(_train, run, case, every), ranks=2)) == [0, 0]
             found[case][name] = _result(run)
-    run, case = folder / "stopped", CASES[-1]
+    run, case = runs / "stopped", CASES[-1]
     processes = fork_ranks(partial(_train, run, case, EVERY, is_slow=True), ranks=2)
-    while not (folder / "evaluating").exists():
+    while not (runs / "evaluating").exists():
         time.sleep(0.01)
     began = time.monotonic()
     os.kill(processes[1], signal.SIGTERM)
@@ -119,14 +114,14 @@ def serve(folder: Path) -> None:
     found["resumed"] = _result(run)
     found[PREVIEWS] = {}
     for name, every in (("without", None), ("evaluated", EVERY)):
-        run = folder / f"previews_{name}"
+        run = runs / f"previews_{name}"
         assert wait_for_ranks(fork_ranks(partial(_sample, run, every), ranks=2)) == [0, 0]
         found[PREVIEWS][name] = _result(run)
-    run = folder / "previews_stopped"
+    run = runs / "previews_stopped"
     found[PREVIEWS]["codes"] = wait_for_ranks(fork_ranks(partial(_sample, run, EVERY, stop_at=30), ranks=2))
     assert wait_for_ranks(fork_ranks(partial(_sample, run, EVERY), ranks=2)) == [0, 0]
     found[PREVIEWS]["resumed"] = _result(run)
-    (folder / "outcome.json").write_text(json.dumps(found))
+    return found
 
 
 def _train(run: Path, case: str, every: int | None, *, is_slow: bool = False) -> int:
@@ -268,7 +263,3 @@ def _evaluations(run: Path) -> list[list[Any]]:
     from aiprod_ds.metrics.evaluations import read_evaluations
 
     return [[record.update, record.reason] for record in read_evaluations(run)]
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
