@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from aiprod_ds.convert.request import Request
@@ -76,10 +76,13 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
         help="config.json of the model, or its folder, for weights without",
     )
     parser.add_argument(
-        "--base", type=Path, metavar="FOLDER", help="base model of a LoRA, or the model before training"
+        "--base",
+        type=Path,
+        metavar="PATH",
+        help="base model of a LoRA, a folder or (with --config) a single file; or the folder before training",
     )
     parser.add_argument(
-        "--alpha", type=partial(number, least=-1e6, most=1e6), help="of a LoRA that does not say it"
+        "--alpha", type=alpha, help="of a LoRA that does not say it: a number, or `rank` (the factor is 1)"
     )
     parser.add_argument(
         "--rank",
@@ -88,6 +91,17 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--targets", nargs="+", default=["*"], metavar="PATTERN", help="layers to extract, as lora.targets"
+    )
+    parser.add_argument(
+        "--parts-from",
+        type=Path,
+        metavar="FILE",
+        help="of --to single-file: keep the other parts (VAE, text encoder, ...) and metadata of this file",
+    )
+    parser.add_argument(
+        "--allow-unknown",
+        action="store_true",
+        help="leave out tensors that belong to nothing that is known, which are an error otherwise",
     )
     parser.add_argument("--prefix", help="take only tensors whose names begin so, without it")
     parser.add_argument(
@@ -120,6 +134,11 @@ def add_inspect(commands: Any) -> argparse.ArgumentParser:
         "--trust-checkpoint", action="store_true", help="list tensors of folders of pickles: only of your own"
     )
     return parser
+
+
+def alpha(text: str) -> float | Literal["rank"]:
+    """Returns what `--alpha` gives: a number, or `rank`."""
+    return "rank" if text == "rank" else number(text, least=-1e6, most=1e6)
 
 
 def number(text: str, *, most: float, least: float = 0.0) -> float:
@@ -166,6 +185,8 @@ def request_of(arguments: argparse.Namespace) -> Request:
         rank=arguments.rank,
         targets=arguments.targets,
         prefix=arguments.prefix,
+        parts_from=arguments.parts_from,
+        allow_unknown=arguments.allow_unknown,
         is_trusted=arguments.trust_checkpoint,
         shard_bytes=max(int(arguments.shard_gb * 1e9), 1),
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from aiprod_ds.cli_convert import alpha
 from aiprod_ds.convert.lora import Merge
 from aiprod_ds.convert.weights_folder import require_absent
 from aiprod_ds.crash import guarded
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("base", type=Path, metavar="BASE_FOLDER", help="transformer in diffusers' layout")
     parser.add_argument("lora", type=Path, metavar="LORA", help="PEFT folder or safetensors file")
     parser.add_argument("out", type=Path, metavar="OUT_FOLDER", help="must not exist")
-    parser.add_argument("--alpha", type=float, help="for a LoRA that does not say it")
+    parser.add_argument("--alpha", type=alpha, help="of a LoRA that does not say it: a number, or `rank`")
     parser.add_argument(
         "--dtype", choices=sorted(_DTYPES), help="of all weights (default: as in BASE_FOLDER)"
     )

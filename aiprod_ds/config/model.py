@@ -7,7 +7,7 @@ are the YAML keys.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -74,7 +74,7 @@ class LoraFileConfig(StrictModel):
 
     path: str = Field(min_length=1)
     """A PEFT folder (`adapter_config.json` and `adapter_model.safetensors`), or one safetensors file with the
-    keys of ComfyUI or diffusers."""
-    alpha: PositiveFloat | None = None
-    """What a layer's rank divides to give the adapter's strength. Required by a file that does not say it,
-    and only by it."""
+    keys of any common writer."""
+    alpha: PositiveFloat | Literal["rank"] | None = None
+    """What a layer's rank divides to give the adapter's strength; `rank` is each layer's own, so that the
+    strength is 1. Required by a file that does not say it, and only by it."""

@@ -1,7 +1,7 @@
 """Tensors made of others one at a time: renamed, cast, merged with adapters, counted or held back as they
 pass.
 
-Pure: names and tensors, nothing about files or models. What conversions write is a chain of these over a
+Pure: names and tensors; nothing is opened here. What conversions write is a chain of these over a
 file, a folder or a checkpoint.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aiprod_ds.convert.weights import merge, require_layers
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.models.lora_files import LoraWeights
 from aiprod_ds.tensor_file import TensorSource, TensorSpec
 
 
@@ -94,6 +95,46 @@ class Merged(TensorSource):
         scales = {layer: self._scales[layer]} if layer != name and layer in self._scales else {}
         ((_, value),) = merge({name: self._base[name]}, self._adapters, scales)
         return value.to(self.specs[name].dtype)
+
+
+class WithLora(TensorSource):
+    """A plain model with a LoRA of a file in its parameters; sums are made in fp32 and rounded once.
+
+    Args:
+        base: The plain model, by diffusers' names.
+        lora: Of that model.
+        dtype: Of all floating tensors; None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: If a parameter is not in `base`.
+    """
+
+    def __init__(self, base: TensorSource, lora: LoraWeights, dtype: torch.dtype | None = None) -> None:
+        missing = sorted(lora.parameters() - base.specs.keys())
+        if missing:
+            raise CheckpointError(
+                f"{lora.source}: must belong to parameters of the base model, got {', '.join(missing[:3])}. "
+                "Take its own base."
+            )
+        self._base, self._lora, self._changed = base, lora, lora.parameters()
+        self.specs = Cast(base, dtype).specs
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._base[name]
+        if name in self._changed:
+            value = self._lora.applied(name, value)
+        return value.to(self.specs[name].dtype)
+
+
+class Joined(TensorSource):
+    """The tensors of several sources, whose names differ, one source after another."""
+
+    def __init__(self, *sources: TensorSource) -> None:
+        self._source_of = {name: source for source in sources for name in source}
+        self.specs = {name: source.specs[name] for name, source in self._source_of.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source_of[name][name]
 
 
 class Confirmed(TensorSource):

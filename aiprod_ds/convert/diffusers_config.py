@@ -76,6 +76,8 @@ def read_diffusers_config(path: Path) -> DiffusersModel:
             f"{file}: _class_name must be a model class of diffusers, got {str(name)[:80]!r}. Name its "
             "folder."
         )
+    if values.pop("quantization_config", None) is not None:  # weights are written as numbers
+        text = json.dumps(values, indent=2) + "\n"
     module = build_model(ModelConfig(source=str(name), pretrained=str(path)), seed=0, device="meta")
     return DiffusersModel(class_name=str(name), config=text, module=module)
 

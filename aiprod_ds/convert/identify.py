@@ -5,7 +5,7 @@ Called by `inspect` and `sources`.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from aiprod_ds.convert.deepspeed_folder import find_tag_folder
 from aiprod_ds.convert.distributed_folder import find_distributed_folder
 from aiprod_ds.convert.weights_folder import DIFFUSERS_STEM, PLAIN_STEM, open_tensors
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.models.lora_keys import other_kind, parse_key
 
 Kind = Literal["run", "checkpoint", "weights", "tensors", "lora", "deepspeed", "distributed"]
 IN_WORDS: dict[Kind, str] = {
@@ -26,7 +27,6 @@ IN_WORDS: dict[Kind, str] = {
     "deepspeed": "checkpoint of DeepSpeed",
     "distributed": "checkpoint of torch.distributed.checkpoint",
 }
-_LORA_KEY = re.compile(r"\.(?:lora_[AB]|lora_down|lora_up|lora\.down|lora\.up)\.")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -61,9 +61,20 @@ def identify(path: Path) -> Found:
             "any program. "
             "Name the folder of a DeepSpeed checkpoint, or save the weights as safetensors."
         )
+    if path.suffix == ".gguf":
+        raise CheckpointError(
+            f"{path}: must be a safetensors file, got GGUF, whose weights are in blocks of few bits. Take "
+            "the model in bf16, or dequantise it with the tools of its writer."
+        )
     with open_tensors(path) as file:
-        is_lora = bool(file) and all(_LORA_KEY.search(name) or name.endswith(".alpha") for name in file)
+        is_lora = _is_lora(file)
     return Found(kind="lora" if is_lora else "tensors", path=path)
+
+
+def _is_lora(names: Collection[str]) -> bool:
+    """Whether most names are those of adapters: a few may be of a writer that is not known."""
+    num_adapters = sum(parse_key(name) is not None or other_kind(name) is not None for name in names)
+    return 0 < num_adapters >= len(names) / 2
 
 
 def _folder(path: Path) -> Found:

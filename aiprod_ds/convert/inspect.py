@@ -25,7 +25,7 @@ from aiprod_ds.convert.uses import uses_of
 from aiprod_ds.convert.weights_folder import CONFIG, WeightsFolder, open_tensors
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.files import read_text
-from aiprod_ds.models.lora_files import WEIGHTS_FILE
+from aiprod_ds.models.lora_opened import WEIGHTS_FILE
 from aiprod_ds.report.inspect_view import CheckpointRow, Inspection, TensorRow
 from aiprod_ds.tensor_file import TensorSource
 from aiprod_ds.train.resume.data_change import read_clips

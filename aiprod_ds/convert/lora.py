@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aiprod_ds.config.model import LoraConfig
-from aiprod_ds.convert.derived import Merged
+from aiprod_ds.convert.derived import WithLora
 from aiprod_ds.convert.request import shown
 from aiprod_ds.convert.transformer_folder import describe_folder
 from aiprod_ds.convert.weights import Extracted, extract, other_differences
@@ -23,6 +23,7 @@ from aiprod_ds.convert.weights_folder import WeightsFolder, new_folder, require_
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.lora_files import LoraWeights, read_lora
+from aiprod_ds.models.lora_opened import Alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +39,13 @@ class Merge:
     dtype: torch.dtype | None
 
     @classmethod
-    def of(
-        cls, base: Path, lora: Path, *, alpha: float | None = None, dtype: torch.dtype | None = None
-    ) -> Merge:
+    def of(cls, base: Path, lora: Path, *, alpha: Alpha = None, dtype: torch.dtype | None = None) -> Merge:
         """Reads the LoRA and checks that the folder holds the whole model.
 
         Args:
             base: Folder of a plain transformer in diffusers' layout.
             lora: Folder or file of any form that `lora_files` reads.
-            alpha: For a LoRA that does not say it, and for no other.
+            alpha: For a LoRA that does not say it, and for no other; `rank` is each layer's own.
             dtype: See the attributes.
 
         Raises:
@@ -88,8 +87,8 @@ class Merge:
         with shown(self._merged(), "verifying", console) as merged:
             require_equal(written, merged.items())
 
-    def _merged(self) -> Merged:
-        return Merged(self.base, self.lora.tensors(), self.lora.scales(), self.dtype)
+    def _merged(self) -> WithLora:
+        return WithLora(self.base, self.lora, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +104,7 @@ class Extraction:
 
     base: WeightsFolder
     tuned: WeightsFolder
-    family: Family
+    family: type[Family]
     layers: tuple[str, ...]
     rank: int
 
@@ -176,4 +175,4 @@ class Extraction:
             save_peft(adapters, config, pending / "peft")
             if self.family.published is not None:
                 path = pending / "comfyui.safetensors"
-                save_comfyui(adapters, config, path, original_name=self.family.original_name)
+                save_comfyui(adapters, config, path, original_name=self.family.published.layer_of)

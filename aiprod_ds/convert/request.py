@@ -27,6 +27,8 @@ from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.convert.derived import Counted
 from aiprod_ds.convert.diffusers_config import DiffusersModel
 from aiprod_ds.convert.identify import Found
+from aiprod_ds.models.lora_files import LoraWeights
+from aiprod_ds.models.lora_opened import Alpha
 from aiprod_ds.tensor_file import TensorSource
 
 Form = Literal["diffusers", "single-file", "safetensors", "peft", "comfyui", "diffusers-lora"]
@@ -45,10 +47,13 @@ class Request:
         ema: Whether to take the average of a run's weights.
         checkpoint: Name of one of a run's checkpoints; None: the newest whole one.
         config: A `config.json` or its folder, for weights that have none.
-        base: Folder of the model that a LoRA belongs to, or of the one before training.
-        alpha: For a LoRA that does not say it, and for no other.
+        base: The model that a LoRA belongs to, a folder or (with `config`) a single file; or the folder of
+            the model before training.
+        alpha: For a LoRA that does not say it, and for no other; `rank` is each layer's own.
         rank: Extracts a LoRA of this rank from `base` and `source`; None extracts none.
         targets: Layers that an extracted LoRA may have, as `lora.targets` of a configuration.
+        parts_from: A merged single file, whose other parts and metadata the single file gets, too.
+        allow_unknown: Whether tensors that belong to nothing that is known may be left out.
         prefix: Only tensors whose names begin so are taken, without it.
         is_trusted: Whether folders of pickles may be opened.
         shard_bytes: The most that one file of the result holds, unless a tensor is larger.
@@ -62,9 +67,11 @@ class Request:
     checkpoint: str | None = None
     config: Path | None = None
     base: Path | None = None
-    alpha: float | None = None
+    alpha: Alpha = None
     rank: int | None = None
     targets: Sequence[str] = ("*",)
+    parts_from: Path | None = None
+    allow_unknown: bool = False
     prefix: str | None = None
     is_trusted: bool = False
     shard_bytes: int = 10 * 10**9
@@ -91,6 +98,9 @@ class Opened:
         weights: Those of the plain model; None for a LoRA without base.
         adapters: Those of a LoRA or a run that trained one; None for anything else.
         model: The class that the weights are of; None where nobody says it.
+        lora: What was read of a LoRA file, which `weights` are merged with.
+        raw: The files that `weights` come from as they are, for another reading of them; None where
+            nobody else reads them.
         told: Lines for the user, such as which checkpoint was taken.
         passed_over: Newer checkpoints of the run, which are not whole.
     """
@@ -99,6 +109,8 @@ class Opened:
     weights: TensorSource | None
     adapters: Adapters | None = None
     model: DiffusersModel | None = None
+    lora: LoraWeights | None = None
+    raw: tuple[Path, ...] | None = None
     told: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
 

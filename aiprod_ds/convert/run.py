@@ -8,7 +8,7 @@ compared while tensors are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,13 @@ from pathlib import Path
 from rich.console import Console
 
 from aiprod_ds.checkpoint.manifest import HashCheck
-from aiprod_ds.convert.derived import Cast, Confirmed, Renamed
+from aiprod_ds.convert.derived import Cast, Confirmed, Joined, Renamed
 from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
 from aiprod_ds.convert.identify import IN_WORDS
 from aiprod_ds.convert.lora import Extraction
 from aiprod_ds.convert.request import LORA_FORMS, Adapters, Form, Opened, Request, shown
-from aiprod_ds.convert.single_file import names_for_single_file, names_in_single_file
-from aiprod_ds.convert.sources import open_source
+from aiprod_ds.convert.single_file import names_for_single_file, names_in_single_file, other_tensors
+from aiprod_ds.convert.sources import open_parts, open_source
 from aiprod_ds.convert.transformer_folder import family_of
 from aiprod_ds.convert.weights_folder import (
     CONFIG,
@@ -94,10 +94,43 @@ def _convert(
         line = _write_adapters(request, opened, form, verify=verify)
     else:
         line = _write_plain(request, opened, form, hashes, verify=verify, console=console)
-    return Converted(
-        lines=(*opened.told, line, *(("verified: read again, every tensor is equal",) if verify else ())),
-        is_older=bool(opened.passed_over),
-    )
+    checked = (_compare(request, opened, form),) if verify else ()
+    return Converted(lines=(*opened.told, line, *checked), is_older=bool(opened.passed_over))
+
+
+def _compare(request: Request, opened: Opened, form: Form) -> str:
+    """Compares the result, which has been compared with a second conversion, with the reading of others;
+    returns what was compared.
+
+    Raises:
+        CheckpointError: If they read something else.
+    """
+    from aiprod_ds.convert import independent  # imports safetensors and, later, diffusers
+
+    begin, model, lora = "verified: read again, every tensor is equal", opened.model, opened.lora
+    family = None if model is None or lora is None else family_of(model, where=str(request.source))
+    differences = None
+    if model is not None and lora is not None and family is not None:
+        differences = independent.differences_of(lora.source, model.module, family)
+        begin += f"; of the LoRA {independent.compare_lora(lora, differences).in_words('layers')}"
+    if form in LORA_FORMS:
+        return begin + _compare_adapters(request, opened)
+    if opened.raw is None:
+        return f"{begin} to a second conversion; nobody else reads a {IN_WORDS[opened.found.kind]}"
+    out = (request.out,) if request.out.is_file() else WeightsFolder(request.out).paths()
+    names = None if model is None or form == "safetensors" else (model.class_name, list(model.shapes))
+    compared = independent.compare_plain(opened.raw, out, names, lora=lora, differences=differences)
+    return f"{begin}; {compared.in_words('tensors')}"
+
+
+def _compare_adapters(request: Request, opened: Opened) -> str:
+    from aiprod_ds.convert import independent  # as above
+
+    assert opened.model is not None
+    family = family_of(opened.model, where=str(request.source))
+    written = read_lora(request.out, opened.model.module, family)
+    theirs = independent.differences_of(request.out, opened.model.module, family)
+    return f"; of the result {independent.compare_lora(written, theirs).in_words('layers')}"
 
 
 def _is_confirmed(hashes: HashCheck) -> bool:
@@ -142,28 +175,36 @@ def _write_plain(
         raise CheckpointError(
             f"{request.source}: a LoRA becomes --to {form} only inside its model, got no --base. Name it."
         )
-    named = named_for(opened, form)
-    tensors = Cast(named, request.dtype)
+    named, left = named_for(opened, form, allow_unknown=request.allow_unknown)
+    tensors: TensorSource = Cast(named, request.dtype)
+    metadata: Mapping[str, str] = {}
+    if request.parts_from is not None:
+        parts = open_parts(request.parts_from, opened.model, form)
+        tensors, metadata = Joined(tensors, parts.tensors), parts.metadata
     with shown(
         tensors if hashes is None else Confirmed(tensors, hashes.confirm), "converting", console
     ) as read:
-        _write(read, request, form, opened.model)
+        _write(read, request, form, opened.model, metadata)
     if verify:
         with shown(tensors, "verifying", console) as read:
             _verify(read, request.out, form)
     num_bytes = sum(spec.nbytes for spec in tensors.specs.values())
     types = sorted({str(spec.dtype).removeprefix("torch.") for spec in tensors.specs.values()})
     what = f"{IN_WORDS[opened.found.kind]} to {form}"
-    left = (
-        f"; left out: {len(opened.weights) - len(named)} tensors of no part of it"
-        if len(opened.weights) > len(named)
-        else ""
-    )
-    return f"{request.out}: {what}, {len(tensors)} tensors, {num_bytes:,} bytes, {', '.join(types)}{left}"
+    counts = ", ".join(f"{part} {count} tensors" for part, count in left.items())
+    text = f"{request.out}: {what}, {len(tensors)} tensors, {num_bytes:,} bytes, {', '.join(types)}"
+    return f"{text}; left out: {counts}" if counts else text
 
 
-def named_for(opened: Opened, form: Form) -> TensorSource:
-    """Returns the weights by the names that the form has.
+def named_for(
+    opened: Opened, form: Form, *, allow_unknown: bool = False
+) -> tuple[TensorSource, dict[str, int]]:
+    """Returns the weights by the names that the form has, and counts of what is left out by what it is of.
+
+    Args:
+        opened: What there is.
+        form: What it becomes.
+        allow_unknown: Whether tensors that belong to nothing that is known may be left out.
 
     Raises:
         CheckpointError: If the model's class is not known or they are not of it.
@@ -171,7 +212,7 @@ def named_for(opened: Opened, form: Form) -> TensorSource:
     weights = opened.weights
     assert weights is not None
     if form == "safetensors":
-        return weights
+        return weights, {}
     model = opened.model
     if model is None:
         raise CheckpointError(
@@ -179,19 +220,27 @@ def named_for(opened: Opened, form: Form) -> TensorSource:
             "--config, or write "
             "--to safetensors."
         )
-    shapes = model.shapes
-    named = Renamed(weights, names_in_single_file(weights.specs, model.class_name, list(shapes)))
-    require_shapes(named, shapes, where=str(opened.found.path))
-    return (
-        Renamed(named, names_for_single_file(named.specs, model.class_name))
-        if form == "single-file"
-        else named
+    shapes, where = model.shapes, str(opened.found.path)
+    names = names_in_single_file(weights.specs, model.class_name, list(shapes))
+    left = other_tensors(
+        weights.specs, names.values(), model.class_name, where=where, allow_unknown=allow_unknown
     )
+    named = Renamed(weights, names)
+    require_shapes(named, shapes, where=where)
+    if form == "single-file":
+        return Renamed(named, names_for_single_file(named.specs, model.class_name)), left
+    return named, left
 
 
-def _write(tensors: TensorSource, request: Request, form: Form, model: DiffusersModel | None) -> None:
+def _write(
+    tensors: TensorSource,
+    request: Request,
+    form: Form,
+    model: DiffusersModel | None,
+    metadata: Mapping[str, str],
+) -> None:
     if request.out.name.endswith(_SUFFIX):
-        write_one_file(tensors, request.out)
+        write_one_file(tensors, request.out, metadata=metadata)
     elif form == "diffusers" and model is not None:
         write_weights(
             tensors, request.out, stem=DIFFUSERS_STEM, shard_bytes=request.shard_bytes, config=model.config
@@ -253,7 +302,7 @@ def _save_adapters(adapters: Adapters, model: DiffusersModel, form: Form, path: 
                 f"--to comfyui: must be of a family whose published names are known, got {family.name!r}. "
                 "Write it as peft or diffusers-lora."
             )
-        save_comfyui(adapters.tensors, adapters.config, path, original_name=family.original_name)
+        save_comfyui(adapters.tensors, adapters.config, path, original_name=family.published.layer_of)
     else:
         save_diffusers(adapters.tensors, adapters.config, path)
 

@@ -16,7 +16,7 @@ from aiprod_ds.checkpoint.manifest import HashCheck
 from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.config.load import SavedRun, read_saved_run
 from aiprod_ds.convert.checkpoint_weights import CheckpointWeights
-from aiprod_ds.convert.derived import Cast, Merged, Renamed
+from aiprod_ds.convert.derived import Cast, Merged, Renamed, WithLora
 from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
 from aiprod_ds.convert.identify import Found
 from aiprod_ds.convert.request import LORA_FORMS, Adapters, Opened, Request
@@ -181,4 +181,4 @@ def _start(request: Request, config: SavedRun | None, model: DiffusersModel | No
     if model is None:
         return None
     lora = read_lora(Path(merged.path), model.module, family_of(model, where=str(folder)), alpha=merged.alpha)
-    return Merged(Cast(WeightsFolder(folder), torch.float32), lora.tensors(), lora.scales(), None)
+    return WithLora(Cast(WeightsFolder(folder), torch.float32), lora)

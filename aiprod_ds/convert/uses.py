@@ -20,7 +20,7 @@ from aiprod_ds.convert.run import named_for, usual_form
 from aiprod_ds.convert.sources import open_source
 from aiprod_ds.convert.weights_folder import CONFIG, DIFFUSERS_STEM, WeightsFolder
 from aiprod_ds.errors import AiprodError, ConfigError
-from aiprod_ds.models.lora_files import WEIGHTS_FILE, read_tensors
+from aiprod_ds.models.lora_opened import open_lora
 from aiprod_ds.report.inspect_view import Use
 from aiprod_ds.train.resume.history import History
 
@@ -104,7 +104,7 @@ def _adapters(path: Path) -> str:
 
 
 def _read_lora(path: Path) -> None:
-    read_tensors(path / WEIGHTS_FILE if path.is_dir() else path)
+    open_lora(path)
 
 
 def _tried(make: Callable[[], str]) -> Use:

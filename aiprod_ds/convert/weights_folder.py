@@ -70,6 +70,10 @@ class WeightsFolder(TensorSource):
         """Returns the name of the file that holds a tensor."""
         return self._file_of[name]
 
+    def paths(self) -> tuple[Path, ...]:
+        """Returns the files."""
+        return tuple(self.folder / file for file in sorted(self._files))
+
     def require_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """See the function `require_shapes`; messages name the folder."""
         require_shapes(self, shapes, where=str(self.folder))

@@ -31,7 +31,8 @@ from aiprod_ds.config.messages import suggestion
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.files import read_text
-from aiprod_ds.models.lora_files import CONFIG_FILE, WEIGHTS_FILE, LoraWeights, listed, read_tensors
+from aiprod_ds.models.lora_files import LoraWeights
+from aiprod_ds.models.lora_opened import CONFIG_FILE, WEIGHTS_FILE, listed, read_tensors
 from aiprod_ds.rng import stream_seed
 
 _ADAPTER = "default"  # PEFT's own name for the only adapter
@@ -226,6 +227,7 @@ def start_from(transformer: nn.Module, lora: LoraWeights) -> None:
     Raises:
         CheckpointError: If layers or ranks differ; nothing is changed then.
     """
+    lora.require_plain("to be trained on")
     names = adapter_names(transformer)
     own, theirs = {name.layer for name in names}, set(lora.layers)
     if own != theirs:

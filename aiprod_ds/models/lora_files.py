@@ -1,45 +1,32 @@
-"""LoRA files of any common form, read for one transformer, and their merging into a plain model.
+"""LoRA files of any common writer, read for one transformer, and their merging into a plain model.
 
-Owns keys, alpha and checks; adapters inside a model that trains them are `lora.py`. Forms, all safetensors,
-never pickle:
+Owns alpha, checks and the sum; keys are `lora_keys.py`, adapters inside a model that trains them `lora.py`.
+Forms, all safetensors, never pickle: a PEFT folder (`adapter_config.json` beside
+`adapter_model.safetensors`), or one file with the keys of any writer.
 
-- a PEFT folder: `adapter_config.json` beside `adapter_model.safetensors`;
-- one file whose keys are `<prefix><layer>.<part>`. The prefix is `diffusion_model.` (ComfyUI), `transformer.`
-  (diffusers), `base_model.model.` (PEFT) or none. The layer has its name in diffusers or in the model's first
-  publication, or either with `lora_unet_` before it and `_` for every dot. The part is `lora_A.weight` and
-  `lora_B.weight`, or `lora_down.weight` and `lora_up.weight`, and `alpha`.
+    W' = W + scale * B A + difference,   scale = alpha / rank, or alpha / sqrt(rank) of rank-stabilised LoRA
+    DoRA: W' = m * V / |V|,   V = W + scale * B A, norms of the rows
 
 Shapes: A [rank,in], B [out,rank], W [out,in].
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aiprod_ds.errors import CheckpointError
-from aiprod_ds.files import read_text
 from aiprod_ds.models.families.protocol import Family
-from aiprod_ds.tensor_file import TensorFile, TensorFileError
+from aiprod_ds.models.lora_keys import is_image_input, names_in_files, other_kind, other_model, parse_key
+from aiprod_ds.models.lora_opened import Alpha, OpenedLora, layer_scales, listed, open_lora
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = re.compile(r"^(?:base_model\.model|diffusion_model|transformer)\.")
-_UNDERSCORED = "lora_unet_"
-_KEY = re.compile(
-    r"^(?P<layer>.+?)\.(?:(?P<down>lora_A(?:\.default)?\.weight|lora_down\.weight|lora\.down\.weight)"
-    r"|(?P<up>lora_B(?:\.default)?\.weight|lora_up\.weight|lora\.up\.weight)|(?P<alpha>alpha))$"
-)
-_DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # in the metadata of files that diffusers or `save_peft` wrote
-_OTHER_KINDS = ("use_dora", "use_rslora", "alpha_pattern", "lora_bias")
-_SHOWN = 3
+_FIRST_BLOCK = re.compile(r"(blocks[._])(\d+)([._])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +37,27 @@ class LayerLora:
         down: A [rank,in] fp32.
         up: B [out,rank] fp32.
         scale: Factor of B A.
+        magnitude: DoRA's norms [out] fp32; None for plain LoRA.
     """
 
     down: Tensor
     up: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Rows of A."""
         return self.down.shape[0]
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """Returns the merged weight in fp32, on the weight's device."""
+        device = weight.device
+        merged = weight.float() + self.scale * (self.up.to(device) @ self.down.to(device))
+        if self.magnitude is None:
+            return merged
+        factors: Tensor = self.magnitude.to(device) / torch.linalg.vector_norm(merged, dim=1)
+        return merged * factors[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +67,16 @@ class LoraWeights:
     Attributes:
         source: Where it was read, for messages.
         layers: By the layers' names in the plain transformer, in its order.
+        patches: Differences of whole parameters, fp32, by the parameters' names.
+        others: Counts of tensors that are not of the transformer, by what they are of.
+        assumed: Layers whose alpha no other program would find.
     """
 
     source: Path
     layers: Mapping[str, LayerLora]
+    patches: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, int] = field(default_factory=dict)
+    assumed: frozenset[str] = frozenset()
 
     def ranks(self) -> tuple[int, ...]:
         """Returns the different ranks, ascending."""
@@ -89,173 +93,191 @@ class LoraWeights:
         """Returns the factor of B A by layer."""
         return {name: layer.scale for name, layer in self.layers.items()}
 
+    def parameters(self) -> set[str]:
+        """Returns the names of the parameters that it changes."""
+        return {f"{name}.weight" for name in self.layers} | set(self.patches)
+
+    def applied(self, name: str, value: Tensor) -> Tensor:
+        """Returns the parameter `name`, which was `value`, with the LoRA in it, in fp32."""
+        layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        merged = value.float() if layer is None else layer.added_to(value)
+        return merged + self.patches[name].to(merged.device) if name in self.patches else merged
+
+    def require_plain(self, purpose: str) -> None:
+        """Checks that it is A and B alone.
+
+        Raises:
+            CheckpointError: If it has magnitudes or differences of whole parameters, naming `purpose`.
+        """
+        dora = [name for name, layer in self.layers.items() if layer.magnitude is not None]
+        if dora or self.patches:
+            what = f"DoRA of {listed(dora)}" if dora else f"differences of {listed(sorted(self.patches))}"
+            raise CheckpointError(
+                f"{self.source}: must be A and B alone {purpose}, got {what}. Merge it into its base instead "
+                "(`convert --base`, `model.lora_checkpoint`)."
+            )
+
 
 def read_lora(
-    path: Path, transformer: nn.Module, family: Family, *, alpha: float | None = None
+    path: Path,
+    transformer: nn.Module,
+    family: Family | type[Family],
+    *,
+    alpha: Alpha = None,
+    allow_unknown: bool = False,
 ) -> LoraWeights:
-    """Reads a LoRA of any form that the head of this file names. The scale of a layer is alpha / rank, with
-    its own rank.
+    """Reads a LoRA of any writer. The scale of a layer is alpha / rank, with its own rank.
 
-    Alpha is, in this order: the layer's `alpha` tensor; `lora_alpha` of PEFT's settings; in the metadata
-    `alpha_is_folded` (the scale is then 1) or `alpha`; the argument.
+    Alpha is, in this order: the layer's `alpha` tensor; `alpha_pattern` and `lora_alpha` of PEFT's
+    settings; in the metadata `alpha_is_folded` (the scale is then 1), `alpha` or `ss_network_alpha`; the
+    argument.
 
-    Worked number: alpha 6 and A with 4 rows make the scale 1.5.
+    Worked number: alpha 6 and A with 4 rows make the scale 1.5; rank-stabilised it is 3.
 
     Args:
         path: A PEFT folder or a file.
         transformer: The plain model; may be on the meta device.
-        family: The one that describes `transformer`; knows its layers' original names.
+        family: Of `transformer`; knows what its publication calls the layers.
         alpha: For a file that does not say it, and for no other.
+        allow_unknown: Whether keys that belong to nothing that is known are left out.
 
     Raises:
         CheckpointError: If the file cannot be read, is of another kind, has layers or shapes that the
             transformer has not, or alpha is missing or told twice.
     """
-    opened = _open(path)
+    opened = open_lora(path)
+    read = _read_parts(opened, transformer, family, allow_unknown=allow_unknown)
     linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    parts = _by_layer(opened, _names_in_files(linear, family), type(transformer).__name__)
-    for name in parts:
-        _require_fitting(path, name, parts[name], linear[name])
-    scales = _scales(opened, parts, alpha)
-    layers = {
-        name: LayerLora(down=parts[name]["down"].float(), up=parts[name]["up"].float(), scale=scales[name])
-        for name in linear
-        if name in parts
+    adapted = {
+        name: parts for name, parts in read.parts.items() if parts.keys() & {"down", "up", "magnitude"}
     }
-    return LoraWeights(source=path, layers=layers)
+    for name, parts in adapted.items():
+        _require_fitting(path, name, parts, linear.get(name))
+        if opened.settings.get("use_dora") and "magnitude" not in parts:
+            raise CheckpointError(
+                f"{path}: must hold the magnitudes of its DoRA, got none for {name}. Load it again."
+            )
+    scales, assumed = layer_scales(opened, adapted, alpha)
+    layers = {
+        name: LayerLora(
+            down=adapted[name]["down"].float(),
+            up=adapted[name]["up"].float(),
+            scale=scales[name],
+            magnitude=adapted[name]["magnitude"].float().flatten() if "magnitude" in adapted[name] else None,
+        )
+        for name in linear
+        if name in adapted
+    }
+    patches = _patches(path, read.parts, scales, dict(transformer.named_parameters()))
+    return LoraWeights(
+        source=path, layers=layers, patches=patches, others=read.others, assumed=frozenset(assumed)
+    )
 
 
 def merge_into(transformer: nn.Module, lora: LoraWeights) -> None:
-    """Adds scale * B A to the weights W of a plain transformer, in place; the sum is made in fp32 and rounded
-    to W's type.
+    """Adds a LoRA to the parameters of a plain transformer, in place; sums are made in fp32 and rounded to
+    the parameter's type.
 
     Weights must be whole: not partitioned by ZeRO-3.
     """
-    for name, layer in lora.layers.items():
-        weight = transformer.get_parameter(f"{name}.weight")
+    for name in lora.parameters():
+        parameter = transformer.get_parameter(name)
         with torch.no_grad():
-            difference = layer.scale * (layer.up.to(weight.device) @ layer.down.to(weight.device))
-            weight.copy_(weight.float() + difference)
-
-
-def listed(names: Collection[str]) -> str:
-    """Returns the first names and how many more there are, for messages."""
-    shown = ", ".join(list(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of one safetensors file.
-
-    Raises:
-        CheckpointError: If it is missing or not safetensors.
-    """
-    try:
-        with TensorFile(path) as file:
-            return dict(file), dict(file.metadata)
-    except TensorFileError as error:
-        raise CheckpointError(
-            f"{path}: must be a safetensors file, got {error}. Convert it or load it again."
-        ) from error
+            parameter.copy_(lora.applied(name, parameter))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Opened:
-    """What is on disk; `settings` are PEFT's, empty where there are none."""
+class _Read:
+    """Tensors by module in diffusers' names and part; counts of what is of other models."""
 
-    path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    settings: Mapping[str, Any]
+    parts: dict[str, dict[str, Tensor]]
+    others: dict[str, int]
 
 
-def _open(path: Path) -> _Opened:
-    if path.is_dir():
-        settings = _json_object(path / CONFIG_FILE)
-        tensors, metadata = read_tensors(path / WEIGHTS_FILE)
-    else:
-        tensors, metadata = read_tensors(path)
-        settings = _settings_of_diffusers(path, metadata)
-    kind = str(settings.get("peft_type") or "LORA")
-    other = [key for key in _OTHER_KINDS if settings.get(key)] or ([kind] if kind != "LORA" else [])
-    if other:
+def _read_parts(
+    opened: OpenedLora, transformer: nn.Module, family: Family | type[Family], *, allow_unknown: bool
+) -> _Read:
+    """Returns the tensors of the transformer by module and part."""
+    known = names_in_files(_modules(transformer), family.published)
+    model = type(transformer).__name__
+    others = Counter(other for key in opened.tensors if (other := other_model(key)) is not None)
+    own = [key for key in opened.tensors if other_model(key) is None]
+    _require_lora(opened.path, own)
+    meant = {key: parsed for key in own if (parsed := parse_key(key)) is not None}
+    names = {key: known[parsed.module] for key, parsed in meant.items() if parsed.module in known}
+    unknown = [meant[key].module if key in meant else key for key in own if key not in names]
+    if unknown and not (allow_unknown and names):
+        raise CheckpointError(_unknown(opened.path, unknown, known, model))
+    if not names:
+        got = ", ".join(f"{count} tensors of {other}" for other, count in others.items()) or "no tensors"
         raise CheckpointError(
-            f"{path}: must be a plain LoRA, got {', '.join(other)}. Merge it with its own tool."
-        )
-    return _Opened(path=path, tensors=tensors, metadata=metadata, settings=settings)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: must be the JSON of a PEFT adapter, got {error}. Name its folder or a safetensors file."
-        ) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(values).__name__}.")
-    return values
-
-
-def _settings_of_diffusers(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns PEFT's settings out of the metadata, whose keys have the component's prefix."""
-    try:
-        values = json.loads(metadata.get(_DIFFUSERS_SETTINGS, "{}"))
-        return {_PREFIX.sub("", key): value for key, value in values.items() if _PREFIX.match(key)}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: metadata {_DIFFUSERS_SETTINGS} must be a JSON object, got {error}."
-        ) from error
-
-
-def _names_in_files(linear: Collection[str], family: Family) -> dict[str, str]:
-    """Returns the layers' names by every name that a file may have for them."""
-    found = {}
-    for written in (family.original_name, str):  # where both forms have a name, diffusers' layer is meant
-        for name in linear:
-            found[_UNDERSCORED + written(name).replace(".", "_")] = name
-            found[written(name)] = name
-    return found
-
-
-def _by_layer(opened: _Opened, known: Mapping[str, str], model: str) -> dict[str, dict[str, Tensor]]:
-    """Returns `down`, `up` and `alpha` of every layer of the transformer that the file adapts."""
-    matched = {key: _KEY.match(key) for key in opened.tensors}
-    other = [key for key, match in matched.items() if match is None]
-    if other or not matched:
-        raise CheckpointError(
-            f"{opened.path}: must hold nothing but lora_A and lora_B (or lora_down and lora_up) and alpha "
-            "of Linear layers, got "
-            f"{listed(other) or 'no tensors'}. DoRA, LoHa, LoKr, biases and whole differences are not read: "
-            "merge such a file "
-            "with its own tool."
+            f"{opened.path}: must adapt layers of {model}, got {got}. Load it with the tool that wrote it."
         )
     parts: dict[str, dict[str, Tensor]] = {}
-    unknown, twice = [], []
-    for key, match in matched.items():
-        assert match is not None
-        assert match.lastgroup is not None
-        name = known.get(_PREFIX.sub("", match["layer"]))
-        if name is None:
-            unknown.append(match["layer"])
-        elif match.lastgroup in parts.setdefault(name, {}):
+    twice = []
+    for key, name in names.items():
+        if meant[key].part in parts.setdefault(name, {}):
             twice.append(key)
-        else:
-            parts[name][match.lastgroup] = opened.tensors[key]
-    if unknown:
-        names = listed(sorted(set(unknown)))
+        parts[name][meant[key].part] = opened.tensors[key]
+    adapters = {meant[key].adapter for key in names if meant[key].part not in ("alpha", "diff", "diff_b")}
+    if len(adapters) > 1:
         raise CheckpointError(
-            f"{opened.path}: must adapt Linear layers of {model}, got {names}. Take the LoRA of this model."
+            f"{opened.path}: must hold one adapter, got {', '.join(sorted(map(repr, adapters)))}. Save one "
+            "of them alone."
         )
     if twice:
         raise CheckpointError(
             f"{opened.path}: must name every tensor once, got a second one in {listed(twice)}. Keep one of "
             "them."
         )
-    return parts
+    if unknown:
+        others["nothing that is known"] = len(unknown)
+    return _Read(parts=parts, others=dict(others))
 
 
-def _require_fitting(path: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear) -> None:
+def _require_lora(path: Path, keys: list[str]) -> None:
+    for key in keys:
+        if (kind := other_kind(key)) is not None:
+            raise CheckpointError(
+                f"{path}: must be a LoRA, got {kind} ({key}). Merge it with its own tool; `convert --rank` "
+                "makes a LoRA of what comes out."
+            )
+
+
+def _modules(transformer: nn.Module) -> list[str]:
+    """Returns the names of what may be changed: modules with a weight, and parameters that stand alone."""
+    names = [name for name, _ in transformer.named_parameters()]
+    return [name.removesuffix(".weight") for name in names if not name.endswith(".bias")]
+
+
+def _unknown(path: Path, names: list[str], known: Mapping[str, str], model: str) -> str:
+    """Returns what to say of keys that mean nothing here: what they are, where that can be seen."""
+    shown = listed(sorted(set(names)))
+    if any(is_image_input(name) for name in names):
+        return (
+            f"{path}: must adapt layers of {model}, got those of an image-to-video model ({shown}), and "
+            "this one "
+            "has no image inputs. Take the image-to-video model as the base."
+        )
+    beyond = [name for name in names if _FIRST_BLOCK.sub(r"\g<1>0\g<3>", name, count=1) in known]
+    if beyond:
+        return (
+            f"{path}: must adapt layers of {model}, got blocks that this one has not ({listed(beyond)}). It is of "
+            "a larger variant: take that as the base."
+        )
+    return (
+        f"{path}: must hold keys of LoRA (A and B, or down and up, alpha, differences) for layers of "
+        f"{model}, by "
+        f"the names of diffusers or of the publication, got {shown}. They are of another model, or their "
+        "writer is not known here; --allow-unknown of `convert` leaves them out if others are known."
+    )
+
+
+def _require_fitting(path: Path, name: str, parts: Mapping[str, Tensor], module: nn.Linear | None) -> None:
+    if module is None:
+        raise CheckpointError(
+            f"{path}: must adapt Linear layers, got {name}, which is none. Merge it with its own tool."
+        )
     if not {"down", "up"} <= parts.keys():
         raise CheckpointError(
             f"{path}: must hold A and B of {name}, got {' and '.join(sorted(parts))} alone. Load it again."
@@ -265,70 +287,55 @@ def _require_fitting(path: Path, name: str, parts: Mapping[str, Tensor], module:
     if rank < 1 or (down, up) != ([rank, module.in_features], [module.out_features, rank]):
         raise CheckpointError(
             f"{path}: A and B of {name} must be [rank, {module.in_features}] and [{module.out_features}, "
-            f"rank], got {down} and "
-            f"{up}. Take the LoRA of this model."
+            f"rank], got {down} and {up}. It is of another width or variant: take that as the base."
         )
-    if not all(value.is_floating_point() and bool(value.isfinite().all()) for value in parts.values()):
+    if "magnitude" in parts and parts["magnitude"].numel() != module.out_features:
         raise CheckpointError(
-            f"{path}: must hold finite floating-point numbers, got others for {name}. Load it again."
+            f"{path}: the magnitudes of {name} must be {module.out_features}, got "
+            f"{list(parts['magnitude'].shape)}. Load it again."
         )
-
-
-def _scales(
-    opened: _Opened, parts: Mapping[str, Mapping[str, Tensor]], given: float | None
-) -> dict[str, float]:
-    own = {name: _own_alpha(opened, name, part) for name, part in parts.items()}
-    ranks = {name: part["down"].shape[0] for name, part in parts.items()}
-    common, is_folded = _common_alpha(opened, ranks)
-    silent = [name for name in parts if own[name] is None and common is None and not is_folded]
-    if given is not None and not silent:
-        raise CheckpointError(
-            f"{opened.path}: alpha must not be given for a file that says its own, got {given:g}. Remove it."
-        )
-    if given is None and silent:
-        usual = f"{ranks[silent[0]]}, the rank of {silent[0]}, makes the factor 1"
-        raise CheckpointError(
-            f"{opened.path}: must say alpha, got none for {listed(silent)}. Give the one that it was "
-            "trained with as `alpha` "
-            f"({usual}, which is what readers that know no alpha use)."
-        )
-    scales = {}
-    for name, rank in ranks.items():
-        alpha = own[name] if own[name] is not None else common if common is not None else given
-        scales[name] = 1.0 if own[name] is None and is_folded else _finite(opened, "alpha", alpha) / rank
-    return scales
-
-
-def _own_alpha(opened: _Opened, name: str, part: Mapping[str, Tensor]) -> float | None:
-    if "alpha" not in part:
-        return None
-    if part["alpha"].numel() != 1:
-        raise CheckpointError(
-            f"{opened.path}: alpha of {name} must be one number, got {list(part['alpha'].shape)}."
-        )
-    return float(part["alpha"])
-
-
-def _common_alpha(opened: _Opened, ranks: Mapping[str, int]) -> tuple[float | None, bool]:
-    """Returns the alpha of all layers, if the file says one, and whether it is multiplied into B already."""
-    settings = opened.settings
-    if "lora_alpha" in settings:
-        if not settings.get("rank_pattern") and set(ranks.values()) != {settings.get("r")}:
+    for part, value in parts.items():
+        is_number = value.is_floating_point() or part == "alpha"
+        if not is_number or not bool(value.float().isfinite().all()):
             raise CheckpointError(
-                f"{opened.path}: r must be the rank of all adapters {sorted(set(ranks.values()))}, got "
-                f"{settings.get('r')!r}."
+                f"{path}: must hold finite floating-point numbers, got others for {name}. Load it again."
             )
-        return _finite(opened, "lora_alpha", settings["lora_alpha"]), False
-    if opened.metadata.get("alpha_is_folded") == "true":
-        return None, True
-    return (_finite(opened, "alpha", opened.metadata["alpha"]) if "alpha" in opened.metadata else None), False
 
 
-def _finite(opened: _Opened, key: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise CheckpointError(f"{opened.path}: {key} must be a finite number, got {value!r}.")
-    return number
+def _patches(
+    path: Path,
+    read: Mapping[str, Mapping[str, Tensor]],
+    scales: Mapping[str, float],
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, Tensor]:
+    """Returns the differences of whole parameters, with what B's side adds to biases."""
+    patches = {}
+    for name, parts in read.items():
+        weight = name if name in parameters else f"{name}.weight"
+        found = {
+            weight: parts.get("diff"),
+            f"{name}.bias": parts.get("diff_b"),
+        }
+        if "bias" in parts and name in scales:
+            found[f"{name}.bias"] = scales[name] * parts["bias"].float()
+        if name not in scales and not parts.keys() & {"diff", "diff_b"}:
+            raise CheckpointError(
+                f"{path}: must hold A and B of {name}, got {' and '.join(sorted(parts))} alone. Load it "
+                "again."
+            )
+        for parameter, difference in found.items():
+            if difference is None:
+                continue
+            own = parameters.get(parameter)
+            if (
+                own is None
+                or own.numel() != difference.numel()
+                or not bool(difference.float().isfinite().all())
+            ):
+                shape = "none" if own is None else str(list(own.shape))
+                raise CheckpointError(
+                    f"{path}: the difference of {parameter} must be finite and of its shape {shape}, got "
+                    f"{list(difference.shape)}. It is of another variant: take that as the base."
+                )
+            patches[parameter] = difference.float().reshape(own.shape)
+    return patches

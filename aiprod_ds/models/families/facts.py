@@ -49,3 +49,9 @@ class PublishedNames:
         for pattern, replacement in self.rules:
             name = re.sub(pattern, replacement, name)
         return self.prefix + name
+
+    def layer_of(self, module_name: str) -> str:
+        """Returns the publication's name of the module that diffusers calls `module_name`, without the
+        prefix: what a LoRA has for it."""
+        weight = self.name_of(f"{module_name}.weight")
+        return weight.removeprefix(self.prefix).removesuffix(".weight")

@@ -23,6 +23,7 @@ _PUBLISHED = (
     (r"\btime_embed\b", "adaln_single"),
     (r"\bnorm_(q|k)\b", r"\1_norm"),
 )
+_NAMES = PublishedNames(prefix=PIPELINE_PREFIX, rules=_PUBLISHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class LTXVideo:
     has_token_timesteps: ClassVar[bool] = True
     text_tokens: ClassVar[int] = 128
     lora_targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*",)
-    published: ClassVar[PublishedNames | None] = PublishedNames(prefix=PIPELINE_PREFIX, rules=_PUBLISHED)
+    published: ClassVar[PublishedNames | None] = _NAMES
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> LTXVideo:
@@ -135,5 +136,5 @@ class LTXVideo:
         return single_stream_flops(transformer, batch_size=batch_size, num_tokens=num_tokens["video"])
 
     def original_name(self, module_name: str) -> str:
-        """Returns the name itself: inside the blocks diffusers kept the names."""
-        return module_name
+        """Returns the publication's name of a module, out of the table of its single file."""
+        return _NAMES.layer_of(module_name)

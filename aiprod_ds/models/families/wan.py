@@ -22,16 +22,6 @@ from aiprod_ds.models.families.tokens import TokenGrid, Tokens, latents_of, toke
 
 _TIMESTEP_SCALE = 1000.0  # the scheduler's num_train_timesteps
 _TEXT_TOKENS = 512  # `max_sequence_length` of WanPipeline.__call__
-_ORIGINAL_NAMES = (
-    (".attn1.", ".self_attn."),
-    (".attn2.", ".cross_attn."),
-    (".to_q", ".q"),
-    (".to_k", ".k"),
-    (".to_v", ".v"),
-    (".to_out.0", ".o"),
-    (".ffn.net.0.proj", ".ffn.0"),
-    (".ffn.net.2", ".ffn.2"),
-)
 _PUBLISHED = (
     (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
     (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
@@ -53,6 +43,7 @@ _PUBLISHED = (
     (r"\.ffn\.net\.2\.", ".ffn.2."),
     (r"\.norm(2|3)\.", lambda match: f".norm{5 - int(match[1])}."),
 )
+_NAMES = PublishedNames(prefix="", rules=_PUBLISHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +74,7 @@ class Wan:
     has_token_timesteps: ClassVar[bool] = True
     text_tokens: ClassVar[int] = 512
     lora_targets: ClassVar[tuple[str, ...]] = ("blocks.*",)
-    published: ClassVar[PublishedNames | None] = PublishedNames(prefix="", rules=_PUBLISHED)
+    published: ClassVar[PublishedNames | None] = _NAMES
 
     @classmethod
     def of(cls, transformer: nn.Module, strides: ModelStrides) -> Wan:  # noqa: ARG003  # positions are counted, not measured
@@ -157,10 +148,8 @@ class Wan:
         return single_stream_flops(transformer, batch_size=batch_size, num_tokens=num_tokens["video"])
 
     def original_name(self, module_name: str) -> str:
-        """Returns the name in Wan's own code: `blocks.0.self_attn.q` for `blocks.0.attn1.to_q`."""
-        for ours, theirs in _ORIGINAL_NAMES:
-            module_name = module_name.replace(ours, theirs)
-        return module_name
+        """Returns the publication's name of a module, out of the table of its single file."""
+        return _NAMES.layer_of(module_name)
 
     def _text(self, tensors: Mapping[str, Tensor]) -> Tensor:
         embeds_BSD = prompt(tensors, "prompt_embeds", width=self.text_width, family=self.name)

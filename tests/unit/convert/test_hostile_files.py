@@ -22,7 +22,7 @@ from aiprod_ds.convert.restricted_pickle import load_metadata, load_saved
 from aiprod_ds.convert.weights_folder import WeightsFolder
 from aiprod_ds.data.latents import read_entry
 from aiprod_ds.errors import CheckpointError, DataError
-from aiprod_ds.models.lora_files import read_tensors
+from aiprod_ds.models.lora_opened import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -259,10 +259,9 @@ def test_a_file_of_diffusers_names_starts_a_run_once_it_has_its_configuration(tm
     source = _folder(LTXVideo, tmp_path / "source")
     beside = {**load_file(source / WEIGHTS), "other": torch.ones(1)}
     save_file(beside, tmp_path / "x.safetensors")
-    assert (
-        _convert(tmp_path / "x.safetensors", tmp_path / "out", "--config", source / "config.json", "--verify")
-        == DONE
-    )
+    options = ("--config", source / "config.json", "--verify")
+    assert _convert(tmp_path / "x.safetensors", tmp_path / "out", *options) == FAILED
+    assert _convert(tmp_path / "x.safetensors", tmp_path / "out", *options, "--allow-unknown") == DONE
     assert _same(_loaded(LTXVideo, tmp_path / "out"), _loaded(LTXVideo, source))
 
 

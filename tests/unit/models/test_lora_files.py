@@ -295,8 +295,7 @@ def test_missing_and_surplus_alphas_are_errors(tmp_path: Path) -> None:
         _read(LTXVideo, _saved(tmp_path, tensors))
     assert str(caught.value) == (
         f"{tmp_path}/lora.safetensors: must say alpha, got none for {Q}. Give the one that it was trained "
-        "with as `alpha` "
-        f"(4, the rank of {Q}, makes the factor 1, which is what readers that know no alpha use)."
+        "with as `alpha`; `alpha: rank` is the rank (4), which is what readers that know no alpha use."
     )
     with pytest.raises(CheckpointError, match="alpha must not be given for a file that says its own, got 4"):
         _read(LTXVideo, _saved(tmp_path, tensors, alpha="4"), alpha=4.0)
@@ -317,11 +316,21 @@ def _replaced(**changes: Tensor | None) -> Callable[[dict[str, Tensor]], dict[st
     [
         (
             _replaced(dora_scale=torch.ones(24, 1)),
-            r"got transformer_blocks\.0\.attn1\.to_q\.dora_scale\. DoRA, LoHa",
+            rf"must be a LoRA, got DoRA of LyCORIS \({Q}\.dora_scale\)",
         ),
-        (_replaced(lora_B__bias=torch.ones(24)), r"attn1\.to_q\.lora_B\.bias\. DoRA"),
-        (_replaced(hada_w1_a=torch.ones(24)), r"attn1\.to_q\.hada_w1_a\. DoRA"),
-        (_replaced(diff=torch.ones(24)), r"attn1\.to_q\.diff\. DoRA"),
+        (
+            _replaced(lora_B__bias=torch.ones(23)),
+            rf"the difference of {Q}\.bias must be finite .*\[24\], got \[23\]",
+        ),
+        (_replaced(hada_w1_a=torch.ones(24)), rf"got LoHa \({Q}\.hada_w1_a\)"),
+        (_replaced(lokr_w1=torch.ones(24)), rf"got LoKr \({Q}\.lokr_w1\)"),
+        (_replaced(lora_mid__weight=torch.ones(24)), r"got LoCon with a middle matrix"),
+        (_replaced(diff=torch.ones(24)), rf"the difference of {Q}\.weight must be .*\[24, 24\], got \[24\]"),
+        (_replaced(reshape_weight=torch.ones(2)), r"got a weight in place of the model's"),
+        (
+            _replaced(lora_magnitude_vector__weight=torch.ones(23)),
+            r"the magnitudes of .* must be 24, got \[23\]",
+        ),
         (_replaced(lora_B__weight=None), rf"must hold A and B of {Q}, got alpha and down alone"),
         (_replaced(lora_A__weight=None, lora_B__weight=None), rf"must hold A and B of {Q}, got alpha alone"),
         (
@@ -350,11 +359,16 @@ def _replaced(**changes: Tensor | None) -> Callable[[dict[str, Tensor]], dict[st
         ),
         (
             lambda tensors: {f"x.{name}": value for name, value in tensors.items()},
-            r"Linear layers of LTXVideo.*3DModel, got x\.trans",
+            r"for layers of LTXVideo.*3DModel, by the names of diffusers or of the publication, got x\.trans",
         ),
         (
             lambda _: _adapters(Wan),
-            r"must adapt Linear layers of LTXVideoTransformer3DModel, got blocks\.0\..* and 13 more\. Take",
+            r"for layers of LTXVideoTransformer3DModel, .*, got blocks\.0\..* and 13 more\. They are of
+            another",
+        ),
+        (
+            lambda tensors: {name.replace("blocks.0", "blocks.47"): value for name, value in tensors.items()},
+            r"got blocks that this one has not \(transformer_blocks\.47.*It is of a larger variant",
         ),
     ],
 )
@@ -395,11 +409,16 @@ def test_files_that_are_not_safetensors_are_refused(content: bytes, message: str
         ("{", "must be the JSON of a PEFT adapter"),
         ("[]", "must hold a JSON object, got list"),
         ("[" * 100_000, "must be the JSON of a PEFT adapter"),
-        ('{"peft_type": "LOHA", "r": 4, "lora_alpha": 1}', "must be a plain LoRA, got LOHA"),
-        ('{"use_dora": true, "r": 4, "lora_alpha": 1}', "must be a plain LoRA, got use_dora"),
+        ('{"peft_type": "LOHA", "r": 4, "lora_alpha": 1}', "must be a LoRA, got LOHA"),
+        ('{"use_dora": true, "r": 4, "lora_alpha": 1}', "must hold the magnitudes of its DoRA, got none for"),
         (
-            '{"alpha_pattern": {"to_q": 2}, "r": 4, "lora_alpha": 1}',
-            "must be a plain LoRA, got alpha_pattern",
+            '{"alpha_pattern": {"to_q": "x"}, "r": 4, "lora_alpha": 1}',
+            "alpha_pattern must be a finite number, got 'x'",
+        ),
+        ('{"alpha_pattern": [1], "r": 4, "lora_alpha": 1}', "alpha_pattern must map patterns to numbers"),
+        (
+            '{"init_lora_weights": "pissa_niter_16", "r": 4, "lora_alpha": 1}',
+            "got init_lora_weights pissa_niter_16, whose base is not the model's own",
         ),
         ('{"r": 8, "lora_alpha": 1}', r"r must be the rank of all adapters \[4\], got 8"),
         ('{"r": 4, "lora_alpha": "x"}', "lora_alpha must be a finite number, got 'x'"),
@@ -435,6 +454,13 @@ def test_a_rank_pattern_is_the_tensors_own(tmp_path: Path) -> None:
 
 def test_the_settings_of_a_file() -> None:
     assert LoraFileConfig.model_validate({"path": "x"}).alpha is None
-    for wrong in ({}, {"path": ""}, {"path": "x", "alpha": 0.0}, {"path": "x", "rank": 4}):
+    assert LoraFileConfig.model_validate({"path": "x", "alpha": "rank"}).alpha == "rank"
+    for wrong in (
+        {},
+        {"path": ""},
+        {"path": "x", "alpha": 0.0},
+        {"path": "x", "alpha": "ranks"},
+        {"path": "x", "rank": 4},
+    ):
         with pytest.raises(ValueError, match="validation error"):
             LoraFileConfig.model_validate(wrong)
