@@ -184,8 +184,7 @@ def other_tensors(
     if unknown and not allow_unknown:
         raise CheckpointError(
             f"{where}: must hold {class_name} and known parts alone, got {listed(sorted(unknown))}. If it "
-            "is of "
-            "no use, leave it out with --allow-unknown; otherwise take the config.json of this model."
+            "is of no use, leave it out with --allow-unknown; otherwise take the config.json of this model."
         )
     if unknown:
         counts["of no known part"] = len(unknown)

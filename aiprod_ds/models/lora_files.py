@@ -256,19 +256,17 @@ def _unknown(path: Path, names: list[str], known: Mapping[str, str], model: str)
     if any(is_image_input(name) for name in names):
         return (
             f"{path}: must adapt layers of {model}, got those of an image-to-video model ({shown}), and "
-            "this one "
-            "has no image inputs. Take the image-to-video model as the base."
+            "this one has no image inputs. Take the image-to-video model as the base."
         )
     beyond = [name for name in names if _FIRST_BLOCK.sub(r"\g<1>0\g<3>", name, count=1) in known]
     if beyond:
         return (
-            f"{path}: must adapt layers of {model}, got blocks that this one has not ({listed(beyond)}). It is of "
-            "a larger variant: take that as the base."
+            f"{path}: must adapt layers of {model}, got blocks that this one has not ({listed(beyond)}). It "
+            "is of a larger variant: take that as the base."
         )
     return (
         f"{path}: must hold keys of LoRA (A and B, or down and up, alpha, differences) for layers of "
-        f"{model}, by "
-        f"the names of diffusers or of the publication, got {shown}. They are of another model, or their "
+        f"{model}, by the names of diffusers or of the publication, got {shown}. They are of another model, or their "
         "writer is not known here; --allow-unknown of `convert` leaves them out if others are known."
     )
 
