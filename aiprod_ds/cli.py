@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aiprod_ds.bad_disk import disk_error, is_disk_fault
-from aiprod_ds.cli_check import add_read_all, read_all, require_clips_of_training
+from aiprod_ds.cli_check import add_read_all, check_trainer, require_clips_of_training
 from aiprod_ds.cli_convert import add_convert, add_inspect, count, number, request_of
 from aiprod_ds.cli_data import add_data, look
 from aiprod_ds.cli_shard import add_shard, run_shard
@@ -275,42 +275,9 @@ def _check_sample(arguments: argparse.Namespace) -> str:
 
 
 def _check_trainer(arguments: argparse.Namespace) -> str:
-    from aiprod_ds.config.deepspeed import read_settings
-
-    trainer = _trainer(arguments)
-    _require_folder(arguments, "output_dir", trainer.config.output_dir)
-    settings = read_settings(trainer.config, source=trainer.source)
-    if arguments.machine is not None:
-        from aiprod_ds.train.planning.gpu_rules import require_runnable
-
-        require_runnable(trainer.shapes, settings, MACHINES[arguments.machine], where=trainer.source)
-    plan = trainer.plan(world_size=arguments.world_size)
-    if arguments.machine is not None:
-        from aiprod_ds.train.planning.capacity import require_capacity
-        from aiprod_ds.train.planning.previews import require_fitting_previews
-
-        require_capacity(trainer, plan, settings, MACHINES[arguments.machine])
-        require_fitting_previews(trainer, plan, settings, MACHINES[arguments.machine])
-    data = trainer.open_data()
-    plan = data.with_buckets(plan, trainer.source)
-    too_short = data.check(plan, trainer.source)
-    for entry in too_short:
-        names = ", ".join(entry.names)
-        arguments.console.print(
-            f"phase {entry.phase}: not used, because they have under {entry.length}: {names}"
-        )
-    plan = data.with_lengths(plan, trainer.source)
-    for note in (*data.replacements(plan), *trainer.measure_notes(plan, data)):
+    require_folder = partial(_require_folder, arguments, "output_dir")
+    for note in check_trainer(arguments, _file(arguments), require_folder):
         arguments.console.print(note, markup=False, highlight=False)
-    if (warning := trainer.evaluation_cost(plan).warning) is not None:
-        arguments.console.print(f"warning: {warning}", markup=False, highlight=False)
-    if (change := trainer.data_change(data)) is not None:
-        words = f"warning: {change}. `train` goes on with it only if --accept-changed-data is given"
-        arguments.console.print(words, markup=False, highlight=False)
-    if arguments.read_all:
-        limit = trainer.config.data.max_unreadable_fraction
-        for words in read_all(data, plan, max_fraction=limit, source=trainer.source):
-            arguments.console.print(words, markup=False, highlight=False)
     return ""
 
 

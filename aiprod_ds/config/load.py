@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -78,7 +78,16 @@ def read_config(
         document.replace(("output_dir",), output_dir, "--output-dir")
     is_trusted = _take_trust(document, problems, by_option=trust_code)
     schema = _trainer(document, problems, is_trusted=is_trusted)
-    return _reading(document, schema, problems, context={TRUST_CODE: is_trusted})
+    found = _reading(document, schema, problems, context={TRUST_CODE: is_trusted})
+    # The trainer that is likely meant stands in the record.
+    is_guessed = isinstance(document.values.get("trainer"), _Guess)
+    return replace(found, unsound=found.unsound - {"trainer"}) if is_guessed else found
+
+
+class _Guess(str):
+    """The name of a trainer in place of one that is near it."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +154,9 @@ def _trainer(document: Document, problems: list[str], *, is_trusted: bool) -> ty
         found = list(error.problems)
     problems += [f"{document.origin(('trainer',))}: {problem}" for problem in found]
     # The other sections are still checked, as those of the trainer that is likely meant.
-    meant = nearest(str(trainer), TRAINERS) or DEFAULT_TRAINER
-    document.values["trainer"] = meant
-    return TRAINERS[meant].config_class
+    meant = nearest(str(trainer), TRAINERS)
+    document.values["trainer"] = DEFAULT_TRAINER if meant is None else _Guess(meant)
+    return TRAINERS[meant or DEFAULT_TRAINER].config_class
 
 
 def load_encode_config(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.data import VideoDataConfig
 from aiprod_ds.config.losses import VideoVAELossConfig
 from aiprod_ds.config.problems.rules import rule
@@ -55,11 +56,15 @@ class VideoEvaluationConfig(EvaluationConfig):
 class VAETrainerConfig(RunConfig):
     """Everything that the training of a video VAE needs."""
 
+    has_stages: ClassVar[bool] = True
+
     trainer: Literal["video_vae"] | TrainerPath = "video_vae"
     """What is trained: by this name, or by the import path of a class derived from its trainer
     (`my_package.module:MyTrainer`)."""
     data: VideoDataConfig
     """The clips."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """The phases. Without it: those of `preset: default`."""
     loss: VideoVAELossConfig = VideoVAELossConfig()
     """What is minimised."""
     evaluation: VideoEvaluationConfig = VideoEvaluationConfig()

@@ -1,8 +1,8 @@
 """When a phase is over: by updates, by epochs or by a loss plateau, whichever comes first.
 
-The loop asks `decision(clock)` before each update and reports each update with `observe`. The scheduler never
-moves the clock. All of its state is in `state_dict`; decisions are functions of (plan, state, clock), so
-equal on every rank.
+The trainers' loop asks `decision(clock)` before each update and reports each update with `observe`; it moves
+the clock itself. A plain loop has no clock: a scheduler of `from_config` keeps one and moves it in `advance`.
+All of the state is in `state_dict`; decisions are functions of (plan, state, clock), so equal on every rank.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, SupportsFloat
 
 from aiprod_ds.clock import Clock
+from aiprod_ds.config.curriculum import CurriculumConfig
+from aiprod_ds.config.run import RunConfig
+from aiprod_ds.curriculum.own_loop import PhaseInfo, own_loop_plan
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.curriculum.plateau import PlateauState
-from aiprod_ds.errors import CheckpointError
+from aiprod_ds.curriculum.strides import ModelStrides
+from aiprod_ds.errors import CheckpointError, ConfigError
 
 _FORMAT = 1
 
@@ -48,16 +52,129 @@ class Decision:
 class CurriculumScheduler:
     """Decides phase transitions of one run.
 
-    Life: `decision(clock)` -> STAY: run an update, advance the clock, `observe(clock, loss)`; NEXT_PHASE: do
-    the transition and go on with `clock.at_phase(clock.phase + 1)`; FINISHED: stop. Observing the same clock
-    again changes nothing.
+    In a loop of your own: make it by `from_config`, do the update that `phase_info()` describes, tell it by
+    `advance(loss)`, until the decision that returns is FINISHED.
+
+    With a clock of your own: `decision(clock)` -> STAY: run an update, advance the clock, `observe(clock,
+    loss)`; NEXT_PHASE: do the transition and go on with `clock.at_phase(clock.phase + 1)`; FINISHED: stop.
+    Observing the same clock again changes nothing.
+
+    Args:
+        plan: Of the run, from `plan_run`.
+
+    Raises:
+        ConfigError: If `plan` is none.
     """
 
     def __init__(self, plan: RunPlan) -> None:
+        if not isinstance(plan, RunPlan):
+            raise ConfigError(
+                f"CurriculumScheduler: must be given a plan, got {type(plan).__name__}. Write "
+                "CurriculumScheduler.from_config(config), or pass what plan_run returns."
+            )
         self._phases = plan.phases
+        self._clock: Clock | None = None  # of a plain loop
+        self._num_clips: int | None = None
         self._phase = 0
         self._seen = (0, 0)  # applied and skipped updates of the phase that were observed
         self._plateau = PlateauState()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RunConfig | CurriculumConfig,
+        *,
+        world_size: int = 1,
+        strides: ModelStrides | None = None,
+        num_clips: int | None = None,
+    ) -> CurriculumScheduler:
+        """Returns a scheduler for a loop of your own, which keeps the time itself.
+
+        Args:
+            config: A `CurriculumConfig`, or a trainer's whole configuration, which also has the weights of
+                the loss and the weight decay.
+            world_size: Ranks that share each global batch.
+            strides: Of the model, by which lengths are rounded up and sizes checked. None: it takes any.
+            num_clips: Clips of one pass over the data; needed where epochs end a phase.
+
+        Raises:
+            ConfigError: If `config` is none.
+            PlanError: With every problem of the plan.
+        """
+        made = cls(own_loop_plan(config, world_size=world_size, strides=strides, num_clips=num_clips))
+        made._clock, made._num_clips = Clock(), num_clips
+        return made
+
+    @property
+    def clock(self) -> Clock:
+        """Where the loop stands.
+
+        Raises:
+            ConfigError: If this scheduler is not of `from_config`: then its caller has the clock.
+        """
+        if self._clock is None:
+            raise ConfigError(
+                "CurriculumScheduler: keeps no time of its own, because it was made of a plan. Make it by "
+                "from_config, or use decision(clock) and observe(clock, loss)."
+            )
+        return self._clock
+
+    def phase_info(self) -> PhaseInfo:
+        """Returns what the next update of a plain loop is to be.
+
+        Raises:
+            ConfigError: If this scheduler is not of `from_config`.
+        """
+        clock = self.clock
+        return PhaseInfo.of(
+            self._phases[clock.phase],
+            phase_updates=clock.phase_updates,
+            updates=clock.updates,
+            is_finished=self.decision(clock).action is Action.FINISHED,
+        )
+
+    def advance(self, loss: SupportsFloat | None = None, *, is_applied: bool = True) -> Decision:
+        """Takes in one update of a plain loop and returns what to do next; after NEXT_PHASE `phase_info` is
+        that of the next phase.
+
+        Args:
+            loss: Of the update, the same on all ranks. Only phases that a plateau ends look at it.
+            is_applied: False if the update was skipped, as for an overflow: the data has moved on, the rates
+                have not.
+
+        Raises:
+            ConfigError: If all phases are over, a loss is needed and missing, or this scheduler is not of
+                `from_config`.
+            NonFiniteError: If a whole patience window of losses was NaN or infinite.
+        """
+        clock, phase = self.clock, self._phases[self.clock.phase]
+        needs_loss = is_applied and self.needs_loss(clock)
+        if self.decision(clock).action is Action.FINISHED:
+            raise ConfigError(
+                f"CurriculumScheduler.advance: all phases are over after {clock.updates} updates. Stop when "
+                "the decision is FINISHED."
+            )
+        if needs_loss and loss is None:
+            raise ConfigError(
+                f"CurriculumScheduler.advance: must be given the loss, by which phase {phase.name!r} ends, "
+                "got nothing. Pass it in every update."
+            )
+        batch = phase.buckets[0]
+        epoch = 0 if self._num_clips is None else self._epoch(clock, batch.global_batch_size)
+        if is_applied:
+            clock = clock.after_update(
+                micro_batches=batch.accumulation, samples=batch.global_batch_size, epoch=epoch
+            )
+        else:
+            clock = clock.after_skip(micro_batches=batch.accumulation, epoch=epoch)
+        decision = self.observe(clock, float(loss) if needs_loss and loss is not None else None)
+        is_over = decision.action is Action.NEXT_PHASE
+        self._clock = clock.at_phase(clock.phase + 1) if is_over else clock
+        return decision
+
+    def _epoch(self, clock: Clock, global_batch_size: int) -> int:
+        assert self._num_clips is not None, "asked for where it is known"
+        return (clock.phase_position + 1) * global_batch_size // self._num_clips
 
     def needs_loss(self, clock: Clock) -> bool:
         """Returns whether the next applied update must be observed with its loss, reduced over ranks.
@@ -112,6 +229,7 @@ class CurriculumScheduler:
             "seen_updates": self._seen[0],
             "seen_skipped": self._seen[1],
             "plateau": self._plateau.to_dict(),
+            **({} if self._clock is None else {"clock": self._clock.to_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,6 +256,8 @@ class CurriculumScheduler:
                 f"{[known.name for known in self._phases]}. Resume with the configuration of the checkpoint."
             )
         plateau = PlateauState.from_dict(state["plateau"])
+        if self._clock is not None:
+            self._clock = Clock.from_dict(state["clock"])
         self._phase, self._seen, self._plateau = phase, (updates, skipped), plateau
 
     def _phase_of(self, clock: Clock) -> PhasePlan:
