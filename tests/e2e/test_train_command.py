@@ -1,5 +1,5 @@
 """The quickstart, shortened, through the real launcher on two ranks; then the same command again on the
-finished run."""
+finished run, on ranks that are forked."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aiprod_ds.cli import main
 from aiprod_ds.convert.request import Request
 from aiprod_ds.convert.run import convert
 from aiprod_ds.metrics.jsonl import read_metrics
+from aiprod_ds.testing.dist import run_forked
+from aiprod_ds.testing.forked import fork_ranks, wait_for_ranks
 from aiprod_ds.testing.processes import free_port, run_in_own_session
 
 PHASES = ("low", "medium", "high")
@@ -44,12 +47,16 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def trained(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return _train(repository_root, tmp_path_factory.mktemp("e2e") / "run", resume="never")
+    folder = tmp_path_factory.mktemp("e2e") / "run"
+    return _finished(folder, *_launch(_words(repository_root, folder, resume="never")))
 
 
 @pytest.fixture(scope="module")
 def trained_again(repository_root: Path, trained: Finished) -> Finished:
-    return _train(repository_root, trained.folder, resume="auto")
+    output = trained.folder.with_name("output.txt")
+    arguments = {"words": _words(repository_root, trained.folder, resume="auto"), "output": str(output)}
+    codes = run_forked(train_on_forked_ranks, arguments=arguments, timeout_seconds=600)
+    return _finished(trained.folder, next((code for code in codes if code), 0), output.read_text())
 
 
 def test_the_command_succeeds(trained: Finished) -> None:
@@ -127,18 +134,16 @@ def test_a_finished_run_is_left_as_it_is(trained: Finished, trained_again: Finis
     assert trained_again.report["resumed_from"] == ["update_000007"]
 
 
-def _train(root: Path, folder: Path, *, resume: str) -> Finished:
-    binaries = Path(sys.executable).parent
-    command = [str(binaries / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
-    command += [
-        "--master_port",
-        str(free_port()),
-        "--module",
-        "aiprod_ds",
+def _words(root: Path, folder: Path, *, resume: str) -> list[str]:
+    """Returns the command without its program."""
+    words = [
         "train",
         str(root / "configs/video_vae/tiny.yaml"),
+        "--output-dir",
+        str(folder),
+        "--resume",
+        resume,
     ]
-    command += ["--output-dir", str(folder), "--resume", resume]
     settings: dict[str, Any] = {
         "data.train": root / "samples/train.csv",
         "data.validation": root / "samples/validation.csv",
@@ -148,14 +153,39 @@ def _train(root: Path, folder: Path, *, resume: str) -> Finished:
         phase = {**dict(zip(keys, values, strict=True)), "warmup_updates": 1}
         settings |= {f"curriculum.phases[{index}].{key}": value for key, value in phase.items()}
     for key, value in settings.items():
-        command += ["--set", f"{key}={value}"]
+        words += ["--set", f"{key}={value}"]
+    return words
+
+
+def _launch(words: list[str]) -> tuple[int | None, str]:
+    binaries = Path(sys.executable).parent
+    command = [str(binaries / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(free_port()), "--module", "aiprod_ds", *words]
     path = os.pathsep.join(
         [str(binaries), os.environ["PATH"]]
     )  # the launcher starts `python` and `ninja` by name
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    code, output = run_in_own_session(command, timeout_seconds=600, environment=environment)
+    return run_in_own_session(command, timeout_seconds=600, environment=environment)
+
+
+def _finished(folder: Path, code: int | None, output: str) -> Finished:
     report = folder / "report.json"
     assert report.is_file(), output
     return Finished(
         folder=folder, code=code, output=output, report=json.loads(report.read_text(encoding="utf-8"))
     )
+
+
+# Below runs in a process that forks the ranks.
+
+
+def train_on_forked_ranks(words: list[str], output: str) -> list[int]:
+    """Returns the exit codes of `aiprod-ds WORDS` on two ranks; `output` gets what they say."""
+    said = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def be_rank() -> int:
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        return main(words)
+
+    return wait_for_ranks(fork_ranks(be_rank, ranks=2), timeout_seconds=500)
