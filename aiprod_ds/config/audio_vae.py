@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from aiprod_ds.config.data import AudioDataConfig
 from aiprod_ds.config.losses import AudioVAELossConfig
@@ -34,6 +34,8 @@ class AudioVAETrainerConfig(RunConfig):
     The frames of a clip are its samples: a phase gives `duration: {seconds: 1.5}` or `{frames: 65536}` and no
     resolution.
     """
+
+    has_stages: ClassVar[bool] = True
 
     trainer: Literal["audio_vae"] | TrainerPath = "audio_vae"
     """What is trained: by this name, or by the import path of a class derived from its trainer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 from aiprod_ds.config.run import RunConfig
@@ -38,8 +39,16 @@ _CAME_LATER: dict[str, dict[str, Any]] = {
         "scenes": "none",
         "scene_threshold": 27.0,
     },
-    "loss": {"adversarial": None, "adversarial_weight": 0.0, "feature_matching_weight": 0.0},
+    "loss": {
+        "adversarial": None,
+        "adversarial_weight": 0.0,
+        "feature_matching_weight": 0.0,
+        "kl_free_bits": 0.0,
+        "frame_difference_weight": 0.0,
+        "flicker_weight": 0.0,
+    },
 }
+_CAME_LATER_TO_PHASES: dict[str, Any] = {"decoder_only": False, "frozen": [], "latents": None}
 
 
 def config_fingerprint(config: RunConfig) -> str:
@@ -51,25 +60,27 @@ def config_fingerprint(config: RunConfig) -> str:
     """
     values = config.model_dump(mode="json", exclude=cast("Any", _WITHOUT_EFFECT))
     for section, later in _CAME_LATER.items():
-        kept = values[section]
-        values[section] = {
-            key: value for key, value in kept.items() if key not in later or value != later[key]
-        }
+        values[section] = _without(values[section], later)
     return _sha256(values)
 
 
 def phase_fingerprints(config: RunConfig) -> tuple[str, ...]:
     """Returns the sha256 of every phase's own settings, in order; without `learning_rate_factor`, which may
     change while the phase runs."""
-    return tuple(
-        _sha256(phase.model_dump(mode="json", exclude={"learning_rate_factor"}))
-        for phase in config.curriculum.phases
-    )
+    phases = [
+        phase.model_dump(mode="json", exclude={"learning_rate_factor"}) for phase in config.curriculum.phases
+    ]
+    return tuple(_sha256(_without(phase, _CAME_LATER_TO_PHASES)) for phase in phases)
 
 
 def to_yaml(config: RunConfig) -> str:
     """Returns the resolved configuration, defaults included, as YAML that loads back equal."""
     return write_yaml(config.model_dump(mode="json"))
+
+
+def _without(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `values` without those of `later` that are as they are there."""
+    return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 
 def _sha256(value: Any) -> str:

@@ -227,11 +227,21 @@ class VideoVAELossConfig(ReconstructionLossConfig):
     perceptual_weight: NonNegativeFloat = 1.0
     """Weight of the VGG16 distance. 0 in every phase: the network is not loaded and the term not measured."""
     kl_weight: NonNegativeFloat = 1e-6
-    """Weight of the posterior's divergence from the unit normal."""
+    """Weight of the posterior's divergence from the unit normal. Its default has no effect, and any other
+    value is refused, where there is no posterior or nothing is trained that it depends on."""
     kl_reduction: Literal["per_input_element", "mean"] = "per_input_element"
     """The sum over a clip's latents divided by its input elements, or the mean over latents."""
+    kl_free_bits: NonNegativeFloat = 0.0
+    """Nats of divergence that each channel of a clip's latents has without being pressed further; the mean
+    over positions counts."""
     haar_weight: NonNegativeFloat = 0.0
     """Weight of the L1 distance between one-level 3-D Haar sub-bands."""
+    frame_difference_weight: NonNegativeFloat = 0.0
+    """Weight of the L1 distance between the differences of neighbouring frames. Where it is 0 the term is not
+    measured either."""
+    flicker_weight: NonNegativeFloat = 0.0
+    """Weight of the L1 distance between how much patches of 8x8 pixels change from frame to frame. Where it
+    is 0 the term is not measured either."""
     perceptual: PerceptualConfig = PerceptualConfig()
     """The network behind `perceptual_weight`."""
     adversarial: VideoAdversarialConfig | None = None
@@ -291,7 +301,12 @@ class AudioVAELossConfig(ReconstructionLossConfig):
     spectral_weight: NonNegativeFloat = 1.0
     """Weight of the STFT distance."""
     kl_weight: NonNegativeFloat = 1e-4
-    """Weight of the posterior's divergence from the unit normal, summed over channels."""
+    """Weight of the posterior's divergence from the unit normal, summed over channels. Its default has no
+    effect, and any other value is refused, where there is no posterior or nothing is trained that it depends
+    on."""
+    kl_free_bits: NonNegativeFloat = 0.0
+    """Nats of divergence that each channel of a clip's latents has without being pressed further; the mean
+    over positions counts."""
     mel_weight: NonNegativeFloat = 0.0
     """Weight of the log-mel distance. 0 in every phase: the term is not measured either. For a model of mel
     spectrograms: the weight of their mean absolute error, beside which those of waveform and spectrum must be

@@ -138,6 +138,40 @@ class PhaseAugment(StrictModel):
     """As `data.random_flip`. null: that one."""
 
 
+class WeightRamp(StrictModel):
+    """A weight that moves linearly: in update u of the phase, counted from 0, it is
+    `start` + (`end` - `start`) * min(u / `updates`, 1)."""
+
+    start: NonNegativeFloat
+    """The weight in the first update of the phase."""
+    end: NonNegativeFloat
+    """The weight from update number `updates` of the phase on."""
+    updates: PositiveInt
+    """Updates until it is reached; at most those of the phase. Left-out ones count, as places in the data
+    do."""
+
+    def at(self, update: int) -> float:
+        """Returns the weight in an update of the phase.
+
+        Worked number: from 0 to 1e-6 over 4 updates: 0, 2.5e-7, 5e-7, 7.5e-7, 1e-6, 1e-6, ...
+        """
+        return (
+            self.end
+            if update >= self.updates
+            else self.start + (self.end - self.start) * (update / self.updates)
+        )
+
+
+def _kind_of_weight(value: Any) -> str:
+    return "ramp" if isinstance(value, (dict, WeightRamp)) else "weight"
+
+
+LossWeight = Annotated[
+    Annotated[NonNegativeFloat, Tag("weight")] | Annotated[WeightRamp, Tag("ramp")],
+    Discriminator(_kind_of_weight),
+]
+
+
 class PhaseConfig(StrictModel):
     """One phase. The batch is given by any two of its three numbers; the third follows from the world size.
 
@@ -194,8 +228,9 @@ class PhaseConfig(StrictModel):
     """The rate of the last update over the highest; no effect with `schedule: constant`, so refused there."""
     weight_decay: NonNegativeFloat | None = None
     """As `optimizer.weight_decay`. null: that one."""
-    loss: dict[str, NonNegativeFloat] = Field(default_factory=dict)
-    """Weights of the loss section by name, e.g. `{perceptual_weight: 0.1}`; the others stay."""
+    loss: dict[str, LossWeight] = Field(default_factory=dict)
+    """Weights of the loss section by name, e.g. `{perceptual_weight: 0.1}`; the others stay. Of a VAE, a
+    weight may move: `{kl_weight: {start: 0.0, end: 1.0e-6, updates: 5000}}`."""
     augment: PhaseAugment = PhaseAugment()
     """Augmentations; what is left out stays as the data section says."""
     activation_checkpointing: bool | None = None
@@ -205,11 +240,24 @@ class PhaseConfig(StrictModel):
     section says."""
     lora: LoraConfig | None = None
     """The adapters of this phase, under `lora`. null: the trainer's own section `lora`."""
+    decoder_only: bool = False
+    """Trains of a VAE only what latents do not depend on, so that latents made before stay valid."""
+    frozen: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
+    """Parts of a VAE that are not trained in this phase: names of layers or weights in the model
+    (`encoder.conv_in`), or patterns of them with `*`, `?` and `[]`. Each must match something."""
+    latents: Literal["sample", "mode"] | None = None
+    """What the decoder is trained on where latents stay what they are: draws from the posterior, or its mode.
+    null: draws. Only there."""
     moments: MomentsPolicy | None = None
     """The optimizer's moments when the phase begins: kept, set to 0 or multiplied by `moment_decay`. null: as
     the adapter says. Not in the first phase."""
     moment_decay: Fraction | None = None
     """Factor for both moments under `moments: decay`, and only there."""
+
+    @property
+    def trained_part(self) -> tuple[bool, tuple[str, ...]]:
+        """What of a VAE is trained: `decoder_only` and `frozen`."""
+        return self.decoder_only, self.frozen
 
     @property
     def listed_buckets(self) -> tuple[BucketConfig, ...]:
@@ -231,6 +279,7 @@ class PhaseConfig(StrictModel):
         yield from _shape_problems(self)
         yield from _end_problems(self)
         yield from _length_problems(self)
+        yield from _weight_problems(self)
         if (self.moment_decay is not None) != (self.moments == "decay"):
             yield f"moment_decay: goes with moments: decay, got moments: {self.moments}. Set both or neither."
 
@@ -313,3 +362,17 @@ def _length_problems(phase: PhaseConfig) -> Iterator[str]:
         )
     if phase.min_updates is not None and phase.min_updates > limit:
         yield f"min_updates: must be at most {key} ({limit}), got {phase.min_updates}. Lower it."
+
+
+def _weight_problems(phase: PhaseConfig) -> Iterator[str]:
+    limit, key = phase.limit_updates, "updates" if phase.updates is not None else "max_updates"
+    for name, weight in phase.loss.items():
+        if not isinstance(weight, WeightRamp):
+            continue
+        if weight.start == weight.end:
+            yield (
+                f"loss.{name}.end: must differ from start, got {weight.end:g} for both. Write the weight "
+                "alone."
+            )
+        if limit is not None and weight.updates > limit:
+            yield f"loss.{name}.updates: must be at most {key} ({limit}), got {weight.updates}. Lower it."

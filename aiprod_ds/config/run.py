@@ -20,7 +20,7 @@ from aiprod_ds.config.data import ClipDataConfig
 from aiprod_ds.config.messages import suggestion
 from aiprod_ds.config.model import LoraConfig, ModelConfig
 from aiprod_ds.config.optim import EmaConfig, OptimizerConfig, SpikesConfig
-from aiprod_ds.config.phase import BucketConfig, PhaseConfig
+from aiprod_ds.config.phase import BucketConfig, PhaseConfig, WeightRamp
 from aiprod_ds.config.problems.rules import rule
 from aiprod_ds.config.schema import (
     FreeMapping,
@@ -74,8 +74,8 @@ class EngineConfig(StrictModel):
 
 
 class PerformanceConfig(StrictModel):
-    """How a run computes; no choice changes the result beyond rounding. The report says what was chosen, and
-    why."""
+    """How a run computes; no choice but `fp8` changes the result beyond the rounding of its precision. The
+    report says what was chosen, and why."""
 
     compile: Literal["auto", "off", "blocks"] = "auto"
     """`blocks` makes kernels of the model's repeated blocks, once for each shape, by torch.compile. `auto`
@@ -89,6 +89,9 @@ class PerformanceConfig(StrictModel):
     activation_memory_budget: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
     """Share of its activations that a compiled block keeps for the backward pass; the rest is computed again,
     what costs least first. 1: what is fastest."""
+    fp8: Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = "off"
+    """Products of the trained linear layers of blocks in 8 bits, by torchao's recipe of that name, from the
+    fastest to the most exact. Needs bf16, compiled blocks and a GPU of compute capability 8.9 or newer."""
     deterministic: bool = False
     """Takes kernels alone that give the same sums every time, and ends with an error where there is none.
     Slower; on a CPU all are."""
@@ -203,6 +206,8 @@ class RunConfig(StrictModel):
 
     has_adapters: ClassVar[bool] = False
     """Whether phases may train adapters."""
+    has_stages: ClassVar[bool] = False
+    """Whether phases may train parts of the model, and weights of the loss may move inside a phase."""
 
     trainer: str
     """What is trained."""
@@ -260,6 +265,24 @@ class RunConfig(StrictModel):
                 "checkpoint.self_contained: has no effect unless a phase trains adapters, got true. Remove "
                 "it."
             )
+
+    @rule
+    def _stages_have_an_effect(self) -> Iterator[str]:
+        previous: PhaseConfig | None = None
+        for index, phase in enumerate(self.curriculum.phases):
+            where = f"curriculum.phases[{index}]"
+            ramps = [f"loss.{name}" for name, value in phase.loss.items() if isinstance(value, WeightRamp)]
+            given = [key for key in ("decoder_only", "frozen", "latents") if getattr(phase, key)]
+            for key in () if self.has_stages else (*given, *ramps):
+                value = "a weight that moves" if key in ramps else "a value"
+                yield f"{where}.{key}: has no effect for trainer {self.trainer}, got {value}. Remove it."
+            trains_others = previous is not None and phase.trained_part != previous.trained_part
+            if trains_others and phase.moments in {"keep", "decay"}:
+                yield (
+                    f"{where}.moments: must be reset where other parameters are trained, got "
+                    f"{phase.moments}. Remove it: a new optimizer begins with the phase."
+                )
+            previous = phase
 
     @rule
     def _chosen_by_auto(self) -> Iterator[str]:

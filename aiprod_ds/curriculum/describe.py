@@ -187,6 +187,13 @@ def _overrides(phase: PhasePlan, config: RunConfig) -> dict[str, Any]:
         found["activation_checkpointing"] = phase.activation_checkpointing
     if phase.training_mode != getattr(config, "training_mode", phase.training_mode):
         found["training_mode"] = phase.training_mode
+    found |= {f"loss.{name}": ramp.model_dump() for name, ramp in phase.loss_ramps.items()}
+    if phase.decoder_only:
+        found["decoder_only"] = True
+    if phase.frozen:
+        found["frozen"] = list(phase.frozen)
+    if phase.latents != "sample":
+        found["latents"] = phase.latents
     if phase.moments == "decay":
         found["moment_decay"] = phase.moment_scale
     return found

@@ -8,10 +8,11 @@ or snaps a frame count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from aiprod_ds.config.model import LoraConfig
-from aiprod_ds.config.phase import AutoBuckets, MomentsPolicy, PlateauConfig, TrainingMode
+from aiprod_ds.config.phase import AutoBuckets, MomentsPolicy, PlateauConfig, TrainingMode, WeightRamp
 from aiprod_ds.curriculum.lr import LearningRateSchedule
 from aiprod_ds.curriculum.strides import ModelStrides
 
@@ -149,7 +150,8 @@ class PhasePlan:
         first: Range of the run's update count when the phase begins.
         length: Range of the number of its updates.
         weight_decay: Of the parameter groups that are decayed.
-        loss_weights: Every weight of the trainer's loss, by its configuration name (`perceptual_weight`).
+        loss_weights: Every weight of the trainer's loss, by its configuration name (`perceptual_weight`); of
+            one that moves the most.
         random_flip: Whether clips are mirrored at random.
         activation_checkpointing: On or off; None as the engine's settings say.
         moments: What happens to the optimizer's moments when the phase begins; `keep` in the first.
@@ -158,6 +160,10 @@ class PhasePlan:
         adapters: What is trained in place of the weights; None if the weights themselves are.
         auto: How `buckets` are found from the clips; before they are, `buckets` is the largest shape alone.
             None if they are configured.
+        loss_ramps: The weights that move inside the phase.
+        decoder_only: Whether nothing is trained that latents depend on.
+        frozen: Names and patterns of what else is not trained.
+        latents: What the decoder gets where latents stay what they are; else a draw in any case.
     """
 
     index: int
@@ -175,6 +181,24 @@ class PhasePlan:
     moment_scale: float
     adapters: LoraConfig | None = None
     auto: AutoPlan | None = None
+    loss_ramps: Mapping[str, WeightRamp] = field(default_factory=dict)
+    decoder_only: bool = False
+    frozen: tuple[str, ...] = ()
+    latents: Literal["sample", "mode"] = "sample"
+
+    def weights_at(self, position: int) -> dict[str, float]:
+        """Returns every weight of the loss in an update of the phase.
+
+        Args:
+            position: Of the update's global batch in the data of the phase, counted from 0.
+        """
+        moving = {name: ramp.at(position) for name, ramp in self.loss_ramps.items()}
+        return {**self.loss_weights, **moving}
+
+    def trains_as(self, other: PhasePlan) -> bool:
+        """Returns whether both phases train the same parameters."""
+        mine, others = ((each.adapters, each.decoder_only, each.frozen) for each in (self, other))
+        return mine == others
 
     @property
     def training_mode(self) -> TrainingMode:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from aiprod_ds.config.curriculum import CurriculumAdapterConfig
-from aiprod_ds.config.phase import BucketConfig, PhaseConfig, PhaseDuration, PhaseResolution
+from aiprod_ds.config.phase import BucketConfig, PhaseConfig, PhaseDuration, PhaseResolution, WeightRamp
 from aiprod_ds.config.run import RunConfig
 from aiprod_ds.curriculum.batch import BatchTriple, solve_batch
 from aiprod_ds.curriculum.lr import LearningRateSchedule
@@ -84,9 +84,16 @@ class _PhasePlanner:
         )
         adapters = self.config.phase_adapters(phase)
         policy = policy if index else "keep"
-        if index and adapters != self.config.phase_adapters(self.config.curriculum.phases[index - 1]):
+        before = self.config.curriculum.phases[max(index - 1, 0)]
+        is_same_part = phase.trained_part == before.trained_part
+        if index and not (is_same_part and adapters == self.config.phase_adapters(before)):
             policy = "reset"  # other parameters are trained, so a new optimizer begins
         flip = phase.augment.random_flip
+        ramps = {name: weight for name, weight in phase.loss.items() if isinstance(weight, WeightRamp)}
+        weights = {
+            name: max(weight.start, weight.end) if isinstance(weight, WeightRamp) else weight
+            for name, weight in phase.loss.items()
+        }
         return PhasePlan(
             index=index,
             name=phase.name,
@@ -105,7 +112,11 @@ class _PhasePlanner:
             weight_decay=self.config.optimizer.weight_decay
             if phase.weight_decay is None
             else phase.weight_decay,
-            loss_weights={**self.config.loss_weights(), **phase.loss},
+            loss_weights={**self.config.loss_weights(), **weights},
+            loss_ramps=ramps,
+            decoder_only=phase.decoder_only,
+            frozen=phase.frozen,
+            latents=phase.latents or "sample",
             random_flip=self.config.random_flip() if flip is None else flip,
             activation_checkpointing=phase.activation_checkpointing,
             moments=policy,

@@ -17,8 +17,8 @@ class ModelStrides:
     Attributes:
         spatial: Height and width must be multiples of it; 1 for sound.
         temporal: Frames that become one latent; see `is_causal`.
-        is_causal: The model takes 1 + temporal * k frames, as video models do; otherwise temporal * k, k >=
-            1.
+        is_causal: The model takes 1 + temporal * k frames, as most video models do; otherwise temporal * k,
+            k >= 1.
     """
 
     spatial: int
@@ -51,4 +51,6 @@ class ModelStrides:
     @property
     def rule(self) -> str:
         """What the model takes, in words: `1 + 8 * k frames` or `2048 * k samples`."""
-        return f"1 + {self.temporal} * k frames" if self.is_causal else f"{self.temporal} * k samples"
+        if self.is_causal:
+            return f"1 + {self.temporal} * k frames"
+        return f"{self.temporal} * k {'samples' if self.spatial == 1 else 'frames'}"

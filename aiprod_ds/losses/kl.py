@@ -24,7 +24,12 @@ COLLAPSED_NATS = 0.01
 
 
 def gaussian_kl(
-    mean: Tensor, logvar: Tensor, *, reduction: KLReduction, input_elements: int | None = None
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    reduction: KLReduction,
+    input_elements: int | None = None,
+    free_bits: float = 0.0,
 ) -> Tensor:
     """Returns KL(N(mean, exp(logvar)) || N(0, 1)), reduced.
 
@@ -33,6 +38,14 @@ def gaussian_kl(
     Worked number: mean 2, logvar 0 gives 2.0 nats in every element; with 3 channels and 4 positions per
     sample of 48 input elements: `mean` 2.0, `per_position` 6.0, `per_input_element` 2 * 12 / 48 = 0.5.
 
+    With free bits f > 0 each channel c of each sample b counts with at least f, so that a channel that has
+    come down to it is pressed no further:
+
+        k_bc = mean over positions of KL_i,   KL_i replaced by max(f, k_bc) for all of them
+
+    Worked number: channels whose KL is 2.0 and 0.01 in every position, f = 0.5: `mean` (2.0 + 0.5) / 2 =
+    1.25.
+
     Args:
         mean: [B, C, ...] any float type.
         logvar: Same shape, or broadcastable to it (some models share one value between channels).
@@ -40,16 +53,23 @@ def gaussian_kl(
             the batch, so that the weight does not depend on resolution or duration. `mean`: over all latent
             elements. `per_position`: sum over channels, mean over batch and positions.
         input_elements: Elements of one input sample (C*T*H*W of a clip); needed by `per_input_element` only.
+        free_bits: f, in nats (the name is the literature's); 0 is the plain divergence.
 
     Returns:
         0-dim fp32 (fp64 for fp64 inputs), nats.
 
     Source: Kingma and Welling 2013, appendix B; the first reduction is that of latent-diffusion
     `contperceptual.py` (KL sum over the batch size beside a summed reconstruction), with both sides divided
-    by the input elements.
+    by the input elements. Free bits: Kingma et al. 2016 (Improving variational inference with inverse
+    autoregressive flow), equation 15; deviation: the expectation inside the maximum is over the positions of
+    one sample, not over a mini-batch, so that the loss does not depend on how clips are spread over ranks.
     """
     with no_autocast(mean):
         kl = _elementwise_kl(mean, logvar)
+        if free_bits > 0:
+            # The same number stands at every position, so that the reductions below need no case of it.
+            positions = kl.flatten(2) if kl.dim() > 2 else kl.unsqueeze(2)
+            kl = positions.mean(dim=2, keepdim=True).clamp(min=free_bits).expand_as(positions)
         if reduction == "mean":
             return kl.mean()
         if reduction == "per_position":
@@ -59,8 +79,8 @@ def gaussian_kl(
 
 
 @torch.no_grad()
-def latent_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
-    """Returns `latent/mean`, `latent/std` and `latent/collapsed_share`, 0-dim fp32.
+def latent_statistics(mean: Tensor, logvar: Tensor | None) -> dict[str, Tensor]:
+    """Returns `latent/mean`, `latent/std` and, of a posterior, `latent/collapsed_share`, 0-dim fp32.
 
     Mean and (biased) standard deviation are those of the posterior mean over all elements; noise that the
     posterior adds would hide a collapse from them. A channel is collapsed when its KL, averaged over batch
@@ -70,13 +90,13 @@ def latent_statistics(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
     `latent/collapsed_share` 0.5.
     """
     with no_autocast(mean):
-        channel_kl = _elementwise_kl(mean, logvar).transpose(0, 1).flatten(1).mean(dim=1)
         wide_mean = widened(mean)
-        return {
-            "latent/mean": wide_mean.mean(),
-            "latent/std": wide_mean.std(correction=0),
-            "latent/collapsed_share": (channel_kl < COLLAPSED_NATS).to(wide_mean.dtype).mean(),
-        }
+        found = {"latent/mean": wide_mean.mean(), "latent/std": wide_mean.std(correction=0)}
+        if logvar is not None:
+            channel_kl = _elementwise_kl(mean, logvar).transpose(0, 1).flatten(1).mean(dim=1)
+            collapsed = (channel_kl < COLLAPSED_NATS).to(wide_mean.dtype).mean()
+            found["latent/collapsed_share"] = collapsed
+        return found
 
 
 def _elementwise_kl(mean: Tensor, logvar: Tensor) -> Tensor:

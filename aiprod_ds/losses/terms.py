@@ -5,12 +5,14 @@ Owns the record and how terms become a total, nothing about any one loss. The tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from aiprod_ds.config.losses import LossConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,12 @@ def graph_for(weight: float) -> Iterator[None]:
     """
     with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
         yield
+
+
+def weights_of(config: LossConfig, now: Mapping[str, float] | None) -> dict[str, float]:
+    """Returns the weights of one evaluation of a loss: those of `config`, with what `now` has in place of
+    them."""
+    return {**config.weights(), **(now or {})}
 
 
 class LossSum:
@@ -66,3 +74,23 @@ class LossSum:
         """Returns the record, with the total among its terms."""
         assert self._total is not None, "a loss needs at least one term of positive weight"
         return LossTerms(total=self._total, terms={total_name: self._total.detach(), **self._terms})
+
+
+def add_kl(total: LossSum, weight: float, kl: Callable[..., Tensor], *, free_bits: float) -> None:
+    """Adds the divergence of a posterior: `loss/kl`, and `loss/kl_free_bits` in its place in the total where
+    there are free bits.
+
+    Args:
+        total: Takes the terms.
+        weight: Of the divergence.
+        kl: Returns it for a keyword `free_bits`.
+        free_bits: In nats; 0 for none.
+    """
+    with graph_for(weight):
+        trained = kl(free_bits=free_bits)
+    if free_bits == 0:
+        total.add("loss/kl", weight, trained)
+        return
+    total.add("loss/kl_free_bits", weight, trained)
+    with torch.no_grad():
+        total.measure("loss/kl", kl(free_bits=0.0))

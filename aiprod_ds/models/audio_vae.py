@@ -18,7 +18,7 @@ from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.mel_vae import MelVAE, is_mel_model, mel_hop
 from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior
 from aiprod_ds.models.shapes import declared_number, on_meta
-from aiprod_ds.models.vae import prepare_vae, require_vae
+from aiprod_ds.models.vae import WrappedVAE, require_vae
 
 _PROBE_SAMPLES = 2**16  # a multiple of most published hops, and long against what any codec cuts off
 _PROBE_CHANNELS = 2
@@ -39,17 +39,13 @@ class AudioFacts:
     hop: int
 
 
-class AudioVAE(nn.Module):
+class AudioVAE(WrappedVAE):
     """Wraps any VAE of waveforms for training.
 
     The model must offer `encode(wave_BCN)`, which returns an object with `latent_dist` (diffusers), a
     `(mean, logvar)` pair or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object
-    with `sample`. Its hooks of weight normalisation are replaced (`compute_weights_in_forward`).
+    with `sample`.
     """
-
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = prepare_vae(vae)
 
     def forward(
         self, wave_BCN: Tensor, noise: Tensor | Sequence[int] | None = None
@@ -67,7 +63,7 @@ class AudioVAE(nn.Module):
         Raises:
             EngineError: If the model returns fewer samples than it was given, or another number of channels.
         """
-        latent, mean, logvar = draw_latent(self.vae.encode(wave_BCN), noise)
+        latent, mean, logvar = draw_latent(self.encoded(wave_BCN), noise)
         decoded_BCN = decoded_sample(self.vae.decode(latent.to(wave_BCN.dtype)))
         if decoded_BCN.shape[:2] != wave_BCN.shape[:2] or decoded_BCN.shape[2] < wave_BCN.shape[2]:
             raise EngineError(

@@ -15,7 +15,7 @@ from torchaudio.functional import melscale_fbanks
 from aiprod_ds.errors import ConfigError, EngineError
 from aiprod_ds.models.posterior import decoded_sample, draw_latent
 from aiprod_ds.models.shapes import declared_number
-from aiprod_ds.models.vae import prepare_vae
+from aiprod_ds.models.vae import WrappedVAE
 
 _FFT_SIZE = 1024
 _FLOOR = 1e-5
@@ -66,7 +66,7 @@ class LogMel:
             return mel_BTM.clamp(min=_FLOOR).log().reshape(*wave_BCN.shape[:2], *mel_BTM.shape[1:])
 
 
-class MelVAE(nn.Module):
+class MelVAE(WrappedVAE):
     """Wraps a VAE of log-mel spectrograms, such as diffusers' AutoencoderKLLTX2Audio, for training.
 
     The model must offer `encode(mel_BCTM)` and `decode(latent)` as `AudioVAE` asks for them, and a
@@ -75,8 +75,7 @@ class MelVAE(nn.Module):
     """
 
     def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = prepare_vae(vae)
+        super().__init__(vae)
         # Not a submodule with buffers: a cast of the module around must not make the filters half precision.
         self.mel = LogMel(
             sample_rate_hz=_declared(vae, "sample_rate"),
@@ -104,7 +103,7 @@ class MelVAE(nn.Module):
         """
         dtype = next(self.vae.parameters()).dtype
         mel_BCTM = self.mel(wave_BCN)
-        latent, mean, logvar = draw_latent(self.vae.encode(mel_BCTM.to(dtype)), noise)
+        latent, mean, logvar = draw_latent(self.encoded(mel_BCTM.to(dtype)), noise)
         decoded_BCTM = decoded_sample(self.vae.decode(latent.to(dtype)))
         batch, channels, frames, bands = mel_BCTM.shape
         if (

@@ -24,6 +24,9 @@ def split_posterior(encoded: Any) -> tuple[Tensor, Tensor | None]:
         return encoded, None
     if isinstance(encoded, tuple) and len(encoded) == 2:
         return encoded
+    for name in ("latent", "latents"):  # diffusers' EncoderOutput and its like
+        if isinstance(latent := getattr(encoded, name, None), Tensor):
+            return latent, None
     posterior = getattr(encoded, "latent_dist", encoded)
     if not hasattr(posterior, "logvar") and hasattr(posterior, "mode"):
         return posterior.mode(), None  # diffusers' IdentityDistribution: a deterministic autoencoder

@@ -8,6 +8,7 @@ everything the engine trains is reached through `engine(...)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,25 @@ from torch import Tensor, nn
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.errors import ConfigError, EngineError
+from aiprod_ds.models.clips import take_clips
 from aiprod_ds.models.posterior import decoded_sample, draw_latent, split_posterior
 from aiprod_ds.models.shapes import declared_number, on_meta
-from aiprod_ds.models.vae import prepare_vae, require_vae
+from aiprod_ds.models.vae import WrappedVAE, require_vae
 
-_PROBE_FRAMES, _PROBE_SIZE = 49, 128  # 48 and 128 are multiples of every published stride
+_PROBE_FRAMES, _PROBE_SIZE = 48, 128  # multiples of every published stride
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(WrappedVAE):
     """Wraps any video VAE for training.
 
-    The model must offer `encode(video_BCTHW)`, which returns an object with `latent_dist` (diffusers), a
-    `(mean, logvar)` pair or a plain latent tensor, and `decode(latent)`, which returns a tensor or an object
-    with `sample`. Its hooks of weight normalisation are replaced (`compute_weights_in_forward`).
+    The model must offer `encode(video_BCTHW)`, which returns an object with `latent_dist` or `latent`
+    (diffusers), a `(mean, logvar)` pair or a plain latent tensor, and `decode(latent)`, which returns a
+    tensor or an object with `sample`. Models of pictures, and Allegro's, are made to (`take_clips`).
     """
 
     def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = prepare_vae(vae)
+        super().__init__(vae)
+        take_clips(vae)
 
     def forward(
         self, video_BCTHW: Tensor, noise: Tensor | Sequence[int] | None = None
@@ -50,7 +52,7 @@ class VideoVAE(nn.Module):
         Raises:
             EngineError: If the model returns another shape than it was given.
         """
-        latent, mean, logvar = draw_latent(self.vae.encode(video_BCTHW), noise)
+        latent, mean, logvar = draw_latent(self.encoded(video_BCTHW), noise)
         reconstruction = decoded_sample(self.vae.decode(latent.to(video_BCTHW.dtype)))
         if reconstruction.shape != video_BCTHW.shape:
             raise EngineError(
@@ -81,22 +83,33 @@ def video_strides(vae: nn.Module, config: ModelConfig) -> ModelStrides:
             "Set model.spatial_stride and model.temporal_stride."
         )
     return ModelStrides(
-        spatial=config.spatial_stride or found.spatial, temporal=config.temporal_stride or found.temporal
+        spatial=config.spatial_stride or found.spatial,
+        temporal=config.temporal_stride or found.temporal,
+        is_causal=found.is_causal,
     )
 
 
 def _measure(vae: nn.Module) -> ModelStrides | None:
     shapes_only = on_meta(vae).eval()
+    take_clips(shapes_only)
     dtype = next((parameter.dtype for parameter in vae.parameters()), torch.float32)
-    probe_BCTHW = torch.zeros(1, 3, _PROBE_FRAMES, _PROBE_SIZE, _PROBE_SIZE, device="meta", dtype=dtype)
+    return _measured(shapes_only, dtype, is_causal=True) or _measured(shapes_only, dtype, is_causal=False)
+
+
+def _measured(shapes_only: Any, dtype: torch.dtype, *, is_causal: bool) -> ModelStrides | None:
+    """Returns the strides by a clip of 49 frames, or of 48 where the model makes whole groups of them."""
+    first = 1 if is_causal else 0
+    size = (1, 3, first + _PROBE_FRAMES, _PROBE_SIZE, _PROBE_SIZE)
     try:
         with torch.no_grad():
-            latent, _ = split_posterior(shapes_only.encode(probe_BCTHW))  # type: ignore[operator]
+            latent, _ = split_posterior(shapes_only.encode(torch.zeros(size, device="meta", dtype=dtype)))
         frames, height = latent.shape[-3], latent.shape[-2]
-        spatial, temporal = _PROBE_SIZE // height, (_PROBE_FRAMES - 1) // max(frames - 1, 1)
+        spatial, temporal = _PROBE_SIZE // height, _PROBE_FRAMES // max(frames - first, 1)
     except Exception:  # noqa: BLE001  a model that is no video VAE may fail in any way
-        return None  # some models make tensors on the CPU inside forward, or encode tiles only
-    return ModelStrides(spatial=spatial, temporal=temporal) if spatial and temporal else None
+        return None  # some models make tensors on the CPU inside forward
+    if not (spatial and temporal):
+        return None
+    return ModelStrides(spatial=spatial, temporal=temporal, is_causal=is_causal)
 
 
 def _declared(vae: nn.Module) -> ModelStrides | None:

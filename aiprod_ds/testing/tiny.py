@@ -56,6 +56,38 @@ def two_width_ltx_vae() -> dict[str, Any]:
     }
 
 
+def tiny_cosmos() -> dict[str, Any]:
+    """Returns settings of a small AutoencoderKLCosmos, JSON-ready, which has no posterior; its strides are 2
+    in space and in time."""
+    return {
+        "encoder_block_out_channels": [8, 16],
+        "decode_block_out_channels": [8, 16],
+        "attention_resolutions": [4],
+        "resolution": 16,
+        "num_layers": 1,
+        "patch_size": 2,
+        "latent_channels": 4,
+        "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 2,
+    }
+
+
+def tiny_allegro() -> dict[str, Any]:
+    """Returns settings of a small AutoencoderKLAllegro, JSON-ready, which takes 2 k frames; its strides are 2
+    in space and in time."""
+    return {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["AllegroDownBlock3D"] * 2,
+        "up_block_types": ["AllegroUpBlock3D"] * 2,
+        "temporal_downsample_blocks": [True, False],
+        "temporal_upsample_blocks": [True, False],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "temporal_compression_ratio": 2,
+        "latent_channels": 4,
+    }
+
+
 def tiny_oobleck(*, width: int = 8, latent_channels: int = 4) -> dict[str, Any]:
     """Returns settings of a small AutoencoderOobleck, JSON-ready, of which 8 samples become one latent.
 

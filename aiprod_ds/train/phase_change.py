@@ -129,7 +129,7 @@ def change_phase(
     save()
     if left is not None:
         left.close()  # idempotent: the loop has closed it before it measured the phase
-    if after.adapters != before.adapters:
+    if not after.trains_as(before):
         finish_save()  # it reads from the engine that is about to be closed
         _rebuild(parts, state, before, after, history)
     return enter_phase(parts, after, state=state, clock=clock.at_phase(after.index), faults=faults)
@@ -227,11 +227,11 @@ def _rebuild(
 
 @runtime_checkable
 class RetrainableUnit(Unit, Protocol):
-    """A unit whose phases may train adapters."""
+    """A unit whose phases may train adapters, or parts of the model."""
 
     def hand_off(self, engine: Engine) -> WeightHandoff:
-        """Returns what the weights are with the adapters merged, by the names of the plain module.
-        Collective."""
+        """Returns what the weights are with the adapters merged, by the names of the plain module, and the
+        masters of what else is trained now. Collective."""
 
     def take_over(self, handoff: WeightHandoff) -> Iterable[tuple[str, Tensor]]:
         """Yields what was carried by the names that the module has now, after `prepare`. Collective."""
@@ -278,7 +278,7 @@ def retrain(
     Raises:
         EngineError: If the module answers otherwise than before by more than rounding explains.
     """
-    assert isinstance(unit, RetrainableUnit), "the configuration refuses adapters for other trainers"
+    assert isinstance(unit, RetrainableUnit), "the configuration refuses other parameters for other trainers"
     began = time.perf_counter()
     reset_device_peak()
     answer = unit.probe(engine)
@@ -322,7 +322,10 @@ def _relative_difference(before: Tensor, after: Tensor) -> float:
 
 
 def _in_words(phase: PhasePlan) -> str:
-    return "all weights" if phase.adapters is None else f"adapters of rank {phase.adapters.rank}"
+    if phase.adapters is not None:
+        return f"adapters of rank {phase.adapters.rank}"
+    weights = "what latents do not depend on" if phase.decoder_only else "all weights"
+    return f"{weights} but {', '.join(phase.frozen)}" if phase.frozen else weights
 
 
 def _is_recomputed(phase: PhasePlan, *, default: bool) -> bool:

@@ -44,9 +44,16 @@ class Objective(Protocol):
         """Returns what the module's output is compared with, fp32."""
 
     def loss(
-        self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor
+        self,
+        phase: PhasePlan,
+        output: Tensor,
+        target: Tensor,
+        mean: Tensor,
+        logvar: Tensor | None,
+        *,
+        weights: Mapping[str, float],
     ) -> LossTerms:
-        """Returns the terms of one micro-batch with the weights of `phase`."""
+        """Returns the terms of one micro-batch of `phase` with the weights of its update."""
 
     def new_quality(self) -> AudioQuality | MelQuality:
         """Returns an empty accumulator of measures."""
@@ -73,7 +80,7 @@ def choose_objective(
 ) -> Objective:
     """Returns the objective of the module's kind; `opinion` is measured of waveforms only."""
     if isinstance(module, MelVAE):
-        return _MelObjective(module=module, sample_rate_hz=sample_rate_hz)
+        return _MelObjective(module=module, sample_rate_hz=sample_rate_hz, kl_free_bits=config.kl_free_bits)
     # Without a weight in any phase the mel term is not measured: its transforms cost as much as those of the
     # spectral term.
     has_mel = any(phase.loss_weights["mel_weight"] > 0 for phase in plan.phases)
@@ -91,7 +98,9 @@ def objective_problems(config: AudioVAELossConfig, plan: RunPlan, *, is_mel: boo
     for phase in plan.phases:
         where = f"curriculum.phases[{phase.index}].loss"
         weights = phase.loss_weights
-        if not any(weights[name] > 0 for name in trained):
+        ends = [ramp.updates for ramp in phase.loss_ramps.values()]
+        moments = [phase.weights_at(position) for position in (0, max(ends, default=0))]
+        if not all(any(moment[name] > 0 for name in trained) for moment in moments):
             yield (
                 f"{where}: one of {', '.join(trained)} must exceed 0 in this phase, got 0 for all. Raise "
                 "one of them."
@@ -129,9 +138,16 @@ class _WaveObjective:
         return wave_BCN
 
     def loss(
-        self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor
+        self,
+        phase: PhasePlan,
+        output: Tensor,
+        target: Tensor,
+        mean: Tensor,
+        logvar: Tensor | None,
+        *,
+        weights: Mapping[str, float],
     ) -> LossTerms:
-        terms: LossTerms = self.losses[phase.index](output, target, mean, logvar)
+        terms: LossTerms = self.losses[phase.index](output, target, mean, logvar, weights=weights)
         return terms
 
     def new_quality(self) -> AudioQuality:
@@ -160,6 +176,7 @@ class _WaveObjective:
 class _MelObjective:
     module: MelVAE
     sample_rate_hz: int
+    kl_free_bits: float
 
     def input_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
         del compute_dtype  # the front end wants fp32 whatever the model computes in
@@ -169,10 +186,19 @@ class _MelObjective:
         return self.module.mel(wave_BCN)
 
     def loss(
-        self, phase: PhasePlan, output: Tensor, target: Tensor, mean: Tensor, logvar: Tensor
+        self,
+        phase: PhasePlan,
+        output: Tensor,
+        target: Tensor,
+        mean: Tensor,
+        logvar: Tensor | None,
+        *,
+        weights: Mapping[str, float],
     ) -> LossTerms:
-        weights = phase.loss_weights
-        loss = MelVAELoss(mel_weight=weights["mel_weight"], kl_weight=weights["kl_weight"])
+        del phase  # nothing but weights differs between phases
+        loss = MelVAELoss(
+            mel_weight=weights["mel_weight"], kl_weight=weights["kl_weight"], kl_free_bits=self.kl_free_bits
+        )
         terms: LossTerms = loss(output, target, mean, logvar)
         return terms
 

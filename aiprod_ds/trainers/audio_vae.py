@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from aiprod_ds.curriculum.plan import snap_notes
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import PlanError
 from aiprod_ds.losses import LossTerms
 from aiprod_ds.metrics.listening import Visqol
@@ -38,7 +39,7 @@ from aiprod_ds.trainers.adversarial.opening import adversary_problems, choose_la
 from aiprod_ds.trainers.audio_objective import Objective, choose_objective, objective_problems
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
-from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
+from aiprod_ds.trainers.clip_unit import ClipUnit
 from aiprod_ds.trainers.evaluation import (
     NOTHING_READ,
     HeldOutClip,
@@ -49,6 +50,8 @@ from aiprod_ds.trainers.evaluation import (
 from aiprod_ds.trainers.measures import audio_measure_names, audio_measure_problems, judged
 from aiprod_ds.trainers.open_data import open_audio_datasets, open_audio_files
 from aiprod_ds.trainers.posterior_noise import PosteriorNoise
+from aiprod_ds.trainers.stages.parts import TrainedParts, answer
+from aiprod_ds.trainers.stages.rules import stage_problems
 from aiprod_ds.trainers.vae_export import export_vae
 
 
@@ -79,6 +82,7 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
             *self._form_problems(),
             *objective_problems(self.config.loss, plan, is_mel=is_mel_model(self.shapes)),
             *audio_measure_problems(self.config, plan, is_mel=is_mel_model(self.shapes)),
+            *self._stage_problems(plan),
             *self._adversary_problems(plan),
         ]
         if problems:
@@ -88,6 +92,13 @@ class AudioVAETrainer(Trainer[AudioVAETrainerConfig]):
     def measures(self, plan: RunPlan) -> tuple[str, ...]:  # noqa: ARG002  of every plan the same
         """Returns `audio_measure_names`."""
         return audio_measure_names(self.config, is_mel=is_mel_model(self.shapes))
+
+    def _stage_problems(self, plan: RunPlan) -> Iterator[str]:
+        module = wrap_audio_vae(on_meta(self.shapes))
+        clip = self.blank_clip(plan.phases[0].buckets[0])["audio"].unsqueeze(0)
+        if not isinstance(module, MelVAE):  # whose front end takes fp32 whatever its weights are
+            clip = clip.to(next(module.parameters()).dtype)
+        yield from stage_problems(self.config.loss, plan, module=module, clip=clip)
 
     def _adversary_problems(self, plan: RunPlan) -> Iterator[str]:
         if self.config.loss.adversarial is None:
@@ -176,6 +187,7 @@ class AudioVAEUnit(ClipUnit):
     module: AudioVAE | MelVAE
     _objective: Objective = field(init=False)
     _noise: PosteriorNoise = field(init=False)
+    _parts: TrainedParts = field(init=False)
     _adversary: Adversary | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -204,34 +216,57 @@ class AudioVAEUnit(ClipUnit):
             seed=self.config.seed,
         )
 
+        self._parts = TrainedParts(
+            self.module, self.plan, self._blank_clip(self._objective.input_dtype(first.dtype))
+        )
+
+    def prepare(self, phase: PhasePlan) -> None:
+        """Marks what `phase` trains."""
+        self._parts.prepare(phase)
+
+    def hand_off(self, engine: Engine) -> WeightHandoff:
+        """Returns the masters of what is trained. Collective."""
+        return self._parts.hand_off(engine)
+
+    def take_over(self, handoff: WeightHandoff) -> Iterable[tuple[str, Tensor]]:
+        """Yields what was carried. Collective."""
+        return handoff.whole()
+
+    def probe(self, engine: Engine) -> Tensor:
+        """Returns latents and output of the first held-out clip that can be read, in one vector."""
+        clip = self.data.readable_clip(self.plan.phases[-1].buckets[0])["audio"][None]
+        return answer(engine, clip.to(self._objective.input_dtype(engine.compute_dtype)))
+
     def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
-        """See `PosteriorNoise.draws`."""
+        """Returns the posterior's noise, where the decoder gets draws; see `PosteriorNoise.draws`."""
+        if self._parts.takes_mode(self.plan.phases[places[0][0]]):
+            return {}
         return self._noise.draws(tensors, places)
 
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not
         on its rank."""
         wave_BCN = batch.tensors["audio"].to(engine.device, non_blocking=True)
-        noise = self._noise.of(batch, phase.index, engine.device)
+        takes_mode = self._parts.takes_mode(phase)
+        noise = None if takes_mode else self._noise.of(batch, phase.index, engine.device)
+        weights = self._parts.weights(phase, batch.position)
         own_BCN = wave_BCN.to(self._objective.input_dtype(engine.compute_dtype))
         if self._adversary is not None and self._adversary.is_on:
 
-            def loss_of(output: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
-                return self._objective.loss(phase, output, wave_BCN, mean, logvar)
+            def loss_of(output: Tensor, mean: Tensor, logvar: Tensor | None) -> LossTerms:
+                return self._objective.loss(phase, output, wave_BCN, mean, logvar, weights=weights)
 
             return self._adversary.loss(engine, (own_BCN, noise), wave_BCN, loss_of, phase)
         output, mean, logvar = engine(own_BCN, noise)
-        return self._objective.loss(
-            phase, output, self._objective.target(wave_BCN), mean, require_posterior(logvar, phase)
-        )
+        target = self._objective.target(wave_BCN)
+        return self._objective.loss(phase, output, target, mean, logvar, weights=weights)
 
     def open_companion(self, settings: DeepSpeedSettings) -> Companion | None:
         """Returns the discriminator, if the loss has one."""
         adversarial, channels = self.config.loss.adversarial, self.config.data.channels
         if adversarial is None:
             return None
-        shape = (1, channels, self.plan.phases[0].buckets[0].frames)
-        clip = torch.empty(shape, device="meta", dtype=next(self.module.parameters()).dtype)
+        clip = self._blank_clip(next(self.module.parameters()).dtype)
         self._adversary = open_adversary(
             self.config,
             adversarial,
@@ -270,7 +305,13 @@ class AudioVAEUnit(ClipUnit):
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
         clips."""
-        export_vae(engine, self.module.vae, self._held_out(engine, {}), folder)
+        clips, originals = self._held_out(engine, {}), self._parts.originals()
+        export_vae(engine, self.module.vae, clips, folder, originals=originals)
+
+    def _blank_clip(self, dtype: torch.dtype) -> Tensor:
+        """Returns a batch of one of the first phase, without values."""
+        shape = (1, self.config.data.channels, self.plan.phases[0].buckets[0].frames)
+        return torch.empty(shape, device="meta", dtype=dtype)
 
     def _held_out(
         self, engine: Engine, unread: dict[int, str], go_on: Callable[[], None] = lambda: None

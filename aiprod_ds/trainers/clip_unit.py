@@ -17,7 +17,6 @@ from aiprod_ds.curriculum.data_rules import TooShort
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import ParameterGroup
-from aiprod_ds.errors import ConfigError
 from aiprod_ds.metrics.evaluations import NotJudged
 from aiprod_ds.report.summary import DataSummary
 from aiprod_ds.train.engines import decay_groups
@@ -54,7 +53,7 @@ class ClipUnit:
         return False
 
     def prepare(self, phase: PhasePlan) -> None:
-        """Leaves the module as it is: all phases train the same parameters."""
+        """Leaves the module as it is, which a trainer does whose phases all train the same parameters."""
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Returns matrices and kernels, which are decayed, and vectors and scalars, which are not."""
@@ -106,18 +105,3 @@ class ClipUnit:
     def replacements(self) -> tuple[str, ...]:
         """Returns snapped lengths and clips that do not fit their bucket."""
         return (*self.snapped, *self.data.replacements(self.plan))
-
-
-def require_posterior(logvar: Tensor | None, phase: PhasePlan) -> Tensor:
-    """Returns the log-variance.
-
-    Raises:
-        ConfigError: If the model is a deterministic autoencoder.
-    """
-    if logvar is None:
-        raise ConfigError(
-            "loss.kl_weight: needs a model with a posterior, got a deterministic autoencoder in phase "
-            f"{phase.name}. "
-            "Use a model whose encode returns a distribution."
-        )
-    return logvar

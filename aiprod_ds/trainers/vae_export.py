@@ -19,11 +19,19 @@ from aiprod_ds.engine import dist
 from aiprod_ds.engine.protocol import Engine
 from aiprod_ds.files import write_atomically
 from aiprod_ds.trainers.evaluation import HeldOutClip
+from aiprod_ds.trainers.stages.parts import as_before
 
 _STATISTICS = ("latents_mean", "latents_std")
 
 
-def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: Path) -> None:
+def export_vae(
+    engine: Engine,
+    vae: Any,
+    clips: Iterable[HeldOutClip],
+    folder: Path,
+    *,
+    originals: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes safetensors, `config.json` (models of diffusers) and `latent_statistics.json`. Collective; the
     main rank writes.
 
@@ -35,6 +43,7 @@ def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: P
         vae: The model.
         clips: This rank's held-out clips through the model.
         folder: Made if it is missing; its parent exists.
+        originals: Weights that were never trained, as they were before the engine, by name in its module.
     """
     own, together = LatentStatistics(), LatentStatistics()
     for clip in clips:
@@ -49,7 +58,8 @@ def export_vae(engine: Engine, vae: Any, clips: Iterable[HeldOutClip], folder: P
     if hasattr(vae, "save_config"):
         vae.save_config(folder)
         _fill_config(folder / "config.json", found)
-    tensors = {name.removeprefix("vae."): tensor.contiguous() for name, tensor in state.items()}
+    exact = as_before(state, originals or {})
+    tensors = {name.removeprefix("vae."): tensor.contiguous() for name, tensor in exact.items()}
     save_file(
         _filled(tensors, found), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
     )

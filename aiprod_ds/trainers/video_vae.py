@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, T frames, H height, W width; N clips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from aiprod_ds.curriculum.plan import snap_notes
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.engine.protocol import Engine
+from aiprod_ds.engine.weight_handoff import WeightHandoff
 from aiprod_ds.errors import DataError, PlanError
 from aiprod_ds.losses import LossTerms, PerceptualLoss, VideoVAELoss
 from aiprod_ds.metrics.video_features import load_features
@@ -37,7 +38,7 @@ from aiprod_ds.trainers.adversarial.adversary import Adversary
 from aiprod_ds.trainers.adversarial.opening import adversary_problems, choose_last_layer, open_adversary
 from aiprod_ds.trainers.base import Trainer
 from aiprod_ds.trainers.clip_data import ClipData
-from aiprod_ds.trainers.clip_unit import ClipUnit, require_posterior
+from aiprod_ds.trainers.clip_unit import ClipUnit
 from aiprod_ds.trainers.evaluation import (
     NOTHING_READ,
     HeldOutClip,
@@ -55,6 +56,8 @@ from aiprod_ds.trainers.measures import (
 )
 from aiprod_ds.trainers.open_data import open_video_datasets, open_video_files
 from aiprod_ds.trainers.posterior_noise import PosteriorNoise
+from aiprod_ds.trainers.stages.parts import TrainedParts, answer
+from aiprod_ds.trainers.stages.rules import stage_problems
 from aiprod_ds.trainers.vae_export import export_vae
 from aiprod_ds.trainers.video_examples import VideoExamples, shown_pair
 
@@ -79,13 +82,16 @@ class VideoVAETrainer(Trainer[VAETrainerConfig]):
         model.
 
         Raises:
-            PlanError: With every problem found, also of what the measures and the discriminator need.
+            PlanError: With every problem found, also of what the measures, the stages and the discriminator
+                need.
         """
         plan = super().plan(world_size=world_size)
         problems = list(video_measure_problems(self.config, plan))
+        module = VideoVAE(on_meta(self.shapes))
+        clip = self.blank_clip(plan.phases[0].buckets[0])["video"].unsqueeze(0)
+        clip = clip.to(next(module.parameters()).dtype)
+        problems += stage_problems(self.config.loss, plan, module=module, clip=clip)
         if self.config.loss.adversarial is not None:
-            clip = self.blank_clip(plan.phases[0].buckets[0])["video"].unsqueeze(0)
-            module = VideoVAE(on_meta(self.shapes))
             problems += adversary_problems(self.config, self.config.loss, plan, module=module, clip=clip)
         if problems:
             raise PlanError([f"{self.source}: {problem}" for problem in problems])
@@ -164,6 +170,7 @@ class VideoVAEUnit(ClipUnit):
     _perceptual: PerceptualLoss | None = field(init=False, default=None)
     _losses: dict[int, VideoVAELoss] = field(init=False)
     _noise: PosteriorNoise = field(init=False)
+    _parts: TrainedParts = field(init=False)
     _measures: VideoMeasures = field(init=False, default_factory=VideoMeasures)
     _adversary: Adversary | None = field(init=False, default=None)
 
@@ -180,6 +187,7 @@ class VideoVAEUnit(ClipUnit):
             dtype=first.dtype,
             seed=self.config.seed,
         )
+        self._parts = TrainedParts(self.module, self.plan, self._blank_clip())
         if any(phase.loss_weights["perceptual_weight"] > 0 for phase in self.plan.phases):
             try:
                 self._perceptual = PerceptualLoss(self.config.loss.perceptual, is_blank=is_blank)
@@ -195,18 +203,37 @@ class VideoVAEUnit(ClipUnit):
             num_clips = len(self._measured_names())
             self._measures = video_measures(self.config, self.plan, self._perceptual, num_clips=num_clips)
 
+    def prepare(self, phase: PhasePlan) -> None:
+        """Marks what `phase` trains."""
+        self._parts.prepare(phase)
+
+    def hand_off(self, engine: Engine) -> WeightHandoff:
+        """Returns the masters of what is trained. Collective."""
+        return self._parts.hand_off(engine)
+
+    def take_over(self, handoff: WeightHandoff) -> Iterable[tuple[str, Tensor]]:
+        """Yields what was carried. Collective."""
+        return handoff.whole()
+
+    def probe(self, engine: Engine) -> Tensor:
+        """Returns latents and reconstruction of the first held-out clip that can be read, in one vector."""
+        clip = self.data.readable_clip(self.plan.phases[-1].buckets[0])["video"][None]
+        return answer(engine, clip.to(engine.compute_dtype))
+
     def loss(self, engine: Engine, batch: MicroBatch, phase: PhasePlan) -> LossTerms:
         """Reconstructs one micro-batch; the noise of each clip depends on its place in the global order, not
         on its rank."""
         video = batch.tensors["video"]
         video_BCTHW = video.to(engine.device, engine.compute_dtype, non_blocking=True)
         place = [(phase.index, batch.position, sample.ordinal) for sample in batch.samples]
-        noise = self._noise.of(batch, phase.index, engine.device)
+        takes_mode = self._parts.takes_mode(phase)
+        noise = None if takes_mode else self._noise.of(batch, phase.index, engine.device)
+        weights = self._parts.weights(phase, batch.position)
         frames = [stream_seed(self.config.seed, "perceptual_frames", *numbers) for numbers in place]
 
-        def loss_of(reconstruction_BCTHW: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
+        def loss_of(reconstruction_BCTHW: Tensor, mean: Tensor, logvar: Tensor | None) -> LossTerms:
             terms: LossTerms = self._losses[phase.index](
-                reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames
+                reconstruction_BCTHW, target_BCTHW, mean, logvar, frame_seeds=frames, weights=weights
             )
             return terms
 
@@ -215,16 +242,14 @@ class VideoVAEUnit(ClipUnit):
             return self._adversary.loss(engine, (video_BCTHW, noise), target_BCTHW, loss_of, phase)
         reconstruction_BCTHW, mean, logvar = engine(video_BCTHW, noise)
         target_BCTHW = video.to(engine.device, non_blocking=True)
-        return loss_of(reconstruction_BCTHW, mean, require_posterior(logvar, phase))
+        return loss_of(reconstruction_BCTHW, mean, logvar)
 
     def open_companion(self, settings: DeepSpeedSettings) -> Companion | None:
         """Returns the discriminator, if the loss has one."""
         adversarial = self.config.loss.adversarial
         if adversarial is None:
             return None
-        bucket = self.plan.phases[0].buckets[0]
-        shape = (1, 3, bucket.frames, bucket.height, bucket.width)
-        clip = torch.empty(shape, device="meta", dtype=next(self.module.parameters()).dtype)
+        clip = self._blank_clip()
         self._adversary = open_adversary(
             self.config,
             adversarial,
@@ -236,7 +261,9 @@ class VideoVAEUnit(ClipUnit):
         return self._adversary
 
     def draws(self, tensors: Mapping[str, Tensor], places: Sequence[tuple[int, ...]]) -> Mapping[str, Tensor]:
-        """See `PosteriorNoise.draws`."""
+        """Returns the posterior's noise, where the decoder gets draws; see `PosteriorNoise.draws`."""
+        if self._parts.takes_mode(self.plan.phases[places[0][0]]):
+            return {}
         return self._noise.draws(tensors, places)
 
     def evaluate(self, engine: Engine, request: EvaluationRequest) -> Evaluation:
@@ -264,7 +291,8 @@ class VideoVAEUnit(ClipUnit):
     def export(self, engine: Engine, folder: Path) -> None:
         """Writes the trained model for `from_pretrained`, and the statistics of its latents on the held-out
         clips."""
-        export_vae(engine, self.module.vae, self._held_out(engine, {}), folder)
+        clips, originals = self._held_out(engine, {}), self._parts.originals()
+        export_vae(engine, self.module.vae, clips, folder, originals=originals)
 
     def replacements(self) -> tuple[str, ...]:
         """Returns snapped frame counts, a replaced perceptual network, doubtful measures and clips that do
@@ -277,6 +305,12 @@ class VideoVAEUnit(ClipUnit):
         )
         doubts = self._measures.notes(len(self._measured_names()))
         return (*self.snapped, *network, *doubts, *self.data.replacements(self.plan))
+
+    def _blank_clip(self) -> Tensor:
+        """Returns a batch of one of the first phase, without values."""
+        bucket = self.plan.phases[0].buckets[0]
+        shape = (1, 3, bucket.frames, bucket.height, bucket.width)
+        return torch.empty(shape, device="meta", dtype=next(self.module.parameters()).dtype)
 
     def _held_out(
         self, engine: Engine, unread: dict[int, str], go_on: Callable[[], None] = lambda: None

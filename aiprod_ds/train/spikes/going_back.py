@@ -224,7 +224,7 @@ def _newest_good(
 
 def _trains_others(checkpoint: Checkpoint, spike: Spike, plan: RunPlan) -> bool:
     between = plan.phases[checkpoint.state.clock.phase : spike.phase + 1]
-    return any(phase.adapters != between[0].adapters for phase in between)
+    return not all(phase.trains_as(between[0]) for phase in between)
 
 
 def _is_there(checkpoint: Checkpoint, now: Rollbacks) -> bool:

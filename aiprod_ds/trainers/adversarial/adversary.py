@@ -41,10 +41,9 @@ from aiprod_ds.snapshot import EngineFacts, Kind, Snapshot, StateReader
 from aiprod_ds.trainers.adversarial.critic import Critic
 from aiprod_ds.trainers.adversarial.last_layer import LastLayer, Record
 from aiprod_ds.trainers.adversarial.watch import CollapseWatch
-from aiprod_ds.trainers.clip_unit import require_posterior
 
-Loss = Callable[[Tensor, Tensor, Tensor], LossTerms]
-"""Of reconstruction, mean and log-variance."""
+Loss = Callable[[Tensor, Tensor, Tensor | None], LossTerms]
+"""Of reconstruction, mean and log-variance; the last is None without a posterior."""
 
 
 class Adversary:
@@ -71,6 +70,7 @@ class Adversary:
         self._last_layer, self._start_phase = last_layer, start_phase
         self._started_at: int | None = None
         self._update = 0
+        self._position = 0
         self._learning_rate = 0.0
         self._logits: list[Tensor] = []
         self._metrics: dict[str, float | Tensor] = {}
@@ -95,7 +95,7 @@ class Adversary:
         self, clock: Clock, *, phase: PhasePlan, bucket: BucketPlan, learning_rate: float
     ) -> None:
         """See `Companion.begin_update`."""
-        self._update = clock.updates
+        self._update, self._position = clock.updates, clock.phase_position
         self._metrics, self._logits = {}, []
         if self._started_at is None and self._is_due(clock, phase):
             self._started_at = clock.updates
@@ -113,7 +113,7 @@ class Adversary:
     def loss(
         self,
         engine: Engine,
-        inputs: Sequence[Tensor | list[int]],
+        inputs: Sequence[Tensor | list[int] | None],
         target: Tensor,
         loss: Loss,
         phase: PhasePlan,
@@ -128,16 +128,17 @@ class Adversary:
             loss: Its terms without a discriminator.
             phase: Whose weights hold.
         """
-        weights = {name: self.ramp * phase.loss_weights[name] for name in _WEIGHTS}
+        own_weights = phase.weights_at(self._position)
+        weights = {name: self.ramp * own_weights[name] for name in _WEIGHTS}
         is_measured = weights["adversarial_weight"] > 0 and self._last_layer is not None
         recording = (
             self._last_layer.recording(engine.module) if is_measured and self._last_layer else nullcontext()
         )
         with recording as record:
-            outputs = engine(*inputs)
-        require_posterior(outputs[2], phase)
+            outputs = [output for output in engine(*inputs) if output is not None]
         leaves = [widened(output.detach()).requires_grad_() for output in outputs]
-        terms = loss(*leaves)
+        y, mean, *logvar = leaves
+        terms = loss(y, mean, logvar[0] if logvar else None)
         gradients = list(torch.autograd.grad(terms.total, leaves, allow_unused=True, materialize_grads=True))
         against = self._against(leaves[0], target, gradients[0], weights, record)
         gradients[0] = gradients[0] + against.gradient if against.terms else gradients[0]

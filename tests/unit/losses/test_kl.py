@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -128,3 +129,74 @@ def test_collapse_threshold_is_a_hundredth_of_a_nat(mean_value, share):
     statistics = latent_statistics(torch.full((1, 3, 4), mean_value), torch.zeros(1, 3, 4))
 
     assert statistics["latent/collapsed_share"].item() == share
+
+
+FREE = 0.3
+POSITIONS = 2 * 4 * 4
+
+
+def _floored(mean: torch.Tensor, logvar: torch.Tensor) -> np.ndarray:
+    """[B,C]: what each channel counts with, in the middle of its positions."""
+    m, v = mean.numpy(), logvar.numpy()
+    kl = 0.5 * (m**2 + np.exp(v) - 1 - v)
+    return np.maximum(kl.mean(axis=(2, 3, 4)), FREE)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "per_position", "per_input_element"])
+def test_free_bits_are_a_floor_for_each_channel_of_each_clip(reduction):
+    mean, logvar = _posterior()
+    mean, logvar = mean.clone(), logvar.clone()
+    mean[0, 1], logvar[0, 1] = 0.1, 0.01  # a channel below the floor, in one clip
+    floored = _floored(mean, logvar)
+    assert (floored == FREE).sum() == 1, "otherwise the floor is not tested"
+    expected = {
+        "mean": floored.mean(),
+        "per_position": floored.sum(axis=1).mean(),
+        "per_input_element": POSITIONS * floored.sum(axis=1).mean() / 7,
+    }[reduction]
+    found = gaussian_kl(mean, logvar, reduction=reduction, input_elements=7, free_bits=FREE)
+
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_worked_number_of_free_bits():
+    channels = torch.tensor([2.0, 0.1414213562373095], dtype=torch.float64)  # mean^2 / 2 is 2.0 and 0.01
+    mean = channels.view(1, 2, 1).expand(1, 2, 5)
+
+    assert gaussian_kl(mean, torch.zeros(1, 1, 1).double(), reduction="mean", free_bits=0.5).item() == 1.25
+
+
+def test_a_channel_below_the_floor_is_not_pressed():
+    mean, logvar = (torch.full((1, 2, 3), 0.1, dtype=torch.float64) for _ in range(2))
+    mean[:, 1] = 3.0
+    mean.requires_grad_()
+    gaussian_kl(mean, logvar, reduction="per_position", free_bits=FREE).backward()
+
+    assert mean.grad[:, 0].abs().sum() == 0
+    torch.testing.assert_close(mean.grad[:, 1], torch.full((1, 3), 1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "per_position", "per_input_element"])
+def test_gradient_with_free_bits_agrees_with_finite_differences(reduction):
+    mean, logvar = (tensor[:, :, :1, :2, :2].contiguous().requires_grad_() for tensor in _posterior())
+
+    assert torch.autograd.gradcheck(
+        lambda m, v: gaussian_kl(m, v, reduction=reduction, input_elements=7, free_bits=FREE), (mean, logvar)
+    )
+
+
+def test_free_bits_do_not_depend_on_how_clips_are_batched():
+    mean, logvar = _posterior()
+    whole = gaussian_kl(mean, logvar, reduction="per_position", free_bits=FREE)
+    each = [
+        gaussian_kl(mean[clip : clip + 1], logvar[clip : clip + 1], reduction="per_position", free_bits=FREE)
+        for clip in range(len(mean))
+    ]
+
+    torch.testing.assert_close(torch.stack(each).mean(), whole, rtol=1e-12, atol=0)
+
+
+def test_without_a_posterior_there_is_no_collapse():
+    mean, _ = _posterior()
+
+    assert set(latent_statistics(mean, None)) == {"latent/mean", "latent/std"}

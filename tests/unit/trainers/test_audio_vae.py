@@ -29,6 +29,7 @@ RATE_HZ = 8_000
 SHORT_UPDATES, LONG_UPDATES = 3, 2
 OOBLECK = {**tiny_oobleck(), "audio_channels": 1, "sampling_rate": RATE_HZ}
 HOP_8 = {"source": "given_in_code", "temporal_stride": 8}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 MEL_MODEL = {"base_channels": 8, "ch_mult": [1, 2, 4], "num_res_blocks": 1, "latent_channels": 4}
 
 
@@ -387,19 +388,33 @@ def test_sounds_that_are_too_short_are_named(run_folder: Path) -> None:
         _trainer(run_folder, dataset=_sounds(2, samples=600)).train()
 
 
-def test_a_deterministic_model_is_refused(run_folder: Path) -> None:
-    class Plain(nn.Module):
-        """Encodes to a tensor."""
+class _Plain(nn.Module):
+    """Encodes to a tensor."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.encode = nn.Conv1d(1, 2, 8, stride=8)
-            self.decode = nn.ConvTranspose1d(2, 1, 8, stride=8)
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Conv1d(1, 2, 8, stride=8)
+        self.decode = nn.ConvTranspose1d(2, 1, 8, stride=8)
 
-    with pytest.raises(
-        ConfigError, match="needs a model with a posterior, got a deterministic autoencoder in phase short"
-    ):
-        _trainer(run_folder, module=Plain(), model=HOP_8).train()
+
+def test_a_deterministic_model_is_trained_without_a_divergence(run_folder: Path) -> None:
+    module = _Plain()
+    before = module.encode.weight.detach().clone()
+    summary = _trainer(run_folder, module=module, model=HOP_8).train()
+    assert summary.updates == SHORT_UPDATES + LONG_UPDATES
+    rows = [row for _, row in read_metrics(run_folder / "metrics.jsonl") if "loss/total" in row]
+    assert {"loss/kl", "latent/collapsed_share"} & {name for row in rows for name in row} == set()
+    assert "latent/std" in rows[0]
+    assert not torch.equal(load_file(run_folder / "export" / WEIGHTS)["encode.weight"], before)
+
+
+def test_a_divergence_is_refused_where_there_is_none(run_folder: Path) -> None:
+    loss = {"spectral": {"fft_sizes": [256, 64]}, "kl_weight": 0.1, "kl_free_bits": 0.5}
+    with pytest.raises(PlanError) as caught:
+        _trainer(run_folder, module=_Plain(), model=HOP_8, loss=loss).plan()
+    text = str(caught.value)
+    assert "loss.kl_weight: has no effect for a model without a posterior, got 0.1. Remove it." in text
+    assert "loss.kl_free_bits: has no effect for a model without a posterior, got 0.5. Remove it." in text
 
 
 def test_held_out_clips_need_training_clips(run_folder: Path) -> None:
