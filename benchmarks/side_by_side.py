@@ -128,6 +128,8 @@ def measure_trainer(
         runs = Path(folder)
         made = _Trainers(workload, shape, device, performance)
         oracle = trainer_oracle(made.new(runs / "oracle", replace(choices, workers=0)), choices, device)
+        if performance.get("fp8", "off") != "off":
+            oracle = replace(oracle, precision="fp8")
         _clean()
         trainer = made.new(runs / "run", choices)
         first: list[tuple[int, Worst]] = []

@@ -8,6 +8,7 @@ tokens); `--workload` takes its VAE or Oobleck instead.
     trainer-uncaptured  the same with `performance.graphs: off`
     trainer-eager       the same with `performance.compile: off`, too
     trainer-recomputed  the same as trainer, blocks recomputed in the backward pass
+    trainer-fp8         the same as trainer with `performance.fp8: tensorwise`; -rowwise with `rowwise`
     plain               PyTorch: compiled blocks, fused AdamW on bf16 weights, no fp32 masters, no clipping
     flat                compiled blocks, flat bf16 weights and gradients, fp32 masters, clipping and AdamW as
                         one compiled pass
@@ -18,8 +19,8 @@ tokens); `--workload` takes its VAE or Oobleck instead.
 
     python benchmarks/training_speed.py --output benchmarks/results/NAME.json
 
-All but `trainer-recomputed` and `accelerate` take part unless `--cases` names others. Before a case is timed,
-the gradients of all parameters are compared with plain eager autograd of the same batch in the same type
+Those of `_USUAL` take part unless `--cases` names others. Before a case is timed, the gradients of all
+parameters are compared with plain eager autograd of the same batch in the same type, those of fp8 with bf16's
 (`gradient_check.py`); the command ends with the parameter's name if one differs by more than the tolerance,
 and writes nothing of that case. The runs of a figure are stretches of updates after a warm-up, with the
 device awaited at their edges only. `host time` is how long the host takes to issue an update that begins on
@@ -59,6 +60,8 @@ _TRAINERS: dict[str, dict[str, Any]] = {
     "trainer-uncaptured": {"graphs": "off"},
     "trainer-eager": {"compile": "off", "graphs": "off"},
     "trainer-recomputed": {},
+    "trainer-fp8": {"fp8": "tensorwise"},
+    "trainer-fp8-rowwise": {"fp8": "rowwise"},
 }
 _CASES = (*_TRAINERS, *LOOPS)
 _USUAL = ("trainer", "trainer-eager", "plain", "flat", "captured", "deepspeed")

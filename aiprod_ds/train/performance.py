@@ -6,10 +6,12 @@ first update to the last resume's, because a captured or compiled kernel adds in
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,9 +21,11 @@ from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.config.run import PerformanceConfig
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.engine.compiled import compiled_shapes, set_compiled
+from aiprod_ds.engine.kernels.fp8 import CAPABILITY, Recipe, set_fp8, why_no_torchao
 from aiprod_ds.engine.recompute import repeated_blocks
 from aiprod_ds.errors import ConfigError
 
+_LOG = logging.getLogger(__name__)
 _TRITON_FROM, _CUDNN_FROM, _HOPPER = (7, 0), (8, 0), 9
 _PARTITIONED = 3
 _CUDNN_FIRST = [
@@ -41,6 +45,7 @@ class Performance:
         captures_passes: Whether forward and backward pass are replayed as CUDA graphs in phases that can be.
         has_cudnn_first: Whether attention takes cuDNN's kernel wherever it can; otherwise torch chooses.
         activation_memory_budget: Share of its activations that a compiled block keeps, in [0, 1].
+        fp8: How linear layers multiply in 8 bits; None if they do not.
         is_deterministic: Whether kernels whose sums depend on chance are left out, or refused.
         reasons: One line a choice, `choice: why`, for plan and report.
     """
@@ -49,12 +54,18 @@ class Performance:
     captures_passes: bool
     has_cudnn_first: bool
     activation_memory_budget: float
+    fp8: Recipe | None
     is_deterministic: bool
     reasons: tuple[str, ...]
 
     def prepare(self, module: nn.Module) -> None:
         """Makes the blocks of `module` run as chosen; call it before an engine takes the module."""
-        set_compiled(repeated_blocks(module), enabled=self.compiles_blocks)
+        blocks = list(repeated_blocks(module))
+        set_compiled(blocks, enabled=False)
+        layers = set_fp8(blocks, recipe=self.fp8)
+        if self.fp8 is not None:
+            _LOG.info("fp8 recipe=%s layers=%d", self.fp8, layers)
+        set_compiled(blocks, enabled=self.compiles_blocks)
 
     @contextmanager
     def active(self, plan: RunPlan, *, num_sampled_shapes: int = 0) -> Iterator[None]:
@@ -109,6 +120,7 @@ def choose_performance(
         captures_passes=graphs_by == "passes",
         has_cudnn_first=attention_by == "cudnn",
         activation_memory_budget=config.activation_memory_budget,
+        fp8=_fp8(config.fp8, capability, settings, has_compiled=compile_by == "blocks", where=where),
         is_deterministic=config.deterministic,
         reasons=(
             f"compile {compile_by}: {compile_why}",
@@ -136,6 +148,8 @@ def _further(config: PerformanceConfig, *, has_compiled: bool) -> Iterator[str]:
     if config.activation_memory_budget < 1:
         why = "as configured" if has_compiled else "without effect, because blocks are not compiled"
         yield f"activation memory budget {config.activation_memory_budget:g}: {why}"
+    if config.fp8 != "off":
+        yield f"fp8 {config.fp8}: as configured"
     if config.deterministic:
         yield "deterministic kernels: as configured"
 
@@ -208,3 +222,27 @@ def _attention(asked: str, capability: tuple[int, int] | None, where: str) -> tu
     if capability is not None and capability[0] == _HOPPER:
         return "cudnn", "on compute capability 9.x it is a third faster than FlashAttention-2"
     return "torch", "torch's own order is the fastest known here"
+
+
+def _fp8(
+    asked: str,
+    capability: tuple[int, int] | None,
+    settings: DeepSpeedSettings,
+    *,
+    has_compiled: bool,
+    where: str,
+) -> Recipe | None:
+    if asked == "off":
+        return None
+    against = why_no_torchao()
+    if capability is None or capability < CAPABILITY:
+        against = "it needs a GPU of compute capability 8.9 or newer"
+    elif settings.precision != "bf16":
+        against = f"it needs bf16, the precision is {settings.precision}"
+    elif settings.zero_stage == _PARTITIONED:
+        against = "ZeRO-3 gathers weights for one product each, in 16 bits"
+    elif not has_compiled:
+        against = "without compiled blocks reading the scales costs more than the products save"
+    if against is not None:
+        raise ConfigError(f"{where}: performance.fp8: cannot be {asked}: {against}. Set off.")
+    return cast("Recipe", asked)

@@ -6,9 +6,14 @@ every case; the tests read its records.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ from aiprod_ds.engine.adamw import OnePassAdamW
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.testing.dist import run_on_ranks
 from aiprod_ds.testing.runs import record_of, series, train_and_resume
+from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
 
 EDGE, LAST = 4, 8
@@ -56,6 +62,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     assert found[resumed]["sha256"] == found["whole"]["sha256"]
 
 
+@pytest.mark.parametrize("graphs", GRAPHS)
+def test_nothing_in_an_update_waits_for_the_device(measured: dict[str, Any], graphs: str) -> None:
+    assert measured["waits"]["canary"], "torch tells of those that do"
+    assert measured["waits"][graphs] == []
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernel_of_adamw_computes_what_torch_does(measured: dict[str, Any], dtype: str) -> None:
     found = measured["adamw"][dtype]
@@ -81,13 +93,22 @@ def measure() -> dict[str, Any]:
             for stage in STAGES
             for graphs in GRAPHS
         }
+        waits: dict[str, list[str]] = {
+            graphs: _waits(graphs, Path(folder) / f"waits_{graphs}") for graphs in GRAPHS
+        }
+    with _waits_told(canary := []):
+        torch.zeros(1, device="cuda").item()
+    waits["canary"] = canary
     return {
         "runs": runs,
+        "waits": waits,
         "adamw": {str(dtype).split(".")[1]: _adamw(dtype) for dtype in (torch.float32, torch.bfloat16)},
     }
 
 
-def _train(stage: int, graphs: str, folder: Path) -> dict[str, Any]:
+def _train(
+    stage: int, graphs: str, folder: Path, changes: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     clips = [
         {
@@ -97,11 +118,41 @@ def _train(stage: int, graphs: str, folder: Path) -> dict[str, Any]:
         }
         for _ in range(8)
     ]
-    trainer = DiffusionTrainer(_config(stage, graphs, folder), dataset=clips[:6], validation=clips[6:])
+    trainer = DiffusionTrainer(
+        _config(stage, graphs, folder, changes), dataset=clips[:6], validation=clips[6:]
+    )
     return record_of(trainer.train(resume="auto"), folder)
 
 
-def _config(stage: int, graphs: str, folder: Path) -> DiffusionTrainerConfig:
+def _waits(graphs: str, folder: Path) -> list[str]:
+    """Returns where updates waited for the device, from the third of each phase on."""
+    found: list[str] = []
+    update = TrainingLoop._update
+
+    def told(self: TrainingLoop, entered: Any) -> float | None:
+        if self.clock.phase_updates < 2:  # compiles, captures and measures memory
+            return update(self, entered)
+        with _waits_told(found):
+            return update(self, entered)
+
+    with patch.object(TrainingLoop, "_update", told):
+        _train(1, graphs, folder, {"report": {"flush_updates": 100}, "checkpoint": {"every_updates": 100}})
+    return found
+
+
+@contextmanager
+def _waits_told(found: list[str]) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [f"{each.filename}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
+
+
+def _config(stage: int, graphs: str, folder: Path, changes: Mapping[str, Any]) -> DiffusionTrainerConfig:
     phase = {"resolution": "128x128", "duration": {"frames": 9}, "updates": EDGE, "learning_rate": 1e-3}
     return DiffusionTrainerConfig.model_validate(
         {
@@ -125,6 +176,7 @@ def _config(stage: int, graphs: str, folder: Path) -> DiffusionTrainerConfig:
             "performance": {"compile": "off", "graphs": graphs, "deterministic": True},
             "evaluation": {"max_clips": 2, "noise_levels": [0.5], "num_pictures": 0},
             "report": {"flush_updates": 2},
+            **changes,
         }
     )
 
