@@ -43,13 +43,16 @@ class PerceptualLoss(nn.Module):
     device of its input by itself.
 
     Args:
-        config: Mode, weight file, fallback, frames per clip.
+        config: Mode, weight file, fallback, frames per clip. None: the defaults, which need the weights of
+            VGG16: a local file, the torch hub cache or a download.
+        mode: In place of that in `config`; `l2` needs no weights. Not beside `config`.
         layers: For `vgg` mode, which layers; all five when None.
         is_blank: Has no weights and computes on the meta device only, for estimates of memory and time.
         allow_unverified_weights: Takes `config.weights` without the hash check, for weights of one's own.
 
     Raises:
-        ConfigError: If `layers` names an unknown layer, or is given where it has no effect.
+        ConfigError: If `layers` names an unknown layer, or is given where it has no effect, as `mode` is
+            beside `config`.
         DataError: If the weights cannot be had and `config.fallback` is `error`, or a given or cached file is
             damaged (a damaged file is an error under `l2` as well: only absence is replaced).
 
@@ -61,13 +64,20 @@ class PerceptualLoss(nn.Module):
 
     def __init__(
         self,
-        config: PerceptualConfig,
+        config: PerceptualConfig | None = None,
         *,
+        mode: Literal["lpips", "vgg", "l2"] | None = None,
         layers: Sequence[str] | None = None,
         allow_unverified_weights: bool = False,
         is_blank: bool = False,
     ) -> None:
         super().__init__()
+        if config is not None and mode is not None:
+            raise ConfigError(
+                f"PerceptualLoss: mode has no effect beside config, got {mode!r}. Set it in the config."
+            )
+        if config is None:
+            config = PerceptualConfig() if mode is None else PerceptualConfig(mode=mode)
         self._frames_per_clip = config.frames_per_clip
         self._layers = _chosen_layers(config, layers)
         self._active_mode: Literal["lpips", "vgg", "l2"] = config.mode

@@ -205,5 +205,6 @@ _WAYS_OUT = (
     f" Ways out: set perceptual.weights to a local copy of {WEIGHTS_NAME}; put that file into the torch hub "
     "cache"
     f" (TORCH_HOME/hub/checkpoints); or allow network access to {urlparse(WEIGHTS_URL).hostname}."
-    " To train with mean squared error in its place, set perceptual.fallback: l2."
+    " To train with mean squared error in its place, set perceptual.fallback: l2 (in Python, take "
+    'PerceptualLoss(mode="l2")).'
 )
