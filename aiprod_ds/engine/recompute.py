@@ -21,7 +21,9 @@ from aiprod_ds.errors import EngineError
 _ORIGINAL_CLASS = "_class_without_checkpointing"
 
 
-def set_recompute(module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Module] | None = None) -> None:
+def set_recompute(
+    module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Module] | None = None, every: int = 1
+) -> None:
     """Switches recomputation on or off, in place; parameters, buffers and the keys of `state_dict` stay as
     they are.
 
@@ -33,23 +35,25 @@ def set_recompute(module: nn.Module, *, enabled: bool, blocks: Sequence[nn.Modul
             model of diffusers, every member of the outermost `nn.ModuleList`s of at least two modules of one
             class is a block. Members that only hold other modules and have no forward of their own are
             searched inside.
+        every: More than 1: only every n-th of these blocks, the first among them, each on its own also in a
+            model of diffusers, whose own switch knows all or none. The backward pass begins with the last
+            blocks, so what they keep is soon gone in any case.
 
     Raises:
         EngineError: If `enabled` and there is nothing to recompute.
     """
-    models = [] if blocks is not None else list(_diffusers_models(module))
+    models = list(_diffusers_models(module))
     for model in models:
-        if enabled:
-            model.enable_gradient_checkpointing(_recompute)  # type: ignore[operator]  # a method, by _diffusers_models
-        else:
-            model.disable_gradient_checkpointing()  # type: ignore[operator]
+        model.disable_gradient_checkpointing()  # type: ignore[operator]  # a method, by _diffusers_models
+    for part in module.modules():
+        part.__class__ = _original_class(part)
     if not enabled:
-        for part in module.modules():
-            part.__class__ = _original_class(part)
         return
-    if models:
+    if models and blocks is None and every == 1:
+        for model in models:
+            model.enable_gradient_checkpointing(_recompute)  # type: ignore[operator]  # as above
         return
-    chosen = list(blocks) if blocks is not None else list(repeated_blocks(module))
+    chosen = (list(blocks) if blocks is not None else list(repeated_blocks(module)))[::every]
     if not chosen:
         raise EngineError(
             f"activation_checkpointing: needs repeated blocks in the model, got {type(module).__name__} "
@@ -98,7 +102,8 @@ def repeated_blocks(module: nn.Module) -> Iterable[nn.Module]:
 def _is_row_of_blocks(members: nn.ModuleList) -> bool:
     return (
         len(members) > 1
-        and len({type(member) for member in members}) == 1
+        and len({_original_class(member) for member in members}) == 1  # of some every n-th is recomputed
+        and isinstance(members[0], nn.Module)  # diffusers' Cosmos has lists of None
         and type(members[0]).forward is not nn.Module.forward
     )
 

@@ -2,14 +2,14 @@
 GPU.
 
 A case names a model of `gradients`, what is trained, the precision, how it runs (eager, compiled, captured or
-both), and what is recomputed (nothing, what the model itself chooses, or whole blocks by their class):
-`ltx-lora-bf16-captured-none`. ZeRO-3 is not captured.
+both), and what is recomputed (nothing, what the model itself chooses, whole blocks by their class, or every
+second of them): `ltx-lora-bf16-captured-none`. ZeRO-3 is not captured.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,17 +29,20 @@ ReadGradient = Callable[[nn.Parameter], Tensor]
 _BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
 
 
-def measure_gradients(cases: list[str], read: ReadGradient) -> dict[str, tuple[str, float]]:
+def measure_gradients(
+    cases: Iterable[str], read: ReadGradient, *, stages: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, tuple[str, float]]:
     """Returns, for each `case-stage-accumulation`, the parameter with the largest error and the error. Inside
     `dist.process_group`.
 
     Args:
         cases: As above.
         read: Gives the whole gradient of one of an engine's parameters: `deepspeed.utils.safe_get_full_grad`.
+        stages: The ZeRO stages of each case; all of all by default.
     """
     errors = {}
     for case in cases:
-        for stage in STAGES:
+        for stage in STAGES if stages is None else stages[case]:
             for accumulation, worst in zip(ACCUMULATIONS, worst_gradients(case, stage, read), strict=True):
                 errors[f"{case}-{stage}-{accumulation}"] = worst
     return errors
@@ -72,7 +75,8 @@ def worst_gradients(case: str, stage: int, read: ReadGradient) -> Iterator[tuple
     blocks = list(repeated_blocks(trained.module))
     set_compiled(blocks, enabled=form in {"compiled", "both"}, backend=_BACKENDS[dist.choose_device().type])
     if recompute != "none":
-        set_recompute(trained.module, enabled=True, blocks=blocks if recompute == "class" else None)
+        own = None if recompute == "own" else blocks
+        set_recompute(trained.module, enabled=True, blocks=own, every=2 if recompute == "second" else 1)
     engine = DeepSpeedEngine(
         trained.module,
         decay_groups(trained.module),

@@ -44,7 +44,7 @@ UPDATES = 6
 # ranks are rounded to 8 bits before they are summed and after it. Measured: 1.3e-7 and 6e-3.
 TOLERANCES = {"fp32": 1e-6, "bf16": 2e-2}
 # Model, what is trained, precision, how blocks run, and what is recomputed: nothing, what the model itself
-# chooses, or whole blocks by their class.
+# chooses, whole blocks by their class, or every second of them.
 FEW = (
     "ltx-full-fp32-eager-own",
     "ltx-lora-fp32-eager-none",
@@ -55,6 +55,7 @@ FEW = (
     "ltx-full-bf16-eager-none",
     "ltx-full-fp32-compiled-own",
     "ltx-full-bf16-captured-none",
+    "ltx-full-fp32-eager-second",
     "ltx2-lora-fp32-captured-none",
 )
 KINDS = [f"{name}-full" for name in (*TRANSFORMERS, *VAES)] + [f"{name}-lora" for name in TRANSFORMERS]
@@ -62,9 +63,17 @@ ALL = (
     *(f"{kind}-fp32-eager-{recompute}" for kind in KINDS for recompute in ("none", "own", "class")),
     *(f"ltx-{kind}-bf16-eager-none" for kind in ("full", "lora")),
     *(f"ltx-{kind}-fp32-compiled-{recompute}" for kind in ("full", "lora") for recompute in ("none", "own")),
+    "ltx-full-bf16-captured-none",
+    "ltx-full-fp32-eager-second",
+    "ltx2-lora-fp32-captured-none",
 )
-CASES = [("few", 2, case) for case in FEW] + [
-    pytest.param("all", ranks, case, marks=pytest.mark.exhaustive) for ranks in (1, 2) for case in ALL
+# Of few cases the first is tried at every stage, the others in turns at the first and the last, or between.
+FEW_STAGES = {case: STAGES if not number else ((1, 2), (0, 3))[number % 2] for number, case in enumerate(FEW)}
+CASES = [("few", 2, case, stage) for case, stages in FEW_STAGES.items() for stage in stages] + [
+    pytest.param("all", ranks, case, stage, marks=pytest.mark.exhaustive)
+    for ranks in (1, 2)
+    for case in ALL
+    for stage in STAGES
 ]
 
 pytestmark = pytest.mark.dist
@@ -72,14 +81,12 @@ pytestmark = pytest.mark.dist
 
 @functools.cache
 def _measured(which: str, ranks: int) -> dict[str, Any]:
-    cases = FEW if which == "few" else ALL
-    return run_on_ranks(measure_every_gradient, ranks=ranks, arguments={"cases": cases}, timeout_seconds=900)[
-        0
-    ]
+    stages = FEW_STAGES if which == "few" else dict.fromkeys(ALL, STAGES)
+    arguments = {"stages": stages}
+    return run_on_ranks(measure_every_gradient, ranks=ranks, arguments=arguments, timeout_seconds=900)[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("which", "ranks", "case"), CASES)
+@pytest.mark.parametrize(("which", "ranks", "case", "stage"), CASES)
 def test_every_gradient_is_that_of_plain_autograd(which: str, ranks: int, case: str, stage: int) -> None:
     tolerance = TOLERANCES[case.split("-")[2]]
     for accumulation in ACCUMULATIONS:
@@ -150,10 +157,10 @@ def test_a_wrong_place_of_a_saved_view_is_found() -> None:
 # Below runs on the ranks.
 
 
-def measure_every_gradient(cases: list[str]) -> dict[str, Any]:
+def measure_every_gradient(stages: dict[str, list[int]]) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
-    return dict(measure_gradients(cases, safe_get_full_grad))
+    return dict(measure_gradients(stages, safe_get_full_grad, stages=stages))
 
 
 def measure_runs() -> dict[str, Any]:
@@ -193,7 +200,7 @@ def _run(stage: int, mode: str) -> dict[str, Any]:
         "norms": [norm for _, norm in records],
         "sha256": _sha256(engine),
         "num_parameters": len(list(trained.module.parameters())),
-        "resumed": {other: _resume(stage, other, folder) for other in ("on", "off")},
+        "resumed": {other: _resume(stage, other, folder) for other in ("on", "off") if "on" in (mode, other)},
     }
     engine.close()
     dist.barrier()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aiprod_ds.engine.recompute import set_recompute
+from aiprod_ds.engine.recompute import repeated_blocks, set_recompute
 from aiprod_ds.errors import EngineError
 from aiprod_ds.testing.tiny import two_width_ltx_vae
 
@@ -60,6 +60,30 @@ def test_losses_and_gradients_are_bitwise_equal_and_blocks_run_twice() -> None:
     assert torch.equal(loss, checkpointed_loss)
     assert all(torch.equal(gradients[name], checkpointed_gradients[name]) for name in gradients)
     assert (forwards, checkpointed_forwards) == (3, 6)
+
+
+@pytest.mark.parametrize(("every", "forwards"), [(1, 6), (2, 5), (3, 4), (9, 4)])
+def test_every_nth_block_is_recomputed_with_the_same_gradients(every: int, forwards: int) -> None:
+    net = Net()
+    loss, gradients, _ = _run(net)
+    set_recompute(net, enabled=True, every=every)
+    own_loss, own_gradients, own_forwards = _run(net)
+    assert torch.equal(loss, own_loss)
+    assert all(torch.equal(gradients[name], own_gradients[name]) for name in gradients)
+    assert own_forwards == forwards
+
+
+def test_blocks_are_found_while_some_are_recomputed() -> None:
+    net = Net()
+    set_recompute(net, enabled=True, every=2)
+    assert list(repeated_blocks(net)) == list(net.blocks)
+
+
+def test_another_share_replaces_the_one_before() -> None:
+    net = Net()
+    for every in (1, 2, 3):
+        set_recompute(net, enabled=True, every=every)
+    assert _run(net)[2] == 4
 
 
 def test_it_can_be_repeated_and_undone() -> None:
@@ -133,5 +157,11 @@ def test_a_diffusers_model_inside_another_module_uses_its_own_switch() -> None:
     set_recompute(net, enabled=True)
     assert vae.is_gradient_checkpointing
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    set_recompute(net, enabled=True, every=2)
+    assert not vae.is_gradient_checkpointing
+    assert "checkpointing" in " ".join(vars(type(vae.encoder.down_blocks[0])))
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    set_recompute(net, enabled=True)
+    assert type(vae.encoder.down_blocks[0]).__mro__[1] is nn.Module
     set_recompute(net, enabled=False)
     assert not vae.is_gradient_checkpointing
