@@ -24,8 +24,13 @@ from aiprod_ds.testing.rank import ask_for_the_cpu_once
 _IMPORTED = (
     "torch._dynamo",
     "torch._inductor.compile_fx",
+    "torch.utils.serialization",
+    "deepspeed.comm.mori",
     "deepspeed.module_inject",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.engine",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles at import, so that torch fills its tables
+    "rich._emoji_codes",
     "diffusers.models.autoencoders",
     "diffusers.models.transformers",
     "torchmetrics.functional.audio",
@@ -51,6 +56,8 @@ def import_for_ranks() -> None:
         package = name.partition(".")[0]
         if importlib.util.find_spec(package) is not None:  # a user's project may do without pytest
             importlib.import_module(name)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # a process that has asked a GPU cannot be forked
+        importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018  DeepSpeed tries a compiler
     ask_for_the_cpu_once()
 
 
