@@ -1,7 +1,7 @@
 """SIGKILL inside phase changes: whatever is killed when, the run goes on from before or after the change,
 never from a mixture.
 
-A server process imports everything once and forks the ranks of each attempt, so that an attempt takes about
+A process that has imported everything forks the ranks of each attempt, so that an attempt takes about
 two seconds. The ranks are real processes with a gloo group of their own; they write real checkpoints and die
 by a real SIGKILL at a random moment between the last update of a phase and the first of the next.
 """
@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,13 @@ from typing import Any
 
 import pytest
 
-from aiprod_ds.testing.processes import run_in_own_session
+from aiprod_ds.testing.dist import run_forked
 
 STAGES = (1, 3)
-# Before and after the checkpoint of an edge, of one rank, the other and both: six kinds.
-KILLS = (6, pytest.param(24, marks=pytest.mark.exhaustive))
+# Before and after the checkpoint of an edge, of one rank, the other and both: six kinds. With few kills each
+# stage has four of them, both together all.
+KINDS, FEW = 6, 4
+KILLS = (FEW, pytest.param(24, marks=pytest.mark.exhaustive))
 PHASES_PER_KILL, UPDATES_PER_PHASE = 4, 2  # a signal that comes too late uses a phase up and does not count
 RANKS = 2
 ATTEMPT_SECONDS = 120
@@ -36,15 +37,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 @pytest.fixture(scope="module", params=KILLS, ids=lambda kills: f"{kills}_kills")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What was seen, by stage."""
-    # The environment's own ninja first: two versions hash commands differently and rebuild DeepSpeed's op in
-    # turns.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    folder, kills = tmp_path_factory.mktemp("kills"), request.param
-    command = [sys.executable, __file__, str(folder), str(kills)]
-    code, output = run_in_own_session(command, timeout_seconds=500 + 30 * kills, environment=environment)
-    assert code == 0, output[-8000:]
-    seen = {str(stage): json.loads((folder / f"{stage}.json").read_text()) for stage in STAGES}
+    kills = request.param
+    arguments = {"folder": str(tmp_path_factory.mktemp("kills")), "kills": kills}
+    seen: dict[str, Any] = run_forked(serve, arguments=arguments, timeout_seconds=500 + 30 * kills)
     return {"kills": kills, **seen}
 
 
@@ -80,16 +75,16 @@ def test_the_killed_run_ends_like_the_one_that_nobody_killed(outcome: dict[str, 
 # Below runs in the server and in the ranks that it forks.
 
 
-def serve(folder: Path, kills: int) -> None:
-    """Imports everything and forks a process for each stage; they work side by side."""
-    from aiprod_ds.testing.forked import fork_ranks, import_for_ranks, wait_for_ranks
+def serve(folder: str, kills: int) -> dict[str, Any]:
+    """Forks a process for each stage; they work side by side. Returns what they saw, by stage."""
+    from aiprod_ds.testing.forked import fork_ranks, wait_for_ranks
 
-    import_for_ranks()
     processes = [
-        fork_ranks(partial(_kill_again_and_again, folder, stage, kills), ranks=1, is_launched=False)[0]
+        fork_ranks(partial(_kill_again_and_again, Path(folder), stage, kills), ranks=1, is_launched=False)[0]
         for stage in STAGES
     ]
     assert wait_for_ranks(processes, timeout_seconds=600 + 30 * kills) == [0] * len(STAGES)
+    return {str(stage): json.loads((Path(folder) / f"{stage}.json").read_text()) for stage in STAGES}
 
 
 def _kill_again_and_again(folder: Path, stage: int, kills: int) -> int:
@@ -102,21 +97,23 @@ def _kill_again_and_again(folder: Path, stage: int, kills: int) -> int:
     assert wait_for_ranks(start(whole)) == [0] * RANKS, "the run that nobody kills"
     change_seconds = _longest_phase_change(whole)
     killed, seen, attempts = folder / f"{stage}_killed", [], 0
+    first = STAGES.index(stage) * (KINDS - FEW)
     while len(seen) < kills:
         attempts += 1
+        kind = first + len(seen)
         events = _events(killed)
         ranks = start(killed)
         edge = _await_phase_end(killed, events)
         span = 0.9 * change_seconds
         if (
-            len(seen) % 2
+            kind % 2
             # else nearly all signals would come before the checkpoint, which stands near the end of the
             # change
         ):
             _await(killed / "checkpoints" / f"update_{edge:06d}")
             span = 0.1 * change_seconds
         time.sleep(chance.uniform(0.0, span))
-        target = ("rank 0", "rank 1", "all")[len(seen) % 3]
+        target = ("rank 0", "rank 1", "all")[kind % 3]
         for rank in ranks if target == "all" else [ranks[int(target[-1])]]:
             os.kill(rank, signal.SIGKILL)
         codes = wait_for_ranks(ranks)
@@ -251,7 +248,3 @@ def _result(folder: Path) -> dict[str, Any]:
 
     digest = json.loads((folder / "report.json").read_text())["final_state_sha256"]
     return {"sha256": digest, "rows": repeatable_rows(folder)}
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]))
