@@ -98,9 +98,9 @@ def _places(model: type[BaseModel]) -> dict[str, str]:
     waiting = [(schema, "")]
     for record, path in waiting:
         for name, key in record["properties"].items():
-            for reference, is_list in _references(key):
+            for reference, suffix in _references(key):
                 if reference not in places:
-                    places[reference] = f"{path}.{name}{'[]' * is_list}".removeprefix(".")
+                    places[reference] = f"{path}.{name}{suffix}".removeprefix(".")
                     waiting.append((schema["$defs"][reference], places[reference]))
     return places
 
@@ -137,7 +137,7 @@ def _below(
             key["description"],
         )
         rows.append(f"| {' | '.join(map(_cell, cells))} |")
-        found = ((reference, f"{here}{'[]' * is_list}") for reference, is_list in _references(key))
+        found = ((reference, f"{here}{suffix}") for reference, suffix in _references(key))
         below += [
             (records[reference], child) for reference, child in found if places.get(reference, child) == child
         ]
@@ -150,12 +150,17 @@ def _below(
 def _words(key: dict[str, Any], path: str, kinds: dict[str, str], places: dict[str, str]) -> str:
     """Returns the type of a key in words, with its bounds: `integer >= 1 or null`."""
     sections = []
-    for reference, is_list in _references(key):
-        child = places.get(reference, path + "[]" * is_list)
+    for reference, suffix in _references(key):
+        child = places.get(reference, path + suffix)
         anchor = _anchor(child) + (f"-{kinds[child]}" if child in kinds else "")
         # Headings that differ in brackets alone get a number, in the order of the page.
         number = sum(f"(#{anchor}" in section for section in sections)
+        is_list = suffix == "[]"
         sections.append(f"{'list of ' * is_list}[section](#{anchor}{f'-{number}' if number else ''})")
+    named = key.get("additionalProperties")
+    if sections and isinstance(named, dict):
+        plain = [_plain(choice) for choice in _choices(named) if "$ref" not in choice]
+        return f"mapping of names to {' or '.join([*plain, *sections])}"
     if sections:
         return " or ".join(sections) + " or null" * ({"type": "null"} in _choices(key))
     if _choices(key):
@@ -176,14 +181,18 @@ def _plain(key: dict[str, Any]) -> str:
     return f"{_TYPES.get(key['type'], key['type'])} {bounds}".rstrip()
 
 
-def _references(key: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Returns the names of the records that a key may hold, and whether it holds a list of them."""
+def _references(key: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the names of the records that a key may hold, and what stands behind the key's path then: `[]`
+    for a list of them, `.NAME` for a mapping, else nothing."""
     found = []
     for choice in (key, *_choices(key)):
-        is_list = choice.get("type") == "array"
-        held = choice.get("items", {}) if is_list else choice
+        suffix = "[]" if choice.get("type") == "array" else ""
+        held = choice.get("items", {}) if suffix else choice
         if "$ref" in held:
-            found.append((held["$ref"].rpartition("/")[2], is_list))
+            found.append((held["$ref"].rpartition("/")[2], suffix))
+    named = key.get("additionalProperties")
+    for choice in _choices(named) if isinstance(named, dict) else ():
+        found += [(choice["$ref"].rpartition("/")[2], ".NAME")] if "$ref" in choice else []
     return found
 
 

@@ -69,8 +69,29 @@ METRICS: tuple[Metric, ...] = (
     _metric(
         "loss/kl", "nat", _MEAN, "KL", "Divergence of the posterior from a unit Gaussian, before its weight."
     ),
+    _metric(
+        "loss/kl_free_bits",
+        "nat",
+        _MEAN,
+        "KL above free bits",
+        "The divergence with the floor of `kl_free_bits` in each channel, which is trained in its place.",
+    ),
     _metric("loss/perceptual", "1", _MEAN, "perceptual", "Distance of VGG16 features, before its weight."),
     _metric("loss/haar", "1", _MEAN, "Haar", "L1 between one-level 3-D Haar sub-bands, before its weight."),
+    _metric(
+        "loss/frame_difference",
+        "1",
+        _MEAN,
+        "frame difference",
+        "L1 between the differences of neighbouring frames, before its weight.",
+    ),
+    _metric(
+        "loss/flicker",
+        "1",
+        _MEAN,
+        "flicker",
+        "L1 between how much 8x8 patches change from frame to frame, before its weight.",
+    ),
     _metric(
         "loss/adversarial",
         "1",
