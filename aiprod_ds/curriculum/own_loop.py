@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aiprod_ds.clock import Clock
 from aiprod_ds.config.curriculum import CurriculumConfig
 from aiprod_ds.config.diffusion import adapters_of
 from aiprod_ds.config.model import LoraConfig
@@ -42,9 +43,11 @@ class PhaseInfo:
         buckets: All shapes of the phase with their batches.
         learning_rate: Of the next update.
         weight_decay: Of what is decayed.
-        loss_weights: By their configuration names; of a curriculum without its trainer's configuration those
-            that the phase sets.
+        loss_weights: Of the next update, by their configuration names; of a curriculum without its trainer's
+            configuration those that the phase sets.
         adapters: What is trained in place of the weights; None if the weights themselves are.
+        decoder_only: Whether nothing of a VAE is trained that latents depend on.
+        frozen: Names and patterns of what else is not trained.
         moment_scale: Factor for both of the optimizer's moments at the beginning of the phase: 1 keeps them.
         phase_updates: Updates of the phase so far.
         phase_length: Updates of the phase, or the most of them; None if nothing bounds them.
@@ -66,6 +69,8 @@ class PhaseInfo:
     weight_decay: float
     loss_weights: Mapping[str, float]
     adapters: LoraConfig | None
+    decoder_only: bool
+    frozen: tuple[str, ...]
     moment_scale: float
     phase_updates: int
     phase_length: int | None
@@ -73,8 +78,8 @@ class PhaseInfo:
     is_finished: bool
 
     @classmethod
-    def of(cls, phase: PhasePlan, *, phase_updates: int, updates: int, is_finished: bool) -> PhaseInfo:
-        """Returns what `phase` asks after `phase_updates` of its own updates."""
+    def of(cls, phase: PhasePlan, clock: Clock, *, is_finished: bool) -> PhaseInfo:
+        """Returns what `phase` asks of the update that comes at `clock`."""
         first = phase.buckets[0]
         return cls(
             index=phase.index,
@@ -87,14 +92,16 @@ class PhaseInfo:
             accumulation=first.accumulation,
             global_batch_size=first.global_batch_size,
             buckets=phase.buckets,
-            learning_rate=phase.learning_rate.at(phase_updates - is_finished),
+            learning_rate=phase.learning_rate.at(clock.phase_updates - is_finished),
             weight_decay=phase.weight_decay,
-            loss_weights=phase.loss_weights,
+            loss_weights=phase.weights_at(clock.phase_position - is_finished),
             adapters=phase.adapters,
+            decoder_only=phase.decoder_only,
+            frozen=phase.frozen,
             moment_scale=phase.moment_scale,
-            phase_updates=phase_updates,
+            phase_updates=clock.phase_updates,
             phase_length=phase.length.maximum,
-            updates=updates,
+            updates=clock.updates,
             is_finished=is_finished,
         )
 

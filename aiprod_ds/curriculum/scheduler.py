@@ -126,12 +126,8 @@ class CurriculumScheduler:
             ConfigError: If this scheduler is not of `from_config`.
         """
         clock = self.clock
-        return PhaseInfo.of(
-            self._phases[clock.phase],
-            phase_updates=clock.phase_updates,
-            updates=clock.updates,
-            is_finished=self.decision(clock).action is Action.FINISHED,
-        )
+        is_finished = self.decision(clock).action is Action.FINISHED
+        return PhaseInfo.of(self._phases[clock.phase], clock, is_finished=is_finished)
 
     def advance(self, loss: SupportsFloat | None = None, *, is_applied: bool = True) -> Decision:
         """Takes in one update of a plain loop and returns what to do next; after NEXT_PHASE `phase_info` is
@@ -167,7 +163,7 @@ class CurriculumScheduler:
             )
         else:
             clock = clock.after_skip(micro_batches=batch.accumulation, epoch=epoch)
-        decision = self.observe(clock, float(loss) if needs_loss and loss is not None else None)
+        decision = self.observe(clock, _number(loss) if needs_loss and loss is not None else None)
         is_over = decision.action is Action.NEXT_PHASE
         self._clock = clock.at_phase(clock.phase + 1) if is_over else clock
         return decision
@@ -281,3 +277,9 @@ class CurriculumScheduler:
         if end.plateau is not None and phase.index == self._phase and self._plateau.reached(end.plateau):
             return Reason.PLATEAU
         return Reason.RUNNING
+
+
+def _number(loss: SupportsFloat) -> float:
+    # torch warns of a number that is taken of a tensor with a gradient.
+    detach = getattr(loss, "detach", None)
+    return float(loss if detach is None else detach())

@@ -11,15 +11,26 @@ import pytest
 import aiprod_ds
 
 DOCUMENTED = {
+    "aiprod_ds.clock": ["Clock"],
     "aiprod_ds.config.audio_vae": ["AudioVAETrainerConfig"],
     "aiprod_ds.config.curriculum": [
         "CurriculumAdapterConfig", "CurriculumConfig", "CurriculumPhase", "PhaseConfig", "PhaseDuration", "PhaseResolution",  # noqa: E501
     ],
+    "aiprod_ds.config.data": ["AudioDataConfig", "LatentDataConfig", "VideoDataConfig"],
     "aiprod_ds.config.diffusion": ["DiffusionTrainerConfig"],
+    "aiprod_ds.config.load": ["load_config"],
+    "aiprod_ds.config.losses": [
+        "AudioVAELossConfig", "FlowConfig", "MelConfig", "PerceptualConfig", "SpectralConfig", "VideoVAELossConfig",  # noqa: E501
+    ],
+    "aiprod_ds.config.model": ["ModelConfig"],
+    "aiprod_ds.config.run": ["EngineConfig"],
     "aiprod_ds.config.video_vae": ["VAETrainerConfig"],
+    "aiprod_ds.curriculum.plan": ["plan_run"],
     "aiprod_ds.curriculum.scheduler": ["CurriculumScheduler"],
+    "aiprod_ds.curriculum.strides": ["ModelStrides"],
     "aiprod_ds.data.own.iterables": ["ClipIterable"],
-    "aiprod_ds.losses": ["AudioVAELoss", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"],
+    "aiprod_ds.errors": ["ConfigError"],
+    "aiprod_ds.losses": ["AudioVAELoss", "LossTerms", "PerceptualLoss", "SpectralLoss", "VideoVAELoss"],
     "aiprod_ds.trainers.audio_vae": ["AudioVAETrainer"],
     "aiprod_ds.trainers.diffusion": ["DiffusionTrainer"],
     "aiprod_ds.trainers.video_vae": ["VideoVAETrainer"],
