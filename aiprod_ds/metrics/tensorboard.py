@@ -47,6 +47,8 @@ class TensorBoardSink:
         """Writes one scalar per metric."""
         for name, value in metrics.items():
             self._events.add(self._forms.scalar(name, value), update)
+        # At once: what a checkpoint counts as done is not written again by the run that goes on from it.
+        self._events.flush()
 
     def log_evaluation(self, record: EvaluationRecord, folder: Path) -> None:
         """Writes the media, the measures of all evaluations so far and the prompts."""
@@ -63,7 +65,7 @@ class TensorBoardSink:
         prompts = [f"- `{name}`: {medium.prompt}" for name, medium in media.items() if medium.prompt]
         if prompts:
             self._events.add(self._forms.text("prompts", "\n".join(prompts)), record.update)
-        self._events.flush()  # somebody waits for an evaluation; scalars are flushed by the clock
+        self._events.flush()
 
     def close(self) -> None:
         """See `Sink.close`."""

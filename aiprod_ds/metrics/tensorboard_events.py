@@ -17,8 +17,6 @@ from aiprod_ds.appended_file import AppendedFile
 from aiprod_ds.bad_disk import DiskWatch
 
 WHAT = "tensorboard"
-_FLUSH_SECONDS = 120.0  # as tensorboard's own writer
-_FLUSH_BYTES = 1 << 20
 
 
 class EventFile:
@@ -39,13 +37,14 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(exist_ok=True)
-        # The form of the name, and that it grows with time, are what TensorBoard looks for.
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{id(self)}"
+        # The form of the name, and that it grows with time, are what TensorBoard looks for: it reads files in
+        # the order of their names, and two starts may be in one second.
+        seconds, rest = divmod(time.time_ns(), 1_000_000_000)
+        name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
         self._disk = disk
         self._file = AppendedFile(folder / name, ends_with=b"")
         self._buffer = io.BytesIO()
         self._records = RecordWriter(self._buffer)
-        self._flushed_at = time.monotonic()
         self._is_open = True
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if purge_step is not None:
@@ -54,17 +53,13 @@ class EventFile:
         self.flush()
 
     def add(self, summary: Any, update: int) -> None:
-        """Adds a `Summary` of tensorboard's."""
+        """Adds a `Summary` of tensorboard's; `flush` writes it."""
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._add(Event(wall_time=time.time(), step=update, summary=summary))
-        is_due = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
-        if is_due or self._buffer.tell() > _FLUSH_BYTES:
-            self.flush()
 
     def flush(self) -> None:
         """Hands what was added to the operating system."""
-        self._flushed_at = time.monotonic()
         record = self._buffer.getvalue()
         self._buffer.seek(0)
         self._buffer.truncate()

@@ -163,13 +163,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_in_the_end_all_is_as_on_a_disk_that_stays_well(runs: dict[str, Any], way: str, rule: str) -> None:
     well, found = runs["well"], runs[f"{way} {rule}"]
     assert found["sha256"] == well["sha256"]
-    for key in ("rows", "records", "report", "page", "exported"):
+    for key in ("rows", "records", "report", "page", "exported", "events"):
         assert found[key] == well[key], key
     assert well["events"] == list(range(1, UPDATES + 1))
-    # A run that stops may lose TensorBoard's events of its last updates; those after its new start are there.
-    begin = (FAILS_AT - 1) * EVERY if rule == "stop" else 0
-    assert set(found["events"]) >= set(well["events"][begin:])
-    assert rule == "stop" or found["events"] == well["events"]
     assert found["leftovers"] == []
 
 

@@ -36,6 +36,22 @@ def test_tensorboard_scalars_are_read_back(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_killed_run_gave_to_tensorboard_stands_once_beside_what_the_resumed_ones_add(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start in range(4):  # within a second, from checkpoints of the updates 0, 2, 4, 6
+        sink = TensorBoardSink(tmp_path, resume_from_update=2 * start)
+        for update in range(2 * start + 1, 2 * start + 4):
+            sink.log(update, {"loss/total": float(start)})
+        # Killed here: nobody closes it.
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/total")
+    expected = [(update, (update - 1) // 2) for update in range(1, 9)] + [(9, 3)]
+    assert [(event.step, event.value) for event in events] == expected
+
+
 def test_tensorboard_that_is_not_installed_is_a_configuration_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
