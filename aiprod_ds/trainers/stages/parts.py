@@ -37,6 +37,7 @@ class TrainedParts:
         self._is_staged = any(phase.decoder_only or phase.frozen for phase in plan.phases)
         self._facts = latent_facts(module, clip) if self._is_staged else None
         self._frozen = {phase.index: frozen_names(phase, module, self._facts) for phase in plan.phases}
+        self._trained: tuple[str, ...] = ()
         never = frozenset.intersection(*self._frozen.values())
         self._originals = _copies(module, never)
 
@@ -45,6 +46,9 @@ class TrainedParts:
         if self._is_staged:
             known = frozenset() if self._facts is None else self._facts.depend_on
             self._module.freeze(self._frozen[phase.index], latents_depend_on=known)
+            # An engine may hold them under other names, as parts of flat parameters.
+            named = self._module.named_parameters()
+            self._trained = tuple(name for name, parameter in named if parameter.requires_grad)
 
     def keeps_latents(self, phase: PhasePlan) -> bool:
         """Returns whether nothing is trained in `phase` that latents depend on."""
@@ -77,9 +81,8 @@ class TrainedParts:
         The rest needs no carrying: it stays in the module, in the type that it was computed with.
         """
         values = WeightHandoff()
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad:
-                values.add(name, engine.read_value(name))
+        for name in self._trained:
+            values.add(name, engine.read_value(name))
         return values
 
 

@@ -20,6 +20,7 @@ from aiprod_ds.engine import dist
 from aiprod_ds.errors import ConfigError, PlanError
 from aiprod_ds.metrics.evaluations import read_evaluations
 from aiprod_ds.metrics.jsonl import read_metrics
+from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 
@@ -406,6 +407,17 @@ def test_a_deterministic_model_is_trained_without_a_divergence(run_folder: Path)
     assert {"loss/kl", "latent/collapsed_share"} & {name for row in rows for name in row} == set()
     assert "latent/std" in rows[0]
     assert not torch.equal(load_file(run_folder / "export" / WEIGHTS)["encode.weight"], before)
+
+
+def test_a_decoder_alone_leaves_the_encoder_as_it_is(run_folder: Path) -> None:
+    phase = {"name": "decoder", "duration": {"frames": 1_040}, "global_batch_size": 2, "updates": 1}
+    stage = {"decoder_only": True, "latents": "mode", "learning_rate": 1e-2}
+    trainer = _trainer(run_folder, curriculum={"phases": [{**phase, **stage}]})
+    trainer.train()
+    before = build_model(trainer.config.model, seed=trainer.config.seed).state_dict()
+    after = load_file(run_folder / "export" / WEIGHTS)
+    moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {"decoder"}
 
 
 def test_a_divergence_is_refused_where_there_is_none(run_folder: Path) -> None:
