@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from aiprod_ds.testing.dist import run_forked
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -114,15 +117,26 @@ def test_ranks_that_hang_are_ended_and_say_where(tmp_path: Path) -> None:
 )
 def test_figures_of_two_ranks_are_written(case: str, tmp_path: Path) -> None:
     written = tmp_path / "one.json"
-    command = [sys.executable, str(_ROOT / "benchmarks" / "scaling.py"), "--tiny", "--gpus", "2"]
-    command += ["--cases", case, "--phases", "low", "--zero-stages", "1", "--output", str(written)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--tiny", "--gpus", "2", "--cases", case, "--phases", "low", "--zero-stages", "1"]
+    arguments = {"name": "scaling", "options": [*options, "--output", str(written)]}
+    code, told = run_forked(run_script, arguments=arguments, timeout_seconds=600)
+    assert code == 0, told
     name = f"low, {case}, ZeRO {2 if case == 'fsdp2' else 1}, 2 GPUs, 4 clips each"
-    assert name in done.stdout
+    assert name in told
     rows = {row["metric"]: row for row in json.loads(written.read_text())["rows"] if row["case"] == name}
     assert rows.keys() >= {"updates per second", "samples per second", "credited speed of a GPU"}
     assert len(rows["time of an update"]["runs"]) == 2
     assert all(math.isfinite(row["value"]) for row in rows.values())
     assert ("first loss" in rows) == (case == "trainer")
+
+
+def run_script(name: str, options: list[str]) -> tuple[int, str]:
+    """Runs a script of benchmarks/ in a fork of a process that has imported everything, and returns its exit
+    code and what it said; the processes that it starts are real."""
+    script = _ROOT / "benchmarks" / f"{name}.py"
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *options]
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), pytest.raises(SystemExit) as left:
+        runpy.run_path(str(script), run_name="__main__")
+    return int(left.value.code or 0), told.getvalue()

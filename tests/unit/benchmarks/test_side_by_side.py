@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.engine import dist
+from aiprod_ds.testing.dist import run_forked
 
 _ROOT = Path(__file__).resolve().parents[3]
 _ROW = {"case", "metric", "unit", "value", "spread", "runs", "goal"}
@@ -152,10 +154,8 @@ def test_host_time_writes_a_ratio_of_a_case(tmp_path: Path) -> None:
 def _result(script: str, folder: Path, *options: str) -> dict[str, Any]:
     """Returns what a script wrote, after checking its form and that a table can be made of it."""
     written = folder / "results" / "one.json"
-    command = [sys.executable, str(_ROOT / "benchmarks" / f"{script}.py"), *options, "--output", str(written)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = {"name": script, "options": [*options, "--output", str(written)]}
+    run_forked(run_script, arguments=arguments, timeout_seconds=600)
     result: dict[str, Any] = json.loads(written.read_text())
     assert result["name"] == script
     assert result.keys() == {"name", "date", "hardware", "versions", "command", "commit", "rows"}
@@ -168,3 +168,15 @@ def _result(script: str, folder: Path, *options: str) -> dict[str, Any]:
     shutil.copy(_ROOT / "benchmarks" / f"{script}.py", folder)
     assert f"### {script}" in tables(folder)
     return result
+
+
+def run_script(name: str, options: list[str]) -> str:
+    """Runs a script of benchmarks/ in a fork of a process that has imported everything, and returns what it
+    said; where it starts processes of its own, they are real."""
+    script = _ROOT / "benchmarks" / f"{name}.py"
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *options]
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        runpy.run_path(str(script), run_name="__main__")
+    return told.getvalue()
