@@ -17,8 +17,16 @@ import yaml
 from aiprod_ds.errors import ConfigError
 
 MAX_BYTES = 1 << 20
-UNREAD = object()
-"""Stands where a value was refused, if its problem was not raised."""
+
+
+class _Unread:
+    """Stands where a value was refused, if its problem was not raised."""
+
+    def __repr__(self) -> str:
+        return "a refused value"
+
+
+UNREAD = _Unread()
 _MAX_DEPTH = 64
 _MAX_DIGITS = 1000  # Python reads, but does not write, hexadecimals of any length
 _NULL, _BOOL, _INT, _FLOAT, _TEXT = (

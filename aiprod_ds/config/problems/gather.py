@@ -89,7 +89,8 @@ class _Examination(Generic[Record]):
         self.broken: dict[KeyPath, list[Any]] = {}
         self.typed: dict[KeyPath, KeyPath] = {}
         for path in _unread(self.values, ()):
-            if not self._replace(path):
+            if not self._replace(path):  # in a mapping that takes anything
+                self.broken.pop(path, None)
                 _remove(self.values, path)
 
     def repaired(self) -> Record | None:
@@ -102,12 +103,15 @@ class _Examination(Generic[Record]):
             if any(group[0]["type"] == "extra_forbidden" for group in found.values()):
                 # What seems to be missing may be there under another name.
                 found = {path: group for path, group in found.items() if group[0]["type"] != "missing"}
+            is_lost = False
             for path, group in found.items():
                 self._tell(path, worded(path, group, self.schema))
                 if group[0]["type"] == "extra_forbidden":
                     self._read_as_meant(path, group[0]["input"])
                 elif not self._replace(path):
-                    return None
+                    is_lost = True
+            if is_lost:
+                return None
         return None
 
     def rules(self, record: Record) -> list[Problem]:

@@ -123,6 +123,17 @@ def test_a_value_that_yaml_refuses_is_told_once() -> None:
     ]
 
 
+def test_a_refused_value_in_a_mapping_that_takes_anything_is_left_out_and_the_rest_judged() -> None:
+    assert problems(
+        "base: base.yaml\nmodel: {config: {a: 017}}\nseed: x\noptimizer: {betas: [!x 1, 0.5], epsilon: 017}\n"
+    ) == [
+        "c.yaml: line 2: an integer must not start with 0, got 017. Drop the zero, or quote it as text.",
+        "c.yaml: line 4: must be a plain value, got the tag '!x'. Remove the tag.",
+        "c.yaml: line 4: an integer must not start with 0, got 017. Drop the zero, or quote it as text.",
+        "c.yaml: seed: must be an integer, got 'x'. Correct the value.",
+    ]
+
+
 def test_without_its_base_a_file_misses_nothing_and_the_rest_of_it_is_told() -> None:
     assert problems(
         "base: bas.yaml\nsed: 1\ndata: {random_flip: 3}\ncheckpoint: {keep_every_updates: 5}\n"
