@@ -112,20 +112,19 @@ class Differences(Mapping[str, Tensor]):
     """scale * B A of a transformer's layers as PEFT computes it, when it is asked for; fp32.
 
     Args:
-        wrapped: A transformer on the meta device, into which diffusers loaded adapters.
+        wrapped: A transformer into which diffusers loaded adapters.
     """
 
     def __init__(self, wrapped: nn.Module) -> None:
         self._layers: dict[str, Any] = {}
         for name, layer in wrapped.named_modules():
-            weights = getattr(layer, "lora_A", None)  # what there are no tensors for stays without data
-            if weights and not any(parameter.is_meta for parameter in weights.parameters()):
+            if getattr(layer, "lora_A", None):
                 self._layers[name] = layer
 
     def __getitem__(self, name: str) -> Tensor:
         layer = self._layers[name]
         difference: Tensor = layer.get_delta_weight(next(iter(layer.lora_A)))
-        return difference.float()
+        return difference.detach().float()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -226,26 +225,36 @@ def differences_of(path: Path, module: nn.Module, family: type[Family]) -> Diffe
         module: The transformer on the meta device; it is copied.
         family: Of the transformer.
     """
-    wrapped: Any = copy.deepcopy(module)
+    wrapped: Any = _without_memory(module)
     file = path / WEIGHTS_FILE if path.is_dir() else path
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name).float() for name in list(opened.keys())}
         metadata = dict(opened.metadata() or {})
+    if any(name.endswith(".alpha") and float(value.max()) <= 0 for name, value in tensors.items()):
+        return None  # diffusers 0.42.1 halves such a factor for ever (lora_conversion_utils.py:1861)
     try:
         settings = json.loads(metadata[SETTINGS]) if SETTINGS in metadata else None
+        prefix, state = _PEFT_PREFIX, tensors
+        if not all(name.startswith(_PEFT_PREFIX) for name in tensors):
+            prefix, state = "transformer.", _by_pipeline(tensors, family)
         if path.is_dir():
             told = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-            settings = {
-                f"{_PEFT_PREFIX}{key}": told[key] for key in _PEFT_SETTINGS if told.get(key) is not None
-            }
-        if all(name.startswith(_PEFT_PREFIX) for name in tensors):
-            prefix, state = _PEFT_PREFIX.removesuffix("."), tensors
-        else:
-            prefix, state = "transformer", _by_pipeline(tensors, family)
-        wrapped.load_lora_adapter(state, prefix=prefix, metadata=settings, low_cpu_mem_usage=True)
+            settings = {f"{prefix}{key}": told[key] for key in _PEFT_SETTINGS if told.get(key) is not None}
+        wrapped.load_lora_adapter(state, prefix=prefix.removesuffix("."), metadata=settings)
         return Differences(wrapped)
     except _CANNOT:  # it has no error of its own for a file that it does not read
         return None
+
+
+def _without_memory(module: nn.Module) -> nn.Module:
+    """Returns the same with zeros for weights, which take no memory: PEFT gives adapters the device of their
+    layer, and on the meta device they would have no numbers."""
+    copied = copy.deepcopy(module)
+    for owner in list(copied.modules()):
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            zeros = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            owner.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+    return copied
 
 
 def _by_pipeline(tensors: dict[str, Tensor], family: type[Family]) -> dict[str, Tensor]:

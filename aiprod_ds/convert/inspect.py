@@ -21,7 +21,7 @@ from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder
 from aiprod_ds.convert.diffusers_config import read_diffusers_config
 from aiprod_ds.convert.distributed_folder import DistributedFolder
 from aiprod_ds.convert.identify import IN_WORDS, Found, identify
-from aiprod_ds.convert.uses import uses_of
+from aiprod_ds.convert.uses import describe_lora, uses_of
 from aiprod_ds.convert.weights_folder import CONFIG, WeightsFolder, open_tensors
 from aiprod_ds.errors import AiprodError, CheckpointError
 from aiprod_ds.files import read_text
@@ -139,16 +139,17 @@ def _bytes_of(checkpoint: Checkpoint) -> int:
 def _weights(found: Found, *, is_trusted: bool) -> Inspection:
     if found.kind == "tensors" or (found.kind == "lora" and found.path.is_file()):
         with open_tensors(found.path) as file:
-            return _with_tensors(
-                found, file, {"metadata": file.metadata}, verified="the header fits the file"
-            )
+            facts: dict[str, Any] = {"metadata": file.metadata}
+            if found.kind == "lora":
+                facts |= _facts_of_keys(found.path)
+            return _with_tensors(found, file, facts, verified="the header fits the file")
     if found.kind == "lora":
         with open_tensors(found.path / WEIGHTS_FILE) as file:
             return _with_tensors(found, file, _lora_facts(found.path), verified="the header fits the file")
     if found.kind == "weights":
         return _folder_of_weights(found)
     files = [path for path in sorted(found.path.rglob("*")) if path.is_file()]
-    facts: dict[str, Any] = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+    facts = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
     if not is_trusted:
         facts["tensors"] = "not listed: its files are pickles. If it is your own, give --trust-checkpoint"
         return Inspection(kind=IN_WORDS[found.kind], path=str(found.path), facts=facts)
@@ -178,6 +179,16 @@ def _folder_of_weights(found: Found) -> Inspection:
         facts["class"] = model.class_name
         verified += f"; names and shapes are those of {model.class_name}"
     return _with_tensors(found, folder, facts, verified=verified)
+
+
+def _facts_of_keys(path: Path) -> Mapping[str, Any]:
+    lora = describe_lora(path)
+    alpha = {} if lora.has_alpha else {"alpha": "not said"}
+    return {
+        "rank": ", ".join(map(str, lora.ranks)),
+        **alpha,
+        **({"beside": lora.special} if lora.special else {}),
+    }
 
 
 def _lora_facts(folder: Path) -> Mapping[str, Any]:

@@ -114,7 +114,8 @@ def _compare(request: Request, opened: Opened, form: Form) -> str:
         differences = independent.differences_of(lora.source, model.module, family)
         begin += f"; of the LoRA {independent.compare_lora(lora, differences).in_words('layers')}"
     if form in LORA_FORMS:
-        return begin + _compare_adapters(request, opened)
+        assert model is not None
+        return begin + _compare_adapters(request.out, model)
     if opened.raw is None:
         return f"{begin} to a second conversion; nobody else reads a {IN_WORDS[opened.found.kind]}"
     out = (request.out,) if request.out.is_file() else WeightsFolder(request.out).paths()
@@ -123,13 +124,12 @@ def _compare(request: Request, opened: Opened, form: Form) -> str:
     return f"{begin}; {compared.in_words('tensors')}"
 
 
-def _compare_adapters(request: Request, opened: Opened) -> str:
+def _compare_adapters(out: Path, model: DiffusersModel) -> str:
     from aiprod_ds.convert import independent  # as above
 
-    assert opened.model is not None
-    family = family_of(opened.model, where=str(request.source))
-    written = read_lora(request.out, opened.model.module, family)
-    theirs = independent.differences_of(request.out, opened.model.module, family)
+    family = family_of(model, where=str(out))
+    written = read_lora(out, model.module, family)
+    theirs = independent.differences_of(out, model.module, family)
     return f"; of the result {independent.compare_lora(written, theirs).in_words('layers')}"
 
 
@@ -349,11 +349,13 @@ def _extract(request: Request, *, verify: bool, console: Console | None) -> Conv
     adapters, model = Adapters(tensors=tensors, config=config), read_diffusers_config(request.base)
     with _pending(request.out, form) as pending:
         _save_adapters(adapters, model, form, pending)
+    checked: tuple[str, ...] = ()
     if verify:
         _verify_adapters(adapters, model, request.out, form)
+        checked = (f"verified: read again, every tensor is equal{_compare_adapters(request.out, model)}",)
     whole = total_error(parts, extraction.lost().values())
     line = (
         f"{request.out}: {len(parts)} layers, rank {request.rank}, of the whole model: relative error "
         f"{whole:.3g}"
     )
-    return Converted(lines=(line, *(("verified: read again, every tensor is equal",) if verify else ())))
+    return Converted(lines=(line, *checked))

@@ -7,7 +7,9 @@ to the names and shapes of the model. Called by `inspect`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiprod_ds.checkpoint.consistency import require_layout
@@ -20,11 +22,74 @@ from aiprod_ds.convert.run import named_for, usual_form
 from aiprod_ds.convert.sources import open_source
 from aiprod_ds.convert.weights_folder import CONFIG, DIFFUSERS_STEM, WeightsFolder
 from aiprod_ds.errors import AiprodError, ConfigError
-from aiprod_ds.models.lora_opened import open_lora
+from aiprod_ds.models.lora_keys import other_model, parse_key
+from aiprod_ds.models.lora_opened import listed, open_lora, require_lora, says_alpha
 from aiprod_ds.report.inspect_view import Use
 from aiprod_ds.train.resume.history import History
 
 _PICKLES = ("deepspeed", "distributed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFacts:
+    """What can be said of a LoRA without its transformer.
+
+    Attributes:
+        ranks: The different ones, ascending.
+        has_alpha: Whether it says alpha for every layer.
+        special: What it has beside A and B of one rank, in words; "" for nothing.
+        others: Counts of tensors of other models.
+        unknown: Keys that are no LoRA.
+    """
+
+    ranks: tuple[int, ...]
+    has_alpha: bool
+    special: str
+    others: Mapping[str, int]
+    unknown: tuple[str, ...]
+
+    def notes(self, option: str, allow: str) -> tuple[str, ...]:
+        """Returns what there is to know before it is used.
+
+        Args:
+            option: Says alpha, where the file does not.
+            allow: Leaves out what is unknown.
+        """
+        counts = ", ".join(f"{model} {count} tensors" for model, count in self.others.items())
+        return (
+            *(() if self.has_alpha else (f"it does not say alpha: {option} is what others take",)),
+            *((f"left out: {counts}",) if counts else ()),
+            *((f"only with {allow}: {listed(self.unknown)}",) if self.unknown and allow else ()),
+        )
+
+
+def describe_lora(path: Path) -> LoraFacts:
+    """Returns what the keys of a LoRA say, whatever it was trained on.
+
+    Raises:
+        CheckpointError: If it cannot be read or is an adapter of another kind.
+    """
+    opened = open_lora(path)
+    own = [key for key in opened.tensors if other_model(key) is None]
+    require_lora(path, own)
+    meant = {key: parsed for key in own if (parsed := parse_key(key)) is not None}
+    modules: dict[str, set[str]] = {}
+    for parsed in meant.values():
+        modules.setdefault(parsed.module, set()).add(parsed.part)
+    downs = [opened.tensors[key] for key, parsed in meant.items() if parsed.part == "down"]
+    ranks = tuple(sorted({value.shape[0] for value in downs if value.dim()}))
+    parts = {parsed.part for parsed in meant.values()}
+    special = [f"its ranks differ ({', '.join(map(str, ranks))})"] if len(ranks) > 1 else []
+    special += ["it is DoRA"] if "magnitude" in parts else []
+    special += ["it has differences of whole parameters"] if parts & {"diff", "diff_b", "bias"} else []
+    adapted = [found for found in modules.values() if "down" in found]
+    return LoraFacts(
+        ranks=ranks,
+        has_alpha=says_alpha(opened) or all("alpha" in found for found in adapted),
+        special=" and ".join(special),
+        others=Counter(other for key in opened.tensors if (other := other_model(key)) is not None),
+        unknown=tuple(key for key in own if key not in meant),
+    )
 
 
 def uses_of(
@@ -54,8 +119,11 @@ def _convert(found: Found, *, is_trusted: bool, is_whole: bool) -> Use:
 
 
 def _convert_lora(path: Path) -> str:
-    _read_lora(path)
-    return f"to {', '.join(LORA_FORMS)} with --to and --config, or merged with --base"
+    lora = describe_lora(path)
+    merged = "merged with --base"
+    how = f"{merged} alone, because {lora.special}" if lora.special else None
+    how = how or f"to {', '.join(LORA_FORMS)} with --to and --config, or {merged}"
+    return "; ".join((how, *lora.notes("--alpha rank", "--allow-unknown")))
 
 
 def _convert_weights(found: Found, *, is_trusted: bool, is_whole: bool) -> str:
@@ -66,8 +134,13 @@ def _convert_weights(found: Found, *, is_trusted: bool, is_whole: bool) -> str:
     if opened.weights is None:
         return f"{name}to {', '.join(LORA_FORMS)} with --to, or merged with --base"
     form = usual_form(opened)
-    named_for(opened, form)
-    return f"{name}to {form}" + (" (with --config also to diffusers)" if opened.model is None else "")
+    _, left = named_for(opened, form)
+    how = f"{name}to {form}" + (" (with --config also to diffusers)" if opened.model is None else "")
+    told = [line.partition(": ")[2] for line in opened.told if "dequantised" in line]
+    parts = (
+        [f"left out: {', '.join(f'{part} {count} tensors' for part, count in left.items())}"] if left else []
+    )
+    return "; ".join((how, *told, *parts))
 
 
 def _train(found: Found, newest: Checkpoint | None, problem: str | None) -> Use:
@@ -99,12 +172,17 @@ def _pretrained(path: Path) -> str:
 
 
 def _adapters(path: Path) -> str:
-    _read_lora(path)
-    return "as model.lora_init or model.lora_checkpoint of a diffusion run whose layers they fit"
-
-
-def _read_lora(path: Path) -> None:
-    open_lora(path)
+    lora = describe_lora(path)
+    if lora.unknown:
+        raise ConfigError(
+            f"keys that are no LoRA: {listed(lora.unknown)}. `convert --allow-unknown` leaves them out"
+        )
+    how = "as model.lora_init or model.lora_checkpoint of a diffusion run whose layers they fit"
+    if lora.special:
+        how = (
+            f"as model.lora_checkpoint alone of a diffusion run whose layers they fit, because {lora.special}"
+        )
+    return "; ".join((how, *lora.notes("alpha: rank", "")))
 
 
 def _tried(make: Callable[[], str]) -> Use:

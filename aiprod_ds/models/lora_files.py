@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.families.protocol import Family
-from aiprod_ds.models.lora_keys import is_image_input, names_in_files, other_kind, other_model, parse_key
-from aiprod_ds.models.lora_opened import Alpha, OpenedLora, layer_scales, listed, open_lora
+from aiprod_ds.models.lora_keys import is_image_input, names_in_files, other_model, parse_key
+from aiprod_ds.models.lora_opened import Alpha, OpenedLora, layer_scales, listed, open_lora, require_lora
 
 _FIRST_BLOCK = re.compile(r"(blocks[._])(\d+)([._])")
 
@@ -202,7 +202,7 @@ def _read_parts(
     model = type(transformer).__name__
     others = Counter(other for key in opened.tensors if (other := other_model(key)) is not None)
     own = [key for key in opened.tensors if other_model(key) is None]
-    _require_lora(opened.path, own)
+    require_lora(opened.path, own)
     meant = {key: parsed for key in own if (parsed := parse_key(key)) is not None}
     names = {key: known[parsed.module] for key, parsed in meant.items() if parsed.module in known}
     unknown = [meant[key].module if key in meant else key for key in own if key not in names]
@@ -235,19 +235,10 @@ def _read_parts(
     return _Read(parts=parts, others=dict(others))
 
 
-def _require_lora(path: Path, keys: list[str]) -> None:
-    for key in keys:
-        if (kind := other_kind(key)) is not None:
-            raise CheckpointError(
-                f"{path}: must be a LoRA, got {kind} ({key}). Merge it with its own tool; `convert --rank` "
-                "makes a LoRA of what comes out."
-            )
-
-
-def _modules(transformer: nn.Module) -> list[str]:
-    """Returns the names of what may be changed: modules with a weight, and parameters that stand alone."""
-    names = [name for name, _ in transformer.named_parameters()]
-    return [name.removesuffix(".weight") for name in names if not name.endswith(".bias")]
+def _modules(transformer: nn.Module) -> dict[str, str]:
+    """Returns the modules with a weight, and parameters that stand alone, each with its parameter's name."""
+    names = [name for name, _ in transformer.named_parameters() if not name.endswith(".bias")]
+    return {name.removesuffix(".weight"): name for name in names}
 
 
 def _unknown(path: Path, names: list[str], known: Mapping[str, str], model: str) -> str:
@@ -266,8 +257,9 @@ def _unknown(path: Path, names: list[str], known: Mapping[str, str], model: str)
         )
     return (
         f"{path}: must hold keys of LoRA (A and B, or down and up, alpha, differences) for layers of "
-        f"{model}, by the names of diffusers or of the publication, got {shown}. They are of another model, or their "
-        "writer is not known here; --allow-unknown of `convert` leaves them out if others are known."
+        f"{model}, by the names of diffusers or of the publication, got {shown}. They are of "
+        "another model, or their writer is not known here; --allow-unknown of `convert` leaves them out if "
+        "others are known."
     )
 
 

@@ -10,7 +10,7 @@ no tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,14 +106,18 @@ def is_image_input(module: str) -> bool:
     return _IMAGE_INPUTS.search(module) is not None
 
 
-def names_in_files(modules: Collection[str], published: PublishedNames | None) -> dict[str, str]:
+def names_in_files(modules: Mapping[str, str], published: PublishedNames | None) -> dict[str, str]:
     """Returns the modules' names by every name that a file may have for them, without prefixes.
 
     Args:
-        modules: By their names in diffusers.
+        modules: The parameter of each that is its weight, by their names in diffusers.
         published: The table of the publication; None where nobody has written it.
     """
-    pairs = [] if published is None else [(published.layer_of(name), name) for name in modules]
+    pairs = []
+    if published is not None:
+        for name, parameter in modules.items():
+            written = published.name_of(parameter).removeprefix(published.prefix)
+            pairs.append((written.removesuffix(".weight"), name))
     found = {}
     for written, name in (*pairs, *((name, name) for name in modules)):  # diffusers' layer where both have it
         found[FLAT[0] + written.replace(".", "_")] = name

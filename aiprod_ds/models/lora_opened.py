@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import read_text
-from aiprod_ds.models.lora_keys import PREFIXES
+from aiprod_ds.models.lora_keys import PREFIXES, other_kind
 from aiprod_ds.tensor_file import TensorFile, TensorFileError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -62,6 +62,25 @@ def open_lora(path: Path) -> OpenedLora:
     if other:
         raise CheckpointError(f"{path}: must be a LoRA, got {', '.join(other)}. Merge it with its own tool.")
     return OpenedLora(path=path, tensors=tensors, metadata=metadata, settings=settings)
+
+
+def require_lora(path: Path, keys: Collection[str]) -> None:
+    """Checks that no key is of an adapter of another kind.
+
+    Raises:
+        CheckpointError: If one is, naming it.
+    """
+    for key in keys:
+        if (kind := other_kind(key)) is not None:
+            raise CheckpointError(
+                f"{path}: must be a LoRA, got {kind} ({key}). Merge it with its own tool; `convert --rank` "
+                "makes a LoRA of what comes out."
+            )
+
+
+def says_alpha(opened: OpenedLora) -> bool:
+    """Whether settings or metadata say one alpha for all layers."""
+    return "lora_alpha" in opened.settings or _told(opened) is not None or _is_folded(opened)
 
 
 def layer_scales(
@@ -183,10 +202,19 @@ def _common_alpha(opened: OpenedLora, ranks: Mapping[str, int]) -> tuple[float |
                 f"{settings.get('r')!r}."
             )
         return _finite(opened, "lora_alpha", settings["lora_alpha"]), False
-    if opened.metadata.get("alpha_is_folded") == "true":
+    if _is_folded(opened):
         return None, True
-    told = next((key for key in _METADATA_ALPHA if opened.metadata.get(key) not in (None, "None")), None)
+    told = _told(opened)
     return (None if told is None else _finite(opened, told, opened.metadata[told])), False
+
+
+def _is_folded(opened: OpenedLora) -> bool:
+    return opened.metadata.get("alpha_is_folded") == "true"
+
+
+def _told(opened: OpenedLora) -> str | None:
+    """Returns the key of the metadata that says alpha; None for none."""
+    return next((key for key in _METADATA_ALPHA if opened.metadata.get(key) not in (None, "None")), None)
 
 
 def _finite(opened: OpenedLora, key: str, value: Any) -> float:
