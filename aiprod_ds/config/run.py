@@ -89,6 +89,13 @@ class PerformanceConfig(StrictModel):
     activation_memory_budget: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
     """Share of its activations that a compiled block keeps for the backward pass; the rest is computed again,
     what costs least first. 1: what is fastest."""
+    recompute: Literal["configured", "none", "full", "every_n", "auto"] = "configured"
+    """Which of the repeated blocks are computed again in the backward pass, in phases without an
+    `activation_checkpointing` of their own: all (`full`), every n-th, or none; `configured` as the DeepSpeed
+    settings say. `auto` takes, by the estimates of `plan --machine`, the fewest with which a phase fits the
+    GPUs."""
+    recompute_every: Annotated[int, Field(ge=2)] = 2
+    """The n of `recompute: every_n`."""
     fp8: Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = "off"
     """Products of the trained linear layers of blocks in 8 bits, by torchao's recipe of that name, from the
     fastest to the most exact. Needs bf16, compiled blocks and a GPU of compute capability 8.9 or newer."""

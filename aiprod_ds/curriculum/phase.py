@@ -164,6 +164,8 @@ class PhasePlan:
         decoder_only: Whether nothing is trained that latents depend on.
         frozen: Names and patterns of what else is not trained.
         latents: What the decoder gets where latents stay what they are; else a draw in any case.
+        recompute_every: What `performance.recompute` or `engine.parallel: auto` makes of
+            `activation_checkpointing`: 0 nothing, 1 every block, n every n-th; None while they say nothing.
     """
 
     index: int
@@ -185,6 +187,7 @@ class PhasePlan:
     decoder_only: bool = False
     frozen: tuple[str, ...] = ()
     latents: Literal["sample", "mode"] = "sample"
+    recompute_every: int | None = None
 
     def weights_at(self, position: int) -> dict[str, float]:
         """Returns every weight of the loss in an update of the phase.
@@ -194,6 +197,16 @@ class PhasePlan:
         """
         moving = {name: ramp.at(position) for name, ramp in self.loss_ramps.items()}
         return {**self.loss_weights, **moving}
+
+    def recompute(self, *, default: bool) -> int:
+        """Returns of how many blocks one is computed again in the backward pass; 0 if none is.
+
+        Args:
+            default: Whether blocks are if the phase says nothing: as the engine's settings have it.
+        """
+        if self.recompute_every is not None:
+            return self.recompute_every
+        return int(default if self.activation_checkpointing is None else self.activation_checkpointing)
 
     def trains_as(self, other: PhasePlan) -> bool:
         """Returns whether both phases train the same parameters."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
 
 from aiprod_ds.planner.workload import Work, WorkKind, Workload
 
@@ -32,15 +33,17 @@ _FORWARD_MATMULS, _BACKWARD_MATMULS = (
 )  # of fused attention, which computes the scores again in its backward pass
 
 
-def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
+def trace(module: nn.Module, loss: Callable[[], Tensor], *, blocks: Sequence[nn.Module] = ()) -> Workload:
     """Returns what one micro-batch takes.
 
     Args:
         module: What the engine trains, on the meta device and in the engine's types. Gradients are dropped.
         loss: Makes the batch, runs `module` forward and returns the loss; called once.
+        blocks: The repeated ones of `module`, which may be compiled or stand in flat parameters.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     counter = _Counter(ignored=[*module.parameters(), *module.buffers()])
+    inside = _Inside(counter)
     curve: list[tuple[int, int]] = []
     done = 0
 
@@ -56,9 +59,11 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
         parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
         for parameter in trained.values()
     ]
+    handles += [handle for block in blocks for handle in inside.watch(block)]
     try:
         with _fused_kernels(counter.note), counter:
             result = loss()
+            inside.end()
             saved = counter.held
             curve.append((0, counter.take_peak()))
             torch.autograd.backward(result)
@@ -76,6 +81,11 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> Workload:
         curve=tuple(curve),
         work=counter.work(),
         dispatched=counter.dispatched,
+        flat_tensors=_flat_tensors(module, blocks),
+        block_saved_bytes=inside.saved,
+        block_output_bytes=inside.outputs,
+        block_share=inside.share,
+        block_dispatched=inside.dispatched_share,
     )
 
 
@@ -90,6 +100,55 @@ def forward_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
     with torch.no_grad(), _fused_kernels(counter.note), counter:
         forward()
     return counter.take_peak()
+
+
+def _flat_tensors(module: nn.Module, blocks: Iterable[nn.Module]) -> int:
+    """Returns how many tensors are trained where the decayed ones of a block are one, and the others."""
+    members = [[parameter for parameter in block.parameters() if parameter.requires_grad] for block in blocks]
+    inside = {parameter for each in members for parameter in each}
+    outside = sum(parameter.requires_grad and parameter not in inside for parameter in module.parameters())
+    return outside + sum(len({parameter.ndim > 1 for parameter in each}) for each in members)
+
+
+class _Inside:
+    """Counts what the repeated blocks take of a forward pass."""
+
+    def __init__(self, counter: _Counter) -> None:
+        self.saved = self.outputs = 0
+        self.share = self.dispatched_share = 0.0
+        self._counter = counter
+        self._moved = self._dispatched = 0.0
+        self._has_ended = False
+        self._before: tuple[int, float, int] = (0, 0.0, 0)
+
+    def watch(self, block: nn.Module) -> list[RemovableHandle]:
+        """Returns handles of the hooks that count the calls of `block`."""
+        return [
+            block.register_forward_pre_hook(lambda *_: self._enter()),
+            block.register_forward_hook(lambda _module, _inputs, output: self._leave(output)),
+        ]
+
+    def end(self) -> None:
+        """Takes the shares; what the backward pass computes again is not counted."""
+        self._has_ended = True
+        moved, dispatched = self._counter.other_bytes, self._counter.dispatched
+        self.share = self._moved / moved if moved else 0.0
+        self.dispatched_share = self._dispatched / dispatched if dispatched else 0.0
+
+    def _now(self) -> tuple[int, float, int]:
+        return self._counter.held, self._counter.other_bytes, self._counter.dispatched
+
+    def _enter(self) -> None:
+        self._before = self._now()
+
+    def _leave(self, output: Any) -> None:
+        if self._has_ended:
+            return
+        held, moved, dispatched = (now - then for now, then in zip(self._now(), self._before, strict=True))
+        self.saved += int(held)
+        self._moved += moved
+        self._dispatched += dispatched
+        self.outputs += sum(value.nbytes for value in tree_leaves(output) if isinstance(value, Tensor))
 
 
 @contextmanager
@@ -129,6 +188,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, *, ignored: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = self._peak = self.dispatched = 0
+        self.other_bytes = 0.0
         self._sizes: dict[int, int] = {}
         self._ignored = {_key(tensor) for tensor in ignored}
         self._kernels: Counter[tuple[WorkKind, float, float, int]] = Counter()
@@ -157,6 +217,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, kind: WorkKind, flops: float, moved: float, element_bytes: int) -> None:
         """Counts one kernel."""
+        if kind is WorkKind.OTHER:
+            self.other_bytes += moved
         self._kernels[kind, flops, moved, element_bytes] += 1
 
     def _hold(self, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.errors import EngineError, PlanError
-from aiprod_ds.planner.cost import BucketCost, Estimator, is_recomputed
+from aiprod_ds.planner.cost import BucketCost, Estimator, recompute_in_words, recompute_of
 from aiprod_ds.planner.memory import CONTEXT_BYTES, FRAGMENTATION
 from aiprod_ds.planner.search import STAGES, search
 
@@ -64,10 +64,9 @@ class Capacity:
         return [self._message(phase, costs, of_all) for phase, costs in found]
 
     def _costs(self, phase: PhasePlan, settings: DeepSpeedSettings) -> list[BucketCost]:
-        own = is_recomputed(phase, settings)
+        own = recompute_of(phase, settings)
         return [
-            self.estimator.cost(phase, index, settings, is_recomputed=own)
-            for index in range(len(phase.buckets))
+            self.estimator.cost(phase, index, settings, recompute=own) for index in range(len(phase.buckets))
         ]
 
     def _message(self, phase: PhasePlan, costs: Sequence[BucketCost], of_all: Sequence[str]) -> str:
@@ -83,26 +82,26 @@ class Capacity:
         return (
             f"{self.where}: curriculum.phases[{phase.index}] ({phase.name}): must fit {machine.name}, got "
             f"{most.shape}, which by the estimate needs {needs} ({_engine_in_words(most)}, micro-batch "
-            f"{most.micro_batch_size}, recomputation {'on' if most.is_recomputed else 'off'}; {MARGIN}). "
+            f"{most.micro_batch_size}, recomputation {recompute_in_words(most.recompute)}; {MARGIN}). "
             + (f"By the same estimate it fits with {'; or with '.join(ways)}" if ways else _NOTHING)
             + ". Or go on all the same: engine.on_lack_of_memory: go_on."
         )
 
     def _ways(self, phase: PhasePlan, costs: Sequence[BucketCost]) -> Iterator[str]:
         """Yields what can be changed in the phase alone: one thing, or both where one is not enough."""
-        now = is_recomputed(phase, self.settings)
+        now = recompute_of(phase, self.settings)
         key, found = f"curriculum.phases[{phase.index}].activation_checkpointing: true", False
-        recomputed = [] if now else self._recomputed(phase)
+        recomputed = [] if now == 1 else self._recomputed(phase)
         if recomputed and all(cost.fits for cost in recomputed):
             yield f"{key} ({_most(recomputed)} GB)"
             found = True
-        if (smaller := self._smaller(phase, costs, recomputes=now)) is not None:
+        if (smaller := self._smaller(phase, costs, recompute=now)) is not None:
             yield smaller
             found = True
         if (
             recomputed
             and not found
-            and (smaller := self._smaller(phase, recomputed, recomputes=True)) is not None
+            and (smaller := self._smaller(phase, recomputed, recompute=1)) is not None
         ):
             yield f"{key} and {smaller}"
 
@@ -110,18 +109,18 @@ class Capacity:
         """Returns the phase with its blocks computed again; nothing where it has none."""
         try:
             return [
-                self.estimator.cost(phase, index, self.settings, is_recomputed=True)
+                self.estimator.cost(phase, index, self.settings, recompute=1)
                 for index in range(len(phase.buckets))
             ]
         except EngineError:
             return []
 
-    def _smaller(self, phase: PhasePlan, costs: Sequence[BucketCost], *, recomputes: bool) -> str | None:
+    def _smaller(self, phase: PhasePlan, costs: Sequence[BucketCost], *, recompute: int) -> str | None:
         """Returns the largest micro-batches that fit, of the same global batches; None if some bucket has
         none."""
         changes, needed = [], 0.0
         for cost in (cost for cost in costs if not cost.fits):
-            fitting = self._largest(phase, cost, recomputes=recomputes)
+            fitting = self._largest(phase, cost, recompute=recompute)
             if fitting is None:
                 return None
             needed = max(needed, fitting.memory.needed)
@@ -132,13 +131,13 @@ class Capacity:
             )
         return f"{' and '.join(changes)} ({needed / 1e9:.1f} GB)"
 
-    def _largest(self, phase: PhasePlan, cost: BucketCost, *, recomputes: bool) -> BucketCost | None:
+    def _largest(self, phase: PhasePlan, cost: BucketCost, *, recompute: int) -> BucketCost | None:
         own = cost.micro_batch_size * cost.accumulation
         for size in sorted(
             (size for size in range(1, cost.micro_batch_size) if own % size == 0), reverse=True
         ):
             smaller = self.estimator.cost(
-                phase, cost.bucket, self.settings, is_recomputed=recomputes, micro_batch_size=size
+                phase, cost.bucket, self.settings, recompute=recompute, micro_batch_size=size
             )
             if smaller.fits:
                 return smaller

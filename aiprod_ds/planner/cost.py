@@ -6,14 +6,15 @@ decide what fits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
+from aiprod_ds.planner.computing import Computing
 from aiprod_ds.planner.hardware import Machine
-from aiprod_ds.planner.memory import MemoryUse, memory_use
+from aiprod_ds.planner.memory import MemoryUse, can_capture, memory_use
 from aiprod_ds.planner.roofline import update_seconds
 from aiprod_ds.planner.workload import Workload
 
@@ -23,9 +24,7 @@ _SECONDS_PER_HOUR = 3600.0
 class Trace(Protocol):
     """Where workloads come from."""
 
-    def __call__(
-        self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_recomputed: bool
-    ) -> Workload:
+    def __call__(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, recompute: int) -> Workload:
         """Returns what one micro-batch takes.
 
         Raises:
@@ -39,6 +38,8 @@ class BucketCost:
 
     Attributes:
         updates: Of the bucket: the phase's longest length times the bucket's share.
+        recompute: Of how many blocks one is computed again in the backward pass; 0: of none.
+        is_captured: Whether the passes are CUDA graphs.
         is_bounded: Whether that is the most that it can be; otherwise it is the least.
         flops_per_update: Over all ranks, recomputation among them.
         fits: Whether GPU and host have what `memory` needs.
@@ -54,7 +55,8 @@ class BucketCost:
     trained: int
     micro_batch_size: int
     accumulation: int
-    is_recomputed: bool
+    recompute: int
+    is_captured: bool
     zero_stage: int
     is_offloaded: bool
     updates: float
@@ -69,10 +71,7 @@ class BucketCost:
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready row, as `plan --json` prints it; of `memory` also `peak` and `needed`."""
         memory = {**asdict(self.memory), "peak": self.memory.peak, "needed": self.memory.needed}
-        row = {
-            "is_checkpointed" if key == "is_recomputed" else key: value for key, value in asdict(self).items()
-        }
-        return {**row, "memory": memory}
+        return {**asdict(self), "is_checkpointed": self.recompute > 0, "memory": memory}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +82,8 @@ class Estimator:
         plan: The number of ranks is taken from here; phases come with each question.
         has_average: Whether the run keeps an average of the weights.
         dollars_per_gpu_hour: In place of the machine's.
+        computing: Says how passes are computed with an engine's settings.
+        recompute_levels: What `search` may choose from, of how many blocks one is computed again.
     """
 
     plan: RunPlan
@@ -90,12 +91,14 @@ class Estimator:
     trace: Trace
     has_average: bool
     dollars_per_gpu_hour: float
+    computing: Callable[[DeepSpeedSettings], Computing] = lambda _: Computing()
+    recompute_levels: tuple[int, ...] = (0, 1)
 
     def costs(self, plan: RunPlan, settings: DeepSpeedSettings) -> list[BucketCost]:
         """Returns every bucket of every phase of `plan`, which is the run's with its batches and
         checkpointing as they are."""
         return [
-            self.cost(phase, index, settings, is_recomputed=is_recomputed(phase, settings))
+            self.cost(phase, index, settings, recompute=recompute_of(phase, settings))
             for phase in plan.phases
             for index in range(len(phase.buckets))
         ]
@@ -106,19 +109,38 @@ class Estimator:
         index: int,
         settings: DeepSpeedSettings,
         *,
-        is_recomputed: bool,
+        recompute: int,
         micro_batch_size: int | None = None,
+        accumulation: int | None = None,
     ) -> BucketCost:
-        """Returns one bucket, with another micro-batch of the same global batch if one is given."""
+        """Returns one bucket, with another micro-batch of the same global batch if one is given; of another
+        global batch if accumulation is given, too."""
         bucket, world_size = phase.buckets[index], self.plan.world_size
         size = micro_batch_size or bucket.micro_batch_size
-        accumulation = bucket.global_batch_size // (size * world_size)
-        workload = self.trace(phase, index, micro_batch_size=size, is_recomputed=is_recomputed)
+        accumulation = accumulation or bucket.global_batch_size // (size * world_size)
+        workload = self.trace(phase, index, micro_batch_size=size, recompute=recompute)
+        computing = self.computing(settings)
+        # What is recomputed reads the state of the random numbers, which a capture may not.
+        is_captured = recompute == 0 and can_capture(
+            workload, settings, self.machine, computing, world_size=world_size
+        )
         memory = memory_use(
-            workload, settings, world_size=world_size, accumulation=accumulation, has_average=self.has_average
+            workload,
+            settings,
+            world_size=world_size,
+            accumulation=accumulation,
+            has_average=self.has_average,
+            computing=computing,
+            is_captured=is_captured,
         )
         seconds = update_seconds(
-            workload, settings, self.machine, world_size=world_size, accumulation=accumulation
+            workload,
+            settings,
+            self.machine,
+            world_size=world_size,
+            accumulation=accumulation,
+            computing=computing,
+            is_captured=is_captured,
         )
         length = phase.length.maximum or phase.length.minimum
         updates = length * share_of(phase, bucket)
@@ -132,7 +154,8 @@ class Estimator:
             trained=workload.trained,
             micro_batch_size=size,
             accumulation=accumulation,
-            is_recomputed=is_recomputed,
+            recompute=recompute,
+            is_captured=is_captured,
             zero_stage=settings.zero_stage,
             is_offloaded=settings.optimizer_offload,
             updates=updates,
@@ -146,13 +169,14 @@ class Estimator:
         )
 
 
-def is_recomputed(phase: PhasePlan, settings: DeepSpeedSettings) -> bool:
-    """Returns whether the phase computes its blocks again in the backward pass."""
-    return (
-        settings.activation_checkpointing
-        if phase.activation_checkpointing is None
-        else phase.activation_checkpointing
-    )
+def recompute_of(phase: PhasePlan, settings: DeepSpeedSettings) -> int:
+    """Returns of how many blocks the phase computes one again in the backward pass; 0 if none."""
+    return phase.recompute(default=settings.activation_checkpointing)
+
+
+def recompute_in_words(recompute: int) -> str:
+    """Returns `off`, `on`, or which blocks."""
+    return f"of 1 of {recompute} blocks" if recompute > 1 else "on" if recompute else "off"
 
 
 def share_of(phase: PhasePlan, bucket: BucketPlan) -> float:

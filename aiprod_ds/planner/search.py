@@ -15,7 +15,7 @@ from typing import Any
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
 from aiprod_ds.errors import CheckpointError, EngineError, PlanError
-from aiprod_ds.planner.cost import BucketCost, Estimator, total_gpu_hours
+from aiprod_ds.planner.cost import BucketCost, Estimator, recompute_in_words, total_gpu_hours
 
 STAGES = ((1, False), (2, False), (3, False), (2, True), (3, True))
 """ZeRO stage and whether the optimizer is offloaded, in the order in which equals are preferred."""
@@ -23,9 +23,9 @@ STAGES = ((1, False), (2, False), (3, False), (2, True), (3, True))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseChoice:
-    """What one phase runs with: whether it recomputes, and the micro-batch of each bucket."""
+    """What one phase runs with: of how many blocks it recomputes one, and the micro-batch of each bucket."""
 
-    is_recomputed: bool
+    recompute: int
     micro_batch_sizes: tuple[int, ...]
 
 
@@ -70,7 +70,11 @@ class ParallelChoice:
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready mapping; it stands in the layout of checkpoints, whose keys do not move."""
         phases = [
-            {"is_checkpointed": phase.is_recomputed, "micro_batch_sizes": phase.micro_batch_sizes}
+            {
+                "is_checkpointed": phase.recompute > 0,
+                "micro_batch_sizes": phase.micro_batch_sizes,
+                **({"recompute_every": phase.recompute} if phase.recompute > 1 else {}),
+            }
             for phase in self.phases
         ]
         return {**asdict(self), "phases": phases}
@@ -85,13 +89,13 @@ class ParallelChoice:
         try:
             phases = tuple(
                 PhaseChoice(
-                    is_recomputed=phase["is_checkpointed"],
+                    recompute=phase.get("recompute_every", int(phase["is_checkpointed"])),
                     micro_batch_sizes=tuple(phase["micro_batch_sizes"]),
                 )
                 for phase in values["phases"]
             )
             choice = cls(**{**values, "phases": phases, "reason": tuple(values["reason"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise _damaged(values) from error
         sizes = [size for phase in phases for size in phase.micro_batch_sizes]
         if any(
@@ -148,11 +152,10 @@ def _fastest(
 ) -> list[BucketCost] | None:
     """Returns the buckets of one phase with what is fastest of that which fits; None if nothing does."""
     candidates = []
-    for is_recomputed in (False, True):
+    for recompute in estimator.recompute_levels:
         try:
             costs = [
-                _largest(estimator, phase, index, settings, is_recomputed)
-                for index in range(len(phase.buckets))
+                _largest(estimator, phase, index, settings, recompute) for index in range(len(phase.buckets))
             ]
         except EngineError:
             continue  # the model has no blocks to recompute
@@ -163,13 +166,13 @@ def _fastest(
 
 
 def _largest(
-    estimator: Estimator, phase: PhasePlan, index: int, settings: DeepSpeedSettings, is_recomputed: bool
+    estimator: Estimator, phase: PhasePlan, index: int, settings: DeepSpeedSettings, recompute: int
 ) -> BucketCost:
     """Returns the bucket with the largest micro-batch that fits, or with one clip if none does."""
     bucket = phase.buckets[index]
     own = bucket.global_batch_size // estimator.plan.world_size
     for size in sorted((size for size in range(1, own + 1) if own % size == 0), reverse=True):
-        cost = estimator.cost(phase, index, settings, is_recomputed=is_recomputed, micro_batch_size=size)
+        cost = estimator.cost(phase, index, settings, recompute=recompute, micro_batch_size=size)
         if cost.fits:
             break
     return cost
@@ -181,7 +184,7 @@ def _choice(
     machine = estimator.machine
     reason = tuple(
         f"phase {buckets[0].name}: ZeRO-{stage}{' with offload' if is_offloaded else ''}, recomputation "
-        f"{'on' if buckets[0].is_recomputed else 'off'}, micro-batch "
+        f"{recompute_in_words(buckets[0].recompute)}, micro-batch "
         f"{' and '.join(f'{cost.micro_batch_size} x {cost.accumulation}' for cost in buckets)}: needs "
         f"{max(cost.memory.needed for cost in buckets) / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB "
         f"({machine.name}), "
@@ -190,7 +193,7 @@ def _choice(
     )
     phases = tuple(
         PhaseChoice(
-            is_recomputed=buckets[0].is_recomputed,
+            recompute=buckets[0].recompute,
             micro_batch_sizes=tuple(cost.micro_batch_size for cost in buckets),
         )
         for buckets in costs
@@ -211,4 +214,9 @@ def _applied(phase: PhasePlan, own: PhaseChoice) -> PhasePlan:
         )
         for bucket, size in zip(phase.buckets, own.micro_batch_sizes, strict=True)
     )
-    return replace(phase, buckets=buckets, activation_checkpointing=own.is_recomputed)
+    return replace(
+        phase,
+        buckets=buckets,
+        activation_checkpointing=own.recompute > 0,
+        recompute_every=own.recompute,
+    )

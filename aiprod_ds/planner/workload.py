@@ -52,6 +52,12 @@ class Workload:
             gradient since the one before); gradients themselves are not in it. The first pair, with 0
             elements, is forward.
         dispatched: Operations that the host started, views among them.
+        flat_tensors: How many tensors the trained ones are where those of a block stand in flat parameters.
+        block_saved_bytes: Of `saved_bytes` what repeated blocks save, which are what is compiled.
+        block_output_bytes: Of that, what the blocks hand on.
+        block_share: Share of the bytes that forward moves outside of products, attention and convolutions,
+            which the blocks move.
+        block_dispatched: Share of the operations that the host starts in forward, which the blocks start.
     """
 
     parameters: int
@@ -63,16 +69,22 @@ class Workload:
     curve: tuple[tuple[int, int], ...]
     work: tuple[Work, ...]
     dispatched: int
+    flat_tensors: int = 0
+    block_saved_bytes: int = 0
+    block_output_bytes: int = 0
+    block_share: float = 0.0
+    block_dispatched: float = 0.0
 
     @property
     def flops(self) -> float:
         """Of all kernels, recomputation among them."""
         return sum(work.flops * work.count for work in self.work)
 
-    def peak_bytes(self, *, bytes_per_gradient: float) -> float:
+    def peak_bytes(self, *, bytes_per_gradient: float, share: float = 1.0) -> float:
         """Returns the highest sum of activations and those gradients that are already there.
 
         Args:
             bytes_per_gradient: What a gradient takes for each of its elements once it is done.
+            share: Of the activations, what is kept.
         """
-        return max(held + bytes_per_gradient * done for done, held in self.curve)
+        return max(share * held + bytes_per_gradient * done for done, held in self.curve)

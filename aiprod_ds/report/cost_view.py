@@ -65,6 +65,10 @@ class CostView:
         yield Text()
         yield Text("how it computes", style="bold")
         yield from (Text(line) for line in found["computes"])
+        if found["advice"]:
+            yield Text()
+            yield Text("to be had", style="bold")
+            yield from (Text(line) for line in found["advice"])
         if found["problem"] is not None:
             yield Text()
             yield Text(found["problem"], style="red")
@@ -91,7 +95,8 @@ class CostView:
             ("trained", lambda row: f"{in_units(row['trained'])} of {in_units(row['parameters'])}"),
             ("FLOPs/update", lambda row: in_units(row["flops_per_update"])),
             ("ZeRO stage", lambda row: f"{row['zero_stage']}{', offloaded' if row['is_offloaded'] else ''}"),
-            ("recomputation", lambda row: "on" if row["is_checkpointed"] else "off"),
+            ("recomputation", lambda row: _recomputation(row["recompute"])),
+            ("passes", lambda row: "captured" if row["is_captured"] else "kernel by kernel"),
             ("micro-batch", lambda row: f"{row['micro_batch_size']} x {row['accumulation']}"),
             *memory,
             ("at the", lambda row: row["memory"]["moment"]),
@@ -130,8 +135,12 @@ class CostView:
         )
 
 
+def _recomputation(recompute: int) -> str:
+    return f"1 of {recompute} blocks" if recompute > 1 else "on" if recompute else "off"
+
+
 _ASSUMPTIONS = (
     "W weights, G gradients, O optimizer, E average, A activations, B buffers. Without evaluation, saving "
     "and starting; "
-    "eager; all but memory and one GPU's speed is assumed from data sheets: docs/guide.md, What will it cost?"
+    "all but memory and one GPU's speed is assumed from data sheets: docs/guide.md, What will it cost?"
 )

@@ -72,7 +72,7 @@ def fitted(wish: Wish, phases: Sequence[PhaseDraft], text_of: TextOf) -> Fitted:
         chosen = zip(rest, choice.phases, strict=True)
         return Fitted(
             phases=tuple(
-                replace(phase, micro_batch_size=own.micro_batch_sizes[0], is_recomputed=own.is_recomputed)
+                replace(phase, micro_batch_size=own.micro_batch_sizes[0], is_recomputed=own.recompute > 0)
                 for phase, own in chosen
             ),
             settings=f"zero{choice.zero_stage}_{_suffix(wish)}{'_offload' if choice.is_offloaded else ''}",

@@ -167,7 +167,7 @@ def enter_phase(
         stream.close()
         raise
     # Recomputation reads the state of the random numbers, which nothing may do while it is captured.
-    is_captured = parts.performance.captures_passes and not _is_recomputed(phase, default=default)
+    is_captured = parts.performance.captures_passes and not phase.recompute(default=default)
     graphs = PhaseGraphs(engine=engine, unit=unit, phase=phase) if is_captured else None
     return Entered(phase=phase, clock=clock, stream=stream, batches=chain([first], batches), graphs=graphs)
 
@@ -184,7 +184,7 @@ def check_recompute(module: nn.Module, plan: RunPlan, *, default: bool, source: 
     Raises:
         ConfigError: If a phase recomputes and the model has no blocks for it.
     """
-    wanting = [phase for phase in plan.phases if _is_recomputed(phase, default=default)]
+    wanting = [phase for phase in plan.phases if phase.recompute(default=default)]
     if not wanting:
         return
     try:
@@ -203,7 +203,8 @@ def begin_phase(
     again; the moments, which the checkpoint already holds as scaled, are touched at the phase's first moment
     only.
     """
-    set_recompute(module, enabled=_is_recomputed(phase, default=recompute_default))
+    every = phase.recompute(default=recompute_default)
+    set_recompute(module, enabled=every > 0, every=max(every, 1))
     engine.set_weight_decay(phase.weight_decay)
     if clock.phase_position == 0 and phase.moment_scale != 1.0:
         engine.scale_moments(phase.moment_scale)
@@ -326,7 +327,3 @@ def _in_words(phase: PhasePlan) -> str:
         return f"adapters of rank {phase.adapters.rank}"
     weights = "what latents do not depend on" if phase.decoder_only else "all weights"
     return f"{weights} but {', '.join(phase.frozen)}" if phase.frozen else weights
-
-
-def _is_recomputed(phase: PhasePlan, *, default: bool) -> bool:
-    return default if phase.activation_checkpointing is None else phase.activation_checkpointing

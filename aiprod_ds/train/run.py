@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -40,7 +40,7 @@ from aiprod_ds.train.loop import TrainingLoop
 from aiprod_ds.train.overflow import OverflowWatch
 from aiprod_ds.train.performance import choose_performance
 from aiprod_ds.train.phase_change import RunParts, check_recompute
-from aiprod_ds.train.planning.auto import Search, resolve, this_machine
+from aiprod_ds.train.planning.auto import ChooseRecompute, Search, resolve, this_machine
 from aiprod_ds.train.planning.capacity import RequireCapacity
 from aiprod_ds.train.replicas.check import ReplicaCheck
 from aiprod_ds.train.reporting import (
@@ -87,6 +87,7 @@ class Prepared:
         plan: The curriculum for this world size, with the lengths that its epochs have on the data.
         build_unit: Builds the model and all that the loop trains, for the plan as it will run.
         search_now: What `engine.parallel: auto` asks.
+        choose_recompute: What `performance.recompute` asks.
         require_capacity: Refuses what does not fit the GPUs.
         source: How messages name the configuration.
         clips: Returns the list of the clips that it trains on and holds out; the main rank asks, as often as
@@ -99,6 +100,7 @@ class Prepared:
     plan: RunPlan
     build_unit: Callable[[RunPlan], Unit]
     search_now: Search
+    choose_recompute: ChooseRecompute
     require_capacity: RequireCapacity
     source: str
     clips: Callable[[], ClipList]
@@ -241,6 +243,7 @@ def _resolved(
     resolved = resolve(
         config, prepared.plan, settings, saved=saved, search_now=prepared.search_now, source=source
     )
+    resolved, recompute_reasons = prepared.choose_recompute(resolved)
     layout = run_layout(config, resolved, world_size=dist.world_size())
     data = dist.from_main(lambda: compare(None if checkpoint is None else checkpoint.folder, prepared.clips))
     if checkpoint is not None:
@@ -267,6 +270,7 @@ def _resolved(
         can_capture=unit.can_capture,
         where=source,
     )
+    performance = replace(performance, reasons=(*performance.reasons, *recompute_reasons))
     for reason in performance.reasons:
         _LOG.info("performance %s", reason)
     parts = RunParts(

@@ -30,7 +30,7 @@ from aiprod_ds.models.registry import build_model
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.planner.evaluations import EvaluationCost, evaluation_cost
 from aiprod_ds.report.summary import RunSummary
-from aiprod_ds.train.planning.auto import search_here, this_machine
+from aiprod_ds.train.planning.auto import recompute_here, search_here, this_machine
 from aiprod_ds.train.planning.capacity import require_own_capacity
 from aiprod_ds.train.planning.gpu_rules import prepare_gpu, require_runnable
 from aiprod_ds.train.resume.data_change import change_since_saved, selection_of
@@ -173,6 +173,9 @@ class Trainer(ABC, Generic[ConfigT]):
         return ()
 
     def _recompute_default(self) -> bool:
+        asked: str = self.config.performance.recompute
+        if asked in {"none", "full"}:
+            return asked == "full"
         return read_settings(self.config, source=self.source).activation_checkpointing
 
     def measure_notes(self, plan: RunPlan, data: ClipData) -> tuple[str, ...]:  # noqa: ARG002
@@ -279,6 +282,7 @@ class Trainer(ABC, Generic[ConfigT]):
             plan=plan,
             build_unit=build_unit,
             search_now=partial(search_here, self),
+            choose_recompute=partial(recompute_here, self),
             require_capacity=partial(require_own_capacity, self),
             source=self.source,
             clips=cache(partial(self.clip_list, data)),

@@ -1,15 +1,15 @@
-"""`engine.parallel: auto`: what a run chooses for the GPUs that it finds, and keeps from its first start to
-its last resume.
+"""What a run chooses for the GPUs that it finds: with `engine.parallel: auto`, which it keeps from its first
+start to its last resume, and with `performance.recompute`, which it chooses at every start.
 
-Owns when is chosen and what is kept; how, is `aiprod_ds.planner.search`. The choice stands in the layout of
-every checkpoint.
+Owns when is chosen and what is kept; how, is `aiprod_ds.planner.search` and `recompute.py`. What is kept
+stands in the layout of every checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,14 @@ from aiprod_ds.engine import dist
 from aiprod_ds.planner.hardware import Machine, machine_like
 from aiprod_ds.planner.search import ParallelChoice, PhaseChoice, search
 from aiprod_ds.train.planning.estimate import estimator_of, resolved_settings, settings_for
+from aiprod_ds.train.planning.recompute import with_recompute
 from aiprod_ds.train.planning.trace import Shaped
 
 _LOG = logging.getLogger(__name__)
 
 Search = Callable[[RunPlan, DeepSpeedSettings], ParallelChoice]
+Recomputed = tuple["ResolvedRun", tuple[str, ...]]
+ChooseRecompute = Callable[["ResolvedRun"], Recomputed]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,7 @@ def search_here(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings) -> 
     if machine is None:
         phases = tuple(
             PhaseChoice(
-                is_recomputed=False,
+                recompute=0,
                 micro_batch_sizes=tuple(bucket.micro_batch_size for bucket in phase.buckets),
             )
             for phase in plan.phases
@@ -90,6 +93,27 @@ def search_here(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings) -> 
         )
     estimator = estimator_of(trainer, plan, machine, settings)
     return search(estimator, settings_for(settings, where=trainer.source), where=trainer.source)
+
+
+def recompute_here(trainer: Shaped, resolved: ResolvedRun) -> Recomputed:
+    """Returns the run with what its phases recompute on the GPUs of its ranks, and why. Collective.
+
+    Nothing of it is kept: it changes no number beyond rounding.
+    """
+    if trainer.config.performance.recompute == "configured":
+        return resolved, ()
+    machine = this_machine()
+    if machine is not None:
+        least = min(dist.gather_objects(machine.memory_bytes))
+        machine = replace(machine, memory_bytes=least)
+
+    def choose() -> tuple[RunPlan, tuple[str, ...]]:
+        plan, settings = resolved.plan, resolved.settings
+        estimator = None if machine is None else estimator_of(trainer, plan, machine, settings)
+        return with_recompute(trainer.config.performance, plan, settings, estimator)
+
+    plan, reasons = dist.from_main(choose)
+    return replace(resolved, plan=plan), reasons
 
 
 def this_machine() -> Machine | None:

@@ -27,6 +27,7 @@ from aiprod_ds.planner.hardware import Machine
 from aiprod_ds.planner.search import search
 from aiprod_ds.train.planning.auto import ResolvedRun, this_machine
 from aiprod_ds.train.planning.estimate import estimator_of, settings_for
+from aiprod_ds.train.planning.recompute import with_recompute
 from aiprod_ds.train.planning.trace import Shaped
 
 RequireCapacity = Callable[[ResolvedRun, Clock | None], None]
@@ -86,6 +87,7 @@ def capacity_problems(
             if config.engine.parallel == "auto" and not is_chosen:
                 search(estimator, settings_of, where=where)
                 return []
+            plan, _ = with_recompute(config.performance, plan, settings, estimator)
             capacity = Capacity(
                 estimator=estimator,
                 plan=plan,

@@ -13,14 +13,21 @@ from functools import partial
 from typing import Any
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, read_settings, with_parallel
+from aiprod_ds.config.run import PerformanceConfig
 from aiprod_ds.curriculum.phase import RunPlan
-from aiprod_ds.errors import PlanError
+from aiprod_ds.errors import ConfigError, PlanError
+from aiprod_ds.planner.advice import starving
+from aiprod_ds.planner.computing import Computing
 from aiprod_ds.planner.cost import BucketCost, Estimator
 from aiprod_ds.planner.hardware import Machine
 from aiprod_ds.planner.search import ParallelChoice, search
-from aiprod_ds.train.performance import choose_performance
+from aiprod_ds.train.performance import Performance, choose_performance
 from aiprod_ds.train.planning.gpu_rules import require_runnable
+from aiprod_ds.train.planning.recompute import with_recompute
 from aiprod_ds.train.planning.trace import Shaped, Workloads
+
+_EVERY = (0, 8, 4, 2, 1)
+"""Of how many blocks one is computed again, as `performance.recompute: auto` tries it; each takes a trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +40,7 @@ class Estimate:
         choice: The fastest settings that fit; None if nothing does.
         chosen: Every bucket with them.
         computes: What `performance` chooses on that GPU, and why, one line each.
+        advice: For each phase whose micro-batches are too small for the GPU, what larger ones would bring.
         problem: Why there is no choice.
     """
 
@@ -43,6 +51,7 @@ class Estimate:
     choice: ParallelChoice | None
     chosen: tuple[BucketCost, ...]
     computes: tuple[str, ...]
+    advice: tuple[str, ...] = ()
     problem: str | None = None
 
     def document(self) -> dict[str, Any]:
@@ -55,6 +64,7 @@ class Estimate:
             "choice": None if self.choice is None else self.choice.to_dict(),
             "chosen": [cost.to_dict() for cost in self.chosen],
             "computes": list(self.computes),
+            "advice": list(self.advice),
             "problem": self.problem,
         }
 
@@ -76,6 +86,9 @@ def estimate_run(
     require_runnable(trainer.shapes, settings, machine, where=trainer.source)
     estimator = estimator_of(trainer, plan, machine, settings, dollars_per_gpu_hour=dollars_per_gpu_hour)
     is_auto = trainer.config.engine.parallel == "auto"
+    reasons: tuple[str, ...] = ()
+    if not is_auto:
+        plan, reasons = with_recompute(trainer.config.performance, plan, settings, estimator)
     configured = () if is_auto else tuple(estimator.costs(plan, settings))
     choice, problem = None, None
     try:
@@ -87,16 +100,7 @@ def estimate_run(
         chosen = tuple(
             estimator.costs(choice.applied(plan), resolved_settings(choice, settings, where=trainer.source))
         )
-    unit = trainer.blank_unit(plan)
-    performance = choose_performance(
-        trainer.config.performance,
-        unit.module,
-        capability=machine.compute_capability,
-        settings=settings,
-        is_flat=trainer.config.engine.flat_parameters != "off",
-        can_capture=unit.can_capture,
-        where=trainer.source,
-    )
+    performance = performance_of(trainer, plan, machine, settings)
     return Estimate(
         machine=machine,
         world_size=plan.world_size,
@@ -104,7 +108,8 @@ def estimate_run(
         configured=configured,
         choice=choice,
         chosen=chosen,
-        computes=performance.reasons,
+        computes=(*performance.reasons, *reasons),
+        advice=tuple(starving(estimator, plan, settings)),
         problem=problem,
     )
 
@@ -123,10 +128,68 @@ def estimator_of(
         machine=machine,
         trace=Workloads(trainer, plan, precision=settings.precision).of,
         has_average=trainer.config.ema is not None,
+        computing=_computing_of(trainer, plan, machine),
+        recompute_levels=_levels(trainer.config.performance),
         dollars_per_gpu_hour=machine.price_per_gpu_hour
         if dollars_per_gpu_hour is None
         else dollars_per_gpu_hour,
     )
+
+
+def performance_of(
+    trainer: Shaped, plan: RunPlan, machine: Machine, settings: DeepSpeedSettings
+) -> Performance:
+    """Returns what `performance` chooses on the GPU.
+
+    Raises:
+        ConfigError: If it asks for what that GPU or these settings do not have.
+    """
+    unit = trainer.blank_unit(plan)
+    return choose_performance(
+        trainer.config.performance,
+        unit.module,
+        capability=machine.compute_capability,
+        settings=settings,
+        is_flat=trainer.config.engine.flat_parameters != "off",
+        can_capture=unit.can_capture,
+        where=trainer.source,
+    )
+
+
+def _computing_of(
+    trainer: Shaped, plan: RunPlan, machine: Machine
+) -> Callable[[DeepSpeedSettings], Computing]:
+    found: dict[tuple[int, str], Computing] = {}
+
+    def computing(settings: DeepSpeedSettings) -> Computing:
+        key = settings.zero_stage, settings.precision
+        if key not in found:
+            found[key] = _computing(trainer, plan, machine, settings)
+        return found[key]
+
+    return computing
+
+
+def _computing(trainer: Shaped, plan: RunPlan, machine: Machine, settings: DeepSpeedSettings) -> Computing:
+    is_flat = trainer.config.engine.flat_parameters != "off"
+    try:
+        performance = performance_of(trainer, plan, machine, settings)
+    except ConfigError:
+        # Another ZeRO stage than the configured one, without what is asked for by name: eager is the slowest.
+        return Computing(has_flat_parameters=is_flat)
+    return Computing(
+        compiles_blocks=performance.compiles_blocks,
+        captures_passes=performance.captures_passes,
+        has_cudnn_first=performance.has_cudnn_first,
+        has_flat_parameters=is_flat,
+        activation_memory_budget=performance.activation_memory_budget,
+    )
+
+
+def _levels(config: PerformanceConfig) -> tuple[int, ...]:
+    """Returns what is to choose from, in the order in which more is computed again."""
+    levels = {"none": (0,), "full": (1,), "every_n": (config.recompute_every,), "auto": _EVERY}
+    return levels.get(config.recompute, (0, 1))
 
 
 def settings_for(settings: DeepSpeedSettings, *, where: str) -> Callable[[int, bool], DeepSpeedSettings]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from aiprod_ds.config.deepspeed import DeepSpeedSettings
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.errors import PlanError
-from aiprod_ds.planner.cost import is_recomputed
+from aiprod_ds.planner.cost import recompute_of
 from aiprod_ds.planner.hardware import Machine
 from aiprod_ds.planner.memory import CONTEXT_BYTES, memory_use
 from aiprod_ds.train.planning.trace import Shaped, Workloads
@@ -35,7 +35,7 @@ def _problems(trainer: Shaped, plan: RunPlan, settings: DeepSpeedSettings, machi
     if not shapes:
         return
     workloads, phase = Workloads(trainer, plan, precision=settings.precision), plan.phases[-1]
-    one = workloads.of(phase, 0, micro_batch_size=1, is_recomputed=is_recomputed(phase, settings))
+    one = workloads.of(phase, 0, micro_batch_size=1, recompute=recompute_of(phase, settings))
     use = memory_use(
         one,
         settings,

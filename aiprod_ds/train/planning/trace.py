@@ -18,7 +18,7 @@ from aiprod_ds.curriculum.phase import BucketPlan, PhasePlan, RunPlan
 from aiprod_ds.data.loader import MicroBatch
 from aiprod_ds.data.sampler import SampleRef
 from aiprod_ds.engine.layout import TORCH_DTYPES
-from aiprod_ds.engine.recompute import set_recompute
+from aiprod_ds.engine.recompute import repeated_blocks, set_recompute
 from aiprod_ds.models.tracing import forward_bytes, trace
 from aiprod_ds.planner.workload import Workload
 from aiprod_ds.train.unit import Unit
@@ -56,25 +56,25 @@ class Workloads:
         self._trainer = trainer
         self._plan = plan
         self._dtype = TORCH_DTYPES[precision]
-        self._found: dict[tuple[int, int, int, bool], Workload] = {}
+        self._found: dict[tuple[int, int, int, int], Workload] = {}
         self._unit: tuple[int, Unit] | None = None
 
-    def of(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, is_recomputed: bool) -> Workload:
+    def of(self, phase: PhasePlan, bucket: int, *, micro_batch_size: int, recompute: int) -> Workload:
         """Returns what one micro-batch takes.
 
         Args:
             phase: One of the plan's.
             bucket: Which of its buckets.
             micro_batch_size: Clips of it, in place of the bucket's own.
-            is_recomputed: Whether the blocks are computed again in the backward pass.
+            recompute: Every how many blocks one is computed again in the backward pass; 0: none is.
 
         Raises:
             EngineError: If the blocks are to be recomputed and the model has none.
         """
-        key = (phase.index, bucket, micro_batch_size, is_recomputed)
+        key = (phase.index, bucket, micro_batch_size, recompute)
         if key not in self._found:
             unit = self._unit_of(phase)
-            set_recompute(unit.module, enabled=is_recomputed)
+            set_recompute(unit.module, enabled=recompute > 0, every=max(recompute, 1))
             clip = self._trainer.blank_clip(phase.buckets[bucket])
             self._found[key] = _traced(unit, phase, clip, bucket, micro_batch_size, self._dtype)
         return self._found[key]
@@ -116,7 +116,8 @@ def _traced(
     unit: Unit, phase: PhasePlan, clip: Mapping[str, Tensor], bucket: int, size: int, dtype: torch.dtype
 ) -> Workload:
     unit.module.train()
-    return trace(unit.module, partial(_loss, unit, phase, clip, bucket, size, dtype))
+    loss = partial(_loss, unit, phase, clip, bucket, size, dtype)
+    return trace(unit.module, loss, blocks=list(repeated_blocks(unit.module)))
 
 
 def _loss(

@@ -175,7 +175,7 @@ def test_a_history_of_other_things_is_refused(changes: dict[str, Any]) -> None:
     ],
 )
 def test_a_choice_of_other_things_is_refused(change: Callable[[Any], Any]) -> None:
-    phase = PhaseChoice(is_recomputed=True, micro_batch_sizes=(2, 1))
+    phase = PhaseChoice(recompute=1, micro_batch_sizes=(2, 1))
     choice = ParallelChoice(zero_stage=1, is_offloaded=False, world_size=2, phases=(phase,))
     values = json.loads(json.dumps(choice.to_dict()))
     assert ParallelChoice.from_dict(values) == choice

@@ -54,15 +54,15 @@ def _trace(
     bucket: int,
     *,
     micro_batch_size: int,
-    is_recomputed: bool,
+    recompute: int,
     has_blocks: bool = True,
     trained: int = 10**9,
 ) -> Workload:
     """A model that keeps 10 GB for each clip and as much more for each later phase and bucket; a tenth of it
     when it recomputes."""
-    if is_recomputed and not has_blocks:
+    if recompute and not has_blocks:
         raise EngineError("nothing to recompute")
-    held = 10**10 * micro_batch_size * (phase.index + bucket + 1) // (10 if is_recomputed else 1)
+    held = 10**10 * micro_batch_size * (phase.index + bucket + 1) // (10 if recompute else 1)
     return Workload(
         parameters=trained,
         trained=trained,
@@ -312,7 +312,7 @@ def test_on_a_cpu_nothing_is_asked_and_of_a_resumed_run_only_what_is_left(
     monkeypatch.setattr(capacity, "this_machine", lambda: _small(1e9))
     require_own_capacity(trainer, run, None)
     require_own_capacity(trainer, run, Clock(phase=1))
-    phases = (PhaseChoice(is_recomputed=False, micro_batch_sizes=(1,)),)
+    phases = (PhaseChoice(recompute=0, micro_batch_sizes=(1,)),)
     choice = ParallelChoice(zero_stage=1, is_offloaded=False, world_size=1, phases=phases)
     chosen = replace(run, choice=choice)
     require_own_capacity(trainer, chosen, None)  # it was chosen for this machine a moment ago

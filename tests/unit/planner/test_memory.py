@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aiprod_ds.config.deepspeed import DeepSpeedSettings, parse_deepspeed_settings
-from aiprod_ds.planner.memory import CONTEXT_BYTES, FRAGMENTATION, WORKSPACE_BYTES, MemoryUse, memory_use
+from aiprod_ds.planner.computing import Computing
+from aiprod_ds.planner.hardware import MACHINES
+from aiprod_ds.planner.memory import (
+    COMPILED_SAVED,
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    WORKSPACE_BYTES,
+    MemoryUse,
+    activation_share,
+    can_capture,
+    memory_use,
+)
 from aiprod_ds.planner.workload import Workload
 
 FILES = Path(__file__).parents[3] / "ds_configs"
@@ -48,8 +60,8 @@ def _use(
     [
         ("zero0_fp32", 1, 4 + 8 + 4),
         ("zero0_bf16", 1, 2 + 12 + 2 + 4),
-        ("zero1_fp32", 1, 4 + 12 + 8),
-        ("zero1_bf16", 1, 2 + 12 + 2 + 2 + 4),
+        ("zero1_fp32", 1, 4 + 12 + 4),
+        ("zero1_bf16", 1, 2 + 12 + 2),
         ("zero1_bf16", 8, 2 + 12 / 8 + 2 + 2 / 8),
         ("zero2_bf16", 1, None),
         ("zero3_bf16", 1, 2 + 12 + 4 + 4),
@@ -119,9 +131,10 @@ def test_an_offloaded_optimizer_is_on_the_host() -> None:
 
 
 def test_measured_peaks_of_an_h200_are_met() -> None:
-    """Oracle: torch.cuda.max_memory_allocated of the diffusion trainer on LTX-Video 2B, 2026-11-27; the aim
-    is 10 %."""
-    trained, measured = 1_923_385_472, {"update": 42.38e9, "medium": 49.33e9}
+    """Oracle: torch.cuda.max_memory_allocated of the diffusion trainer on LTX-Video 2B, 2026-11-27 and, since
+    AdamW reads gradients where they lie, 2026-11-29; the aim is 10 %. Compiled and captured:
+    test_calibration.py."""
+    trained, measured = 1_923_385_472, {"update": 31.0e9, "medium": 49.33e9}
     values: dict[str, Any] = {"parameters": trained, "trained": trained}
     workload = Workload(
         **values,
@@ -141,3 +154,47 @@ def test_measured_peaks_of_an_h200_are_met() -> None:
         dispatched=0,
     )
     assert _use("zero1_bf16", small).peak == pytest.approx(measured["update"], rel=0.02)
+
+
+def _whole(held: int) -> Workload:
+    return replace(_workload(held=held), block_saved_bytes=held, block_output_bytes=held // 10)
+
+
+def test_compiled_blocks_keep_less_and_a_budget_less_again() -> None:
+    workload = _whole(10**10)
+    compiled = activation_share(workload, Computing(compiles_blocks=True))
+    assert compiled == pytest.approx(COMPILED_SAVED)
+    half = activation_share(workload, Computing(compiles_blocks=True, activation_memory_budget=0.5))
+    assert half == pytest.approx(0.1 + 0.5 * (COMPILED_SAVED - 0.1))
+    none = activation_share(workload, Computing(compiles_blocks=True, activation_memory_budget=0.0))
+    assert none == pytest.approx(0.1)  # what blocks hand on is kept
+    assert (
+        activation_share(workload, Computing(activation_memory_budget=0.5)) == 1.0
+    )  # eager blocks know none
+    assert activation_share(_workload(held=10**10), Computing(compiles_blocks=True)) == 1.0
+
+
+def test_captured_passes_keep_activations_and_gradients_beside_the_update() -> None:
+    workload = _workload(curve=((0, 10 * 10**9), (TRAINED, 9 * 10**9)))
+    settings = _settings("zero1_bf16")
+    common: dict[str, Any] = {"accumulation": 1, "has_average": False, "is_captured": True}
+    one = memory_use(workload, settings, world_size=1, **common)
+    pool = 9 * 10**9 + 2 * TRAINED
+    assert one.peak == pytest.approx(14 * TRAINED + pool + WORKSPACE_BYTES)
+    first = 6 * TRAINED + pool + WORKSPACE_BYTES  # when they are captured there are no moments
+    assert one.allocated == pytest.approx(first)
+    small = memory_use(_workload(held=10**9), settings, world_size=1, **common)
+    assert small.allocated == pytest.approx(14 * TRAINED + WORKSPACE_BYTES)
+    two = memory_use(workload, settings, world_size=2, **common)
+    assert (
+        two.gradients == 2 * TRAINED + TRAINED
+    )  # beside those of the graph: what is reduced, and the own half
+
+
+@pytest.mark.parametrize(("held", "expected"), [(60 * 10**9, True), (70 * 10**9, False)])
+def test_passes_that_keep_half_of_what_is_free_are_not_captured(held: int, expected: bool) -> None:
+    machine, settings = MACHINES["h200-141gb"], _settings("zero1_bf16")
+    computing = Computing(captures_passes=True)  # 150.1 - 1.8 - 14 = 134 GB are free
+    found = can_capture(_workload(held=held), settings, machine, computing, world_size=1)
+    assert found is expected
+    assert not can_capture(_workload(held=1), settings, machine, Computing(), world_size=1)

@@ -111,15 +111,13 @@ def test_every_trainer_has_workloads(make: Any) -> None:
     plan = trainer.plan(world_size=1)
     workloads = Workloads(trainer, plan, precision="bf16")
     for phase in plan.phases:
-        one, two = (workloads.of(phase, 0, micro_batch_size=size, is_recomputed=False) for size in (1, 2))
+        one, two = (workloads.of(phase, 0, micro_batch_size=size, recompute=0) for size in (1, 2))
         assert one.parameters >= one.trained > 0
         assert one.saved_bytes < two.saved_bytes < 2.05 * one.saved_bytes
         assert one.curve[-1][0] == one.trained
         assert one.flops > 0
     if make is _diffusion:
-        adapters, full = (
-            workloads.of(phase, 0, micro_batch_size=1, is_recomputed=False) for phase in plan.phases
-        )
+        adapters, full = (workloads.of(phase, 0, micro_batch_size=1, recompute=0) for phase in plan.phases)
         assert adapters.trained < full.trained == full.parameters < adapters.parameters
 
 
@@ -130,7 +128,7 @@ def test_the_perceptual_network_counts_without_its_weights() -> None:
         trainer = _video(**changes)
         plan = trainer.plan(world_size=1)
         workload = Workloads(trainer, plan, precision="fp32").of(
-            plan.phases[0], 0, micro_batch_size=2, is_recomputed=False
+            plan.phases[0], 0, micro_batch_size=2, recompute=0
         )
         saved.append(workload.saved_bytes)
     assert saved[1] > 1.5 * saved[0]
@@ -167,7 +165,7 @@ def test_the_first_estimate_of_the_project_is_met_by_the_first_phases_on_8_v100(
         read_settings(config, source="configs/video_vae/ltx_v100.yaml"),
     )
     estimator = estimator_of(trainer, plan, MACHINES["v100-32gb"], settings)
-    costs = [estimator.cost(phase, 0, settings, is_recomputed=True) for phase in plan.phases[:2]]
+    costs = [estimator.cost(phase, 0, settings, recompute=1) for phase in plan.phases[:2]]
     assert all(cost.fits for cost in costs)
     assert 2_300 < sum(cost.gpu_hours for cost in costs) < 5_500
     assert (
@@ -209,7 +207,7 @@ def _never(_plan: RunPlan, _settings: DeepSpeedSettings) -> ParallelChoice:
 def test_a_choice_is_made_once_and_kept_by_resumed_runs() -> None:
     trainer = _auto()
     plan = trainer.plan(world_size=1)
-    phases = tuple(PhaseChoice(is_recomputed=True, micro_batch_sizes=(1,)) for _ in plan.phases)
+    phases = tuple(PhaseChoice(recompute=1, micro_batch_sizes=(1,)) for _ in plan.phases)
     chosen = ParallelChoice(
         zero_stage=2, is_offloaded=False, world_size=1, phases=phases, reason=("because",)
     )
