@@ -1,8 +1,8 @@
 """Runs that do not come on: each kind is found, the ranks to blame are named, what can be saved is saved, and
 the resumed run ends like the one that never hung.
 
-A server process imports everything once and forks the ranks. Stopped are real processes, and what blocks is a
-real FIFO that nobody writes into.
+A process that has imported everything forks the ranks. Stopped are real processes, and what blocks is a real
+FIFO that nobody writes into.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from aiprod_ds.testing.processes import run_in_own_session
+from aiprod_ds.testing.dist import run_forked
 
 HUNG, INTERRUPTED = 76, 75
-HANG_SECONDS = 3.0
+HANG_SECONDS, NEVER_SECONDS = 3.0, 120.0
 UPDATES, HANGS_AT = 150, 6
 # What the promise allows beyond the limit, of which these runs need a part; a stopped rank is killed by the
 # test.
 WITHIN_SECONDS = 60.0
 CASES: dict[str, dict[str, Any]] = {
-    "whole": {"ranks": 1, "workers": 1},
+    "whole": {"ranks": 1, "workers": 1, "hang_seconds": NEVER_SECONDS},
     "rank stopped": {"ranks": 2, "workers": 0, "stop": "rank"},
     "rank elsewhere": {"ranks": 2, "workers": 0, "sleep": True},
     "worker stopped": {"ranks": 1, "workers": 1, "stop": "worker"},
@@ -47,18 +47,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "disk": {"ranks": 1, "workers": 0, "disk": True, "hang_seconds": 0.8},
 }
+# Two halves whose time is spent on waiting, so they go side by side.
+LANES = [
+    [name for name, case in CASES.items() if bool(case.get("term")) is waits_longest]
+    for waits_longest in (True, False)
+]
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("hangs")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    code, output = run_in_own_session(command, timeout_seconds=400, environment=environment)
-    assert code == 0, output[-8000:]
-    found: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
+    arguments = {"folder": str(tmp_path_factory.mktemp("hangs"))}
+    found: dict[str, Any] = run_forked(serve, arguments=arguments, timeout_seconds=400)
     return found
 
 
@@ -149,12 +150,20 @@ class Clips(Dataset[torch.Tensor]):
         return self._clips[index]
 
 
-def serve(folder: Path) -> None:
-    from aiprod_ds.testing.forked import import_for_ranks
+def serve(folder: str) -> dict[str, Any]:
+    from aiprod_ds.testing.forked import fork_ranks, wait_for_ranks
 
-    import_for_ranks()
-    found = {name: _case(folder / str(number), CASES[name]) for number, name in enumerate(CASES)}
-    (folder / "outcome.json").write_text(json.dumps(found))
+    root = Path(folder)
+    lanes = [fork_ranks(partial(_lane, root, names), ranks=1, is_launched=False)[0] for names in LANES]
+    assert wait_for_ranks(lanes, timeout_seconds=390) == [0] * len(LANES)
+    return {name: json.loads((root / f"{name}.json").read_text()) for name in CASES}
+
+
+def _lane(root: Path, names: list[str]) -> int:
+    for name in names:
+        found = _case(root / str(list(CASES).index(name)), CASES[name])
+        (root / f"{name}.json").write_text(json.dumps(found))
+    return 0
 
 
 def _case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -163,11 +172,10 @@ def _case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
     folder.mkdir()
     run, ranks = folder / "run", case["ranks"]
-    start = partial(fork_ranks, partial(_train, folder, case), ranks=ranks, is_launched=ranks > 1)
-    processes = start()
+    processes = fork_ranks(partial(_train, folder, case), ranks=ranks, is_launched=ranks > 1)
     began = time.monotonic()
     children: list[int] = []
-    if "workers" in case and len(case) > 2:
+    if case is not CASES["whole"]:
         _await(lambda: _last_update(run) >= HANGS_AT - 1)
         children = [child for process in processes for child in _children(process)]
         if case.get("fifo"):
@@ -200,7 +208,8 @@ def _case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         found |= {"status": values["status"], "error": str(values.get("error"))}
     if ranks == 1 and "disk" not in case:
         (folder / "fifo").unlink(missing_ok=True)
-        assert wait_for_ranks(start()) == [0], "the resumed run"
+        healthy = partial(_train, folder, {**case, "hang_seconds": NEVER_SECONDS})  # on a busy machine, too
+        assert wait_for_ranks(fork_ranks(healthy, ranks=1, is_launched=False)) == [0], "the resumed run"
         found["resumed"] = json.loads(report.read_text())["final_state_sha256"]
     return found
 
@@ -309,7 +318,3 @@ def _await(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the run did not come that far"
         time.sleep(0.005)
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
