@@ -3,10 +3,11 @@ there."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import os
 import re
-import sys
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aiprod_ds.cli import main
 from aiprod_ds.testing.awkward import Coding, Pixels, write_film
-from aiprod_ds.testing.processes import run_in_own_session
+from aiprod_ds.testing.dist import run_forked
 
 _BLOCK = re.compile(
     r"(?:As `(?P<file>[a-z]+\.yaml)`[^\n]*\n\n)?```(?P<kind>yaml|bash|bash fails)\n(?P<text>.*?)```",
@@ -39,13 +41,6 @@ def steps(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     """What the page's commands have answered, in order."""
     folder = tmp_path_factory.mktemp("phone")
     _write_phone(folder / "DCIM")
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "COLUMNS"},  # xdist sets it
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "AIPROD_DS_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": str(repository_root),
-    }
     commands: list[tuple[str, bool]] = []
     for block in _BLOCK.finditer((repository_root / "docs" / "data.md").read_text()):
         if block["kind"] == "yaml":
@@ -54,33 +49,32 @@ def steps(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         else:
             fails = block["kind"].endswith("fails")
             commands += [(command, fails) for command in block["text"].splitlines()]
-    words = [sys.executable, "-c", _DRIVER, str(folder), json.dumps([command for command, _ in commands])]
-    code, output = run_in_own_session(words, timeout_seconds=500, environment=environment)
-    assert code == 0, output[-3000:]
-    answers = json.loads((folder / "answers.json").read_text())
+    arguments = {"folder": str(folder), "commands": [command for command, _ in commands]}
+    answers = run_forked(answer_commands, arguments=arguments, timeout_seconds=500)
     return [
         Step(command=command, fails=fails, code=code, output=output)
         for (command, fails), (code, output) in zip(commands, answers, strict=True)
     ]
 
 
-# One process for all commands: each of its own would take seconds to import.
-_DRIVER = """
-import contextlib, io, json, os, subprocess, sys
-from aiprod_ds.cli import main
-os.chdir(sys.argv[1])
-answers = []
-for command in json.loads(sys.argv[2]):
-    told = io.StringIO()
-    if command.startswith("aiprod-ds "):
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-            code = main(command.split()[1:])
-    else:
-        code = subprocess.run(command, shell=True, check=False).returncode
-    answers.append((code, told.getvalue()))
-with open("answers.json", "w") as file:
-    json.dump(answers, file)
-"""
+def answer_commands(folder: str, commands: list[str]) -> list[tuple[int, str]]:
+    """Returns exit codes and output of commands in a folder.
+
+    One process for all of them: each of its own would take seconds to import.
+    """
+    os.chdir(folder)
+    os.environ.pop("COLUMNS", None)  # xdist sets it
+    os.environ["AIPROD_DS_CACHE_DIR"] = str(Path(folder) / "cache")
+    answers = []
+    for command in commands:
+        told = io.StringIO()
+        if command.startswith("aiprod-ds "):
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+                code = main(command.split()[1:])
+        else:
+            code = subprocess.run(command, shell=True, check=False).returncode
+        answers.append((code, told.getvalue()))
+    return answers
 
 
 def _write_phone(folder: Path) -> None:
