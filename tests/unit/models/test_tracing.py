@@ -3,11 +3,12 @@ CPU."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aiprod_ds.engine.recompute import set_recompute
+from aiprod_ds.engine.recompute import repeated_blocks, set_recompute
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.tracing import trace
 from aiprod_ds.planner.workload import WorkKind, Workload
@@ -97,6 +98,35 @@ def test_recomputation_keeps_a_block_s_input_only() -> None:
         < recomputed.peak_bytes(bytes_per_gradient=0)
         < whole.peak_bytes(bytes_per_gradient=0)
     )
+
+
+def test_every_second_block_recomputed_keeps_the_others() -> None:
+    module = _Blocks(6)
+    whole = _traced(module).saved_bytes
+    set_recompute(module, enabled=True, every=2)
+    some = _traced(module).saved_bytes
+    set_recompute(module, enabled=True)
+    every = _traced(module).saved_bytes
+    assert some - every == pytest.approx((whole - every) / 2, rel=0.01)
+
+
+def test_what_blocks_take_is_told_apart() -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), _Blocks(3))
+    shapes = on_meta(module)
+    batch = torch.ones(ROWS, WIDTH, device="meta")
+    blocks = list(repeated_blocks(shapes))
+    found = trace(shapes, lambda: shapes(batch).square().mean(), blocks=blocks)
+    row = ROWS * WIDTH * 4
+    assert found.block_output_bytes == 3 * row
+    # Without blocks: what the first layer hands on, and the loss.
+    assert found.saved_bytes - found.block_saved_bytes == row + 512
+    assert 0.9 < found.block_share < 1
+    assert 0.8 < found.block_dispatched < 1
+    # Of each block the weights of products, and biases with the norm's; outside a weight and a bias.
+    assert (found.trained_tensors, found.flat_tensors) == (2 + 3 * 6, 2 + 3 * 2)
+    plain = trace(shapes, lambda: shapes(batch).square().mean())
+    assert (plain.block_saved_bytes, plain.block_share, plain.flat_tensors) == (0, 0.0, 20)
+    assert plain.saved_bytes == found.saved_bytes
 
 
 def test_gradients_that_stay_are_counted_where_they_are_there() -> None:
