@@ -1,8 +1,8 @@
 """A model of diffusers as a `config.json` describes it: its class, and names and shapes of its tensors
 without any weights.
 
-Called by the files beside it, for any class of diffusers; `transformer_folder` adds the family of a
-transformer.
+Called by the files beside it, for any class of diffusers, and for transformers with their family; they read
+weights tensor by tensor and never hold the model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import nn
 from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.files import read_text
+from aiprod_ds.models.families import registry
+from aiprod_ds.models.families.protocol import Family
 from aiprod_ds.models.registry import build_model
 
 CONFIG = "config.json"
@@ -80,6 +82,33 @@ def read_diffusers_config(path: Path) -> DiffusersModel:
         text = json.dumps(values, indent=2) + "\n"
     module = build_model(ModelConfig(source=str(name), pretrained=str(path)), seed=0, device="meta")
     return DiffusersModel(class_name=str(name), config=text, module=module)
+
+
+def describe_folder(folder: Path) -> tuple[nn.Module, type[Family]]:
+    """Returns the transformer on the meta device, and its family.
+
+    Raises:
+        CheckpointError: If there is no `config.json` of a known transformer.
+        ConfigError: If the class refuses the configuration.
+    """
+    model = read_diffusers_config(folder)
+    return model.module, family_of(model, where=str(folder))
+
+
+def family_of(model: DiffusersModel, *, where: str) -> type[Family]:
+    """Returns the family of a transformer, which may be a variant that is not trained: names are the same.
+
+    Raises:
+        CheckpointError: If it is no known transformer.
+    """
+    for family in registry.FAMILIES:
+        if family.transformer_class == model.class_name:
+            return family
+    known = ", ".join(family.transformer_class for family in registry.FAMILIES)
+    raise CheckpointError(
+        f"{where}: _class_name must be a known transformer ({known}), got {model.class_name!r}. "
+        "Name the folder of the transformer, not of its pipeline."
+    )
 
 
 def _is_model_class(name: Any) -> bool:

@@ -16,8 +16,8 @@ from rich.progress import track
 
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.convert.derived import WithLora
+from aiprod_ds.convert.diffusers_config import describe_folder
 from aiprod_ds.convert.request import shown
-from aiprod_ds.convert.transformer_folder import describe_folder
 from aiprod_ds.convert.weights import Extracted, extract, other_differences
 from aiprod_ds.convert.weights_folder import WeightsFolder, new_folder, require_equal, write_like
 from aiprod_ds.errors import CheckpointError

@@ -17,13 +17,12 @@ from rich.console import Console
 
 from aiprod_ds.checkpoint.manifest import HashCheck
 from aiprod_ds.convert.derived import Cast, Confirmed, Joined, Renamed
-from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
+from aiprod_ds.convert.diffusers_config import DiffusersModel, family_of, read_diffusers_config
 from aiprod_ds.convert.identify import IN_WORDS
 from aiprod_ds.convert.lora import Extraction
 from aiprod_ds.convert.request import LORA_FORMS, Adapters, Form, Opened, Request, shown
 from aiprod_ds.convert.single_file import names_for_single_file, names_in_single_file, other_tensors
 from aiprod_ds.convert.sources import open_parts, open_source
-from aiprod_ds.convert.transformer_folder import family_of
 from aiprod_ds.convert.weights_folder import (
     CONFIG,
     DIFFUSERS_STEM,

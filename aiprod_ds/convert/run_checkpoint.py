@@ -17,10 +17,9 @@ from aiprod_ds.checkpoint.store import Checkpoint, CheckpointStore
 from aiprod_ds.config.load import SavedRun, read_saved_run
 from aiprod_ds.convert.checkpoint_weights import CheckpointWeights
 from aiprod_ds.convert.derived import Cast, Merged, Renamed, WithLora
-from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
+from aiprod_ds.convert.diffusers_config import DiffusersModel, family_of, read_diffusers_config
 from aiprod_ds.convert.identify import Found
 from aiprod_ds.convert.request import LORA_FORMS, Adapters, Opened, Request
-from aiprod_ds.convert.transformer_folder import family_of
 from aiprod_ds.convert.weights_folder import WeightsFolder
 from aiprod_ds.errors import CheckpointError, ConfigError
 from aiprod_ds.models.diffusion import TRANSFORMER

@@ -14,14 +14,13 @@ from aiprod_ds.checkpoint.manifest import HashCheck
 from aiprod_ds.config.model import LoraConfig
 from aiprod_ds.convert.deepspeed_folder import DeepSpeedFolder
 from aiprod_ds.convert.derived import Renamed, WithLora
-from aiprod_ds.convert.diffusers_config import DiffusersModel, read_diffusers_config
+from aiprod_ds.convert.diffusers_config import DiffusersModel, family_of, read_diffusers_config
 from aiprod_ds.convert.distributed_folder import DistributedFolder
 from aiprod_ds.convert.identify import IN_WORDS, Found, identify
 from aiprod_ds.convert.quantized import METADATA_KEY, Dequantized, formats_of_layers
 from aiprod_ds.convert.request import LORA_FORMS, Adapters, Form, Opened, Request
 from aiprod_ds.convert.run_checkpoint import open_run
 from aiprod_ds.convert.single_file import names_in_single_file, other_tensors, part_of
-from aiprod_ds.convert.transformer_folder import family_of
 from aiprod_ds.convert.weights_folder import CONFIG, WeightsFolder, open_tensors
 from aiprod_ds.errors import CheckpointError
 from aiprod_ds.models.lora_files import LoraWeights, read_lora

@@ -1,11 +1,16 @@
 """LoRA of every common writer, for every family and precision: merged weights against their formula, and
-against what diffusers reads of the same file, which the table of docs/tools.md says."""
+against what diffusers reads of the same file, which the table of docs/tools.md says.
+
+Key names are facts of each tool's public code; the numbers are random, at rank 4 and alpha 6, or alpha 4
+where the tool has no other."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 
 from aiprod_ds.convert.independent import compare_lora, differences_of
 from aiprod_ds.errors import CheckpointError
+from aiprod_ds.models.families.facts import PublishedNames
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.families.ltx2 import LTX2
 from aiprod_ds.models.families.protocol import Family
@@ -28,8 +34,116 @@ from aiprod_ds.models.lora import add_lora, start_from
 from aiprod_ds.models.lora_files import LoraWeights, merge_into, read_lora
 from aiprod_ds.models.lora_opened import Alpha
 from aiprod_ds.models.shapes import on_meta
-from aiprod_ds.testing import lora_writers as writers
 from aiprod_ds.testing.families import pipeline_around, tiny_transformer
+
+RANK, ALPHA = 4, 6.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """How a tool names and scales.
+
+    Attributes:
+        key: Prefix and form of the layer's name, of its name in diffusers and the publication's.
+        parts: Endings of A and B.
+        alpha: `tensor` beside every layer, `settings` of PEFT in a folder, `metadata` of diffusers; `rank`:
+            PEFT's settings with the rank; `silent`: it is the rank and stands nowhere.
+    """
+
+    key: Callable[[str, str], str]
+    parts: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    alpha: str = "silent"
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+WRITERS: dict[str, Writer] = {
+    "PEFT": Writer(key=lambda own, _: f"base_model.model.{own}", alpha="settings"),
+    "diffusers": Writer(key=lambda own, _: f"transformer.{own}", alpha="metadata"),
+    "diffusers around PEFT": Writer(key=lambda own, _: f"transformer.base_model.model.{own}"),
+    "ComfyUI, ai-toolkit, ltx-trainer": Writer(key=lambda _, theirs: f"diffusion_model.{theirs}"),
+    "ComfyUI with alpha": Writer(
+        key=lambda _, theirs: f"diffusion_model.{theirs}",
+        parts=("lora_down.weight", "lora_up.weight"),
+        alpha="tensor",
+    ),
+    "whole checkpoint's names": Writer(key=lambda _, theirs: f"model.diffusion_model.{theirs}"),
+    "diffusion-pipe": Writer(key=lambda _, theirs: f"diffusion_model.{theirs}", alpha="rank"),
+    "DiffSynth-Studio": Writer(
+        key=lambda _, theirs: theirs, parts=("lora_A.default.weight", "lora_B.default.weight")
+    ),
+    "musubi-tuner": Writer(
+        key=lambda _, theirs: f"lora_unet_{_flat(theirs)}",
+        parts=("lora_down.weight", "lora_up.weight"),
+        alpha="tensor",
+    ),
+    "sd-scripts": Writer(
+        key=lambda own, _: f"lora_transformer_{_flat(own)}",
+        parts=("lora_down.weight", "lora_up.weight"),
+        alpha="tensor",
+    ),
+    "LyCORIS (LoCon)": Writer(
+        key=lambda own, _: f"lycoris_{_flat(own)}",
+        parts=("lora_down.weight", "lora_up.weight"),
+        alpha="tensor",
+    ),
+    "torch.compile": Writer(
+        key=lambda own, _: f"_orig_mod.{own}", parts=("lora_A.mine.weight", "lora_B.mine.weight")
+    ),
+}
+
+
+def layers_of(transformer: nn.Module, *, only_blocks: bool) -> list[str]:
+    """Returns the Linear layers, of the repeated blocks or of the whole transformer."""
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if "blocks." in name] if only_blocks else linear
+
+
+def adapters_of(transformer: nn.Module, layers: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns random A and B by layer."""
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for name in layers:
+        module = transformer.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        down = torch.randn(RANK, module.in_features, generator=generator)
+        made[name] = down, torch.randn(module.out_features, RANK, generator=generator)
+    return made
+
+
+def write(
+    writer: Writer,
+    adapters: Mapping[str, tuple[Tensor, Tensor]],
+    published: PublishedNames,
+    dtype: torch.dtype,
+    folder: Path,
+) -> Path:
+    """Writes what the tool would; returns the file, or the folder where settings stand beside it."""
+    tensors: dict[str, Tensor] = {}
+    for name, pair in adapters.items():
+        key = writer.key(name, published.layer_of(name))
+        for part, value in zip(writer.parts, pair, strict=True):
+            tensors[f"{key}.{part}"] = value.to(dtype).contiguous()
+        if writer.alpha == "tensor":
+            tensors[f"{key}.alpha"] = torch.tensor(int(ALPHA))  # an integer, as some have it
+    alpha = ALPHA if writer.alpha != "rank" else RANK
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": alpha, "target_modules": list(adapters)}
+    metadata = {}
+    if writer.alpha == "metadata":
+        metadata["lora_adapter_metadata"] = json.dumps(
+            {f"transformer.{key}": value for key, value in settings.items() if key != "peft_type"}
+        )
+    if writer.alpha == "tensor":
+        metadata |= {"ss_network_dim": str(RANK), "ss_network_alpha": str(ALPHA)}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **metadata})
+    if writer.alpha in ("settings", "rank"):
+        (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return folder
+    return folder / "adapter_model.safetensors"
+
 
 TOOLS = Path(__file__).parents[3] / "docs" / "tools.md"
 PRECISIONS = {
@@ -43,7 +157,7 @@ Q = "transformer_blocks.0.attn1.to_q"  # of LTX-Video
 
 def _cells() -> Iterator[Any]:
     """Every writer for one family and precision; the others are more of the same."""
-    for name in writers.WRITERS:
+    for name in WRITERS:
         for family in FAMILIES:
             for precision in PRECISIONS:
                 is_first = (family, precision) == (Wan, "bf16")
@@ -85,7 +199,7 @@ def _saved(tmp_path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
 
 
 def test_the_table_has_every_writer_and_family() -> None:
-    expected = {(name, family.name) for name in writers.WRITERS for family in FAMILIES}
+    expected = {(name, family.name) for name in WRITERS for family in FAMILIES}
     assert _documented().keys() == expected
 
 
@@ -94,12 +208,12 @@ def test_the_table_has_every_writer_and_family() -> None:
 def test_every_writer_is_merged_to_its_formula_and_as_diffusers_does(
     name: str, family: type[Family], precision: str, tmp_path: Path
 ) -> None:
-    writer, dtype, base = writers.WRITERS[name], PRECISIONS[precision], tiny_transformer(family)
+    writer, dtype, base = WRITERS[name], PRECISIONS[precision], tiny_transformer(family)
     counts = []
     for only_blocks in (True, False):
-        layers = writers.layers_of(base, only_blocks=only_blocks)
-        adapters = writers.adapters_of(base, layers)
-        path = writers.write(writer, adapters, family.published, dtype, tmp_path / f"{only_blocks}")
+        layers = layers_of(base, only_blocks=only_blocks)
+        adapters = adapters_of(base, layers)
+        path = write(writer, adapters, family.published, dtype, tmp_path / f"{only_blocks}")
         lora = _read(family, path, "rank" if writer.alpha == "silent" else None)
         merged, scale = _merged(family, lora), 1.0 if writer.alpha in ("silent", "rank") else 1.5
         for layer, (down, up) in adapters.items():
@@ -133,9 +247,9 @@ def _in_words(counts: list[tuple[int, int]]) -> str:
 def test_merged_weights_are_those_of_diffusers_own_loader(family: type[Family], tmp_path: Path) -> None:
     """The whole way of a pipeline's user: load_lora_weights and fuse_lora."""
     base = tiny_transformer(family)
-    adapters = writers.adapters_of(base, writers.layers_of(base, only_blocks=True))
-    writer = writers.WRITERS["ComfyUI, ai-toolkit, ltx-trainer"]
-    path = writers.write(writer, adapters, family.published, torch.bfloat16, tmp_path)
+    adapters = adapters_of(base, layers_of(base, only_blocks=True))
+    writer = WRITERS["ComfyUI, ai-toolkit, ltx-trainer"]
+    path = write(writer, adapters, family.published, torch.bfloat16, tmp_path)
     theirs = tiny_transformer(family)
     strides: Any = _strides(family)
     pipeline_around(theirs, family.of(theirs, strides)).load_lora_weights(str(path))
