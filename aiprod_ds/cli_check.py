@@ -44,7 +44,10 @@ def check_trainer(
     config = reading.record
     if config is None or not reading.is_sound("trainer"):
         raise ConfigError(reading.problems)
-    trainer = trainer_class(config.trainer)(config=config, source=steps.source)  # loads torch and diffusers
+    made = steps.take(lambda: trainer_class(config.trainer)(config=config, source=steps.source))
+    if made is None:
+        steps.end()
+    trainer: Any = made  # its class has loaded torch and diffusers
     steps.take(lambda: require_folder(config.output_dir), "output_dir")
     settings = steps.take(lambda: read_settings(config, source=steps.source), "engine")
     models = ("model", "vae", "audio_vae", "seed")
