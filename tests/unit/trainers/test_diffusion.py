@@ -117,6 +117,16 @@ def test_captured_passes_train_the_same_bit_for_bit(tmp_path: Path, family: str)
     assert losses[0] == losses[1]
 
 
+def test_recomputing_every_second_block_trains_the_same_bit_for_bit(tmp_path: Path) -> None:
+    hashes = set()
+    for recompute in ("none", "every_n"):
+        summary = _trainer(tmp_path / recompute, "ltx", performance={"recompute": recompute}).train()
+        hashes.add(summary.final_state_sha256)
+    assert len(hashes) == 1
+    told = json.loads((tmp_path / "every_n" / "report.json").read_text())["performance"]
+    assert told[-1] == "recompute 1 of 2 blocks in phase only: as configured"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_run_trains_adapters_alone_and_exports_them(tmp_path: Path, family: str) -> None:
     trainer = _trainer(tmp_path, family, training_mode="lora", lora={"rank": 2})
