@@ -36,7 +36,13 @@ def use_every_helper(offset: float) -> dict[str, Any]:
         "broadcast": dist.broadcast_object({"rank": rank}),
         "gathered": dist.gather_objects(rank * 10),
         "agree": [dist.all_agree(True), dist.all_agree(rank == 0)],
+        "threads": torch.get_num_threads(),
+        "is_launched": "deepspeed.launcher" in _said_by_the_parent(),
     }
+
+
+def _said_by_the_parent() -> str:
+    return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8")
 
 
 def fail_on_rank_1(folder: str) -> None:
@@ -99,7 +105,7 @@ def look_around() -> dict[str, Any]:
     return {
         "process": os.getpid(),
         "parent": os.getppid(),
-        "parent_says": Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8"),
+        "parent_says": _said_by_the_parent(),
         "folder": str(Path.cwd()),
         "here": sys.path[0],
         "variable": os.environ.get("SET_BETWEEN_CALLS"),
@@ -113,13 +119,17 @@ def look_around() -> dict[str, Any]:
 
 @LAUNCHER
 def test_every_helper_agrees_on_two_ranks(*, launcher: bool) -> None:
-    results = run_on_ranks(use_every_helper, ranks=2, arguments={"offset": 1.0}, launcher=launcher)
+    """Ranks with an environment of their own are launched."""
+    environment = {"OMP_NUM_THREADS": "2"} if launcher else None
+    results = run_on_ranks(use_every_helper, ranks=2, arguments={"offset": 1.0}, environment=environment)
     common = {
         "world_size": 2,
         "mean": [1.5, 2.0],
         "broadcast": {"rank": 0},
         "gathered": [0, 10],
         "agree": [True, False],
+        "threads": 2 if launcher else 1,
+        "is_launched": launcher,
     }
     assert results == [{"rank": 0, "is_main": True, **common}, {"rank": 1, "is_main": False, **common}]
 
@@ -162,12 +172,6 @@ def test_calls_share_a_process_that_has_imported_and_get_what_the_caller_has(
     assert second[0]["folder"] == second[0]["here"] == str(tmp_path)
     for rank in [*first, *second]:
         assert (rank["threads"], rank["accelerator"], rank["input"], rank["group"]) == (1, "cpu", "", True)
-
-
-def test_ranks_with_an_environment_of_their_own_are_launched() -> None:
-    ranks = run_on_ranks(look_around, ranks=1, environment={"OMP_NUM_THREADS": "2"})
-    assert "deepspeed" in ranks[0]["parent_says"]
-    assert ranks[0]["threads"] == 2
 
 
 def test_a_process_that_is_no_rank_may_fork_some(tmp_path: Path) -> None:
