@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from aiprod_ds.data.synthetic import write_synthetic_clips
+from aiprod_ds.metrics.jsonl import read_metrics
 from aiprod_ds.testing.processes import kill_session, run_in_own_session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,8 @@ def test_a_disturbed_run_ends_like_the_one_that_nobody_disturbed(soaked: dict[st
 def test_launch_starts_again_when_deepspeeds_launcher_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right after the first checkpoint: DeepSpeed's program that starts ranks, which then exits with 0."""
+    """Right after the first checkpoint: DeepSpeed's program that starts ranks, which then exits with 0. The
+    rank finds that out, saves and leaves: nothing that was done is lost."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from forked_launch import Job
 
@@ -99,6 +101,7 @@ def test_launch_starts_again_when_deepspeeds_launcher_is_killed(
         _await(lambda: any((run / "checkpoints").glob("update_*[0-9]")) or launch.poll() is not None)
         launchers = Job.of(launch.pid).launchers
         assert len(launchers) == 2, output.read_text(errors="replace")
+        done = read_metrics(run / "metrics.jsonl")[-1][0]
         os.kill(launchers[-1], signal.SIGKILL)
         code = launch.wait(timeout=PATIENCE_SECONDS)
     finally:
@@ -111,6 +114,7 @@ def test_launch_starts_again_when_deepspeeds_launcher_is_killed(
     report = json.loads((run / "report.json").read_text())
     assert (report["status"], report["updates"]) == ("completed", UPDATES)
     assert len(report["resumed_from"]) == 1
+    assert int(report["resumed_from"][0].removeprefix("update_")) >= done >= SAVED_EVERY
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -129,6 +133,7 @@ def _config(folder: Path) -> dict[str, Any]:
         "engine": {"deepspeed_config": {"zero_optimization": {"stage": 1}}},
         "checkpoint": {"every_updates": SAVED_EVERY, "keep_last": 2},
         "evaluation": {"max_clips": 1, "num_pictures": 0},
+        "report": {"flush_updates": 1},
     }
 
 
