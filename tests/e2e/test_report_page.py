@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +20,11 @@ from aiprod_ds.config.diffusion import DiffusionTrainerConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
 from aiprod_ds.engine import dist
+from aiprod_ds.errors import EngineError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.report.page.compare_page import write_comparison
 from aiprod_ds.testing.browser import Browser, Page, find_browser, open_browser
-from aiprod_ds.testing.processes import run_in_own_session
+from aiprod_ds.testing.dist import run_forked
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_oobleck
 from aiprod_ds.train import reporting
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
@@ -217,11 +217,8 @@ def test_a_run_that_was_killed_has_a_page_that_says_so(
 ) -> None:
     """By SIGKILL, as the machine's memory killer does it, once 60 of 100 updates stand in metrics.jsonl."""
     folder = tmp_path / "killed"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    code, output = run_in_own_session(
-        [sys.executable, __file__, str(folder)], timeout_seconds=300, environment=environment
-    )
-    assert code == -signal.SIGKILL, output[-3000:]
+    with pytest.raises(EngineError, match=rf"exited with \[-{signal.SIGKILL:d}\]"):
+        run_forked(train_and_die, arguments={"folder": str(folder)}, timeout_seconds=300)
     assert "Running" in (folder / "report.html").read_text(encoding="utf-8"), "what it wrote while it lived"
     assert not (folder / "report.json").exists()
     assert main(["report", str(folder)]) == 0
@@ -345,12 +342,8 @@ class _Killing(SyntheticVideoDataset):
         return super().__getitem__(index)
 
 
-def _train_and_die(folder: Path) -> None:
+def train_and_die(folder: str) -> None:
     clips = _Killing(num_clips=6, frames=6, height=16, width=16, seed=0)
-    clips.metrics = folder / "metrics.jsonl"
+    clips.metrics = Path(folder) / "metrics.jsonl"
     with dist.process_group():
-        _video(folder, updates=100, dataset=clips).train()
-
-
-if __name__ == "__main__":
-    _train_and_die(Path(sys.argv[1]))
+        _video(Path(folder), updates=100, dataset=clips).train()
