@@ -243,7 +243,7 @@ def _resolved(
     resolved = resolve(
         config, prepared.plan, settings, saved=saved, search_now=prepared.search_now, source=source
     )
-    resolved, recompute_reasons = prepared.choose_recompute(resolved)
+    resolved, recompute_reasons = prepared.choose_recompute(resolved) if trains else (resolved, ())
     layout = run_layout(config, resolved, world_size=dist.world_size())
     data = dist.from_main(lambda: compare(None if checkpoint is None else checkpoint.folder, prepared.clips))
     if checkpoint is not None:
