@@ -18,7 +18,7 @@ from aiprod_ds.curriculum.phase import BucketPlan, RunPlan
 from aiprod_ds.curriculum.plan import plan_run
 from aiprod_ds.curriculum.strides import ModelStrides
 from aiprod_ds.data.buckets import bucket_clips
-from aiprod_ds.errors import PlanError
+from aiprod_ds.errors import ConfigError, PlanError
 
 STRIDES = ModelStrides(spatial=8, temporal=4)
 
@@ -235,10 +235,10 @@ def test_shapes_that_are_kept_are_not_found_anew() -> None:
     [
         (
             {"buckets": "automatic"},
-            r"buckets\.auto\n +Value error, must be auto or a list of shapes, got 'automatic'",
+            r"buckets: must be auto or a list of shapes, got 'automatic'",
         ),
-        ({"buckets": {"mos": 3}}, r"buckets\.auto\.mos"),
-        ({"buckets": {"most": 0}}, r"buckets\.auto\.most"),
+        ({"buckets": {"mos": 3}}, r"buckets\.mos: is not a known key"),
+        ({"buckets": {"most": 0}}, r"buckets\.most: must be >= 1, got 0"),
         ({"duration": None}, r"duration: must be given with buckets: auto, got nothing"),
         (
             {"buckets": {"min_frames": 10}},
@@ -247,7 +247,7 @@ def test_shapes_that_are_kept_are_not_found_anew() -> None:
     ],
 )
 def test_what_is_wrong_is_said(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         _config(**changes)
 
 

@@ -16,7 +16,7 @@ from aiprod_ds.curriculum.describe import describe, learning_rate_curve, totals
 from aiprod_ds.curriculum.phase import RunPlan
 from aiprod_ds.curriculum.plan import plan_run, snap_notes
 from aiprod_ds.curriculum.strides import ModelStrides
-from aiprod_ds.errors import PlanError
+from aiprod_ds.errors import ConfigError, PlanError
 from aiprod_ds.report.plan_view import PlanView
 
 HOP = ModelStrides(spatial=1, temporal=2048, is_causal=False)
@@ -101,7 +101,7 @@ def test_video_refuses_seconds_without_a_rate() -> None:
 
 def test_video_needs_a_resolution_in_phases_and_in_buckets() -> None:
     buckets = [{"resolution": "64x64", "duration": {"frames": 1}}, {"duration": {"frames": 9}}]
-    with pytest.raises(ValueError, match="validation error") as caught:
+    with pytest.raises(ConfigError, match="resolution") as caught:
         VAETrainerConfig.model_validate(_values({"duration": {"frames": 9}}, {"buckets": buckets}))
     assert "curriculum.phases[0].resolution: must be given for video, got nothing. Add `resolution:`." in str(
         caught.value

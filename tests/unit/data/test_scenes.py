@@ -22,6 +22,7 @@ from aiprod_ds.data.treatment import duplicate_notes, picture_notes
 from aiprod_ds.decode.record import MediaRecord
 from aiprod_ds.decode.scenes import begins_scene, change, find_cuts
 from aiprod_ds.decode.video import decode_clip
+from aiprod_ds.errors import ConfigError
 
 RATE_HZ = 24
 _COLORS = ((180, 40, 40), (40, 60, 170), (60, 150, 60), (200, 190, 60), (90, 90, 90), (150, 60, 160))
@@ -233,7 +234,7 @@ def test_settings_cut_and_the_notes_say_so(folder: Path) -> None:
     config = PictureConfig(scenes="cut")
     cut = usable_clips(found, config, probes=None)
     assert picture_notes(cut.records, config) == ("1 file cut into 3 scenes: a.mp4",)
-    with pytest.raises(ValueError, match=r"scene_threshold: has no effect without scenes: cut, got 20"):
+    with pytest.raises(ConfigError, match=r"scene_threshold: has no effect without scenes: cut, got 20"):
         PictureConfig(scene_threshold=20.0)
 
 

@@ -15,7 +15,7 @@ from aiprod_ds.data.latent_index import LatentNeeds, scan_latents
 from aiprod_ds.data.synthetic import write_synthetic_clips
 from aiprod_ds.encode.run import run_encoding
 from aiprod_ds.encode.summary import summary_text
-from aiprod_ds.errors import DataError
+from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.shards.opening import open_shards
 
 pytestmark = pytest.mark.slow
@@ -76,5 +76,5 @@ def test_what_is_encoded_is_packed(media: Path) -> None:
 
 def test_an_endpoint_without_an_address_is_refused() -> None:
     data = {"media": "x", "shards": {"output": "folder", "endpoint_url": "http://localhost:9000"}}
-    with pytest.raises(ValueError, match="has no effect without an s3:// address"):
+    with pytest.raises(ConfigError, match="has no effect without an s3:// address"):
         _config(Path("x"), data=data)

@@ -358,5 +358,5 @@ def test_the_scale_is_alpha_over_rank() -> None:
     "wrong", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": []}, {"ranks": 4}]
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
         LoraConfig.model_validate(wrong)

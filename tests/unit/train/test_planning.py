@@ -262,12 +262,12 @@ def _auto(**phase: Any) -> VideoVAETrainer:
 )
 def test_what_auto_chooses_cannot_be_given(changes: dict[str, Any], message: str) -> None:
     assert _auto().config.engine.parallel == "auto"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         _auto(**changes)
 
 
 def test_auto_has_no_effect_on_the_local_engine() -> None:
-    with pytest.raises(ValueError, match=r"engine\.parallel: auto has no effect with kind: local"):
+    with pytest.raises(ConfigError, match=r"engine\.parallel: auto has no effect with kind: local"):
         _video(engine={**AUTO, "kind": "local"})
 
 

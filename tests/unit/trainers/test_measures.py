@@ -17,7 +17,7 @@ from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.losses import PerceptualConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.engine import dist
-from aiprod_ds.errors import PlanError
+from aiprod_ds.errors import ConfigError, PlanError
 from aiprod_ds.losses import vgg
 from aiprod_ds.losses.perceptual import PerceptualLoss
 from aiprod_ds.metrics.evaluations import EVERY_MEASURE, NotJudged, read_evaluations
@@ -347,7 +347,7 @@ def test_visqol_is_measured_where_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_keyword_of_another_trainer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="visqol"):
+    with pytest.raises(ConfigError, match="visqol"):
         _video(tmp_path, measures={"visqol": True})
 
 

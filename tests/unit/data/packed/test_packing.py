@@ -33,7 +33,7 @@ from aiprod_ds.data.manifest import Manifest
 from aiprod_ds.data.packed.media import open_source, packed_media
 from aiprod_ds.data.packed.packing import make_index, pack_latents, pack_media
 from aiprod_ds.data.synthetic import write_synthetic_clips
-from aiprod_ds.errors import DataError
+from aiprod_ds.errors import ConfigError, DataError
 from aiprod_ds.shards.reader import ShardReader
 from aiprod_ds.shards.storage import INDEX, FolderStorage
 from aiprod_ds.trainers.open_data import open_audio_files, open_video_files
@@ -286,7 +286,7 @@ def test_the_command_packs_and_makes_the_index(
     ],
 )
 def test_settings_without_effect_are_refused(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ConfigError, match=told):
         LatentDataConfig.model_validate(values)
     kept = {"train": "s3://b/x", "storage": {"cache_gb": 5, "endpoint_url": "http://localhost:9000"}}
     assert LatentDataConfig.model_validate(kept).storage.cache_gb == 5

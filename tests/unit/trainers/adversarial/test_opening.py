@@ -10,7 +10,7 @@ from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
 from aiprod_ds.config.fingerprint import config_fingerprint
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.data.synthetic import SyntheticVideoDataset
-from aiprod_ds.errors import PlanError
+from aiprod_ds.errors import ConfigError, PlanError
 from aiprod_ds.testing.tiny import TinyVideoVAE, tiny_oobleck
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
@@ -109,15 +109,15 @@ def test_what_does_not_go_with_a_second_engine_is_told(sections: dict[str, Any],
     ],
 )
 def test_the_section_alone_is_checked_where_it_is_read(adversarial: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ConfigError, match=words):
         _config(adversarial)
 
 
 def test_weights_need_a_discriminator_in_the_section_and_in_phases() -> None:
-    with pytest.raises(ValueError, match=r"adversarial_weight: has no effect without adversarial, got 0\.5"):
+    with pytest.raises(ConfigError, match=r"adversarial_weight: has no effect without adversarial, got 0\.5"):
         _config(None)
     phase = {"name": "one", **PHASE, "loss": {"feature_matching_weight": 1.0}}
-    with pytest.raises(ValueError, match="feature_matching_weight: is not a weight of the loss section"):
+    with pytest.raises(ConfigError, match="feature_matching_weight: is not a weight of the loss section"):
         _config(None, weight=0.0, curriculum={"phases": [phase]})
 
 
