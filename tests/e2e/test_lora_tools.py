@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused(tool: Tool, tmp_path: Path) -> None:
     for changed, code, message in (
         ({"_class_name": "os:system"}, 1, "_class_name must be a model class of diffusers"),
         ({"num_layers": 3}, 1, "base: must hold the weights of its config.json, got transformer_blocks.2."),
-        ({"out_channels": 8}, 2, "must have out_channels equal to in_channels"),
+        ({"out_channels": 8}, 1, "got proj_out.bias (4,) instead of (8,)"),
     ):
         (base / "config.json").write_text(json.dumps({**config, **changed}))
         _refused(tool("merge_lora", base, peft, out), code, message)

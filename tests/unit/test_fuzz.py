@@ -164,6 +164,7 @@ FOUND = [
     ("check", ["data.train=/dev/zero"]),
     ("check", ["engine.deepspeed_config=/dev/zero"]),
     ("check", ["base=/dev/zero"]),
+    ("check", ["model.config.spatio_temporal_scaling[0]=-1075"]),
 ]
 
 

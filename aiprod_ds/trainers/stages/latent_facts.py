@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.shapes import on_meta
 from aiprod_ds.models.vae import WrappedVAE
 
@@ -36,6 +37,9 @@ def latent_facts(module: WrappedVAE, clip: Tensor) -> LatentFacts | None:
     Args:
         module: Left as it is; its tensors may be on the meta device.
         clip: A batch of one on the meta device, in the type that the module takes.
+
+    Raises:
+        ConfigError: If it fails in a way that has nothing to do with that.
     """
     blank: Any = on_meta(module)
     blank.freeze((), latents_depend_on=())
@@ -45,6 +49,9 @@ def latent_facts(module: WrappedVAE, clip: Tensor) -> LatentFacts | None:
             _, mean, logvar = blank(clip)
     except (RuntimeError, ValueError, NotImplementedError):
         return None  # some models make tensors on the CPU inside of forward
+    except Exception as error:  # what a model does with an odd configuration is its own affair
+        shape, said = list(clip.shape), f"{type(error).__name__}: {error}"
+        raise ConfigError(f"model: must take a clip {shape}, got {said:.200}. Check model.config.") from error
     latents = [mean] if logvar is None else [mean, logvar]
     found = frozenset(names[id(leaf)] for leaf in _leaves(latents) if id(leaf) in names)
     return LatentFacts(depend_on=found, has_posterior=logvar is not None)

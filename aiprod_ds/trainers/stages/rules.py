@@ -13,6 +13,7 @@ from torch import Tensor
 from aiprod_ds.config.losses import AudioVAELossConfig, VideoVAELossConfig
 from aiprod_ds.config.messages import suggestion
 from aiprod_ds.curriculum.phase import PhasePlan, RunPlan
+from aiprod_ds.errors import ConfigError
 from aiprod_ds.models.vae import WrappedVAE
 from aiprod_ds.trainers.stages.latent_facts import LatentFacts, latent_facts
 from aiprod_ds.trainers.stages.parts import PREFIX, frozen_names, matches
@@ -29,7 +30,11 @@ def stage_problems(loss: Loss, plan: RunPlan, *, module: WrappedVAE, clip: Tenso
         module: Wraps the VAE; its tensors may be on the meta device.
         clip: A batch of one of the first phase on the meta device, in the type that the module takes.
     """
-    facts = latent_facts(module, clip)
+    try:
+        facts = latent_facts(module, clip)
+    except ConfigError as error:
+        yield str(error)
+        return
     names = [name for name, _ in module.named_parameters()]
     kept = []
     for phase in plan.phases:
