@@ -234,7 +234,7 @@ def _fp8(
 ) -> Recipe | None:
     if asked == "off":
         return None
-    against = why_no_torchao()
+    against: str | None
     if capability is None or capability < CAPABILITY:
         against = "it needs a GPU of compute capability 8.9 or newer"
     elif settings.precision != "bf16":
@@ -243,6 +243,8 @@ def _fp8(
         against = "ZeRO-3 gathers weights for one product each, in 16 bits"
     elif not has_compiled:
         against = "without compiled blocks reading the scales costs more than the products save"
+    else:
+        against = why_no_torchao()  # last: the import takes seconds
     if against is not None:
         raise ConfigError(f"{where}: performance.fp8: cannot be {asked}: {against}. Set off.")
     return cast("Recipe", asked)

@@ -1,4 +1,5 @@
-"""Where runs of a sweep are to be resumed: at what the tests of this session read, no more."""
+"""Where runs of a sweep are to be resumed: at what the tests of this session read, no more. And the runs of
+files that only differ in what a case is."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from aiprod_ds.testing.runs import alike_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +30,20 @@ def points_to_resume(request: pytest.FixtureRequest) -> Callable[..., dict[str, 
         return found
 
     return points
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest,
+    points_to_resume: Callable[..., dict[str, list[str]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """Returns what `run_every_case` of the test's file returns on two ranks, for the points that are read."""
+    folder, points = tmp_path_factory.mktemp("ranks"), points_to_resume("case")
+    return alike_on_ranks(request.module.run_every_case, ranks=2, folder=folder, points=points)
+
+
+@pytest.fixture(scope="module")
+def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Returns what `run_locally` of the test's file returns."""
+    return alike_on_ranks(request.module.run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))

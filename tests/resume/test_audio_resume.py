@@ -8,7 +8,7 @@ away then go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aiprod_ds.config.audio_vae import AudioVAETrainerConfig
-from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume
+from aiprod_ds.testing.runs import record_of, series, train_and_resume
 from aiprod_ds.testing.tiny import tiny_oobleck
 from aiprod_ds.trainers.audio_vae import AudioVAETrainer
 
@@ -42,19 +42,6 @@ RELATIVE_TOLERANCE = 1e-5
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def runs(
-    points_to_resume: Callable[..., dict[str, list[str]]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    folder, points = tmp_path_factory.mktemp("ranks"), points_to_resume("case")
-    return alike_on_ranks(run_every_case, ranks=2, folder=folder, points=points)
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return alike_on_ranks(run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.parametrize(("case", "resumed"), RESUMED)

@@ -29,7 +29,7 @@ from aiprod_ds.errors import EngineError
 from aiprod_ds.models.families.ltx import LTXVideo
 from aiprod_ds.models.registry import build_model
 from aiprod_ds.testing.dist import run_on_ranks
-from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume, without_plots
+from aiprod_ds.testing.runs import record_of, series, train_and_resume, without_plots
 from aiprod_ds.train import phase_change
 from aiprod_ds.train.resume import saver as saving
 from aiprod_ds.trainers.diffusion import DiffusionTrainer
@@ -56,19 +56,6 @@ RELATIVE_TOLERANCE = 1e-5
 _DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def runs(
-    points_to_resume: Callable[..., dict[str, list[str]]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    folder, points = tmp_path_factory.mktemp("ranks"), points_to_resume("case")
-    return alike_on_ranks(run_every_case, ranks=2, folder=folder, points=points)
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return alike_on_ranks(run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.parametrize(("case", "resumed"), RESUMED)

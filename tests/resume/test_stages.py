@@ -8,7 +8,7 @@ engine, which is the oracle. Latents are taken of the exported model and of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from aiprod_ds.config.model import ModelConfig
 from aiprod_ds.config.video_vae import VAETrainerConfig
 from aiprod_ds.engine import dist
 from aiprod_ds.models.registry import build_model
-from aiprod_ds.testing.runs import alike_on_ranks, record_of, series, train_and_resume, without_plots
+from aiprod_ds.testing.runs import record_of, series, train_and_resume, without_plots
 from aiprod_ds.testing.tiny import TinyVideoVAE
 from aiprod_ds.trainers.video_vae import VideoVAETrainer
 
@@ -58,19 +58,6 @@ RESUMED = [
     for case in CASES
     for resumed in RESUMES
 ]
-
-
-@pytest.fixture(scope="module")
-def runs(
-    points_to_resume: Callable[..., dict[str, list[str]]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    folder, points = tmp_path_factory.mktemp("ranks"), points_to_resume("case")
-    return alike_on_ranks(run_every_case, ranks=2, folder=folder, points=points)
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return alike_on_ranks(run_locally, ranks=1, folder=tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.parametrize(("case", "resumed"), RESUMED)

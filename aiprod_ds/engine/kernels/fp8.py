@@ -1,7 +1,7 @@
 """Products of linear layers in 8 bits: forward, and both of the backward pass.
 
 Owns which layers take part, and the switch; the products and their scales are torchao's, which reads the
-largest values of both factors anew at every product. Weights, gradients and what is saved stay as they are.
+largest values of both factors anew at every product. Weights and gradients stay as they are.
 
 torchao is imported where it is used: it takes seconds, and runs without 8 bits do not need it.
 """
@@ -48,6 +48,9 @@ def set_fp8(blocks: Iterable[nn.Module], *, recipe: Recipe | None, least_width: 
         _undo(layer)
     if recipe is None:
         return 0
+    why_not = why_no_torchao()
+    if why_not is not None:
+        raise EngineError(f"performance.fp8: cannot be {recipe}, {why_not}. Install aiprod-ds[fp8].")
     chosen = [layer for layer in layers if _takes_part(layer, least_width)]
     for layer in chosen:
         _apply(layer, recipe)
@@ -74,9 +77,6 @@ def _takes_part(layer: nn.Linear, least_width: int) -> bool:
 
 
 def _apply(layer: nn.Linear, recipe: Recipe) -> None:
-    why_not = why_no_torchao()
-    if why_not is not None:
-        raise EngineError(f"performance.fp8: cannot be {recipe}, {why_not}. Install aiprod-ds[fp8].")
     from torchao.float8 import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear
 
